@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Generate the single-file pipelines of this folder from the package: `python pipelines/generate.py`.
+
+A pipeline on the Hub is one file that imports no other of ours. So every name that a pipeline's module takes from the
+package is written out in its place, except the component classes: those annotations are dropped, since their code
+travels in the components' own files. `--check` writes nothing and fails where a file is out of date.
+"""
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "ecvae_diffusers"
+PIPELINES = ["ecvae"]
+
+HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
+# Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+"""
+# What only the installed package can do, and what stands for it in a file that is on its own.
+REPLACEMENTS = {
+    "        write_card(self, save_directory)\n": "",
+    "single_file_source(type(self))": 'Path(__file__).read_text(encoding="utf-8")',
+    "from ecvae_diffusers import ECVAEPipeline": "from diffusers import DiffusionPipeline",
+    'ECVAEPipeline.from_pretrained("path/or/hub-id")': 'DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)',
+}
+PACKAGE_ONLY = {"single_file_source", "write_card"}
+
+
+def local_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
+    return {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def with_helpers(names: list[str], tree: ast.Module) -> list[ast.stmt]:
+    """The definitions of `names` and of what they use of their own module, in its order."""
+    definitions, wanted, todo = local_definitions(tree), set(), list(names)
+    while todo:
+        name = todo.pop()
+        if name in definitions and name not in wanted:
+            wanted.add(name)
+            todo += [node.id for node in ast.walk(definitions[name]) if isinstance(node, ast.Name)]
+    return [definitions[name] for name in definitions if name in wanted]
+
+
+def used_names(nodes: list[ast.stmt]) -> set[str]:
+    return {node.id for part in nodes for node in ast.walk(part) if isinstance(node, ast.Name)}
+
+
+def external_imports(tree: ast.Module, used: set[str]) -> set[tuple[str, str]]:
+    """The imports of `used` names from outside the package, as (module, name); no name for `import module`."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {(ast.unparse(a), "") for a in node.names if (a.asname or a.name).split(".")[0] in used}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {(node.module, ast.unparse(a)) for a in node.names if (a.asname or a.name) in used}
+    return found
+
+
+def import_block(imports: set[tuple[str, str]], standard: bool) -> str:
+    """Sorted as ruff sorts them: plain imports first, then one `from` line a module."""
+    chosen = [i for i in imports if (i[0].split(".")[0].split()[0] in sys.stdlib_module_names) == standard]
+    plain = sorted((module for module, name in chosen if not name), key=str.lower)
+    modules = sorted({module for module, name in chosen if name}, key=str.lower)
+    lines = [f"import {module}" for module in plain]
+    for module in modules:
+        names = sorted((name for m, name in chosen if m == module and name))
+        lines.append(f"from {module} import {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def generate(name: str) -> str:
+    path = PACKAGE / "pipelines" / f"pipeline_{name}.py"
+    text = path.read_text(encoding="utf-8")
+    for old, new in REPLACEMENTS.items():
+        text = text.replace(old, new)
+    tree = ast.parse(text)
+
+    component_classes, inlined, imports = set(), [], set()
+    for node in tree.body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        source = PACKAGE.joinpath(*node.module.split(".")).with_suffix(".py")
+        names = [alias.name for alias in node.names if alias.name not in PACKAGE_ONLY]
+        if source.parent.name in ("models", "schedulers"):
+            component_classes.update(names)
+            continue
+        source_text = source.read_text(encoding="utf-8")
+        source_tree = ast.parse(source_text)
+        nodes = with_helpers(names, source_tree)
+        imports |= external_imports(source_tree, used_names(nodes))
+        inlined += [ast.get_source_segment(source_text, part) for part in nodes]
+
+    body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports |= external_imports(tree, used_names(body))
+    # Text from the first statement behind the imports, so that comments stay.
+    last_import = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    rest = "\n".join(text.splitlines()[last_import:]).strip("\n")
+    for component in sorted(component_classes):
+        rest = rest.replace(f": {component} | None = None", "=None").replace(f": {component},", ",")
+
+    docstring = ast.get_docstring(tree, clean=False)
+    blocks = [import_block(imports, standard=True), import_block(imports, standard=False)]
+    license_line = text.splitlines()[0]
+    head = f'{license_line}\n{HEADER}"""{docstring}"""\n\n' + "\n\n".join(block for block in blocks if block)
+    return head + "\n\n\n" + "\n\n\n".join(inlined) + "\n\n\n" + rest + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a file is out of date; write nothing")
+    check = parser.parse_args().check
+    for name in PIPELINES:
+        path, text = ROOT / "pipelines" / name / "pipeline.py", generate(name)
+        if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+            sys.exit(f"pipelines/{name}/pipeline.py is out of date: run `make pipelines`.")
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

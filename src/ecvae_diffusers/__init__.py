@@ -1,0 +1,26 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Energy-calibrated VAEs for diffusers: one-step image generation, trained with an energy model that samples without it."""
+
+from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
+from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput
+from .pipelines import ECVAEPipeline
+from .register import register
+from .schedulers import LangevinScheduler, LangevinSchedulerOutput
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderEC",
+    "AutoencoderECOutput",
+    "CalibrationOutput",
+    "ECVAEPipeline",
+    "EnergyCalibrator",
+    "EnergyLossOutput",
+    "EnergyModel",
+    "EnergyModelOutput",
+    "LangevinScheduler",
+    "LangevinSchedulerOutput",
+]
+
+register(components=(AutoencoderEC, EnergyModel, LangevinScheduler), pipelines=(ECVAEPipeline,))

@@ -1,0 +1,312 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""Energy calibration of any generator, by constrained learning (Luo et al., ECCV 2024, arXiv 2311.04071).
+
+A generator G is trained on its own samples, corrected by a short Langevin run of an energy model f:
+
+.. math::
+    \min_G \; L(G) \quad \text{subject to} \quad
+    C(G) = \mathbb E_z \| G(z) - \operatorname{sg}[\tilde x(G(z))] \|^2 \le \epsilon
+
+with the end x~ of a K-step chain (see [`LangevinScheduler`]) that starts at G(z), and the squared error SUMMED over a
+sample. It is solved primal-dual, with the dual variable (the adaptive weight) lambda:
+
+.. math::
+    \text{primal:}\quad & \min_G \; L(G) + \lambda C(G) \\
+    \text{dual:}\quad & \lambda \leftarrow \operatorname{clip}(\lambda + \eta (C / \epsilon - 1), 0, \lambda_{\max}) \\
+    \text{energy:}\quad & \min_f \; \mathbb E f(x_{\text{data}}) - \mathbb E f(\operatorname{sg}[\tilde x])
+    + \alpha \, (\mathbb E f(x_{\text{data}})^2 + \mathbb E f(\operatorname{sg}[\tilde x])^2)
+
+The dual step is taken on the relative violation C / epsilon - 1: with the absolute one, eta would have to be chosen
+anew for every image size, and lambda would hardly move.
+
+**A limit worth knowing.** The gradient of lambda C is 2 lambda (G(z) - x~), and for a short chain x~ - G(z) is close
+to -K a grad f: the generator then receives 2 lambda K a times the gradient of f, exactly so in expectation at K = 1.
+There the method is a VAE-GAN with a Wasserstein-type critic f.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from diffusers.utils import BaseOutput
+from torch.nn.utils import parametrize
+
+from .schedulers.scheduling_langevin import LangevinScheduler
+
+
+# Root-mean-square drift an entry that a healthy run on images in [-1, 1] keeps, about one grey level of 255: measured
+# on digits (benchmarks/RESULTS.md). It sets the "auto" tolerance together with the noise floor.
+HEALTHY_DRIFT = 0.0074
+
+
+@dataclass
+class CalibrationOutput(BaseOutput):
+    """
+    Output of [`EnergyCalibrator.calibrate`]. All scalars are tensors of no dimension on the samples' device, so that
+    logging alone decides when to wait for them.
+
+    Args:
+        loss (`torch.Tensor`): lambda times the constraint, with gradients to the samples: add it to the primal loss.
+        constraint (`torch.Tensor`): C, the squared distance between the ends of the chain, summed over a sample and
+            averaged over the batch. No gradient.
+        noise_floor (`torch.Tensor`): The part of C that the chain's noise accounts for.
+        drift (`torch.Tensor`): Root-mean-square move an entry that the energy's gradient accounts for:
+            sqrt(max(C - noise_floor, 0) / D).
+        targets (`torch.Tensor`): The calibrated samples x~, float32, no gradient. The energy step takes them as
+            its negatives.
+    """
+
+    loss: torch.Tensor
+    constraint: torch.Tensor
+    noise_floor: torch.Tensor
+    drift: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass
+class EnergyLossOutput(BaseOutput):
+    """
+    Output of [`EnergyCalibrator.energy_loss`].
+
+    Args:
+        loss (`torch.Tensor`): What the energy model minimises.
+        energy_real (`torch.Tensor`): Mean energy of the data. No gradient.
+        energy_fake (`torch.Tensor`): Mean energy of the calibrated samples. No gradient.
+    """
+
+    loss: torch.Tensor
+    energy_real: torch.Tensor
+    energy_fake: torch.Tensor
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """
+    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
+    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
+    `requires_grad` of every part are restored.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
+    """One float32 energy a sample, shape (B,), of an [`EnergyModel`] or of any callable that gives a tensor of B."""
+    output = energy_model(sample)
+    return getattr(output, "energy", output).float().view(sample.shape[0])
+
+
+def energy_gradient(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
+    """The gradient of each sample's energy with respect to the sample: shape and dtype of `sample`, no graph kept."""
+    with torch.enable_grad():
+        sample = sample.detach().requires_grad_()
+        return torch.autograd.grad(compute_energy(energy_model, sample).sum(), sample)[0]
+
+
+class EnergyCalibrator:
+    r"""
+    Calibrates the samples of any generator with an energy model.
+
+    Args:
+        energy_model (`nn.Module`):
+            f: maps samples (B, ...) to an [`EnergyModelOutput`] or to a tensor of B energies; low = like the data.
+        scheduler ([`LangevinScheduler`]):
+            The chain: its number of steps, drift step, noise and conditioning.
+        tolerance (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            The bound epsilon > 0 on the constraint, a squared error summed over a sample. `"auto"` is
+            D (K b^2 + `drift_tolerance`^2) with D entries a sample: it scales with the image size, as a fixed number
+            does not.
+        drift_tolerance (`float`, *optional*, defaults to `0.0074`):
+            The root-mean-square drift an entry that `"auto"` allows beyond the noise.
+        initial_dual (`float`, *optional*, defaults to `30.0`): lambda at the start, from 0 to `max_dual`.
+        dual_learning_rate (`float`, *optional*, defaults to `0.1`):
+            eta, at least 0, on the relative violation of the constraint. 0 keeps lambda fixed.
+        max_dual (`float`, *optional*, defaults to `100.0`): Upper bound of lambda, above 0.
+        energy_regularization (`float`, *optional*, defaults to `0.0`): alpha >= 0, on the mean square of energies.
+
+    Raises:
+        ValueError: if an argument is outside what is listed above.
+
+    Example (a generator of points learns where the data lies, at (2, 2)):
+
+    ```python
+    >>> import torch
+    >>> from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
+    >>> _ = torch.manual_seed(0)
+    >>> generator = torch.nn.Linear(2, 2)
+    >>> energy = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
+    >>> scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.1, noise_scale=0.01)
+    >>> calibrator = EnergyCalibrator(energy, scheduler, tolerance=0.1, initial_dual=1.0, energy_regularization=0.1)
+    >>> generator_optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    >>> energy_optimizer = torch.optim.Adam(energy.parameters(), lr=1e-2)
+    >>> for _ in range(300):
+    ...     data = 2 + 0.5 * torch.randn(64, 2)
+    ...     calibration = calibrator.calibrate(generator(torch.randn(64, 2)))
+    ...     calibration.loss.backward()  # add your generator's own loss here, if it has one
+    ...     generator_optimizer.step(), generator_optimizer.zero_grad()
+    ...     calibrator.energy_loss(data, calibration.targets).loss.backward()
+    ...     energy_optimizer.step(), energy_optimizer.zero_grad()
+    ...     calibrator.dual_step(calibration.constraint)
+    >>> bool((generator(torch.randn(1000, 2)).mean(0) - 2).abs().max() < 0.5)
+    True
+
+    ```
+    """
+
+    def __init__(
+        self,
+        energy_model: nn.Module,
+        scheduler: LangevinScheduler,
+        tolerance: float | str = "auto",
+        drift_tolerance: float = HEALTHY_DRIFT,
+        initial_dual: float = 30.0,
+        dual_learning_rate: float = 0.1,
+        max_dual: float = 100.0,
+        energy_regularization: float = 0.0,
+    ):
+        if tolerance != "auto" and not (isinstance(tolerance, (int, float)) and 0 < tolerance < float("inf")):
+            raise ValueError(f"`tolerance` must be 'auto' or a finite number above 0, but is {tolerance!r}.")
+        if not 0 < max_dual < float("inf"):
+            raise ValueError(f"`max_dual` must be a finite number above 0, but is {max_dual}.")
+        if not 0 <= initial_dual <= max_dual:
+            raise ValueError(f"`initial_dual` must be from 0 to `max_dual` ({max_dual}), but is {initial_dual}.")
+        for name, value in (
+            ("drift_tolerance", drift_tolerance),
+            ("dual_learning_rate", dual_learning_rate),
+            ("energy_regularization", energy_regularization),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
+        self.energy_model = energy_model
+        self.scheduler = scheduler
+        self.tolerance = tolerance
+        self.drift_tolerance = drift_tolerance
+        self.dual_learning_rate = dual_learning_rate
+        self.max_dual = max_dual
+        self.energy_regularization = energy_regularization
+        self.dual = torch.tensor(float(initial_dual))
+        self.num_entries: int | None = None
+
+    def resolve_tolerance(self) -> float:
+        """
+        epsilon as a number: `tolerance`, or for `"auto"` D (K b^2 + drift_tolerance^2).
+
+        Raises:
+            RuntimeError: if it is `"auto"` and no sample was calibrated yet, so that D is not known.
+            ValueError: if it is `"auto"` and would be 0.
+        """
+        if self.tolerance != "auto":
+            return float(self.tolerance)
+        if self.num_entries is None:
+            raise RuntimeError("The 'auto' tolerance depends on the size of a sample: call `calibrate` first.")
+        tolerance = self.num_entries * (self.scheduler.noise_variance() + self.drift_tolerance**2)
+        if tolerance == 0:
+            raise ValueError("The 'auto' tolerance is 0: `noise_scale` and `drift_tolerance` can't both be 0.")
+        return tolerance
+
+    def run_chain(
+        self, samples: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """
+        The end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
+        precision the energy model computes in.
+
+        Args:
+            samples (`torch.Tensor` of shape `(batch_size, ...)`): The start x_0.
+            generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
+
+        Returns:
+            `torch.Tensor`: x~, in the shape of `samples`, float32, no gradient.
+        """
+        initial_sample = sample = samples.detach().float()
+        with frozen(self.energy_model):
+            for timestep in range(len(self.scheduler)):
+                gradient = energy_gradient(self.energy_model, sample)
+                sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
+        return sample
+
+    def calibrate(
+        self, samples: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> CalibrationOutput:
+        """
+        Correct samples by the energy, and measure how far they had to go.
+
+        Args:
+            samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
+            generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
+
+        Returns:
+            [`CalibrationOutput`]
+        """
+        self.num_entries = samples[0].numel()
+        self.dual = self.dual.to(samples.device)
+        targets = self.run_chain(samples, generator)
+        constraint = (samples.float() - targets).square().flatten(1).sum(1).mean()
+        noise_floor = constraint.new_tensor(self.num_entries * self.scheduler.noise_variance())
+        drift = ((constraint.detach() - noise_floor).clamp(min=0) / self.num_entries).sqrt()
+        return CalibrationOutput(
+            loss=self.dual * constraint,
+            constraint=constraint.detach(),
+            noise_floor=noise_floor,
+            drift=drift,
+            targets=targets,
+        )
+
+    def energy_loss(
+        self, real: torch.Tensor, targets: torch.Tensor, energy_model: nn.Module | None = None
+    ) -> EnergyLossOutput:
+        """
+        The loss of the energy step, from one forward pass over data and calibrated samples together.
+
+        Args:
+            real (`torch.Tensor` of shape `(batch_size, ...)`): Data.
+            targets (`torch.Tensor` of shape `(num_samples, ...)`): The calibrated samples, no gradient.
+            energy_model (`nn.Module`, *optional*):
+                The wrapped energy model, where training is distributed: gradients are synchronised only through it.
+
+        Returns:
+            [`EnergyLossOutput`]
+        """
+        energy = compute_energy(energy_model or self.energy_model, torch.cat([real, targets.detach().to(real.dtype)]))
+        energy_real, energy_fake = energy.split([real.shape[0], targets.shape[0]])
+        loss = energy_real.mean() - energy_fake.mean()
+        if self.energy_regularization > 0:
+            squares = energy_real.square().mean() + energy_fake.square().mean()
+            loss = loss + self.energy_regularization * squares
+        return EnergyLossOutput(
+            loss=loss, energy_real=energy_real.detach().mean(), energy_fake=energy_fake.detach().mean()
+        )
+
+    @torch.no_grad()
+    def dual_step(self, constraint: torch.Tensor | float) -> None:
+        """
+        lambda <- clip(lambda + eta (C / epsilon - 1), 0, lambda_max).
+
+        Args:
+            constraint (`torch.Tensor` or `float`):
+                C of this step. Where training is distributed, its mean over the processes, so that lambda stays one
+                number.
+        """
+        violation = constraint / self.resolve_tolerance() - 1.0
+        self.dual = (self.dual + self.dual_learning_rate * violation).clamp(0.0, self.max_dual)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold beside the energy model: the dual variable."""
+        return {"dual": self.dual.detach().cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        self.dual = state_dict["dual"].to(self.dual.device)

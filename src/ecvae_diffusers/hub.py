@@ -1,0 +1,90 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Writes a pipeline's folder so that it holds all that is needed to load it, code and card included."""
+
+import inspect
+import json
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+
+
+def packaged_file(name: str) -> Path:
+    """
+    A file of the repository's top level that travels in the wheel too, such as `pipelines/ecvae/pipeline.py`.
+
+    Raises:
+        FileNotFoundError: if it is neither in the installed package nor in a checkout around it.
+    """
+    package = Path(__file__).parent
+    for path in (package / "files" / name, package.parents[1] / name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{name} is missing from the installation of ecvae_diffusers: install it again.")
+
+
+def single_file_source(pipeline_class: type) -> str:
+    """The code of one of our pipelines as one file that imports only torch and diffusers, generated from the package."""
+    name = Path(inspect.getfile(pipeline_class)).stem.removeprefix("pipeline_")
+    return packaged_file(f"pipelines/{name}/pipeline.py").read_text(encoding="utf-8")
+
+
+def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
+    """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
+    return {
+        name: type(component)
+        for name, component in pipeline.components.items()
+        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
+    }
+
+
+def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
+    """
+    The text of a `model_index.json` that names the code files in the folder: a list as `_class_name`, a file stem as
+    the library of each component of ours. Without `_name_or_path`, which would leak a path of the writer's machine.
+    """
+    index = json.loads(model_index)
+    index.pop("_name_or_path", None)
+    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    for name, component_class in travelling_components(pipeline).items():
+        index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
+    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    save_directory = Path(save_directory)
+    save_directory.mkdir(parents=True, exist_ok=True)
+    (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
+    for name, component_class in travelling_components(pipeline).items():
+        source = Path(inspect.getfile(component_class))
+        (save_directory / name).mkdir(exist_ok=True)
+        (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        for config_file in (save_directory / name).glob("*config.json"):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_card(pipeline: DiffusionPipeline, save_directory: str | Path) -> None:
+    """Write `README.md` from `model_cards/template.md`, unless there is one already."""
+    path = Path(save_directory) / "README.md"
+    if path.exists():
+        return
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "ecvae", "energy-based-model", "unconditional-image-generation"],
+    )
+    vae = pipeline.vae.config
+    card = ModelCard.from_template(
+        data,
+        template_path=str(packaged_file("model_cards/template.md")),
+        pipeline_class=type(pipeline).__name__,
+        sample_size=vae.sample_size,
+        in_channels=vae.in_channels,
+        latent_channels=vae.latent_channels,
+        num_decoder_parameters=sum(p.numel() for p in pipeline.vae.decoder.parameters()),
+        has_energy_model=pipeline.energy_model is not None,
+    )
+    path.write_text(str(card) + "\n", encoding="utf-8")

@@ -1,0 +1,2 @@
+from .autoencoder_ec import AutoencoderEC, AutoencoderECOutput
+from .energy_model import EnergyModel, EnergyModelOutput

@@ -1,0 +1,340 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""One-step image generation with an energy-calibrated VAE."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..calibration import compute_energy, energy_gradient
+from ..hub import self_contained_index, single_file_source, write_card, write_code_files
+from ..models.autoencoder_ec import AutoencoderEC
+from ..models.energy_model import EnergyModel
+from ..schedulers.scheduling_langevin import LangevinScheduler
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from ecvae_diffusers import ECVAEPipeline
+
+        >>> pipe = ECVAEPipeline.from_pretrained("path/or/hub-id")
+        >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images
+        >>> images[0].save("sample.png")
+        ```
+"""
+
+PipelineImageInput = (
+    PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
+)
+
+# Modes of PIL that go into a model's channels without loss.
+PIL_MODES = {1: ("L", {"1", "L"}), 3: ("RGB", {"1", "L", "P", "RGB"}), 4: ("RGBA", {"1", "L", "P", "RGB", "RGBA"})}
+
+
+class ECVAEPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass an image.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Parameters:
+        vae ([`AutoencoderEC`]):
+            The autoencoder whose decoder makes images of latents drawn from N(0, I).
+        energy_model ([`EnergyModel`], *optional*):
+            The energy model that calibrated it. Needed by `score` and `num_refinement_steps` only.
+        scheduler ([`LangevinScheduler`], *optional*):
+            The chain it was calibrated with. Needed by `num_refinement_steps` only.
+    """
+
+    model_cpu_offload_seq = "vae->energy_model"
+    _optional_components = ["energy_model", "scheduler"]
+
+    def __init__(
+        self,
+        vae: AutoencoderEC,
+        energy_model: EnergyModel | None = None,
+        scheduler: LangevinScheduler | None = None,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
+        # No latent channels: the processor would return tensors with that number of channels untouched.
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_latent_channels=0)
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        temperature: float,
+        num_refinement_steps: int,
+        output_type: str,
+    ) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature}.")
+        if not isinstance(num_refinement_steps, int) or num_refinement_steps < 0:
+            raise ValueError(
+                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
+            )
+        if num_refinement_steps > 0 and (self.energy_model is None or self.scheduler is None):
+            raise ValueError(
+                "`num_refinement_steps` above 0 needs an energy model and a scheduler, and this pipeline has not both. "
+                "Load it without `energy_model=None`, or pass them to the constructor."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+        if output_type == "latent" and num_refinement_steps > 0:
+            raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
+        if latents is not None:
+            shape = (self.vae.config.latent_channels, 1, 1)
+            if latents.ndim != 4 or tuple(latents.shape[1:]) != shape:
+                raise ValueError(
+                    f"`latents` must have shape (batch_size, {shape[0]}, 1, 1), not {tuple(latents.shape)}."
+                )
+            if batch_size not in (1, latents.shape[0]):
+                raise ValueError(f"`batch_size` is {batch_size}, but `latents` holds {latents.shape[0]}.")
+            if temperature != 1.0:
+                raise ValueError(
+                    "`latents` are decoded as they are: scale them yourself, and leave `temperature` at 1."
+                )
+            if not torch.isfinite(latents).all():
+                raise ValueError("`latents` holds values that are not finite.")
+            batch_size = latents.shape[0]
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for.")
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        temperature: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        device, dtype = self._execution_device, self.vae.dtype
+        if latents is not None:
+            return latents.to(device=device, dtype=dtype)
+        shape = (batch_size, self.vae.config.latent_channels, 1, 1)
+        return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+    def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
+        """
+        Check images and bring them to the model's range: PIL, numpy (B, H, W, C) or tensors (B, C, H, W) in [0, 1]
+        become a tensor in [-1, 1].
+
+        Raises:
+            ValueError: if size, channels or range are not the model's, or a value is not finite.
+        """
+        size, channels = self.vae.config.sample_size, self.vae.config.in_channels
+        images = image if isinstance(image, list) else [image]
+        if not images:
+            raise ValueError("`image` is an empty list.")
+        if isinstance(images[0], PIL.Image.Image):
+            mode, accepted = PIL_MODES[channels]
+            for one in images:
+                if one.mode not in accepted:
+                    raise ValueError(
+                        f"`image` has mode {one.mode}, but the model takes {mode}: use image.convert({mode!r})."
+                    )
+                if one.size != (size, size):
+                    raise ValueError(f"`image` must be {size}x{size} px, but is {one.size[0]}x{one.size[1]}.")
+            images = [one.convert(mode) for one in images]
+        elif channels == 1 and isinstance(images[0], np.ndarray) and images[0].ndim == 2:
+            images = [one[..., None] for one in images]
+        images = self.image_processor.preprocess(images)
+        if tuple(images.shape[1:]) != (channels, size, size):
+            raise ValueError(
+                f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
+                "(batch, channels, height, width)."
+            )
+        if not torch.isfinite(images).all():
+            raise ValueError("`image` holds values that are not finite.")
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError(
+                f"`image` must have values in [0, 1], but they go from {images.min():.4g} to {images.max():.4g}."
+            )
+        return self.image_processor.normalize(images.to(device=self._execution_device, dtype=self.vae.dtype))
+
+    def refine(
+        self,
+        sample: torch.Tensor,
+        num_refinement_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Run the calibrating chain on images in [-1, 1]: the correction that training teaches the decoder."""
+        dtype = sample.dtype
+        initial_sample = sample = sample.float()
+        self.scheduler.set_timesteps(num_refinement_steps)
+        for timestep in self.progress_bar(range(num_refinement_steps)):
+            gradient = energy_gradient(lambda x: self.energy_model(x.to(self.energy_model.dtype)), sample)
+            sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
+        return sample.to(dtype)
+
+    def postprocess(self, sample: torch.Tensor, output_type: str):
+        return self.image_processor.postprocess(
+            sample, output_type=output_type, do_denormalize=[True] * sample.shape[0]
+        )
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        num_refinement_steps: int = 0,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        The call function to the pipeline for generation: one decoder pass, and no other network.
+
+        Args:
+            batch_size (`int`, *optional*, defaults to 1):
+                The number of images to generate.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or a list of one an image, to make generation deterministic.
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
+                Latents to decode as they are, instead of draws from N(0, I).
+            temperature (`float`, *optional*, defaults to 1.0):
+                Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
+            num_refinement_steps (`int`, *optional*, defaults to 0):
+                Number of Langevin steps on the energy model after decoding. For comparison: calibration makes the
+                decoder do without.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
+                `"latent"`, the latents themselves, not decoded.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`:
+                If `return_dict` is `True`, [`~pipelines.ImagePipelineOutput`] is returned, otherwise a `tuple` is
+                returned where the first element is a list with the generated images.
+
+        Raises:
+            ValueError: if an argument is outside what is listed above.
+        """
+        self.check_inputs(batch_size, generator, latents, temperature, num_refinement_steps, output_type)
+        latents = self.prepare_latents(batch_size, temperature, generator, latents)
+        if output_type == "latent":
+            image = latents
+        else:
+            image = self.vae.decode(latents, return_dict=False)[0]
+            if num_refinement_steps > 0:
+                image = self.refine(image, num_refinement_steps, generator)
+            image = self.postprocess(image, output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (image,)
+        return ImagePipelineOutput(images=image)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: PipelineImageInput,
+        sample_posterior: bool = False,
+        generator: torch.Generator | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Encode images and decode them again.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                Images of the model's size: arrays (B, H, W, C) and tensors (B, C, H, W) in [0, 1].
+            sample_posterior (`bool`, *optional*, defaults to `False`):
+                Whether to decode a draw from the posterior instead of its mean.
+            generator (`torch.Generator`, *optional*): Makes the draw deterministic.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                As for generation; `"latent"` gives the encoding, shape `(batch_size, latent_channels, 1, 1)`.
+            return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`
+
+        Raises:
+            ValueError: if size, channels or range of `image` are not the model's, or a value is not finite.
+        """
+        self.check_inputs(1, None, None, 1.0, 0, output_type)
+        posterior = self.vae.encode(self.prepare_image(image)).latent_dist
+        latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self(latents=latents, output_type=output_type, return_dict=return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a: PipelineImageInput,
+        image_b: PipelineImageInput,
+        num_steps: int = 8,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Decode the straight line between the encodings of two images.
+
+        Args:
+            image_a, image_b (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                B images each, as for `reconstruct`.
+            num_steps (`int`, *optional*, defaults to 8):
+                Number of images from a to b, both ends' reconstructions included; at least 2.
+            output_type (`str`, *optional*, defaults to `"pil"`): As for generation.
+            return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple` with B * `num_steps` images, pair by pair.
+
+        Raises:
+            ValueError: if there are fewer than 2 steps, the numbers of images differ, or an image does not fit.
+        """
+        if not isinstance(num_steps, int) or num_steps < 2:
+            raise ValueError(f"`num_steps` must be an integer of at least 2, but is {num_steps!r}.")
+        ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
+        if ends[0].shape != ends[1].shape:
+            raise ValueError(f"`image_a` holds {ends[0].shape[0]} image(s) and `image_b` {ends[1].shape[0]}.")
+        weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
+        latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
+        return self(latents=latents, output_type=output_type, return_dict=return_dict)
+
+    @torch.no_grad()
+    def score(self, image: PipelineImageInput) -> torch.Tensor:
+        """
+        The energy of images: low = like the training data. Only differences mean anything.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                B images of the model's size, as for `reconstruct`.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float32.
+
+        Raises:
+            ValueError: if the pipeline has no energy model, or an image does not fit.
+        """
+        if self.energy_model is None:
+            raise ValueError("`score` needs an energy model, and this pipeline was loaded or made without one.")
+        energy = compute_energy(self.energy_model, self.prepare_image(image).to(self.energy_model.dtype))
+        self.maybe_free_model_hooks()
+        return energy
+
+    def to_json_string(self) -> str:
+        return self_contained_index(self, super().to_json_string())
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
+        write_code_files(self, save_directory, single_file_source(type(self)))
+        write_card(self, save_directory)
+        super().save_config(save_directory, **kwargs)

@@ -1,0 +1,65 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Makes diffusers' generic loading know this package's classes. Runs once, when the package is imported.
+
+A saved pipeline is self-contained: its `model_index.json` names files that lie in the folder itself (a list as
+`_class_name`, a file stem as each component's library), so that a reader without this package loads it with
+`trust_remote_code=True`. A reader that has the package should need no trust, and should get the package's classes
+wherever their files have moved to since. So the names are translated when `model_index.json` is read.
+"""
+
+import os
+
+import diffusers
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.pipelines import pipeline_loading_utils
+
+
+# diffusers' own, kept so that a second import of this package wraps it once.
+get_signature_keys = DiffusionPipeline.__dict__["_get_signature_keys"]
+LIBRARY = "ecvae_diffusers"
+SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
+
+
+def translate_model_index(config: dict, components: set[str], pipelines: set[str]) -> dict:
+    """The `model_index.json` of a self-contained folder of ours, in terms of this package; any other, as it is."""
+    class_name = config.get("_class_name")
+    if not isinstance(class_name, list) or class_name[-1] not in pipelines:
+        return config
+    translated = {**config, "_class_name": class_name[-1]}
+    for name, value in config.items():
+        if name != "_class_name" and isinstance(value, list) and value[-1] in components:
+            translated[name] = [LIBRARY, value[-1]]
+    return translated
+
+
+def register(components: tuple[type, ...], pipelines: tuple[type, ...]) -> None:
+    """
+    Register classes with diffusers.
+
+    Args:
+        components (`tuple[type]`): Models and schedulers, exported from the top of this package.
+        pipelines (`tuple[type]`): [`DiffusionPipeline`] classes; the generic class then loads them by name.
+    """
+    methods = {component.__name__: SAVE_AND_LOAD for component in components}
+    pipeline_loading_utils.LOADABLE_CLASSES.setdefault(LIBRARY, {}).update(methods)
+    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(methods)
+    for pipeline in pipelines:
+        setattr(diffusers, pipeline.__name__, pipeline)
+
+    component_names = {component.__name__ for component in components}
+    pipeline_names = {pipeline.__name__ for pipeline in pipelines}
+
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        config = ConfigMixin._dict_from_json_file.__func__(cls, json_file)
+        return translate_model_index(config, component_names, pipeline_names)
+
+    # On the base class: the generic `DiffusionPipeline.from_pretrained` reads the file before it knows the class.
+    DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
+
+    def _get_signature_keys(cls, obj) -> tuple[list[str], list[str]]:
+        # The generic class asks itself, not the pipeline it loads, which components are optional, and so would ignore
+        # `energy_model=None` without a word.
+        return get_signature_keys.__func__(obj if obj in pipelines else cls, obj)
+
+    DiffusionPipeline._get_signature_keys = classmethod(_get_signature_keys)

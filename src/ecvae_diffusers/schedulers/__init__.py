@@ -1,0 +1,1 @@
+from .scheduling_langevin import LangevinScheduler, LangevinSchedulerOutput
