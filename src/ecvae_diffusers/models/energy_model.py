@@ -36,6 +36,10 @@ class EnergyModelOutput(BaseOutput):
     energy: torch.Tensor
 
 
+def get_energy_activation(act_fn: str) -> nn.Module:
+    return nn.LeakyReLU(0.2) if act_fn == "leaky_relu" else get_activation(act_fn)
+
+
 class EnergyResidualBlock(nn.Module):
     """Two convolutions beside a shortcut, then a halving of the resolution. No normalization of activations:
 
@@ -47,7 +51,7 @@ class EnergyResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.act = get_activation(act_fn)
+        self.act = get_energy_activation(act_fn)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.downsample = downsample
 
@@ -78,7 +82,7 @@ class EnergyNetwork(nn.Module):
                 downsample = j == layers_per_block - 1 and i < len(block_out_channels) - 1
                 self.blocks.append(EnergyResidualBlock(channels, out_channels, downsample, act_fn))
                 channels = out_channels
-        self.act_out = get_activation(act_fn)
+        self.act_out = get_energy_activation(act_fn)
         self.conv_out = nn.Conv2d(channels, 1, sample_size >> (len(block_out_channels) - 1))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
@@ -108,9 +112,10 @@ class EnergyModel(ModelMixin, ConfigMixin):
         num_scales (`int`, *optional*, defaults to `1`):
             With more than one, the energy is the sum over copies of the network that see the image at full, half,
             quarter ... size; each copy drops the first entries of `block_out_channels`.
-        act_fn (`str`, *optional*, defaults to `"silu"`):
-            Activation function: `"silu"`, `"gelu"`, `"relu"` or `"mish"`. A smooth one gives the chain a smooth
-            gradient.
+        act_fn (`str`, *optional*, defaults to `"leaky_relu"`):
+            Activation function: `"leaky_relu"` (slope 0.2), `"silu"`, `"gelu"`, `"relu"` or `"mish"`. Under spectral
+            norm, one of slope near 1 keeps the energy's gradient alive through the layers: see
+            `benchmarks/RESULTS.md`.
         spectral_norm (`bool`, *optional*, defaults to `True`):
             Whether to divide every weight by its largest singular value (Miyato et al. 2018), which bounds the
             energy's slope and with it the drift of the chain.
@@ -130,7 +135,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (64, 128, 256, 256),
         layers_per_block: int = 1,
         num_scales: int = 1,
-        act_fn: str = "silu",
+        act_fn: str = "leaky_relu",
         spectral_norm: bool = True,
     ):
         super().__init__()

@@ -146,10 +146,10 @@ class ECVAEPipeline(DiffusionPipeline):
                     )
                 if one.size != (size, size):
                     raise ValueError(f"`image` must be {size}x{size} px, but is {one.size[0]}x{one.size[1]}.")
-            images = [one.convert(mode) for one in images]
-        elif channels == 1 and isinstance(images[0], np.ndarray) and images[0].ndim == 2:
-            images = [one[..., None] for one in images]
-        images = self.image_processor.preprocess(images)
+            image = [one.convert(mode) for one in images]
+        elif isinstance(images[0], np.ndarray) and images[0].ndim == 2:
+            image = [one[..., None] for one in images]
+        images = self.image_processor.preprocess(image)
         if tuple(images.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "

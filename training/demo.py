@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Train a VAE and an energy-calibrated VAE on handwritten digits, and compare what they make: `make demo`.
+
+Both have the same autoencoder, seed, data order and number of iterations. Writes, into the output folder: the two
+pipelines (`vae/`, `ecvae/`), `comparison.png` (real | VAE | EC-VAE), `interpolation.png`, `calibration.png` (lambda,
+constraint and energies while training) and `metrics.json`.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import PIL.Image
+import PIL.ImageDraw
+import torch
+from ecvae_training.digits import (
+    NUM_TRAIN,
+    frechet_distance,
+    load_digits,
+    sample_images,
+    train_digit_features,
+    write_digits,
+)
+from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
+
+import ecvae_diffusers
+from ecvae_diffusers import ECVAEPipeline
+
+
+# Chosen by the study in benchmarks/RESULTS.md.
+ARGUMENTS = ["--resolution", "16", "--latent_channels", "32", "--block_out_channels", "16", "32", "64"]
+NUM_SAMPLES = 5000
+
+
+def train(output_dir: Path, data_dir: Path, calibration: str, seed: int, max_train_steps: int, *extra: str) -> None:
+    """Run the training script as a user would."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+        str(Path(__file__).with_name("train_ecvae.py")),
+        "--train_data_dir", str(data_dir), "--output_dir", str(output_dir), "--overwrite_output_dir",
+        "--calibration", calibration, "--seed", str(seed), "--max_train_steps", str(max_train_steps), *ARGUMENTS, *extra,
+    ]  # fmt: skip
+    if subprocess.run(command).returncode != 0:
+        sys.exit(f"demo.py: training of {output_dir} failed; its message stands above.")
+
+
+def labelled_row(parts: list[tuple[str, PIL.Image.Image]]) -> PIL.Image.Image:
+    """Pictures side by side with a title above each."""
+    gap, title = 16, 24
+    width = sum(picture.width for _, picture in parts) + gap * (len(parts) - 1)
+    row = PIL.Image.new("RGB", (width, title + max(picture.height for _, picture in parts)), "white")
+    draw, x = PIL.ImageDraw.Draw(row), 0
+    for text, picture in parts:
+        draw.text((x, 4), text, fill="black", font_size=16)
+        row.paste(picture.convert("RGB"), (x, title))
+        x += picture.width + gap
+    return row
+
+
+def plot_calibration(records: list[dict], path: Path) -> None:
+    """The dual variable, the constraint against its tolerance, the drift and the energy gap over the iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [record["step"] for record in records]
+
+    def values(name: str) -> list[float]:
+        return [record[name] for record in records]
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    axes[0, 0].plot(steps, values("dual"))
+    axes[0, 0].set_title("dual variable $\\lambda$")
+    axes[0, 1].plot(steps, values("constraint"), label="constraint")
+    axes[0, 1].plot(steps, values("tolerance"), "--", label="tolerance $\\epsilon$")
+    axes[0, 1].plot(steps, values("noise_floor"), ":", label="noise floor")
+    axes[0, 1].set_title("constraint (squared error summed over an image)")
+    axes[0, 1].legend()
+    axes[1, 0].plot(steps, values("drift"))
+    axes[1, 0].set_title("drift of the chain (RMS a pixel)")
+    axes[1, 1].plot(steps, [fake - real for fake, real in zip(values("energy_fake"), values("energy_real"))])
+    axes[1, 1].set_title("energy gap: calibrated samples minus data")
+    for axis in axes[1]:
+        axis.set_xlabel("iteration")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started = time.time()
+
+    data_dir = args.output_dir / "digits"
+    write_digits(data_dir)
+    names = {"none": "vae", "energy": "ecvae"}
+    for calibration, name in names.items():
+        print(f"\n=== {name}: --calibration {calibration} ===", flush=True)
+        train(args.output_dir / name, data_dir / "train", calibration, args.seed, args.max_train_steps)
+
+    print("\n=== comparison ===", flush=True)
+    features, accuracy = train_digit_features()
+    digits = load_digits()[0]
+    real, held_out = digits[:NUM_TRAIN], digits[NUM_TRAIN:]
+    metrics = {
+        "protocol": {
+            "distance": f"Frechet distance over 64 features of a digit classifier ({accuracy:.1%} on held-out digits)",
+            "samples": NUM_SAMPLES,
+            "reference": f"{NUM_TRAIN} training digits",
+            "iterations": args.max_train_steps,
+            "seed": args.seed,
+            "versions": {
+                "ecvae_diffusers": ecvae_diffusers.__version__,
+                "diffusers": diffusers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        },
+        "held_out_digits": {"frechet_distance": frechet_distance(features, real, held_out)},
+    }
+    grids = [("real", image_grid(held_out[:64].float() / 127.5 - 1, 8, scale=3))]
+    for calibration, name in names.items():
+        pipeline = ECVAEPipeline.from_pretrained(args.output_dir / name)
+        samples = sample_images(pipeline, NUM_SAMPLES, seed=1)
+        metrics[name] = {
+            "frechet_distance": frechet_distance(features, real, samples),
+            "reconstruction_variance": pipeline.vae.config.reconstruction_variance,
+        }
+        title = f"{'EC-VAE' if name == 'ecvae' else 'VAE'}: {metrics[name]['frechet_distance']:.0f}"
+        grids.append((title, image_grid(samples[:64].float() / 127.5 - 1, 8, scale=3)))
+    metrics["ratio"] = metrics["vae"]["frechet_distance"] / metrics["ecvae"]["frechet_distance"]
+
+    # `pipeline` is now the calibrated one.
+    ends = held_out[:16].float() / 255
+    path = pipeline.interpolate(ends[:8], ends[8:], num_steps=10, output_type="pt").images
+    image_grid(path * 2 - 1, 10, scale=3).save(args.output_dir / "interpolation.png")
+    labelled_row(grids).save(args.output_dir / "comparison.png")
+    plot_calibration(read_metrics(args.output_dir / "ecvae" / METRICS_FILE), args.output_dir / "calibration.png")
+    metrics["seconds"] = round(time.time() - started)
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(
+        f"\nFrechet distance to the digits: VAE {metrics['vae']['frechet_distance']:.1f}, "
+        f"EC-VAE {metrics['ecvae']['frechet_distance']:.1f} ({metrics['ratio']:.1f} times smaller). "
+        f"Look at {args.output_dir / 'comparison.png'}."
+    )
+
+
+if __name__ == "__main__":
+    main()

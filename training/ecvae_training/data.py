@@ -1,0 +1,149 @@
+"""Images for training, through `datasets`: checked and decoded once, before any training, and kept as uint8."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from tqdm import tqdm
+
+
+# Above this, images are decoded again at each use instead of being kept.
+MAX_CACHED_BYTES = 4 * 2**30
+GRAY_MODES = {"1", "L", "I", "I;16", "F"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def load_images(
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    image_column: str | None,
+    cache_dir: str | None,
+    max_train_samples: int | None,
+):
+    """
+    The train split with one column `image` of undecoded images.
+
+    Raises:
+        ImportError: if `datasets` is not installed.
+        ValueError: if the folder does not exist or holds no image, or the column is not one of images.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Training needs the package `datasets`: pip install 'ecvae-diffusers[training]'.") from error
+
+    if train_data_dir is not None:
+        if not Path(train_data_dir).is_dir():
+            raise ValueError(f"--train_data_dir must be a folder of images, but {train_data_dir!r} is no folder.")
+        extensions = set(PIL.Image.registered_extensions())
+        files = sorted(p for p in Path(train_data_dir).rglob("*") if p.suffix.lower() in extensions and p.is_file())
+        if not files:
+            raise ValueError(f"--train_data_dir must hold images, but {train_data_dir!r} holds none.")
+        dataset = datasets.Dataset.from_dict({"image": [str(p) for p in files]})
+        column = "image"
+    else:
+        dataset = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, split="train")
+        columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if image_column is not None and image_column not in dataset.features:
+            raise ValueError(
+                f"--image_column must be one of {sorted(dataset.features)} in {dataset_name!r}, not {image_column!r}."
+            )
+        if image_column is None and len(columns) != 1:
+            raise ValueError(f"{dataset_name!r} has the image columns {columns}: choose one with --image_column.")
+        column = image_column or columns[0]
+    dataset = dataset.select_columns([column])
+    if column != "image":
+        dataset = dataset.rename_column(column, "image")
+    if max_train_samples is not None:
+        dataset = dataset.select(range(min(max_train_samples, len(dataset))))
+    # Undecoded, so that a broken image can be named, and its header read without decoding it.
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def to_mode(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """Bring an image to 1, 3 or 4 channels of 8 bits; transparency is laid on white where it has no channel."""
+    if image.mode in ("I", "I;16"):
+        image = PIL.Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    if channels < 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def to_size(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
+    """Resize the shorter side to `resolution` (bicubic, antialiased), and crop the center."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """
+    Images as uint8 tensors (C, H, W), each opened and checked at construction.
+
+    Args:
+        dataset: What `load_images` gives.
+        resolution (`int`): Height and width.
+        in_channels (`int`, *optional*): 1, 3 or 4; if not given 1 where every image is gray, else 3.
+
+    Raises:
+        ValueError: if an image can't be read; the message names the first ones and counts all.
+    """
+
+    def __init__(self, dataset, resolution: int, in_channels: int | None = None, progress: bool = True):
+        self.dataset = dataset
+        self.resolution = resolution
+        modes, broken = set(), []
+        for i in tqdm(range(len(dataset)), desc="Checking images", disable=not progress):
+            try:
+                with self.open(i) as image:
+                    modes.add(image.mode)
+                    image.load()
+            except Exception as error:  # PIL raises a different class for nearly every kind of damage
+                broken.append(f"{self.name(i)} ({error})")
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(dataset)} images can't be read, among them: " + "; ".join(broken[:3]) + "."
+            )
+        self.channels = in_channels or (1 if modes <= GRAY_MODES else 3)
+        self.cache = None
+        shape = (len(dataset), self.channels, resolution, resolution)
+        if np.prod(shape, dtype=np.int64) <= MAX_CACHED_BYTES:
+            cache = torch.empty(shape, dtype=torch.uint8)
+            for i in tqdm(range(len(dataset)), desc="Decoding images", disable=not progress):
+                cache[i] = self.decode(i)
+            self.cache = cache
+
+    def name(self, i: int) -> str:
+        return self.dataset[i]["image"]["path"] or f"image {i}"
+
+    def open(self, i: int) -> PIL.Image.Image:
+        source = self.dataset[i]["image"]
+        return PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
+
+    def decode(self, i: int) -> torch.Tensor:
+        with self.open(i) as image:
+            array = np.array(to_size(to_mode(image, self.channels), self.resolution))
+        return torch.from_numpy(array).view(self.resolution, self.resolution, self.channels).permute(2, 0, 1)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.cache[i] if self.cache is not None else self.decode(i)
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        """A batch at once: indexing the cache is far cheaper than stacking its items."""
+        if self.cache is not None:
+            return self.cache[torch.tensor(indices)]
+        return torch.stack([self.decode(i) for i in indices])
+
+
+def collate(batch: torch.Tensor) -> torch.Tensor:
+    return batch

@@ -1,0 +1,312 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Train an energy-calibrated VAE on images: `accelerate launch training/train_ecvae.py --help`.
+
+One iteration: one wrapped forward of the autoencoder gives reconstructions and prior samples; the chain on the frozen
+energy model gives the prior samples' targets; the autoencoder steps on the ELBO plus lambda times the constraint; the
+energy model steps on data against the same targets; lambda steps on the constraint. The equations are in
+`ecvae_diffusers.calibration`.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.utils import logging as diffusers_logging
+from ecvae_training.arguments import parse_args
+from ecvae_training.checkpoints import load_checkpoint, save_checkpoint
+from ecvae_training.data import ImageDataset, collate, load_images
+from ecvae_training.models import build_models, moving_average
+from ecvae_training.output import (
+    ARGUMENTS_FILE,
+    METRICS_FILE,
+    MetricsLog,
+    check_output_dir,
+    checkpoint_step,
+    clear_run,
+    find_checkpoint,
+    image_grid,
+    remove_old_checkpoints,
+    save_atomically,
+)
+from tqdm import tqdm
+
+from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
+
+
+logger = get_logger(__name__)
+
+NUM_GRID_IMAGES = 64
+NUM_VARIANCE_IMAGES = 2048
+
+
+def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
+    """The noise of one step, from its number alone: a resumed run draws what the uninterrupted one would have."""
+    mixed = torch.Generator().manual_seed((seed << 40) + (step << 12) + rank)
+    return torch.Generator(device=device).manual_seed(int(torch.randint(2**62, (), generator=mixed)))
+
+
+def to_model_range(images: torch.Tensor, random_flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """uint8 -> [-1, 1], flipped left to right at random."""
+    images = images.float() / 127.5 - 1.0
+    if random_flip:
+        flip = torch.rand(images.shape[0], 1, 1, 1, device=images.device, generator=generator) < 0.5
+        images = torch.where(flip, images.flip(-1), images)
+    return images
+
+
+@torch.no_grad()
+def reconstruction_variance(vae, dataset: ImageDataset, batch_size: int, device: torch.device) -> float:
+    """Mean squared reconstruction error a pixel, in the unit of images in [-1, 1], from the posterior mean."""
+    indices = list(range(min(len(dataset), NUM_VARIANCE_IMAGES)))
+    total = 0.0
+    for start in range(0, len(indices), batch_size):
+        images = dataset.__getitems__(indices[start : start + batch_size]).to(device).float() / 127.5 - 1.0
+        total += (vae(images).sample.float() - images).square().mean((1, 2, 3)).sum().item()
+    return total / len(indices)
+
+
+def main(args) -> None:
+    output_dir = Path(args.output_dir)
+    resume = args.resume_from_checkpoint is not None
+    check_output_dir(output_dir, args.overwrite_output_dir, resume)
+    if args.lr_scheduler not in [kind.value for kind in SchedulerType]:
+        raise ValueError(
+            f"--lr_scheduler must be one of {sorted(kind.value for kind in SchedulerType)}, not {args.lr_scheduler!r}."
+        )
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        project_config=ProjectConfiguration(project_dir=args.output_dir),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} trains one model, and this script two: use data parallel training "
+            "(`accelerate launch --multi_gpu`)."
+        )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    diffusers_logging.set_verbosity_error()
+    main_process, device = accelerator.is_main_process, accelerator.device
+
+    # 1. Data: opened, checked and decoded before anything is written.
+    images = load_images(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.image_column,
+        args.cache_dir,
+        args.max_train_samples,
+    )
+    dataset = ImageDataset(images, args.resolution, args.in_channels, progress=main_process)
+    global_batch_size = args.train_batch_size * accelerator.num_processes
+    steps_per_epoch = len(dataset) // global_batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"--train_batch_size must be at most the number of images a process "
+            f"({len(dataset) // accelerator.num_processes}), but is {args.train_batch_size}."
+        )
+    max_train_steps = args.max_train_steps or args.num_epochs * steps_per_epoch
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+    )
+
+    # 2. Models, optimizers, calibrator.
+    set_seed(args.seed)
+    calibrate = args.calibration == "energy"
+    vae, energy_model = build_models(args, dataset.channels)
+    scheduler = LangevinScheduler(
+        num_steps=args.langevin_steps,
+        drift_step_size=args.langevin_drift_step,
+        noise_scale=args.langevin_noise,
+        conditioning_weight=args.conditioning_weight,
+    )
+    adam = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+    vae.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, **adam)
+    schedule = {
+        "name": args.lr_scheduler,
+        # Accelerate steps a prepared schedule once a process.
+        "num_warmup_steps": args.lr_warmup_steps * accelerator.num_processes,
+        "num_training_steps": max_train_steps * accelerator.num_processes,
+    }
+    lr_scheduler = get_scheduler(optimizer=optimizer, **schedule)
+    # Before `prepare`, so that its modules carry no wrapper into the saved average.
+    ema = moving_average(vae, args.ema_decay).to(device) if args.use_ema else None
+    vae, optimizer, lr_scheduler, loader = accelerator.prepare(vae, optimizer, lr_scheduler, loader)
+    calibrator = None
+    if calibrate:
+        energy_model.to(memory_format=torch.channels_last)
+        energy_optimizer = torch.optim.AdamW(energy_model.parameters(), lr=args.energy_learning_rate, **adam)
+        energy_lr_scheduler = get_scheduler(optimizer=energy_optimizer, **schedule)
+        energy_model, energy_optimizer, energy_lr_scheduler = accelerator.prepare(
+            energy_model, energy_optimizer, energy_lr_scheduler
+        )
+        calibrator = EnergyCalibrator(
+            accelerator.unwrap_model(energy_model),
+            scheduler,
+            tolerance=args.calibration_tolerance,
+            initial_dual=args.initial_dual,
+            dual_learning_rate=args.dual_learning_rate,
+            max_dual=args.max_dual,
+            energy_regularization=args.energy_regularization,
+        )
+        accelerator.register_for_checkpointing(calibrator)
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+
+    def build_pipeline() -> ECVAEPipeline:
+        trained_vae = ema.module if ema is not None else accelerator.unwrap_model(vae, keep_fp32_wrapper=False)
+        trained_energy = accelerator.unwrap_model(energy_model, keep_fp32_wrapper=False) if calibrate else None
+        pipeline = ECVAEPipeline(
+            vae=trained_vae, energy_model=trained_energy, scheduler=scheduler if calibrate else None
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    # 3. Resume, or start.
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    first_step = 0
+    if checkpoint is not None:
+        load_checkpoint(accelerator, checkpoint)
+        first_step = checkpoint_step(checkpoint)
+        logger.info(f"Resuming from {checkpoint.name}.")
+    elif resume:
+        logger.info("There is no checkpoint to resume from: starting at step 0.")
+    metrics = None
+    if main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            clear_run(output_dir)
+        (output_dir / ARGUMENTS_FILE).write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
+        metrics = MetricsLog(output_dir / METRICS_FILE, first_step)
+    if first_step >= max_train_steps:
+        logger.info(f"{checkpoint.name} is at the end of the {max_train_steps} steps: saving only.")
+    logger.info(
+        f"{len(dataset)} images of {dataset.channels}x{args.resolution}x{args.resolution}, {global_batch_size} a step, "
+        f"{max_train_steps} steps ({steps_per_epoch} an epoch), calibration: {args.calibration}."
+    )
+
+    # 4. Train.
+    grid_latents = torch.randn(
+        NUM_GRID_IMAGES, accelerator.unwrap_model(vae).config.latent_channels, 1, 1,
+        generator=torch.Generator().manual_seed(args.seed),
+    )  # fmt: skip
+    progress = tqdm(
+        total=max_train_steps, initial=first_step, desc="Training", disable=not main_process, mininterval=1.0
+    )
+    step, epoch = first_step, first_step // steps_per_epoch
+    started, started_step = time.perf_counter(), first_step
+    while step < max_train_steps:
+        loader.set_epoch(epoch)
+        skipped = step - epoch * steps_per_epoch
+        epoch_loader = accelerator.skip_first_batches(loader, skipped) if skipped else loader
+        for batch in epoch_loader:
+            generator = step_generator(args.seed, step, accelerator.process_index, device)
+            real = to_model_range(batch, args.random_flip, generator)
+            noise_shape = (2 if calibrate else 1, real.shape[0], grid_latents.shape[1], 1, 1)
+            noise = torch.randn(noise_shape, device=device, generator=generator)
+            # Autoencoder: the ELBO, and the constraint on prior samples.
+            output = vae(
+                real,
+                sample_posterior=True,
+                posterior_noise=noise[0],
+                prior_latents=noise[1] if calibrate else None,
+            )
+            reconstruction = (output.sample.float() - real).square().flatten(1).sum(1).mean()
+            kl = output.latent_dist.kl().mean()
+            loss = reconstruction + args.kl_weight * kl
+            if calibrate:
+                calibration = calibrator.calibrate(output.prior_sample, generator)
+                loss = loss + calibration.loss
+            accelerator.backward(loss)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            # Energy model: data against the same targets. Then lambda, one number for all processes.
+            if calibrate:
+                energy = calibrator.energy_loss(real, calibration.targets, energy_model)
+                accelerator.backward(energy.loss)
+                energy_optimizer.step()
+                energy_lr_scheduler.step()
+                energy_optimizer.zero_grad()
+                calibrator.dual_step(accelerator.reduce(calibration.constraint, reduction="mean"))
+            if ema is not None:
+                ema.update_parameters(accelerator.unwrap_model(vae))
+            step += 1
+            progress.update()
+
+            if step % args.log_steps == 0 or step == max_train_steps:
+                scalars = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+                if calibrate:
+                    scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
+                    scalars |= {name: energy[name] for name in ("energy_real", "energy_fake")}
+                names = list(scalars)
+                values = accelerator.reduce(torch.stack([scalars[name].float() for name in names]), reduction="mean")
+                logged = dict(zip(names, values.tolist()))
+                if calibrate:
+                    logged |= {"dual": calibrator.dual.item(), "tolerance": calibrator.resolve_tolerance()}
+                if not all(abs(value) < float("inf") for value in logged.values()):
+                    raise FloatingPointError(f"Training has diverged at step {step}: {logged}. Lower the rates.")
+                if main_process:
+                    speed = (step - started_step) * global_batch_size / (time.perf_counter() - started)
+                    metrics.write(
+                        step=step, epoch=epoch, **logged, learning_rate=lr_scheduler.get_last_lr()[0],
+                        images_per_second=round(speed, 1),
+                    )  # fmt: skip
+                shown = {"rec": f"{logged['reconstruction']:.1f}", "kl": f"{logged['kl']:.1f}"}
+                if calibrate:
+                    shown |= {"lambda": f"{logged['dual']:.1f}", "drift": f"{logged['drift']:.4f}"}
+                progress.set_postfix(shown, refresh=False)
+            if main_process and (step % args.save_images_steps == 0 or step == max_train_steps):
+                pipeline = build_pipeline()
+                was_training = pipeline.vae.training
+                pipeline.vae.eval()
+                samples = pipeline(latents=grid_latents.to(device), output_type="pt").images * 2 - 1
+                pipeline.vae.train(was_training)
+                save_atomically(image_grid(samples, num_columns=8), output_dir / "samples" / f"step-{step:06d}.png")
+            if args.checkpointing_steps and step % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, output_dir, step, build_pipeline)
+                if main_process:
+                    remove_old_checkpoints(output_dir, args.checkpoints_total_limit)
+            if step == max_train_steps:
+                break
+        epoch = step // steps_per_epoch
+    progress.close()
+
+    # 5. The pipeline's folder.
+    accelerator.wait_for_everyone()
+    if main_process:
+        pipeline = build_pipeline()
+        pipeline.vae.eval()
+        variance = reconstruction_variance(pipeline.vae, dataset, args.train_batch_size, device)
+        pipeline.vae.register_to_config(reconstruction_variance=variance)
+        pipeline.save_pretrained(output_dir)
+        logger.info(f"Saved to {output_dir}: ECVAEPipeline.from_pretrained({str(output_dir)!r}).")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main(arguments)
+    except (ValueError, ImportError, FloatingPointError) as error:
+        sys.exit(f"train_ecvae.py: error: {error}")
