@@ -19,6 +19,9 @@ import diffusers
 import PIL.Image
 import PIL.ImageDraw
 import torch
+
+import ecvae_diffusers
+from ecvae_diffusers import ECVAEPipeline
 from ecvae_training.digits import (
     NUM_TRAIN,
     frechet_distance,
@@ -28,9 +31,6 @@ from ecvae_training.digits import (
     write_digits,
 )
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
-
-import ecvae_diffusers
-from ecvae_diffusers import ECVAEPipeline
 
 
 # Chosen by the study in benchmarks/RESULTS.md.

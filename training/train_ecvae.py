@@ -10,17 +10,20 @@ energy model steps on data against the same targets; lambda steps on the constra
 
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import logging as diffusers_logging
+from tqdm import tqdm
+
+from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
 from ecvae_training.arguments import parse_args
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint
 from ecvae_training.data import ImageDataset, collate, load_images
@@ -37,9 +40,6 @@ from ecvae_training.output import (
     remove_old_checkpoints,
     save_atomically,
 )
-from tqdm import tqdm
-
-from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
 
 
 logger = get_logger(__name__)
@@ -50,8 +50,8 @@ NUM_VARIANCE_IMAGES = 2048
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
     """The noise of one step, from its number alone: a resumed run draws what the uninterrupted one would have."""
-    mixed = torch.Generator().manual_seed((seed << 40) + (step << 12) + rank)
-    return torch.Generator(device=device).manual_seed(int(torch.randint(2**62, (), generator=mixed)))
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(mixed) >> 1)
 
 
 def to_model_range(images: torch.Tensor, random_flip: bool, generator: torch.Generator) -> torch.Tensor:
@@ -78,6 +78,7 @@ def main(args) -> None:
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint is not None
     check_output_dir(output_dir, args.overwrite_output_dir, resume)
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if args.lr_scheduler not in [kind.value for kind in SchedulerType]:
         raise ValueError(
             f"--lr_scheduler must be one of {sorted(kind.value for kind in SchedulerType)}, not {args.lr_scheduler!r}."
@@ -173,8 +174,8 @@ def main(args) -> None:
         accelerator.register_for_checkpointing(ema)
 
     def build_pipeline() -> ECVAEPipeline:
-        trained_vae = ema.module if ema is not None else accelerator.unwrap_model(vae, keep_fp32_wrapper=False)
-        trained_energy = accelerator.unwrap_model(energy_model, keep_fp32_wrapper=False) if calibrate else None
+        trained_vae = ema.module if ema is not None else accelerator.unwrap_model(vae)
+        trained_energy = accelerator.unwrap_model(energy_model) if calibrate else None
         pipeline = ECVAEPipeline(
             vae=trained_vae, energy_model=trained_energy, scheduler=scheduler if calibrate else None
         )
@@ -182,7 +183,6 @@ def main(args) -> None:
         return pipeline
 
     # 3. Resume, or start.
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     first_step = 0
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
@@ -305,7 +305,6 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     arguments = parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         main(arguments)
     except (ValueError, ImportError, FloatingPointError) as error:

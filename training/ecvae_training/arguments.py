@@ -62,6 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--energy_num_scales", type=int, default=1, help="Image scales that the energy model sees.")
     model.add_argument(
+        "--energy_act_fn",
+        choices=("leaky_relu", "silu", "gelu", "relu", "mish"),
+        default="leaky_relu",
+        help="Activation of the energy model.",
+    )
+    model.add_argument(
         "--energy_spectral_norm",
         action=argparse.BooleanOptionalAction,
         default=True,

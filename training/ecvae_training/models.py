@@ -42,6 +42,7 @@ def build_models(args: argparse.Namespace, in_channels: int) -> tuple[Autoencode
             in_channels=in_channels,
             block_out_channels=tuple(args.energy_block_out_channels),
             num_scales=args.energy_num_scales,
+            act_fn=args.energy_act_fn,
             spectral_norm=args.energy_spectral_norm,
         )
     return vae, energy_model

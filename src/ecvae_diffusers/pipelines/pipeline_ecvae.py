@@ -178,10 +178,9 @@ class ECVAEPipeline(DiffusionPipeline):
             sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
-    def postprocess(self, sample: torch.Tensor, output_type: str):
-        return self.image_processor.postprocess(
-            sample, output_type=output_type, do_denormalize=[True] * sample.shape[0]
-        )
+    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Images in [-1, 1] to `output_type`. At once: asked to denormalize, the processor goes image by image."""
+        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
