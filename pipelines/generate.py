@@ -45,6 +45,12 @@ def with_helpers(names: list[str], tree: ast.Module) -> list[ast.stmt]:
     return [definitions[name] for name in definitions if name in wanted]
 
 
+def source_of(node: ast.stmt, text: str) -> str:
+    """The text of a definition, its decorators included (`ast.get_source_segment` leaves them out)."""
+    first = min(part.lineno for part in [node, *node.decorator_list])
+    return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+
+
 def used_names(nodes: list[ast.stmt]) -> set[str]:
     return {node.id for part in nodes for node in ast.walk(part) if isinstance(node, ast.Name)}
 
@@ -92,7 +98,7 @@ def generate(name: str) -> str:
         source_tree = ast.parse(source_text)
         nodes = with_helpers(names, source_tree)
         imports |= external_imports(source_tree, used_names(nodes))
-        inlined += [ast.get_source_segment(source_text, part) for part in nodes]
+        inlined += [source_of(part, source_text) for part in nodes]
 
     body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     imports |= external_imports(tree, used_names(body))

@@ -5,16 +5,41 @@
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn as nn
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.utils import parametrize
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """
+    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
+    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
+    `requires_grad` of every part are restored.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
@@ -145,7 +170,7 @@ class ECVAEPipeline(DiffusionPipeline):
             raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
         if latents is not None:
             shape = (self.vae.config.latent_channels, 1, 1)
-            if latents.ndim != 4 or tuple(latents.shape[1:]) != shape:
+            if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != shape:
                 raise ValueError(
                     f"`latents` must have shape (batch_size, {shape[0]}, 1, 1), not {tuple(latents.shape)}."
                 )
@@ -198,8 +223,10 @@ class ECVAEPipeline(DiffusionPipeline):
             image = [one.convert(mode) for one in images]
         elif isinstance(images[0], np.ndarray) and images[0].ndim == 2:
             image = [one[..., None] for one in images]
+        elif isinstance(images[0], torch.Tensor) and images[0].ndim == 2:
+            image = [one[None] for one in images]
         images = self.image_processor.preprocess(image)
-        if tuple(images.shape[1:]) != (channels, size, size):
+        if images.shape[0] == 0 or tuple(images.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
                 "(batch, channels, height, width)."
@@ -222,9 +249,10 @@ class ECVAEPipeline(DiffusionPipeline):
         dtype = sample.dtype
         initial_sample = sample = sample.float()
         self.scheduler.set_timesteps(num_refinement_steps)
-        for timestep in self.progress_bar(range(num_refinement_steps)):
-            gradient = energy_gradient(lambda x: self.energy_model(x.to(self.energy_model.dtype)), sample)
-            sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
+        with frozen(self.energy_model):
+            for timestep in self.progress_bar(range(num_refinement_steps)):
+                gradient = energy_gradient(lambda x: self.energy_model(x.to(self.energy_model.dtype)), sample)
+                sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
     def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
@@ -374,7 +402,9 @@ class ECVAEPipeline(DiffusionPipeline):
         """
         if self.energy_model is None:
             raise ValueError("`score` needs an energy model, and this pipeline was loaded or made without one.")
-        energy = compute_energy(self.energy_model, self.prepare_image(image).to(self.energy_model.dtype))
+        sample = self.prepare_image(image).to(self.energy_model.dtype)
+        with frozen(self.energy_model):
+            energy = compute_energy(self.energy_model, sample)
         self.maybe_free_model_hooks()
         return energy
 

@@ -25,7 +25,7 @@ There the method is a VAE-GAN with a Wasserstein-type critic f.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -121,8 +121,9 @@ class EnergyCalibrator:
     Calibrates the samples of any generator with an energy model.
 
     Args:
-        energy_model (`nn.Module`):
-            f: maps samples (B, ...) to an [`EnergyModelOutput`] or to a tensor of B energies; low = like the data.
+        energy_model (`nn.Module` or any callable):
+            f: maps samples (B, ...) to an [`EnergyModelOutput`] or to a tensor of B energies; low = like the data. A
+            module is held still while a chain runs on it.
         scheduler ([`LangevinScheduler`]):
             The chain: its number of steps, drift step, noise and conditioning.
         tolerance (`float` or `"auto"`, *optional*, defaults to `"auto"`):
@@ -156,9 +157,11 @@ class EnergyCalibrator:
     ...     data = 2 + 0.5 * torch.randn(64, 2)
     ...     calibration = calibrator.calibrate(generator(torch.randn(64, 2)))
     ...     calibration.loss.backward()  # add your generator's own loss here, if it has one
-    ...     generator_optimizer.step(), generator_optimizer.zero_grad()
+    ...     generator_optimizer.step()
+    ...     generator_optimizer.zero_grad()
     ...     calibrator.energy_loss(data, calibration.targets).loss.backward()
-    ...     energy_optimizer.step(), energy_optimizer.zero_grad()
+    ...     energy_optimizer.step()
+    ...     energy_optimizer.zero_grad()
     ...     calibrator.dual_step(calibration.constraint)
     >>> bool((generator(torch.randn(1000, 2)).mean(0) - 2).abs().max() < 0.5)
     True
@@ -168,7 +171,7 @@ class EnergyCalibrator:
 
     def __init__(
         self,
-        energy_model: nn.Module,
+        energy_model: Callable,
         scheduler: LangevinScheduler,
         tolerance: float | str = "auto",
         drift_tolerance: float = HEALTHY_DRIFT,
@@ -232,7 +235,7 @@ class EnergyCalibrator:
             `torch.Tensor`: x~, in the shape of `samples`, float32, no gradient.
         """
         initial_sample = sample = samples.detach().float()
-        with frozen(self.energy_model):
+        with frozen(self.energy_model) if isinstance(self.energy_model, nn.Module) else nullcontext():
             for timestep in range(len(self.scheduler)):
                 gradient = energy_gradient(self.energy_model, sample)
                 sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample

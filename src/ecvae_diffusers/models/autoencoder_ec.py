@@ -40,8 +40,9 @@ class AutoencoderECOutput(BaseOutput):
             The images that the decoder makes of `prior_latents`, in [-1, 1]. `None` where none were asked for.
     """
 
+    # All but the first have defaults: Accelerate rebuilds outputs from one mapping under mixed precision.
     sample: torch.Tensor
-    latent_dist: DiagonalGaussianDistribution
+    latent_dist: DiagonalGaussianDistribution | None = None
     prior_sample: torch.Tensor | None = None
 
 
@@ -49,7 +50,7 @@ def get_norm(norm_type: str, channels: int, num_groups: int) -> nn.Module:
     if norm_type == "batch":
         return nn.BatchNorm2d(channels)
     # At least four channels a group: with one, group normalization would be instance normalization.
-    return nn.GroupNorm(math.gcd(num_groups, max(channels // 4, 1)), channels)
+    return nn.GroupNorm(math.gcd(num_groups, channels, max(channels // 4, 1)), channels)
 
 
 class ResidualBlock(nn.Module):
@@ -225,7 +226,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             statistics then fit neither: see `benchmarks/RESULTS.md` for what that costs.
         norm_num_groups (`int`, *optional*, defaults to `8`):
             Upper bound on the number of groups of group normalization. Fewer are used where there would otherwise be
-            less than four channels a group.
+            less than four channels a group, or groups of unequal size.
         act_fn (`str`, *optional*, defaults to `"silu"`):
             Activation function: `"silu"`, `"gelu"`, `"relu"` or `"mish"`.
         reconstruction_variance (`float`, *optional*):
@@ -311,6 +312,8 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             moments = torch.cat([self.encoder(x_slice) for x_slice in x.split(1)])
         else:
             moments = self.encoder(x)
+        if torch.is_autocast_enabled(x.device.type):
+            moments = moments.float()  # the KL divergence is a sum of small differences
         posterior = DiagonalGaussianDistribution(moments)
         if not return_dict:
             return (posterior,)
@@ -377,7 +380,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not sample_posterior:
             z = posterior.mode()
         elif posterior_noise is not None:
-            z = posterior.mean + posterior.std * posterior_noise
+            z = posterior.mean + posterior.std * posterior_noise.to(posterior.mean)
         else:
             z = posterior.sample(generator=generator)
         if prior_latents is None:

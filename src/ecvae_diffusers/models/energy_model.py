@@ -11,6 +11,7 @@ This file imports only torch and diffusers, so that it can travel to the Hub bes
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,27 @@ class EnergyResidualBlock(nn.Module):
         return F.avg_pool2d(hidden_states, 2) if self.downsample else hidden_states
 
 
+def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    `block` for one pass under gradient checkpointing. In training mode spectral norm takes a power iteration at each
+    call, so that the second call, in backward, would differentiate other weights than the first one used; evaluation
+    mode gives the same ones.
+    """
+    called = False
+
+    def call(hidden_states: torch.Tensor) -> torch.Tensor:
+        nonlocal called
+        training = block.training
+        block.train(training and not called)
+        called = True
+        try:
+            return block(hidden_states)
+        finally:
+            block.train(training)
+
+    return call
+
+
 class EnergyNetwork(nn.Module):
     """The energy at one scale: image (B, C, H, W) -> (B,)."""
 
@@ -89,7 +111,7 @@ class EnergyNetwork(nn.Module):
         hidden_states = self.conv_in(sample)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+                hidden_states = self._gradient_checkpointing_func(recomputable(block), hidden_states)
             else:
                 hidden_states = block(hidden_states)
         return self.conv_out(self.act_out(hidden_states)).flatten()

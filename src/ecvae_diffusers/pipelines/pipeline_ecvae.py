@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..calibration import compute_energy, energy_gradient
+from ..calibration import compute_energy, energy_gradient, frozen
 from ..hub import self_contained_index, single_file_source, write_card, write_code_files
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
@@ -96,7 +96,7 @@ class ECVAEPipeline(DiffusionPipeline):
             raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
         if latents is not None:
             shape = (self.vae.config.latent_channels, 1, 1)
-            if latents.ndim != 4 or tuple(latents.shape[1:]) != shape:
+            if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != shape:
                 raise ValueError(
                     f"`latents` must have shape (batch_size, {shape[0]}, 1, 1), not {tuple(latents.shape)}."
                 )
@@ -149,8 +149,10 @@ class ECVAEPipeline(DiffusionPipeline):
             image = [one.convert(mode) for one in images]
         elif isinstance(images[0], np.ndarray) and images[0].ndim == 2:
             image = [one[..., None] for one in images]
+        elif isinstance(images[0], torch.Tensor) and images[0].ndim == 2:
+            image = [one[None] for one in images]
         images = self.image_processor.preprocess(image)
-        if tuple(images.shape[1:]) != (channels, size, size):
+        if images.shape[0] == 0 or tuple(images.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
                 "(batch, channels, height, width)."
@@ -173,9 +175,10 @@ class ECVAEPipeline(DiffusionPipeline):
         dtype = sample.dtype
         initial_sample = sample = sample.float()
         self.scheduler.set_timesteps(num_refinement_steps)
-        for timestep in self.progress_bar(range(num_refinement_steps)):
-            gradient = energy_gradient(lambda x: self.energy_model(x.to(self.energy_model.dtype)), sample)
-            sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
+        with frozen(self.energy_model):
+            for timestep in self.progress_bar(range(num_refinement_steps)):
+                gradient = energy_gradient(lambda x: self.energy_model(x.to(self.energy_model.dtype)), sample)
+                sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
     def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
@@ -325,7 +328,9 @@ class ECVAEPipeline(DiffusionPipeline):
         """
         if self.energy_model is None:
             raise ValueError("`score` needs an energy model, and this pipeline was loaded or made without one.")
-        energy = compute_energy(self.energy_model, self.prepare_image(image).to(self.energy_model.dtype))
+        sample = self.prepare_image(image).to(self.energy_model.dtype)
+        with frozen(self.energy_model):
+            energy = compute_energy(self.energy_model, sample)
         self.maybe_free_model_hooks()
         return energy
 

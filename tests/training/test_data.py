@@ -1,0 +1,74 @@
+"""Images become what the models take, whatever their mode and shape."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from ecvae_training.data import ImageDataset, load_images, to_mode, to_size
+
+
+def dataset(folder, **kwargs) -> ImageDataset:
+    return ImageDataset(load_images(None, None, str(folder), None, None, None), 16, progress=False, **kwargs)
+
+
+def test_gray_if_every_image_is_gray(tmp_path):
+    PIL.Image.new("L", (16, 16), 7).save(tmp_path / "a.png")
+    PIL.Image.new("1", (16, 16), 1).save(tmp_path / "b.png")
+    assert dataset(tmp_path).channels == 1
+    PIL.Image.new("RGB", (16, 16), "red").save(tmp_path / "c.png")
+    images = dataset(tmp_path)
+    assert images.channels == 3
+    assert images[0].unique().tolist() == [7] and images[2][:, 0, 0].tolist() == [255, 0, 0]
+    assert dataset(tmp_path, in_channels=1).channels == 1
+    assert dataset(tmp_path, in_channels=4)[2][:, 0, 0].tolist() == [255, 0, 0, 255]
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    PIL.Image.fromarray(values).save(tmp_path / "a.png")
+    assert dataset(tmp_path)[0].flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    image = PIL.Image.new(mode, (2, 1), (0,) * len(mode))  # black, wholly transparent
+    assert to_mode(image, 3).getpixel((0, 0)) == (255, 255, 255)
+    assert to_mode(image, 1).getpixel((0, 0)) == 255
+    assert to_mode(image, 4).getpixel((0, 0))[3] == 0
+
+
+def test_palette_with_transparency_is_laid_on_white(tmp_path):
+    image = PIL.Image.new("P", (16, 16), 0)
+    image.putpalette([10, 20, 30] + [0] * 765)
+    image.save(tmp_path / "a.png", transparency=0)
+    assert dataset(tmp_path)[0][:, 0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 17), (9, 33), (16, 300)])
+def test_shorter_side_is_resized_and_the_center_kept(size):
+    image = PIL.Image.new("L", size, 0)
+    image.paste(255, (size[0] // 2 - 2, size[1] // 2 - 2, size[0] // 2 + 3, size[1] // 2 + 3))
+    result = np.asarray(to_size(image, 16), dtype=float)
+    assert result.shape == (16, 16)
+    rows, columns = np.indices(result.shape)
+    assert abs((result * rows).sum() / result.sum() - 7.5) < 1.1
+    assert abs((result * columns).sum() / result.sum() - 7.5) < 1.1
+
+
+def test_an_image_of_the_right_size_is_kept_bit_for_bit(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = dataset(tmp_path)[0]
+    assert image.dtype == torch.uint8 and torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_a_batch_is_the_stack_of_its_images_cached_or_not(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        PIL.Image.fromarray(rng.integers(0, 256, (20, 18), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    images = dataset(tmp_path)
+    batch = images.__getitems__([3, 1])
+    assert torch.equal(batch, torch.stack([images[3], images[1]]))
+    images.cache = None
+    assert torch.equal(images.__getitems__([3, 1]), batch)

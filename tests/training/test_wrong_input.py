@@ -1,0 +1,154 @@
+"""Bad input gets one clear error that names the argument, before any work; nothing of the user's is overwritten."""
+
+import builtins
+
+import pytest
+from test_train_ecvae import TINY, run, write_images
+
+from ecvae_training.arguments import parse_args
+from ecvae_training.data import ImageDataset, load_images
+from ecvae_training.output import check_output_dir, find_checkpoint
+
+
+GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--output_dir", "out"], "one of --dataset_name and --train_data_dir"),
+        ([*GIVEN, "--dataset_name", "x"], "one of --dataset_name and --train_data_dir"),
+        ([*GIVEN, "--resolution", "48"], "--resolution must be a power of two from 8 to 256, but is 48"),
+        ([*GIVEN, "--langevin_steps", "-1"], "--langevin_steps must be at least 1, but is -1"),
+        ([*GIVEN, "--langevin_steps", "0"], "--langevin_steps must be at least 1, but is 0"),
+        ([*GIVEN, "--max_train_steps", "-5"], "--max_train_steps must be at least 1, but is -5"),
+        ([*GIVEN, "--max_train_steps", "5", "--num_epochs", "1"], "can't both be given"),
+        ([*GIVEN, "--langevin_drift_step", "-0.1"], "--langevin_drift_step must be a finite number of at least 0"),
+        ([*GIVEN, "--langevin_noise", "nan"], "--langevin_noise must be a finite number of at least 0"),
+        ([*GIVEN, "--kl_weight", "inf"], "--kl_weight must be a finite number of at least 0"),
+        ([*GIVEN, "--learning_rate", "0"], "--learning_rate must be a finite number above 0"),
+        ([*GIVEN, "--energy_learning_rate", "-1"], "--energy_learning_rate must be a finite number above 0"),
+        (
+            [*GIVEN, "--calibration_tolerance", "0"],
+            "--calibration_tolerance must be 'auto' or a finite number above 0",
+        ),
+        ([*GIVEN, "--calibration_tolerance", "some"], "--calibration_tolerance must be 'auto' or a finite number"),
+        ([*GIVEN, "--calibration", "posteriors"], "--calibration: invalid choice"),
+        ([*GIVEN, "--initial_dual", "200"], "--initial_dual must be from 0 to --max_dual (100.0), but is 200.0"),
+        ([*GIVEN, "--dual_learning_rate", "-1"], "--dual_learning_rate must be a finite number of at least 0"),
+        ([*GIVEN, "--adam_beta1", "1"], "--adam_beta1 must be at least 0 and below 1"),
+        ([*GIVEN, "--ema_decay", "1.5"], "--ema_decay must be at least 0 and below 1"),
+        ([*GIVEN, "--seed", "-1"], "--seed must be at least 0"),
+        ([*GIVEN, "--train_batch_size", "0"], "--train_batch_size must be at least 1"),
+        ([*GIVEN, "--block_out_channels", "8", "8", "8", "8", "8"], "--block_out_channels must be 1 to 4 positive"),
+        ([*GIVEN, "--energy_num_scales", "9"], "--energy_num_scales must be at most the number of resolutions (4)"),
+        ([*GIVEN, "--checkpointing_steps", "0"], "--checkpointing_steps must be at least 1"),
+    ],
+)
+def test_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_defaults_follow_the_resolution():
+    args = parse_args([*GIVEN, "--resolution", "64"])
+    assert args.block_out_channels == args.energy_block_out_channels == [64, 128, 256, 256, 256]
+    assert args.max_train_steps == 10_000 and args.calibration_tolerance == "auto"
+
+
+@pytest.mark.parametrize(
+    "prepare, extra, message",
+    [
+        (lambda p: None, [], "--train_data_dir must be a folder of images, but"),
+        (lambda p: (p / "data").mkdir(), [], "--train_data_dir must hold images, but"),
+        (
+            lambda p: [
+                f.write_bytes(f.read_bytes()[:40])
+                for f in sorted(write_images(p / "data").iterdir())
+                if f.stem > "011"
+            ],
+            [],
+            "12 of 24 images can't be read, among them: ",
+        ),
+        (lambda p: write_images(p / "data", count=4), [], "--train_batch_size must be at most"),
+        (lambda p: write_images(p / "data"), ["--lr_scheduler", "sometimes"], "--lr_scheduler must be one of"),
+        (
+            lambda p: write_images(p / "data"),
+            ["--pretrained_model_name_or_path", "/nowhere/at/all"],
+            "--pretrained_model_name_or_path '/nowhere/at/all' can't be loaded",
+        ),
+    ],
+    ids=["no folder", "empty", "half corrupt", "too few", "lr_scheduler", "pretrained"],
+)
+def test_script_refuses_before_it_writes(prepare, extra, message, tmp_path):
+    prepare(tmp_path)
+    result = run("--train_data_dir", tmp_path / "data", "--output_dir", tmp_path / "out", *TINY, *extra)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_broken_file_is_named(tmp_path):
+    folder = write_images(tmp_path / "data", count=4)
+    (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:60])
+    images = load_images(None, None, str(folder), None, None, None)
+    with pytest.raises(ValueError, match=r"1 of 4 images can't be read.*002\.png"):
+        ImageDataset(images, 16, progress=False)
+
+
+def test_foreign_output_folder_is_refused_and_stays(tmp_path):
+    data, out = write_images(tmp_path / "data"), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for extra in ([], ["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]):
+        result = run("--train_data_dir", data, "--output_dir", out, *TINY, "--max_train_steps", 1, *extra)
+        assert result.returncode != 0
+        assert "holds files that are not of a training run" in result.stderr
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [("thesis.txt", "years of work")]
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "training_args.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a training run: go on with --resume_from_checkpoint latest"):
+        check_output_dir(tmp_path, overwrite=False, resume=False)
+    check_output_dir(tmp_path, overwrite=True, resume=False)
+    check_output_dir(tmp_path, overwrite=False, resume=True)
+    with pytest.raises(ValueError, match="must be a folder"):
+        check_output_dir(tmp_path / "training_args.json", overwrite=True, resume=False)
+
+
+def test_unknown_checkpoint_is_named_with_those_there_are(tmp_path):
+    (tmp_path / "checkpoint-40").mkdir()
+    (tmp_path / "checkpoint-100").mkdir()
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
+    assert find_checkpoint(tmp_path, "checkpoint-40").name == "checkpoint-40"
+    with pytest.raises(ValueError, match=r"\['checkpoint-40', 'checkpoint-100'\].*but is 'checkpoint-7'"):
+        find_checkpoint(tmp_path, "checkpoint-7")
+
+
+def test_missing_extra_is_named(monkeypatch):
+    """As on a machine where only the base package is installed: the import of `datasets` fails."""
+    real_import = builtins.__import__
+
+    def without_datasets(name, *args, **kwargs):
+        if name == "datasets":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_datasets)
+    with pytest.raises(ImportError, match=r"pip install 'ecvae-diffusers\[training\]'"):
+        load_images(None, None, "images", None, None, None)
+
+
+def test_wrong_size_of_a_pretrained_model_is_refused(tmp_path):
+    data = write_images(tmp_path / "data", count=8)
+    arguments = ["--train_data_dir", data, "--max_train_steps", 1]
+    assert run(*arguments, "--output_dir", tmp_path / "a", *TINY).returncode == 0
+    result = run(
+        *arguments, "--output_dir", tmp_path / "b", "--resolution", 32, "--train_batch_size", 8,
+        "--pretrained_model_name_or_path", tmp_path / "a",
+    )  # fmt: skip
+    assert result.returncode != 0 and not (tmp_path / "b").exists()
+    assert "is for images of 1 channel(s) and 16 px, but the data has 1 and --resolution is 32" in result.stderr
