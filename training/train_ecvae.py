@@ -84,6 +84,8 @@ def main(args) -> None:
             f"--lr_scheduler must be one of {sorted(kind.value for kind in SchedulerType)}, not {args.lr_scheduler!r}."
         )
     accelerator = Accelerator(
+        # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         project_config=ProjectConfiguration(project_dir=args.output_dir),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
@@ -94,6 +96,7 @@ def main(args) -> None:
             "(`accelerate launch --multi_gpu`)."
         )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
     diffusers_logging.set_verbosity_error()
     main_process, device = accelerator.is_main_process, accelerator.device
 
@@ -150,7 +153,7 @@ def main(args) -> None:
     }
     lr_scheduler = get_scheduler(optimizer=optimizer, **schedule)
     # Before `prepare`, so that its modules carry no wrapper into the saved average.
-    ema = moving_average(vae, args.ema_decay).to(device) if args.use_ema else None
+    ema = moving_average(vae, args.ema_max_decay).to(device) if args.use_ema else None
     vae, optimizer, lr_scheduler, loader = accelerator.prepare(vae, optimizer, lr_scheduler, loader)
     calibrator = None
     if calibrate:

@@ -283,7 +283,8 @@ class EnergyCalibrator:
         Returns:
             [`EnergyLossOutput`]
         """
-        energy = compute_energy(energy_model or self.energy_model, torch.cat([real, targets.detach().to(real.dtype)]))
+        energy_model = self.energy_model if energy_model is None else energy_model
+        energy = compute_energy(energy_model, torch.cat([real, targets.detach().to(real.dtype)]))
         energy_real, energy_fake = energy.split([real.shape[0], targets.shape[0]])
         loss = energy_real.mean() - energy_fake.mean()
         if self.energy_regularization > 0:

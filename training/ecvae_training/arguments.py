@@ -136,7 +136,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="Save the moving average of the autoencoder's weights.",
     )
-    training.add_argument("--ema_decay", type=float, default=0.999, help="Decay a step of the moving average.")
+    training.add_argument(
+        "--ema_max_decay",
+        type=float,
+        default=0.999,
+        help="Decay a step of the moving average, reached after a warm-up.",
+    )
     training.add_argument(
         "--mixed_precision", choices=("no", "fp16", "bf16"), help="Accelerate's setting if not given."
     )
@@ -190,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in nonnegative:
         if not 0 <= getattr(args, name) < math.inf:
             refuse(name, "a finite number of at least 0")
-    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+    for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
         if not 0 <= getattr(args, name) < 1:
             refuse(name, "at least 0 and below 1")
     if not 0 <= args.initial_dual <= args.max_dual:

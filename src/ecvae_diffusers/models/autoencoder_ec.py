@@ -239,6 +239,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResidualBlock", "GatedUpsample", "SkipLayerExcitation"]
+    _repeated_blocks = ["ResidualBlock", "GatedUpsample"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config

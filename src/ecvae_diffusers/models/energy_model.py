@@ -148,6 +148,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["EnergyResidualBlock"]
+    _repeated_blocks = ["EnergyResidualBlock"]
 
     @register_to_config
     def __init__(
