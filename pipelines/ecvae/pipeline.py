@@ -98,9 +98,9 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from diffusers import DiffusionPipeline
 
-        >>> pipe = DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)
-        >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images
-        >>> images[0].save("sample.png")
+        >>> pipe = DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)  # doctest: +SKIP
+        >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images  # doctest: +SKIP
+        >>> images[0].save("sample.png")  # doctest: +SKIP
         ```
 """
 
@@ -139,8 +139,7 @@ class ECVAEPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
-        # No latent channels: the processor would return tensors with that number of channels untouched.
-        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_latent_channels=0)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
     def check_inputs(
         self,
@@ -221,6 +220,8 @@ class ECVAEPipeline(DiffusionPipeline):
                 if one.size != (size, size):
                     raise ValueError(f"`image` must be {size}x{size} px, but is {one.size[0]}x{one.size[1]}.")
             image = [one.convert(mode) for one in images]
+        elif len({tuple(one.shape) for one in images}) > 1:
+            raise ValueError(f"`image` must hold one shape, but holds {sorted({tuple(one.shape) for one in images})}.")
         elif isinstance(images[0], np.ndarray) and images[0].ndim == 2:
             image = [one[..., None] for one in images]
         elif isinstance(images[0], torch.Tensor) and images[0].ndim == 2:

@@ -1,0 +1,32 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Tiny pipelines of real classes. This file also puts `tests/` on the path, for `hub_server`."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
+
+
+@pytest.fixture(scope="session")
+def make_pipeline() -> Callable[..., ECVAEPipeline]:
+    """Makes a pipeline of 16 px with the same random weights every time, in evaluation mode as a loaded one is."""
+
+    def make(in_channels: int = 1, with_energy: bool = True, **scheduler_config) -> ECVAEPipeline:
+        torch.manual_seed(0)
+        config = {"sample_size": 16, "in_channels": in_channels, "block_out_channels": (16, 16, 16)}
+        pipeline = ECVAEPipeline(
+            vae=AutoencoderEC(latent_channels=8, **config).eval(),
+            energy_model=EnergyModel(**config).eval() if with_energy else None,
+            scheduler=LangevinScheduler(**scheduler_config) if with_energy else None,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture
+def pipe(make_pipeline) -> ECVAEPipeline:
+    return make_pipeline()

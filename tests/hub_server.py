@@ -1,0 +1,182 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""A Hub on the loopback interface: enough of its HTTP API for the real `huggingface_hub` client to load and push.
+
+Nothing is mocked on the client's side, so that what passes here is what a reader of the Hub runs. Repositories live in
+memory, every commit is kept, and a request that the server does not know is remembered in `unknown_requests`: a client
+that starts to use another endpoint should fail a test instead of falling back in silence.
+
+The client reads its settings when it is imported: start it in a subprocess with `HubServer.environment`.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+ID = r"(?P<id>[\w.-]+/[\w.-]+)"
+ROUTES = [
+    ("GET", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("HEAD", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", rf"/api/models/{ID}(/revision/(?P<revision>[^/]+))?", "info"),
+    ("GET", rf"/api/models/{ID}/tree/(?P<revision>[^/]+)", "tree"),
+    ("POST", r"/api/repos/create", "create"),
+    ("POST", r"/api/validate-yaml", "validate"),
+    ("POST", rf"/api/models/{ID}/preupload/(?P<revision>[^/]+)", "preupload"),
+    ("POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)", "commit"),
+]
+
+
+class HubError(Exception):
+    """An answer that is an error: a status and the code by which the client tells errors apart."""
+
+    def __init__(self, status: int, code: str):
+        super().__init__(f"{status} {code}")
+        self.status, self.code = status, code
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass  # The test's output is for the test.
+
+    def do_request(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path)
+        for method, pattern, action in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if method == self.command and match:
+                try:
+                    getattr(self, action)(**match.groupdict())
+                except HubError as error:
+                    self.answer(b"", status=error.status, headers={"X-Error-Code": error.code})
+                return
+        self.server.hub.unknown_requests.append(f"{self.command} {path}")
+        self.answer(b"", status=404)
+
+    do_GET = do_HEAD = do_POST = do_request
+
+    def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(self, value: dict | list, status: int = 200) -> None:
+        self.answer(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
+
+    def at(self, id: str, revision: str | None) -> tuple[str, dict[str, bytes]]:
+        """The commit id and the files of a repository at a revision: `main` or a commit id."""
+        commits = self.server.hub.repositories.get(id)
+        if commits is None:
+            raise HubError(404, "RepoNotFound")
+        sha = list(commits)[-1] if revision in (None, "main") else revision
+        if sha not in commits:
+            raise HubError(404, "RevisionNotFound")
+        return sha, commits[sha]
+
+    def resolve(self, id: str, revision: str, path: str) -> None:
+        sha, files = self.at(id, revision)
+        if path not in files:
+            raise HubError(404, "EntryNotFound")
+        etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
+        self.answer(files[path], headers={"X-Repo-Commit": sha, "ETag": etag})
+
+    def info(self, id: str, revision: str | None) -> None:
+        sha, files = self.at(id, revision)
+        self.answer_json({"id": id, "sha": sha, "siblings": [{"rfilename": path} for path in sorted(files)]})
+
+    def tree(self, id: str, revision: str) -> None:
+        _, files = self.at(id, revision)
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in sorted(files.items())
+        ]
+        self.answer_json(entries)
+
+    def create(self) -> None:
+        request = json.loads(self.body)
+        id = f"{request.get('organization') or 'user'}/{request['name']}"
+        status = 409 if id in self.server.hub.repositories else 200
+        if status == 200:
+            self.server.hub.commit(id, {})
+        self.answer_json({"url": f"{self.server.hub.url}/{id}", "name": id, "id": id}, status)
+
+    def validate(self) -> None:
+        self.answer_json({"errors": [], "warnings": []})
+
+    def preupload(self, id: str, revision: str) -> None:
+        self.at(id, revision)
+        files = [
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            for file in json.loads(self.body)["files"]
+        ]
+        self.answer_json({"files": files})
+
+    def commit(self, id: str, revision: str) -> None:
+        files = dict(self.at(id, revision)[1])
+        for line in self.body.splitlines():
+            operation = json.loads(line)
+            if operation["key"] == "file":
+                files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+            elif operation["key"] == "deletedFile":
+                del files[operation["value"]["path"]]
+        sha = self.server.hub.commit(id, files)
+        self.answer_json({"commitOid": sha, "commitUrl": f"{self.server.hub.url}/{id}/commit/{sha}"})
+
+
+class HubServer:
+    """The server, from `__enter__` to `__exit__`; `repositories` maps an id to its commits, oldest first."""
+
+    def __init__(self):
+        self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.unknown_requests: list[str] = []
+
+    def __enter__(self) -> "HubServer":
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.hub = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def commit(self, id: str, files: dict[str, bytes]) -> str:
+        """Make `files` the content of a repository, which need not exist yet; returns the commit id."""
+        commits = self.repositories.setdefault(id, {})
+        sha = hashlib.sha1(f"{id} {len(commits)}".encode()).hexdigest()
+        commits[sha] = files
+        return sha
+
+    def add_folder(self, id: str, folder: Path) -> None:
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        self.commit(id, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+
+    def files(self, id: str) -> dict[str, bytes]:
+        return list(self.repositories[id].values())[-1]
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """The environment of a process whose Hub is this server, with its caches and dynamic modules under `home`."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_", "DIFFUSERS_"))}
+        return {
+            **kept,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_token",
+            # The client's chunked store is another service, on another host.
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            "NO_PROXY": "127.0.0.1",
+        }

@@ -1,0 +1,443 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What ECVAEPipeline computes, what it refuses, and what diffusers' own pipeline tester asks of every pipeline."""
+
+import inspect
+import json
+from collections import Counter
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
+
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [generator(seed) for seed in range(count)]
+
+
+def random_images(batch_size: int = 2, channels: int = 1, seed: int = 0) -> torch.Tensor:
+    """Images on the 256 levels that PIL can hold, so that every format says the same."""
+    shape = (batch_size, channels, 16, 16)
+    return torch.randint(0, 256, shape, generator=generator(seed)).float() / 255
+
+
+def to_numpy(images: torch.Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def to_pil(images: torch.Tensor) -> list[PIL.Image.Image]:
+    levels = (to_numpy(images) * 255).round().astype(np.uint8)
+    return [PIL.Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in levels]
+
+
+def sample(pipe: ECVAEPipeline, output_type: str = "pt", **kwargs) -> torch.Tensor:
+    kwargs = {"batch_size": 3, "generator": generator(), **kwargs}
+    return pipe(output_type=output_type, **kwargs).images
+
+
+@pytest.fixture
+def calls(pipe) -> Counter:
+    """Counts the forward passes of the pipeline's networks."""
+    counter = Counter()
+    networks = {"encoder": pipe.vae.encoder, "decoder": pipe.vae.decoder, "energy_model": pipe.energy_model}
+    for name, network in networks.items():
+        network.register_forward_hook(lambda *_, name=name: counter.update([name]))
+    return counter
+
+
+# Cost
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_sampling_is_one_decoder_call_and_no_other_network(pipe, calls, batch_size, output_type):
+    images = pipe(batch_size=batch_size, output_type=output_type).images
+    assert len(images) == batch_size
+    assert calls == {"decoder": 1}
+
+
+def test_latent_output_calls_no_network(pipe, calls):
+    pipe(batch_size=3, output_type="latent")
+    assert not calls
+
+
+def test_network_calls_of_the_other_methods(pipe, calls):
+    pipe(batch_size=3, num_refinement_steps=4)
+    assert calls == {"decoder": 1, "energy_model": 4}
+    calls.clear()
+    pipe.reconstruct(random_images())
+    assert calls == {"encoder": 1, "decoder": 1}
+    calls.clear()
+    pipe.interpolate(random_images(), random_images(seed=1), num_steps=5)
+    assert calls == {"encoder": 2, "decoder": 1}
+    calls.clear()
+    pipe.score(random_images())
+    assert calls == {"energy_model": 1}
+
+
+# Sampling
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(pipe):
+    images = sample(pipe, generator=generator(0))
+    assert torch.equal(images, sample(pipe, generator=generator(0)))
+    assert not torch.equal(images, sample(pipe, generator=generator(1)))
+
+
+@pytest.mark.parametrize("num_refinement_steps", [0, 3])
+def test_batch_equals_its_images_one_by_one(pipe, num_refinement_steps):
+    kwargs = {"num_refinement_steps": num_refinement_steps, "output_type": "pt"}
+    batch = pipe(batch_size=3, generator=generators(3), **kwargs).images
+    singles = torch.cat([pipe(generator=one, **kwargs).images for one in generators(3)])
+    torch.testing.assert_close(batch, singles, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_output_types_agree(make_pipeline, channels):
+    pipe = make_pipeline(in_channels=channels)
+    tensors, arrays, images = (sample(pipe, output_type) for output_type in ("pt", "np", "pil"))
+    assert tensors.shape == (3, channels, 16, 16)
+    assert tensors.min() >= 0 and tensors.max() <= 1
+    assert arrays.shape == (3, 16, 16, channels)
+    np.testing.assert_array_equal(arrays, to_numpy(tensors))
+    for image, array in zip(images, arrays):
+        assert image.mode == MODES[channels]
+        levels = np.asarray(image, dtype=np.float64).reshape(16, 16, channels)
+        assert np.abs(levels - 255 * array.astype(np.float64)).max() <= 0.5 + 1e-4
+
+
+def test_latents_given_back_make_the_same_images(pipe):
+    latents = sample(pipe, "latent")
+    assert latents.shape == (3, 8, 1, 1)
+    for batch_size in (1, 3):  # 1 is the default: latents say themselves how many they are.
+        images = pipe(batch_size=batch_size, latents=latents, output_type="pt").images
+        assert torch.equal(images, sample(pipe))
+
+
+def test_temperature_scales_the_latents(pipe):
+    latents = sample(pipe, "latent")
+    torch.testing.assert_close(sample(pipe, "latent", temperature=0.5), 0.5 * latents)
+    frozen = sample(pipe, temperature=0.0, generator=generators(3))
+    assert torch.equal(frozen, frozen[:1].expand_as(frozen))
+    assert not torch.equal(sample(pipe, temperature=0.5), sample(pipe))
+
+
+# Refinement
+
+
+def test_refinement_lowers_the_energy(make_pipeline):
+    pipe = make_pipeline(noise_scale=0.0, drift_step_size=0.2)
+    energies = [pipe.score(sample(pipe, num_refinement_steps=steps)).mean() for steps in (0, 2, 5)]
+    assert energies[0] > energies[1] > energies[2]
+
+
+@pytest.mark.parametrize("conditioning_weight", [0.0, 0.5])
+def test_refinement_is_the_calibrating_chain(make_pipeline, conditioning_weight):
+    # The pipeline sets the number of steps, whatever the scheduler was saved with.
+    pipe = make_pipeline(num_steps=7, conditioning_weight=conditioning_weight, noise_scale=0.01)
+    latents = sample(pipe, "latent")
+    refined = pipe(latents=latents, generator=generator(1), num_refinement_steps=3, output_type="pt").images
+
+    scheduler = LangevinScheduler(num_steps=3, conditioning_weight=conditioning_weight, noise_scale=0.01)
+    calibrator = EnergyCalibrator(pipe.energy_model, scheduler)
+    decoded = pipe.vae.decode(latents).sample
+    chain_end = calibrator.run_chain(decoded, generator=generator(1))
+    torch.testing.assert_close(refined, chain_end / 2 + 0.5, atol=1e-6, rtol=0)
+    assert (chain_end - decoded).abs().max() > 1e-3
+
+
+def test_a_training_energy_model_is_used_but_not_changed(pipe):
+    """In training mode spectral norm takes a power iteration a call: scores would drift, and the model with them."""
+    images = random_images()
+    expected = pipe.score(images)
+    pipe.energy_model.train()
+    before = {name: value.clone() for name, value in pipe.energy_model.state_dict().items()}
+    torch.testing.assert_close(pipe.score(images), expected)
+    pipe(num_refinement_steps=2)
+    assert pipe.energy_model.training
+    assert all(parameter.requires_grad for parameter in pipe.energy_model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in pipe.energy_model.state_dict().items())
+
+
+# Images in
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_every_image_format_gives_the_same(make_pipeline, channels):
+    pipe = make_pipeline(in_channels=channels)
+    images = random_images(channels=channels)
+    expected = pipe.reconstruct(images, output_type="latent").images
+    assert expected.shape == (2, 8, 1, 1)
+    formats = [to_numpy(images), list(to_numpy(images)), list(images), to_pil(images)]
+    if channels == 1:
+        formats += [list(images[:, 0]), list(to_numpy(images)[..., 0])]
+    for image in formats:
+        torch.testing.assert_close(pipe.reconstruct(image, output_type="latent").images, expected)
+        torch.testing.assert_close(pipe.score(image), pipe.score(images))
+
+    singles = [images[0], to_numpy(images)[0], to_pil(images)[0]]
+    if channels == 1:
+        singles += [images[0, 0], to_numpy(images)[0, ..., 0]]
+    for image in singles:
+        torch.testing.assert_close(pipe.reconstruct(image, output_type="latent").images, expected[:1])
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "1"), (3, "1"), (3, "L"), (3, "P"), (4, "RGB"), (4, "P")])
+def test_pil_modes_without_loss_are_converted(make_pipeline, channels, mode):
+    pipe = make_pipeline(in_channels=channels)
+    image = to_pil(random_images(1, 3))[0].convert(mode)
+    expected = pipe.score(image.convert(MODES[channels]))
+    assert torch.equal(pipe.score(image), expected)
+
+
+# Reconstruction, interpolation, scores
+
+
+def test_reconstruction_is_the_decoded_posterior_mean(pipe):
+    images = random_images()
+    expected = pipe.vae(images * 2 - 1).sample / 2 + 0.5
+    torch.testing.assert_close(pipe.reconstruct(images, output_type="pt").images, expected)
+    assert [image.size for image in pipe.reconstruct(images).images] == [(16, 16)] * 2
+
+
+def test_reconstruction_draws_from_the_posterior_when_asked(pipe):
+    images = random_images()
+    kwargs = {"sample_posterior": True, "output_type": "pt"}
+    drawn = pipe.reconstruct(images, generator=generator(0), **kwargs).images
+    assert torch.equal(drawn, pipe.reconstruct(images, generator=generator(0), **kwargs).images)
+    assert not torch.equal(drawn, pipe.reconstruct(images, generator=generator(1), **kwargs).images)
+    assert not torch.equal(drawn, pipe.reconstruct(images, output_type="pt").images)
+
+
+def test_interpolation_goes_from_one_reconstruction_to_the_other(pipe):
+    image_a, image_b = random_images(seed=0), random_images(seed=1)
+    path = pipe.interpolate(image_a, image_b, num_steps=5, output_type="pt").images
+    assert path.shape == (2 * 5, 1, 16, 16)
+    path = path.unflatten(0, (2, 5))
+    for index, image in ((0, image_a), (-1, image_b)):
+        ends = pipe.reconstruct(image, output_type="pt").images
+        torch.testing.assert_close(path[:, index], ends, atol=1e-5, rtol=0)
+
+    latents = pipe.interpolate(image_a, image_b, num_steps=5, output_type="latent").images.unflatten(0, (2, 5))
+    torch.testing.assert_close(latents[:, 2], (latents[:, 0] + latents[:, 4]) / 2)
+    assert len(pipe.interpolate(to_pil(image_a), to_pil(image_b)).images) == 2 * 8
+    assert len(pipe.interpolate(to_pil(image_a)[0], to_numpy(image_b)[0], num_steps=2).images) == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_score_is_the_energy_of_the_image_in_the_models_range(make_pipeline, channels):
+    pipe = make_pipeline(in_channels=channels)
+    images = random_images(3, channels)
+    score = pipe.score(images)
+    assert score.shape == (3,)
+    assert score.dtype == torch.float32
+    assert not score.requires_grad
+    torch.testing.assert_close(score, pipe.energy_model(2 * images - 1).energy)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, but is 0"),
+        ({"batch_size": -2}, "`batch_size` .* but is -2"),
+        ({"batch_size": 1.5}, "`batch_size` .* but is 1.5"),
+        ({"temperature": -0.5}, "`temperature` must be a finite number of at least 0, but is -0.5"),
+        ({"temperature": float("nan")}, "`temperature` .* but is nan"),
+        ({"temperature": float("inf")}, "`temperature` .* but is inf"),
+        ({"num_refinement_steps": -1}, "`num_refinement_steps` must be an integer of at least 0, but is -1"),
+        ({"num_refinement_steps": 0.5}, "`num_refinement_steps` .* but is 0.5"),
+        ({"num_refinement_steps": 1, "output_type": "latent"}, "`num_refinement_steps` refines images"),
+        ({"output_type": "jpeg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpeg'"),
+        ({"output_type": None}, "`output_type` .* but is None"),
+        ({"batch_size": 2, "generator": generators(3)}, "`generator` is a list of 3, but 2 images"),
+        ({"latents": torch.zeros(2, 8, 1, 1), "generator": generators(3)}, "`generator` is a list of 3, but 2 images"),
+        ({"latents": torch.zeros(2, 7, 1, 1)}, r"`latents` .* \(batch_size, 8, 1, 1\), not \(2, 7, 1, 1\)"),
+        ({"latents": torch.zeros(2, 8)}, r"`latents` .* not \(2, 8\)"),
+        ({"latents": torch.zeros(0, 8, 1, 1)}, r"`latents` .* not \(0, 8, 1, 1\)"),
+        ({"latents": torch.zeros(2, 8, 1, 1), "batch_size": 3}, "`batch_size` is 3, but `latents` holds 2"),
+        ({"latents": torch.zeros(2, 8, 1, 1), "temperature": 0.5}, "`latents` are decoded as they are"),
+        ({"latents": torch.full((2, 8, 1, 1), float("inf"))}, "`latents` holds values that are not finite"),
+        ({"latents": torch.full((2, 8, 1, 1), float("nan"))}, "`latents` holds values that are not finite"),
+    ],
+)
+def test_sampling_refuses(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**kwargs)
+
+
+def test_refinement_and_score_need_the_energy_model(make_pipeline):
+    pipe = make_pipeline(with_energy=False)
+    with pytest.raises(ValueError, match="`num_refinement_steps` above 0 needs an energy model and a scheduler"):
+        pipe(num_refinement_steps=1)
+    with pytest.raises(ValueError, match="`score` needs an energy model"):
+        pipe.score(random_images())
+    without_scheduler = ECVAEPipeline(vae=pipe.vae, energy_model=make_pipeline().energy_model)
+    with pytest.raises(ValueError, match="`num_refinement_steps` above 0 needs an energy model and a scheduler"):
+        without_scheduler(num_refinement_steps=1)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (torch.zeros(2, 1, 8, 8), r"`image` must have 1 channel\(s\) and 16x16 px, but has shape \(2, 1, 8, 8\)"),
+        (torch.zeros(2, 3, 16, 16), r"`image` .* but has shape \(2, 3, 16, 16\)"),
+        (torch.zeros(0, 1, 16, 16), r"`image` .* but has shape \(0, 1, 16, 16\)"),
+        (torch.zeros(8, 8), r"`image` .* but has shape \(1, 1, 8, 8\)"),
+        (np.zeros((2, 16, 16, 3)), r"`image` .* but has shape \(2, 3, 16, 16\)"),
+        (np.zeros((16, 8)), r"`image` .* but has shape \(1, 1, 16, 8\)"),
+        (PIL.Image.new("L", (8, 16)), "`image` must be 16x16 px, but is 8x16"),
+        ([PIL.Image.new("L", (16, 16)), PIL.Image.new("L", (8, 8))], "`image` must be 16x16 px, but is 8x8"),
+        (PIL.Image.new("RGB", (16, 16)), r"`image` has mode RGB, but the model takes L: use image.convert\('L'\)"),
+        (PIL.Image.new("I;16", (16, 16)), "`image` has mode I;16, but the model takes L"),
+        (torch.full((1, 1, 16, 16), 1.5), r"`image` must have values in \[0, 1\], but they go from 1.5 to 1.5"),
+        (torch.full((1, 1, 16, 16), -1.0), r"`image` must have values in \[0, 1\], but they go from -1 to -1"),
+        (np.full((16, 16), 255, np.uint8), r"`image` must have values in \[0, 1\], but they go from 255 to 255"),
+        (torch.full((1, 1, 16, 16), float("nan")), "`image` holds values that are not finite"),
+        (np.full((16, 16), np.nan), "`image` holds values that are not finite"),
+        ([], "`image` is an empty list"),
+        (
+            [torch.zeros(1, 16, 16), torch.zeros(1, 8, 8)],
+            r"must hold one shape, but holds \[\(1, 8, 8\), \(1, 16, 16\)\]",
+        ),
+    ],
+)
+def test_images_are_refused(pipe, image, message):
+    for method in (pipe.reconstruct, pipe.score, lambda image: pipe.interpolate(random_images(1), image)):
+        with pytest.raises(ValueError, match=message):
+            method(image)
+
+
+def test_images_with_transparency_are_refused_by_a_model_of_three_channels(make_pipeline):
+    with pytest.raises(ValueError, match="`image` has mode RGBA, but the model takes RGB"):
+        make_pipeline(in_channels=3).score(PIL.Image.new("RGBA", (16, 16)))
+
+
+@pytest.mark.parametrize("num_steps", [1, 0, -3, 2.5])
+def test_interpolation_refuses_less_than_two_steps(pipe, num_steps):
+    with pytest.raises(ValueError, match=f"`num_steps` must be an integer of at least 2, but is {num_steps}"):
+        pipe.interpolate(random_images(), random_images(), num_steps=num_steps)
+
+
+def test_interpolation_refuses_different_numbers_of_images(pipe):
+    with pytest.raises(ValueError, match=r"`image_a` holds 3 image\(s\) and `image_b` 2"):
+        pipe.interpolate(random_images(3), random_images(2))
+
+
+def test_reconstruction_refuses_an_unknown_output_type(pipe):
+    with pytest.raises(ValueError, match="`output_type` must be .* but is 'jpeg'"):
+        pipe.reconstruct(random_images(), output_type="jpeg")
+
+
+# What diffusers' PipelineTesterMixin asks of its own pipelines
+
+
+def test_call_signature():
+    parameters = inspect.signature(ECVAEPipeline.__call__).parameters
+    assert {"batch_size", "generator", "latents", "output_type", "return_dict"} <= set(parameters)
+    assert all(
+        parameter.default is not inspect.Parameter.empty for name, parameter in parameters.items() if name != "self"
+    )
+    assert parameters["output_type"].default == "pil"
+    assert ">>> pipe = ECVAEPipeline.from_pretrained" in ECVAEPipeline.__call__.__doc__
+
+
+def test_dict_and_tuple_outputs_are_equal(pipe):
+    image = random_images()
+    for method, args in ((pipe, ()), (pipe.reconstruct, (image,)), (pipe.interpolate, (image, image))):
+        generation = {"generator": generator()} if method is pipe else {}
+        expected = method(*args, output_type="pt", **generation).images
+        generation = {"generator": generator()} if method is pipe else {}
+        output = method(*args, output_type="pt", return_dict=False, **generation)
+        assert isinstance(output, tuple) and len(output) == 1
+        assert torch.equal(output[0], expected)
+
+
+def test_components_make_the_pipeline_again(pipe):
+    assert set(pipe.components) == {"vae", "energy_model", "scheduler"}
+    again = ECVAEPipeline(**pipe.components)
+    assert torch.equal(sample(again), sample(pipe))
+
+
+def test_from_pipe_shares_the_components(pipe):
+    again = ECVAEPipeline.from_pipe(pipe)
+    for name, component in pipe.components.items():
+        assert again.components[name] is component
+    assert torch.equal(sample(again), sample(pipe))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_run(pipe, dtype):
+    expected = sample(pipe, temperature=0.0)
+    pipe.to(dtype)
+    assert pipe.vae.dtype == pipe.energy_model.dtype == dtype
+    images = sample(pipe, num_refinement_steps=2)
+    assert images.dtype == dtype
+    assert torch.isfinite(images).all()
+    torch.testing.assert_close(sample(pipe, temperature=0.0).float(), expected, atol=2e-2, rtol=0)
+    assert np.isfinite(sample(pipe, "np")).all()
+    assert torch.isfinite(pipe.score(random_images())).all()
+    assert pipe.score(random_images()).dtype == torch.float32
+    assert pipe.interpolate(random_images(), random_images(), output_type="pt").images.isfinite().all()
+
+
+def test_slicing_gives_the_same_images(pipe, calls):
+    expected = sample(pipe)
+    calls.clear()
+    pipe.vae.enable_slicing()
+    torch.testing.assert_close(sample(pipe), expected, atol=1e-5, rtol=0)
+    assert calls == {"decoder": 3}
+    pipe.vae.disable_slicing()
+    assert torch.equal(sample(pipe), expected)
+
+
+def test_save_and_load(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = ECVAEPipeline.from_pretrained(tmp_path)
+    assert torch.equal(sample(loaded), sample(pipe))
+    # The weights are the same bits; the singular values that divide them are sums whose order memory alignment sets.
+    torch.testing.assert_close(loaded.score(random_images()), pipe.score(random_images()), atol=1e-6, rtol=0)
+    for name in ("vae", "energy_model"):
+        expected, state = pipe.components[name].state_dict(), loaded.components[name].state_dict()
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+    for name, component in pipe.components.items():
+        expected = {key: value for key, value in component.config.items() if not key.startswith("_")}
+        config = loaded.components[name].config
+        assert json.dumps({key: config[key] for key in expected}) == json.dumps(expected)
+
+
+def test_missing_optional_components_are_saved_and_loaded_as_none(make_pipeline, tmp_path):
+    pipe = make_pipeline(with_energy=False)
+    pipe.save_pretrained(tmp_path)
+    loaded = ECVAEPipeline.from_pretrained(tmp_path)
+    assert loaded.energy_model is None and loaded.scheduler is None
+    assert torch.equal(sample(loaded), sample(pipe))
+    assert "pipe.score" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("saved, asked", [(None, "fp16"), ("fp16", "bf16"), ("fp16", None)])
+def test_a_variant_that_is_not_there_is_refused(pipe, tmp_path, saved, asked):
+    pipe.save_pretrained(tmp_path, variant=saved)
+    with pytest.raises((OSError, ValueError), match=asked or "no file named"):
+        ECVAEPipeline.from_pretrained(tmp_path, variant=asked)
+
+
+def test_dtype_by_component(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = ECVAEPipeline.from_pretrained(tmp_path, dtype={"vae": torch.bfloat16, "default": torch.float64})
+    assert loaded.vae.dtype == torch.bfloat16
+    assert loaded.energy_model.dtype == torch.float64
+    assert torch.isfinite(sample(loaded, num_refinement_steps=1)).all()
+    assert loaded.score(random_images()).dtype == torch.float32
