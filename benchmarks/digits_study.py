@@ -28,8 +28,8 @@ from demo import ARGUMENTS, NUM_SAMPLES, train  # noqa: E402
 from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_training.digits import (  # noqa: E402
     NUM_TRAIN,
-    frechet_distance,
     load_digits,
+    measure,
     sample_images,
     train_digit_features,
     write_digits,
@@ -70,7 +70,7 @@ def run(name: str, seed: int, output_dir: Path, max_train_steps: int, features, 
         "setting": name,
         "seed": seed,
         "iterations": max_train_steps,
-        "frechet_distance": frechet_distance(features, digits[:NUM_TRAIN], samples),
+        **measure(features, digits[:NUM_TRAIN], samples),
         "reconstruction_variance": pipeline.vae.config.reconstruction_variance,
         "training_seconds": round(seconds, 1),
     }
@@ -118,7 +118,7 @@ def main() -> None:
         features, accuracy = train_digit_features()
         print(
             f"classifier {accuracy:.1%} on held-out digits, whose distance to the training digits is "
-            f"{frechet_distance(features, digits[:NUM_TRAIN], digits[NUM_TRAIN:]):.1f}; demo arguments {ARGUMENTS}; "
+            f"{measure(features, digits[:NUM_TRAIN], digits[NUM_TRAIN:])['frechet_distance']:.1f}; demo arguments {ARGUMENTS}; "
             f"torch {torch.__version__}, diffusers {diffusers.__version__}, {os.cpu_count()} cores, "
             f"{platform.machine()}",
             flush=True,

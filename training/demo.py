@@ -24,8 +24,8 @@ import ecvae_diffusers
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_training.digits import (
     NUM_TRAIN,
-    frechet_distance,
     load_digits,
+    measure,
     sample_images,
     train_digit_features,
     write_digits,
@@ -115,7 +115,7 @@ def main() -> None:
     real, held_out = digits[:NUM_TRAIN], digits[NUM_TRAIN:]
     metrics = {
         "protocol": {
-            "distance": f"Frechet distance over 64 features of a digit classifier ({accuracy:.1%} on held-out digits)",
+            "features": f"64 features of a digit classifier ({accuracy:.1%} on held-out digits)",
             "samples": NUM_SAMPLES,
             "reference": f"{NUM_TRAIN} training digits",
             "iterations": args.max_train_steps,
@@ -127,14 +127,14 @@ def main() -> None:
                 "python": platform.python_version(),
             },
         },
-        "held_out_digits": {"frechet_distance": frechet_distance(features, real, held_out)},
+        "held_out_digits": measure(features, real, held_out),
     }
     grids = [("real", image_grid(held_out[:64].float() / 127.5 - 1, 8, scale=3))]
     for calibration, name in names.items():
         pipeline = ECVAEPipeline.from_pretrained(args.output_dir / name)
         samples = sample_images(pipeline, NUM_SAMPLES, seed=1)
         metrics[name] = {
-            "frechet_distance": frechet_distance(features, real, samples),
+            **measure(features, real, samples),
             "reconstruction_variance": pipeline.vae.config.reconstruction_variance,
         }
         title = f"{'EC-VAE' if name == 'ecvae' else 'VAE'}: {metrics[name]['frechet_distance']:.0f}"

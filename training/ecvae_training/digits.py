@@ -1,10 +1,9 @@
-"""scikit-learn's handwritten digits as image folders, and the Frechet distance over a classifier trained on them.
+"""scikit-learn's handwritten digits as image folders, and distances over a classifier trained on them.
 
 1,797 gray images of 8x8 px, inside the scikit-learn wheel: real data without a download. Images are resized to 16x16 px
 (bicubic). 1,500 are for training, 297 are held out.
 """
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ import PIL.Image
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
+
+from ecvae_diffusers.metrics import GenerationMetrics
 
 
 NUM_TRAIN = 1500
@@ -57,7 +57,7 @@ class DigitFeatures(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.body(images.to(self.head.weight.dtype) / 127.5 - 1.0)
+        return self.body(images.float() / 127.5 - 1.0)
 
 
 def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFeatures, float]:
@@ -84,14 +84,13 @@ def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFea
     return features, (predicted == labels[NUM_TRAIN:]).float().mean().item()
 
 
-def frechet_distance(features: DigitFeatures, real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Frechet distance between the features of uint8 images (N, 1, 16, 16), in float64, through torchmetrics."""
-    metric = FrechetInceptionDistance(feature=copy.deepcopy(features), input_img_size=(1, SIZE, SIZE))
-    metric.set_dtype(torch.float64)
+def measure(features: DigitFeatures, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
+    """Frechet and kernel distance, precision, recall, density, coverage of uint8 images (N, 1, 16, 16)."""
+    metrics = GenerationMetrics(features)
     for images, is_real in ((real, True), (generated, False)):
         for batch in images.split(500):
-            metric.update(batch, real=is_real)
-    return metric.compute().item()
+            metrics.update(batch, real=is_real)
+    return metrics.compute()
 
 
 @torch.no_grad()

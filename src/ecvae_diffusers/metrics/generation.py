@@ -1,0 +1,204 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""How near generated images are to real ones, as distances and overlaps of two sets of features.
+
+- **Frechet distance** (Heusel et al. 2017): :math:`|\mu_r - \mu_g|^2 + \operatorname{tr}(\Sigma_r + \Sigma_g
+  - 2 (\Sigma_r \Sigma_g)^{1/2})`. Biased upwards at few samples.
+- **Kernel distance** (Binkowski et al. 2018): the unbiased squared MMD with the kernel
+  :math:`(x^\top y / F + 1)^3`, mean and spread over subsets.
+- **Precision, recall, density, coverage** (Naeem et al. 2020), over the nearest neighbours.
+
+Distances come from `torchmetrics`, the neighbour measures from `prdc`.
+"""
+
+import contextlib
+import io
+import warnings
+
+import torch
+import torch.nn as nn
+from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+
+# Kernel and neighbour measures hold features in memory and compare them in pairs: at most so many of each set.
+MAX_KEPT_FEATURES = 10_000
+
+
+class _AsTheyAre(nn.Module):
+    """Stands where torchmetrics puts its network: what comes in is features already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+class _KeptFeatures(Metric):
+    """The first features of each set, gathered over processes."""
+
+    full_state_update = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_state("real", default=[], dist_reduce_fx="cat")
+        self.add_state("generated", default=[], dist_reduce_fx="cat")
+
+    def update(self, features: torch.Tensor, real: bool) -> None:
+        (self.real if real else self.generated).append(features)
+
+    def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
+        sets = (self.real, self.generated)
+        return tuple(torch.cat(s) if isinstance(s, list) else s for s in sets)
+
+
+class GenerationMetrics:
+    """
+    Frechet and kernel distance, precision, recall, density and coverage of generated against real images, from one
+    pass of the feature extractor over each. Under `torch.distributed`, each process updates with its share, and
+    `compute` gives all of them the figures of the whole.
+
+    Args:
+        features (`nn.Module`): uint8 images (B, C, H, W) -> (B, F). See `ecvae_diffusers.metrics.features`.
+        num_neighbours (`int`, *optional*, defaults to `5`): k of precision, recall, density and coverage.
+        num_kernel_subsets (`int`, *optional*, defaults to `100`): Subsets of the kernel distance.
+        kernel_subset_size (`int`, *optional*, defaults to `1000`): Features a subset; fewer where a set has fewer.
+        seed (`int`, *optional*, defaults to `0`): Draws the subsets.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        num_neighbours: int = 5,
+        num_kernel_subsets: int = 100,
+        kernel_subset_size: int = 1000,
+        seed: int = 0,
+    ):
+        for name, value in (
+            ("num_neighbours", num_neighbours),
+            ("num_kernel_subsets", num_kernel_subsets),
+            ("kernel_subset_size", kernel_subset_size),
+        ):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        self.features = features
+        self.num_neighbours = num_neighbours
+        self.num_kernel_subsets = num_kernel_subsets
+        self.kernel_subset_size = kernel_subset_size
+        self.seed = seed
+        self.frechet: FrechetInceptionDistance | None = None
+        self.kept = _KeptFeatures()
+        self.counts = {True: 0, False: 0}
+
+    @torch.no_grad()
+    def update(self, images: torch.Tensor, real: bool) -> None:
+        """
+        Take in images.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, C, H, W)`, uint8).
+            real (`bool`): Whether they are of the reference set.
+        """
+        features = self.features(images).cpu()
+        if self.frechet is None:
+            self.frechet = FrechetInceptionDistance(feature=_AsTheyAre(features.shape[1]))
+        self.frechet.update(features, real=real)
+        num_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        room = MAX_KEPT_FEATURES // num_processes - self.counts[real]
+        if room > 0:
+            self.kept.update(features[:room], real=real)
+            self.counts[real] += min(room, len(features))
+
+    def compute(self) -> dict[str, float]:
+        """
+        Returns:
+            `dict` with `frechet_distance`, `kernel_distance`, `kernel_distance_std` (over subsets), `precision`,
+            `recall`, `density`, `coverage`, `num_real` and `num_generated` (images of the Frechet distance).
+
+        Raises:
+            ValueError: if a set has no more images than `num_neighbours`.
+        """
+        if self.frechet is None:
+            raise ValueError("`compute` needs images: call `update` with real and with generated ones first.")
+        frechet_distance = self.frechet.compute().item()
+        with self.frechet.sync_context(distributed_available=torch.distributed.is_initialized):
+            counts = [int(self.frechet.real_features_num_samples), int(self.frechet.fake_features_num_samples)]
+        real, generated = self.kept.compute()
+        if min(len(real), len(generated)) <= self.num_neighbours:
+            raise ValueError(
+                f"There must be more than {self.num_neighbours} images of each kind (`num_neighbours`), but there are "
+                f"{len(real)} real and {len(generated)} generated ones."
+            )
+        return {
+            "frechet_distance": frechet_distance,
+            **self.kernel_distance(real, generated),
+            **neighbour_measures(real, generated, self.num_neighbours),
+            "num_real": counts[0],
+            "num_generated": counts[1],
+        }
+
+    def kernel_distance(self, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
+        """Mean and standard deviation over random subsets, the same ones at each call."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it keeps features, whose number is bounded here
+            kernel = KernelInceptionDistance(
+                feature=_AsTheyAre(real.shape[1]),
+                subsets=self.num_kernel_subsets,
+                subset_size=min(self.kernel_subset_size, len(real), len(generated)),
+                # Every process has all features by now.
+                distributed_available_fn=lambda: False,
+            )
+        kernel.update(real.double(), real=True)
+        kernel.update(generated.double(), real=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            mean, std = kernel.compute()
+        return {"kernel_distance": mean.item(), "kernel_distance_std": std.item()}
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self.frechet = None
+        self.kept.reset()
+        self.counts = {True: 0, False: 0}
+
+
+def neighbour_measures(real: torch.Tensor, generated: torch.Tensor, num_neighbours: int = 5) -> dict[str, float]:
+    """
+    Precision, recall, density and coverage (Naeem et al. 2020) of features.
+
+    Args:
+        real (`torch.Tensor` of shape `(N, F)`), generated (`torch.Tensor` of shape `(M, F)`): Features.
+        num_neighbours (`int`, *optional*, defaults to `5`): Neighbours that span a sample's ball.
+    """
+    from prdc import compute_prdc
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of samples
+        measures = compute_prdc(real.cpu().numpy(), generated.cpu().numpy(), num_neighbours)
+    return {name: float(value) for name, value in measures.items()}
+
+
+def nearest_neighbours(
+    queries: torch.Tensor, bank: torch.Tensor, num_neighbours: int = 1, chunk_size: int = 1024
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The nearest of a bank's features to each query: a grid of them shows whether samples are copies of training images.
+
+    Args:
+        queries (`torch.Tensor` of shape `(N, F)`): Features of generated images.
+        bank (`torch.Tensor` of shape `(M, F)`): Features of training images.
+        num_neighbours (`int`, *optional*, defaults to `1`): Neighbours a query, at most M.
+        chunk_size (`int`, *optional*, defaults to `1024`): Queries compared at a time.
+
+    Returns:
+        Euclidean distances and indices into the bank, both of shape `(N, num_neighbours)`, nearest first.
+    """
+    if not 1 <= num_neighbours <= len(bank):
+        raise ValueError(f"`num_neighbours` must be from 1 to the bank's size ({len(bank)}), but is {num_neighbours}.")
+    found = [
+        # Without the shortcut through matrix products, which loses small distances to rounding.
+        torch.cdist(chunk, bank, compute_mode="donot_use_mm_for_euclid_dist").topk(num_neighbours, largest=False)
+        for chunk in queries.split(chunk_size)
+    ]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])

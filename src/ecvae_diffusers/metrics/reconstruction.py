@@ -1,0 +1,31 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""How near reconstructed or restored images are to their originals, image by image."""
+
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+
+def reconstruction_metrics(images: torch.Tensor, originals: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    PSNR and SSIM (Wang et al. 2004; Gaussian window of 11 px, sigma 1.5) of each image.
+
+    Args:
+        images, originals (`torch.Tensor` of shape `(B, C, H, W)`): In [0, 1]; at least 11 px a side.
+
+    Returns:
+        `dict` with `psnr` in dB and `ssim`, tensors of shape `(B,)`. PSNR of identical images is infinite.
+
+    Raises:
+        ValueError: if the shapes differ or an image is too small for the window.
+    """
+    if images.shape != originals.shape or images.ndim != 4:
+        raise ValueError(
+            f"`images` and `originals` must have one shape (B, C, H, W), not {tuple(images.shape)} and "
+            f"{tuple(originals.shape)}."
+        )
+    if min(images.shape[2:]) < 11:
+        raise ValueError(f"`images` must have at least 11 px a side for SSIM, but has shape {tuple(images.shape)}.")
+    images, originals = images.float(), originals.float()
+    psnr = peak_signal_noise_ratio(images, originals, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(images, originals, data_range=1.0, reduction="none")
+    return {"psnr": psnr, "ssim": ssim.view(-1)}

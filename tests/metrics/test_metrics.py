@@ -1,0 +1,253 @@
+"""Metrics against independent computations in float64, in one process and sharded over two."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn as nn
+from transformers import Dinov2Config, Dinov2Model
+
+from ecvae_diffusers.metrics import (
+    FeatureExtractor,
+    GenerationMetrics,
+    InceptionFeatures,
+    lite0_features,
+    nearest_neighbours,
+    neighbour_measures,
+    reconstruction_metrics,
+    transformers_features,
+)
+
+
+def images(count: int, seed: int, channels: int = 1, size: int = 8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+def pixel_features(num_features: int = 12) -> FeatureExtractor:
+    """A random linear map of the pixels, bent by a square so that covariances differ."""
+
+    class Bent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(
+                torch.randn(64, num_features, generator=torch.Generator().manual_seed(7)) / 8, requires_grad=False
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.flatten(1) @ self.weight
+            return y + 0.3 * y.square()
+
+    return FeatureExtractor(Bent(), "bent pixels", num_channels=None)
+
+
+def expected_frechet(x: np.ndarray, y: np.ndarray) -> float:
+    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T))
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root))
+
+
+def expected_kernel(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased squared MMD over whole sets, with loops where matrices could hide a mistake."""
+    dimension = x.shape[1]
+
+    def kernel(a, b):
+        return (a @ b.T / dimension + 1) ** 3
+
+    n, m = len(x), len(y)
+    within_x = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_y = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within_x + within_y - 2 * kernel(x, y).mean()
+
+
+def expected_neighbours(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float]:
+    """Naeem et al. 2020, equations 3 to 6, written out."""
+    distance = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))  # noqa: E731
+    radius_x, radius_y = (np.sort(distance(s, s), axis=1)[:, k] for s in (x, y))  # the first is the point itself
+    between = distance(x, y)
+    inside_x = between < radius_x[:, None]
+    return {
+        "precision": inside_x.any(0).mean(),
+        "recall": (between < radius_y[None]).any(1).mean(),
+        "density": inside_x.sum(0).mean() / k,
+        "coverage": (between.min(1) < radius_x).mean(),
+    }
+
+
+def test_distances_equal_independent_float64():
+    features = pixel_features()
+    real, generated = images(300, 0), (images(300, 1).float() * 0.8 + 10).to(torch.uint8)
+    metrics = GenerationMetrics(features, num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
+    for start in range(0, 300, 64):  # streamed, in batches that do not divide the set
+        metrics.update(real[start : start + 64], real=True)
+        metrics.update(generated[start : start + 64], real=False)
+    values = metrics.compute()
+    x, y = (features(s).double().numpy() for s in (real, generated))
+    assert values["frechet_distance"] == pytest.approx(expected_frechet(x, y), rel=1e-3)
+    assert values["kernel_distance"] == pytest.approx(expected_kernel(x, y), rel=1e-3)
+    for name, value in expected_neighbours(x, y, 3).items():
+        assert values[name] == pytest.approx(value, rel=1e-3), name
+    assert (values["num_real"], values["num_generated"]) == (300, 300)
+    assert metrics.compute() == values  # the subsets are drawn from the seed
+
+
+def test_equal_sets_are_at_no_distance_and_reset_forgets():
+    metrics = GenerationMetrics(pixel_features(), kernel_subset_size=50)
+    for is_real in (True, False):
+        metrics.update(images(100, 0), real=is_real)
+    values = metrics.compute()
+    assert abs(values["frechet_distance"]) < 1e-3
+    assert values["precision"] == values["recall"] == values["coverage"] == 1
+    metrics.reset()
+    with pytest.raises(ValueError, match="call `update`"):
+        metrics.compute()
+
+
+def test_kernel_distance_of_one_distribution_is_zero_within_its_spread():
+    metrics = GenerationMetrics(pixel_features(), kernel_subset_size=200)
+    metrics.update(images(1000, 0), real=True)
+    metrics.update(images(1000, 1), real=False)
+    values = metrics.compute()
+    assert abs(values["kernel_distance"]) < 3 * values["kernel_distance_std"]
+
+
+SHARDED = """
+import json, sys
+import torch
+import torch.distributed as dist
+from test_metrics import images, pixel_features
+from ecvae_diffusers.metrics import GenerationMetrics
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+metrics = GenerationMetrics(pixel_features(), num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
+for seed, real in ((0, True), (1, False)):
+    metrics.update(images(200, seed)[rank::2], real=real)
+values = metrics.compute()
+if rank == 0:
+    print("VALUES", json.dumps(values))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path):
+    import json
+
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    sharded = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("VALUES"))[7:])
+    metrics = GenerationMetrics(pixel_features(), num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
+    metrics.update(images(200, 0), real=True)
+    metrics.update(images(200, 1), real=False)
+    single = metrics.compute()
+    assert sharded.keys() == single.keys()
+    for name, value in single.items():
+        assert sharded[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert sharded["num_real"] == 200
+
+
+def test_too_few_images_are_refused():
+    metrics = GenerationMetrics(pixel_features(), num_neighbours=5)
+    metrics.update(images(5, 0), real=True)
+    metrics.update(images(50, 1), real=False)
+    with pytest.raises(ValueError, match="more than 5 images of each kind.*5 real and 50 generated"):
+        metrics.compute()
+    with pytest.raises(ValueError, match="`num_neighbours` must be at least 1, but is 0"):
+        GenerationMetrics(pixel_features(), num_neighbours=0)
+
+
+def test_neighbour_measures_of_disjoint_sets():
+    far = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    values = neighbour_measures(far, far + 1000)
+    assert set(values) == {"precision", "recall", "density", "coverage"} and not any(values.values())
+
+
+def test_nearest_neighbours_equal_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = torch.randn(30, 4, generator=generator), torch.randn(50, 4, generator=generator)
+    distances, indices = nearest_neighbours(queries, bank, num_neighbours=3, chunk_size=7)
+    for i, query in enumerate(queries):
+        expected = (bank - query).norm(dim=1).sort()
+        assert torch.equal(indices[i], expected.indices[:3])
+        torch.testing.assert_close(distances[i], expected.values[:3])
+    with pytest.raises(ValueError, match="from 1 to the bank's size"):
+        nearest_neighbours(queries, bank, num_neighbours=51)
+
+
+def test_reconstruction_metrics():
+    """PSNR by its formula; SSIM of a constant shift has a closed form (variances equal, structure 1)."""
+    originals = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5
+    shift = torch.tensor([0.1, 0.2, 0.0]).view(3, 1, 1, 1)
+    values = reconstruction_metrics(originals + shift, originals)
+    for psnr, s in zip(values["psnr"].tolist(), (0.1, 0.2)):
+        assert psnr == pytest.approx(-20 * math.log10(s), rel=1e-4)
+    assert math.isinf(values["psnr"][2]) and values["ssim"][2] == pytest.approx(1, abs=1e-5)
+    assert values["ssim"][0] > values["ssim"][1] and values["ssim"].shape == (3,)
+    flat = torch.full((1, 1, 16, 16), 0.4)
+    expected = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
+    assert reconstruction_metrics(flat + 0.2, flat)["ssim"].item() == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match="one shape"):
+        reconstruction_metrics(originals, originals[:2])
+    with pytest.raises(ValueError, match="at least 11 px"):
+        reconstruction_metrics(originals[..., :8, :8], originals[..., :8, :8])
+
+
+def test_transformers_features_of_a_saved_dinov2(tmp_path):
+    """A random-weight model of the class that users load by id: the published weights can't be fetched in tests."""
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=7, image_size=28)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "BitImageProcessor", "crop_size": {"height": 28, "width": 28},'
+        ' "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}'
+    )
+    features = transformers_features(tmp_path)
+    gray = images(3, 0, size=20)
+    found = features(gray)
+    assert found.shape == (3, 16) and found.dtype == torch.float32 and "28 px" in features.name
+    assert torch.equal(found, features(gray.expand(-1, 3, -1, -1)))  # gray is repeated
+    sized = images(2, 1, channels=3, size=28)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (config_mean, config_std))
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(tmp_path).eval()((sized / 255 - mean) / std).pooler_output
+    torch.testing.assert_close(features(sized), expected)
+
+
+config_mean, config_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_transparency_is_laid_on_white():
+    probe = FeatureExtractor(nn.Flatten(), "pixels", mean=0.0, std=1.0)
+    clear = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
+    assert torch.equal(probe(clear), torch.ones(1, 12))
+    with pytest.raises(ValueError, match="has 2 channels, but pixels takes 3"):
+        probe(torch.zeros(1, 2, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="must be uint8"):
+        probe(torch.zeros(1, 3, 2, 2))
+
+
+def test_lite0_features_tell_noise_from_structure():
+    """The trained weights, from their package: a picture's features move more under noise than under a small shift."""
+    features = lite0_features(image_size=64)
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    picture = (127 + 120 * torch.sin(x / 6) * torch.cos(y / 9)).to(torch.uint8).expand(1, 3, 64, 64)
+    noise = (picture.float() + 40 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))).clamp(
+        0, 255
+    )
+    base = features(picture)
+    assert base.shape == (1, 1280)
+    assert (features(noise.to(torch.uint8)) - base).norm() > 2 * (features(picture.roll(1, 3)) - base).norm()
+
+
+def test_inception_features_say_what_they_need():
+    """torch-fidelity needs torchvision, which the tested environment has not."""
+    with pytest.raises(ImportError, match="pip install torch-fidelity"):
+        InceptionFeatures()
