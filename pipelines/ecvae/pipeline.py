@@ -43,9 +43,16 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
-    """One float32 energy a sample, shape (B,), of an [`EnergyModel`] or of any callable that gives a tensor of B."""
+    """
+    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
+    A module is given samples in the precision of its parameters.
+    """
+    if isinstance(energy_model, nn.Module):
+        parameter = next(energy_model.parameters(), sample)
+        sample = sample.to(parameter.dtype)
     output = energy_model(sample)
-    return getattr(output, "energy", output).float().view(sample.shape[0])
+    energy = getattr(output, "energy", output)
+    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
 
 
 def energy_gradient(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
@@ -252,7 +259,7 @@ class ECVAEPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
             for timestep in self.progress_bar(range(num_refinement_steps)):
-                gradient = energy_gradient(lambda x: self.energy_model(x.to(self.energy_model.dtype)), sample)
+                gradient = energy_gradient(self.energy_model, sample)
                 sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 

@@ -54,7 +54,7 @@ class CalibrationOutput(BaseOutput):
         noise_floor (`torch.Tensor`): The part of C that the chain's noise accounts for.
         drift (`torch.Tensor`): Root-mean-square move an entry that the energy's gradient accounts for:
             sqrt(max(C - noise_floor, 0) / D).
-        targets (`torch.Tensor`): The calibrated samples x~, float32, no gradient. The energy step takes them as
+        targets (`torch.Tensor`): The calibrated samples x~, float32 or more, no gradient. The energy step takes them as
             its negatives.
     """
 
@@ -104,9 +104,16 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
-    """One float32 energy a sample, shape (B,), of an [`EnergyModel`] or of any callable that gives a tensor of B."""
+    """
+    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
+    A module is given samples in the precision of its parameters.
+    """
+    if isinstance(energy_model, nn.Module):
+        parameter = next(energy_model.parameters(), sample)
+        sample = sample.to(parameter.dtype)
     output = energy_model(sample)
-    return getattr(output, "energy", output).float().view(sample.shape[0])
+    energy = getattr(output, "energy", output)
+    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
 
 
 def energy_gradient(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
@@ -221,7 +228,10 @@ class EnergyCalibrator:
         return tolerance
 
     def run_chain(
-        self, samples: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+        self,
+        samples: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
@@ -230,34 +240,42 @@ class EnergyCalibrator:
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): The start x_0.
             generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
+            noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, *optional*):
+                The chain's standard normal draws, instead of draws of its own.
 
         Returns:
-            `torch.Tensor`: x~, in the shape of `samples`, float32, no gradient.
+            `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 where they are), no gradient.
         """
-        initial_sample = sample = samples.detach().float()
+        initial_sample = sample = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
         with frozen(self.energy_model) if isinstance(self.energy_model, nn.Module) else nullcontext():
             for timestep in range(len(self.scheduler)):
                 gradient = energy_gradient(self.energy_model, sample)
-                sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
+                step_noise = noise[timestep] if noise is not None else None
+                sample = self.scheduler.step(
+                    gradient, timestep, sample, initial_sample, generator, step_noise
+                ).prev_sample
         return sample
 
     def calibrate(
-        self, samples: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+        self,
+        samples: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
     ) -> CalibrationOutput:
         """
         Correct samples by the energy, and measure how far they had to go.
 
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
-            generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
+            generator, noise: As for `run_chain`.
 
         Returns:
             [`CalibrationOutput`]
         """
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
-        targets = self.run_chain(samples, generator)
-        constraint = (samples.float() - targets).square().flatten(1).sum(1).mean()
+        targets = self.run_chain(samples, generator, noise)
+        constraint = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
         noise_floor = constraint.new_tensor(self.num_entries * self.scheduler.noise_variance())
         drift = ((constraint.detach() - noise_floor).clamp(min=0) / self.num_entries).sqrt()
         return CalibrationOutput(
@@ -305,7 +323,8 @@ class EnergyCalibrator:
                 number.
         """
         violation = constraint / self.resolve_tolerance() - 1.0
-        self.dual = (self.dual + self.dual_learning_rate * violation).clamp(0.0, self.max_dual)
+        dual = self.dual + self.dual_learning_rate * violation
+        self.dual = dual.clamp(0.0, self.max_dual).to(self.dual.dtype)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold beside the energy model: the dual variable."""

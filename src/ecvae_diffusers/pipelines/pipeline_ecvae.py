@@ -178,7 +178,7 @@ class ECVAEPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
             for timestep in self.progress_bar(range(num_refinement_steps)):
-                gradient = energy_gradient(lambda x: self.energy_model(x.to(self.energy_model.dtype)), sample)
+                gradient = energy_gradient(self.energy_model, sample)
                 sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 

@@ -126,6 +126,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         initial_sample: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> LangevinSchedulerOutput | tuple[torch.Tensor]:
         """
@@ -138,6 +139,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             initial_sample (`torch.Tensor`, *optional*):
                 The start x_0 of the chain. Needed where `conditioning_weight` is above 0.
             generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
+            noise (`torch.Tensor`, *optional*): The standard normal draws n_k to use instead of drawing them.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`LangevinSchedulerOutput`] instead of a plain tuple.
 
@@ -161,8 +163,9 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError("`initial_sample` is needed where `conditioning_weight` is above 0.")
             prev_sample = prev_sample - self.conditioning_coefficient(timestep) * (sample - initial_sample)
         if self.config.noise_scale > 0:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = prev_sample + self.config.noise_scale * noise
+            if noise is None:
+                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            prev_sample = prev_sample + self.config.noise_scale * noise.to(sample.dtype)
 
         if not return_dict:
             return (prev_sample,)

@@ -1,0 +1,265 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Tests of `EnergyModel`, and of the gradient that Langevin chains take of it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from test_autoencoder_ec import ModelTests, images, seeded, unsettle
+from torch.nn.utils import parametrize
+
+from ecvae_diffusers import EnergyModel
+from ecvae_diffusers.calibration import energy_gradient, frozen
+
+
+CONFIGS = {
+    "spectral_norm": {},
+    "plain": {"spectral_norm": False, "act_fn": "gelu", "layers_per_block": 2},
+    "two_scales": {"num_scales": 2, "act_fn": "silu"},
+}
+
+
+def tiny(sample_size: int = 16, in_channels: int = 1, **kwargs) -> EnergyModel:
+    torch.manual_seed(0)
+    kwargs = {"block_out_channels": (8, 12), **kwargs}
+    return EnergyModel(sample_size=sample_size, in_channels=in_channels, **kwargs)
+
+
+@pytest.fixture(params=CONFIGS)
+def energy_model(request) -> EnergyModel:
+    return unsettle(tiny(**CONFIGS[request.param]), images(3))
+
+
+class TestEnergyModelModel(ModelTests):
+    @pytest.fixture
+    def model(self, energy_model):
+        return energy_model
+
+    def sample(self, batch_size=3):
+        return images(batch_size)
+
+    def outputs(self, model, sample):
+        return [model(sample).energy]
+
+    def loss(self, model, sample, step=0):
+        """Data against samples that are not, with the regularization that bounds it."""
+        energy = model(torch.cat([sample, torch.zeros_like(sample) + 0.1 * step])).energy
+        real, fake = energy.chunk(2)
+        return real.mean() - fake.mean() + 0.01 * (real.square().mean() + fake.square().mean())
+
+
+# Shapes and precision
+
+
+@pytest.mark.parametrize("in_channels", [1, 3, 4])
+@pytest.mark.parametrize(
+    "sample_size, block_out_channels, num_scales",
+    [(8, (8,), 1), (8, (8, 8), 2), (16, (8, 12, 8), 3), (32, (8,), 1), (64, (8, 8, 8), 2), (512, (4, 4, 4, 4, 4), 2)],
+)
+def test_one_energy_an_image(sample_size, block_out_channels, num_scales, in_channels):
+    model = tiny(sample_size, in_channels, block_out_channels=block_out_channels, num_scales=num_scales)
+    with torch.no_grad():
+        energy = model(images(2, in_channels, sample_size)).energy
+    assert energy.shape == (2,) and energy.dtype == torch.float32
+    assert torch.isfinite(energy).all() and energy[0] != energy[1]
+
+
+def test_energy_of_one_image_has_a_batch_dimension(energy_model):
+    assert energy_model(images(1)).energy.shape == (1,)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_energy_is_float32(energy_model, dtype, autocast):
+    """In any precision, energies of a batch are summed and compared in float32."""
+    energy_model.to(dtype)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        energy = energy_model(images(3).to(dtype)).energy
+    assert energy.shape == (3,) and energy.dtype == torch.float32
+    assert torch.isfinite(energy).all()
+
+
+def test_tuple_and_dict_equivalence(energy_model):
+    (energy,) = energy_model(images(3), return_dict=False)
+    output = energy_model(images(3))
+    assert torch.equal(energy, output.energy)
+    assert len(output.to_tuple()) == 1 and output["energy"] is output.energy
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_energy_does_not_depend_on_neighbours(energy_model, training):
+    """Nor does its gradient: the chain of one image must not feel which others are in the batch."""
+    batch = images(4)
+    neighbours = torch.cat([batch[:1], images(3, seed=1)])
+    energies = []
+    for sample in (batch, neighbours, batch[:1]):
+        # A copy each: in training mode, spectral norm moves with every forward pass.
+        energies.append(copy.deepcopy(energy_model).train(training)(sample).energy[0])
+    assert torch.equal(energies[0], energies[1])
+    assert torch.allclose(energies[0], energies[2], rtol=1e-5, atol=1e-6)
+
+    sample = batch.requires_grad_()
+    (gradient,) = torch.autograd.grad(energy_model.train(training)(sample).energy[0], sample)
+    assert gradient[0].abs().max() > 0 and gradient[1:].abs().max() == 0
+
+
+# The equation
+
+
+def energy_in_double(model: EnergyModel, sample: torch.Tensor) -> torch.Tensor:
+    """The sum over the scales, without the cast to float32 that would drown the differences below."""
+    size = sample.shape[-1]
+    energy = 0.0
+    for scale, network in enumerate(model.networks):
+        width = 2**scale
+        pooled = sample.reshape(*sample.shape[:2], size // width, width, size // width, width).mean(dim=(3, 5))
+        energy = energy + network(pooled)
+    return energy
+
+
+@pytest.mark.parametrize("num_scales", [1, 2, 3])
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_energy_is_the_sum_over_scales(num_scales, spectral_norm):
+    """Of networks on the image at full, half, quarter size; each reads from the image alone."""
+    model = tiny(block_out_channels=(8, 12, 8), num_scales=num_scales, spectral_norm=spectral_norm)
+    unsettle(model, images(3)).double()
+    sample = images(3).double()
+    with torch.no_grad():
+        assert len(model.networks) == num_scales
+        assert torch.allclose(model(sample).energy.double(), energy_in_double(model, sample), rtol=1e-6)
+        total = energy_in_double(model, sample)
+        for network in model.networks:
+            bias = network.conv_out.bias.clone()
+            network.conv_out.bias += 1.0
+            assert torch.allclose(energy_in_double(model, sample), total + 1.0, rtol=1e-12)
+            assert torch.allclose(model(sample).energy.double(), total + 1.0, rtol=1e-6)
+            network.conv_out.bias.copy_(bias)
+
+
+@pytest.mark.parametrize("num_scales", [1, 2])
+@pytest.mark.parametrize("spectral_norm", [False, True])
+@pytest.mark.parametrize("act_fn", ["silu", "leaky_relu"])
+def test_energy_gradient_by_finite_differences(act_fn, spectral_norm, num_scales):
+    """Central differences at every pixel, in float64: their error is h^2 and rounding / h, so 1e-6 is generous."""
+    model = tiny(8, 2, block_out_channels=(4, 6), act_fn=act_fn, spectral_norm=spectral_norm, num_scales=num_scales)
+    unsettle(model, images(2, 2, 8)).double()
+    sample = images(2, 2, 8).double()
+    step = 1e-5
+    gradient = energy_gradient(model, sample)
+    assert gradient.dtype == torch.float64 and gradient.shape == sample.shape and not gradient.requires_grad
+    offsets = step * torch.eye(sample[0].numel(), dtype=torch.float64).view(-1, *sample.shape[1:])
+    with torch.no_grad():
+        for image, image_gradient in zip(sample, gradient, strict=True):
+            difference = energy_in_double(model, image + offsets) - energy_in_double(model, image - offsets)
+            numerical = (difference / (2 * step)).view_as(image_gradient)
+            assert (numerical - image_gradient).abs().max() < 1e-6 * image_gradient.abs().max()
+
+
+def test_energy_gradient_leaves_sample_and_parameters_alone(energy_model):
+    """It needs no gradient mode of the caller's, keeps no graph and fills no `.grad`."""
+    sample = images(3).requires_grad_()
+    with torch.no_grad():
+        gradient = energy_gradient(energy_model, sample)
+    assert not gradient.requires_grad and sample.grad is None
+    assert all(parameter.grad is None for parameter in energy_model.parameters())
+    (expected,) = torch.autograd.grad(energy_model(sample).energy.sum(), sample)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("act_fn", ["leaky_relu", "silu", "gelu", "relu", "mish"])
+def test_activations(act_fn):
+    model = tiny(act_fn=act_fn)
+    gradient = energy_gradient(model, images(2))
+    assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
+def test_leaky_relu_has_slope_one_fifth():
+    slopes = {module.negative_slope for module in tiny().modules() if isinstance(module, nn.LeakyReLU)}
+    assert slopes == {0.2}
+
+
+# Spectral norm
+
+
+def convolutions(model: EnergyModel) -> list[nn.Conv2d]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def largest_singular_value(weight: torch.Tensor) -> float:
+    return torch.linalg.matrix_norm(weight.detach().flatten(1).double(), ord=2).item()
+
+
+@pytest.mark.parametrize("num_scales", [1, 2])
+def test_spectral_norm_bounds_every_weight(num_scales):
+    """
+    After enough power iterations, of which each training-mode forward pass takes one. The estimate of the largest
+    singular value is never too large, so a weight's own is never below 1.
+    """
+    model = tiny(num_scales=num_scales, layers_per_block=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(7.0).add_(0.5 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
+        model.train()
+        for _ in range(100):
+            model(images(1))
+    model.eval()
+    assert len(convolutions(model)) == {1: 11, 2: 17}[num_scales]
+    for conv in convolutions(model):
+        assert largest_singular_value(conv.weight) == pytest.approx(1.0, abs=0.01)
+        assert largest_singular_value(conv.parametrizations.weight.original) > 2.0
+
+
+def test_spectral_norm_moves_in_training_mode_only():
+    model = unsettle(tiny(), images(2))
+    before = copy.deepcopy(dict(model.named_buffers()))
+    model(images(2))
+    with frozen(model):
+        model(images(2))
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    model.train()
+    model(images(2))
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_spectral_norm_is_optional():
+    model = tiny(spectral_norm=False)
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert not list(model.buffers())
+    assert all(parametrize.is_parametrized(conv, "weight") for conv in convolutions(tiny()))
+
+
+def test_no_normalization_of_activations():
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    assert not any(isinstance(module, norms) for module in tiny().modules())
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "kwargs, name",
+    [
+        ({"sample_size": 48}, "sample_size"),
+        ({"sample_size": 4}, "sample_size"),
+        ({"sample_size": 0}, "sample_size"),
+        ({"in_channels": 0}, "in_channels"),
+        ({"block_out_channels": ()}, "block_out_channels"),
+        ({"block_out_channels": (8, 0)}, "block_out_channels"),
+        ({"block_out_channels": (8, 8, 8, 8)}, "block_out_channels"),
+        ({"layers_per_block": 0}, "layers_per_block"),
+        ({"num_scales": 0}, "num_scales"),
+        ({"num_scales": 3}, "num_scales"),
+        ({"act_fn": "sine"}, "activation function sine"),
+    ],
+)
+def test_invalid_arguments(kwargs, name):
+    with pytest.raises(ValueError, match=name):
+        tiny(**kwargs)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (2, 1, 16, 8), (1, 16, 16), (2, 1, 32, 32)])
+def test_forward_refuses_other_shapes(energy_model, shape):
+    with pytest.raises(ValueError, match=r"`sample` must have shape \(batch_size, 1, 16, 16\)"):
+        energy_model(torch.zeros(shape))

@@ -1,0 +1,328 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Tests of `LangevinScheduler`: as a scheduler of diffusers, and against what is known of Langevin chains."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ecvae_diffusers import LangevinScheduler
+
+
+# Every argument away from its default.
+CONFIG = {
+    "num_steps": 7,
+    "drift_step_size": 0.3,
+    "noise_scale": 0.05,
+    "conditioning_weight": 0.4,
+    "max_gradient_norm": 2.0,
+}
+# Images and latents: the step must not care.
+SHAPES = {"images": (4, 3, 8, 8), "latents": (4, 16, 1, 1), "vectors": (4, 10)}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+# As a scheduler of diffusers
+
+
+def test_config_round_trip(tmp_path):
+    scheduler = LangevinScheduler(**CONFIG)
+    scheduler.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert {name: saved[name] for name in CONFIG} == CONFIG and saved["_class_name"] == "LangevinScheduler"
+    for loaded in (LangevinScheduler.from_pretrained(tmp_path), LangevinScheduler.from_config(scheduler.config)):
+        assert {name: loaded.config[name] for name in CONFIG} == CONFIG
+        assert loaded.num_inference_steps == len(loaded) == 7
+        args = (randn(4, 6), 2, randn(4, 6, seed=1), randn(4, 6, seed=2))
+        expected = scheduler.step(*args, generator=seeded(0)).prev_sample
+        assert torch.equal(loaded.step(*args, generator=seeded(0)).prev_sample, expected)
+
+
+def test_from_config_overrides():
+    scheduler = LangevinScheduler.from_config(LangevinScheduler(**CONFIG).config, num_steps=3)
+    assert len(scheduler) == 3 and scheduler.config.drift_step_size == 0.3
+
+
+def test_public_api():
+    """What pipelines ask of any scheduler."""
+    scheduler = LangevinScheduler()
+    assert isinstance(scheduler, SchedulerMixin)
+    assert scheduler.order == 1 and scheduler.init_noise_sigma == 1.0
+    sample = randn(2, 3)
+    assert scheduler.scale_model_input(sample) is sample and scheduler.scale_model_input(sample, 1) is sample
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 15])
+def test_timesteps(num_steps):
+    for scheduler in (LangevinScheduler(num_steps=num_steps), LangevinScheduler(num_steps=4)):
+        scheduler.set_timesteps(num_steps)
+        assert scheduler.timesteps.tolist() == list(range(num_steps))
+        assert len(scheduler) == scheduler.num_inference_steps == num_steps
+    scheduler.set_timesteps()
+    assert len(scheduler) == len(scheduler.timesteps) == 4
+
+
+def test_timesteps_device():
+    scheduler = LangevinScheduler()
+    assert scheduler.timesteps.device.type == "cpu"
+    scheduler.set_timesteps(3, device="meta")
+    assert scheduler.timesteps.device.type == "meta" and scheduler.timesteps.shape == (3,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_step_shape_and_dtype(shape, dtype):
+    scheduler = LangevinScheduler(**CONFIG)
+    sample, start = randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype)
+    # Energies are float32, and so may their gradients be.
+    output = scheduler.step(randn(*shape, seed=2, dtype=torch.float32), 0, sample, start, seeded(0)).prev_sample
+    assert output.shape == shape and output.dtype == dtype and torch.isfinite(output).all()
+
+
+def test_tuple_and_dict_equivalence():
+    scheduler = LangevinScheduler(**CONFIG)
+    args = (randn(4, 6), 1, randn(4, 6, seed=1), randn(4, 6, seed=2))
+    output = scheduler.step(*args, generator=seeded(0))
+    (prev_sample,) = scheduler.step(*args, generator=seeded(0), return_dict=False)
+    assert torch.equal(output.prev_sample, prev_sample) and torch.equal(output[0], prev_sample)
+
+
+def test_step_takes_a_timestep_of_timesteps():
+    scheduler = LangevinScheduler(**CONFIG)
+    args = (randn(4, 6, seed=1), randn(4, 6, seed=2))
+    for k, timestep in enumerate(scheduler.timesteps):
+        by_tensor = scheduler.step(randn(4, 6), timestep, *args, generator=seeded(0)).prev_sample
+        by_number = scheduler.step(randn(4, 6), k, *args, generator=seeded(0)).prev_sample
+        assert torch.equal(by_tensor, by_number)
+
+
+def test_step_leaves_its_arguments_alone():
+    tensors = [randn(4, 6, seed=seed) for seed in range(3)]
+    before = [tensor.clone() for tensor in tensors]
+    gradient, sample, start = tensors
+    LangevinScheduler(**CONFIG).step(100 * gradient, 0, sample, start)
+    LangevinScheduler(drift_step_size=0.0, noise_scale=0.0).step(gradient, 0, sample).prev_sample.add_(1.0)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+
+
+# The equation
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("noise_scale", [0.0, 0.3])
+def test_step_is_the_formula(shape, num_steps, weight, noise_scale):
+    """x' = x - a grad f - c_k (x - x0) + b n with c_k = a w (K - 1 - k) / K, at every step k."""
+    a = 0.2
+    scheduler = LangevinScheduler(
+        num_steps=num_steps, drift_step_size=a, noise_scale=noise_scale, conditioning_weight=weight
+    )
+    gradient, x, x0 = (randn(*shape, seed=seed) for seed in range(3))
+    for k in range(num_steps):
+        c_k = a * weight * (num_steps - 1 - k) / num_steps
+        expected = x - a * gradient - c_k * (x - x0) + noise_scale * randn(*shape, seed=9)
+        step = scheduler.step(gradient, k, x, x0, generator=seeded(9)).prev_sample
+        assert torch.allclose(step, expected, rtol=1e-12, atol=1e-12)
+        assert scheduler.conditioning_coefficient(k) == pytest.approx(c_k)
+
+
+def test_conditioning_follows_set_timesteps():
+    """K is the length of the chain that is run, not the one of the config."""
+    scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.5, conditioning_weight=2.0)
+    scheduler.set_timesteps(4)
+    assert [scheduler.conditioning_coefficient(k) for k in range(4)] == [0.75, 0.5, 0.25, 0.0]
+
+
+def test_initial_sample_is_not_needed_without_conditioning():
+    scheduler = LangevinScheduler(conditioning_weight=0.0)
+    args = (randn(4, 6), 0, randn(4, 6, seed=1))
+    without = scheduler.step(*args, generator=seeded(0)).prev_sample
+    assert torch.equal(without, scheduler.step(*args, randn(4, 6, seed=2), seeded(0)).prev_sample)
+
+
+# Noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_list_of_generators_is_one_a_sample(shape, dtype):
+    """A sample's chain does not depend on the batch that it is in, to the last bit."""
+    scheduler = LangevinScheduler(**CONFIG)
+    gradient, x, x0 = (randn(*shape, seed=seed, dtype=dtype) for seed in range(3))
+    batch = scheduler.step(gradient, 0, x, x0, generator=[seeded(seed) for seed in range(len(x))]).prev_sample
+    for i in range(len(x)):
+        row = slice(i, i + 1)
+        alone = scheduler.step(gradient[row], 0, x[row], x0[row], generator=seeded(i)).prev_sample
+        assert torch.equal(batch[row], alone)
+        alone = scheduler.step(gradient[row], 0, x[row], x0[row], generator=[seeded(i)]).prev_sample
+        assert torch.equal(batch[row], alone)
+    assert not torch.equal(batch[0] - x[0], batch[1] - x[1])
+
+
+def test_given_noise_stands_for_drawn_noise():
+    scheduler = LangevinScheduler(**CONFIG)
+    args = (randn(4, 6), 0, randn(4, 6, seed=1), randn(4, 6, seed=2))
+    drawn = scheduler.step(*args, generator=seeded(9)).prev_sample
+    assert torch.equal(scheduler.step(*args, noise=randn(4, 6, seed=9)).prev_sample, drawn)
+    assert not torch.equal(scheduler.step(*args, noise=randn(4, 6, seed=8)).prev_sample, drawn)
+
+
+def test_generator_is_advanced():
+    """Each step draws anew; the same seed gives the same chain, another seed another one."""
+    scheduler = LangevinScheduler(drift_step_size=0.0, noise_scale=1.0)
+    chains = []
+    for seed in (0, 0, 1):
+        generator, x = seeded(seed), torch.zeros(1, 8)
+        chains.append([x := scheduler.step(x, k, x, generator=generator).prev_sample for k in range(2)])
+    assert all(torch.equal(a, b) for a, b in zip(chains[0], chains[1], strict=True))
+    assert not torch.equal(chains[0][1], chains[2][1])
+    assert not torch.equal(chains[0][1] - chains[0][0], chains[0][0])
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 4.0])
+def test_noise_variance_by_monte_carlo(num_steps, weight):
+    """Of the end of a chain with no gradient, around the start that the conditioning pulls it to."""
+    scheduler = LangevinScheduler(
+        num_steps=num_steps, drift_step_size=0.2, noise_scale=0.1, conditioning_weight=weight
+    )
+    start = torch.full((100_000, 1), 0.5)
+    x, generator = start, seeded(0)
+    for k in range(num_steps):
+        x = scheduler.step(torch.zeros_like(x), k, x, start, generator).prev_sample
+    variance = (x - start).double().var().item()
+    # The variance of n normal draws has the relative standard error sqrt(2 / n).
+    assert variance == pytest.approx(scheduler.noise_variance(), rel=5 * math.sqrt(2 / len(x)))
+    if weight == 0 or num_steps == 1:
+        assert scheduler.noise_variance() == pytest.approx(num_steps * 0.1**2)
+    else:
+        assert scheduler.noise_variance() < 0.99 * num_steps * 0.1**2
+
+
+def test_noise_variance_follows_set_timesteps():
+    scheduler = LangevinScheduler(num_steps=5, noise_scale=0.1)
+    scheduler.set_timesteps(2)
+    assert scheduler.noise_variance() == pytest.approx(2 * 0.1**2)
+
+
+# The stationary distribution
+
+
+@pytest.mark.parametrize("shape", [(10_000, 3, 4, 4), (30_000, 16, 1, 1)], ids=["images", "latents"])
+@pytest.mark.parametrize("noise_scale", [None, 0.3], ids=["temperature 1", "another"])
+@pytest.mark.parametrize("drift_step_size", [0.1, 0.4])
+def test_quadratic_energy_is_sampled(shape, noise_scale, drift_step_size):
+    """
+    On f(x) = (x - mu)^2 / (2 v) a chain is an autoregression with coefficient 1 - a / v, whose stationary mean is mu
+    and whose variance is b^2 / (1 - (1 - a / v)^2). With b = sqrt(2 a) that is v / (1 - a / (2 v)), which tends to
+    exp(-f)'s own v as a does to 0: temperature 1.
+    """
+    a, mu, v = drift_step_size, 0.7, 0.9
+    b = math.sqrt(2 * a) if noise_scale is None else noise_scale
+    # After this many steps, what is left of the start is below 1e-5 of it.
+    num_steps = math.ceil(math.log(1e-5) / math.log(1 - a / v))
+    scheduler = LangevinScheduler(num_steps=num_steps, drift_step_size=a, noise_scale=b)
+    x, generator = torch.full(shape, -1.0), seeded(0)
+    for k in scheduler.timesteps:
+        x = scheduler.step((x - mu) / v, k, x, generator=generator).prev_sample
+    variance = b**2 / (1 - (1 - a / v) ** 2)
+    if noise_scale is None:
+        assert variance == pytest.approx(v / (1 - a / (2 * v)))
+    x, n = x.double(), x.numel()
+    assert x.mean().item() == pytest.approx(mu, abs=5 * math.sqrt(variance / n))
+    assert x.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / n))
+    # Chains of a batch are independent of each other, and so are the entries of a sample.
+    centred = x.flatten(1) - mu
+    neighbours = torch.stack([centred[1:] * centred[:-1], centred[1:] * centred[1:].roll(1, dims=1)]).flatten(1)
+    assert (neighbours.mean(1).abs() < 5 * variance / math.sqrt(neighbours.shape[1])).all()
+
+
+# Conditioning and clipping
+
+
+def test_conditioning_pulls_towards_the_start():
+    """On a linear energy the unconditioned chain leaves at a constant speed; the more weight, the less far it comes."""
+    slope, x0 = randn(3, 8), randn(3, 8, seed=1)
+    distances = []
+    for weight in (0.0, 0.5, 1.0, 2.0, 4.0):
+        scheduler = LangevinScheduler(num_steps=8, drift_step_size=0.2, noise_scale=0.0, conditioning_weight=weight)
+        x = x0
+        for k in scheduler.timesteps:
+            x = scheduler.step(slope, k, x, x0).prev_sample
+        distances.append(torch.linalg.vector_norm(x - x0, dim=1))
+    assert torch.allclose(distances[0], 8 * 0.2 * torch.linalg.vector_norm(slope, dim=1))
+    for nearer, farther in zip(distances[1:], distances[:-1], strict=True):
+        assert (nearer < 0.95 * farther).all() and (nearer > 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_max_gradient_norm_clips_each_sample(shape):
+    """To the norm and no farther, in its direction; gradients below it pass unchanged, to the last bit."""
+    direction = randn(*shape)
+    direction = direction / torch.linalg.vector_norm(direction.flatten(1), dim=1).view(-1, *[1] * (len(shape) - 1))
+    norms = torch.tensor([0.0, 0.5, 1.9, 1000.0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
+    scheduler = LangevinScheduler(drift_step_size=1.0, noise_scale=0.0, max_gradient_norm=2.0)
+    move = scheduler.step(norms * direction, 0, torch.zeros(shape, dtype=torch.float64)).prev_sample
+    assert torch.equal(move[:3], -(norms * direction)[:3])
+    assert torch.allclose(move[3], -2.0 * direction[3], rtol=1e-6)
+    unclipped = LangevinScheduler(drift_step_size=1.0, noise_scale=0.0)
+    move = unclipped.step(norms * direction, 0, torch.zeros(shape, dtype=torch.float64)).prev_sample
+    assert torch.equal(move, -norms * direction)
+
+
+def test_max_gradient_norm_does_not_clip_the_pull():
+    """It bounds what the energy asks for; the conditioning stays as it is."""
+    scheduler = LangevinScheduler(
+        num_steps=2, drift_step_size=0.5, noise_scale=0.0, conditioning_weight=1.0, max_gradient_norm=1e-6
+    )
+    x, x0 = randn(2, 4), randn(2, 4, seed=1)
+    step = scheduler.step(1e6 * randn(2, 4, seed=2), 0, x, x0).prev_sample
+    assert torch.allclose(step, x - 0.25 * (x - x0), atol=1e-6)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("value", [-1e-3, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["drift_step_size", "noise_scale", "conditioning_weight", "max_gradient_norm"])
+def test_invalid_numbers(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        LangevinScheduler(**{name: value})
+
+
+def test_zero_is_no_gradient_norm_but_a_valid_step():
+    with pytest.raises(ValueError, match="`max_gradient_norm` must be"):
+        LangevinScheduler(max_gradient_norm=0.0)
+    still = LangevinScheduler(drift_step_size=0.0, noise_scale=0.0, conditioning_weight=0.0)
+    assert torch.equal(still.step(randn(2, 3), 0, randn(2, 3, seed=1)).prev_sample, randn(2, 3, seed=1))
+
+
+@pytest.mark.parametrize("num_steps", [0, -1])
+def test_invalid_number_of_steps(num_steps):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        LangevinScheduler(num_steps=num_steps)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        LangevinScheduler().set_timesteps(num_steps)
+
+
+@pytest.mark.parametrize("timestep", [-1, 3, 5, torch.tensor(3)])
+def test_timestep_out_of_range(timestep):
+    scheduler = LangevinScheduler(num_steps=10)
+    scheduler.set_timesteps(3)
+    with pytest.raises(ValueError, match="`timestep` must be from 0 to 2"):
+        scheduler.step(randn(2, 3), timestep, randn(2, 3))
+
+
+def test_conditioning_needs_the_initial_sample():
+    with pytest.raises(ValueError, match="`initial_sample` is needed"):
+        LangevinScheduler(conditioning_weight=1.0).step(randn(2, 3), 0, randn(2, 3))

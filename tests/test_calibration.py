@@ -1,0 +1,721 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Tests of `EnergyCalibrator`: the chain, the constraint and its gradient, the dual variable, the energy's loss."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers.calibration import HEALTHY_DRIFT, compute_energy, energy_gradient, frozen
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
+
+
+def tiny_energy_model(**kwargs) -> EnergyModel:
+    torch.manual_seed(0)
+    return EnergyModel(**{"sample_size": 8, "in_channels": 1, "block_out_channels": (8, 8), **kwargs})
+
+
+class Quadratic(nn.Module):
+    """f(x) = |x - m|^2 / 2, whose gradient is x - m."""
+
+    def __init__(self, center: torch.Tensor):
+        super().__init__()
+        self.center = nn.Parameter(center)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return (sample - self.center).square().flatten(1).sum(1) / 2
+
+
+class Linear(nn.Module):
+    """f(x) = <g, x>, whose gradient is g everywhere."""
+
+    def __init__(self, slope: torch.Tensor):
+        super().__init__()
+        self.slope = nn.Parameter(slope)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return (sample * self.slope).flatten(1).sum(1)
+
+
+def drift_only(num_steps: int = 5, drift_step_size: float = 0.1) -> LangevinScheduler:
+    return LangevinScheduler(num_steps=num_steps, drift_step_size=drift_step_size, noise_scale=0.0)
+
+
+# The chain
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_steps": 1, "noise_scale": 0.0},
+        {"num_steps": 4, "drift_step_size": 0.5, "noise_scale": 0.0},
+        {"num_steps": 4, "drift_step_size": 0.5, "noise_scale": 0.1},
+        {"num_steps": 4, "drift_step_size": 0.5, "noise_scale": 0.1, "conditioning_weight": 1.0},
+        {"num_steps": 4, "drift_step_size": 0.5, "noise_scale": 0.1, "max_gradient_norm": 1e-3},
+    ],
+)
+@pytest.mark.parametrize("generators", ["one", "list"])
+def test_run_chain_is_the_loop(config, generators):
+    """K steps on the energy in evaluation mode, all from one start; a list of generators is one a sample."""
+    energy_model = tiny_energy_model(num_scales=2).train()
+    scheduler = LangevinScheduler(**config)
+    samples = randn(3, 1, 8, 8)
+
+    def generator():
+        return seeded(0) if generators == "one" else [seeded(seed) for seed in range(3)]
+
+    targets = EnergyCalibrator(energy_model, scheduler).run_chain(samples, generator())
+    still, noise, x = copy.deepcopy(energy_model).eval(), generator(), samples
+    for k in range(config["num_steps"]):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(still(x).energy.sum(), x)
+        x = scheduler.step(gradient, k, x.detach(), samples, noise).prev_sample
+    assert torch.allclose(targets, x, rtol=1e-5, atol=1e-6)
+    assert (targets - samples).abs().max() > 1e-4
+
+
+def test_given_noise_stands_for_drawn_noise():
+    """One draw a step, in the order of the chain."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(num_steps=3, noise_scale=0.1))
+    samples, generator = randn(2, 1, 8, 8), seeded(0)
+    noise = torch.stack([torch.randn(2, 1, 8, 8, generator=generator) for _ in range(3)])
+    expected = calibrator.run_chain(samples, seeded(0))
+    assert torch.equal(calibrator.run_chain(samples, noise=noise), expected)
+    assert torch.equal(calibrator.calibrate(samples, noise=noise).targets, expected)
+    assert not torch.allclose(calibrator.run_chain(samples, noise=noise.flip(0)), expected, atol=1e-3)
+
+
+def test_chain_in_closed_form():
+    """On a quadratic energy each step takes the share a of the distance to its centre."""
+    center, samples = randn(1, 2, 4, seed=1), randn(3, 2, 4)
+    targets = EnergyCalibrator(Quadratic(center), drift_only(7, 0.3)).run_chain(samples)
+    assert torch.allclose(targets - center, (1 - 0.3) ** 7 * (samples - center), rtol=1e-5, atol=1e-6)
+
+
+def test_chain_lowers_the_energy():
+    energy_model, samples = tiny_energy_model().eval(), randn(16, 1, 8, 8)
+    targets = EnergyCalibrator(energy_model, drift_only(10, 0.1)).run_chain(samples)
+    assert (energy_model(targets).energy < energy_model(samples).energy).all()
+
+
+def test_chain_works_without_gradient_mode():
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only())
+    with torch.no_grad():
+        targets = calibrator.run_chain(randn(2, 1, 8, 8))
+        assert not torch.is_grad_enabled()
+    assert torch.equal(targets, calibrator.run_chain(randn(2, 1, 8, 8)))
+
+
+@pytest.mark.parametrize("sample_dtype", [torch.float32, torch.bfloat16])
+def test_chain_state_is_float32_under_autocast(sample_dtype):
+    """A step of 1e-4 on a pixel of 1 is lost in bfloat16: the energy may compute in it, the state may not."""
+    energy_model = tiny_energy_model()
+    calibrator = EnergyCalibrator(energy_model, LangevinScheduler(num_steps=5, drift_step_size=1e-3))
+    samples = randn(2, 1, 8, 8).to(sample_dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        calibration = calibrator.calibrate(samples, seeded(0))
+    assert calibration.targets.dtype == calibration.loss.dtype == calibration.constraint.dtype == torch.float32
+    reference = calibrator.run_chain(samples, seeded(0))
+    assert torch.allclose(calibration.targets, reference, atol=1e-4)
+    assert (calibration.targets != samples.float()).float().mean() > 0.9
+    calibration.loss.backward()
+    assert samples.grad.dtype == sample_dtype and samples.grad.abs().max() > 0
+
+
+def test_chain_with_gradient_checkpointing():
+    energy_model = tiny_energy_model().train()
+    calibrator = EnergyCalibrator(energy_model, drift_only())
+    expected = calibrator.run_chain(randn(2, 1, 8, 8))
+    energy_model.enable_gradient_checkpointing()
+    assert torch.equal(calibrator.run_chain(randn(2, 1, 8, 8)), expected)
+
+
+# What a chain leaves behind
+
+
+def mixed_energy_model() -> EnergyModel:
+    """In training, but for a block in evaluation mode and another whose weights are frozen."""
+    energy_model = tiny_energy_model(num_scales=2).train()
+    energy_model.networks[0].blocks[0].eval()
+    energy_model.networks[0].blocks[1].requires_grad_(False)
+    return energy_model
+
+
+def snapshot(module: nn.Module) -> tuple:
+    return (
+        {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        {name: part.training for name, part in module.named_modules()},
+        {name: parameter.requires_grad for name, parameter in module.named_parameters()},
+    )
+
+
+def assert_unchanged(module: nn.Module, before: tuple):
+    state, modes, trained = snapshot(module)
+    assert all(torch.equal(state[name], before[0][name]) for name in before[0]) and state.keys() == before[0].keys()
+    assert modes == before[1] and len(set(modes.values())) == 2
+    assert trained == before[2] and len(set(trained.values())) == 2
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_chain_leaves_the_energy_model_unchanged():
+    """To the last bit of spectral norm's vectors; modes and frozen parameters as they were; no gradient on it."""
+    energy_model = mixed_energy_model()
+    assert any(name.endswith("._u") for name, _ in energy_model.named_buffers())
+    before = snapshot(energy_model)
+    calibrator = EnergyCalibrator(energy_model, LangevinScheduler())
+    samples = randn(3, 1, 8, 8).requires_grad_()
+    calibrator.run_chain(samples)
+    assert_unchanged(energy_model, before)
+    calibrator.calibrate(samples).loss.backward()
+    assert_unchanged(energy_model, before)
+
+
+def test_a_failing_chain_leaves_the_energy_model_unchanged():
+    energy_model = mixed_energy_model()
+    before = snapshot(energy_model)
+    with pytest.raises(ValueError, match="`sample` must have shape"):
+        EnergyCalibrator(energy_model, LangevinScheduler()).run_chain(randn(3, 1, 16, 16))
+    assert_unchanged(energy_model, before)
+
+
+def test_frozen():
+    energy_model = mixed_energy_model()
+    before = snapshot(energy_model)
+    with pytest.raises(KeyError), frozen(energy_model):
+        assert not any(part.training for part in energy_model.modules())
+        assert not any(parameter.requires_grad for parameter in energy_model.parameters())
+        # The normalized weights are computed once, not at every step.
+        assert energy_model.networks[0].conv_in.weight is energy_model.networks[0].conv_in.weight
+        raise KeyError
+    assert_unchanged(energy_model, before)
+    assert energy_model.networks[0].conv_in.weight is not energy_model.networks[0].conv_in.weight
+
+
+def test_energy_model_trains_between_chains():
+    """The weights that a chain holds are not those of the chain before."""
+    energy_model = tiny_energy_model()
+    calibrator = EnergyCalibrator(energy_model, drift_only())
+    samples = randn(2, 1, 8, 8)
+    first = calibrator.run_chain(samples)
+    assert torch.equal(calibrator.run_chain(samples), first)
+    with torch.no_grad():
+        for parameter in energy_model.parameters():
+            parameter.add_(randn(*parameter.shape, seed=parameter.numel()))
+    assert not torch.allclose(calibrator.run_chain(samples), first)
+    calibrator.energy_loss(samples, first).loss.backward()
+    assert all(parameter.grad is not None for parameter in energy_model.parameters())
+
+
+# The constraint and its gradient
+
+
+def test_calibration_output():
+    """C is the mean of squared errors summed over a sample, the loss lambda times it; targets are constants."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(num_steps=3), initial_dual=7.0)
+    samples = randn(5, 1, 8, 8).requires_grad_()
+    output = calibrator.calibrate(samples, seeded(0))
+    assert torch.equal(output.targets, calibrator.run_chain(samples, seeded(0)))
+    assert not output.targets.requires_grad and output.targets.shape == samples.shape
+    constraint = sum((samples[i] - output.targets[i]).square().sum() for i in range(5)) / 5
+    assert output.constraint.item() == pytest.approx(constraint.item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(7.0 * constraint.item(), rel=1e-5)
+    for name in ("loss", "constraint", "noise_floor", "drift"):
+        assert output[name].shape == () and output[name].requires_grad == (name == "loss")
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (1, 1, 8, 8)])
+@pytest.mark.parametrize("dual", [0.0, 1.0, 30.0])
+def test_gradient_to_the_samples(shape, dual):
+    """2 lambda (x - x~) / B: through the samples, not through the chain."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(noise_scale=0.1), initial_dual=dual)
+    samples = randn(*shape).requires_grad_()
+    output = calibrator.calibrate(samples)
+    output.loss.backward()
+    assert torch.allclose(samples.grad, 2 * dual * (samples - output.targets).detach() / shape[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 6])
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 12)])
+def test_noise_floor(shape, num_steps):
+    """D K b^2. It is what is left of the constraint where the energy has no gradient."""
+    scheduler = LangevinScheduler(num_steps=num_steps, noise_scale=0.05)
+    entries = math.prod(shape[1:])
+    output = EnergyCalibrator(Linear(torch.zeros(shape[1:])), scheduler).calibrate(randn(*shape))
+    assert output.noise_floor.item() == pytest.approx(entries * num_steps * 0.05**2)
+
+    output = EnergyCalibrator(Linear(torch.zeros(shape[1:])), scheduler).calibrate(
+        torch.zeros(20_000, *shape[1:]), seeded(0)
+    )
+    relative_error = math.sqrt(2 / (20_000 * entries))
+    assert output.constraint.item() == pytest.approx(output.noise_floor.item(), rel=5 * relative_error)
+    assert output.drift < 0.1 * 0.05 * math.sqrt(num_steps)
+
+
+@pytest.mark.parametrize("noise_scale", [0.0, 0.02])
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_drift_is_what_the_energy_accounts_for(num_steps, noise_scale):
+    """A constant gradient g moves every sample by K a g: K a |g| / sqrt(D) an entry, whatever the noise."""
+    slope, batch_size = randn(3, 4), 20_000
+    scheduler = LangevinScheduler(num_steps=num_steps, drift_step_size=0.01, noise_scale=noise_scale)
+    output = EnergyCalibrator(Linear(slope), scheduler).calibrate(torch.zeros(batch_size, 3, 4), seeded(0))
+    expected = num_steps * 0.01 * slope.square().mean().sqrt().item()
+    # First order in the deviations of |K a g + noise|^2 / D: of its noise part, and of the product of both.
+    floor = num_steps * noise_scale**2
+    deviation = math.sqrt((2 * floor**2 + 4 * floor * expected**2) / (12 * batch_size)) / (2 * expected)
+    assert output.drift.item() == pytest.approx(expected, abs=5 * deviation + 1e-6)
+
+
+def test_drift_is_never_the_root_of_a_negative_number():
+    """Half of all chains on a flat energy end nearer than the noise floor says."""
+    calibrator = EnergyCalibrator(Linear(torch.zeros(4)), LangevinScheduler(noise_scale=0.1))
+    drifts = torch.stack([calibrator.calibrate(torch.zeros(2, 4), seeded(seed)).drift for seed in range(20)])
+    assert torch.isfinite(drifts).all() and (drifts == 0).any() and (drifts > 0).any()
+
+
+# The one-step limit: a critic
+
+
+def critic_gradient(energy_model, samples: torch.Tensor, weight: float) -> torch.Tensor:
+    """The gradient of a generator's loss weight * mean f(x), as of a critic f."""
+    samples = samples.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(weight * compute_energy(energy_model, samples).mean(), samples)
+    return gradient
+
+
+def test_one_step_is_a_critic_exactly():
+    """
+    At K = 1 the constraint's gradient is that of a critic f of weight 2 lambda a. The chain is float32, so numbers are
+    taken in which no operation rounds: multiples of 1/4, and powers of two for a, lambda and the size of the batch.
+    """
+    samples, center = torch.randint(-8, 9, (2, 8, 3, 4), generator=seeded(0)) / 4.0
+    calibrator = EnergyCalibrator(Quadratic(center[0]), drift_only(1, 0.25), initial_dual=32.0)
+    samples.requires_grad_()
+    calibrator.calibrate(samples).loss.backward()
+    assert samples.grad.abs().max() > 0
+    assert torch.equal(samples.grad, critic_gradient(calibrator.energy_model, samples, 2 * 32.0 * 0.25))
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_one_step_is_a_critic_in_float64(spectral_norm):
+    """The same identity on a network, with the constraint written out in float64: to 1e-12."""
+    energy_model = tiny_energy_model(spectral_norm=spectral_norm, act_fn="silu").double().eval()
+    samples, dual, a = randn(4, 1, 8, 8, dtype=torch.float64).requires_grad_(), 30.0, 0.5
+    targets = drift_only(1, a).step(energy_gradient(energy_model, samples), 0, samples.detach()).prev_sample
+    (dual * (samples - targets).square().flatten(1).sum(1).mean()).backward()
+    expected = critic_gradient(energy_model, samples, 2 * dual * a)
+    assert (samples.grad - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_one_step_is_a_critic_in_the_calibrator():
+    """And as the calibrator does it, in float32, where the difference x - x~ is rounded to 1e-7 of x."""
+    energy_model = tiny_energy_model().eval()
+    calibrator = EnergyCalibrator(energy_model, drift_only(1, 4.0), initial_dual=30.0)
+    samples = randn(4, 1, 8, 8).requires_grad_()
+    calibrator.calibrate(samples).loss.backward()
+    expected = critic_gradient(energy_model, samples, 2 * 30.0 * 4.0)
+    assert (samples.grad - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_one_step_is_a_critic_in_expectation():
+    """With noise, over many chains from one sample: x - x~ = a grad f - b n, and the noise has mean 0."""
+    center, batch_size, a, b = randn(1, 6), 100_000, 0.1, 0.5
+    scheduler = LangevinScheduler(num_steps=1, drift_step_size=a, noise_scale=b)
+    calibrator = EnergyCalibrator(Quadratic(center), scheduler, initial_dual=1.0)
+    sample = randn(1, 6, seed=1).requires_grad_()
+    calibrator.calibrate(sample.expand(batch_size, -1), seeded(0)).loss.backward()
+    expected = critic_gradient(calibrator.energy_model, sample, 2 * a)
+    assert (sample.grad - expected).abs().max() < 5 * 2 * b / math.sqrt(batch_size)
+    assert expected.abs().max() > 20 * 2 * b / math.sqrt(batch_size)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 15])
+def test_total_drift_on_a_constant_gradient(num_steps):
+    """K steps of a constant gradient weigh 2 lambda K a: the limit that the module's docstring states."""
+    calibrator = EnergyCalibrator(Linear(randn(6)), drift_only(num_steps, 0.3 / num_steps), initial_dual=2.0)
+    samples = randn(4, 6, seed=1).requires_grad_()
+    calibrator.calibrate(samples).loss.backward()
+    expected = critic_gradient(calibrator.energy_model, samples, 2 * 2.0 * 0.3)
+    assert torch.allclose(samples.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+# The tolerance
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16), (3, 64, 64), (20,)])
+def test_auto_tolerance_scales_with_the_sample(shape):
+    """D (K b^2 + rho^2): a bound an entry is the same at every size."""
+    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01)
+    calibrator = EnergyCalibrator(Linear(torch.zeros(shape)), scheduler, drift_tolerance=0.02)
+    calibrator.calibrate(torch.zeros(2, *shape))
+    assert calibrator.resolve_tolerance() == pytest.approx(math.prod(shape) * (4 * 0.01**2 + 0.02**2))
+
+
+def test_auto_tolerance_follows_the_chain():
+    """With conditioning less noise gathers; and one calibrator may serve samples of several sizes."""
+    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01, conditioning_weight=2.0)
+    calibrator = EnergyCalibrator(lambda sample: sample.flatten(1).sum(1), scheduler)
+    for entries in (8, 32):
+        calibrator.calibrate(torch.zeros(2, entries))
+        expected = entries * (scheduler.noise_variance() + HEALTHY_DRIFT**2)
+        assert calibrator.resolve_tolerance() == pytest.approx(expected)
+    scheduler.set_timesteps(1)
+    assert calibrator.resolve_tolerance() == pytest.approx(32 * (0.01**2 + HEALTHY_DRIFT**2))
+
+
+def test_a_healthy_run_neither_raises_nor_lowers_the_dual():
+    """At the noise floor, with just the drift that is allowed, lambda is at rest."""
+    scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.1, noise_scale=1e-3)
+    slope = torch.full((3, 8, 8), HEALTHY_DRIFT / (5 * 0.1))
+    calibrator = EnergyCalibrator(Linear(slope), scheduler, dual_learning_rate=1.0)
+    for _ in range(10):
+        calibrator.dual_step(calibrator.calibrate(torch.zeros(64, 3, 8, 8), seeded(0)).constraint)
+    assert calibrator.dual.item() == pytest.approx(30.0, abs=0.1)
+
+
+def test_auto_tolerance_needs_a_sample():
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler())
+    with pytest.raises(RuntimeError, match="call `calibrate` first"):
+        calibrator.resolve_tolerance()
+    with pytest.raises(RuntimeError, match="call `calibrate` first"):
+        calibrator.dual_step(1.0)
+
+
+def test_auto_tolerance_of_zero_is_refused():
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only(), drift_tolerance=0.0)
+    calibrator.calibrate(randn(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="can't both be 0"):
+        calibrator.resolve_tolerance()
+
+
+def test_fixed_tolerance_needs_no_sample():
+    assert EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=3).resolve_tolerance() == 3.0
+
+
+# The dual step
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    "initial_dual, constraint, expected",
+    [
+        (30.0, 0.5, 30.0),  # on the bound
+        (30.0, 1.0, 30.2),  # twice the bound: a relative violation of 1
+        (30.0, 0.25, 29.9),
+        (30.0, 0.0, 29.8),
+        (0.1, 0.0, 0.0),  # not below 0
+        (0.0, 0.1, 0.0),
+        (0.0, 1.0, 0.2),  # and back
+        (99.9, 2.0, 100.0),  # not above max_dual
+        (100.0, 1e6, 100.0),
+    ],
+)
+def test_dual_step(initial_dual, constraint, expected, as_tensor):
+    """lambda <- clip(lambda + eta (C / epsilon - 1), 0, lambda_max) with eta = 0.2, epsilon = 0.5, lambda_max = 100."""
+    calibrator = EnergyCalibrator(
+        tiny_energy_model(), LangevinScheduler(), tolerance=0.5, initial_dual=initial_dual, dual_learning_rate=0.2
+    )
+    calibrator.dual_step(torch.tensor(constraint, requires_grad=True) if as_tensor else constraint)
+    assert calibrator.dual.item() == pytest.approx(expected, abs=1e-5)
+    assert calibrator.dual.shape == () and not calibrator.dual.requires_grad
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_dual_step_is_relative(scale):
+    """It depends on C / epsilon alone, and so not on the size of the images."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5 * scale)
+    calibrator.dual_step(0.8 * scale)
+    assert calibrator.dual.item() == pytest.approx(30.0 + 0.1 * 0.6, rel=1e-6)
+
+
+def test_dual_learning_rate_of_zero_keeps_the_dual():
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5, dual_learning_rate=0.0)
+    calibrator.dual_step(1e9)
+    assert calibrator.dual.item() == 30.0
+
+
+def test_max_dual_bounds_the_loss():
+    calibrator = EnergyCalibrator(
+        Quadratic(torch.zeros(4)), drift_only(), tolerance=1e-6, initial_dual=0.0, max_dual=5.0
+    )
+    for _ in range(3):
+        output = calibrator.calibrate(torch.ones(2, 4))
+        calibrator.dual_step(output.constraint)
+    assert calibrator.dual.item() == 5.0
+    output = calibrator.calibrate(torch.ones(2, 4))
+    assert output.loss.item() == pytest.approx(5.0 * output.constraint.item())
+
+
+# Primal and dual together
+
+
+def solve(t: torch.Tensor, m: torch.Tensor, tolerance: float, initial_dual: float) -> tuple[torch.Tensor, float]:
+    """Primal-dual iteration for a generator that gives one vector theta, with primal loss |theta - t|^2."""
+    theta = nn.Parameter(torch.zeros(3))
+    calibrator = EnergyCalibrator(
+        Quadratic(m), drift_only(4, 0.2), tolerance=tolerance, initial_dual=initial_dual, dual_learning_rate=0.05
+    )
+    optimizer = torch.optim.SGD([theta], lr=0.1)
+    for _ in range(1500):
+        calibration = calibrator.calibrate(theta.expand(4, -1))
+        ((theta - t).square().sum() + calibration.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        calibrator.dual_step(calibration.constraint)
+    return theta.detach(), calibrator.dual.item()
+
+
+T, M, SHARE = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.0, 0.5, 0.5]), 1 - (1 - 0.2) ** 4
+
+
+@pytest.mark.parametrize("initial_dual", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("tolerance", [0.05, 0.3, 1.0])
+def test_active_constraint_converges_to_the_fixed_point(tolerance, initial_dual):
+    r"""
+    A problem with a closed solution. On f(x) = |x - m|^2 / 2 without noise, x~ - x = -s (x - m) with
+    s = 1 - (1 - a)^K, so that the constraint is s^2 |theta - m|^2 <= epsilon.
+
+    The target is a constant to the primal step: the gradient of lambda C that the generator receives is
+    2 lambda (x - x~) = 2 lambda s (theta - m), not the 2 lambda s^2 (theta - m) of the constraint as a function of
+    theta. The iteration rests where
+
+        2 (theta - t) + 2 lambda s (theta - m) = 0    and    s^2 |theta - m|^2 = epsilon,
+
+    that is at theta - m = (t - m) / (1 + lambda s) and lambda = (s |t - m| / sqrt(epsilon) - 1) / s. This theta is the
+    constrained minimum, the projection of t onto a ball around m; lambda is s times its Lagrange multiplier.
+    """
+    theta, dual = solve(T, M, tolerance, initial_dual)
+    distance = torch.linalg.vector_norm(T - M).item()
+    expected_dual = (SHARE * distance / math.sqrt(tolerance) - 1) / SHARE
+    assert expected_dual > 0.1
+    assert dual == pytest.approx(expected_dual, rel=1e-3)
+    assert torch.allclose(theta, M + (T - M) / (1 + expected_dual * SHARE), atol=1e-3)
+    projection = M + (T - M) * math.sqrt(tolerance) / (SHARE * distance)
+    assert torch.allclose(theta, projection, atol=1e-3)
+    # The multiplier of the Lagrangian |theta - t|^2 + mu (s^2 |theta - m|^2 - epsilon).
+    multiplier = torch.linalg.vector_norm(theta - T) / (SHARE**2 * torch.linalg.vector_norm(theta - M))
+    assert dual == pytest.approx(SHARE * multiplier.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("initial_dual", [0.0, 4.0])
+@pytest.mark.parametrize("tolerance", [4.0, 100.0])
+def test_inactive_constraint_lets_go(tolerance, initial_dual):
+    """Where t itself satisfies the constraint, lambda goes to 0 and the generator to its own minimum."""
+    assert SHARE**2 * (T - M).square().sum() < tolerance
+    theta, dual = solve(T, M, tolerance, initial_dual)
+    assert dual == 0.0
+    assert torch.allclose(theta, T, atol=1e-3)
+
+
+# The energy's loss
+
+
+class Doubled(nn.Module):
+    """Stands where a distributed wrapper would: another module around the energy model, told apart by its factor."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return 2 * self.module(sample).energy
+
+
+@pytest.mark.parametrize("num_targets", [1, 3, 5])
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_energy_loss_is_the_formula(alpha, num_targets):
+    """E f(data) - E f(x~) + alpha (E f(data)^2 + E f(x~)^2), each a mean over its own number of samples."""
+    energy_model = tiny_energy_model(spectral_norm=False)
+    with torch.no_grad():
+        energy_model.networks[0].conv_out.weight *= 10.0
+    calibrator = EnergyCalibrator(energy_model, LangevinScheduler(), energy_regularization=alpha)
+    real, targets = randn(3, 1, 8, 8), randn(num_targets, 1, 8, 8, seed=1)
+    output = calibrator.energy_loss(real, targets)
+    f_real, f_fake = energy_model(real).energy, energy_model(targets).energy
+    expected = f_real.mean() - f_fake.mean() + alpha * ((f_real**2).mean() + (f_fake**2).mean())
+    assert torch.allclose(output.loss, expected, atol=1e-6)
+    assert torch.allclose(output.energy_real, f_real.mean(), atol=1e-6)
+    assert torch.allclose(output.energy_fake, f_fake.mean(), atol=1e-6)
+    assert output.loss.requires_grad and not output.energy_real.requires_grad and not output.energy_fake.requires_grad
+
+    gradients = torch.autograd.grad(expected, energy_model.parameters(), allow_unused=True)
+    output.loss.backward()
+    for (name, parameter), gradient in zip(energy_model.named_parameters(), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_energy_loss_goes_through_the_module_given():
+    """Once, data and samples together: a distributed wrapper synchronises one forward pass a backward pass."""
+    energy_model = tiny_energy_model(spectral_norm=False)
+    wrapped, batches = Doubled(energy_model), []
+    wrapped.register_forward_hook(lambda module, args, output: batches.append(len(args[0])))
+    calibrator = EnergyCalibrator(energy_model, LangevinScheduler())
+    real, targets = randn(3, 1, 8, 8), randn(5, 1, 8, 8, seed=1)
+    own, given = calibrator.energy_loss(real, targets), calibrator.energy_loss(real, targets, energy_model=wrapped)
+    assert batches == [8]
+    assert torch.allclose(given.loss, 2 * own.loss, rtol=1e-4)
+
+
+def test_energy_loss_takes_targets_as_constants():
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler())
+    targets = randn(3, 1, 8, 8, seed=1).requires_grad_()
+    calibrator.energy_loss(randn(3, 1, 8, 8), targets).loss.backward()
+    assert targets.grad is None
+    assert any(parameter.grad.abs().max() > 0 for parameter in calibrator.energy_model.parameters())
+
+
+def test_energy_step_takes_one_power_iteration():
+    """Spectral norm moves in the energy step, and there alone."""
+    energy_model = tiny_energy_model().train()
+    calibrator = EnergyCalibrator(energy_model, LangevinScheduler())
+    reference = copy.deepcopy(energy_model)
+    output = calibrator.calibrate(randn(2, 1, 8, 8))
+    calibrator.energy_loss(randn(2, 1, 8, 8), output.targets)
+    reference(randn(4, 1, 8, 8))
+    for (name, buffer), expected in zip(energy_model.named_buffers(), reference.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+
+
+def test_energy_learns_to_tell_data_from_samples():
+    energy_model = tiny_energy_model()
+    calibrator = EnergyCalibrator(energy_model, drift_only(), energy_regularization=0.01)
+    optimizer = torch.optim.Adam(energy_model.parameters(), lr=1e-3)
+    real, fake = 0.1 * randn(16, 1, 8, 8) + 0.5, 0.1 * randn(16, 1, 8, 8, seed=1) - 0.5
+    for _ in range(30):
+        output = calibrator.energy_loss(real, calibrator.calibrate(fake).targets)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert output.energy_real < output.energy_fake - 0.1
+    # And the chain then goes from the samples towards the data.
+    assert (calibrator.calibrate(fake).targets - fake).mean() > 0
+
+
+# Any generator, any energy
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 1, 50), (6, 2, 3, 4, 5)], ids=["vectors", "audio", "volumes"])
+def test_samples_of_any_shape(shape):
+    calibrator = EnergyCalibrator(Quadratic(torch.zeros(shape[1:])), drift_only(2, 0.5), initial_dual=1.0)
+    samples = randn(*shape).requires_grad_()
+    output = calibrator.calibrate(samples)
+    assert torch.allclose(output.targets, samples.detach() / 4)
+    output.loss.backward()
+    assert torch.allclose(samples.grad, 2 * 0.75 * samples.detach() / 6, rtol=1e-5)
+    assert calibrator.num_entries == math.prod(shape[1:])
+    energies = calibrator.energy_loss(torch.zeros_like(samples), output.targets)
+    assert energies.energy_real == 0 and energies.energy_fake > 0
+
+
+@pytest.mark.parametrize("energy_shape", [(-1,), (-1, 1), (-1, 1, 1, 1)])
+def test_plain_callables(energy_shape):
+    """An energy is any function that gives one number a sample; a trailing dimension of 1 is what critics give."""
+
+    def energy(sample):
+        return (sample.square().sum(1) / 2).view(energy_shape)
+
+    samples = randn(4, 9).requires_grad_()
+    calibrator = EnergyCalibrator(energy, drift_only(1, 0.25), tolerance=0.1, initial_dual=2.0)
+    output = calibrator.calibrate(samples)
+    assert torch.allclose(output.targets, 0.75 * samples.detach())
+    output.loss.backward()
+    assert torch.allclose(samples.grad, 2 * 2.0 * 0.25 * samples.detach() / 4, rtol=1e-5)
+    calibrator.dual_step(output.constraint)
+    assert calibrator.dual.item() == pytest.approx(2.0 + 0.1 * (output.constraint.item() / 0.1 - 1), rel=1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        energies = compute_energy(energy, samples.to(dtype))
+        assert energies.shape == (4,) and energies.dtype == torch.float32
+
+
+def test_energy_of_more_than_a_number_a_sample_is_refused():
+    """A map of patch scores is not an energy: without a sum over it, its gradient would depend on its size."""
+    with pytest.raises(RuntimeError, match="shape"):
+        compute_energy(lambda sample: sample, randn(4, 9))
+
+
+# Checkpoints
+
+
+def test_state_dict_round_trip(tmp_path):
+    """Through a file that is loaded with `weights_only`; a run that goes on from it takes the same dual steps."""
+    settings = {"tolerance": 0.5, "dual_learning_rate": 0.2}
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), **settings)
+    calibrator.dual_step(0.8)
+    torch.save(calibrator.state_dict(), tmp_path / "calibrator.pt")
+    saved = calibrator.dual.item()
+    calibrator.dual_step(0.9)
+
+    resumed = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), initial_dual=1.0, **settings)
+    resumed.load_state_dict(torch.load(tmp_path / "calibrator.pt", weights_only=True))
+    assert resumed.dual.item() == saved != 30.0
+    resumed.dual_step(0.9)
+    assert torch.equal(resumed.dual, calibrator.dual)
+
+
+def test_state_dict_is_a_snapshot():
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5)
+    state = calibrator.state_dict()
+    calibrator.dual_step(5.0)
+    assert state["dual"].item() == 30.0 and calibrator.dual.item() > 30.0
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "kwargs, name",
+    [
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"tolerance": -1.0}, "tolerance"),
+        ({"tolerance": math.nan}, "tolerance"),
+        ({"tolerance": math.inf}, "tolerance"),
+        ({"tolerance": "automatic"}, "tolerance"),
+        ({"tolerance": None}, "tolerance"),
+        ({"max_dual": 0.0}, "max_dual"),
+        ({"max_dual": -1.0}, "max_dual"),
+        ({"max_dual": math.inf}, "max_dual"),
+        ({"max_dual": math.nan}, "max_dual"),
+        ({"initial_dual": -1.0}, "initial_dual"),
+        ({"initial_dual": 101.0}, "initial_dual"),
+        ({"initial_dual": math.nan}, "initial_dual"),
+        ({"max_dual": 10.0}, "initial_dual"),
+        ({"drift_tolerance": -1.0}, "drift_tolerance"),
+        ({"drift_tolerance": math.nan}, "drift_tolerance"),
+        ({"dual_learning_rate": -0.1}, "dual_learning_rate"),
+        ({"dual_learning_rate": math.inf}, "dual_learning_rate"),
+        ({"dual_learning_rate": math.nan}, "dual_learning_rate"),
+        ({"energy_regularization": -0.1}, "energy_regularization"),
+        ({"energy_regularization": math.nan}, "energy_regularization"),
+    ],
+)
+def test_invalid_arguments(kwargs, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), **kwargs)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_energy_model_in_another_precision(dtype):
+    """The chain's state stays in the samples' precision, at least float32; only the network computes in its own."""
+    energy_model = tiny_energy_model().eval()
+    calibrator = EnergyCalibrator(energy_model, drift_only())
+    samples = randn(4, 1, 8, 8)
+    expected = calibrator.run_chain(samples)
+    energy_model.to(dtype)
+    found = calibrator.run_chain(samples)
+    assert found.dtype == torch.float32 and not torch.equal(found, samples)
+    drift = (expected - samples).norm()
+    assert (found - expected).norm() < (0.05 if dtype == torch.bfloat16 else 0.01) * drift
+    assert calibrator.run_chain(samples.double()).dtype == torch.float64
+    assert calibrator.run_chain(samples.bfloat16()).dtype == torch.float32
