@@ -2,7 +2,8 @@
 # From another folder: make -C path/to/ecvae-diffusers demo
 
 # By the shell, not by make's functions, so that the path may hold spaces.
-ROOT := $(shell cd "$$(dirname "$(strip $(MAKEFILE_LIST))")" && pwd)
+ROOT := $(shell list='$(MAKEFILE_LIST)'; cd "$$(dirname "$${list# }")" && pwd)
+$(if $(ROOT),,$(error The path of this Makefile can't be made out: call make with -C))
 PYTHON ?= python3
 IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 
@@ -35,4 +36,4 @@ environment:  ## Make .venv with the tested set of versions, whatever is newest 
 	fi
 
 clean:  ## Remove the environment and the demo
-	@cd "$(ROOT)" && rm -rf .venv demo
+	@rm -rf "$(ROOT)/.venv" "$(ROOT)/demo"

@@ -544,8 +544,10 @@ def test_energy_loss_is_the_formula(alpha, num_targets):
     expected = f_real.mean() - f_fake.mean() + alpha * ((f_real**2).mean() + (f_fake**2).mean())
     assert torch.allclose(output.loss, expected, atol=1e-6)
     assert torch.allclose(output.energy_real, f_real.mean(), atol=1e-6)
-    assert torch.allclose(output.energy_fake, f_fake.mean(), atol=1e-6)
-    assert output.loss.requires_grad and not output.energy_real.requires_grad and not output.energy_fake.requires_grad
+    assert torch.allclose(output.energy_targets, f_fake.mean(), atol=1e-6)
+    assert (
+        output.loss.requires_grad and not output.energy_real.requires_grad and not output.energy_targets.requires_grad
+    )
 
     gradients = torch.autograd.grad(expected, energy_model.parameters(), allow_unused=True)
     output.loss.backward()
@@ -595,7 +597,7 @@ def test_energy_learns_to_tell_data_from_samples():
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert output.energy_real < output.energy_fake - 0.1
+    assert output.energy_real < output.energy_targets - 0.1
     # And the chain then goes from the samples towards the data.
     assert (calibrator.calibrate(fake).targets - fake).mean() > 0
 
@@ -613,7 +615,7 @@ def test_samples_of_any_shape(shape):
     assert torch.allclose(samples.grad, 2 * 0.75 * samples.detach() / 6, rtol=1e-5)
     assert calibrator.num_entries == math.prod(shape[1:])
     energies = calibrator.energy_loss(torch.zeros_like(samples), output.targets)
-    assert energies.energy_real == 0 and energies.energy_fake > 0
+    assert energies.energy_real == 0 and energies.energy_targets > 0
 
 
 @pytest.mark.parametrize("energy_shape", [(-1,), (-1, 1), (-1, 1, 1, 1)])
@@ -638,11 +640,33 @@ def test_plain_callables(energy_shape):
 
 def test_energy_of_more_than_a_number_a_sample_is_refused():
     """A map of patch scores is not an energy: without a sum over it, its gradient would depend on its size."""
-    with pytest.raises(RuntimeError, match="shape"):
+    with pytest.raises(ValueError, match=r"one energy a sample \(4\), but gave \(4, 9\)"):
         compute_energy(lambda sample: sample, randn(4, 9))
+    with pytest.raises(ValueError, match="but gave tuple"):
+        compute_energy(lambda sample: (sample,), randn(4, 9))
+
+
+def test_samples_without_a_batch_are_refused():
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only())
+    with pytest.raises(ValueError, match=r"`samples` must have shape \(batch_size, ...\), but has \(5,\)"):
+        calibrator.calibrate(randn(5))
+
+
+def test_a_chain_runs_in_inference_mode():
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only())
+    samples = randn(2, 1, 8, 8)
+    expected = calibrator.run_chain(samples)
+    with torch.inference_mode():
+        assert torch.equal(calibrator.run_chain(samples + 0), expected)
 
 
 # Checkpoints
+
+
+def test_a_loaded_dual_keeps_its_bound():
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only(), initial_dual=5.0, max_dual=10.0)
+    calibrator.load_state_dict({"dual": torch.tensor(50.0)})
+    assert calibrator.dual.item() == 10.0
 
 
 def test_state_dict_round_trip(tmp_path):

@@ -86,7 +86,7 @@ def plot_calibration(records: list[dict], path: Path) -> None:
     axes[0, 1].legend()
     axes[1, 0].plot(steps, values("drift"))
     axes[1, 0].set_title("drift of the chain (RMS a pixel)")
-    axes[1, 1].plot(steps, [fake - real for fake, real in zip(values("energy_fake"), values("energy_real"))])
+    axes[1, 1].plot(steps, [fake - real for fake, real in zip(values("energy_targets"), values("energy_real"))])
     axes[1, 1].set_title("energy gap: calibrated samples minus data")
     for axis in axes[1]:
         axis.set_xlabel("iteration")

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 
@@ -27,13 +27,15 @@ from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
 from ecvae_training.arguments import parse_args
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint
 from ecvae_training.data import ImageDataset, collate, load_images
-from ecvae_training.models import build_models, moving_average
+from ecvae_training.models import build_models, load_pretrained, moving_average
 from ecvae_training.output import (
     ARGUMENTS_FILE,
     METRICS_FILE,
     MetricsLog,
     check_output_dir,
+    check_resumed_arguments,
     checkpoint_step,
+    checkpoints,
     clear_run,
     find_checkpoint,
     image_grid,
@@ -79,10 +81,8 @@ def main(args) -> None:
     resume = args.resume_from_checkpoint is not None
     check_output_dir(output_dir, args.overwrite_output_dir, resume)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    if args.lr_scheduler not in [kind.value for kind in SchedulerType]:
-        raise ValueError(
-            f"--lr_scheduler must be one of {sorted(kind.value for kind in SchedulerType)}, not {args.lr_scheduler!r}."
-        )
+    if checkpoint is not None:
+        check_resumed_arguments(output_dir, vars(args))
     accelerator = Accelerator(
         # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
         cpu=not torch.accelerator.is_available(),
@@ -95,12 +95,17 @@ def main(args) -> None:
             f"{accelerator.distributed_type.value} trains one model, and this script two: use data parallel training "
             "(`accelerate launch --multi_gpu`)."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs an accelerator, and there is none: use bf16 or no.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
     diffusers_logging.set_verbosity_error()
     main_process, device = accelerator.is_main_process, accelerator.device
 
-    # 1. Data: opened, checked and decoded before anything is written.
+    # 1. Data: opened, checked and decoded before anything is written. A wrong model is told first: it takes seconds.
+    pretrained = (None, None)
+    if args.pretrained_model_name_or_path is not None:
+        pretrained = load_pretrained(args.pretrained_model_name_or_path, args.resolution)
     images = load_images(
         args.dataset_name,
         args.dataset_config_name,
@@ -108,8 +113,14 @@ def main(args) -> None:
         args.image_column,
         args.cache_dir,
         args.max_train_samples,
+        args.output_dir,
     )
     dataset = ImageDataset(images, args.resolution, args.in_channels, progress=main_process)
+    if pretrained[0] is not None and pretrained[0].config.in_channels != dataset.channels:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is for images of "
+            f"{pretrained[0].config.in_channels} channel(s), but the data has {dataset.channels}: see --in_channels."
+        )
     global_batch_size = args.train_batch_size * accelerator.num_processes
     steps_per_epoch = len(dataset) // global_batch_size
     if steps_per_epoch == 0:
@@ -131,7 +142,7 @@ def main(args) -> None:
     # 2. Models, optimizers, calibrator.
     set_seed(args.seed)
     calibrate = args.calibration == "energy"
-    vae, energy_model = build_models(args, dataset.channels)
+    vae, energy_model = build_models(args, dataset.channels, pretrained)
     scheduler = LangevinScheduler(
         num_steps=args.langevin_steps,
         drift_step_size=args.langevin_drift_step,
@@ -198,8 +209,8 @@ def main(args) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             clear_run(output_dir)
-        (output_dir / ARGUMENTS_FILE).write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
         metrics = MetricsLog(output_dir / METRICS_FILE, first_step)
+        (output_dir / ARGUMENTS_FILE).write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
     if first_step >= max_train_steps:
         logger.info(f"{checkpoint.name} is at the end of the {max_train_steps} steps: saving only.")
     logger.info(
@@ -260,7 +271,7 @@ def main(args) -> None:
                 scalars = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
                 if calibrate:
                     scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
-                    scalars |= {name: energy[name] for name in ("energy_real", "energy_fake")}
+                    scalars |= {name: energy[name] for name in ("energy_real", "energy_targets")}
                 names = list(scalars)
                 values = accelerator.reduce(torch.stack([scalars[name].float() for name in names]), reduction="mean")
                 logged = dict(zip(names, values.tolist()))
@@ -312,3 +323,9 @@ if __name__ == "__main__":
         main(arguments)
     except (ValueError, ImportError, FloatingPointError) as error:
         sys.exit(f"train_ecvae.py: error: {error}")
+    except KeyboardInterrupt:
+        found = checkpoints(Path(arguments.output_dir))
+        left = (
+            f"go on from {found[-1].name} with --resume_from_checkpoint latest" if found else "no checkpoint was saved"
+        )
+        sys.exit(f"train_ecvae.py: interrupted: {left}.")

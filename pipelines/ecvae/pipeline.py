@@ -5,8 +5,10 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +54,17 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor
         sample = sample.to(parameter.dtype)
     output = energy_model(sample)
     energy = getattr(output, "energy", output)
+    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
+        found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
+        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
 
 
 def energy_gradient(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
     """The gradient of each sample's energy with respect to the sample: shape and dtype of `sample`, no graph kept."""
-    with torch.enable_grad():
-        sample = sample.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        # A tensor of inference mode can't carry gradients, a copy of it can.
+        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
         return torch.autograd.grad(compute_energy(energy_model, sample).sum(), sample)[0]
 
 
@@ -88,6 +94,13 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
     """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
     save_directory = Path(save_directory)
     save_directory.mkdir(parents=True, exist_ok=True)
+    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
+    for name, component in pipeline.components.items():
+        if type(component).__module__.split(".")[0] not in known:
+            warnings.warn(
+                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
+                "loads only where that module can be imported."
+            )
     (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
     for name, component_class in travelling_components(pipeline).items():
         source = Path(inspect.getfile(component_class))
@@ -157,11 +170,11 @@ class ECVAEPipeline(DiffusionPipeline):
         num_refinement_steps: int,
         output_type: str,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature}.")
-        if not isinstance(num_refinement_steps, int) or num_refinement_steps < 0:
+        if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
+            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
+        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
             raise ValueError(
                 f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
             )
@@ -176,6 +189,8 @@ class ECVAEPipeline(DiffusionPipeline):
             raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
         if latents is not None:
             shape = (self.vae.config.latent_channels, 1, 1)
+            if not isinstance(latents, torch.Tensor):
+                raise ValueError(f"`latents` must be a tensor, but is {type(latents)}.")
             if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != shape:
                 raise ValueError(
                     f"`latents` must have shape (batch_size, {shape[0]}, 1, 1), not {tuple(latents.shape)}."
@@ -189,8 +204,14 @@ class ECVAEPipeline(DiffusionPipeline):
             if not torch.isfinite(latents).all():
                 raise ValueError("`latents` holds values that are not finite.")
             batch_size = latents.shape[0]
+        self.check_generator(generator, batch_size)
+
+    def check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+        generators = generator if isinstance(generator, list) else [generator]
+        if any(not isinstance(one, torch.Generator | None) for one in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for.")
+            raise ValueError(f"`generator` is a list of {len(generator)}, but there are {batch_size} images.")
 
     def prepare_latents(
         self,
@@ -214,9 +235,17 @@ class ECVAEPipeline(DiffusionPipeline):
             ValueError: if size, channels or range are not the model's, or a value is not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
-        images = image if isinstance(image, list) else [image]
+        images = list(image) if isinstance(image, list | tuple) else [image]
         if not images:
             raise ValueError("`image` is an empty list.")
+        if not any(
+            all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)
+        ):
+            raise ValueError(
+                "`image` must be a PIL image, a numpy array, a tensor, or a list of one of these, but holds "
+                f"{sorted({type(one).__name__ for one in images})}."
+            )
+        image = images if isinstance(image, list | tuple) else image
         if isinstance(images[0], PIL.Image.Image):
             mode, accepted = PIL_MODES[channels]
             for one in images:
@@ -241,11 +270,13 @@ class ECVAEPipeline(DiffusionPipeline):
             )
         if not torch.isfinite(images).all():
             raise ValueError("`image` holds values that are not finite.")
-        if images.min() < 0 or images.max() > 1:
+        # A little beyond is rounding, of a resize or a half-precision picture.
+        if images.min() < -1e-3 or images.max() > 1 + 1e-3:
             raise ValueError(
                 f"`image` must have values in [0, 1], but they go from {images.min():.4g} to {images.max():.4g}."
             )
-        return self.image_processor.normalize(images.to(device=self._execution_device, dtype=self.vae.dtype))
+        images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
+        return self.image_processor.normalize(images)
 
     def refine(
         self,
@@ -256,11 +287,13 @@ class ECVAEPipeline(DiffusionPipeline):
         """Run the calibrating chain on images in [-1, 1]: the correction that training teaches the decoder."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
-        self.scheduler.set_timesteps(num_refinement_steps)
+        # A scheduler of its own: the pipeline's may be that of a calibrator, whose chain has another length.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
             for timestep in self.progress_bar(range(num_refinement_steps)):
                 gradient = energy_gradient(self.energy_model, sample)
-                sample = self.scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
+                sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
     def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
@@ -330,7 +363,7 @@ class ECVAEPipeline(DiffusionPipeline):
         self,
         image: PipelineImageInput,
         sample_posterior: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -342,7 +375,7 @@ class ECVAEPipeline(DiffusionPipeline):
                 Images of the model's size: arrays (B, H, W, C) and tensors (B, C, H, W) in [0, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
-            generator (`torch.Generator`, *optional*): Makes the draw deterministic.
+            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draw deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 As for generation; `"latent"` gives the encoding, shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
@@ -354,7 +387,9 @@ class ECVAEPipeline(DiffusionPipeline):
             ValueError: if size, channels or range of `image` are not the model's, or a value is not finite.
         """
         self.check_inputs(1, None, None, 1.0, 0, output_type)
-        posterior = self.vae.encode(self.prepare_image(image)).latent_dist
+        images = self.prepare_image(image)
+        self.check_generator(generator, images.shape[0])
+        posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
@@ -384,7 +419,7 @@ class ECVAEPipeline(DiffusionPipeline):
         Raises:
             ValueError: if there are fewer than 2 steps, the numbers of images differ, or an image does not fit.
         """
-        if not isinstance(num_steps, int) or num_steps < 2:
+        if not isinstance(num_steps, Integral) or num_steps < 2:
             raise ValueError(f"`num_steps` must be an integer of at least 2, but is {num_steps!r}.")
         ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
         if ends[0].shape != ends[1].shape:
@@ -415,6 +450,17 @@ class ECVAEPipeline(DiffusionPipeline):
             energy = compute_energy(self.energy_model, sample)
         self.maybe_free_model_hooks()
         return energy
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+        """
+        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if `safe_serialization` is False: weights are safetensors only.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         return self_contained_index(self, super().to_json_string())

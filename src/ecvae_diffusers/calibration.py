@@ -52,8 +52,8 @@ class CalibrationOutput(BaseOutput):
         constraint (`torch.Tensor`): C, the squared distance between the ends of the chain, summed over a sample and
             averaged over the batch. No gradient.
         noise_floor (`torch.Tensor`): The part of C that the chain's noise accounts for.
-        drift (`torch.Tensor`): Root-mean-square move an entry that the energy's gradient accounts for:
-            sqrt(max(C - noise_floor, 0) / D).
+        drift (`torch.Tensor`): Root-mean-square move an entry that is not noise (the energy's gradient, and the pull
+            of a conditioned chain): sqrt(max(C - noise_floor, 0) / D).
         targets (`torch.Tensor`): The calibrated samples x~, float32 or more, no gradient. The energy step takes them as
             its negatives.
     """
@@ -73,12 +73,12 @@ class EnergyLossOutput(BaseOutput):
     Args:
         loss (`torch.Tensor`): What the energy model minimises.
         energy_real (`torch.Tensor`): Mean energy of the data. No gradient.
-        energy_fake (`torch.Tensor`): Mean energy of the calibrated samples. No gradient.
+        energy_targets (`torch.Tensor`): Mean energy of the calibrated samples. No gradient.
     """
 
     loss: torch.Tensor
     energy_real: torch.Tensor
-    energy_fake: torch.Tensor
+    energy_targets: torch.Tensor
 
 
 @contextmanager
@@ -113,13 +113,17 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor
         sample = sample.to(parameter.dtype)
     output = energy_model(sample)
     energy = getattr(output, "energy", output)
+    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
+        found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
+        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
 
 
 def energy_gradient(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
     """The gradient of each sample's energy with respect to the sample: shape and dtype of `sample`, no graph kept."""
-    with torch.enable_grad():
-        sample = sample.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        # A tensor of inference mode can't carry gradients, a copy of it can.
+        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
         return torch.autograd.grad(compute_energy(energy_model, sample).sum(), sample)[0]
 
 
@@ -271,7 +275,13 @@ class EnergyCalibrator:
 
         Returns:
             [`CalibrationOutput`]
+
+        Raises:
+            ValueError: if `samples` has fewer than two dimensions or none in the batch, or the energy model does not
+                give one energy a sample.
         """
+        if samples.ndim < 2 or samples.shape[0] == 0:
+            raise ValueError(f"`samples` must have shape (batch_size, ...), but has {tuple(samples.shape)}.")
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
         targets = self.run_chain(samples, generator, noise)
@@ -303,13 +313,13 @@ class EnergyCalibrator:
         """
         energy_model = self.energy_model if energy_model is None else energy_model
         energy = compute_energy(energy_model, torch.cat([real, targets.detach().to(real.dtype)]))
-        energy_real, energy_fake = energy.split([real.shape[0], targets.shape[0]])
-        loss = energy_real.mean() - energy_fake.mean()
+        energy_real, energy_targets = energy.split([real.shape[0], targets.shape[0]])
+        loss = energy_real.mean() - energy_targets.mean()
         if self.energy_regularization > 0:
-            squares = energy_real.square().mean() + energy_fake.square().mean()
+            squares = energy_real.square().mean() + energy_targets.square().mean()
             loss = loss + self.energy_regularization * squares
         return EnergyLossOutput(
-            loss=loss, energy_real=energy_real.detach().mean(), energy_fake=energy_fake.detach().mean()
+            loss=loss, energy_real=energy_real.detach().mean(), energy_targets=energy_targets.detach().mean()
         )
 
     @torch.no_grad()
@@ -332,4 +342,4 @@ class EnergyCalibrator:
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Take over what `state_dict` gave."""
-        self.dual = state_dict["dual"].to(self.dual.device)
+        self.dual = state_dict["dual"].to(self.dual).clamp(0.0, self.max_dual)

@@ -3,10 +3,17 @@
 
 import inspect
 import json
+import warnings
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
+
+
+# Stands in every card that `write_card` wrote; a card without it is somebody's work.
+CARD_MARKER = (
+    "<!-- Written by ecvae_diffusers on saving, and again at each saving: take this line out to keep your changes. -->"
+)
 
 
 def packaged_file(name: str) -> Path:
@@ -55,6 +62,13 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
     """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
     save_directory = Path(save_directory)
     save_directory.mkdir(parents=True, exist_ok=True)
+    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
+    for name, component in pipeline.components.items():
+        if type(component).__module__.split(".")[0] not in known:
+            warnings.warn(
+                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
+                "loads only where that module can be imported."
+            )
     (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
     for name, component_class in travelling_components(pipeline).items():
         source = Path(inspect.getfile(component_class))
@@ -67,9 +81,9 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
 
 
 def write_card(pipeline: DiffusionPipeline, save_directory: str | Path) -> None:
-    """Write `README.md` from `model_cards/template.md`, unless there is one already."""
+    """Write `README.md` from `model_cards/template.md`, unless there is one that is not, or no more, ours."""
     path = Path(save_directory) / "README.md"
-    if path.exists():
+    if path.exists() and CARD_MARKER not in path.read_text(encoding="utf-8"):
         return
     data = ModelCardData(
         library_name="diffusers",
@@ -80,6 +94,7 @@ def write_card(pipeline: DiffusionPipeline, save_directory: str | Path) -> None:
     card = ModelCard.from_template(
         data,
         template_path=str(packaged_file("model_cards/template.md")),
+        card_marker=CARD_MARKER,
         pipeline_class=type(pipeline).__name__,
         sample_size=vae.sample_size,
         in_channels=vae.in_channels,

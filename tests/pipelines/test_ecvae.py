@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
+from ecvae_diffusers.hub import CARD_MARKER
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -261,8 +262,11 @@ def test_score_is_the_energy_of_the_image_in_the_models_range(make_pipeline, cha
         ({"num_refinement_steps": 1, "output_type": "latent"}, "`num_refinement_steps` refines images"),
         ({"output_type": "jpeg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpeg'"),
         ({"output_type": None}, "`output_type` .* but is None"),
-        ({"batch_size": 2, "generator": generators(3)}, "`generator` is a list of 3, but 2 images"),
-        ({"latents": torch.zeros(2, 8, 1, 1), "generator": generators(3)}, "`generator` is a list of 3, but 2 images"),
+        ({"batch_size": 2, "generator": generators(3)}, "`generator` is a list of 3, but there are 2 images"),
+        (
+            {"latents": torch.zeros(2, 8, 1, 1), "generator": generators(3)},
+            "`generator` is a list of 3, but there are 2 images",
+        ),
         ({"latents": torch.zeros(2, 7, 1, 1)}, r"`latents` .* \(batch_size, 8, 1, 1\), not \(2, 7, 1, 1\)"),
         ({"latents": torch.zeros(2, 8)}, r"`latents` .* not \(2, 8\)"),
         ({"latents": torch.zeros(0, 8, 1, 1)}, r"`latents` .* not \(0, 8, 1, 1\)"),
@@ -441,3 +445,71 @@ def test_dtype_by_component(pipe, tmp_path):
     assert loaded.energy_model.dtype == torch.float64
     assert torch.isfinite(sample(loaded, num_refinement_steps=1)).all()
     assert loaded.score(random_images()).dtype == torch.float32
+
+
+def test_refinement_leaves_the_scheduler_as_it_is(pipe):
+    """It may be a calibrator's: with another length, its tolerance would be another."""
+    before = (len(pipe.scheduler), pipe.scheduler.noise_variance())
+    pipe(num_refinement_steps=17)
+    assert (len(pipe.scheduler), pipe.scheduler.noise_variance()) == before
+
+
+@pytest.mark.parametrize("image", ["a.png", None, 3, [PIL.Image.new("L", (16, 16)), np.zeros((16, 16))]])
+def test_what_is_no_image_is_refused(pipe, image):
+    with pytest.raises(
+        ValueError, match="`image` must be a PIL image, a numpy array, a tensor, or a list of one of these"
+    ):
+        pipe.reconstruct(image)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"latents": np.zeros((1, 8, 1, 1))}, "`latents` must be a tensor"),
+        ({"temperature": "1"}, "`temperature` must be a finite number"),
+        ({"batch_size": True}, "`batch_size` must be an integer"),
+        ({"generator": (1, 2)}, "`generator` must be a torch.Generator or a list of them"),
+    ],
+)
+def test_wrong_types_are_refused(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**kwargs)
+
+
+def test_reasonable_types_are_accepted(pipe):
+    assert len(pipe(batch_size=np.int64(2)).images) == 2
+    images = (PIL.Image.new("L", (16, 16), 9), PIL.Image.new("L", (16, 16), 99))
+    assert torch.equal(pipe.score(images), pipe.score(list(images)))
+    barely = torch.full((1, 1, 16, 16), 1 + 1e-6)
+    assert torch.equal(pipe.score(barely), pipe.score(torch.ones(1, 1, 16, 16)))
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    with pytest.raises(ValueError, match="`generator` is a list of 3, but there are 2 images"):
+        pipe.reconstruct(list(images), sample_posterior=True, generator=generators)
+
+
+def test_weights_are_safetensors_only(pipe, tmp_path):
+    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_our_card_follows_the_model_and_an_edited_one_stays(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(card.replace("16 px", "32 px"))
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card
+    edited = card.replace(CARD_MARKER, "Mine.")
+    (tmp_path / "README.md").write_text(edited)
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == edited
+
+
+class HomeMadeScheduler(LangevinScheduler):
+    pass
+
+
+def test_a_component_whose_code_stays_behind_is_named(pipe, tmp_path):
+    other = ECVAEPipeline(vae=pipe.vae, energy_model=pipe.energy_model, scheduler=HomeMadeScheduler())
+    with pytest.warns(UserWarning, match="The code of `scheduler` .*HomeMadeScheduler.* is not saved"):
+        other.save_pretrained(tmp_path)

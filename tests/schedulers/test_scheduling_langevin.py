@@ -309,9 +309,9 @@ def test_zero_is_no_gradient_norm_but_a_valid_step():
 
 @pytest.mark.parametrize("num_steps", [0, -1])
 def test_invalid_number_of_steps(num_steps):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="must be an integer of at least 1"):
         LangevinScheduler(num_steps=num_steps)
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="must be an integer of at least 1"):
         LangevinScheduler().set_timesteps(num_steps)
 
 

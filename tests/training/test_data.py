@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from ecvae_training.data import ImageDataset, load_images, to_mode, to_size
+from ecvae_training.data import ImageDataset, find_images, load_images, to_mode, to_size
 
 
 def dataset(folder, **kwargs) -> ImageDataset:
@@ -72,3 +72,54 @@ def test_a_batch_is_the_stack_of_its_images_cached_or_not(tmp_path):
     assert torch.equal(batch, torch.stack([images[3], images[1]]))
     images.cache = None
     assert torch.equal(images.__getitems__([3, 1]), batch)
+
+
+def test_only_pictures_are_found(tmp_path):
+    """Not hidden files, not formats that Pillow can't read, not what the run itself writes; links are followed."""
+    for name in (
+        "a.png",
+        "sub/b.JPG",
+        ".hidden/c.png",
+        "._a.png",
+        "__MACOSX/d.png",
+        "out/samples/e.png",
+        "out2/f.bmp",
+    ):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("L", (16, 16)).save(tmp_path / "data" / name)
+    for name in ("paper.pdf", "features.h5", "notes.txt"):
+        (tmp_path / "data" / name).write_text("no picture")
+    (tmp_path / "elsewhere").mkdir()
+    PIL.Image.new("L", (16, 16)).save(tmp_path / "elsewhere" / "g.png")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    found = find_images(tmp_path / "data", tmp_path / "data" / "out")
+    assert [str(path.relative_to(tmp_path / "data")) for path in found] == [
+        "a.png",
+        "linked/g.png",
+        "out2/f.bmp",
+        "sub/b.JPG",
+    ]
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    picture = PIL.Image.new("L", (16, 16), 0)
+    picture.paste(255, (0, 0, 16, 8))  # a white top
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to look at"
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=100)
+    image = dataset(tmp_path)[0][0].float()
+    assert image[:, 9:].mean() > 250 and image[:, :7].mean() < 5  # the top has become the right
+
+
+@pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
+def test_pixels_without_an_agreed_range_are_refused(dtype, mode, tmp_path):
+    PIL.Image.fromarray(np.ones((16, 16), dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=rf"1 of 1 images can't be read.*a\.tiff \(mode {mode} has no agreed range"):
+        dataset(tmp_path)
+
+
+def test_sixteen_bits_of_the_other_byte_order(tmp_path):
+    values = np.linspace(0, 65535, 256).round().astype(">u2").reshape(16, 16)
+    PIL.Image.frombytes("I;16B", (16, 16), values.tobytes()).save(tmp_path / "a.tiff")
+    images = dataset(tmp_path)
+    assert images.channels == 1 and images[0].flatten().tolist() == list(range(256))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
+from ecvae_training.models import load_pretrained
 
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_ecvae.py"
@@ -149,6 +150,12 @@ def test_goes_on_from_a_pipeline_and_from_an_autoencoder(finished, images, tmp_p
     AutoencoderEC.from_pretrained(finished / "vae").save_pretrained(tmp_path / "vae_only")
     succeed(*common, "--output_dir", tmp_path / "b", "--pretrained_model_name_or_path", tmp_path / "vae_only")
     start, a, b = weights(finished), weights(tmp_path / "a"), weights(tmp_path / "b")
+    for part in (load_pretrained(str(finished), 16)[0], load_pretrained(str(tmp_path / "vae_only"), 16)[0]):
+        assert part.training
+    with pytest.raises(ValueError, match="is a EnergyModel, not a pipeline"):
+        load_pretrained(str(finished / "energy_model"), 16)
+    with pytest.raises(ValueError, match="is a checkpoint: give the pipeline in it"):
+        load_pretrained(str(finished / "checkpoint-8"), 16)
     for key in start:
         if "_u" in key or "_v" in key:  # spectral norm's vectors turn at each step, whatever the rate
             continue
@@ -179,4 +186,4 @@ def test_data_set_with_an_image_column(tmp_path):
     succeed(*arguments, "--output_dir", tmp_path / "out", "--max_train_samples", 8)
     assert ECVAEPipeline.from_pretrained(tmp_path / "out").vae.config.in_channels == 1
     result = run(*arguments, "--output_dir", tmp_path / "out2", "--image_column", "picture")
-    assert result.returncode != 0 and "--image_column must be one of ['img', 'label']" in result.stderr
+    assert result.returncode != 0 and "--image_column must be one of ['img'] in" in result.stderr

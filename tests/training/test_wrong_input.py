@@ -1,13 +1,21 @@
 """Bad input gets one clear error that names the argument, before any work; nothing of the user's is overwritten."""
 
 import builtins
+import json
 
 import pytest
 from test_train_ecvae import TINY, run, write_images
 
 from ecvae_training.arguments import parse_args
 from ecvae_training.data import ImageDataset, load_images
-from ecvae_training.output import check_output_dir, find_checkpoint
+from ecvae_training.output import (
+    MetricsLog,
+    check_output_dir,
+    check_resumed_arguments,
+    clear_run,
+    find_checkpoint,
+    read_metrics,
+)
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
@@ -38,10 +46,15 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ([*GIVEN, "--dual_learning_rate", "-1"], "--dual_learning_rate must be a finite number of at least 0"),
         ([*GIVEN, "--adam_beta1", "1"], "--adam_beta1 must be at least 0 and below 1"),
         ([*GIVEN, "--ema_max_decay", "1.5"], "--ema_max_decay must be at least 0 and below 1"),
-        ([*GIVEN, "--seed", "-1"], "--seed must be at least 0"),
+        ([*GIVEN, "--seed", "-1"], "--seed must be from 0 to 4294967295, but is -1"),
         ([*GIVEN, "--train_batch_size", "0"], "--train_batch_size must be at least 1"),
         ([*GIVEN, "--block_out_channels", "8", "8", "8", "8", "8"], "--block_out_channels must be 1 to 4 positive"),
         ([*GIVEN, "--energy_num_scales", "9"], "--energy_num_scales must be at most the number of resolutions (4)"),
+        ([*GIVEN, "--lr_scheduler", "sometimes"], "--lr_scheduler: invalid choice"),
+        (
+            [*GIVEN, "--conditioning_weight", "6"],
+            "--conditioning_weight must be at most 1 / --langevin_drift_step (5)",
+        ),
         ([*GIVEN, "--checkpointing_steps", "0"], "--checkpointing_steps must be at least 1"),
     ],
 )
@@ -72,14 +85,18 @@ def test_defaults_follow_the_resolution():
             "12 of 24 images can't be read, among them: ",
         ),
         (lambda p: write_images(p / "data", count=4), [], "--train_batch_size must be at most"),
-        (lambda p: write_images(p / "data"), ["--lr_scheduler", "sometimes"], "--lr_scheduler must be one of"),
+        (
+            lambda p: write_images(p / "data"),
+            ["--mixed_precision", "fp16"],
+            "--mixed_precision fp16 needs an accelerator",
+        ),
         (
             lambda p: write_images(p / "data"),
             ["--pretrained_model_name_or_path", "/nowhere/at/all"],
             "--pretrained_model_name_or_path '/nowhere/at/all' can't be loaded",
         ),
     ],
-    ids=["no folder", "empty", "half corrupt", "too few", "lr_scheduler", "pretrained"],
+    ids=["no folder", "empty", "half corrupt", "too few", "fp16", "pretrained"],
 )
 def test_script_refuses_before_it_writes(prepare, extra, message, tmp_path):
     prepare(tmp_path)
@@ -111,10 +128,17 @@ def test_foreign_output_folder_is_refused_and_stays(tmp_path):
 
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "training_args.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a training run: go on with --resume_from_checkpoint latest"):
+    with pytest.raises(ValueError, match="holds a training run: replace it with --overwrite_output_dir"):
         check_output_dir(tmp_path, overwrite=False, resume=False)
     check_output_dir(tmp_path, overwrite=True, resume=False)
+    check_output_dir(tmp_path, overwrite=False, resume=True)  # cut off before its first checkpoint: starts at 0
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="finds no checkpoint in .* but a finished model"):
+        check_output_dir(tmp_path, overwrite=False, resume=True)
+    (tmp_path / "checkpoint-10").mkdir()
     check_output_dir(tmp_path, overwrite=False, resume=True)
+    with pytest.raises(ValueError, match="holds a training run: go on with --resume_from_checkpoint latest"):
+        check_output_dir(tmp_path, overwrite=False, resume=False)
     with pytest.raises(ValueError, match="must be a folder"):
         check_output_dir(tmp_path / "training_args.json", overwrite=True, resume=False)
 
@@ -123,9 +147,42 @@ def test_unknown_checkpoint_is_named_with_those_there_are(tmp_path):
     (tmp_path / "checkpoint-40").mkdir()
     (tmp_path / "checkpoint-100").mkdir()
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
-    assert find_checkpoint(tmp_path, "checkpoint-40").name == "checkpoint-40"
-    with pytest.raises(ValueError, match=r"\['checkpoint-40', 'checkpoint-100'\].*but is 'checkpoint-7'"):
-        find_checkpoint(tmp_path, "checkpoint-7")
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-100")).name == "checkpoint-100"
+    for unknown in ("checkpoint-7", "/elsewhere/checkpoint-100"):
+        with pytest.raises(ValueError, match=rf"\['checkpoint-40', 'checkpoint-100'\].*but is '{unknown}'"):
+            find_checkpoint(tmp_path, unknown)
+    with pytest.raises(ValueError, match=r"is not the newest.*Move \['checkpoint-100'\] away"):
+        find_checkpoint(tmp_path, "checkpoint-40")
+
+
+def test_a_run_is_gone_on_with_under_its_own_arguments(tmp_path):
+    arguments = vars(parse_args([*GIVEN, "--max_train_steps", "5"]))
+    (tmp_path / "training_args.json").write_text(json.dumps(arguments))
+    check_resumed_arguments(tmp_path, arguments | {"max_train_steps": 9, "log_steps": 1, "train_data_dir": "moved"})
+    with pytest.raises(
+        ValueError, match=r"--latent_channels \(was 128, is 6\), --learning_rate \(was 0.0005, is 1.0\)"
+    ):
+        check_resumed_arguments(tmp_path, arguments | {"latent_channels": 6, "learning_rate": 1.0})
+
+
+def test_metrics_of_a_run_that_was_cut_off(tmp_path):
+    """Killed while it wrote a line, after its last checkpoint at step 2."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "re')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    log = MetricsLog(path, last_step=2)
+    log.write(step=3, loss=0.5)
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+
+
+def test_overwriting_leaves_nothing_of_the_old_run_and_all_of_the_users(tmp_path):
+    for name in ("vae", "energy_model", "scheduler", "samples", "checkpoint-5", ".checkpoint-9", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    for name in ("metrics.jsonl", "model_index.json", "pipeline.py", "thesis.txt"):
+        (tmp_path / name).write_text("x")
+    clear_run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "thesis.txt"}
 
 
 def test_missing_extra_is_named(monkeypatch):
@@ -151,4 +208,4 @@ def test_wrong_size_of_a_pretrained_model_is_refused(tmp_path):
         "--pretrained_model_name_or_path", tmp_path / "a",
     )  # fmt: skip
     assert result.returncode != 0 and not (tmp_path / "b").exists()
-    assert "is for images of 1 channel(s) and 16 px, but the data has 1 and --resolution is 32" in result.stderr
+    assert "is for images of 16 px, but --resolution is 32" in result.stderr

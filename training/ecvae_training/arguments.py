@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from diffusers.optimization import SchedulerType
+
 
 CALIBRATIONS = ("none", "energy")
 
@@ -121,6 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--lr_scheduler",
+        # piecewise_constant needs rules that have no argument.
+        choices=sorted(kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT),
         default="constant",
         help="diffusers' schedule for both rates: constant, constant_with_warmup, linear, cosine, ... With one that "
         "depends on the number of steps, a run cut in two differs from a run in one unless --max_train_steps is equal.",
@@ -147,9 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     saving = parser.add_argument_group("saving")
-    saving.add_argument("--checkpointing_steps", type=int, help="Save a checkpoint every so many steps.")
-    saving.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest so many checkpoints.")
-    saving.add_argument("--resume_from_checkpoint", help="A checkpoint folder of --output_dir, or 'latest'.")
+    saving.add_argument("--checkpointing_steps", type=int, default=500, help="Save a checkpoint every so many steps.")
+    saving.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest so many checkpoints, not all.")
+    saving.add_argument(
+        "--resume_from_checkpoint",
+        help="'latest', or the newest checkpoint of --output_dir by name. Without a checkpoint, starts at 0.",
+    )
     saving.add_argument("--log_steps", type=int, default=10, help="Write metrics.jsonl every so many steps.")
     saving.add_argument("--save_images_steps", type=int, default=500, help="Write a sample grid every so many steps.")
     return parser
@@ -182,9 +189,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in positive_integers:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             refuse(name, "at least 1")
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "seed"):
+    for name in ("dataloader_num_workers", "lr_warmup_steps"):
         if getattr(args, name) < 0:
             refuse(name, "at least 0")
+    if not 0 <= args.seed < 2**32:
+        refuse("seed", "from 0 to 4294967295")
+    if args.langevin_drift_step * args.conditioning_weight > 1:
+        refuse("conditioning_weight", f"at most 1 / --langevin_drift_step ({1 / args.langevin_drift_step:g})")
     for name in ("learning_rate", "energy_learning_rate", "max_dual", "adam_epsilon"):
         if not 0 < getattr(args, name) < math.inf:
             refuse(name, "a finite number above 0")

@@ -1,17 +1,23 @@
 """Images for training, through `datasets`: checked and decoded once, before any training, and kept as uint8."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from tqdm import tqdm
 
 
 # Above this, images are decoded again at each use instead of being kept.
 MAX_CACHED_BYTES = 4 * 2**30
-GRAY_MODES = {"1", "L", "I", "I;16", "F"}
+GRAY_MODES = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}
+# Float and 32-bit pixels have no agreed range: guessing one would train on black or white pictures.
+UNRANGED_MODES = {"F", "I"}
+# Formats that Pillow only recognises: reading them needs a program of the user's.
+STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "WMF"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -22,13 +28,16 @@ def load_images(
     image_column: str | None,
     cache_dir: str | None,
     max_train_samples: int | None,
+    output_dir: str | None = None,
 ):
     """
-    The train split with one column `image` of undecoded images.
+    The train split with one column `image` of undecoded images. Pictures that the run writes itself, into
+    `output_dir`, are left out.
 
     Raises:
         ImportError: if `datasets` is not installed.
-        ValueError: if the folder does not exist or holds no image, or the column is not one of images.
+        ValueError: if the folder does not exist or holds no image, the data set can't be loaded, or the column is not
+            one of images.
     """
     try:
         import datasets
@@ -38,19 +47,19 @@ def load_images(
     if train_data_dir is not None:
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"--train_data_dir must be a folder of images, but {train_data_dir!r} is no folder.")
-        extensions = set(PIL.Image.registered_extensions())
-        files = sorted(p for p in Path(train_data_dir).rglob("*") if p.suffix.lower() in extensions and p.is_file())
+        files = find_images(Path(train_data_dir), Path(output_dir) if output_dir is not None else None)
         if not files:
             raise ValueError(f"--train_data_dir must hold images, but {train_data_dir!r} holds none.")
         dataset = datasets.Dataset.from_dict({"image": [str(p) for p in files]})
         column = "image"
     else:
-        dataset = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, split="train")
+        try:
+            dataset = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, split="train")
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"--dataset_name {dataset_name!r} can't be loaded: {error}") from error
         columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-        if image_column is not None and image_column not in dataset.features:
-            raise ValueError(
-                f"--image_column must be one of {sorted(dataset.features)} in {dataset_name!r}, not {image_column!r}."
-            )
+        if image_column is not None and image_column not in columns:
+            raise ValueError(f"--image_column must be one of {columns} in {dataset_name!r}, but is {image_column!r}.")
         if image_column is None and len(columns) != 1:
             raise ValueError(f"{dataset_name!r} has the image columns {columns}: choose one with --image_column.")
         column = image_column or columns[0]
@@ -63,10 +72,35 @@ def load_images(
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
+def find_images(folder: Path, left_out: Path | None) -> list[Path]:
+    """Files that Pillow can open, in sub-folders too (links followed), but not hidden ones and none of `left_out`."""
+    PIL.Image.init()
+    readable = {
+        extension
+        for extension, name in PIL.Image.EXTENSION.items()
+        if name in PIL.Image.OPEN and name not in STUB_FORMATS
+    }
+    files = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name != "__MACOSX"
+            and (left_out is None or (Path(parent) / name).resolve() != left_out.resolve())
+        ]
+        files += [
+            Path(parent) / name
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in readable
+        ]
+    return sorted(files)
+
+
 def to_mode(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     """Bring an image to 1, 3 or 4 channels of 8 bits; transparency is laid on white where it has no channel."""
-    if image.mode in ("I", "I;16"):
-        image = PIL.Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        image = PIL.Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
     if channels < 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
@@ -103,6 +137,8 @@ class ImageDataset(torch.utils.data.Dataset):
         for i in tqdm(range(len(dataset)), desc="Checking images", disable=not progress):
             try:
                 with self.open(i) as image:
+                    if image.mode in UNRANGED_MODES:
+                        raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 or 16 bits")
                     modes.add(image.mode)
                     image.load()
             except Exception as error:  # PIL raises a different class for nearly every kind of damage
@@ -121,15 +157,19 @@ class ImageDataset(torch.utils.data.Dataset):
             self.cache = cache
 
     def name(self, i: int) -> str:
-        return self.dataset[i]["image"]["path"] or f"image {i}"
+        return (self.dataset[i]["image"] or {}).get("path") or f"image {i}"
 
     def open(self, i: int) -> PIL.Image.Image:
         source = self.dataset[i]["image"]
+        if source is None:
+            raise ValueError("there is none")
         return PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
 
     def decode(self, i: int) -> torch.Tensor:
         with self.open(i) as image:
-            array = np.array(to_size(to_mode(image, self.channels), self.resolution))
+            # Photographs lie as the camera was held, and say so in their EXIF data.
+            upright = PIL.ImageOps.exif_transpose(image)
+            array = np.array(to_size(to_mode(upright, self.channels), self.resolution))
         return torch.from_numpy(array).view(self.resolution, self.resolution, self.channels).permute(2, 0, 1)
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """The two networks of a run, new or from a saved pipeline, and the moving average."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,22 +10,12 @@ from torch.optim.swa_utils import AveragedModel
 from ecvae_diffusers import AutoencoderEC, EnergyModel
 
 
-def build_models(args: argparse.Namespace, in_channels: int) -> tuple[AutoencoderEC, EnergyModel | None]:
-    """
-    The autoencoder and, where it is calibrated, the energy model.
+Networks = tuple[AutoencoderEC | None, EnergyModel | None]
 
-    Raises:
-        ValueError: if the pretrained model can't be loaded or is not one for images of this size.
-    """
-    vae = energy_model = None
-    if args.pretrained_model_name_or_path is not None:
-        vae, energy_model = load_pretrained(args.pretrained_model_name_or_path)
-        expected, found = (in_channels, args.resolution), (vae.config.in_channels, vae.config.sample_size)
-        if found != expected:
-            raise ValueError(
-                f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is for images of {found[0]} "
-                f"channel(s) and {found[1]} px, but the data has {expected[0]} and --resolution is {expected[1]}."
-            )
+
+def build_models(args: argparse.Namespace, in_channels: int, pretrained: Networks = (None, None)) -> Networks:
+    """The autoencoder and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest."""
+    vae, energy_model = pretrained
     if vae is None:
         vae = AutoencoderEC(
             sample_size=args.resolution,
@@ -48,21 +39,40 @@ def build_models(args: argparse.Namespace, in_channels: int) -> tuple[Autoencode
     return vae, energy_model
 
 
-def load_pretrained(name_or_path: str) -> tuple[AutoencoderEC, EnergyModel | None]:
-    """The networks of a saved pipeline, or of a saved `AutoencoderEC` (which has no energy model)."""
+def load_pretrained(name_or_path: str, resolution: int) -> Networks:
+    """
+    The networks of a saved pipeline, or of a saved `AutoencoderEC` (which has no energy model), ready to train.
+
+    Raises:
+        ValueError: if it can't be loaded, holds no `AutoencoderEC`, or one for another resolution.
+    """
+    refused = f"--pretrained_model_name_or_path {name_or_path!r}"
+    if (Path(name_or_path) / "pipeline" / "model_index.json").is_file():
+        raise ValueError(
+            f"{refused} is a checkpoint: give the pipeline in it, {str(Path(name_or_path) / 'pipeline')!r}."
+        )
+    energy_model = None
     try:
-        config = DiffusionPipeline.load_config(name_or_path)
-    except OSError:
-        config = None
-    try:
-        if config is None:
-            return AutoencoderEC.from_pretrained(name_or_path, low_cpu_mem_usage=False), None
-        pipeline = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False)
+        try:
+            is_pipeline = bool(DiffusionPipeline.load_config(name_or_path))
+        except OSError:
+            is_pipeline = False
+        if is_pipeline:
+            pipeline = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False)
+            vae, energy_model = getattr(pipeline, "vae", None), getattr(pipeline, "energy_model", None)
+        else:
+            class_name = AutoencoderEC.load_config(name_or_path).get("_class_name")
+            if class_name != "AutoencoderEC":
+                raise ValueError(f"it is a {class_name}, not a pipeline and not an AutoencoderEC.")
+            vae = AutoencoderEC.from_pretrained(name_or_path, low_cpu_mem_usage=False)
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {name_or_path!r} can't be loaded: {error}") from error
-    if not isinstance(getattr(pipeline, "vae", None), AutoencoderEC):
-        raise ValueError(f"--pretrained_model_name_or_path {name_or_path!r} holds no AutoencoderEC.")
-    return pipeline.vae.train(), pipeline.energy_model.train() if pipeline.energy_model is not None else None
+        raise ValueError(f"{refused} can't be loaded: {error}") from error
+    if not isinstance(vae, AutoencoderEC):
+        raise ValueError(f"{refused} holds no AutoencoderEC.")
+    if vae.config.sample_size != resolution:
+        raise ValueError(f"{refused} is for images of {vae.config.sample_size} px, but --resolution is {resolution}.")
+    # `from_pretrained` gives networks in evaluation mode.
+    return vae.train(), energy_model.train() if energy_model is not None else None
 
 
 def moving_average(vae: AutoencoderEC, decay: float) -> AveragedModel:
@@ -73,10 +83,14 @@ def moving_average(vae: AutoencoderEC, decay: float) -> AveragedModel:
     The decay warms up as (1 + n) / (10 + n), so that the first weights are forgotten in time.
     """
 
-    def update(averaged: torch.Tensor, current: torch.Tensor, num_averaged: torch.Tensor) -> torch.Tensor:
-        n = int(num_averaged)
-        return torch.lerp(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
+    @torch.no_grad()
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor) -> None:
+        # All on the device: reading `num_averaged` would wait for it at every step.
+        weight = 1.0 - ((1 + num_averaged) / (10 + num_averaged)).clamp(max=decay)
+        difference = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(averaged, difference)
 
-    average = AveragedModel(vae, avg_fn=update)
+    average = AveragedModel(vae, multi_avg_fn=update)
     average.requires_grad_(False)
     return average

@@ -13,6 +13,14 @@ import torch
 ARGUMENTS_FILE = "training_args.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+RUN_FOLDERS = {"samples", "vae", "energy_model", "scheduler"}
+RUN_FILES = {METRICS_FILE, "model_index.json", "pipeline.py"}
+# Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.
+FREE_ON_RESUME = {
+    "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
+    "pretrained_model_name_or_path", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
+    "checkpoints_total_limit", "log_steps", "save_images_steps",
+}  # fmt: skip
 
 
 def check_output_dir(output_dir: Path, overwrite: bool, resume: bool) -> None:
@@ -33,20 +41,44 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool) -> None:
         raise ValueError(
             f"--output_dir {str(output_dir)!r} holds files that are not of a training run: choose another folder."
         )
+    go_on = "go on with --resume_from_checkpoint latest, " if checkpoints(output_dir) else ""
     if not (overwrite or resume):
         raise ValueError(
-            f"--output_dir {str(output_dir)!r} holds a training run: go on with --resume_from_checkpoint latest, "
-            "replace it with --overwrite_output_dir, or choose another folder."
+            f"--output_dir {str(output_dir)!r} holds a training run: {go_on}replace it with --overwrite_output_dir, or "
+            "choose another folder."
+        )
+    if resume and not overwrite and not go_on and (output_dir / "model_index.json").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint finds no checkpoint in {str(output_dir)!r}, but a finished model, which a new run "
+            "would replace: use --overwrite_output_dir, or choose another folder."
         )
 
 
 def clear_run(output_dir: Path) -> None:
-    """Remove what a run of this script wrote, and nothing else."""
+    """Remove what a run of this script wrote, and nothing else: a card that was edited by hand stays."""
     for path in output_dir.iterdir() if output_dir.is_dir() else []:
-        if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name == "samples"):
+        if path.is_dir() and (CHECKPOINT.fullmatch(path.name.lstrip(".")) or path.name in RUN_FOLDERS):
             shutil.rmtree(path)
-        elif path.name == METRICS_FILE:
+        elif path.name in RUN_FILES:
             path.unlink()
+
+
+def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
+    """
+    Refuse to go on with a run under arguments that its checkpoint was not made with.
+
+    Raises:
+        ValueError: if an argument differs that would change the model or the course of training.
+    """
+    before = json.loads((output_dir / ARGUMENTS_FILE).read_text())
+    changed = {
+        name: (before.get(name), value)
+        for name, value in arguments.items()
+        if name not in FREE_ON_RESUME and before.get(name) != value
+    }
+    if changed:
+        listed = ", ".join(f"--{name} (was {old}, is {new})" for name, (old, new) in sorted(changed.items()))
+        raise ValueError(f"--resume_from_checkpoint goes on with the run's own arguments, but these differ: {listed}.")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -64,19 +96,28 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     The checkpoint to resume from; `None` to start at 0.
 
     Raises:
-        ValueError: if the one named is not there.
+        ValueError: if the one named is not there, or not the newest: going on from it would mix two runs.
     """
     if resume_from_checkpoint is None:
         return None
+    found = checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        return next(reversed(checkpoints(output_dir)), None)
-    path = output_dir / Path(resume_from_checkpoint).name
-    if not path.is_dir() or not CHECKPOINT.fullmatch(path.name):
+        return next(reversed(found), None)
+    path = Path(resume_from_checkpoint)
+    if len(path.parts) == 1:
+        path = output_dir / path
+    chosen = next((one for one in found if one.resolve() == path.resolve()), None)
+    if chosen is None:
         raise ValueError(
-            f"--resume_from_checkpoint must be 'latest' or one of {[p.name for p in checkpoints(output_dir)]} in "
+            f"--resume_from_checkpoint must be 'latest' or one of {[one.name for one in found]} in "
             f"{str(output_dir)!r}, but is {resume_from_checkpoint!r}."
         )
-    return path
+    if chosen != found[-1]:
+        raise ValueError(
+            f"--resume_from_checkpoint {resume_from_checkpoint!r} is not the newest: a run that goes on from it would mix "
+            f"with what came later. Move {[one.name for one in found[found.index(chosen) + 1 :]]} away first."
+        )
+    return chosen
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
@@ -87,14 +128,14 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 class MetricsLog:
     """
-    `metrics.jsonl`: one JSON object a line, in the order of steps. Opened at a step, lines from that step on (of a run
-    that was cut off after its last checkpoint) are dropped.
+    `metrics.jsonl`: one JSON object a line, in the order of steps. Opened after a step, lines of later steps (of a run
+    that was cut off after its last checkpoint) and a line that was cut off itself are dropped.
     """
 
-    def __init__(self, path: Path, first_step: int):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+    def __init__(self, path: Path, last_step: int):
+        records = read_metrics(path) if path.is_file() else []
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= last_step]
+        path.write_text("".join(kept))
         self.path = path
 
     def write(self, **values) -> None:
@@ -103,7 +144,14 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of `metrics.jsonl`; a last line that a kill cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
 
 
 def image_grid(images: torch.Tensor, num_columns: int, scale: int = 1) -> PIL.Image.Image:

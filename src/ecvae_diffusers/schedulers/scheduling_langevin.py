@@ -13,6 +13,7 @@ This file imports only torch and diffusers, so that it can travel to the Hub bes
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -48,7 +49,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         noise_scale (`float`, *optional*, defaults to `1e-3`):
             The standard deviation b of the noise added at each step, at least 0. In units of the sample.
         conditioning_weight (`float`, *optional*, defaults to `0.0`):
-            Strength w of the pull towards the initial sample, at least 0; it fades to 0 at the last step.
+            Strength w of the pull towards the initial sample, from 0 to 1 / a; it fades to 0 at the last step.
         max_gradient_norm (`float`, *optional*):
             If given, each sample's energy gradient is scaled down to at most this Euclidean norm.
 
@@ -76,6 +77,11 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
         if max_gradient_norm is not None and not 0 < max_gradient_norm < float("inf"):
             raise ValueError(f"`max_gradient_norm` must be None or a number above 0, but is {max_gradient_norm}.")
+        if drift_step_size * conditioning_weight > 1:
+            raise ValueError(
+                "`drift_step_size` times `conditioning_weight` must be at most 1, or the pull overshoots the initial "
+                f"sample, but is {drift_step_size} * {conditioning_weight}."
+            )
         # Standard deviation of the noise that a chain starts from, as pipelines ask of any scheduler: a Langevin
         # chain starts from a sample, which it takes as it is.
         self.init_noise_sigma = 1.0
@@ -93,8 +99,10 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if there would be no step.
         """
         num_inference_steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
-        if num_inference_steps < 1:
-            raise ValueError(f"The number of Langevin steps must be at least 1, but is {num_inference_steps}.")
+        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
+            raise ValueError(
+                f"The number of Langevin steps must be an integer of at least 1, but is {num_inference_steps}."
+            )
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps, device=device)
 
