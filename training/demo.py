@@ -43,6 +43,7 @@ def train(output_dir: Path, data_dir: Path, calibration: str, seed: int, max_tra
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--num_cpu_threads_per_process", str(torch.get_num_threads()),  # Accelerate's default is one
         str(Path(__file__).with_name("train_ecvae.py")),
         "--train_data_dir", str(data_dir), "--output_dir", str(output_dir), "--overwrite_output_dir",
         "--calibration", calibration, "--seed", str(seed), "--max_train_steps", str(max_train_steps), *ARGUMENTS, *extra,
