@@ -53,6 +53,7 @@ SETTINGS = {
         "energy",
         ["--no-energy_spectral_norm", "--energy_regularization", "0.1"],
     ),
+    "EC-VAE, conditioning weight 1": ("energy", ["--conditioning_weight", "1"]),
     "EC-VAE, energy act_fn silu": ("energy", ["--energy_act_fn", "silu"]),
 }
 
