@@ -7,13 +7,16 @@ $(if $(ROOT),,$(error The path of this Makefile can't be made out: call make wit
 PYTHON ?= python3
 IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 
-.PHONY: demo test quality style pipelines environment clean
+.PHONY: demo test test-slow quality style pipelines environment clean
 
 demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look at demo/comparison.png
 	@$(IN_ROOT) training/demo.py --output_dir demo
 
 test: environment  ## Run the test suite
-	@$(IN_ROOT) -m pytest -q --durations=10
+	@$(IN_ROOT) -m pytest -q --durations=10 --ignore tests/slow
+
+test-slow: environment  ## Run what takes minutes: several processes, kills
+	@$(IN_ROOT) -m pytest -q --durations=10 tests/slow
 
 quality: environment  ## Check style, and that generated files are up to date
 	@$(IN_ROOT) -m ruff check .

@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from demo import ARGUMENTS, NUM_SAMPLES, train  # noqa: E402
-
 from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_training.digits import (  # noqa: E402
     NUM_TRAIN,

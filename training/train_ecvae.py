@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
@@ -28,6 +27,7 @@ from ecvae_training.arguments import parse_args
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint
 from ecvae_training.data import ImageDataset, collate, load_images
 from ecvae_training.models import build_models, load_pretrained, moving_average
+from ecvae_training.noise import ChainNoise, StepNoise
 from ecvae_training.output import (
     ARGUMENTS_FILE,
     METRICS_FILE,
@@ -50,17 +50,11 @@ NUM_GRID_IMAGES = 64
 NUM_VARIANCE_IMAGES = 2048
 
 
-def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
-    """The noise of one step, from its number alone: a resumed run draws what the uninterrupted one would have."""
-    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device=device).manual_seed(int(mixed) >> 1)
-
-
-def to_model_range(images: torch.Tensor, random_flip: bool, generator: torch.Generator) -> torch.Tensor:
+def to_model_range(images: torch.Tensor, random_flip: bool, noise: StepNoise) -> torch.Tensor:
     """uint8 -> [-1, 1], flipped left to right at random."""
     images = images.float() / 127.5 - 1.0
     if random_flip:
-        flip = torch.rand(images.shape[0], 1, 1, 1, device=images.device, generator=generator) < 0.5
+        flip = noise.uniform(images.shape[0], 1, 1, 1) < 0.5
         images = torch.where(flip, images.flip(-1), images)
     return images
 
@@ -233,22 +227,21 @@ def main(args) -> None:
         skipped = step - epoch * steps_per_epoch
         epoch_loader = accelerator.skip_first_batches(loader, skipped) if skipped else loader
         for batch in epoch_loader:
-            generator = step_generator(args.seed, step, accelerator.process_index, device)
-            real = to_model_range(batch, args.random_flip, generator)
-            noise_shape = (2 if calibrate else 1, real.shape[0], grid_latents.shape[1], 1, 1)
-            noise = torch.randn(noise_shape, device=device, generator=generator)
+            noise = StepNoise(args.seed, step, accelerator.process_index, accelerator.num_processes, device)
+            real = to_model_range(batch, args.random_flip, noise)
+            latent_shape = (real.shape[0], *grid_latents.shape[1:])
             # Autoencoder: the ELBO, and the constraint on prior samples.
             output = vae(
                 real,
                 sample_posterior=True,
-                posterior_noise=noise[0],
-                prior_latents=noise[1] if calibrate else None,
+                posterior_noise=noise.normal(*latent_shape),
+                prior_latents=noise.normal(*latent_shape) if calibrate else None,
             )
             reconstruction = (output.sample.float() - real).square().flatten(1).sum(1).mean()
             kl = output.latent_dist.kl().mean()
             loss = reconstruction + args.kl_weight * kl
             if calibrate:
-                calibration = calibrator.calibrate(output.prior_sample, generator)
+                calibration = calibrator.calibrate(output.prior_sample, noise=ChainNoise(noise, output.prior_sample))
                 loss = loss + calibration.loss
             accelerator.backward(loss)
             optimizer.step()

@@ -24,7 +24,7 @@ to -K a grad f: the generator then receives 2 lambda K a times the gradient of f
 There the method is a VAE-GAN with a Wasserstein-type critic f.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -235,7 +235,7 @@ class EnergyCalibrator:
         self,
         samples: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: torch.Tensor | None = None,
+        noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         The end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
@@ -244,7 +244,7 @@ class EnergyCalibrator:
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): The start x_0.
             generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
-            noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, *optional*):
+            noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, or a sequence of one a step, *optional*):
                 The chain's standard normal draws, instead of draws of its own.
 
         Returns:
@@ -264,7 +264,7 @@ class EnergyCalibrator:
         self,
         samples: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        noise: torch.Tensor | None = None,
+        noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> CalibrationOutput:
         """
         Correct samples by the energy, and measure how far they had to go.

@@ -4,7 +4,7 @@ import builtins
 import json
 
 import pytest
-from test_train_ecvae import TINY, run, write_images
+from training_runs import TINY, run, write_images
 
 from ecvae_training.arguments import parse_args
 from ecvae_training.data import ImageDataset, load_images

@@ -1,0 +1,45 @@
+"""A run that is killed again and again ends where the run that was never killed does. Slow: `make test-slow`."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+from training_runs import SCRIPT, TINY, succeed, weights, write_images
+
+
+def test_ten_kills_at_random_moments(tmp_path):
+    """SIGKILL, some of them during a save (every second step ends in one), each followed by --resume latest."""
+    data = write_images(tmp_path / "data", count=24)
+    arguments = ["--train_data_dir", data, *TINY, "--max_train_steps", 120, "--log_steps", 1]
+    succeed(*arguments, "--output_dir", tmp_path / "whole", "--checkpointing_steps", 1000)
+
+    killed = [*arguments, "--output_dir", tmp_path / "killed", "--checkpointing_steps", 2]
+    killed += ["--checkpoints_total_limit", 2, "--resume_from_checkpoint", "latest"]
+    command = [sys.executable, str(SCRIPT), *map(str, killed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    rng, kills, during_a_save = random.Random(0), 0, 0
+    while kills < 10:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        # From the first new checkpoint on it trains; then a moment within the next few steps and saves.
+        newest = max((tmp_path / "killed").glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            now = max((tmp_path / "killed").glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
+            if now != newest:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
+        if process.poll() is not None:
+            break  # it reached the end
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        during_a_save += any((tmp_path / "killed").glob(".checkpoint-*"))
+    assert kills == 10 and during_a_save > 0
+    succeed(*killed)
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)

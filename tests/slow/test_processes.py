@@ -1,0 +1,129 @@
+"""Several processes train what one does. Slow: `make test-slow`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from training_runs import SCRIPT, TINY, metrics, weights, write_images
+
+
+STEPS = 50
+
+
+def run_ranks(num_processes: int, *arguments) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    result = subprocess.run(
+        [*command, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images", count=64)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    """50 steps of two ranks with 8 images each, with flips, a checkpoint at every 25."""
+    output_dir = tmp_path_factory.mktemp("runs") / "two"
+    run_ranks(
+        2, "--train_data_dir", data, "--output_dir", output_dir, *TINY, "--max_train_steps", STEPS, "--log_steps", 1,
+        "--checkpointing_steps", 25, "--random_flip",
+    )  # fmt: skip
+    return output_dir
+
+
+def test_two_ranks_equal_one_process_with_the_same_global_batch(two_ranks, data, tmp_path):
+    arguments = [*TINY[:-1], "16", "--max_train_steps", STEPS, "--log_steps", 1, "--random_flip"]
+    run_ranks(1, "--train_data_dir", data, "--output_dir", tmp_path, *arguments)
+    one, two = weights(tmp_path), weights(two_ranks)
+    assert one.keys() == two.keys()
+    for key in one:
+        scale = one[key].abs().max().clamp(min=1e-3)
+        assert (one[key] - two[key]).abs().max() <= 1e-4 * max(scale, 1.0), key
+    for a, b in zip(metrics(tmp_path), metrics(two_ranks)):
+        assert a["dual"] == pytest.approx(b["dual"], rel=1e-4)
+        assert a["reconstruction"] == pytest.approx(b["reconstruction"], rel=1e-3)
+
+
+def test_two_ranks_resumed_equal_two_ranks_in_one_run(two_ranks, data, tmp_path):
+    arguments = [
+        "--train_data_dir", data, "--output_dir", tmp_path, *TINY, "--log_steps", 1, "--checkpointing_steps", 25,
+        "--random_flip",
+    ]  # fmt: skip
+    run_ranks(2, *arguments, "--max_train_steps", 25)
+    run_ranks(2, *arguments, "--max_train_steps", STEPS, "--resume_from_checkpoint", "latest")
+    expected, found = weights(two_ranks), weights(tmp_path)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+PARAMETERS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import train_ecvae
+from accelerate import Accelerator
+
+kept = []
+prepare = Accelerator.prepare
+
+def remember(self, *parts):
+    prepared = prepare(self, *parts)
+    kept.extend(part for part in prepared if isinstance(part, torch.nn.Module))
+    return prepared
+
+Accelerator.prepare = remember
+end = Accelerator.end_training
+
+def compare(self):
+    # At the end of training, each rank's tensors against those of rank 0, bit for bit.
+    for module in kept:
+        for name, tensor in list(module.named_parameters()) + list(module.named_buffers()):
+            first = tensor.detach().clone()
+            torch.distributed.broadcast(first, 0)
+            assert torch.equal(first, tensor), f"rank {self.process_index}: {name}"
+    print("RANKS AGREE", self.process_index, len(kept))
+    end(self)
+
+Accelerator.end_training = compare
+train_ecvae.main(train_ecvae.parse_args(sys.argv[2:]))
+"""
+
+
+def test_ranks_keep_bit_equal_parameters(data, tmp_path):
+    script = tmp_path / "compare.py"
+    script.write_text(PARAMETERS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    arguments = [SCRIPT.parent, "--train_data_dir", data, "--output_dir", tmp_path / "out", *TINY]
+    result = subprocess.run(
+        [*command, *map(str, arguments), "--max_train_steps", str(STEPS)],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "RANKS AGREE 0 2" in result.stdout and "RANKS AGREE 1 2" in result.stdout
+
+
+def test_two_nodes_of_one_rank_equal_two_ranks(two_ranks, data, tmp_path):
+    """As on two machines: two launchers that meet at an address, here on loopback."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
+                "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", "29517", str(SCRIPT),
+                "--train_data_dir", str(data), "--output_dir", str(tmp_path), *TINY,
+                "--max_train_steps", str(STEPS), "--random_flip",
+            ],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        _, errors = node.communicate(timeout=600)
+        assert node.returncode == 0, errors[-3000:]
+    expected, found = weights(two_ranks), weights(tmp_path)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
