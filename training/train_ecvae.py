@@ -10,6 +10,7 @@ energy model steps on data against the same targets; lambda steps on the constra
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
@@ -42,6 +43,7 @@ from ecvae_training.output import (
     remove_old_checkpoints,
     save_atomically,
 )
+from ecvae_training.signals import StopSignal
 
 
 logger = get_logger(__name__)
@@ -70,6 +72,28 @@ def reconstruction_variance(vae, dataset: ImageDataset, batch_size: int, device:
     return total / len(indices)
 
 
+class Stopped(Exception):
+    """The run was asked to end, and has saved a checkpoint."""
+
+
+def endless_batches(accelerator: Accelerator, loader, first_batch: int, batches_per_epoch: int):
+    """Numbered batches from `first_batch` on, epoch after epoch, each shuffled by the seed and its own number."""
+    index = first_batch
+    while True:
+        epoch, skipped = divmod(index, batches_per_epoch)
+        loader.set_epoch(epoch)
+        for batch in accelerator.skip_first_batches(loader, skipped) if skipped else loader:
+            yield index, batch
+            index += 1
+
+
+def clip_gradients(accelerator: Accelerator, network, optimizer, max_norm: float | None) -> torch.Tensor:
+    """The Euclidean norm of a network's gradients, after which they are scaled down to `max_norm`, if one is given."""
+    # Of this optimizer alone: Accelerate's own clipping would unscale the gradients of both.
+    accelerator.unscale_gradients(optimizer)
+    return torch.nn.utils.clip_grad_norm_(network.parameters(), math.inf if max_norm is None else max_norm)
+
+
 def main(args) -> None:
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint is not None
@@ -83,8 +107,12 @@ def main(args) -> None:
         mixed_precision=args.mixed_precision,
         project_config=ProjectConfiguration(project_dir=args.output_dir),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        # Accumulation goes on over the end of an epoch: every step has the same number of batches.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type.value} trains one model, and this script two: use data parallel training "
             "(`accelerate launch --multi_gpu`)."
@@ -115,14 +143,15 @@ def main(args) -> None:
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is for images of "
             f"{pretrained[0].config.in_channels} channel(s), but the data has {dataset.channels}: see --in_channels."
         )
-    global_batch_size = args.train_batch_size * accelerator.num_processes
-    steps_per_epoch = len(dataset) // global_batch_size
-    if steps_per_epoch == 0:
+    batches_per_epoch = len(dataset) // (args.train_batch_size * accelerator.num_processes)
+    batches_per_step = args.gradient_accumulation_steps
+    global_batch_size = args.train_batch_size * accelerator.num_processes * batches_per_step
+    if batches_per_epoch == 0:
         raise ValueError(
             f"--train_batch_size must be at most the number of images a process "
             f"({len(dataset) // accelerator.num_processes}), but is {args.train_batch_size}."
         )
-    max_train_steps = args.max_train_steps or args.num_epochs * steps_per_epoch
+    max_train_steps = args.max_train_steps or max(args.num_epochs * batches_per_epoch // batches_per_step, 1)
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=args.train_batch_size,
@@ -148,6 +177,10 @@ def main(args) -> None:
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+        if calibrate:
+            energy_model.enable_gradient_checkpointing()
     vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, **adam)
     schedule = {
@@ -178,6 +211,7 @@ def main(args) -> None:
             energy_regularization=args.energy_regularization,
         )
         accelerator.register_for_checkpointing(calibrator)
+    networks = [vae, energy_model] if calibrate else [vae]
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
 
@@ -209,7 +243,7 @@ def main(args) -> None:
         logger.info(f"{checkpoint.name} is at the end of the {max_train_steps} steps: saving only.")
     logger.info(
         f"{len(dataset)} images of {dataset.channels}x{args.resolution}x{args.resolution}, {global_batch_size} a step, "
-        f"{max_train_steps} steps ({steps_per_epoch} an epoch), calibration: {args.calibration}."
+        f"{max_train_steps} steps ({batches_per_epoch / batches_per_step:g} an epoch), calibration: {args.calibration}."
     )
 
     # 4. Train.
@@ -220,48 +254,63 @@ def main(args) -> None:
     progress = tqdm(
         total=max_train_steps, initial=first_step, desc="Training", disable=not main_process, mininterval=1.0
     )
-    step, epoch = first_step, first_step // steps_per_epoch
     started, started_step = time.perf_counter(), first_step
-    while step < max_train_steps:
-        loader.set_epoch(epoch)
-        skipped = step - epoch * steps_per_epoch
-        epoch_loader = accelerator.skip_first_batches(loader, skipped) if skipped else loader
-        for batch in epoch_loader:
-            noise = StepNoise(args.seed, step, accelerator.process_index, accelerator.num_processes, device)
+    step, constraint, norms = first_step, 0.0, {}
+    batches = endless_batches(accelerator, loader, first_step * batches_per_step, batches_per_epoch)
+    with StopSignal() as stop:
+        for batch_index, batch in batches:
+            if step == max_train_steps:
+                break
+            noise = StepNoise(args.seed, batch_index, accelerator.process_index, accelerator.num_processes, device)
             real = to_model_range(batch, args.random_flip, noise)
             latent_shape = (real.shape[0], *grid_latents.shape[1:])
-            # Autoencoder: the ELBO, and the constraint on prior samples.
-            output = vae(
-                real,
-                sample_posterior=True,
-                posterior_noise=noise.normal(*latent_shape),
-                prior_latents=noise.normal(*latent_shape) if calibrate else None,
-            )
-            reconstruction = (output.sample.float() - real).square().flatten(1).sum(1).mean()
-            kl = output.latent_dist.kl().mean()
-            loss = reconstruction + args.kl_weight * kl
+            # One context for both networks: each entered would count a batch of accumulation.
+            with accelerator.accumulate(*networks):
+                # Autoencoder: the ELBO, and the constraint on prior samples.
+                output = vae(
+                    real,
+                    sample_posterior=True,
+                    posterior_noise=noise.normal(*latent_shape),
+                    prior_latents=noise.normal(*latent_shape) if calibrate else None,
+                )
+                reconstruction = (output.sample.float() - real).square().flatten(1).sum(1).mean()
+                kl = output.latent_dist.kl().mean()
+                loss = reconstruction + args.kl_weight * kl
+                if calibrate:
+                    chain_noise = ChainNoise(noise, output.prior_sample)
+                    calibration = calibrator.calibrate(output.prior_sample, noise=chain_noise)
+                    loss = loss + calibration.loss
+                    constraint = constraint + calibration.constraint / batches_per_step
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norms["gradient_norm"] = clip_gradients(accelerator, vae, optimizer, args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+                # Energy model: data against the same targets.
+                if calibrate:
+                    energy = calibrator.energy_loss(real, calibration.targets, energy_model)
+                    accelerator.backward(energy.loss)
+                    if accelerator.sync_gradients:
+                        norms["energy_gradient_norm"] = clip_gradients(
+                            accelerator, energy_model, energy_optimizer, args.max_grad_norm
+                        )
+                    energy_optimizer.step()
+                    energy_lr_scheduler.step()
+                    energy_optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            # lambda, one number for all processes, on the constraint of the whole step.
             if calibrate:
-                calibration = calibrator.calibrate(output.prior_sample, noise=ChainNoise(noise, output.prior_sample))
-                loss = loss + calibration.loss
-            accelerator.backward(loss)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-            # Energy model: data against the same targets. Then lambda, one number for all processes.
-            if calibrate:
-                energy = calibrator.energy_loss(real, calibration.targets, energy_model)
-                accelerator.backward(energy.loss)
-                energy_optimizer.step()
-                energy_lr_scheduler.step()
-                energy_optimizer.zero_grad()
-                calibrator.dual_step(accelerator.reduce(calibration.constraint, reduction="mean"))
+                calibrator.dual_step(accelerator.reduce(constraint, reduction="mean"))
+                constraint = 0.0
             if ema is not None:
                 ema.update_parameters(accelerator.unwrap_model(vae))
             step += 1
             progress.update()
 
             if step % args.log_steps == 0 or step == max_train_steps:
-                scalars = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+                scalars = {"reconstruction": reconstruction.detach(), "kl": kl.detach(), **norms}
                 if calibrate:
                     scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
                     scalars |= {name: energy[name] for name in ("energy_real", "energy_targets")}
@@ -275,7 +324,7 @@ def main(args) -> None:
                 if main_process:
                     speed = (step - started_step) * global_batch_size / (time.perf_counter() - started)
                     metrics.write(
-                        step=step, epoch=epoch, **logged, learning_rate=lr_scheduler.get_last_lr()[0],
+                        step=step, epoch=batch_index // batches_per_epoch, **logged, learning_rate=lr_scheduler.get_last_lr()[0],
                         images_per_second=round(speed, 1),
                     )  # fmt: skip
                 shown = {"rec": f"{logged['reconstruction']:.1f}", "kl": f"{logged['kl']:.1f}"}
@@ -289,13 +338,17 @@ def main(args) -> None:
                 samples = pipeline(latents=grid_latents.to(device), output_type="pt").images * 2 - 1
                 pipeline.vae.train(was_training)
                 save_atomically(image_grid(samples, num_columns=8), output_dir / "samples" / f"step-{step:06d}.png")
-            if args.checkpointing_steps and step % args.checkpointing_steps == 0:
+            stopped = stop.agreed(accelerator)
+            if step % args.checkpointing_steps == 0 or (stopped and step < max_train_steps):
                 save_checkpoint(accelerator, output_dir, step, build_pipeline)
                 if main_process:
                     remove_old_checkpoints(output_dir, args.checkpoints_total_limit)
-            if step == max_train_steps:
-                break
-        epoch = step // steps_per_epoch
+            if stopped and step < max_train_steps:
+                progress.close()
+                raise Stopped(
+                    f"stopped at step {step} of {max_train_steps}, which checkpoint-{step} holds: go on with "
+                    "--resume_from_checkpoint latest."
+                )
     progress.close()
 
     # 5. The pipeline's folder.
@@ -316,6 +369,8 @@ if __name__ == "__main__":
         main(arguments)
     except (ValueError, ImportError, FloatingPointError) as error:
         sys.exit(f"train_ecvae.py: error: {error}")
+    except Stopped as message:
+        sys.exit(f"train_ecvae.py: {message}")
     except KeyboardInterrupt:
         found = checkpoints(Path(arguments.output_dir))
         left = (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from training_runs import SCRIPT, TINY, succeed, weights, write_images
 
@@ -42,4 +43,28 @@ def test_ten_kills_at_random_moments(tmp_path):
     assert kills == 10 and during_a_save > 0
     succeed(*killed)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_a_message(number, tmp_path):
+    data = write_images(tmp_path / "data", count=24)
+    arguments = ["--train_data_dir", data, *TINY, "--max_train_steps", 60, "--log_steps", 1]
+    succeed(*arguments, "--output_dir", tmp_path / "whole")
+
+    stopped = [*arguments, "--output_dir", tmp_path / "stopped"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, stopped)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") > 5):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in errors
+    (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
+    assert f"which {checkpoint.name} holds: go on with --resume_from_checkpoint latest" in errors
+    succeed(*stopped, "--resume_from_checkpoint", "latest")
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(expected[key], found[key]) for key in expected)

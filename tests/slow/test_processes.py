@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from training_runs import SCRIPT, TINY, metrics, weights, write_images
 
 
 STEPS = 50
+# What Accelerate itself allows when it loads a file of random states: numpy's generator is in it.
+NUMPY_STATE = [np.dtype, np.ndarray, np.dtypes.UInt32DType, np._core.multiarray._reconstruct]
 
 
 def run_ranks(num_processes: int, *arguments) -> None:
@@ -127,3 +130,31 @@ def test_two_nodes_of_one_rank_equal_two_ranks(two_ranks, data, tmp_path):
         assert node.returncode == 0, errors[-3000:]
     expected, found = weights(two_ranks), weights(tmp_path)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_accumulation_cut_in_two_equals_a_run_in_one(data, tmp_path):
+    """64 images make 8 batches an epoch; three a step, so that steps lie across its end."""
+    arguments = [
+        "--train_data_dir", data, *TINY, "--log_steps", 1, "--gradient_accumulation_steps", 3, "--max_grad_norm", 50,
+        "--checkpointing_steps", 5, "--lr_warmup_steps", 4, "--lr_scheduler", "constant_with_warmup",
+    ]  # fmt: skip
+    run_ranks(1, *arguments, "--output_dir", tmp_path / "whole", "--max_train_steps", 12)
+    run_ranks(1, *arguments, "--output_dir", tmp_path / "cut", "--max_train_steps", 5)
+    resume = ["--max_train_steps", 12, "--resume_from_checkpoint", "latest"]
+    run_ranks(1, *arguments, "--output_dir", tmp_path / "cut", *resume)
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    records = metrics(tmp_path / "whole")
+    assert [record["epoch"] for record in records] == [(3 * step - 1) // 8 for step in range(1, 13)]
+    # Rates warm up by steps, not by batches; each optimizer has stepped once a step.
+    assert [record["learning_rate"] for record in records[:4]] == pytest.approx([1.25e-4, 2.5e-4, 3.75e-4, 5e-4])
+    state = torch.load(tmp_path / "whole" / "checkpoint-10" / "optimizer_1.bin", weights_only=True)
+    assert {int(entry["step"]) for entry in state["state"].values()} == {10}
+
+
+def test_saved_states_load_with_weights_only(two_ranks):
+    files = [path for path in (two_ranks / "checkpoint-50").iterdir() if path.suffix in (".bin", ".pkl")]
+    assert len(files) >= 6
+    for path in files:
+        with torch.serialization.safe_globals(NUMPY_STATE if path.name.startswith("random_states") else []):
+            torch.load(path, weights_only=True)

@@ -113,6 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--seed", type=int, default=0, help="Seed of weights, data order and noise.")
     training.add_argument("--train_batch_size", type=int, default=64, help="Images a step and process.")
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Batches a step, of --train_batch_size images each."
+    )
+    training.add_argument("--max_grad_norm", type=float, help="Clip the gradient of each network to this norm.")
+    training.add_argument(
+        "--gradient_checkpointing", action="store_true", help="Compute activations again in backward: less memory."
+    )
     training.add_argument("--num_epochs", type=int, help="Passes over the data, instead of --max_train_steps.")
     training.add_argument(
         "--max_train_steps", type=int, help="Number of iterations. 10000 if --num_epochs is not given."
@@ -184,7 +191,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     positive_integers = (
         "max_train_samples", "latent_channels", "layers_per_block", "energy_num_scales", "langevin_steps",
         "train_batch_size", "num_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-        "log_steps", "save_images_steps",
+        "log_steps", "save_images_steps", "gradient_accumulation_steps",
     )  # fmt: skip
     for name in positive_integers:
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -199,6 +206,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("learning_rate", "energy_learning_rate", "max_dual", "adam_epsilon"):
         if not 0 < getattr(args, name) < math.inf:
             refuse(name, "a finite number above 0")
+    if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
+        refuse("max_grad_norm", "a finite number above 0")
     nonnegative = (
         "kl_weight", "langevin_drift_step", "langevin_noise", "conditioning_weight", "dual_learning_rate",
         "energy_regularization", "adam_weight_decay",
