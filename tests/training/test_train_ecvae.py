@@ -126,7 +126,8 @@ def test_goes_on_from_a_pipeline_and_from_an_autoencoder(finished, images, tmp_p
 def test_colour_images(mode, channels, tmp_path):
     data = write_images(tmp_path / "data" / "class", mode=mode, size=20, count=8)
     succeed("--train_data_dir", data.parent, "--output_dir", tmp_path / "out", *TINY, "--max_train_steps", 1,
-            "--energy_num_scales", 2, "--conditioning_weight", 0.1, "--energy_regularization", 0.01)  # fmt: skip
+            "--energy_num_scales", 2, "--conditioning_weight", 0.1, "--energy_regularization", 0.01,
+            "--gradient_checkpointing")  # fmt: skip
     pipeline = ECVAEPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.vae.config.in_channels == channels
     assert len(pipeline.energy_model.networks) == 2
