@@ -94,7 +94,9 @@ def main(args) -> None:
         args.max_train_samples,
         args.output_dir,
     )
-    dataset = ImageDataset(images, args.resolution, args.in_channels, progress=main_process)
+    dataset = ImageDataset(images, args.resolution, args.in_channels, args.skip_broken_images, progress=main_process)
+    if dataset.skipped is not None:
+        logger.warning(f"Left out: {dataset.skipped}")
     if pretrained[0] is not None and pretrained[0].config.in_channels != dataset.channels:
         raise ValueError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is for images of "

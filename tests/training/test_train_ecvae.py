@@ -146,3 +146,13 @@ def test_data_set_with_an_image_column(tmp_path):
     assert ECVAEPipeline.from_pretrained(tmp_path / "out").vae.config.in_channels == 1
     result = run(*arguments, "--output_dir", tmp_path / "out2", "--image_column", "picture")
     assert result.returncode != 0 and "--image_column must be one of ['img'] in" in result.stderr
+
+
+def test_broken_images_are_left_out_and_named(tmp_path):
+    data = write_images(tmp_path / "data", count=12)
+    for name in ("003.png", "007.png"):
+        (data / name).write_bytes((data / name).read_bytes()[:50])
+    arguments = ["--train_data_dir", data, "--output_dir", tmp_path / "out", *TINY, "--max_train_steps", 1]
+    result = succeed(*arguments, "--skip_broken_images")
+    assert "Left out: 2 of 12 images can't be read" in result.stderr and "003.png" in result.stderr
+    assert "10 images of 1x16x16" in result.stderr

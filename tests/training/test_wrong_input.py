@@ -113,6 +113,15 @@ def test_the_broken_file_is_named(tmp_path):
     images = load_images(None, None, str(folder), None, None, None)
     with pytest.raises(ValueError, match=r"1 of 4 images can't be read.*002\.png"):
         ImageDataset(images, 16, progress=False)
+    rest = ImageDataset(images, 16, skip_broken=True, progress=False)
+    assert len(rest) == 3 and "1 of 4 images can't be read" in rest.skipped and "002.png" in rest.skipped
+    (folder / "002.png").unlink()
+    whole = ImageDataset(load_images(None, None, str(folder), None, None, None), 16, progress=False)
+    assert whole.skipped is None and all((whole[i] == rest[i]).all() for i in range(3))
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="3 of 3 images can't be read"):
+        ImageDataset(load_images(None, None, str(folder), None, None, None), 16, skip_broken=True, progress=False)
 
 
 def test_foreign_output_folder_is_refused_and_stays(tmp_path):

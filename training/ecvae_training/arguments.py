@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(1, 3, 4),
         help="1 gray, 3 RGB, 4 RGBA. Gray if every image is, else RGB, if not given.",
     )
+    data.add_argument(
+        "--skip_broken_images", action="store_true", help="Leave out images that can't be read, and say which."
+    )
     data.add_argument("--random_flip", action="store_true", help="Flip images left to right at random.")
     data.add_argument(
         "--dataloader_num_workers", type=int, default=0, help="Processes that load data; 0: the main one."

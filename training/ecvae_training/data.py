@@ -125,28 +125,43 @@ class ImageDataset(torch.utils.data.Dataset):
         dataset: What `load_images` gives.
         resolution (`int`): Height and width.
         in_channels (`int`, *optional*): 1, 3 or 4; if not given 1 where every image is gray, else 3.
+        skip_broken (`bool`, *optional*, defaults to `False`):
+            Leave out images that can't be read; `skipped` says in words which. Otherwise they are refused.
 
     Raises:
-        ValueError: if an image can't be read; the message names the first ones and counts all.
+        ValueError: if an image can't be read (or, with `skip_broken`, none can); the message names the first ones and
+            counts all.
     """
 
-    def __init__(self, dataset, resolution: int, in_channels: int | None = None, progress: bool = True):
+    def __init__(
+        self,
+        dataset,
+        resolution: int,
+        in_channels: int | None = None,
+        skip_broken: bool = False,
+        progress: bool = True,
+    ):
         self.dataset = dataset
         self.resolution = resolution
-        modes, broken = set(), []
+        modes, whole, broken = set(), [], []
         for i in tqdm(range(len(dataset)), desc="Checking images", disable=not progress):
             try:
                 with self.open(i) as image:
                     if image.mode in UNRANGED_MODES:
                         raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 or 16 bits")
-                    modes.add(image.mode)
                     image.load()
+                    modes.add(image.mode)
+                    whole.append(i)
             except Exception as error:  # PIL raises a different class for nearly every kind of damage
                 broken.append(f"{self.name(i)} ({error})")
+        self.skipped = None
         if broken:
-            raise ValueError(
-                f"{len(broken)} of {len(dataset)} images can't be read, among them: " + "; ".join(broken[:3]) + "."
+            self.skipped = (
+                f"{len(broken)} of {len(dataset)} images can't be read, among them: {'; '.join(broken[:3])}."
             )
+            if not (skip_broken and whole):
+                raise ValueError(self.skipped)
+            self.dataset = dataset = dataset.select(whole)
         self.channels = in_channels or (1 if modes <= GRAY_MODES else 3)
         self.cache = None
         shape = (len(dataset), self.channels, resolution, resolution)
