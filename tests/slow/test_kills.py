@@ -15,7 +15,7 @@ from training_runs import SCRIPT, TINY, succeed, weights, write_images
 def test_ten_kills_at_random_moments(tmp_path):
     """SIGKILL, some of them during a save (every second step ends in one), each followed by --resume latest."""
     data = write_images(tmp_path / "data", count=24)
-    arguments = ["--train_data_dir", data, *TINY, "--max_train_steps", 120, "--log_steps", 1]
+    arguments = ["--train_data_dir", data, *TINY, "--max_train_steps", 300, "--log_steps", 1]
     succeed(*arguments, "--output_dir", tmp_path / "whole", "--checkpointing_steps", 1000)
 
     killed = [*arguments, "--output_dir", tmp_path / "killed", "--checkpointing_steps", 2]
@@ -33,14 +33,14 @@ def test_ten_kills_at_random_moments(tmp_path):
             if now != newest:
                 break
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.4))
-        if process.poll() is not None:
-            break  # it reached the end
+        # A few steps and saves at most, so that ten kills are over long before the run is.
+        time.sleep(rng.uniform(0, 0.2))
+        assert process.poll() is None, "the run ended before it was killed ten times"
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
         during_a_save += any((tmp_path / "killed").glob(".checkpoint-*"))
-    assert kills == 10 and during_a_save > 0
+    assert during_a_save > 0
     succeed(*killed)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(expected[key], found[key]) for key in expected)
