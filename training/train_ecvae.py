@@ -319,6 +319,8 @@ def main(args) -> None:
         pipeline.vae.register_to_config(reconstruction_variance=variance)
         pipeline.save_pretrained(output_dir)
         logger.info(f"Saved to {output_dir}: ECVAEPipeline.from_pretrained({str(output_dir)!r}).")
+    # All leave together: a process that ends while another still saves can leave that one hanging at its own end.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

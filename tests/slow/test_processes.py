@@ -126,9 +126,13 @@ def test_two_nodes_of_one_rank_equal_two_ranks(two_ranks, data, tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    for node in nodes:
-        _, errors = node.communicate(timeout=600)
-        assert node.returncode == 0, errors[-3000:]
+    try:
+        for node in nodes:
+            _, errors = node.communicate(timeout=200)
+            assert node.returncode == 0, errors[-3000:]
+    finally:
+        for node in nodes:
+            node.kill()
     expected, found = weights(two_ranks), weights(tmp_path)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
