@@ -8,6 +8,7 @@ energy model steps on data against the same targets; lambda steps on the constra
 `ecvae_diffusers.calibration`.
 """
 
+import gc
 import json
 import logging
 import sys
@@ -319,8 +320,13 @@ def main(args) -> None:
         pipeline.vae.register_to_config(reconstruction_variance=variance)
         pipeline.save_pretrained(output_dir)
         logger.info(f"Saved to {output_dir}: ECVAEPipeline.from_pretrained({str(output_dir)!r}).")
-    # All leave together: a process that ends while another still saves can leave that one hanging at its own end.
+    # All leave together, the wrapped networks first: freed after the process group, their gradient reducer would be the
+    # last to hold it, and free it under Python's lock, which the group's own threads may be waiting for.
     accelerator.wait_for_everyone()
+    networks.clear()
+    vae = energy_model = None
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 
