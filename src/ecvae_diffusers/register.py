@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines import pipeline_loading_utils
 
 
-# diffusers' own, kept so that a second import of this package wraps it once.
+# diffusers' own, before `register` wraps it.
 get_signature_keys = DiffusionPipeline.__dict__["_get_signature_keys"]
 LIBRARY = "ecvae_diffusers"
 SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
