@@ -12,6 +12,11 @@ import torch
 from training_runs import SCRIPT, TINY, succeed, weights, write_images
 
 
+def newest_step(folder):
+    """The step of the newest checkpoint, read from the names alone: the run deletes old ones while we look."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=None)
+
+
 def test_ten_kills_at_random_moments(tmp_path):
     """SIGKILL, some of them during a save (every second step ends in one), each followed by --resume latest."""
     data = write_images(tmp_path / "data", count=24)
@@ -26,11 +31,10 @@ def test_ten_kills_at_random_moments(tmp_path):
     while kills < 10:
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         # From the first new checkpoint on it trains; then a moment within the next few steps and saves.
-        newest = max((tmp_path / "killed").glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
+        newest = newest_step(tmp_path / "killed")
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            now = max((tmp_path / "killed").glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None)
-            if now != newest:
+            if newest_step(tmp_path / "killed") != newest:
                 break
             time.sleep(0.005)
         # A few steps and saves at most, so that ten kills are over long before the run is.
