@@ -1,12 +1,18 @@
-"""The command line of `train_ecvae.py`, and its checks: everything that can be refused is refused before data is read."""
+"""The command line of `train_ecvae.py`, group by group. `argument_checks.py` holds what is refused."""
 
 import argparse
-import math
+import sys
 
+import yaml
 from diffusers.optimization import SchedulerType
+
+from ecvae_diffusers.calibration import HEALTHY_DRIFT
+from ecvae_training.argument_checks import DRIFT_STEP, check_arguments
 
 
 CALIBRATIONS = ("none", "energy")
+TRACKERS = ("tensorboard", "trackio", "wandb")
+EVALUATION_METRICS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,7 +21,21 @@ def build_parser() -> argparse.ArgumentParser:
         "accelerate launch training/train_ecvae.py --train_data_dir my_images --output_dir my_model --resolution 32",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    data = parser.add_argument_group("data")
+    parser.add_argument(
+        "--config",
+        help="YAML file of arguments, as those in training/configs; what the command line gives goes before it.",
+    )
+    add_data_arguments(parser.add_argument_group("data"))
+    add_model_arguments(parser.add_argument_group("model"))
+    add_calibration_arguments(parser.add_argument_group("calibration"))
+    add_training_arguments(parser.add_argument_group("training"))
+    add_saving_arguments(parser.add_argument_group("saving and logging"))
+    add_evaluation_arguments(parser.add_argument_group("evaluation"))
+    add_guard_arguments(parser.add_argument_group("guard against divergence"))
+    return parser
+
+
+def add_data_arguments(data) -> None:
     data.add_argument("--dataset_name", help="Hub id or local folder of a data set that `datasets` loads.")
     data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
     data.add_argument(
@@ -39,12 +59,22 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--skip_broken_images", action="store_true", help="Leave out images that can't be read, and say which."
     )
+    data.add_argument(
+        "--streaming",
+        action="store_true",
+        help="Read --dataset_name while training instead of before: for what doesn't fit on the disk. Needs "
+        "--max_train_steps and --in_channels. Resumed, its shuffle buffer is filled anew: not bit for bit.",
+    )
+    data.add_argument(
+        "--shuffle_buffer_size", type=int, default=10_000, help="Images that --streaming draws each next one from."
+    )
     data.add_argument("--random_flip", action="store_true", help="Flip images left to right at random.")
     data.add_argument(
         "--dataloader_num_workers", type=int, default=0, help="Processes that load data; 0: the main one."
     )
 
-    model = parser.add_argument_group("model")
+
+def add_model_arguments(model) -> None:
     model.add_argument(
         "--pretrained_model_name_or_path",
         help="Go on from the weights of this pipeline or AutoencoderEC (folder or Hub id); the model arguments are its.",
@@ -79,7 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="Spectral normalization of the energy model.",
     )
 
-    calibration = parser.add_argument_group("calibration")
+
+def add_calibration_arguments(calibration) -> None:
     calibration.add_argument(
         "--calibration", choices=CALIBRATIONS, default="energy", help="'none' trains the plain VAE, for comparison."
     )
@@ -89,8 +120,25 @@ def build_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="beta: weight of the KL divergence; errors are summed over an image.",
     )
+    calibration.add_argument(
+        "--kl_warmup_steps",
+        type=int,
+        default=0,
+        help="Steps over which beta rises from 0, against posterior collapse.",
+    )
+    calibration.add_argument(
+        "--free_bits",
+        type=float,
+        default=0.0,
+        help="Nats that each latent dimension may carry before its KL divergence counts, against posterior collapse.",
+    )
     calibration.add_argument("--langevin_steps", type=int, default=5, help="K: steps of the chain.")
-    calibration.add_argument("--langevin_drift_step", type=float, default=0.2, help="a: step on the energy gradient.")
+    calibration.add_argument(
+        "--langevin_drift_step",
+        default=DRIFT_STEP,
+        help="a: step on the energy gradient; a number, or 'auto': adapted so that the chain's drift stays at "
+        "--drift_tolerance, starting from 0.2. lambda then has little left to do, and stays near --initial_dual.",
+    )
     calibration.add_argument("--langevin_noise", type=float, default=1e-3, help="b: noise of each step.")
     calibration.add_argument(
         "--conditioning_weight", type=float, default=0.0, help="w: pull of the chain towards its start."
@@ -100,6 +148,18 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="epsilon: bound on the squared distance that the chain moves an image, summed over it; a number or 'auto'.",
     )
+    calibration.add_argument(
+        "--drift_tolerance",
+        type=float,
+        default=HEALTHY_DRIFT,
+        help="Root-mean-square drift a pixel, in the unit of images in [-1, 1], that --calibration_tolerance auto allows "
+        "beyond the noise, and --langevin_drift_step auto keeps.",
+    )
+    calibration.add_argument(
+        "--langevin_dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="Precision of the energy model in the chain, whose state is always fp32. That of training if not given.",
+    )
     calibration.add_argument("--dual_learning_rate", type=float, default=0.1, help="eta: rate of the dual variable.")
     calibration.add_argument("--initial_dual", type=float, default=30.0, help="lambda at the start.")
     calibration.add_argument("--max_dual", type=float, default=100.0, help="Upper bound of lambda.")
@@ -107,8 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--energy_regularization", type=float, default=0.0, help="alpha: weight of the mean squared energies."
     )
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--output_dir", required=True, help="Becomes the pipeline's folder.")
+
+def add_training_arguments(training) -> None:
+    training.add_argument("--output_dir", help="Becomes the pipeline's folder.")
     training.add_argument(
         "--overwrite_output_dir",
         action="store_true",
@@ -145,6 +206,11 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--adam_epsilon", type=float, default=1e-8, help="Of both Adam optimizers.")
     training.add_argument("--adam_weight_decay", type=float, default=0.0, help="Of both optimizers (AdamW).")
     training.add_argument(
+        "--use_8bit_adam",
+        action="store_true",
+        help="Keep both Adam's moments in 8 bits. Needs bitsandbytes and a GPU.",
+    )
+    training.add_argument(
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -160,7 +226,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--mixed_precision", choices=("no", "fp16", "bf16"), help="Accelerate's setting if not given."
     )
 
-    saving = parser.add_argument_group("saving")
+
+def add_saving_arguments(saving) -> None:
     saving.add_argument("--checkpointing_steps", type=int, default=500, help="Save a checkpoint every so many steps.")
     saving.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest so many checkpoints, not all.")
     saving.add_argument(
@@ -168,8 +235,94 @@ def build_parser() -> argparse.ArgumentParser:
         help="'latest', or the newest checkpoint of --output_dir by name. Without a checkpoint, starts at 0.",
     )
     saving.add_argument("--log_steps", type=int, default=10, help="Write metrics.jsonl every so many steps.")
-    saving.add_argument("--save_images_steps", type=int, default=500, help="Write a sample grid every so many steps.")
-    return parser
+    saving.add_argument(
+        "--save_images_steps",
+        type=int,
+        default=500,
+        help="Write samples, reconstructions, the chain and the energies' distribution every so many steps.",
+    )
+    saving.add_argument(
+        "--report_to",
+        nargs="+",
+        choices=TRACKERS,
+        help="Send what metrics.jsonl gets to these trackers too, through Accelerate.",
+    )
+    saving.add_argument("--tracker_project_name", default="ecvae", help="The project's name in the tracker.")
+
+
+def add_evaluation_arguments(evaluation) -> None:
+    evaluation.add_argument(
+        "--evaluation_steps",
+        type=int,
+        help="Measure samples against training images every so many steps. Needs the extra `metrics`.",
+    )
+    evaluation.add_argument(
+        "--evaluation_features",
+        default="lite0",
+        help="Features to measure over: 'lite0', 'inception', or a vision model of `transformers` (folder or Hub id).",
+    )
+    evaluation.add_argument(
+        "--evaluation_samples", type=int, default=2048, help="Samples, and training images, to measure with."
+    )
+    evaluation.add_argument(
+        "--early_stopping_patience",
+        type=int,
+        help="Stop after so many evaluations without a better --early_stopping_metric, and save the best.",
+    )
+    evaluation.add_argument(
+        "--early_stopping_metric",
+        choices=EVALUATION_METRICS,
+        default="frechet_distance",
+        help="What decides which evaluation is the best one: distances are to fall, the others to rise.",
+    )
+
+
+def add_guard_arguments(guard) -> None:
+    guard.add_argument(
+        "--divergence_guard",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="At a sign of divergence go back to a healthy state, with a lower rate of the energy model.",
+    )
+    guard.add_argument(
+        "--max_rollbacks", type=int, default=10, help="Alarms after which to stop, with a healthy state saved."
+    )
+    guard.add_argument(
+        "--healthy_state_steps", type=int, default=100, help="Keep a state to go back to every so many steps."
+    )
+    guard.add_argument(
+        "--healthy_states", type=int, default=3, help="States kept, in main memory, each the size of a checkpoint."
+    )
+
+
+# The command line may give the one where the config file gives the other.
+EITHER_OR = (("dataset_name", "train_data_dir"), ("num_epochs", "max_train_steps"))
+
+
+def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) -> list[str]:
+    """A config file's entries as command line arguments: so the same parser checks their types and choices."""
+    try:
+        with open(path) as file:
+            entries = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path!r} can't be read: {error}")
+    if not isinstance(entries, dict):
+        parser.error(f"--config {path!r} must hold `argument: value` lines.")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    unknown = [name for name in entries if name not in actions]
+    if unknown:
+        parser.error(f"--config {path!r} holds what is no argument: {', '.join(map(str, unknown))}.")
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions)))
+    for pair in EITHER_OR:
+        if any(getattr(given, name) is not None for name in pair):
+            entries = {name: value for name, value in entries.items() if name not in pair}
+    arguments = []
+    for name, value in entries.items():
+        if value is True or (value is False and isinstance(actions[name], argparse.BooleanOptionalAction)):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not False and value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -177,69 +330,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Parse and check the command line. Exits with a message that names the argument, its value and what is allowed.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-
-    def refuse(name: str, allowed: str) -> None:
-        parser.error(f"--{name} must be {allowed}, but is {getattr(args, name)}.")
-
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("one of --dataset_name and --train_data_dir must be given, and not both.")
-    if args.num_epochs is not None and args.max_train_steps is not None:
-        parser.error("--num_epochs and --max_train_steps can't both be given.")
-    if args.num_epochs is None and args.max_train_steps is None:
-        args.max_train_steps = 10_000
-    if args.resolution not in (8, 16, 32, 64, 128, 256):
-        refuse("resolution", "a power of two from 8 to 256")
-
-    positive_integers = (
-        "max_train_samples", "latent_channels", "layers_per_block", "energy_num_scales", "langevin_steps",
-        "train_batch_size", "num_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-        "log_steps", "save_images_steps", "gradient_accumulation_steps",
-    )  # fmt: skip
-    for name in positive_integers:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            refuse(name, "at least 1")
-    for name in ("dataloader_num_workers", "lr_warmup_steps"):
-        if getattr(args, name) < 0:
-            refuse(name, "at least 0")
-    if not 0 <= args.seed < 2**32:
-        refuse("seed", "from 0 to 4294967295")
-    if args.langevin_drift_step * args.conditioning_weight > 1:
-        refuse("conditioning_weight", f"at most 1 / --langevin_drift_step ({1 / args.langevin_drift_step:g})")
-    for name in ("learning_rate", "energy_learning_rate", "max_dual", "adam_epsilon"):
-        if not 0 < getattr(args, name) < math.inf:
-            refuse(name, "a finite number above 0")
-    if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
-        refuse("max_grad_norm", "a finite number above 0")
-    nonnegative = (
-        "kl_weight", "langevin_drift_step", "langevin_noise", "conditioning_weight", "dual_learning_rate",
-        "energy_regularization", "adam_weight_decay",
-    )  # fmt: skip
-    for name in nonnegative:
-        if not 0 <= getattr(args, name) < math.inf:
-            refuse(name, "a finite number of at least 0")
-    for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
-        if not 0 <= getattr(args, name) < 1:
-            refuse(name, "at least 0 and below 1")
-    if not 0 <= args.initial_dual <= args.max_dual:
-        refuse("initial_dual", f"from 0 to --max_dual ({args.max_dual})")
-    if args.calibration_tolerance != "auto":
-        try:
-            tolerance = float(args.calibration_tolerance)
-        except ValueError:
-            tolerance = math.nan
-        if not 0 < tolerance < math.inf:
-            refuse("calibration_tolerance", "'auto' or a finite number above 0")
-        args.calibration_tolerance = tolerance
-    levels = int(math.log2(args.resolution)) - 1
-    for name in ("block_out_channels", "energy_block_out_channels"):
-        channels = getattr(args, name)
-        if channels is not None and (min(channels) < 1 or len(channels) > levels):
-            refuse(name, f"1 to {levels} positive numbers at --resolution {args.resolution}")
-    if args.block_out_channels is None:
-        args.block_out_channels = [min(64 * 2**i, 256) for i in range(levels)]
-    if args.energy_block_out_channels is None:
-        args.energy_block_out_channels = args.block_out_channels
-    if args.energy_num_scales > len(args.energy_block_out_channels):
-        refuse("energy_num_scales", f"at most the number of resolutions ({len(args.energy_block_out_channels)})")
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    path = config.parse_known_args(argv)[0].config
+    args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
+    check_arguments(parser, args)
     return args

@@ -1,0 +1,96 @@
+"""What is refused of a command line, before anything else is done."""
+
+import argparse
+import math
+
+
+# Where --langevin_drift_step auto starts.
+DRIFT_STEP = 0.2
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """
+    Fill in the defaults that depend on other arguments. Exits, with a message that names the argument, its value and
+    what is allowed, at the first that is wrong.
+    """
+
+    def refuse(name: str, allowed: str) -> None:
+        parser.error(f"--{name} must be {allowed}, but is {getattr(args, name)}.")
+
+    if args.output_dir is None:
+        parser.error("--output_dir must be given.")
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("one of --dataset_name and --train_data_dir must be given, and not both.")
+    if args.num_epochs is not None and args.max_train_steps is not None:
+        parser.error("--num_epochs and --max_train_steps can't both be given.")
+    if args.num_epochs is None and args.max_train_steps is None:
+        args.max_train_steps = 10_000
+    if args.resolution not in (8, 16, 32, 64, 128, 256):
+        refuse("resolution", "a power of two from 8 to 256")
+
+    positive_integers = (
+        "max_train_samples", "latent_channels", "layers_per_block", "energy_num_scales", "langevin_steps",
+        "train_batch_size", "num_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
+        "log_steps", "save_images_steps", "gradient_accumulation_steps", "shuffle_buffer_size", "evaluation_steps",
+        "early_stopping_patience", "healthy_state_steps", "healthy_states",
+    )  # fmt: skip
+    for name in positive_integers:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            refuse(name, "at least 1")
+    for name in ("dataloader_num_workers", "lr_warmup_steps", "kl_warmup_steps", "max_rollbacks"):
+        if getattr(args, name) < 0:
+            refuse(name, "at least 0")
+    if not 0 <= args.seed < 2**32:
+        refuse("seed", "from 0 to 4294967295")
+    # Neighbour measures compare each image with its 5 nearest.
+    if args.evaluation_samples < 6:
+        refuse("evaluation_samples", "at least 6")
+    if args.early_stopping_patience is not None and args.evaluation_steps is None:
+        parser.error("--early_stopping_patience needs --evaluation_steps.")
+    if args.streaming and (args.dataset_name is None or args.num_epochs is not None or args.in_channels is None):
+        parser.error("--streaming needs --dataset_name, --in_channels and --max_train_steps: it can't look ahead.")
+    for name, allowed, least in (
+        ("calibration_tolerance", "'auto' or a finite number above 0", math.ulp(0.0)),
+        ("langevin_drift_step", "'auto' or a finite number of at least 0", 0.0),
+    ):
+        if getattr(args, name) != "auto":
+            try:
+                number = float(getattr(args, name))
+            except ValueError:
+                number = math.nan
+            if not least <= number < math.inf:
+                refuse(name, allowed)
+            setattr(args, name, number)
+    drift_step = DRIFT_STEP if args.langevin_drift_step == "auto" else args.langevin_drift_step
+    if drift_step * args.conditioning_weight > 1:
+        refuse("conditioning_weight", f"at most 1 / --langevin_drift_step ({1 / drift_step:g})")
+    if args.langevin_drift_step == "auto" and args.drift_tolerance == 0:
+        refuse("drift_tolerance", "above 0 with --langevin_drift_step auto")
+    for name in ("learning_rate", "energy_learning_rate", "max_dual", "adam_epsilon"):
+        if not 0 < getattr(args, name) < math.inf:
+            refuse(name, "a finite number above 0")
+    if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
+        refuse("max_grad_norm", "a finite number above 0")
+    nonnegative = (
+        "kl_weight", "langevin_noise", "conditioning_weight", "dual_learning_rate", "energy_regularization",
+        "adam_weight_decay", "free_bits", "drift_tolerance",
+    )  # fmt: skip
+    for name in nonnegative:
+        if not 0 <= getattr(args, name) < math.inf:
+            refuse(name, "a finite number of at least 0")
+    for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            refuse(name, "at least 0 and below 1")
+    if not 0 <= args.initial_dual <= args.max_dual:
+        refuse("initial_dual", f"from 0 to --max_dual ({args.max_dual})")
+    levels = int(math.log2(args.resolution)) - 1
+    for name in ("block_out_channels", "energy_block_out_channels"):
+        channels = getattr(args, name)
+        if channels is not None and (min(channels) < 1 or len(channels) > levels):
+            refuse(name, f"1 to {levels} positive numbers at --resolution {args.resolution}")
+    if args.block_out_channels is None:
+        args.block_out_channels = [min(64 * 2**i, 256) for i in range(levels)]
+    if args.energy_block_out_channels is None:
+        args.energy_block_out_channels = args.block_out_channels
+    if args.energy_num_scales > len(args.energy_block_out_channels):
+        refuse("energy_num_scales", f"at most the number of resolutions ({len(args.energy_block_out_channels)})")
