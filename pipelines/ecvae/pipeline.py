@@ -44,15 +44,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
+def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """
     One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
-    A module is given samples in the precision of its parameters.
+    A module is given samples in the precision of its parameters; with `dtype` it computes in that one, by autocast.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         sample = sample.to(parameter.dtype)
-    output = energy_model(sample)
+    if dtype is None:
+        output = energy_model(sample)
+    else:
+        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
+            output = type(energy_model).forward(energy_model, sample)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
@@ -60,12 +65,18 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
 
 
-def energy_gradient(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
-    """The gradient of each sample's energy with respect to the sample: shape and dtype of `sample`, no graph kept."""
+def energy_and_gradient(
+    energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No
+    graph is kept. `dtype` as for `compute_energy`.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         # A tensor of inference mode can't carry gradients, a copy of it can.
         sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
-        return torch.autograd.grad(compute_energy(energy_model, sample).sum(), sample)[0]
+        energy = compute_energy(energy_model, sample, dtype)
+        return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 
 
 def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
@@ -292,7 +303,7 @@ class ECVAEPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
             for timestep in self.progress_bar(range(num_refinement_steps)):
-                gradient = energy_gradient(self.energy_model, sample)
+                gradient = energy_and_gradient(self.energy_model, sample)[1]
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 

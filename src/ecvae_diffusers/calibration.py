@@ -24,21 +24,24 @@ to -K a grad f: the generator then receives 2 lambda K a times the gradient of f
 There the method is a VAE-GAN with a Wasserstein-type critic f.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from diffusers.utils import BaseOutput
-from torch.nn.utils import parametrize
 
+from .energy import compute_energy, energy_and_gradient, frozen
 from .schedulers.scheduling_langevin import LangevinScheduler
 
 
 # Root-mean-square drift an entry that a healthy run on images in [-1, 1] keeps, about one grey level of 255: measured
 # on digits (benchmarks/RESULTS.md). It sets the "auto" tolerance together with the noise floor.
 HEALTHY_DRIFT = 0.0074
+# Rate of the adapted drift step: it forgets an error within some ten iterations, as lambda does.
+DRIFT_STEP_RATE = 0.1
 
 
 @dataclass
@@ -56,6 +59,7 @@ class CalibrationOutput(BaseOutput):
             of a conditioned chain): sqrt(max(C - noise_floor, 0) / D).
         targets (`torch.Tensor`): The calibrated samples x~, float32 or more, no gradient. The energy step takes them as
             its negatives.
+        energy_samples (`torch.Tensor` of shape `(batch_size,)`): Energies of the samples, from the chain's first step.
     """
 
     loss: torch.Tensor
@@ -63,6 +67,7 @@ class CalibrationOutput(BaseOutput):
     noise_floor: torch.Tensor
     drift: torch.Tensor
     targets: torch.Tensor
+    energy_samples: torch.Tensor
 
 
 @dataclass
@@ -72,59 +77,13 @@ class EnergyLossOutput(BaseOutput):
 
     Args:
         loss (`torch.Tensor`): What the energy model minimises.
-        energy_real (`torch.Tensor`): Mean energy of the data. No gradient.
-        energy_targets (`torch.Tensor`): Mean energy of the calibrated samples. No gradient.
+        energy_real (`torch.Tensor` of shape `(batch_size,)`): Energies of the data. No gradient.
+        energy_targets (`torch.Tensor` of shape `(num_samples,)`): Energies of the calibrated samples. No gradient.
     """
 
     loss: torch.Tensor
     energy_real: torch.Tensor
     energy_targets: torch.Tensor
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """
-    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
-    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
-    `requires_grad` of every part are restored.
-    """
-    modes = [(m, m.training) for m in module.modules()]
-    trained = [p for p in module.parameters() if p.requires_grad]
-    module.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with parametrize.cached():
-            yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
-    """
-    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
-    A module is given samples in the precision of its parameters.
-    """
-    if isinstance(energy_model, nn.Module):
-        parameter = next(energy_model.parameters(), sample)
-        sample = sample.to(parameter.dtype)
-    output = energy_model(sample)
-    energy = getattr(output, "energy", output)
-    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
-        found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
-        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
-    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
-
-
-def energy_gradient(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
-    """The gradient of each sample's energy with respect to the sample: shape and dtype of `sample`, no graph kept."""
-    with torch.inference_mode(False), torch.enable_grad():
-        # A tensor of inference mode can't carry gradients, a copy of it can.
-        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
-        return torch.autograd.grad(compute_energy(energy_model, sample).sum(), sample)[0]
 
 
 class EnergyCalibrator:
@@ -148,6 +107,9 @@ class EnergyCalibrator:
             eta, at least 0, on the relative violation of the constraint. 0 keeps lambda fixed.
         max_dual (`float`, *optional*, defaults to `100.0`): Upper bound of lambda, above 0.
         energy_regularization (`float`, *optional*, defaults to `0.0`): alpha >= 0, on the mean square of energies.
+        chain_dtype (`torch.dtype`, *optional*):
+            Precision in which the chain evaluates a module, by autocast: `torch.float32`, `torch.bfloat16` or
+            `torch.float16`. That of the module's own `forward` if not given. State and update are float32 always.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -190,6 +152,7 @@ class EnergyCalibrator:
         dual_learning_rate: float = 0.1,
         max_dual: float = 100.0,
         energy_regularization: float = 0.0,
+        chain_dtype: torch.dtype | None = None,
     ):
         if tolerance != "auto" and not (isinstance(tolerance, (int, float)) and 0 < tolerance < float("inf")):
             raise ValueError(f"`tolerance` must be 'auto' or a finite number above 0, but is {tolerance!r}.")
@@ -204,14 +167,22 @@ class EnergyCalibrator:
         ):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
+        if chain_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"`chain_dtype` must be None, torch.float32, torch.bfloat16 or torch.float16, but is {chain_dtype}."
+            )
+        if chain_dtype is not None and not isinstance(energy_model, nn.Module):
+            raise ValueError("`chain_dtype` must be None where `energy_model` is not a module.")
         self.energy_model = energy_model
         self.scheduler = scheduler
+        self.chain_dtype = chain_dtype
         self.tolerance = tolerance
         self.drift_tolerance = drift_tolerance
         self.dual_learning_rate = dual_learning_rate
         self.max_dual = max_dual
         self.energy_regularization = energy_regularization
         self.dual = torch.tensor(float(initial_dual))
+        self.drift_scale = torch.tensor(1.0)
         self.num_entries: int | None = None
 
     def resolve_tolerance(self) -> float:
@@ -231,11 +202,35 @@ class EnergyCalibrator:
             raise ValueError("The 'auto' tolerance is 0: `noise_scale` and `drift_tolerance` can't both be 0.")
         return tolerance
 
+    def _chain(
+        self,
+        samples: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: torch.Tensor | Sequence[torch.Tensor] | None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The energies f(x_k) and the next state x_{k+1}, for each step k of a chain from `samples`."""
+        initial_sample = sample = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
+        drift_scale = self.drift_scale.to(sample.device)
+        with frozen(self.energy_model) if isinstance(self.energy_model, nn.Module) else nullcontext():
+            for timestep in range(len(self.scheduler)):
+                energy, gradient = energy_and_gradient(self.energy_model, sample, self.chain_dtype)
+                sample = self.scheduler.step(
+                    gradient,
+                    timestep,
+                    sample,
+                    initial_sample,
+                    generator,
+                    noise=noise[timestep] if noise is not None else None,
+                    drift_scale=drift_scale,
+                ).prev_sample
+                yield energy, sample
+
     def run_chain(
         self,
         samples: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        return_trajectory: bool = False,
     ) -> torch.Tensor:
         """
         The end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
@@ -246,19 +241,16 @@ class EnergyCalibrator:
             generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
             noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, or a sequence of one a step, *optional*):
                 The chain's standard normal draws, instead of draws of its own.
+            return_trajectory (`bool`, *optional*, defaults to `False`): Whether to return all states, to be looked at.
 
         Returns:
-            `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 where they are), no gradient.
+            `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 where they are), no gradient. With
+            `return_trajectory` x_0 to x_K, of shape `(num_steps + 1, batch_size, ...)`.
         """
-        initial_sample = sample = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
-        with frozen(self.energy_model) if isinstance(self.energy_model, nn.Module) else nullcontext():
-            for timestep in range(len(self.scheduler)):
-                gradient = energy_gradient(self.energy_model, sample)
-                step_noise = noise[timestep] if noise is not None else None
-                sample = self.scheduler.step(
-                    gradient, timestep, sample, initial_sample, generator, step_noise
-                ).prev_sample
-        return sample
+        states = [sample for _, sample in self._chain(samples, generator, noise)]
+        if return_trajectory:
+            return torch.stack([samples.detach().to(states[0].dtype), *states])
+        return states[-1]
 
     def calibrate(
         self,
@@ -284,17 +276,25 @@ class EnergyCalibrator:
             raise ValueError(f"`samples` must have shape (batch_size, ...), but has {tuple(samples.shape)}.")
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
-        targets = self.run_chain(samples, generator, noise)
+        self.drift_scale = self.drift_scale.to(samples.device)
+        energy_samples = None
+        for energy, targets in self._chain(samples, generator, noise):
+            energy_samples = energy if energy_samples is None else energy_samples
         constraint = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
         noise_floor = constraint.new_tensor(self.num_entries * self.scheduler.noise_variance())
-        drift = ((constraint.detach() - noise_floor).clamp(min=0) / self.num_entries).sqrt()
+        drift = self._drift(constraint.detach())
         return CalibrationOutput(
             loss=self.dual * constraint,
             constraint=constraint.detach(),
             noise_floor=noise_floor,
             drift=drift,
             targets=targets,
+            energy_samples=energy_samples,
         )
+
+    def _drift(self, constraint: torch.Tensor) -> torch.Tensor:
+        """sqrt(max(C - noise floor, 0) / D)."""
+        return (constraint / self.num_entries - self.scheduler.noise_variance()).clamp(min=0).sqrt()
 
     def energy_loss(
         self, real: torch.Tensor, targets: torch.Tensor, energy_model: nn.Module | None = None
@@ -318,9 +318,7 @@ class EnergyCalibrator:
         if self.energy_regularization > 0:
             squares = energy_real.square().mean() + energy_targets.square().mean()
             loss = loss + self.energy_regularization * squares
-        return EnergyLossOutput(
-            loss=loss, energy_real=energy_real.detach().mean(), energy_targets=energy_targets.detach().mean()
-        )
+        return EnergyLossOutput(loss=loss, energy_real=energy_real.detach(), energy_targets=energy_targets.detach())
 
     @torch.no_grad()
     def dual_step(self, constraint: torch.Tensor | float) -> None:
@@ -336,10 +334,33 @@ class EnergyCalibrator:
         dual = self.dual + self.dual_learning_rate * violation
         self.dual = dual.clamp(0.0, self.max_dual).to(self.dual.dtype)
 
+    @torch.no_grad()
+    def adapt_drift_step(self, constraint: torch.Tensor) -> None:
+        """
+        Adapt the chain's drift step to the drift itself: a <- a (drift_tolerance / drift)^0.1, by at most a factor e
+        each way before the power. Call it after each step instead of tuning a; lambda then finds the constraint kept.
+
+        Args:
+            constraint (`torch.Tensor`): As for `dual_step`.
+
+        Raises:
+            ValueError: if `drift_tolerance` is 0.
+        """
+        if self.drift_tolerance == 0:
+            raise ValueError("`drift_tolerance` must be above 0 for the drift step to be adapted, but is 0.")
+        ratio = self.drift_tolerance / self._drift(constraint).clamp(min=1e-8)
+        self.drift_scale = self.drift_scale * ratio.clamp(math.exp(-1), math.e) ** DRIFT_STEP_RATE
+
+    @property
+    def drift_step_size(self) -> float:
+        """a as it is now: the scheduler's, and what `adapt_drift_step` has made of it."""
+        return self.scheduler.config.drift_step_size * self.drift_scale.item()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold beside the energy model: the dual variable."""
-        return {"dual": self.dual.detach().cpu()}
+        """What a checkpoint must hold beside the energy model: the dual variable and the adapted drift step."""
+        return {"dual": self.dual.detach().cpu(), "drift_scale": self.drift_scale.detach().cpu()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Take over what `state_dict` gave."""
         self.dual = state_dict["dual"].to(self.dual).clamp(0.0, self.max_dual)
+        self.drift_scale = state_dict["drift_scale"].to(self.drift_scale)

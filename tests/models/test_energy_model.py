@@ -10,7 +10,7 @@ from test_autoencoder_ec import ModelTests, images, seeded, unsettle
 from torch.nn.utils import parametrize
 
 from ecvae_diffusers import EnergyModel
-from ecvae_diffusers.calibration import energy_gradient, frozen
+from ecvae_diffusers.energy import energy_and_gradient, frozen
 
 
 CONFIGS = {
@@ -146,7 +146,7 @@ def test_energy_gradient_by_finite_differences(act_fn, spectral_norm, num_scales
     unsettle(model, images(2, 2, 8)).double()
     sample = images(2, 2, 8).double()
     step = 1e-5
-    gradient = energy_gradient(model, sample)
+    gradient = energy_and_gradient(model, sample)[1]
     assert gradient.dtype == torch.float64 and gradient.shape == sample.shape and not gradient.requires_grad
     offsets = step * torch.eye(sample[0].numel(), dtype=torch.float64).view(-1, *sample.shape[1:])
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_energy_gradient_leaves_sample_and_parameters_alone(energy_model):
     """It needs no gradient mode of the caller's, keeps no graph and fills no `.grad`."""
     sample = images(3).requires_grad_()
     with torch.no_grad():
-        gradient = energy_gradient(energy_model, sample)
+        gradient = energy_and_gradient(energy_model, sample)[1]
     assert not gradient.requires_grad and sample.grad is None
     assert all(parameter.grad is None for parameter in energy_model.parameters())
     (expected,) = torch.autograd.grad(energy_model(sample).energy.sum(), sample)
@@ -170,7 +170,7 @@ def test_energy_gradient_leaves_sample_and_parameters_alone(energy_model):
 @pytest.mark.parametrize("act_fn", ["leaky_relu", "silu", "gelu", "relu", "mish"])
 def test_activations(act_fn):
     model = tiny(act_fn=act_fn)
-    gradient = energy_gradient(model, images(2))
+    gradient = energy_and_gradient(model, images(2))[1]
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
 
 

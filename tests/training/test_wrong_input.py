@@ -9,7 +9,7 @@ from training_runs import TINY, run, write_images
 from ecvae_training.arguments import parse_args
 from ecvae_training.data import ImageDataset, load_images
 from ecvae_training.output import (
-    MetricsLog,
+    RunLog,
     check_output_dir,
     check_resumed_arguments,
     clear_run,
@@ -31,7 +31,7 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ([*GIVEN, "--langevin_steps", "0"], "--langevin_steps must be at least 1, but is 0"),
         ([*GIVEN, "--max_train_steps", "-5"], "--max_train_steps must be at least 1, but is -5"),
         ([*GIVEN, "--max_train_steps", "5", "--num_epochs", "1"], "can't both be given"),
-        ([*GIVEN, "--langevin_drift_step", "-0.1"], "--langevin_drift_step must be a finite number of at least 0"),
+        ([*GIVEN, "--langevin_drift_step", "-0.1"], "--langevin_drift_step must be 'auto' or a finite number of at least 0"),
         ([*GIVEN, "--langevin_noise", "nan"], "--langevin_noise must be a finite number of at least 0"),
         ([*GIVEN, "--kl_weight", "inf"], "--kl_weight must be a finite number of at least 0"),
         ([*GIVEN, "--learning_rate", "0"], "--learning_rate must be a finite number above 0"),
@@ -179,7 +179,8 @@ def test_metrics_of_a_run_that_was_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "re')
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
-    log = MetricsLog(path, last_step=2)
+    log = RunLog(path)
+    log.cut(2)
     log.write(step=3, loss=0.5)
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 

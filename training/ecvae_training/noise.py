@@ -15,10 +15,13 @@ class StepNoise:
         seed (`int`), step (`int`): What the draws depend on.
         process_index (`int`), num_processes (`int`): Which share of the global batch is this process's.
         device (`torch.device`): Where to draw.
+        reseed (`int`, *optional*, defaults to 0): Another number gives other draws.
     """
 
-    def __init__(self, seed: int, step: int, process_index: int, num_processes: int, device: torch.device):
-        mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+    def __init__(
+        self, seed: int, step: int, process_index: int, num_processes: int, device: torch.device, reseed: int = 0
+    ):
+        mixed = np.random.SeedSequence([seed, step, reseed]).generate_state(1, np.uint64)[0]
         self.generator = torch.Generator(device=device).manual_seed(int(mixed) >> 1)
         self.process_index = process_index
         self.num_processes = num_processes

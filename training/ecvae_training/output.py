@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -12,14 +13,23 @@ import torch
 
 ARGUMENTS_FILE = "training_args.json"
 METRICS_FILE = "metrics.jsonl"
+ENERGIES_FILE = "energies.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+EVENTS_FILE = "events.jsonl"
+BEST_FOLDER = "best"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-RUN_FOLDERS = {"samples", "vae", "energy_model", "scheduler"}
-RUN_FILES = {METRICS_FILE, "model_index.json", "pipeline.py"}
+PICTURES = ("samples", "reconstructions", "chain", "neighbours")
+RUN_FOLDERS = {*PICTURES, "vae", "energy_model", "scheduler", BEST_FOLDER, "logs"}
+RUN_FILES = {
+    METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, "report.html", "model_index.json", "pipeline.py",
+}  # fmt: skip
 # Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.
 FREE_ON_RESUME = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
     "pretrained_model_name_or_path", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
-    "checkpoints_total_limit", "log_steps", "save_images_steps",
+    "checkpoints_total_limit", "log_steps", "save_images_steps", "config", "report_to", "tracker_project_name",
+    "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_state_steps", "healthy_states",
+    "divergence_guard",
 }  # fmt: skip
 
 
@@ -126,25 +136,46 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
             shutil.rmtree(path)
 
 
-class MetricsLog:
-    """
-    `metrics.jsonl`: one JSON object a line, in the order of steps. Opened after a step, lines of later steps (of a run
-    that was cut off after its last checkpoint) and a line that was cut off itself are dropped.
-    """
+class RunLog:
+    """A file of the run with one JSON object a line, each with its `step`."""
 
-    def __init__(self, path: Path, last_step: int):
-        records = read_metrics(path) if path.is_file() else []
-        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= last_step]
-        path.write_text("".join(kept))
+    def __init__(self, path: Path):
         self.path = path
 
     def write(self, **values) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
 
+    def cut(self, last_step: int) -> None:
+        """Drop what came after a step that the run goes on from, and a line that a kill cut off."""
+        if self.path.is_file():
+            kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= last_step]
+            temporary = self.path.with_name(f".{self.path.name}")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, self.path)
+
+
+def cut_run(output_dir: Path, last_step: int) -> None:
+    """Drop what a run wrote of steps after `last_step`, which it goes on from. Events stay: they have happened."""
+    for name in (METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE):
+        RunLog(output_dir / name).cut(last_step)
+    # A line that a kill cut off would hide those after it.
+    RunLog(output_dir / EVENTS_FILE).cut(sys.maxsize)
+    for kind in PICTURES:
+        for path in (output_dir / kind).glob("step-*.png"):
+            if int(path.stem.removeprefix("step-")) > last_step:
+                path.unlink()
+    for path in checkpoints(output_dir):
+        if checkpoint_step(path) > last_step:
+            shutil.rmtree(path)
+
+
+def step_file(output_dir: Path, kind: str, step: int) -> Path:
+    return output_dir / kind / f"step-{step:06d}.png"
+
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of `metrics.jsonl`; a last line that a kill cut off is left out."""
+    """The records of a `RunLog`; a last line that a kill cut off is left out."""
     records = []
     for line in path.read_text().splitlines():
         try:

@@ -103,7 +103,9 @@ class GenerationMetrics:
         """
         features = self.features(images).cpu()
         if self.frechet is None:
-            self.frechet = FrechetInceptionDistance(feature=_AsTheyAre(features.shape[1]))
+            self.frechet = FrechetInceptionDistance(
+                feature=_AsTheyAre(features.shape[1]), reset_real_features=False
+            )
         self.frechet.update(features, real=real)
         num_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         room = MAX_KEPT_FEATURES // num_processes - self.counts[real]
@@ -157,8 +159,20 @@ class GenerationMetrics:
             mean, std = kernel.compute()
         return {"kernel_distance": mean.item(), "kernel_distance_std": std.item()}
 
-    def reset(self) -> None:
-        """Forget all images."""
+    def reset(self, keep_real: bool = False) -> None:
+        """
+        Forget all images, or, to measure against the same reference again, the generated ones.
+
+        Args:
+            keep_real (`bool`, *optional*, defaults to `False`): Whether to keep the reference.
+        """
+        if keep_real and self.frechet is not None:
+            self.frechet.reset()
+            real = list(self.kept.real)
+            self.kept.reset()
+            self.kept.real = real
+            self.counts[False] = 0
+            return
         self.frechet = None
         self.kept.reset()
         self.counts = {True: 0, False: 0}

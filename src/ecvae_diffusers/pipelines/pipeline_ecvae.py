@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..calibration import compute_energy, energy_gradient, frozen
+from ..energy import compute_energy, energy_and_gradient, frozen
 from ..hub import self_contained_index, single_file_source, write_card, write_code_files
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
@@ -199,7 +199,7 @@ class ECVAEPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
             for timestep in self.progress_bar(range(num_refinement_steps)):
-                gradient = energy_gradient(self.energy_model, sample)
+                gradient = energy_and_gradient(self.energy_model, sample)[1]
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 

@@ -135,6 +135,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         initial_sample: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | None = None,
+        drift_scale: float | torch.Tensor = 1.0,
         return_dict: bool = True,
     ) -> LangevinSchedulerOutput | tuple[torch.Tensor]:
         """
@@ -148,6 +149,8 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
                 The start x_0 of the chain. Needed where `conditioning_weight` is above 0.
             generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
             noise (`torch.Tensor`, *optional*): The standard normal draws n_k to use instead of drawing them.
+            drift_scale (`float` or `torch.Tensor` of no dimension, *optional*, defaults to 1.0):
+                Multiplies the step on the energy gradient, for a caller that adapts it.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`LangevinSchedulerOutput`] instead of a plain tuple.
 
@@ -165,7 +168,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             scale = (self.config.max_gradient_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
             energy_gradient = energy_gradient * scale.view(-1, *[1] * (sample.ndim - 1)).to(energy_gradient.dtype)
 
-        prev_sample = sample - self.config.drift_step_size * energy_gradient.to(sample.dtype)
+        prev_sample = sample - self.config.drift_step_size * drift_scale * energy_gradient.to(sample.dtype)
         if self.config.conditioning_weight > 0:
             if initial_sample is None:
                 raise ValueError("`initial_sample` is needed where `conditioning_weight` is above 0.")

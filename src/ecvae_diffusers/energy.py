@@ -1,0 +1,66 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Energies of samples and their gradients, of any energy model held still."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+from torch.nn.utils import parametrize
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """
+    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
+    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
+    `requires_grad` of every part are restored.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """
+    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
+    A module is given samples in the precision of its parameters; with `dtype` it computes in that one, by autocast.
+    """
+    if isinstance(energy_model, nn.Module):
+        parameter = next(energy_model.parameters(), sample)
+        sample = sample.to(parameter.dtype)
+    if dtype is None:
+        output = energy_model(sample)
+    else:
+        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
+            output = type(energy_model).forward(energy_model, sample)
+    energy = getattr(output, "energy", output)
+    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
+        found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
+        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
+    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
+
+
+def energy_and_gradient(
+    energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No
+    graph is kept. `dtype` as for `compute_energy`.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # A tensor of inference mode can't carry gradients, a copy of it can.
+        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
+        energy = compute_energy(energy_model, sample, dtype)
+        return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]

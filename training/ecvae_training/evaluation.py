@@ -1,0 +1,119 @@
+"""`--evaluation_steps`: samples measured against training images while training, sharded over processes."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from ecvae_training.observation import to_range
+from ecvae_training.output import image_grid, save_atomically, step_file
+
+
+FALLING = ("frechet_distance", "kernel_distance")
+NUM_NEIGHBOUR_ROWS = 8
+NUM_NEIGHBOURS = 5
+
+
+def load_features(name: str, device: torch.device) -> torch.nn.Module:
+    """
+    The feature extractor that `--evaluation_features` names.
+
+    Raises:
+        ValueError: if it can't be loaded.
+        ImportError: if a package that it needs is missing.
+    """
+    from ecvae_diffusers.metrics import InceptionFeatures, lite0_features, transformers_features
+
+    if name == "lite0":
+        return lite0_features().to(device)
+    if name == "inception":
+        return InceptionFeatures().to(device)
+    try:
+        return transformers_features(name).to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--evaluation_features must be 'lite0', 'inception' or a vision model of transformers, but {name!r} can't "
+            f"be loaded: {error}"
+        ) from error
+
+
+class Evaluation:
+    """
+    Args:
+        args: The command line.
+        accelerator ([`Accelerator`]): Each process makes and measures its share.
+        feed: The data, of which `--evaluation_samples` images drawn at random are the reference.
+        task: The run's [`Task`].
+    """
+
+    def __init__(self, args, accelerator: Accelerator, feed, task):
+        from ecvae_diffusers.metrics import GenerationMetrics
+
+        self.args, self.accelerator, self.task = args, accelerator, task
+        self.reference = feed.reference(args.evaluation_samples)
+        if len(self.reference) <= NUM_NEIGHBOURS:
+            raise ValueError(
+                f"--evaluation_steps needs more than {NUM_NEIGHBOURS} images, but there are {len(self.reference)}."
+            )
+        self.metrics = GenerationMetrics(
+            load_features(args.evaluation_features, accelerator.device), num_neighbours=NUM_NEIGHBOURS
+        )
+        self.latents = self.share(task.latents(args.evaluation_samples, args.seed + 1))
+        self.best: float | None = None
+        self.best_step = self.waited = 0
+
+    def share(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    @torch.no_grad()
+    def measure(self, exported, output_dir, step: int) -> dict[str, float]:
+        """The measures of `GenerationMetrics`, the same in every process; the main one writes `neighbours/`."""
+        device, batch_size = self.accelerator.device, self.args.train_batch_size
+        if not self.metrics.counts[True]:
+            for images in self.share(self.reference).split(batch_size):
+                self.metrics.update(images.to(device), real=True)
+        first = None
+        for latents in self.latents.split(batch_size):
+            samples = self.task.sample(exported, latents.to(device))
+            samples = ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            self.metrics.update(samples, real=False)
+            first = samples if first is None else first
+        measures = self.metrics.compute()
+        real, generated = self.metrics.kept.compute()
+        if self.accelerator.is_main_process:
+            self.save_neighbours(first, generated, real, output_dir, step)
+        self.metrics.reset(keep_real=True)
+        return measures
+
+    def save_neighbours(self, samples, generated, real, output_dir, step: int) -> None:
+        """One row a sample: itself, and the reference images nearest to it in features."""
+        from ecvae_diffusers.metrics import nearest_neighbours
+
+        rows = min(NUM_NEIGHBOUR_ROWS, len(samples))
+        _, nearest = nearest_neighbours(generated[:rows].float(), real.float(), NUM_NEIGHBOURS)
+        images = torch.cat([samples[:rows, None].cpu(), self.reference[nearest.cpu()]], dim=1)
+        grid = image_grid(to_range(images.flatten(0, 1)), num_columns=1 + NUM_NEIGHBOURS)
+        save_atomically(grid, step_file(output_dir, "neighbours", step))
+
+    def is_best(self, measures: dict[str, float], step: int) -> bool:
+        """Take note of an evaluation; whether `--early_stopping_metric` was never better."""
+        name = self.args.early_stopping_metric
+        value = measures[name] if name in FALLING else -measures[name]
+        if self.best is not None and not value < self.best:
+            self.waited += 1
+            return False
+        self.best, self.best_step, self.waited = value, step, 0
+        return True
+
+    @property
+    def should_stop(self) -> bool:
+        patience = self.args.early_stopping_patience
+        return patience is not None and self.waited >= patience
+
+    def state_dict(self) -> dict:
+        best = math.nan if self.best is None else self.best
+        return {"best": best, "best_step": self.best_step, "waited": self.waited}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.best = None if math.isnan(state_dict["best"]) else state_dict["best"]
+        self.best_step, self.waited = state_dict["best_step"], state_dict["waited"]

@@ -1,0 +1,130 @@
+"""Where a run's batches come from: images that were decoded before training, or a stream.
+
+Both give `channels`, `num_images` and `batches_per_epoch` (`None` for a stream, which can't look ahead), numbered
+batches on the device, and images to look at and to measure with.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+
+from ecvae_training.data import ImageDataset, collate, load_images
+
+
+logger = logging.getLogger(__name__)
+
+
+class DecodedFeed:
+    """
+    Shuffled batches of an [`ImageDataset`], sharded by Accelerate.
+
+    Raises:
+        ValueError: if there are fewer images than one batch a process.
+    """
+
+    def __init__(self, dataset: ImageDataset, accelerator: Accelerator, batch_size: int, num_workers: int, seed: int):
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.seed = seed
+        self.channels = dataset.channels
+        self.num_images = len(dataset)
+        self.batches_per_epoch = len(dataset) // (batch_size * accelerator.num_processes)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"--train_batch_size must be at most the number of images a process "
+                f"({len(dataset) // accelerator.num_processes}), but is {batch_size}."
+            )
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.loader = accelerator.prepare(loader)
+
+    def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
+        """
+        uint8 batches (B, C, H, W), epoch after epoch, from number `first_batch` on.
+
+        Args:
+            first_batch (`int`): Batches that a run which goes on has had before.
+            reseed (`int`): Another number gives another order.
+        """
+        epoch, skipped = divmod(first_batch, self.batches_per_epoch)
+        while True:
+            # The sampler's seed is that of the run plus this number.
+            self.loader.set_epoch(epoch + reseed * 1_000_003)
+            yield from self.accelerator.skip_first_batches(self.loader, skipped) if skipped else self.loader
+            epoch, skipped = epoch + 1, 0
+
+    def reference(self, count: int) -> torch.Tensor:
+        """At most `count` images of the data, uint8: the same ones each time, drawn at random from all."""
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed))
+        return self.dataset.__getitems__(order[:count].tolist())
+
+
+class StreamFeed:
+    """Batches of [`StreamedImages`], a share a process."""
+
+    num_images = None
+    batches_per_epoch = None
+
+    def __init__(self, stream, device: torch.device, batch_size: int, num_workers: int):
+        self.stream = stream
+        self.device = device
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.channels = stream.channels
+        self.kept: torch.Tensor | None = None
+
+    def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
+        for batch in self.stream.batches(self.batch_size, first_batch, reseed, self.num_workers):
+            yield batch.to(self.device, non_blocking=True)
+
+    def reference(self, count: int) -> torch.Tensor:
+        """At most `count` images, the first of the stream, uint8."""
+        if self.kept is None or len(self.kept) < count:
+            self.kept = self.stream.first(count)
+        return self.kept[:count]
+
+
+def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
+    """The data that the command line names, opened and checked. Raises what `load_images` and the feeds raise."""
+    if args.streaming:
+        from ecvae_training.streaming import StreamedImages
+
+        stream = StreamedImages(
+            args.dataset_name,
+            args.dataset_config_name,
+            args.image_column,
+            args.cache_dir,
+            args.max_train_samples,
+            args.resolution,
+            args.in_channels,
+            skip_broken=args.skip_broken_images,
+            shuffle_buffer_size=args.shuffle_buffer_size,
+            seed=args.seed,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        return StreamFeed(stream, accelerator.device, args.train_batch_size, args.dataloader_num_workers)
+    images = load_images(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.image_column,
+        args.cache_dir,
+        args.max_train_samples,
+        args.output_dir,
+    )
+    dataset = ImageDataset(
+        images, args.resolution, args.in_channels, args.skip_broken_images, progress=accelerator.is_main_process
+    )
+    if dataset.skipped is not None:
+        logger.warning(f"Left out: {dataset.skipped}")
+    return DecodedFeed(dataset, accelerator, args.train_batch_size, args.dataloader_num_workers, args.seed)

@@ -1,0 +1,210 @@
+"""The guard against divergence: what it watches, what it goes back to, and at which rate the run goes on.
+
+Energy-based training explodes in few ways, each of which shows in the logged scalars before the pictures are gone: a
+value that is not finite, an energy gap or a gradient far outside the range it has kept so far, a dual variable that
+stays at its bound while the chain runs away, samples that have all become one.
+"""
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardLimits:
+    """
+    What counts as divergence. An observation is a logged step.
+
+    Args:
+        warmup: Observations before anything but finiteness is judged: a network has no range at first.
+        window: Observations that a running range is taken over.
+        range_factor: A value is far outside where it differs from the running median by more than so many times the
+            range's width: 90th minus 10th percentile, at least half of the median's size.
+        pinned: Observations in a row with lambda at its upper bound.
+        runaway: Constraint over tolerance from which a pinned lambda is divergence. Below, it is worth a warning: the
+            bound is too low for this data, and the run is as healthy as a fixed lambda is.
+        min_spread: Samples are dead where their spread over the batch is less than this share of the data's.
+        dead: Observations in a row with dead samples.
+    """
+
+    warmup: int = 20
+    window: int = 50
+    range_factor: float = 20.0
+    pinned: int = 50
+    runaway: float = 10.0
+    min_spread: float = 0.05
+    dead: int = 5
+
+
+class DivergenceGuard:
+    """
+    Call `observe` with each logged step's scalars.
+
+    The energy gap (calibrated samples minus data), gradient norms, reconstruction and drift are held against their own
+    running ranges, `dual` against `max_dual`, `sample_spread` against `data_spread`.
+    """
+
+    RANGED = ("energy_gap", "gradient_norm", "energy_gradient_norm", "reconstruction", "drift")
+
+    def __init__(self, max_dual: float, limits: GuardLimits = GuardLimits()):
+        self.max_dual = max_dual
+        self.limits = limits
+        self.history = {name: collections.deque(maxlen=limits.window) for name in self.RANGED}
+        self.observations = self.at_bound = self.spreadless = 0
+
+    def observe(self, scalars: dict[str, float]) -> tuple[list[str], list[str]]:
+        """
+        Returns:
+            Alarms and warnings, each in words; alarms are reasons to go back.
+        """
+        broken = [name for name, value in scalars.items() if not math.isfinite(value)]
+        if broken:
+            return [f"{', '.join(broken)} not finite"], []
+        self.observations += 1
+        if "energy_targets" in scalars:
+            scalars = {**scalars, "energy_gap": scalars["energy_targets"] - scalars["energy_real"]}
+        alarms = [found for name in self.RANGED if (found := self.outside(name, scalars.get(name)))]
+        warnings = []
+        self.at_bound = self.at_bound + 1 if scalars.get("dual", -1.0) >= self.max_dual else 0
+        if self.at_bound >= self.limits.pinned:
+            ratio = scalars["constraint"] / scalars["tolerance"]
+            message = (
+                f"lambda has been at its bound ({self.max_dual:g}) for {self.at_bound} logged steps, with a constraint of "
+                f"{ratio:.1f} times its tolerance"
+            )
+            if ratio > self.limits.runaway:
+                alarms.append(message)
+            elif self.at_bound == self.limits.pinned:
+                warnings.append(f"{message}: consider a larger --max_dual or --drift_tolerance")
+        # Without calibration no samples are made while training.
+        spread = scalars.get("sample_spread", math.inf)
+        dead = spread < self.limits.min_spread * scalars["data_spread"]
+        self.spreadless = self.spreadless + 1 if dead and self.observations > self.limits.warmup else 0
+        if self.spreadless >= self.limits.dead:
+            alarms.append(
+                f"samples are all alike (spread over a batch {spread:.4g}, data {scalars['data_spread']:.4g})"
+            )
+        return alarms, warnings
+
+    def outside(self, name: str, value: float | None) -> str | None:
+        """What to say of a value that is far outside its running range, which it is else added to."""
+        if value is None:
+            return None
+        history = self.history[name]
+        if len(history) >= self.limits.warmup:
+            deciles = statistics.quantiles(history, n=10)
+            median = statistics.median(history)
+            width = max(deciles[-1] - deciles[0], 0.5 * abs(median), 1e-8)
+            # Only growth in size is divergence: a gradient that vanishes is convergence.
+            if abs(value) > abs(median) and abs(value - median) > self.limits.range_factor * width:
+                return f"{name} {value:.4g} is far outside its running range ({deciles[0]:.4g} to {deciles[-1]:.4g})"
+        history.append(value)
+        return None
+
+    def state_dict(self) -> dict:
+        counters = {name: getattr(self, name) for name in ("observations", "at_bound", "spreadless")}
+        return {"history": {name: list(values) for name, values in self.history.items()}, **counters}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for name, values in state_dict["history"].items():
+            self.history[name] = collections.deque(values, maxlen=self.limits.window)
+        for name in ("observations", "at_bound", "spreadless"):
+            setattr(self, name, state_dict[name])
+
+
+class HealthyStates:
+    """
+    A ring of states of a run, in main memory.
+
+    Args:
+        parts (`dict`): Name -> anything with `state_dict` and `load_state_dict`.
+        limit (`int`): States kept; the oldest goes first.
+        confirmation (`int`): Steps without an alarm after which a state is held to be healthy: what breaks a run shows
+            some steps later.
+    """
+
+    def __init__(self, parts: dict, limit: int, confirmation: int):
+        self.parts = parts
+        self.limit = limit
+        self.confirmation = confirmation
+        self.states: list[tuple[int, dict]] = []
+        self.restored: int | None = None
+
+    def take(self, step: int) -> None:
+        state = {name: map_tensors(part.state_dict(), to_main_memory) for name, part in self.parts.items()}
+        self.states = [*self.states, (step, state)][-self.limit :]
+
+    @property
+    def was_healthy(self) -> bool:
+        """Whether a state was taken since the last time that the run went back."""
+        return self.states[-1][0] != self.restored
+
+    def restore(self, step: int) -> int:
+        """
+        Go back to the newest state that was healthy at `step`, and from a state that it has gone back to before without
+        a healthy one since, to the one before. Returns its step.
+        """
+        if len(self.states) > 1 and not self.was_healthy:
+            self.states.pop()
+        while len(self.states) > 1 and self.states[-1][0] > step - self.confirmation:
+            self.states.pop()
+        self.restored, state = self.states[-1]
+        for name, part in self.parts.items():
+            # A copy: an optimizer takes over the tensors that it is given, and changes them.
+            part.load_state_dict(map_tensors(state[name], torch.clone))
+        return self.restored
+
+
+def map_tensors(tree, function: Callable[[torch.Tensor], torch.Tensor]):
+    """Apply `function` to the tensors in nested dictionaries, lists and tuples, which are copied."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree
+
+
+def to_main_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+class RollbackRate:
+    """
+    By how much the energy model's learning rate (the autoencoder's where nothing is calibrated) is lowered.
+
+    Each rollback halves it. After so many steps without an alarm it doubles, up to a ceiling: half of the rate at which
+    a run that was healthy broke down. So a passing fault, which may need several rollbacks, costs little for the rest
+    of the run, and a rate that was too high is not gone back to.
+    """
+
+    def __init__(self):
+        self.num_rollbacks = 0
+        self.factor = self.ceiling = 1.0
+        self.healthy_since = 0
+
+    def roll_back(self, to_step: int, was_healthy: bool) -> None:
+        self.num_rollbacks += 1
+        self.factor /= 2
+        if was_healthy:
+            self.ceiling = self.factor
+        self.healthy_since = to_step
+
+    def recover(self, step: int, after: int) -> bool:
+        """Whether the rate has just been raised, having been healthy for `after` steps since the last change."""
+        if self.factor >= self.ceiling or step - self.healthy_since < after:
+            return False
+        self.factor *= 2
+        self.healthy_since = step
+        return True
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        vars(self).update(state_dict)

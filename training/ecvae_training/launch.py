@@ -1,0 +1,40 @@
+"""The start of a script: Accelerate, logging, and what can't be trained with."""
+
+import logging
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from diffusers.utils import logging as diffusers_logging
+
+
+def build_accelerator(args) -> Accelerator:
+    """
+    Raises:
+        ValueError: if the way of launching trains one model only, or the precision needs what is not there.
+    """
+    accelerator = Accelerator(
+        # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        # Accumulation goes on over the end of an epoch: every step has the same number of batches.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+    )
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} trains one model, and this script two: use data parallel training "
+            "(`accelerate launch --multi_gpu`)."
+        )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision fp16 needs an accelerator, and there is none: use bf16 or no.")
+    if accelerator.device.type == "cpu" and args.use_8bit_adam:
+        raise ValueError("--use_8bit_adam needs a GPU, and there is none.")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
+    diffusers_logging.set_verbosity_error()
+    return accelerator

@@ -1,0 +1,134 @@
+"""Eyes on a run: the scalars of a logged step, and the pictures and energies that `report.py` lays out."""
+
+import resource
+import sys
+
+import PIL.Image
+import torch
+from accelerate import Accelerator
+
+from ecvae_diffusers import EnergyCalibrator
+from ecvae_diffusers.energy import compute_energy, frozen
+from ecvae_training.noise import StepNoise
+from ecvae_training.output import ENERGIES_FILE, RunLog, image_grid, save_atomically, step_file
+
+
+NUM_GRID_IMAGES = 64
+NUM_CHAIN_IMAGES = 8
+NUM_ENERGIES = 256
+
+
+def to_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 -> [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
+    """Left to right, every other image."""
+    flip = noise.uniform(images.shape[0], 1, 1, 1) < 0.5
+    return torch.where(flip, images.flip(-1), images)
+
+
+def moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the mean and the spread over all processes are made of: averaged over them, see `reduce_scalars`."""
+    return {name: values.mean(), f"{name}_square": values.square().mean()}
+
+
+def batch_spread(images: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over the batch, averaged over pixels: 0 where all images are one."""
+    return images.float().std(0, correction=0).mean()
+
+
+def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+    """
+    Scalars averaged over processes, in one exchange and one wait for the device. Where there is `name_square` beside
+    `name`, it becomes `name_std`.
+    """
+    names = list(scalars)
+    values = torch.stack([scalars[name].detach().double() for name in names])
+    logged = dict(zip(names, accelerator.reduce(values, reduction="mean").tolist()))
+    for name in [name for name in names if f"{name}_square" in logged]:
+        logged[f"{name}_std"] = max(logged.pop(f"{name}_square") - logged[name] ** 2, 0.0) ** 0.5
+    return logged
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory that this process has held: of the device, or of the process on a CPU. In GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # In KiB, but on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Observer:
+    """
+    Writes, on the main process, what a run looks like at a step: `samples/`, `reconstructions/`, `chain/` and a line of
+    `energies.jsonl`.
+
+    Args:
+        output_dir (`Path`): The run's folder.
+        task: The run's [`Task`].
+        images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): Data to reconstruct and to take energies of.
+        seed (`int`): Draws latents and the chain's noise, the same ones at each step.
+    """
+
+    def __init__(self, output_dir, task, images: torch.Tensor, seed: int, device: torch.device):
+        self.output_dir, self.task, self.seed, self.device = output_dir, task, seed, device
+        self.images = images
+        self.latents = task.latents(NUM_ENERGIES, seed).to(device)
+
+    @torch.no_grad()
+    def observe(self, step: int, exported, generator, calibrator: EnergyCalibrator | None) -> None:
+        """
+        Args:
+            step (`int`): The step that the files are named by.
+            exported: The generator that would be saved now.
+            generator: The generator that is being trained, which is what the energy model sees.
+            calibrator: `None` where nothing is calibrated.
+        """
+        samples = self.task.sample(exported, self.latents[:NUM_GRID_IMAGES])
+        self.save("samples", step, image_grid(samples, num_columns=8))
+        images = to_range(self.images[: NUM_GRID_IMAGES // 2].to(self.device))
+        self.save("reconstructions", step, pairs_grid(images, self.task.reconstruct(exported, images)))
+        if calibrator is None:
+            return
+        samples = self.task.sample(generator, self.latents)
+        noise = torch.Generator(device=self.device).manual_seed(self.seed)
+        states = calibrator.run_chain(samples, noise, return_trajectory=True)
+        self.save("chain", step, chain_strip(states[:, :NUM_CHAIN_IMAGES]))
+        with frozen(calibrator.energy_model):
+            energies = {
+                name: [round(e, 5) for e in compute_energy(calibrator.energy_model, images).tolist()]
+                for name, images in (
+                    ("data", to_range(self.images[:NUM_ENERGIES].to(self.device))),
+                    ("samples", states[0]),
+                    ("targets", states[-1]),
+                )
+            }
+        RunLog(self.output_dir / ENERGIES_FILE).write(step=step, **energies)
+
+    def save(self, kind: str, step: int, picture: PIL.Image.Image) -> None:
+        save_atomically(picture, step_file(self.output_dir, kind, step))
+
+
+def pairs_grid(images: torch.Tensor, reconstructions: torch.Tensor, num_columns: int = 8) -> PIL.Image.Image:
+    """Rows of images, each above its reconstruction."""
+    rows = zip(images.split(num_columns), reconstructions.split(num_columns))
+    whole = [row for row in rows if len(row[0]) == num_columns] or [(images, reconstructions)]
+    return image_grid(torch.cat([part for row in whole for part in row]), num_columns=len(whole[0][0]))
+
+
+def chain_strip(states: torch.Tensor) -> PIL.Image.Image:
+    """
+    One row an image: G(z), each step of the chain, and where it moved: end minus start, grey where nothing did, scaled
+    so that the largest move of all is black or white.
+
+    Args:
+        states (`torch.Tensor` of shape `(K + 1, B, C, H, W)`): In [-1, 1].
+    """
+    difference = states[-1] - states[0]
+    difference = difference / difference.abs().max().clamp(min=1e-8)
+    if difference.shape[1] == 4:
+        difference[:, 3] = 1.0  # opaque, or nothing of it would be seen
+    columns = torch.cat([states, difference[None]])
+    return image_grid(columns.transpose(0, 1).flatten(0, 1), num_columns=len(columns))

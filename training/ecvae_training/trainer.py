@@ -1,0 +1,475 @@
+"""The training loop: calibrated learning of any generator, and everything that a run of days needs around it.
+
+What is learned is the `Task`'s business: the generator's own loss, how it makes images, and which pipeline it becomes.
+"""
+
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
+from ecvae_training.argument_checks import DRIFT_STEP
+from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder
+from ecvae_training.evaluation import Evaluation
+from ecvae_training.feeds import DecodedFeed, StreamFeed
+from ecvae_training.guard import DivergenceGuard, HealthyStates, RollbackRate
+from ecvae_training.models import moving_average
+from ecvae_training.noise import ChainNoise, StepNoise
+from ecvae_training.observation import (
+    NUM_ENERGIES,
+    Observer,
+    batch_spread,
+    flip_at_random,
+    moments,
+    peak_memory,
+    reduce_scalars,
+    to_range,
+)
+from ecvae_training.optimization import Trained, build_trained, clip_gradients
+from ecvae_training.output import (
+    ARGUMENTS_FILE,
+    BEST_FOLDER,
+    EVALUATIONS_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    RunLog,
+    checkpoint_step,
+    clear_run,
+    cut_run,
+    remove_old_checkpoints,
+)
+from ecvae_training.signals import StopSignal
+
+
+logger = get_logger(__name__)
+
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Logged steps that a state must outlive without an alarm to be gone back to.
+CONFIRMATIONS = 2
+
+
+class Stopped(Exception):
+    """The run has ended before its last step, with what it had saved; the message says why and what to do."""
+
+
+class Task(Protocol):
+    """What is trained: a generator whose samples can be calibrated, and the energy model, `None` without calibration."""
+
+    generator: torch.nn.Module
+    energy_model: torch.nn.Module | None
+    component: str  # the generator's name in the pipeline
+
+    def loss(
+        self, network: torch.nn.Module, real: torch.Tensor, noise: StepNoise, step: int, with_samples: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """
+        In one pass through `network`, the wrapped generator: its own loss; new samples (B, C, H, W) with gradients, or
+        `None` where they aren't asked for; and scalars to log, one of them `reconstruction` or what stands for it.
+        """
+
+    def latents(self, count: int, seed: int) -> torch.Tensor:
+        """Latents of `count` samples, always the same for a seed."""
+
+    def sample(self, generator: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1]. No gradient."""
+
+    def reconstruct(self, generator: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The generator's own version of images in [-1, 1]. No gradient."""
+
+    def build_pipeline(self, generator, energy_model, scheduler: LangevinScheduler | None) -> DiffusionPipeline:
+        """The pipeline that is saved."""
+
+    def finish(self, generator: torch.nn.Module, feed) -> None:
+        """Measure, and write into the generator's config, what its pipeline should know."""
+
+
+class Trainer:
+    """
+    Args:
+        args: The command line.
+        accelerator ([`Accelerator`]): From `build_accelerator`.
+        feed: From `build_feed`.
+        task ([`Task`]): What is trained.
+        num_steps (`int`): The last step.
+    """
+
+    def __init__(self, args, accelerator: Accelerator, feed: DecodedFeed | StreamFeed, task: Task, num_steps: int):
+        self.args, self.accelerator, self.feed, self.task, self.num_steps = args, accelerator, feed, task, num_steps
+        self.output_dir = Path(args.output_dir)
+        self.step = 0
+        self.images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.calibrator = self.energy = self.ema = None
+        if args.gradient_checkpointing:
+            task.generator.enable_gradient_checkpointing()
+        task.generator.to(memory_format=torch.channels_last)
+        # Before `prepare`, so that its modules carry no wrapper into the saved average.
+        if args.use_ema:
+            self.ema = moving_average(task.generator, args.ema_max_decay).to(accelerator.device)
+        self.generator = build_trained(args, accelerator, task.generator, args.learning_rate, num_steps)
+        if task.energy_model is not None:
+            if args.gradient_checkpointing:
+                task.energy_model.enable_gradient_checkpointing()
+            task.energy_model.to(memory_format=torch.channels_last)
+            self.energy = build_trained(args, accelerator, task.energy_model, args.energy_learning_rate, num_steps)
+            self.calibrator = self.build_calibrator()
+        self.guard = DivergenceGuard(args.max_dual)
+        self.rate = RollbackRate()
+        self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
+        resumed = (self.calibrator, self.ema, self.guard, self.rate, self.evaluation)
+        accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
+        parts = {
+            f"{name}.{part}": getattr(trained, part)
+            for name, trained in (("generator", self.generator), ("energy", self.energy))
+            if trained is not None
+            for part in ("network", "optimizer", "lr_scheduler")
+        }
+        parts |= {"ema": self.ema, "calibrator": self.calibrator, "scaler": accelerator.scaler, "guard": self.guard}
+        self.healthy = HealthyStates(
+            {name: part for name, part in parts.items() if part is not None},
+            args.healthy_states,
+            confirmation=CONFIRMATIONS * args.log_steps,
+        )
+
+    def build_calibrator(self) -> EnergyCalibrator:
+        args = self.args
+        scheduler = LangevinScheduler(
+            num_steps=args.langevin_steps,
+            drift_step_size=DRIFT_STEP if args.langevin_drift_step == "auto" else args.langevin_drift_step,
+            noise_scale=args.langevin_noise,
+            conditioning_weight=args.conditioning_weight,
+        )
+        return EnergyCalibrator(
+            self.task.energy_model,
+            scheduler,
+            tolerance=args.calibration_tolerance,
+            drift_tolerance=args.drift_tolerance,
+            initial_dual=args.initial_dual,
+            dual_learning_rate=args.dual_learning_rate,
+            max_dual=args.max_dual,
+            energy_regularization=args.energy_regularization,
+            chain_dtype=DTYPES[args.langevin_dtype],
+        )
+
+    def current_scheduler(self) -> LangevinScheduler | None:
+        """The chain as it is now, to be saved: with an adapted drift step, not as it started."""
+        if self.calibrator is None:
+            return None
+        scale = self.calibrator.drift_scale.item()
+        return LangevinScheduler.from_config(
+            self.calibrator.scheduler.config,
+            drift_step_size=self.calibrator.drift_step_size,
+            # The pull a w is not adapted.
+            conditioning_weight=self.args.conditioning_weight / scale,
+        )
+
+    @property
+    def exported(self) -> torch.nn.Module:
+        """The generator that is saved and sampled from: the average, where there is one."""
+        return self.ema.module if self.ema is not None else self.task.generator
+
+    def build_pipeline(self) -> DiffusionPipeline:
+        pipeline = self.task.build_pipeline(self.exported, self.task.energy_model, self.current_scheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def train(self, checkpoint: Path | None) -> None:
+        """
+        Train to the last step, from a checkpoint or from the start, and save the pipeline.
+
+        Raises:
+            Stopped: if a signal, the guard or early stopping ended it before.
+        """
+        self.start(checkpoint)
+        batches = self.new_batches()
+        main_process, args = self.accelerator.is_main_process, self.args
+        self.progress = tqdm(
+            total=self.num_steps, initial=self.step, desc="Training", disable=not main_process, mininterval=1.0
+        )
+        self.started, self.started_step = time.perf_counter(), self.step
+        with StopSignal() as stop, self.progress:
+            while self.step < self.num_steps:
+                scalars = self.train_step(batches)
+                self.step += 1
+                self.progress.update()
+                last = self.step == self.num_steps
+                if self.step % args.log_steps == 0 or last:
+                    alarms = self.log(scalars)
+                    if alarms:
+                        self.roll_back(alarms)
+                        batches = self.new_batches()
+                        continue
+                    self.keep_healthy()
+                if main_process and (self.step % args.save_images_steps == 0 or last):
+                    self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator)
+                if self.evaluation is not None and (self.step % args.evaluation_steps == 0 or last):
+                    self.evaluate()
+                stopped = stop.agreed(self.accelerator)
+                if self.step % args.checkpointing_steps == 0 or (stopped and not last):
+                    self.save_checkpoint()
+                if stopped and not last:
+                    raise Stopped(
+                        f"stopped at step {self.step} of {self.num_steps}, which checkpoint-{self.step} holds: go on "
+                        "with --resume_from_checkpoint latest."
+                    )
+                if self.evaluation is not None and self.evaluation.should_stop and not last:
+                    self.stop_early()
+                    break
+        self.save()
+
+    def start(self, checkpoint: Path | None) -> None:
+        """Load the checkpoint, if there is one, and bring the output folder to its step."""
+        args, output_dir = self.args, self.output_dir
+        if checkpoint is not None:
+            load_checkpoint(self.accelerator, checkpoint)
+            self.step = checkpoint_step(checkpoint)
+            logger.info(f"Resuming from {checkpoint.name}.")
+            if self.step >= self.num_steps:
+                logger.info(f"{checkpoint.name} is at the end of the {self.num_steps} steps: saving only.")
+        elif args.resume_from_checkpoint is not None:
+            logger.info("There is no checkpoint to resume from: starting at step 0.")
+        if self.accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if checkpoint is None:
+                clear_run(output_dir)
+            cut_run(output_dir, self.step)
+            (output_dir / ARGUMENTS_FILE).write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
+            images = self.feed.reference(NUM_ENERGIES)
+            self.observer = Observer(output_dir, self.task, images, args.seed, self.accelerator.device)
+        if args.report_to is not None:
+            flat = {
+                name: value if isinstance(value, (int, float, str)) else str(value)
+                for name, value in vars(args).items()
+            }
+            self.accelerator.init_trackers(args.tracker_project_name, config=flat)
+        if args.divergence_guard:
+            self.healthy.take(self.step)
+
+    def new_batches(self) -> Iterator[torch.Tensor]:
+        first = self.step * self.args.gradient_accumulation_steps
+        return self.feed.batches(first, reseed=self.rate.num_rollbacks)
+
+    def train_step(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One step of both networks, the dual variable and the average. Returns the scalars of its last batch."""
+        args, accelerator, generator, energy = self.args, self.accelerator, self.generator, self.energy
+        num_batches = args.gradient_accumulation_steps
+        networks = [trained.network for trained in (generator, energy) if trained is not None]
+        constraint, scalars = 0.0, {}
+        for part in range(num_batches):
+            index = self.step * num_batches + part
+            noise = StepNoise(
+                args.seed, index, accelerator.process_index, accelerator.num_processes, accelerator.device,
+                reseed=self.rate.num_rollbacks,
+            )  # fmt: skip
+            real = flip_at_random(to_range(next(batches)), noise) if args.random_flip else to_range(next(batches))
+            # One context for both networks: each entered would count a batch of accumulation.
+            with accelerator.accumulate(*networks):
+                # The generator: its own loss, and the constraint on its samples.
+                loss, samples, own = self.task.loss(generator.network, real, noise, self.step, energy is not None)
+                if energy is not None:
+                    calibration = self.calibrator.calibrate(samples, noise=ChainNoise(noise, samples))
+                    loss = loss + calibration.loss
+                    constraint = constraint + calibration.constraint / num_batches
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    scalars["gradient_norm"] = clip_gradients(accelerator, generator, args.max_grad_norm)
+                generator.optimizer.step()
+                generator.lr_scheduler.step()
+                generator.optimizer.zero_grad()
+                # The energy model: data against the same targets.
+                if energy is not None:
+                    energies = self.calibrator.energy_loss(real, calibration.targets, energy.network)
+                    accelerator.backward(energies.loss)
+                    if accelerator.sync_gradients:
+                        scalars["energy_gradient_norm"] = clip_gradients(accelerator, energy, args.max_grad_norm)
+                    energy.optimizer.step()
+                    energy.lr_scheduler.step()
+                    energy.optimizer.zero_grad()
+        if energy is not None:
+            # lambda, one number for all processes, on the constraint of the whole step.
+            constraint = accelerator.reduce(constraint, reduction="mean")
+            self.calibrator.dual_step(constraint)
+            if args.langevin_drift_step == "auto":
+                self.calibrator.adapt_drift_step(constraint)
+        if self.ema is not None:
+            self.ema.update_parameters(self.task.generator)
+        scalars |= own
+        if (self.step + 1) % args.log_steps == 0 or self.step + 1 == self.num_steps:
+            scalars["data_spread"] = batch_spread(real)
+            if energy is not None:
+                scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
+                scalars["sample_spread"] = batch_spread(samples.detach())
+                scalars |= moments("energy_real", energies.energy_real)
+                scalars |= moments("energy_samples", calibration.energy_samples)
+                scalars |= moments("energy_targets", energies.energy_targets)
+        return scalars
+
+    def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
+        """Write the step's scalars, show some of them, and return the guard's alarms."""
+        accelerator, args = self.accelerator, self.args
+        logged = reduce_scalars(accelerator, scalars)
+        if self.calibrator is not None:
+            logged |= {"dual": self.calibrator.dual.item(), "tolerance": self.calibrator.resolve_tolerance()}
+            logged["langevin_drift_step"] = self.calibrator.drift_step_size
+        alarms = self.judge(logged)
+        if alarms:
+            return alarms
+        logged["learning_rate"] = self.generator.lr_scheduler.get_last_lr()[0]
+        if self.energy is not None:
+            logged["energy_learning_rate"] = self.energy.lr_scheduler.get_last_lr()[0]
+        images = (self.step - self.started_step) * self.images_per_step
+        logged["images_per_second"] = round(images / (time.perf_counter() - self.started), 1)
+        logged["peak_memory_gib"] = round(peak_memory(accelerator.device), 3)
+        if accelerator.is_main_process:
+            epoch = {}
+            if self.feed.batches_per_epoch is not None:
+                last_batch = self.step * args.gradient_accumulation_steps - 1
+                epoch = {"epoch": last_batch // self.feed.batches_per_epoch}
+            RunLog(self.output_dir / METRICS_FILE).write(step=self.step, **epoch, **logged)
+        if args.report_to is not None:
+            accelerator.log(logged, step=self.step)
+        shown = {"rec": f"{logged['reconstruction']:.1f}"}
+        if self.calibrator is not None:
+            shown |= {"lambda": f"{logged['dual']:.1f}", "drift": f"{logged['drift']:.4f}"}
+        self.progress.set_postfix(shown, refresh=False)
+        return []
+
+    def judge(self, logged: dict[str, float]) -> list[str]:
+        """The guard's alarms. Without it, a value that is not finite ends the run."""
+        if self.accelerator.scaler is not None:
+            # Loss scaling finds its scale by overflowing now and then, and leaves that step out.
+            logged = {k: v for k, v in logged.items() if not (k.endswith("gradient_norm") and not math.isfinite(v))}
+        if not self.args.divergence_guard:
+            broken = [name for name, value in logged.items() if not math.isfinite(value)]
+            if broken:
+                raise FloatingPointError(
+                    f"training has diverged at step {self.step}: {', '.join(broken)} not finite. Lower the rates, or let "
+                    "--divergence_guard go back to a healthy state."
+                )
+            return []
+        alarms, warnings = self.guard.observe(logged)
+        for message in warnings:
+            self.record("warning", message)
+        return alarms
+
+    def record(self, kind: str, message: str, **values) -> None:
+        """An event: to the log, and to `events.jsonl`."""
+        logger.warning(f"Step {self.step}: {message}.")
+        if self.accelerator.is_main_process:
+            RunLog(self.output_dir / EVENTS_FILE).write(step=self.step, kind=kind, message=message, **values)
+
+    def keep_healthy(self) -> None:
+        """No alarm: keep this state if it is time to, and raise a lowered rate again."""
+        if not self.args.divergence_guard:
+            return
+        if self.rate.recover(self.step, after=5 * self.args.healthy_state_steps):
+            self.lowered.scale_learning_rate(self.rate.factor)
+            self.record("recovery", f"healthy again: the rate is {self.rate.factor:g} times the one given")
+        if self.step - self.healthy.states[-1][0] >= self.args.healthy_state_steps:
+            self.healthy.take(self.step)
+
+    @property
+    def lowered(self) -> Trained:
+        """Whose learning rate a rollback lowers."""
+        return self.energy or self.generator
+
+    def roll_back(self, alarms: list[str]) -> None:
+        """
+        Go back to a healthy state, with a lower rate and other data.
+
+        Raises:
+            Stopped: after `--max_rollbacks`, with the healthy state saved.
+        """
+        seen, broke_at = "; ".join(alarms), self.step
+        was_healthy = self.healthy.was_healthy
+        to_step = self.healthy.restore(self.step)
+        if self.rate.num_rollbacks == self.args.max_rollbacks:
+            self.record("stopped", f"{seen}: stopped after {self.rate.num_rollbacks} rollbacks", to_step=to_step)
+            self.step = to_step
+            self.save_checkpoint()
+            self.save()
+            raise Stopped(
+                f"stopped at step {broke_at} after {self.rate.num_rollbacks} rollbacks: {seen}. The healthy state of step "
+                f"{to_step} is saved. Try a lower --energy_learning_rate, --energy_spectral_norm, an "
+                "--energy_regularization of 0.1, --max_grad_norm, or fp32, and go on from it with "
+                f"--pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
+            )
+        self.rate.roll_back(to_step, was_healthy)
+        self.record(
+            "rollback",
+            f"{seen}: back to step {to_step}, rate {self.rate.factor:g} times the one given, data in another order",
+            to_step=to_step,
+        )
+        self.step = to_step
+        self.lowered.scale_learning_rate(self.rate.factor)
+        self.save_checkpoint()
+        self.progress.n = self.step
+        self.progress.refresh()
+        self.started, self.started_step = time.perf_counter(), self.step
+
+    def save_checkpoint(self) -> None:
+        save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline)
+        if self.accelerator.is_main_process:
+            # After a rollback there may be something of later steps.
+            cut_run(self.output_dir, self.step)
+            remove_old_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
+
+    def evaluate(self) -> None:
+        """Measure, and keep the best pipeline in `best/`."""
+        measures = self.evaluation.measure(self.exported, self.output_dir, self.step)
+        best = self.evaluation.is_best(measures, self.step)
+        logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measures.items()))
+        if self.accelerator.is_main_process:
+            RunLog(self.output_dir / EVALUATIONS_FILE).write(
+                step=self.step, **measures, features=self.args.evaluation_features
+            )
+            if best:
+                save_folder(self.build_pipeline(), self.output_dir / BEST_FOLDER)
+        if self.args.report_to is not None:
+            numbers = {f"evaluation/{name}": value for name, value in measures.items()}
+            self.accelerator.log(numbers, step=self.step)
+
+    def stop_early(self) -> None:
+        """Take over the best evaluated weights as those to be saved."""
+        evaluation = self.evaluation
+        self.record(
+            "early_stopping",
+            f"{self.args.early_stopping_metric} has not been better for {evaluation.waited} evaluations: the model of step "
+            f"{evaluation.best_step} is saved",
+        )
+        self.accelerator.wait_for_everyone()
+        best = type(self.exported).from_pretrained(
+            self.output_dir / BEST_FOLDER / self.task.component, low_cpu_mem_usage=False
+        )
+        self.exported.load_state_dict(best.state_dict())
+
+    def save(self) -> None:
+        """The pipeline's folder."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.task.finish(self.exported, self.feed)
+            pipeline = self.build_pipeline()
+            pipeline.save_pretrained(self.output_dir)
+            logger.info(
+                f"Saved to {self.output_dir}: {type(pipeline).__name__}.from_pretrained({str(self.output_dir)!r})."
+            )
+
+    def close(self) -> None:
+        """
+        All leave together, the wrapped networks first: freed after the process group, their gradient reducer would be
+        the last to hold it, and free it under Python's lock, which the group's own threads may be waiting for.
+        """
+        self.accelerator.wait_for_everyone()
+        self.generator = self.energy = self.healthy = None
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
