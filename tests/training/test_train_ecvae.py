@@ -80,7 +80,10 @@ def test_a_run_cut_in_two_equals_a_run_in_one(finished, images, tmp_path):
     assert expected.keys() == found.keys()
     for key in expected:
         assert torch.equal(expected[key], found[key]), key
-    timeless = [[{**r, "images_per_second": 0, "peak_memory_gib": 0} for r in metrics(folder)] for folder in (finished, tmp_path)]
+    timeless = [
+        [{**r, "images_per_second": 0, "peak_memory_gib": 0} for r in metrics(folder)]
+        for folder in (finished, tmp_path)
+    ]
     assert timeless[0] == timeless[1]
 
 

@@ -31,7 +31,10 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ([*GIVEN, "--langevin_steps", "0"], "--langevin_steps must be at least 1, but is 0"),
         ([*GIVEN, "--max_train_steps", "-5"], "--max_train_steps must be at least 1, but is -5"),
         ([*GIVEN, "--max_train_steps", "5", "--num_epochs", "1"], "can't both be given"),
-        ([*GIVEN, "--langevin_drift_step", "-0.1"], "--langevin_drift_step must be 'auto' or a finite number of at least 0"),
+        (
+            [*GIVEN, "--langevin_drift_step", "-0.1"],
+            "--langevin_drift_step must be 'auto' or a finite number of at least 0",
+        ),
         ([*GIVEN, "--langevin_noise", "nan"], "--langevin_noise must be a finite number of at least 0"),
         ([*GIVEN, "--kl_weight", "inf"], "--kl_weight must be a finite number of at least 0"),
         ([*GIVEN, "--learning_rate", "0"], "--learning_rate must be a finite number above 0"),
