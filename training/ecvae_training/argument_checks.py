@@ -1,6 +1,7 @@
 """What is refused of a command line, before anything else is done."""
 
 import argparse
+import importlib.util
 import math
 
 
@@ -45,6 +46,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     # Neighbour measures compare each image with its 5 nearest.
     if args.evaluation_samples < 6:
         refuse("evaluation_samples", "at least 6")
+    needed = {f"--report_to {name}": (name, name) for name in args.report_to or []}
+    if args.use_8bit_adam:
+        needed["--use_8bit_adam"] = ("bitsandbytes", "bitsandbytes")
+    if args.evaluation_steps is not None:
+        needed["--evaluation_steps"] = ("torchmetrics", "ecvae-diffusers[metrics]")
+        if args.evaluation_features == "inception":
+            needed["--evaluation_features inception"] = ("torch_fidelity", "torch-fidelity")
+    for argument, (module, package) in needed.items():
+        if importlib.util.find_spec(module) is None:
+            parser.error(f"{argument} needs a package that is not installed: pip install '{package}'.")
     if args.early_stopping_patience is not None and args.evaluation_steps is None:
         parser.error("--early_stopping_patience needs --evaluation_steps.")
     if args.streaming and (args.dataset_name is None or args.num_epochs is not None or args.in_channels is None):

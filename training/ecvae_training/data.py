@@ -39,11 +39,7 @@ def load_images(
         ValueError: if the folder does not exist or holds no image, the data set can't be loaded, or the column is not
             one of images.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Training needs the package `datasets`: pip install 'ecvae-diffusers[training]'.") from error
-
+    datasets = import_datasets()
     if train_data_dir is not None:
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"--train_data_dir must be a folder of images, but {train_data_dir!r} is no folder.")
@@ -53,16 +49,8 @@ def load_images(
         dataset = datasets.Dataset.from_dict({"image": [str(p) for p in files]})
         column = "image"
     else:
-        try:
-            dataset = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, split="train")
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"--dataset_name {dataset_name!r} can't be loaded: {error}") from error
-        columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-        if image_column is not None and image_column not in columns:
-            raise ValueError(f"--image_column must be one of {columns} in {dataset_name!r}, but is {image_column!r}.")
-        if image_column is None and len(columns) != 1:
-            raise ValueError(f"{dataset_name!r} has the image columns {columns}: choose one with --image_column.")
-        column = image_column or columns[0]
+        dataset = load_train_split(dataset_name, dataset_config_name, cache_dir)
+        column = find_image_column(dataset.features, dataset_name, image_column)
     dataset = dataset.select_columns([column])
     if column != "image":
         dataset = dataset.rename_column(column, "image")
@@ -70,6 +58,40 @@ def load_images(
         dataset = dataset.select(range(min(max_train_samples, len(dataset))))
     # Undecoded, so that a broken image can be named, and its header read without decoding it.
     return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def import_datasets():
+    """The package `datasets`. Raises `ImportError`, saying what to install, without it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Training needs the package `datasets`: pip install 'ecvae-diffusers[training]'.") from error
+    return datasets
+
+
+def load_train_split(
+    dataset_name: str, dataset_config_name: str | None, cache_dir: str | None, streaming: bool = False
+):
+    """The train split of a data set. Raises `ValueError` if it can't be loaded."""
+    datasets = import_datasets()
+    try:
+        return datasets.load_dataset(
+            dataset_name, dataset_config_name, cache_dir=cache_dir, split="train", streaming=streaming
+        )
+    # RuntimeError: loading scripts, which `datasets` no longer runs, and archives that can't be streamed.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"--dataset_name {dataset_name!r} can't be loaded: {error}") from error
+
+
+def find_image_column(features, dataset_name: str, image_column: str | None) -> str:
+    """`image_column`, or the only column of images. Raises `ValueError` if it is not one of images, or not the only."""
+    datasets = import_datasets()
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if image_column is not None and image_column not in columns:
+        raise ValueError(f"--image_column must be one of {columns} in {dataset_name!r}, but is {image_column!r}.")
+    if image_column is None and len(columns) != 1:
+        raise ValueError(f"{dataset_name!r} has the image columns {columns}: choose one with --image_column.")
+    return image_column or columns[0]
 
 
 def find_images(folder: Path, left_out: Path | None) -> list[Path]:
@@ -117,6 +139,32 @@ def to_size(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def open_image(source: dict | None) -> PIL.Image.Image:
+    """
+    Read the header of an undecoded image: what a column `Image(decode=False)` gives.
+
+    Raises:
+        ValueError: if there is no image, or its pixels have no agreed range.
+        Exception: of a class of Pillow's choice, if the header can't be read.
+    """
+    if source is None:
+        raise ValueError("there is none")
+    image = PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
+    if image.mode in UNRANGED_MODES:
+        image.close()
+        raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 or 16 bits")
+    return image
+
+
+def decode_image(source: dict | None, channels: int, resolution: int) -> torch.Tensor:
+    """An undecoded image as uint8 (C, H, W), upright, resized and cropped. Raises what `open_image` raises."""
+    with open_image(source) as image:
+        # Photographs lie as the camera was held, and say so in their EXIF data.
+        upright = PIL.ImageOps.exif_transpose(image)
+        array = np.array(to_size(to_mode(upright, channels), resolution))
+    return torch.from_numpy(array).view(resolution, resolution, channels).permute(2, 0, 1)
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """
     Images as uint8 tensors (C, H, W), each opened and checked at construction.
@@ -146,9 +194,7 @@ class ImageDataset(torch.utils.data.Dataset):
         modes, whole, broken = set(), [], []
         for i in tqdm(range(len(dataset)), desc="Checking images", disable=not progress):
             try:
-                with self.open(i) as image:
-                    if image.mode in UNRANGED_MODES:
-                        raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 or 16 bits")
+                with open_image(dataset[i]["image"]) as image:
                     image.load()
                     modes.add(image.mode)
                     whole.append(i)
@@ -174,18 +220,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def name(self, i: int) -> str:
         return (self.dataset[i]["image"] or {}).get("path") or f"image {i}"
 
-    def open(self, i: int) -> PIL.Image.Image:
-        source = self.dataset[i]["image"]
-        if source is None:
-            raise ValueError("there is none")
-        return PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
-
     def decode(self, i: int) -> torch.Tensor:
-        with self.open(i) as image:
-            # Photographs lie as the camera was held, and say so in their EXIF data.
-            upright = PIL.ImageOps.exif_transpose(image)
-            array = np.array(to_size(to_mode(upright, self.channels), self.resolution))
-        return torch.from_numpy(array).view(self.resolution, self.resolution, self.channels).permute(2, 0, 1)
+        return decode_image(self.dataset[i]["image"], self.channels, self.resolution)
 
     def __len__(self) -> int:
         return len(self.dataset)

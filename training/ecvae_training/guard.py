@@ -1,4 +1,4 @@
-"""The guard against divergence: what it watches, what it goes back to, and at which rate the run goes on.
+"""What the guard against divergence watches, and the healthy states that a run can go back to.
 
 Energy-based training explodes in few ways, each of which shows in the logged scalars before the pictures are gone: a
 value that is not finite, an energy gap or a gradient far outside the range it has kept so far, a dual variable that
@@ -172,39 +172,3 @@ def map_tensors(tree, function: Callable[[torch.Tensor], torch.Tensor]):
 
 def to_main_memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-class RollbackRate:
-    """
-    By how much the energy model's learning rate (the autoencoder's where nothing is calibrated) is lowered.
-
-    Each rollback halves it. After so many steps without an alarm it doubles, up to a ceiling: half of the rate at which
-    a run that was healthy broke down. So a passing fault, which may need several rollbacks, costs little for the rest
-    of the run, and a rate that was too high is not gone back to.
-    """
-
-    def __init__(self):
-        self.num_rollbacks = 0
-        self.factor = self.ceiling = 1.0
-        self.healthy_since = 0
-
-    def roll_back(self, to_step: int, was_healthy: bool) -> None:
-        self.num_rollbacks += 1
-        self.factor /= 2
-        if was_healthy:
-            self.ceiling = self.factor
-        self.healthy_since = to_step
-
-    def recover(self, step: int, after: int) -> bool:
-        """Whether the rate has just been raised, having been healthy for `after` steps since the last change."""
-        if self.factor >= self.ceiling or step - self.healthy_since < after:
-            return False
-        self.factor *= 2
-        self.healthy_since = step
-        return True
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        vars(self).update(state_dict)

@@ -5,7 +5,6 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 
 import gc
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from ecvae_training.argument_checks import DRIFT_STEP
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder
 from ecvae_training.evaluation import Evaluation
 from ecvae_training.feeds import DecodedFeed, StreamFeed
-from ecvae_training.guard import DivergenceGuard, HealthyStates, RollbackRate
 from ecvae_training.models import moving_average
 from ecvae_training.noise import ChainNoise, StepNoise
 from ecvae_training.observation import (
@@ -35,12 +33,11 @@ from ecvae_training.observation import (
     reduce_scalars,
     to_range,
 )
-from ecvae_training.optimization import Trained, build_trained, clip_gradients
+from ecvae_training.optimization import build_trained, clip_gradients
 from ecvae_training.output import (
     ARGUMENTS_FILE,
     BEST_FOLDER,
     EVALUATIONS_FILE,
-    EVENTS_FILE,
     METRICS_FILE,
     RunLog,
     checkpoint_step,
@@ -48,14 +45,13 @@ from ecvae_training.output import (
     cut_run,
     remove_old_checkpoints,
 )
+from ecvae_training.recovery import Recovery, record_event
 from ecvae_training.signals import StopSignal
 
 
 logger = get_logger(__name__)
 
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Logged steps that a state must outlive without an alarm to be gone back to.
-CONFIRMATIONS = 2
 
 
 class Stopped(Exception):
@@ -122,23 +118,10 @@ class Trainer:
             task.energy_model.to(memory_format=torch.channels_last)
             self.energy = build_trained(args, accelerator, task.energy_model, args.energy_learning_rate, num_steps)
             self.calibrator = self.build_calibrator()
-        self.guard = DivergenceGuard(args.max_dual)
-        self.rate = RollbackRate()
+        self.recovery = Recovery(args, accelerator, self.generator, self.energy, self.ema, self.calibrator)
         self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
-        resumed = (self.calibrator, self.ema, self.guard, self.rate, self.evaluation)
+        resumed = (self.calibrator, self.ema, self.recovery, self.evaluation)
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
-        parts = {
-            f"{name}.{part}": getattr(trained, part)
-            for name, trained in (("generator", self.generator), ("energy", self.energy))
-            if trained is not None
-            for part in ("network", "optimizer", "lr_scheduler")
-        }
-        parts |= {"ema": self.ema, "calibrator": self.calibrator, "scaler": accelerator.scaler, "guard": self.guard}
-        self.healthy = HealthyStates(
-            {name: part for name, part in parts.items() if part is not None},
-            args.healthy_states,
-            confirmation=CONFIRMATIONS * args.log_steps,
-        )
 
     def build_calibrator(self) -> EnergyCalibrator:
         args = self.args
@@ -208,7 +191,7 @@ class Trainer:
                         self.roll_back(alarms)
                         batches = self.new_batches()
                         continue
-                    self.keep_healthy()
+                    self.recovery.keep_healthy(self.step)
                 if main_process and (self.step % args.save_images_steps == 0 or last):
                     self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator)
                 if self.evaluation is not None and (self.step % args.evaluation_steps == 0 or last):
@@ -251,12 +234,11 @@ class Trainer:
                 for name, value in vars(args).items()
             }
             self.accelerator.init_trackers(args.tracker_project_name, config=flat)
-        if args.divergence_guard:
-            self.healthy.take(self.step)
+        self.recovery.keep_healthy(self.step)
 
     def new_batches(self) -> Iterator[torch.Tensor]:
         first = self.step * self.args.gradient_accumulation_steps
-        return self.feed.batches(first, reseed=self.rate.num_rollbacks)
+        return self.feed.batches(first, reseed=self.recovery.num_rollbacks)
 
     def train_step(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """One step of both networks, the dual variable and the average. Returns the scalars of its last batch."""
@@ -268,7 +250,7 @@ class Trainer:
             index = self.step * num_batches + part
             noise = StepNoise(
                 args.seed, index, accelerator.process_index, accelerator.num_processes, accelerator.device,
-                reseed=self.rate.num_rollbacks,
+                reseed=self.recovery.num_rollbacks,
             )  # fmt: skip
             real = flip_at_random(to_range(next(batches)), noise) if args.random_flip else to_range(next(batches))
             # One context for both networks: each entered would count a batch of accumulation.
@@ -320,7 +302,7 @@ class Trainer:
         if self.calibrator is not None:
             logged |= {"dual": self.calibrator.dual.item(), "tolerance": self.calibrator.resolve_tolerance()}
             logged["langevin_drift_step"] = self.calibrator.drift_step_size
-        alarms = self.judge(logged)
+        alarms = self.recovery.judge(self.step, logged)
         if alarms:
             return alarms
         logged["learning_rate"] = self.generator.lr_scheduler.get_last_lr()[0]
@@ -343,45 +325,6 @@ class Trainer:
         self.progress.set_postfix(shown, refresh=False)
         return []
 
-    def judge(self, logged: dict[str, float]) -> list[str]:
-        """The guard's alarms. Without it, a value that is not finite ends the run."""
-        if self.accelerator.scaler is not None:
-            # Loss scaling finds its scale by overflowing now and then, and leaves that step out.
-            logged = {k: v for k, v in logged.items() if not (k.endswith("gradient_norm") and not math.isfinite(v))}
-        if not self.args.divergence_guard:
-            broken = [name for name, value in logged.items() if not math.isfinite(value)]
-            if broken:
-                raise FloatingPointError(
-                    f"training has diverged at step {self.step}: {', '.join(broken)} not finite. Lower the rates, or let "
-                    "--divergence_guard go back to a healthy state."
-                )
-            return []
-        alarms, warnings = self.guard.observe(logged)
-        for message in warnings:
-            self.record("warning", message)
-        return alarms
-
-    def record(self, kind: str, message: str, **values) -> None:
-        """An event: to the log, and to `events.jsonl`."""
-        logger.warning(f"Step {self.step}: {message}.")
-        if self.accelerator.is_main_process:
-            RunLog(self.output_dir / EVENTS_FILE).write(step=self.step, kind=kind, message=message, **values)
-
-    def keep_healthy(self) -> None:
-        """No alarm: keep this state if it is time to, and raise a lowered rate again."""
-        if not self.args.divergence_guard:
-            return
-        if self.rate.recover(self.step, after=5 * self.args.healthy_state_steps):
-            self.lowered.scale_learning_rate(self.rate.factor)
-            self.record("recovery", f"healthy again: the rate is {self.rate.factor:g} times the one given")
-        if self.step - self.healthy.states[-1][0] >= self.args.healthy_state_steps:
-            self.healthy.take(self.step)
-
-    @property
-    def lowered(self) -> Trained:
-        """Whose learning rate a rollback lowers."""
-        return self.energy or self.generator
-
     def roll_back(self, alarms: list[str]) -> None:
         """
         Go back to a healthy state, with a lower rate and other data.
@@ -389,29 +332,17 @@ class Trainer:
         Raises:
             Stopped: after `--max_rollbacks`, with the healthy state saved.
         """
-        seen, broke_at = "; ".join(alarms), self.step
-        was_healthy = self.healthy.was_healthy
-        to_step = self.healthy.restore(self.step)
-        if self.rate.num_rollbacks == self.args.max_rollbacks:
-            self.record("stopped", f"{seen}: stopped after {self.rate.num_rollbacks} rollbacks", to_step=to_step)
-            self.step = to_step
-            self.save_checkpoint()
+        broke_at = self.step
+        self.step, go_on = self.recovery.roll_back(self.step, alarms)
+        self.save_checkpoint()
+        if not go_on:
             self.save()
             raise Stopped(
-                f"stopped at step {broke_at} after {self.rate.num_rollbacks} rollbacks: {seen}. The healthy state of step "
-                f"{to_step} is saved. Try a lower --energy_learning_rate, --energy_spectral_norm, an "
+                f"stopped at step {broke_at} after {self.args.max_rollbacks} rollbacks: {'; '.join(alarms)}. The healthy "
+                f"state of step {self.step} is saved. Try a lower --energy_learning_rate, --energy_spectral_norm, an "
                 "--energy_regularization of 0.1, --max_grad_norm, or fp32, and go on from it with "
                 f"--pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
             )
-        self.rate.roll_back(to_step, was_healthy)
-        self.record(
-            "rollback",
-            f"{seen}: back to step {to_step}, rate {self.rate.factor:g} times the one given, data in another order",
-            to_step=to_step,
-        )
-        self.step = to_step
-        self.lowered.scale_learning_rate(self.rate.factor)
-        self.save_checkpoint()
         self.progress.n = self.step
         self.progress.refresh()
         self.started, self.started_step = time.perf_counter(), self.step
@@ -441,7 +372,10 @@ class Trainer:
     def stop_early(self) -> None:
         """Take over the best evaluated weights as those to be saved."""
         evaluation = self.evaluation
-        self.record(
+        record_event(
+            self.accelerator,
+            self.output_dir,
+            self.step,
             "early_stopping",
             f"{self.args.early_stopping_metric} has not been better for {evaluation.waited} evaluations: the model of step "
             f"{evaluation.best_step} is saved",
@@ -469,7 +403,7 @@ class Trainer:
         the last to hold it, and free it under Python's lock, which the group's own threads may be waiting for.
         """
         self.accelerator.wait_for_everyone()
-        self.generator = self.energy = self.healthy = None
+        self.generator = self.energy = self.recovery = None
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()

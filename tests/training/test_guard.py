@@ -1,0 +1,270 @@
+"""The guard against divergence: what it sees, what it goes back to, and a run with a fault in it."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training_runs import SCRIPT, TINY, metrics, succeed, weights, write_images
+
+from ecvae_training.arguments import parse_args
+from ecvae_training.guard import DivergenceGuard, GuardLimits, HealthyStates
+from ecvae_training.optimization import build_trained
+from ecvae_training.output import read_metrics
+from ecvae_training.recovery import Recovery
+
+
+HEALTHY = {
+    "reconstruction": 20.0, "gradient_norm": 100.0, "energy_gradient_norm": 3.0, "energy_real": -1.0,
+    "energy_targets": -0.5, "drift": 0.007, "dual": 30.0, "constraint": 0.02, "tolerance": 0.015,
+    "sample_spread": 0.5, "data_spread": 0.6,
+}  # fmt: skip
+
+
+def healthy(i: int, **changed) -> dict:
+    """Scalars that vary by a tenth, as those of a run do."""
+    factor = 1 + 0.1 * math.sin(i)
+    moving = ("reconstruction", "gradient_norm", "energy_gradient_norm", "drift")
+    return {**HEALTHY, **{name: HEALTHY[name] * factor for name in moving}, **changed}
+
+
+def watched(count: int = 60) -> DivergenceGuard:
+    guard = DivergenceGuard(max_dual=100.0)
+    for i in range(count):
+        assert guard.observe(healthy(i)) == ([], [])
+    return guard
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_seen_at_once(value):
+    alarms, _ = DivergenceGuard(100.0).observe(healthy(0, drift=value))
+    assert alarms == ["drift not finite"]
+
+
+@pytest.mark.parametrize(
+    "changed, name",
+    [
+        ({"gradient_norm": 5e4}, "gradient_norm"),
+        ({"energy_gradient_norm": 900.0}, "energy_gradient_norm"),
+        ({"energy_real": -80.0}, "energy_gap"),
+        ({"energy_targets": -80.0}, "energy_gap"),
+        ({"reconstruction": 5000.0}, "reconstruction"),
+        ({"drift": 0.5}, "drift"),
+    ],
+)
+def test_far_outside_the_running_range(changed, name):
+    alarms, _ = watched().observe(healthy(0, **changed))
+    assert len(alarms) == 1 and alarms[0].startswith(f"{name} ") and "far outside" in alarms[0]
+    # Not before there is a range; and what is large but not far outside is no reason to go back.
+    assert watched(10).observe(healthy(0, **changed)) == ([], [])
+    assert watched().observe(healthy(0, gradient_norm=400.0, drift=0.03, reconstruction=2.0)) == ([], [])
+
+
+def test_an_outlier_does_not_widen_the_range():
+    guard = watched()
+    for i in range(5):
+        assert guard.observe(healthy(i, gradient_norm=5e4))[0]
+
+
+def test_a_pinned_dual_is_a_warning_until_the_chain_runs_away():
+    guard, limits = watched(), GuardLimits()
+    seen = [guard.observe(healthy(i, dual=100.0)) for i in range(limits.pinned + 5)]
+    assert all(alarms == [] for alarms, _ in seen)
+    assert [bool(warnings) for _, warnings in seen].index(True) == limits.pinned - 1
+    assert sum(len(warnings) for _, warnings in seen) == 1
+    alarms, _ = guard.observe(healthy(0, dual=100.0, constraint=0.3))
+    assert "lambda has been at its bound (100)" in alarms[0] and "20.0 times" in alarms[0]
+    assert guard.observe(healthy(0, dual=99.0)) == ([], [])  # it has left the bound: counted anew
+    assert guard.observe(healthy(0, dual=100.0, constraint=0.3)) == ([], [])
+
+
+def test_dead_samples():
+    guard, limits = watched(), GuardLimits()
+    seen = [guard.observe(healthy(i, sample_spread=0.02))[0] for i in range(limits.dead)]
+    assert seen[:-1] == [[]] * (limits.dead - 1) and "samples are all alike" in seen[-1][0]
+    new = DivergenceGuard(100.0)  # a decoder that has learned nothing yet gives one image only
+    assert all(new.observe(healthy(i, sample_spread=0.0)) == ([], []) for i in range(limits.warmup))
+
+
+def test_a_guard_goes_on_from_its_state(tmp_path):
+    torch.save(watched().state_dict(), tmp_path / "guard.pt")
+    guard = DivergenceGuard(100.0)
+    guard.load_state_dict(torch.load(tmp_path / "guard.pt", weights_only=True))
+    assert guard.observe(healthy(0, drift=0.5))[0]
+
+
+class Regression:
+    """A network that learns, so that its state is another at each step."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.network = torch.nn.Linear(3, 2)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.1)
+
+    def train(self, steps: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(steps):
+            self.network(torch.randn(4, 3, generator=generator)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self.network.weight.detach().clone()
+
+
+def test_a_restored_state_is_the_state_and_stays_it():
+    run = Regression()
+    states = HealthyStates({"network": run.network, "optimizer": run.optimizer}, limit=3, confirmation=20)
+    run.train(3)
+    states.take(100)
+    expected = run.train(5)
+    for _ in range(3):  # what was restored is trained on, and is whole the next time
+        states.restored = None
+        assert states.restore(150) == 100
+        assert torch.equal(run.train(5), expected)
+
+
+def test_which_state_is_gone_back_to():
+    run = Regression()
+    states = HealthyStates({"network": run.network}, limit=3, confirmation=20)
+    for step in (0, 100, 200, 300):
+        states.take(step)
+        run.train(1)
+    assert [step for step, _ in states.states] == [100, 200, 300]
+    assert states.was_healthy and states.restore(310) == 200  # 300 has not outlived the confirmation
+    assert not states.was_healthy and states.restore(210) == 100  # no healthy state since: further back
+    assert states.restore(110) == 100  # there is none before
+    states.take(200)
+    assert states.was_healthy and states.restore(230) == 200
+
+
+@pytest.fixture
+def recovery(tmp_path):
+    args = parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path), "--lr_scheduler", "constant"])
+    accelerator = Accelerator(cpu=True)
+    networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+    generator, energy = (build_trained(args, accelerator, network, 1e-3, 100) for network in networks)
+    return Recovery(args, accelerator, generator, energy)
+
+
+def rate(recovery) -> float:
+    return recovery.lowered.optimizer.param_groups[0]["lr"]
+
+
+def test_the_rate_is_lowered_and_recovers_from_a_passing_fault(recovery):
+    for step in range(0, 500, 100):
+        recovery.keep_healthy(step)
+    for _ in range(3):  # one fault that takes three rollbacks
+        recovery.roll_back(510, ["a fault"])
+    assert recovery.num_rollbacks == 3 and rate(recovery) == pytest.approx(1e-3 / 8)
+    for step in range(400, 4000, 100):
+        recovery.keep_healthy(step)
+    assert rate(recovery) == pytest.approx(1e-3 / 2)  # half of the rate at which it broke down, no more
+    recovery.roll_back(4000, ["the same again"])
+    for step in range(4000, 9000, 100):
+        recovery.keep_healthy(step)
+    assert rate(recovery) == pytest.approx(1e-3 / 4)
+    kinds = [event["kind"] for event in read_metrics(recovery.output_dir / "events.jsonl")]
+    assert kinds == ["rollback"] * 3 + ["recovery"] * 2 + ["rollback"]
+
+
+def test_a_lowered_rate_follows_its_schedule(tmp_path):
+    args = parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path), "--lr_scheduler", "linear"])
+    trained = build_trained(args, Accelerator(cpu=True), torch.nn.Linear(2, 2), 1e-3, 10)
+    for step in range(1, 5):
+        trained.optimizer.step()
+        trained.lr_scheduler.step()
+        if step == 2:
+            trained.scale_learning_rate(0.5)
+            assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * 0.8)
+    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * 0.6)
+
+
+# Iterations are counted as they are run: the fault is over when it has been lived through.
+FAULTY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, train_ecvae
+
+faulty = range(int(sys.argv[2]), int(sys.argv[3]))
+
+class FaultyTrainer(train_ecvae.Trainer):
+    iteration = 0
+
+    def train_step(self, batches):
+        hook = None
+        if self.iteration in faulty:
+            hook = next(self.task.energy_model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+        scalars = super().train_step(batches)
+        if hook is not None:
+            hook.remove()
+        self.iteration += 1
+        return scalars
+
+train_ecvae.Trainer = FaultyTrainer
+try:
+    train_ecvae.main(train_ecvae.parse_args(sys.argv[4:]))
+except (train_ecvae.Stopped, FloatingPointError) as message:
+    sys.exit(str(message))
+"""
+
+
+@pytest.fixture(scope="module")
+def faulty_run(tmp_path_factory):
+    data = write_images(tmp_path_factory.mktemp("data") / "images")
+
+    def run(output_dir, first: int, last: int, *arguments):
+        script = output_dir.with_suffix(".py")
+        script.write_text(FAULTY)
+        command = [
+            sys.executable, script, SCRIPT.parent, first, last, "--train_data_dir", data, "--output_dir", output_dir,
+            *TINY, "--max_train_steps", 24, "--log_steps", 2, "--healthy_state_steps", 4, *arguments,
+        ]  # fmt: skip
+        return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def test_a_gradient_that_is_not_a_number_is_rolled_back(faulty_run, tmp_path):
+    out = tmp_path / "out"
+    result = faulty_run(out, 14, 15)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (event,) = read_metrics(out / "events.jsonl")
+    assert event["kind"] == "rollback" and "not finite: back to step 12" in event["message"] and event["to_step"] == 12
+    records = metrics(out)
+    assert [record["step"] for record in records] == list(range(2, 25, 2))  # nothing is left of what was undone
+    assert {record["energy_learning_rate"] for record in records[:6]} == {5e-4}
+    assert {record["energy_learning_rate"] for record in records[6:]} == {2.5e-4}
+    assert all(torch.isfinite(value).all() for value in weights(out).values())
+
+
+def test_a_run_with_a_rollback_is_gone_on_with_as_such(faulty_run, tmp_path):
+    """Cut off after its rollback: the rate stays lowered, the data in its other order, and the end is the same."""
+    arguments = ["--checkpointing_steps", 20]
+    assert faulty_run(tmp_path / "whole", 14, 15, *arguments).returncode == 0
+    cut = tmp_path / "cut"
+    assert faulty_run(cut, 14, 15, *arguments, "--max_train_steps", 20).returncode == 0
+    assert faulty_run(cut, 99, 99, *arguments, "--resume_from_checkpoint", "latest").returncode == 0
+    expected, found = weights(tmp_path / "whole"), weights(cut)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert metrics(cut)[-1]["energy_learning_rate"] == 2.5e-4
+
+
+def test_a_fault_that_stays_ends_the_run_with_healthy_weights(faulty_run, tmp_path):
+    out = tmp_path / "out"
+    result = faulty_run(out, 14, 999, "--max_rollbacks", 2)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert "after 2 rollbacks" in message and "not finite" in message and "--pretrained_model_name_or_path" in message
+    kinds = [event["kind"] for event in read_metrics(out / "events.jsonl")]
+    assert kinds == ["rollback", "rollback", "stopped"]
+    assert all(torch.isfinite(value).all() for value in weights(out).values())
+    # The way on that the message names.
+    data = [part for part in result.args if part.endswith("images")]
+    arguments = ["--train_data_dir", *data, *TINY, "--max_train_steps", 1, "--pretrained_model_name_or_path", out]
+    succeed(*arguments, "--output_dir", tmp_path / "next")
+
+
+def test_without_the_guard_the_run_ends(faulty_run, tmp_path):
+    result = faulty_run(tmp_path / "out", 14, 15, "--no-divergence_guard")
+    assert result.returncode == 1 and "training has diverged at step 16" in result.stderr

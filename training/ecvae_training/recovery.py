@@ -1,0 +1,135 @@
+"""What is done about divergence: go back, lower the rate, go on with other data."""
+
+import math
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from ecvae_training.guard import DivergenceGuard, HealthyStates
+from ecvae_training.optimization import Trained
+from ecvae_training.output import EVENTS_FILE, RunLog
+
+
+logger = get_logger(__name__)
+
+# Logged steps that a state must outlive without an alarm to be gone back to.
+CONFIRMATIONS = 2
+# Healthy states in a row after which a lowered rate is raised again.
+STATES_TO_RECOVER = 5
+
+
+def record_event(accelerator: Accelerator, output_dir: Path, step: int, kind: str, message: str, **values) -> None:
+    """To the log, and to `events.jsonl`."""
+    logger.warning(f"Step {step}: {message}.")
+    if accelerator.is_main_process:
+        RunLog(output_dir / EVENTS_FILE).write(step=step, kind=kind, message=message, **values)
+
+
+class Recovery:
+    """
+    The guard, the states to go back to, and by how much the energy model's learning rate is lowered (the autoencoder's
+    where nothing is calibrated).
+
+    Each rollback halves the rate. After five healthy states without an alarm it doubles, up to a ceiling: half of the
+    rate at which a run that had been healthy broke down. So a passing fault, which may need several rollbacks, costs
+    little for the rest of the run, and a rate that was too high is not gone back to.
+
+    Args:
+        args: The command line.
+        accelerator ([`Accelerator`]): All processes decide the same, on scalars that were averaged over them.
+        generator, energy ([`Trained`]), ema, calibrator: What a state is made of; `None` where there is none.
+    """
+
+    def __init__(
+        self, args, accelerator: Accelerator, generator: Trained, energy: Trained | None, ema=None, calibrator=None
+    ):
+        self.args, self.accelerator = args, accelerator
+        self.output_dir = Path(args.output_dir)
+        self.lowered = energy or generator
+        self.guard = DivergenceGuard(args.max_dual)
+        parts = {"ema": ema, "calibrator": calibrator, "scaler": accelerator.scaler, "guard": self.guard}
+        for name, trained in (("generator", generator), ("energy", energy)):
+            if trained is not None:
+                parts |= {
+                    f"{name}.{part}": getattr(trained, part) for part in ("network", "optimizer", "lr_scheduler")
+                }
+        self.healthy = HealthyStates(
+            {name: part for name, part in parts.items() if part is not None},
+            args.healthy_states,
+            confirmation=CONFIRMATIONS * args.log_steps,
+        )
+        self.num_rollbacks = 0
+        self.factor = self.ceiling = 1.0
+        self.healthy_since = 0
+
+    def judge(self, step: int, logged: dict[str, float]) -> list[str]:
+        """
+        The guard's alarms about a logged step.
+
+        Raises:
+            FloatingPointError: without the guard, if a value is not finite.
+        """
+        if self.accelerator.scaler is not None:
+            # Loss scaling finds its scale by overflowing now and then, and leaves that step out.
+            logged = {k: v for k, v in logged.items() if not k.endswith("gradient_norm") or math.isfinite(v)}
+        if not self.args.divergence_guard:
+            broken = [name for name, value in logged.items() if not math.isfinite(value)]
+            if broken:
+                raise FloatingPointError(
+                    f"training has diverged at step {step}: {', '.join(broken)} not finite. Lower the rates, or let "
+                    "--divergence_guard go back to a healthy state."
+                )
+            return []
+        alarms, warnings = self.guard.observe(logged)
+        for message in warnings:
+            self.record(step, "warning", message)
+        return alarms
+
+    def keep_healthy(self, step: int) -> None:
+        """No alarm: keep this state if it is time to, and raise a lowered rate again."""
+        if not self.args.divergence_guard:
+            return
+        every = self.args.healthy_state_steps
+        if self.factor < self.ceiling and step - self.healthy_since >= STATES_TO_RECOVER * every:
+            self.factor *= 2
+            self.healthy_since = step
+            self.lowered.scale_learning_rate(self.factor)
+            self.record(step, "recovery", f"healthy again: the rate is {self.factor:g} times the one given")
+        if not self.healthy.states or step - self.healthy.states[-1][0] >= every:
+            self.healthy.take(step)
+
+    def roll_back(self, step: int, alarms: list[str]) -> tuple[int, bool]:
+        """
+        Go back to a healthy state.
+
+        Returns:
+            Its step, and whether the run may go on: not after `--max_rollbacks`.
+        """
+        seen = "; ".join(alarms)
+        was_healthy = self.healthy.was_healthy
+        to_step = self.healthy.restore(step)
+        if self.num_rollbacks == self.args.max_rollbacks:
+            self.record(step, "stopped", f"{seen}: stopped after {self.num_rollbacks} rollbacks", to_step=to_step)
+            return to_step, False
+        self.num_rollbacks += 1
+        self.factor /= 2
+        if was_healthy:
+            self.ceiling = self.factor
+        self.healthy_since = to_step
+        self.lowered.scale_learning_rate(self.factor)
+        message = f"{seen}: back to step {to_step}, rate {self.factor:g} times the one given, data in another order"
+        self.record(step, "rollback", message, to_step=to_step)
+        return to_step, True
+
+    def record(self, step: int, kind: str, message: str, **values) -> None:
+        record_event(self.accelerator, self.output_dir, step, kind, message, **values)
+
+    def state_dict(self) -> dict:
+        names = ("num_rollbacks", "factor", "ceiling", "healthy_since")
+        return {"guard": self.guard.state_dict(), **{name: getattr(self, name) for name in names}}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.guard.load_state_dict(state_dict["guard"])
+        for name in ("num_rollbacks", "factor", "ceiling", "healthy_since"):
+            setattr(self, name, state_dict[name])
