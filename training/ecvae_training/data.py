@@ -78,9 +78,8 @@ def load_train_split(
         return datasets.load_dataset(
             dataset_name, dataset_config_name, cache_dir=cache_dir, split="train", streaming=streaming
         )
-    # RuntimeError: loading scripts, which `datasets` no longer runs, and archives that can't be streamed.
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"--dataset_name {dataset_name!r} can't be loaded: {error}") from error
+    except Exception as error:  # each format has its own ways to fail
+        raise ValueError(f"--dataset_name {dataset_name!r} can't be loaded: {str(error) or 'it is empty'}") from error
 
 
 def find_image_column(features, dataset_name: str, image_column: str | None) -> str:
@@ -149,7 +148,10 @@ def open_image(source: dict | None) -> PIL.Image.Image:
     """
     if source is None:
         raise ValueError("there is none")
-    image = PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
+    try:
+        image = PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
+    except PIL.UnidentifiedImageError:
+        raise ValueError("cannot identify image file") from None  # Pillow adds where the bytes lie in memory
     if image.mode in UNRANGED_MODES:
         image.close()
         raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 or 16 bits")

@@ -26,7 +26,8 @@ class StreamedImages:
 
     The order comes from a buffer of `shuffle_buffer_size` undecoded images, in memory in each process and worker, and
     from shuffling the order of the files. Where there is only one file, or one folder of images, or with
-    `max_train_samples`, the buffer alone mixes the images: make it large if they lie sorted by class.
+    `max_train_samples`, the buffer alone mixes the images: make it large if they lie sorted by class. `datasets` waits
+    5 seconds whenever a pass over Parquet files ends.
 
     Args:
         dataset_name (`str`): Hub id or local folder.
@@ -86,10 +87,10 @@ class StreamedImages:
         try:
             # Formats without a schema show their columns in their first rows only.
             dataset = dataset._resolve_features()
-        except StopIteration:
-            raise ValueError(f"--dataset_name {dataset_name!r} is empty.") from None
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"--dataset_name {dataset_name!r} can't be streamed: {error}") from error
+        except Exception as error:  # each format has its own ways to fail
+            raise ValueError(
+                f"--dataset_name {dataset_name!r} can't be streamed: {str(error) or 'it is empty'}"
+            ) from error
         self.column = find_image_column(dataset.features, dataset_name, image_column)
         # Undecoded, so that a broken image can be named.
         dataset = dataset.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
@@ -108,7 +109,7 @@ class StreamedImages:
             self.num_files = 1
         try:
             num_images = len(self.first(1))
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:
             raise ValueError(f"--dataset_name {dataset_name!r} can't be streamed: {error}") from error
         if num_images == 0:
             raise ValueError(f"--dataset_name {dataset_name!r} holds no image that can be read.")
