@@ -9,6 +9,8 @@ import pytest
 import torch
 from training_runs import SCRIPT, TINY, metrics, weights, write_images
 
+from ecvae_training.output import read_metrics
+
 
 STEPS = 50
 # What Accelerate itself allows when it loads a file of random states: numpy's generator is in it.
@@ -163,3 +165,66 @@ def test_saved_states_load_with_weights_only(two_ranks):
     for path in files:
         with torch.serialization.safe_globals(NUMPY_STATE if path.name.startswith("random_states") else []):
             torch.load(path, weights_only=True)
+
+
+def test_two_ranks_measure_what_one_process_does(data, tmp_path):
+    """Samples, reference images and features are shared out; the figures and the best model are those of one process."""
+    arguments = [
+        "--train_data_dir", data, "--max_train_steps", 4, "--log_steps", 1, "--evaluation_steps", 2,
+        "--evaluation_samples", 41, *TINY[:-1],
+    ]  # fmt: skip
+    run_ranks(1, *arguments, 16, "--output_dir", tmp_path / "one")
+    run_ranks(2, *arguments, 8, "--output_dir", tmp_path / "two")
+    one, two = (read_metrics(tmp_path / name / "evaluations.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in two] == [2, 4]
+    for a, b in zip(one, two):
+        assert a.pop("kernel_distance_std") < 1e-6 and b.pop("kernel_distance_std") < 1e-6  # one subset of 41
+        assert a.pop("features") == b.pop("features")
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-3)
+    for name in ("neighbours/step-000002.png", "best/vae/config.json", "chain/step-000004.png"):
+        assert (tmp_path / "two" / name).is_file()
+    spread = [metrics(tmp_path / name)[0]["energy_real_std"] for name in ("one", "two")]
+    assert spread[0] == pytest.approx(spread[1], rel=1e-2)
+
+
+FAULT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, train_ecvae
+
+class FaultyTrainer(train_ecvae.Trainer):
+    iteration = 0
+
+    def train_step(self, batches):
+        # On one rank only: the others get it with the averaged gradient, and all must decide the same.
+        hook = None
+        if self.iteration == 14 and self.accelerator.process_index == 1:
+            hook = next(self.task.energy_model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+        scalars = super().train_step(batches)
+        if hook is not None:
+            hook.remove()
+        self.iteration += 1
+        return scalars
+
+train_ecvae.Trainer = FaultyTrainer
+train_ecvae.main(train_ecvae.parse_args(sys.argv[2:]))
+"""
+
+
+def test_ranks_go_back_together(data, tmp_path):
+    script, out = tmp_path / "fault.py", tmp_path / "out"
+    script.write_text(FAULT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    arguments = [
+        SCRIPT.parent, "--train_data_dir", data, "--output_dir", out, *TINY, "--max_train_steps", 24, "--log_steps", 2,
+        "--healthy_state_steps", 4,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (event,) = read_metrics(out / "events.jsonl")
+    assert event["kind"] == "rollback" and event["to_step"] == 12
+    assert [record["step"] for record in metrics(out)] == list(range(2, 25, 2))
+    assert all(torch.isfinite(value).all() for value in weights(out).values())

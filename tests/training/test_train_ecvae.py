@@ -14,6 +14,17 @@ from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_training.models import load_pretrained
 
 
+# Runs the script that it is given, in a process whose files can't grow beyond a number of bytes.
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.argv = sys.argv[2:]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "gray")
@@ -159,3 +170,29 @@ def test_broken_images_are_left_out_and_named(tmp_path):
     result = succeed(*arguments, "--skip_broken_images")
     assert "Left out: 2 of 12 images can't be read" in result.stderr and "003.png" in result.stderr
     assert "10 images of 1x16x16" in result.stderr
+
+
+def test_a_checkpoint_that_can_not_be_written(finished, images, tmp_path):
+    """As on a full disk: here no file may be longer than 40 kB. The older checkpoint is whole, and gone on from."""
+    arguments = [
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        tmp_path,
+        *TINY,
+        "--log_steps",
+        1,
+        "--save_images_steps",
+        99,
+    ]
+    arguments += ["--checkpointing_steps", 4]
+    succeed(*arguments, "--max_train_steps", 4)
+    limit = (sys.executable, "-c", LIMITED, "40000")
+    result = run(*arguments, "--max_train_steps", 12, "--resume_from_checkpoint", "latest", launcher=limit)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    message = result.stderr.strip().splitlines()[-1]
+    assert "checkpoint-8 could not be written" in message and "Whole are checkpoint-4: make room" in message
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-4"}
+    succeed(*arguments, "--max_train_steps", 12, "--resume_from_checkpoint", "latest")
+    expected, found = weights(finished), weights(tmp_path)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
