@@ -154,7 +154,6 @@ def test_patience_is_resumed(images, tmp_path):
         ),
         (["--report_to", "tensorboard", "wandb"], "--report_to wandb needs a package"),
         (["--report_to", "paper"], "--report_to: invalid choice"),
-        (["--use_8bit_adam"], "--use_8bit_adam needs a package that is not installed: pip install 'bitsandbytes'"),
         (
             ["--evaluation_steps", "5", "--evaluation_features", "inception"],
             "--evaluation_features inception needs a package that is not installed: pip install 'torch-fidelity'",

@@ -208,7 +208,7 @@ def add_training_arguments(training) -> None:
     training.add_argument(
         "--use_8bit_adam",
         action="store_true",
-        help="Keep both Adam's moments in 8 bits. Needs bitsandbytes and a GPU.",
+        help="Keep the moments of both Adams in 8 bits: less memory. Needs bitsandbytes.",
     )
     training.add_argument(
         "--use_ema",

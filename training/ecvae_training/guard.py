@@ -1,8 +1,9 @@
 """What the guard against divergence watches, and the healthy states that a run can go back to.
 
-Energy-based training explodes in few ways, each of which shows in the logged scalars before the pictures are gone: a
-value that is not finite, an energy gap or a gradient far outside the range it has kept so far, a dual variable that
-stays at its bound while the chain runs away, samples that have all become one.
+Energy-based training breaks down in few ways, each of which shows in the logged scalars before the pictures are gone: a
+value that is not finite; an energy gap, a gradient or a constraint far outside the range it has kept so far; a dual
+variable that stays at its bound while the chain runs away; samples that have all become one; and an energy model that no
+longer tells anything apart, which is how one with spectral normalization breaks, whose energies can't explode.
 """
 
 import collections
@@ -28,7 +29,8 @@ class GuardLimits:
         runaway: Constraint over tolerance from which a pinned lambda is divergence. Below, it is worth a warning: the
             bound is too low for this data, and the run is as healthy as a fixed lambda is.
         min_spread: Samples are dead where their spread over the batch is less than this share of the data's.
-        dead: Observations in a row with dead samples.
+        min_gradient: The energy model is dead where its gradient norm is less than this share of its running median.
+        dead: Observations in a row with dead samples, or a dead energy model.
     """
 
     warmup: int = 20
@@ -37,6 +39,7 @@ class GuardLimits:
     pinned: int = 50
     runaway: float = 10.0
     min_spread: float = 0.05
+    min_gradient: float = 0.1
     dead: int = 5
 
 
@@ -44,17 +47,20 @@ class DivergenceGuard:
     """
     Call `observe` with each logged step's scalars.
 
-    The energy gap (calibrated samples minus data), gradient norms, reconstruction and drift are held against their own
-    running ranges, `dual` against `max_dual`, `sample_spread` against `data_spread`.
+    The energy gap (calibrated samples minus data), reconstruction, and the largest gradient norms and constraint since the
+    last logged step are held against their own running ranges, `dual` against `max_dual`, `sample_spread` against
+    `data_spread`.
     """
 
-    RANGED = ("energy_gap", "gradient_norm", "energy_gradient_norm", "reconstruction", "drift")
+    RANGED = ("energy_gap", "gradient_norm_max", "energy_gradient_norm_max", "reconstruction", "constraint_max")
+
+    COUNTERS = ("observations", "at_bound", "spreadless", "gradientless")
 
     def __init__(self, max_dual: float, limits: GuardLimits = GuardLimits()):
         self.max_dual = max_dual
         self.limits = limits
         self.history = {name: collections.deque(maxlen=limits.window) for name in self.RANGED}
-        self.observations = self.at_bound = self.spreadless = 0
+        self.observations = self.at_bound = self.spreadless = self.gradientless = 0
 
     def observe(self, scalars: dict[str, float]) -> tuple[list[str], list[str]]:
         """
@@ -67,7 +73,18 @@ class DivergenceGuard:
         self.observations += 1
         if "energy_targets" in scalars:
             scalars = {**scalars, "energy_gap": scalars["energy_targets"] - scalars["energy_real"]}
-        alarms = [found for name in self.RANGED if (found := self.outside(name, scalars.get(name)))]
+        alarms = []
+        history = self.history["energy_gradient_norm_max"]
+        if len(history) >= self.limits.warmup:
+            median = statistics.median(history)
+            dead = scalars["energy_gradient_norm_max"] < self.limits.min_gradient * median
+            self.gradientless = self.gradientless + 1 if dead else 0
+            if self.gradientless >= self.limits.dead:
+                alarms.append(
+                    f"the energy model is dead (gradient norm {scalars['energy_gradient_norm_max']:.4g}, running median "
+                    f"{median:.4g})"
+                )
+        alarms += [found for name in self.RANGED if (found := self.outside(name, scalars.get(name)))]
         warnings = []
         self.at_bound = self.at_bound + 1 if scalars.get("dual", -1.0) >= self.max_dual else 0
         if self.at_bound >= self.limits.pinned:
@@ -106,13 +123,13 @@ class DivergenceGuard:
         return None
 
     def state_dict(self) -> dict:
-        counters = {name: getattr(self, name) for name in ("observations", "at_bound", "spreadless")}
+        counters = {name: getattr(self, name) for name in self.COUNTERS}
         return {"history": {name: list(values) for name, values in self.history.items()}, **counters}
 
     def load_state_dict(self, state_dict: dict) -> None:
         for name, values in state_dict["history"].items():
             self.history[name] = collections.deque(values, maxlen=self.limits.window)
-        for name in ("observations", "at_bound", "spreadless"):
+        for name in self.COUNTERS:
             setattr(self, name, state_dict[name])
 
 

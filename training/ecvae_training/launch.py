@@ -32,8 +32,6 @@ def build_accelerator(args) -> Accelerator:
         )
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise ValueError("--mixed_precision fp16 needs an accelerator, and there is none: use bf16 or no.")
-    if accelerator.device.type == "cpu" and args.use_8bit_adam:
-        raise ValueError("--use_8bit_adam needs a GPU, and there is none.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
     diffusers_logging.set_verbosity_error()

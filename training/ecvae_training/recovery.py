@@ -15,8 +15,6 @@ logger = get_logger(__name__)
 
 # Logged steps that a state must outlive without an alarm to be gone back to.
 CONFIRMATIONS = 2
-# Healthy states in a row after which a lowered rate is raised again.
-STATES_TO_RECOVER = 5
 
 
 def record_event(accelerator: Accelerator, output_dir: Path, step: int, kind: str, message: str, **values) -> None:
@@ -31,8 +29,8 @@ class Recovery:
     The guard, the states to go back to, and by how much the energy model's learning rate is lowered (the autoencoder's
     where nothing is calibrated).
 
-    Each rollback halves the rate. After five healthy states without an alarm it doubles, up to a ceiling: half of the
-    rate at which a run that had been healthy broke down. So a passing fault, which may need several rollbacks, costs
+    Each rollback halves the rate. With each healthy state that follows it doubles, up to a ceiling: half of the rate at
+    which a run that had been healthy broke down. So a passing fault, which may need several rollbacks, costs
     little for the rest of the run, and a rate that was too high is not gone back to.
 
     Args:
@@ -72,7 +70,7 @@ class Recovery:
         """
         if self.accelerator.scaler is not None:
             # Loss scaling finds its scale by overflowing now and then, and leaves that step out.
-            logged = {k: v for k, v in logged.items() if not k.endswith("gradient_norm") or math.isfinite(v)}
+            logged = {k: v for k, v in logged.items() if "gradient_norm" not in k or math.isfinite(v)}
         if not self.args.divergence_guard:
             broken = [name for name, value in logged.items() if not math.isfinite(value)]
             if broken:
@@ -91,7 +89,7 @@ class Recovery:
         if not self.args.divergence_guard:
             return
         every = self.args.healthy_state_steps
-        if self.factor < self.ceiling and step - self.healthy_since >= STATES_TO_RECOVER * every:
+        if self.factor < self.ceiling and step - self.healthy_since >= every:
             self.factor *= 2
             self.healthy_since = step
             self.lowered.scale_learning_rate(self.factor)

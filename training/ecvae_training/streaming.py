@@ -245,13 +245,19 @@ class ImageChunks(torch.utils.data.IterableDataset):
 
 
 def fetch(source: dict | None) -> dict | None:
-    """Read an image that lies on another machine or in an archive: Pillow opens local files only."""
+    """
+    Read an image that lies on another machine or in an archive, where Pillow can't open it. One that does not exist is
+    left as it is, for Pillow to say so; a failing connection raises whatever its file system raises.
+    """
     if source is None or source["bytes"] is not None or "://" not in (source["path"] or ""):
         return source
     from datasets.utils.file_utils import xopen
 
-    with xopen(source["path"], "rb") as file:
-        return {"bytes": file.read(), "path": source["path"]}
+    try:
+        with xopen(source["path"], "rb") as file:
+            return {"bytes": file.read(), "path": source["path"]}
+    except FileNotFoundError:
+        return source
 
 
 def describe(source: dict | None) -> str:

@@ -103,19 +103,20 @@ class Trainer:
         self.args, self.accelerator, self.feed, self.task, self.num_steps = args, accelerator, feed, task, num_steps
         self.output_dir = Path(args.output_dir)
         self.step = 0
+        self.peaks: dict[str, torch.Tensor] = {}
         self.images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.calibrator = self.energy = self.ema = None
-        if args.gradient_checkpointing:
-            task.generator.enable_gradient_checkpointing()
-        task.generator.to(memory_format=torch.channels_last)
+        for network in (task.generator, task.energy_model):
+            if network is not None and args.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+            # bitsandbytes would lay parameters out contiguously again, at the first step.
+            if network is not None and not args.use_8bit_adam:
+                network.to(memory_format=torch.channels_last)
         # Before `prepare`, so that its modules carry no wrapper into the saved average.
         if args.use_ema:
             self.ema = moving_average(task.generator, args.ema_max_decay).to(accelerator.device)
         self.generator = build_trained(args, accelerator, task.generator, args.learning_rate, num_steps)
         if task.energy_model is not None:
-            if args.gradient_checkpointing:
-                task.energy_model.enable_gradient_checkpointing()
-            task.energy_model.to(memory_format=torch.channels_last)
             self.energy = build_trained(args, accelerator, task.energy_model, args.energy_learning_rate, num_steps)
             self.calibrator = self.build_calibrator()
         self.recovery = Recovery(args, accelerator, self.generator, self.energy, self.ema, self.calibrator)
@@ -285,6 +286,12 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
         scalars |= own
+        # What happens between two logged steps must not be missed; on the device, so that nothing waits for it.
+        peaks = {f"{name}_max": value for name, value in scalars.items() if name.endswith("gradient_norm")}
+        if energy is not None:
+            peaks["constraint_max"] = constraint
+        for name, value in peaks.items():
+            self.peaks[name] = torch.maximum(self.peaks.get(name, value), value)
         if (self.step + 1) % args.log_steps == 0 or self.step + 1 == self.num_steps:
             scalars["data_spread"] = batch_spread(real)
             if energy is not None:
@@ -298,7 +305,8 @@ class Trainer:
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
         """Write the step's scalars, show some of them, and return the guard's alarms."""
         accelerator, args = self.accelerator, self.args
-        logged = reduce_scalars(accelerator, scalars)
+        logged = reduce_scalars(accelerator, {**scalars, **self.peaks})
+        self.peaks.clear()
         if self.calibrator is not None:
             logged |= {"dual": self.calibrator.dual.item(), "tolerance": self.calibrator.resolve_tolerance()}
             logged["langevin_drift_step"] = self.calibrator.drift_step_size
