@@ -28,8 +28,8 @@ def write_images(folder: Path, count: int = 24, mode: str = "L", size: int = 16)
     return folder
 
 
-def run(*arguments, launcher=(sys.executable,)) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def run(*arguments, launcher=(sys.executable,), environment=()) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **dict(environment)}
     command = [*launcher, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
@@ -38,6 +38,50 @@ def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
     result = run(*arguments, **kwargs)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+# Iterations are counted as they are run: the fault is over when it has been lived through. It is on the last rank alone:
+# the others get it with the averaged gradient, and all must decide the same.
+FAULTY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, train_ecvae
+
+faulty = range(int(sys.argv[2]), int(sys.argv[3]))
+
+class FaultyTrainer(train_ecvae.Trainer):
+    iteration = 0
+
+    def train_step(self, batches):
+        hook = None
+        if self.iteration in faulty and self.accelerator.is_last_process:
+            hook = next(self.task.energy_model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+        scalars = super().train_step(batches)
+        if hook is not None:
+            hook.remove()
+        self.iteration += 1
+        return scalars
+
+train_ecvae.Trainer = FaultyTrainer
+try:
+    train_ecvae.main(train_ecvae.parse_args(sys.argv[4:]))
+except (train_ecvae.Stopped, FloatingPointError) as message:
+    sys.exit(str(message))
+"""
+
+
+def run_with_fault(
+    data: Path, output_dir: Path, first: int, last: int, *arguments, launcher=(sys.executable,), environment=()
+) -> subprocess.CompletedProcess:
+    """24 steps, with an energy gradient that is not a number in the iterations from `first` to `last` (excluded)."""
+    script = output_dir.with_suffix(".py")
+    script.write_text(FAULTY)
+    command = [
+        *launcher, script, SCRIPT.parent, first, last, "--train_data_dir", data, "--output_dir", output_dir, *TINY,
+        "--max_train_steps", 24, "--log_steps", 2, "--healthy_state_steps", 4, *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
 
 
 def metrics(output_dir: Path) -> list[dict]:

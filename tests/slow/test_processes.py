@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_runs import SCRIPT, TINY, metrics, weights, write_images
+from training_runs import SCRIPT, TINY, metrics, run_with_fault, weights, write_images
 
 from ecvae_training.output import read_metrics
 
@@ -187,44 +187,11 @@ def test_two_ranks_measure_what_one_process_does(data, tmp_path):
     assert spread[0] == pytest.approx(spread[1], rel=1e-2)
 
 
-FAULT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch, train_ecvae
-
-class FaultyTrainer(train_ecvae.Trainer):
-    iteration = 0
-
-    def train_step(self, batches):
-        # On one rank only: the others get it with the averaged gradient, and all must decide the same.
-        hook = None
-        if self.iteration == 14 and self.accelerator.process_index == 1:
-            hook = next(self.task.energy_model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
-        scalars = super().train_step(batches)
-        if hook is not None:
-            hook.remove()
-        self.iteration += 1
-        return scalars
-
-train_ecvae.Trainer = FaultyTrainer
-train_ecvae.main(train_ecvae.parse_args(sys.argv[2:]))
-"""
-
-
 def test_ranks_go_back_together(data, tmp_path):
-    script, out = tmp_path / "fault.py", tmp_path / "out"
-    script.write_text(FAULT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    arguments = [
-        SCRIPT.parent, "--train_data_dir", data, "--output_dir", out, *TINY, "--max_train_steps", 24, "--log_steps", 2,
-        "--healthy_state_steps", 4,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    result = run_with_fault(data, tmp_path / "out", 14, 15, launcher=launcher)
     assert result.returncode == 0, result.stderr[-3000:]
-    (event,) = read_metrics(out / "events.jsonl")
-    assert event["kind"] == "rollback" and event["to_step"] == 12
-    assert [record["step"] for record in metrics(out)] == list(range(2, 25, 2))
-    assert all(torch.isfinite(value).all() for value in weights(out).values())
+    event, recovery = read_metrics(tmp_path / "out" / "events.jsonl")
+    assert event["kind"] == "rollback" and event["to_step"] == 12 and recovery["kind"] == "recovery"
+    assert [record["step"] for record in metrics(tmp_path / "out")] == list(range(2, 25, 2))
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())

@@ -196,18 +196,3 @@ def test_a_checkpoint_that_can_not_be_written(finished, images, tmp_path):
     succeed(*arguments, "--max_train_steps", 12, "--resume_from_checkpoint", "latest")
     expected, found = weights(finished), weights(tmp_path)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-
-
-def test_adam_in_8_bits(images, tmp_path):
-    """The moments of large parameters are bytes, and a run cut in two equals a run in one."""
-    arguments = ["--train_data_dir", images, *TINY, "--block_out_channels", 16, 32, "--use_8bit_adam", "--log_steps", 1]
-    succeed(*arguments, "--output_dir", tmp_path / "whole", "--max_train_steps", 8, "--checkpointing_steps", 8)
-    for last in (4, 8):
-        resume = ["--checkpointing_steps", 4, "--resume_from_checkpoint", "latest", "--max_train_steps", last]
-        succeed(*arguments, "--output_dir", tmp_path / "cut", *resume)
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    for file in ("optimizer.bin", "optimizer_1.bin"):
-        state = torch.load(tmp_path / "whole" / "checkpoint-8" / file, weights_only=True)["state"]
-        moments = [entry.get("__bnb_optimizer_quant_state__", entry)["state2"] for entry in state.values()]
-        assert {moment.dtype for moment in moments} == {torch.uint8, torch.float32}

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ecvae_training.data import ImageDataset, collate, load_images
+from ecvae_training.streaming import StreamedImages
 
 
 logger = logging.getLogger(__name__)
@@ -69,18 +70,28 @@ class DecodedFeed:
 
 
 class StreamFeed:
-    """Batches of [`StreamedImages`], a share a process."""
+    """
+    Batches of [`StreamedImages`], a share a process.
+
+    Raises:
+        ValueError: if there are fewer images than one batch a process.
+    """
 
     num_images = None
     batches_per_epoch = None
 
-    def __init__(self, stream, device: torch.device, batch_size: int, num_workers: int):
+    def __init__(self, stream: StreamedImages, accelerator: Accelerator, batch_size: int, num_workers: int):
         self.stream = stream
-        self.device = device
+        self.device = accelerator.device
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.channels = stream.channels
-        self.kept: torch.Tensor | None = None
+        self.kept = stream.first(batch_size * accelerator.num_processes)
+        if len(self.kept) < batch_size * accelerator.num_processes:
+            raise ValueError(
+                f"--train_batch_size must be at most the number of images a process "
+                f"({len(self.kept) // accelerator.num_processes}), but is {batch_size}."
+            )
 
     def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
         for batch in self.stream.batches(self.batch_size, first_batch, reseed, self.num_workers):
@@ -88,7 +99,7 @@ class StreamFeed:
 
     def reference(self, count: int) -> torch.Tensor:
         """At most `count` images, the first of the stream, uint8."""
-        if self.kept is None or len(self.kept) < count:
+        if len(self.kept) < count:
             self.kept = self.stream.first(count)
         return self.kept[:count]
 
@@ -96,8 +107,6 @@ class StreamFeed:
 def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
     """The data that the command line names, opened and checked. Raises what `load_images` and the feeds raise."""
     if args.streaming:
-        from ecvae_training.streaming import StreamedImages
-
         stream = StreamedImages(
             args.dataset_name,
             args.dataset_config_name,
@@ -112,7 +121,7 @@ def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        return StreamFeed(stream, accelerator.device, args.train_batch_size, args.dataloader_num_workers)
+        return StreamFeed(stream, accelerator, args.train_batch_size, args.dataloader_num_workers)
     images = load_images(
         args.dataset_name,
         args.dataset_config_name,

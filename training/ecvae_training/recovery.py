@@ -29,15 +29,17 @@ class Recovery:
     The guard, the states to go back to, and by how much the energy model's learning rate is lowered (the autoencoder's
     where nothing is calibrated).
 
-    Each rollback halves the rate. With each healthy state that follows it doubles, up to a ceiling: half of the rate at
-    which a run that had been healthy broke down. So a passing fault, which may need several rollbacks, costs
-    little for the rest of the run, and a rate that was too high is not gone back to.
+    Each rollback halves the rate. With each healthy state that follows it doubles, up to a ceiling, which is the rate given
+    after the first breakdown of a healthy run, and half of the last one after each further breakdown. So a passing
+    fault, which may need several rollbacks, costs the rest of the run nothing, and a rate that is too high is left.
 
     Args:
         args: The command line.
         accelerator ([`Accelerator`]): All processes decide the same, on scalars that were averaged over them.
         generator, energy ([`Trained`]), ema, calibrator: What a state is made of; `None` where there is none.
     """
+
+    NUMBERS = ("num_rollbacks", "num_breakdowns", "factor", "healthy_since")
 
     def __init__(
         self, args, accelerator: Accelerator, generator: Trained, energy: Trained | None, ema=None, calibrator=None
@@ -57,8 +59,8 @@ class Recovery:
             args.healthy_states,
             confirmation=CONFIRMATIONS * args.log_steps,
         )
-        self.num_rollbacks = 0
-        self.factor = self.ceiling = 1.0
+        self.num_rollbacks = self.num_breakdowns = 0
+        self.factor = 1.0
         self.healthy_since = 0
 
     def judge(self, step: int, logged: dict[str, float]) -> list[str]:
@@ -89,7 +91,8 @@ class Recovery:
         if not self.args.divergence_guard:
             return
         every = self.args.healthy_state_steps
-        if self.factor < self.ceiling and step - self.healthy_since >= every:
+        ceiling = 0.5 ** max(self.num_breakdowns - 1, 0)
+        if self.factor < ceiling and step - self.healthy_since >= every:
             self.factor *= 2
             self.healthy_since = step
             self.lowered.scale_learning_rate(self.factor)
@@ -112,8 +115,7 @@ class Recovery:
             return to_step, False
         self.num_rollbacks += 1
         self.factor /= 2
-        if was_healthy:
-            self.ceiling = self.factor
+        self.num_breakdowns += was_healthy
         self.healthy_since = to_step
         self.lowered.scale_learning_rate(self.factor)
         message = f"{seen}: back to step {to_step}, rate {self.factor:g} times the one given, data in another order"
@@ -124,10 +126,9 @@ class Recovery:
         record_event(self.accelerator, self.output_dir, step, kind, message, **values)
 
     def state_dict(self) -> dict:
-        names = ("num_rollbacks", "factor", "ceiling", "healthy_since")
-        return {"guard": self.guard.state_dict(), **{name: getattr(self, name) for name in names}}
+        return {"guard": self.guard.state_dict(), **{name: getattr(self, name) for name in self.NUMBERS}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.guard.load_state_dict(state_dict["guard"])
-        for name in ("num_rollbacks", "factor", "ceiling", "healthy_since"):
+        for name in self.NUMBERS:
             setattr(self, name, state_dict[name])
