@@ -93,6 +93,21 @@ def test_flags_of_a_config(write):
     assert args.random_flip is True
 
 
+def test_the_command_line_takes_flags_of_a_config_back(write):
+    path = write("random_flip: true\nstreaming: true\ngradient_checkpointing: true")
+    args = parse_args(["--config", path, "--no-random_flip", "--no-streaming", "--no-gradient_checkpointing", *GIVEN])
+    assert (args.random_flip, args.streaming, args.gradient_checkpointing) == (False, False, False)
+
+
+def test_words_that_yaml_or_argparse_read_otherwise(write):
+    args = parse_args(["--config", write("mixed_precision: no\noutput_dir: -x"), *GIVEN[:2]])
+    assert (args.mixed_precision, args.output_dir) == ("no", "-x")
+
+
+def test_a_shortened_argument_is_read_too(write):
+    assert parse_args(["--conf", write("resolution: 64"), *GIVEN]).resolution == 64
+
+
 def test_one_of_a_pair_on_the_command_line_replaces_the_other_in_the_config(write):
     path = write("dataset_name: a\nimage_column: img\nmax_train_steps: 9\noutput_dir: out")
     args = parse_args(["--config", path])
@@ -112,6 +127,10 @@ def test_one_of_a_pair_on_the_command_line_replaces_the_other_in_the_config(writ
         ("resolution: 32\nrezolution: 32", "holds what is no argument: rezolution."),
         ("config: other.yaml", "holds what is no argument: config."),
         ("resolution: big", "argument --resolution: invalid int value: 'big'"),
+        ("resolution: true", "resolution must be one value, but is True."),
+        ("resolution: [32, 64]", "resolution must be one value, but is [32, 64]."),
+        ("random_flip: 'false'", "random_flip must be true or false, but is 'false'."),
+        ("use_ema: 1", "use_ema must be true or false, but is 1."),
         ("learning_rate: fast", "argument --learning_rate: invalid float value: 'fast'"),
         ("block_out_channels: [16, wide]", "argument --block_out_channels: invalid int value: 'wide'"),
         ("block_out_channels: []", "argument --block_out_channels: expected at least one argument"),

@@ -59,7 +59,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.early_stopping_patience is not None and args.evaluation_steps is None:
         parser.error("--early_stopping_patience needs --evaluation_steps.")
     if args.streaming and (args.dataset_name is None or args.num_epochs is not None or args.in_channels is None):
-        parser.error("--streaming needs --dataset_name, --in_channels and --max_train_steps: it can't look ahead.")
+        parser.error(
+            "--streaming needs --dataset_name, --in_channels and --max_train_steps: it can't look ahead. See "
+            "--no-streaming."
+        )
     for name, allowed, least in (
         ("calibration_tolerance", "'auto' or a finite number above 0", math.ulp(0.0)),
         ("langevin_drift_step", "'auto' or a finite number of at least 0", 0.0),

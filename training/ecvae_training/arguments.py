@@ -57,18 +57,27 @@ def add_data_arguments(data) -> None:
         help="1 gray, 3 RGB, 4 RGBA. Gray if every image is, else RGB, if not given.",
     )
     data.add_argument(
-        "--skip_broken_images", action="store_true", help="Leave out images that can't be read, and say which."
+        "--skip_broken_images",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Leave out images that can't be read, and say which.",
     )
     data.add_argument(
         "--streaming",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="Read --dataset_name while training instead of before: for what doesn't fit on the disk. Needs "
         "--max_train_steps and --in_channels. Resumed, its shuffle buffer is filled anew: not bit for bit.",
     )
     data.add_argument(
         "--shuffle_buffer_size", type=int, default=10_000, help="Images that --streaming draws each next one from."
     )
-    data.add_argument("--random_flip", action="store_true", help="Flip images left to right at random.")
+    data.add_argument(
+        "--random_flip",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Flip images left to right at random.",
+    )
     data.add_argument(
         "--dataloader_num_workers", type=int, default=0, help="Processes that load data; 0: the main one."
     )
@@ -172,7 +181,8 @@ def add_training_arguments(training) -> None:
     training.add_argument("--output_dir", help="Becomes the pipeline's folder.")
     training.add_argument(
         "--overwrite_output_dir",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="Replace the finished run in --output_dir. Only a folder that this script wrote is ever replaced.",
     )
     training.add_argument("--seed", type=int, default=0, help="Seed of weights, data order and noise.")
@@ -182,7 +192,10 @@ def add_training_arguments(training) -> None:
     )
     training.add_argument("--max_grad_norm", type=float, help="Clip the gradient of each network to this norm.")
     training.add_argument(
-        "--gradient_checkpointing", action="store_true", help="Compute activations again in backward: less memory."
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Compute activations again in backward: less memory.",
     )
     training.add_argument("--num_epochs", type=int, help="Passes over the data, instead of --max_train_steps.")
     training.add_argument(
@@ -207,7 +220,8 @@ def add_training_arguments(training) -> None:
     training.add_argument("--adam_weight_decay", type=float, default=0.0, help="Of both optimizers (AdamW).")
     training.add_argument(
         "--use_8bit_adam",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="Keep the moments of both Adams in 8 bits: less memory. Needs bitsandbytes.",
     )
     training.add_argument(
@@ -318,10 +332,22 @@ def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]
             entries = {name: value for name, value in entries.items() if name not in pair}
     arguments = []
     for name, value in entries.items():
-        if value is True or (value is False and isinstance(actions[name], argparse.BooleanOptionalAction)):
+        # YAML reads a bare `no` as false.
+        if value is False and "no" in (actions[name].choices or ()):
+            value = "no"
+        if value is None:
+            continue
+        if actions[name].nargs == 0:
+            if not isinstance(value, bool):
+                parser.error(f"--config {path!r}: {name} must be true or false, but is {value!r}.")
             arguments.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not False and value is not None:
+        elif actions[name].nargs == "+":
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, (bool, list, dict)):
+            parser.error(f"--config {path!r}: {name} must be one value, but is {value!r}.")
+        else:
+            # In one piece, so that a value may start with a dash.
+            arguments.append(f"--{name}={value}")
     return arguments
 
 
@@ -331,9 +357,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    path = config.parse_known_args(argv)[0].config
+    path = parser.parse_args(argv).config
     args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
     check_arguments(parser, args)
     return args

@@ -16,11 +16,18 @@ from ecvae_training.output import ENERGIES_FILE, RunLog, image_grid, save_atomic
 NUM_GRID_IMAGES = 64
 NUM_CHAIN_IMAGES = 8
 NUM_ENERGIES = 256
+# Above this many pixels a side, fewer of them: chains through 256 images of 256 px took 15 GiB and minutes.
+FULL_SIZE = 32
 
 
 def to_range(images: torch.Tensor) -> torch.Tensor:
     """uint8 -> [-1, 1]."""
     return images.float() / 127.5 - 1.0
+
+
+def num_energies(resolution: int) -> int:
+    """Images to take energies of: as many pixels at each resolution, but at least 32 images."""
+    return max(32, min(NUM_ENERGIES, NUM_ENERGIES * FULL_SIZE**2 // resolution**2))
 
 
 def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
@@ -70,12 +77,15 @@ class Observer:
         task: The run's [`Task`].
         images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): Data to reconstruct and to take energies of.
         seed (`int`): Draws latents and the chain's noise, the same ones at each step.
+        batch_size (`int`): Images at a time: that of training, whose memory is there.
     """
 
-    def __init__(self, output_dir, task, images: torch.Tensor, seed: int, device: torch.device):
+    def __init__(self, output_dir, task, images: torch.Tensor, seed: int, device: torch.device, batch_size: int):
         self.output_dir, self.task, self.seed, self.device = output_dir, task, seed, device
+        self.batch_size = batch_size
         self.images = images
-        self.latents = task.latents(NUM_ENERGIES, seed).to(device)
+        self.num_energies = num_energies(images.shape[-1])
+        self.latents = task.latents(max(NUM_GRID_IMAGES, self.num_energies), seed).to(device)
 
     @torch.no_grad()
     def observe(self, step: int, exported, generator, calibrator: EnergyCalibrator | None) -> None:
@@ -86,26 +96,34 @@ class Observer:
             generator: The generator that is being trained, which is what the energy model sees.
             calibrator: `None` where nothing is calibrated.
         """
-        samples = self.task.sample(exported, self.latents[:NUM_GRID_IMAGES])
+        samples = self.in_batches(lambda z: self.task.sample(exported, z), self.latents[:NUM_GRID_IMAGES])
         self.save("samples", step, image_grid(samples, num_columns=8))
         images = to_range(self.images[: NUM_GRID_IMAGES // 2].to(self.device))
-        self.save("reconstructions", step, pairs_grid(images, self.task.reconstruct(exported, images)))
+        reconstructions = self.in_batches(lambda x: self.task.reconstruct(exported, x), images)
+        self.save("reconstructions", step, pairs_grid(images, reconstructions))
         if calibrator is None:
             return
-        samples = self.task.sample(generator, self.latents)
         noise = torch.Generator(device=self.device).manual_seed(self.seed)
-        states = calibrator.run_chain(samples, noise, return_trajectory=True)
+
+        def run_chain(latents: torch.Tensor) -> torch.Tensor:
+            samples = self.task.sample(generator, latents)
+            return calibrator.run_chain(samples, noise, return_trajectory=True).transpose(0, 1)
+
+        states = self.in_batches(run_chain, self.latents[: self.num_energies]).transpose(0, 1)
         self.save("chain", step, chain_strip(states[:, :NUM_CHAIN_IMAGES]))
         with frozen(calibrator.energy_model):
-            energies = {
-                name: [round(e, 5) for e in compute_energy(calibrator.energy_model, images).tolist()]
-                for name, images in (
-                    ("data", to_range(self.images[:NUM_ENERGIES].to(self.device))),
-                    ("samples", states[0]),
-                    ("targets", states[-1]),
-                )
-            }
+            energies = {}
+            for name, images in (
+                ("data", to_range(self.images[: self.num_energies].to(self.device))),
+                ("samples", states[0]),
+                ("targets", states[-1]),
+            ):
+                values = self.in_batches(lambda x: compute_energy(calibrator.energy_model, x), images)
+                energies[name] = [round(e, 5) for e in values.tolist()]
         RunLog(self.output_dir / ENERGIES_FILE).write(step=step, **energies)
+
+    def in_batches(self, function, whole: torch.Tensor) -> torch.Tensor:
+        return torch.cat([function(part) for part in whole.split(self.batch_size)])
 
     def save(self, kind: str, step: int, picture: PIL.Image.Image) -> None:
         save_atomically(picture, step_file(self.output_dir, kind, step))

@@ -185,7 +185,9 @@ def histograms_html(records: list[dict]) -> str:
                 # Of at most 5 colours the data's is filled and the others are lines: all three can be seen where they overlap.
                 style = {"histtype": "stepfilled", "alpha": 0.35} if kind == "data" else {"histtype": "step"}
                 weights = np.full(len(values), 1 / len(values))
-                axis.hist(values.clip(edges[0], edges[-1]), edges, weights=weights, color=colour, linewidth=1.4, **style)
+                axis.hist(
+                    values.clip(edges[0], edges[-1]), edges, weights=weights, color=colour, linewidth=1.4, **style
+                )
             axis.set_yticks([])
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_visible(False)

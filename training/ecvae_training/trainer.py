@@ -228,7 +228,9 @@ class Trainer:
             cut_run(output_dir, self.step)
             (output_dir / ARGUMENTS_FILE).write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
             images = self.feed.reference(NUM_ENERGIES)
-            self.observer = Observer(output_dir, self.task, images, args.seed, self.accelerator.device)
+            self.observer = Observer(
+                output_dir, self.task, images, args.seed, self.accelerator.device, args.train_batch_size
+            )
         if args.report_to is not None:
             flat = {
                 name: value if isinstance(value, (int, float, str)) else str(value)
