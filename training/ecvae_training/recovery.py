@@ -29,9 +29,9 @@ class Recovery:
     The guard, the states to go back to, and by how much the energy model's learning rate is lowered (the autoencoder's
     where nothing is calibrated).
 
-    Each rollback halves the rate. With each healthy state that follows it doubles, up to a ceiling, which is the rate given
-    after the first breakdown of a healthy run, and half of the last one after each further breakdown. So a passing
-    fault, which may need several rollbacks, costs the rest of the run nothing, and a rate that is too high is left.
+    Each rollback halves the rate, until there is a healthy state again. Then it is the rate given, after the first
+    breakdown of a healthy run; half of it after the second one; and so on. So a passing fault, which may need several
+    rollbacks, costs the rest of the run nothing, and a rate that is too high is left for good.
 
     Args:
         args: The command line.
@@ -93,8 +93,7 @@ class Recovery:
         every = self.args.healthy_state_steps
         ceiling = 0.5 ** max(self.num_breakdowns - 1, 0)
         if self.factor < ceiling and step - self.healthy_since >= every:
-            self.factor *= 2
-            self.healthy_since = step
+            self.factor = ceiling
             self.lowered.scale_learning_rate(self.factor)
             self.record(step, "recovery", f"healthy again: the rate is {self.factor:g} times the one given")
         if not self.healthy.states or step - self.healthy.states[-1][0] >= every:
