@@ -17,7 +17,7 @@ import PIL.Image
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter  # noqa: E402
 
 
 # What makes a file known as a report of ours, which may be replaced.
@@ -27,7 +27,8 @@ MAX_POINTS = 500
 MAX_PICTURE_SIZE = 1600
 # Beyond it matplotlib's own arithmetic overflows.
 MAX_VALUE = 1e30
-COLOURS = ("#2563b0", "#d97706", "#178a5b", "#9333a8")
+# Green is kept for what is healthy.
+COLOURS = ("#2563b0", "#d97706", "#9333a8", "#5b6470")
 HEALTHY_COLOUR = "#178a5b"
 EVENT_COLOURS = {"warning": "#d97706", "rollback": "#c62828", "stopped": "#c62828"}
 KINDS_OF_ENERGY = {"data": "data", "samples": "prior samples", "targets": "calibrated samples"}
@@ -48,12 +49,16 @@ STYLE = {
 
 @dataclass
 class Curve:
-    """Values over a chart's steps, with a band of `spread` to each side where it is given."""
+    """
+    Values over a chart's steps, with a band of `spread` to each side where it is given. Of curves that lie on one
+    another, the first is to have the greatest width.
+    """
 
     label: str
     values: np.ndarray
     spread: np.ndarray | None = None
     style: str = "-"
+    width: float = 1.4
 
 
 @dataclass
@@ -94,7 +99,7 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def draw_curve(axis, steps: np.ndarray, curve: Curve, colour: str) -> None:
     mean, low, high = thinned(curve.values)
     marker = "." if len(mean) <= 40 else None
-    axis.plot(steps, mean, curve.style, color=colour, label=curve.label, linewidth=1.4, marker=marker)
+    axis.plot(steps, mean, curve.style, color=colour, label=curve.label, linewidth=curve.width, marker=marker)
     if curve.spread is not None:
         spread = thinned(curve.spread)[0]
         axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
@@ -118,6 +123,15 @@ def value_limits(chart: Chart) -> tuple[float, float] | None:
         return None
     margin = 0.06 * (ends.max() - ends.min())
     return ends.min() - margin, ends.max() + margin
+
+
+def use_log_scale(axis) -> None:
+    """Logarithmic values with plain numbers at the ticks: 1, 2 and 5 of each decade where there are few decades."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def mark_events(axis, events: Iterable[dict]) -> None:
@@ -146,11 +160,11 @@ def chart_html(chart: Chart, events: Sequence[dict]) -> str:
                 curve.values = np.where(curve.values > 0, curve.values, np.nan)
             draw_curve(axis, steps, curve, colour)
         if log:
-            axis.set_yscale("log")
+            use_log_scale(axis)
         elif limits := value_limits(chart):
             axis.set_ylim(*limits)
         mark_events(axis, events)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         axis.set_xlabel("step")
         if len(chart.curves) > 1 or chart.healthy is not None:
             axis.legend()
@@ -159,7 +173,7 @@ def chart_html(chart: Chart, events: Sequence[dict]) -> str:
     image = f'<img src="{source}" alt="{html.escape(f"Chart of {chart.title} over the steps: {names}")}">'
     return (
         f'<figure class="chart"><h3>{html.escape(chart.title)}</h3><div class="card">{image}</div>'
-        f"<figcaption>{html.escape(chart.note)}</figcaption></figure>"
+        f"<figcaption>{prose_html(chart.note)}</figcaption></figure>"
     )
 
 
@@ -169,9 +183,10 @@ def histograms_html(records: list[dict]) -> str:
     if not panels:
         return ""
     panels = spread_over(panels, 8)
-    everything = np.concatenate([values for _, kinds in panels for values in kinds.values()])
-    low, high = np.percentile(everything, [0.5, 99.5])
-    edges = np.linspace(low, max(high, low + 1e-6), 41)
+    # The widest panel decides, unless it is many times as wide as the others, whose shape could not be seen then.
+    widths = [np.percentile(np.abs(np.concatenate(list(kinds.values()))), 99) for _, kinds in panels]
+    limit = max(min(max(widths), 4 * np.median(widths)), 1e-6)
+    edges = np.linspace(-limit, limit, 61)
     num_columns = min(len(panels), 4)
     num_rows = -(-len(panels) // num_columns)
     with plt.rc_context(STYLE | {"legend.fontsize": 9}):
@@ -182,12 +197,11 @@ def histograms_html(records: list[dict]) -> str:
         for axis, (step, kinds) in zip(axes.flat, panels):
             axis.set_title(f"step {step}", fontsize=9)
             for (kind, values), colour in zip(kinds.items(), COLOURS):
-                # Of at most 5 colours the data's is filled and the others are lines: all three can be seen where they overlap.
+                # Lines over a filled shape: all three can be seen where they overlap.
                 style = {"histtype": "stepfilled", "alpha": 0.35} if kind == "data" else {"histtype": "step"}
                 weights = np.full(len(values), 1 / len(values))
-                axis.hist(
-                    values.clip(edges[0], edges[-1]), edges, weights=weights, color=colour, linewidth=1.4, **style
-                )
+                values = values.clip(-limit, limit)  # what lies further out is counted at the edge
+                axis.hist(values, edges, weights=weights, color=colour, linewidth=1.4, **style)
             axis.set_yticks([])
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_visible(False)
@@ -262,7 +276,13 @@ def picture_html(path: Path, what: str, step: int, width: int, limit: int = MAX_
 
 
 def pictures_html(figures: Iterable[str]) -> str:
+    """Figures side by side, as many as fit."""
     return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def prose_html(text: str) -> str:
+    """Escaped text, with command line flags set apart: they shall not be broken over lines."""
+    return re.sub(r"--\w+", lambda match: f"<code>{match[0]}</code>", html.escape(text))
 
 
 def table_html(rows: Iterable[Sequence], header: Sequence[str] = ()) -> str:
@@ -274,7 +294,8 @@ def table_html(rows: Iterable[Sequence], header: Sequence[str] = ()) -> str:
     head = f"<thead>{line(header, ['th'] * len(header))}</thead>" if header else ""
     first = "td" if header else "th"
     body = "".join(line(row, [first] + ["td"] * (len(row) - 1)) for row in rows)
-    return f'<div class="table"><table>{head}<tbody>{body}</tbody></table></div>'
+    records = " records" if header else ""
+    return f'<div class="table{records}"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def page_html(title: str, intro: str, sections: dict[str, str]) -> str:
@@ -315,30 +336,34 @@ CSS = """
   --line: #343d49; --link: #7db4f2; --good: #86dcab; --good-back: #163524; --bad: #ffc078; --bad-back: #43290b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 20px 24px 60px; }
+main { max-width: 1120px; margin: 0 auto; padding: 20px 24px 60px; overflow-wrap: anywhere; }
 nav { padding: 16px 24px 0; }
 nav ul { margin: 0; padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; }
 h2 { font-size: 19px; margin: 36px 0 8px; padding-top: 8px; border-top: 1px solid var(--line); }
 h3 { font-size: 15px; margin: 0 0 6px; }
 p { max-width: 78ch; margin: 6px 0 12px; }
 p, figcaption { color: var(--soft); }
+code { font-size: 0.92em; white-space: nowrap; }
 figure { margin: 0; }
 figcaption { font-size: 13px; margin-top: 4px; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 6px; }
 .card img { display: block; width: 100%; height: auto; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 24px 20px; }
 .pictures { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-end; margin-bottom: 14px; }
+.course { display: flex; flex-wrap: wrap; gap: 14px 20px; align-items: flex-start; }
+.course > .pictures { flex: 1 1 300px; align-items: flex-start; }
 .picture { max-width: 100%; }
 .picture img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); }
 .pixels { image-rendering: pixelated; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; }
-th, td { text-align: left; vertical-align: top; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
+th, td { text-align: left; vertical-align: top; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
+.records th, .records td { white-space: nowrap; }
+.records td:nth-child(3) { white-space: normal; min-width: 280px; }
 .facts { columns: 2 340px; column-gap: 32px; }
 .facts .table { break-inside: avoid; }
 .facts table { width: 100%; }
@@ -347,7 +372,7 @@ details { margin: 12px 0; }
 summary { cursor: pointer; color: var(--link); }
 .findings { list-style: none; margin: 0; padding: 0; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; }
-.findings li { display: grid; grid-template-columns: 118px 1fr; gap: 14px; padding: 10px 14px;
+.findings li { display: grid; grid-template-columns: 118px minmax(0, 1fr); gap: 14px; padding: 10px 14px;
   border-bottom: 1px solid var(--line); }
 .findings li:last-child { border-bottom: 0; }
 .findings p { margin: 2px 0 0; max-width: 90ch; }
