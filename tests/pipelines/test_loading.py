@@ -414,7 +414,7 @@ def test_the_single_file_pipeline_is_up_to_date_and_a_change_is_noticed(tmp_path
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     generate = tmp_path / "pipelines" / "generate.py"
     run(sys.executable, generate, "--check")
-    source = tmp_path / "src" / "ecvae_diffusers" / "calibration.py"
+    source = tmp_path / "src" / "ecvae_diffusers" / "energy.py"
     text = source.read_text(encoding="utf-8")
     assert "torch.enable_grad()" in text
     source.write_text(text.replace("torch.enable_grad()", "torch.set_grad_enabled(True)"), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The training script, run as a user runs it: in a subprocess, on image folders made here."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -196,3 +197,37 @@ def test_a_checkpoint_that_can_not_be_written(finished, images, tmp_path):
     succeed(*arguments, "--max_train_steps", 12, "--resume_from_checkpoint", "latest")
     expected, found = weights(finished), weights(tmp_path)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_cut_between_two_logged_steps_is_not_seen(images, tmp_path):
+    """With accumulation: what is logged of several steps, as the largest norms, is that of the run in one."""
+    arguments = ["--train_data_dir", images, *TINY, "--log_steps", 5, "--gradient_accumulation_steps", 2]
+    succeed(*arguments, "--output_dir", tmp_path / "whole", "--max_train_steps", 10)
+    succeed(*arguments, "--output_dir", tmp_path / "cut", "--max_train_steps", 10, "--checkpointing_steps", 3)
+    for step in (6, 9):
+        shutil.rmtree(tmp_path / "cut" / f"checkpoint-{step}")
+    succeed(
+        *arguments, "--output_dir", tmp_path / "cut", "--max_train_steps", 10, "--resume_from_checkpoint", "latest"
+    )
+    timeless = [
+        [{**r, "images_per_second": 0, "peak_memory_gib": 0} for r in metrics(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
+    assert timeless[0] == timeless[1] and "gradient_norm_max" in timeless[0][0]
+
+
+def test_a_run_is_gone_on_with_on_its_own_data(finished, images, tmp_path):
+    arguments = [*TINY, "--max_train_steps", 14, "--resume_from_checkpoint", "latest", "--output_dir", finished]
+    other = write_images(tmp_path / "other", count=30)
+    result = run("--train_data_dir", other, *arguments)
+    assert result.returncode == 1 and "num_images (was 24, is 30)" in result.stderr
+    result = run("--train_data_dir", images, *arguments, "--mixed_precision", "bf16")
+    assert result.returncode == 1 and "--mixed_precision (was None, is bf16)" in result.stderr
+
+
+def test_arguments_that_can_not_be_read_are_named(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "training_args.json").write_text("")
+    result = run("--train_data_dir", "x", "--output_dir", tmp_path, *TINY, "--resume_from_checkpoint", "latest")
+    assert result.returncode == 1 and "training_args.json' can't be read" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -10,6 +10,7 @@ from training_runs import TINY, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_training.arguments import parse_args
+from ecvae_training.evaluation import Patience
 from ecvae_training.observation import batch_spread, chain_strip, pairs_grid, reduce_scalars
 from ecvae_training.output import read_metrics
 
@@ -129,8 +130,9 @@ def test_early_stopping_saves_the_best(images, tmp_path):
     (event,) = read_metrics(out / "events.jsonl")
     assert event["kind"] == "early_stopping" and "the model of step 2 is saved" in event["message"]
     assert "has not been better for 2 evaluations" in result.stderr
-    name = "vae/diffusion_pytorch_model.safetensors"
-    assert (out / name).read_bytes() == (out / "best" / name).read_bytes()
+    expected, found = weights(out / "best"), weights(out)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)  # the energy model too
+    assert ECVAEPipeline.from_pretrained(out).vae.config.reconstruction_variance > 0
 
 
 def test_patience_is_resumed(images, tmp_path):
@@ -163,7 +165,12 @@ def test_patience_is_resumed(images, tmp_path):
         (["--evaluation_steps", "0"], "--evaluation_steps must be at least 1"),
         (["--early_stopping_metric", "beauty"], "--early_stopping_metric: invalid choice"),
         (["--max_rollbacks", "-1"], "--max_rollbacks must be at least 0"),
-        (["--healthy_states", "0"], "--healthy_states must be at least 1"),
+        (["--healthy_states", "1"], "--healthy_states must be at least 2"),
+        (["--lr_warmup_steps", "5"], "--lr_warmup_steps must be 0 with --lr_scheduler constant"),
+        (
+            ["--langevin_noise", "0", "--drift_tolerance", "0"],
+            "--drift_tolerance must be above 0 where --langevin_noise is 0 and --calibration_tolerance auto",
+        ),
         (["--healthy_state_steps", "0"], "--healthy_state_steps must be at least 1"),
         (["--free_bits", "-1"], "--free_bits must be a finite number of at least 0"),
         (["--kl_warmup_steps", "-1"], "--kl_warmup_steps must be at least 0"),
@@ -254,3 +261,15 @@ def test_what_is_left_of_a_run_that_is_replaced(watched, images):
     assert not left & {"best", "logs", "neighbours", "chain", "energies.jsonl", "evaluations.jsonl", "energy_model"}
     assert [path.name for path in (watched / "samples").iterdir()] == ["step-000001.png"]
     assert "dual" not in metrics(watched)[0]
+
+
+def test_patience():
+    patience = Patience("coverage", 2)
+    assert [patience.is_best({"coverage": value}, step) for step, value in ((1, 0.2), (2, 0.5), (3, 0.4))] == [1, 1, 0]
+    assert not patience.is_over and patience.best_step == 2
+    assert not patience.is_best({"coverage": float("nan")}, 4) and patience.is_over
+    patience.cut(3)  # gone back: what was measured since doesn't count, the best one is saved and stays
+    assert not patience.is_over and patience.best_step == 2
+    distance = Patience("frechet_distance", None)
+    assert not distance.is_best({"frechet_distance": float("nan")}, 1)
+    assert distance.is_best({"frechet_distance": 9.0}, 2) and not distance.is_best({"frechet_distance": 10.0}, 3)

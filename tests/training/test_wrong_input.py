@@ -145,7 +145,7 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
     check_output_dir(tmp_path, overwrite=True, resume=False)
     check_output_dir(tmp_path, overwrite=False, resume=True)  # cut off before its first checkpoint: starts at 0
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="finds no checkpoint in .* but a finished model"):
+    with pytest.raises(ValueError, match="finds no checkpoint in .* but a finished or best model"):
         check_output_dir(tmp_path, overwrite=False, resume=True)
     (tmp_path / "checkpoint-10").mkdir()
     check_output_dir(tmp_path, overwrite=False, resume=True)

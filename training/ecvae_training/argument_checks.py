@@ -33,7 +33,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         "max_train_samples", "latent_channels", "layers_per_block", "energy_num_scales", "langevin_steps",
         "train_batch_size", "num_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
         "log_steps", "save_images_steps", "gradient_accumulation_steps", "shuffle_buffer_size", "evaluation_steps",
-        "early_stopping_patience", "healthy_state_steps", "healthy_states",
+        "early_stopping_patience", "healthy_state_steps",
     )  # fmt: skip
     for name in positive_integers:
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -43,6 +43,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             refuse(name, "at least 0")
     if not 0 <= args.seed < 2**32:
         refuse("seed", "from 0 to 4294967295")
+    if args.healthy_states < 2:
+        refuse("healthy_states", "at least 2: the newest may be sick already")
+    if args.lr_warmup_steps > 0 and args.lr_scheduler == "constant":
+        refuse("lr_warmup_steps", "0 with --lr_scheduler constant (there is constant_with_warmup)")
     # Neighbour measures compare each image with its 5 nearest.
     if args.evaluation_samples < 6:
         refuse("evaluation_samples", "at least 6")
@@ -75,6 +79,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             if not least <= number < math.inf:
                 refuse(name, allowed)
             setattr(args, name, number)
+    if args.calibration_tolerance == "auto" and args.langevin_noise == args.drift_tolerance == 0:
+        refuse("drift_tolerance", "above 0 where --langevin_noise is 0 and --calibration_tolerance auto")
     drift_step = DRIFT_STEP if args.langevin_drift_step == "auto" else args.langevin_drift_step
     if drift_step * args.conditioning_weight > 1:
         refuse("conditioning_weight", f"at most 1 / --langevin_drift_step ({1 / drift_step:g})")

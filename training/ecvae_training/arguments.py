@@ -299,13 +299,19 @@ def add_guard_arguments(guard) -> None:
         help="At a sign of divergence go back to a healthy state, with a lower rate of the energy model.",
     )
     guard.add_argument(
-        "--max_rollbacks", type=int, default=10, help="Alarms after which to stop, with a healthy state saved."
+        "--max_rollbacks",
+        type=int,
+        default=10,
+        help="Times to go back in a run; the next alarm stops it, with a healthy state saved.",
     )
     guard.add_argument(
         "--healthy_state_steps", type=int, default=100, help="Keep a state to go back to every so many steps."
     )
     guard.add_argument(
-        "--healthy_states", type=int, default=3, help="States kept, in main memory, each the size of a checkpoint."
+        "--healthy_states",
+        type=int,
+        default=3,
+        help="States kept, in main memory of each process, each the size of a checkpoint.",
     )
 
 

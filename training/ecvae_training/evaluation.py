@@ -48,6 +48,7 @@ class Evaluation:
 
     def __init__(self, args, accelerator: Accelerator, feed, task):
         from ecvae_diffusers.metrics import GenerationMetrics
+        from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 
         self.args, self.accelerator, self.task = args, accelerator, task
         self.reference = feed.reference(args.evaluation_samples)
@@ -58,9 +59,10 @@ class Evaluation:
         self.metrics = GenerationMetrics(
             load_features(args.evaluation_features, accelerator.device), num_neighbours=NUM_NEIGHBOURS
         )
+        limit = MAX_KEPT_FEATURES // accelerator.num_processes
+        # Of which images the metrics keep features, in their order.
+        self.kept_reference = torch.cat([p[:limit] for p in self.reference.tensor_split(accelerator.num_processes)])
         self.latents = self.share(task.latents(args.evaluation_samples, args.seed + 1))
-        self.best: float | None = None
-        self.best_step = self.waited = 0
 
     def share(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
@@ -91,29 +93,45 @@ class Evaluation:
 
         rows = min(NUM_NEIGHBOUR_ROWS, len(samples))
         _, nearest = nearest_neighbours(generated[:rows].float(), real.float(), NUM_NEIGHBOURS)
-        images = torch.cat([samples[:rows, None].cpu(), self.reference[nearest.cpu()]], dim=1)
+        images = torch.cat([samples[:rows, None].cpu(), self.kept_reference[nearest.cpu()]], dim=1)
         grid = image_grid(to_range(images.flatten(0, 1)), num_columns=1 + NUM_NEIGHBOURS)
         save_atomically(grid, step_file(output_dir, "neighbours", step))
 
+
+class Patience:
+    """
+    Which evaluation was the best one, and which have come since.
+
+    Args:
+        metric (`str`): What decides, a name of `GenerationMetrics.compute`; distances are to fall, the others to rise.
+        patience (`int`, *optional*): Evaluations without a better one after which to stop.
+    """
+
+    def __init__(self, metric: str, patience: int | None):
+        self.metric, self.patience = metric, patience
+        self.best = math.inf
+        self.best_step = 0
+        self.since: list[int] = []
+
     def is_best(self, measures: dict[str, float], step: int) -> bool:
-        """Take note of an evaluation; whether `--early_stopping_metric` was never better."""
-        name = self.args.early_stopping_metric
-        value = measures[name] if name in FALLING else -measures[name]
-        if self.best is not None and not value < self.best:
-            self.waited += 1
+        """Take note of an evaluation; whether there was never a better one. One that is not a number is the worst."""
+        value = measures[self.metric] if self.metric in FALLING else -measures[self.metric]
+        if not value < self.best:
+            self.since.append(step)
             return False
-        self.best, self.best_step, self.waited = value, step, 0
+        self.best, self.best_step, self.since = value, step, []
         return True
 
+    def cut(self, last_step: int) -> None:
+        """Forget what came after a step that the run goes back to; the best one stays, it was saved."""
+        self.since = [step for step in self.since if step <= last_step]
+
     @property
-    def should_stop(self) -> bool:
-        patience = self.args.early_stopping_patience
-        return patience is not None and self.waited >= patience
+    def is_over(self) -> bool:
+        return self.patience is not None and len(self.since) >= self.patience
 
     def state_dict(self) -> dict:
-        best = math.nan if self.best is None else self.best
-        return {"best": best, "best_step": self.best_step, "waited": self.waited}
+        return {"best": self.best, "best_step": self.best_step, "since": list(self.since)}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.best = None if math.isnan(state_dict["best"]) else state_dict["best"]
-        self.best_step, self.waited = state_dict["best_step"], state_dict["waited"]
+        self.best, self.best_step, self.since = (state_dict[name] for name in ("best", "best_step", "since"))

@@ -26,8 +26,9 @@ class GuardLimits:
         range_factor: A value is far outside where it differs from the running median by more than so many times the
             range's width: 90th minus 10th percentile, at least half of the median's size.
         pinned: Observations in a row with lambda at its upper bound.
-        runaway: Constraint over tolerance from which a pinned lambda is divergence. Below, it is worth a warning: the
-            bound is too low for this data, and the run is as healthy as a fixed lambda is.
+        runaway: Median of constraint over tolerance, over those observations, from which a pinned lambda is divergence.
+            Below, it is worth a warning: the bound is too low for this data, and the run is as healthy as with a
+            fixed lambda. An alarm is given once: if a lower rate does not bring lambda down, nothing that the guard does will.
         min_spread: Samples are dead where their spread over the batch is less than this share of the data's.
         min_gradient: The energy model is dead where its gradient norm is less than this share of its running median.
         dead: Observations in a row with dead samples, or a dead energy model.
@@ -54,13 +55,15 @@ class DivergenceGuard:
 
     RANGED = ("energy_gap", "gradient_norm_max", "energy_gradient_norm_max", "reconstruction", "constraint_max")
 
-    COUNTERS = ("observations", "at_bound", "spreadless", "gradientless")
+    COUNTERS = ("observations", "spreadless", "gradientless")
 
     def __init__(self, max_dual: float, limits: GuardLimits = GuardLimits()):
         self.max_dual = max_dual
         self.limits = limits
         self.history = {name: collections.deque(maxlen=limits.window) for name in self.RANGED}
-        self.observations = self.at_bound = self.spreadless = self.gradientless = 0
+        self.observations = self.spreadless = self.gradientless = 0
+        self.pinned_ratios: list[float] = []
+        self.has_been_pinned = False
 
     def observe(self, scalars: dict[str, float]) -> tuple[list[str], list[str]]:
         """
@@ -74,28 +77,28 @@ class DivergenceGuard:
         if "energy_targets" in scalars:
             scalars = {**scalars, "energy_gap": scalars["energy_targets"] - scalars["energy_real"]}
         alarms = []
-        history = self.history["energy_gradient_norm_max"]
-        if len(history) >= self.limits.warmup:
+        history, norm = self.history["energy_gradient_norm_max"], scalars.get("energy_gradient_norm_max")
+        if norm is not None and len(history) >= self.limits.warmup:
             median = statistics.median(history)
-            dead = scalars["energy_gradient_norm_max"] < self.limits.min_gradient * median
-            self.gradientless = self.gradientless + 1 if dead else 0
+            self.gradientless = self.gradientless + 1 if norm < self.limits.min_gradient * median else 0
             if self.gradientless >= self.limits.dead:
-                alarms.append(
-                    f"the energy model is dead (gradient norm {scalars['energy_gradient_norm_max']:.4g}, running median "
-                    f"{median:.4g})"
-                )
+                alarms.append(f"the energy model is dead (gradient norm {norm:.4g}, running median {median:.4g})")
         alarms += [found for name in self.RANGED if (found := self.outside(name, scalars.get(name)))]
         warnings = []
-        self.at_bound = self.at_bound + 1 if scalars.get("dual", -1.0) >= self.max_dual else 0
-        if self.at_bound >= self.limits.pinned:
-            ratio = scalars["constraint"] / scalars["tolerance"]
+        if scalars.get("dual", -1.0) < self.max_dual:
+            self.pinned_ratios = []
+        else:
+            self.pinned_ratios.append(scalars["constraint"] / scalars["tolerance"])
+        if len(self.pinned_ratios) == self.limits.pinned:
+            ratio = statistics.median(self.pinned_ratios)
             message = (
-                f"lambda has been at its bound ({self.max_dual:g}) for {self.at_bound} logged steps, with a constraint of "
-                f"{ratio:.1f} times its tolerance"
+                f"lambda has been at its bound ({self.max_dual:g}) for {self.limits.pinned} logged steps, with a constraint "
+                f"of {ratio:.1f} times its tolerance"
             )
-            if ratio > self.limits.runaway:
+            if ratio > self.limits.runaway and not self.has_been_pinned:
+                self.has_been_pinned = True
                 alarms.append(message)
-            elif self.at_bound == self.limits.pinned:
+            else:
                 warnings.append(f"{message}: consider a larger --max_dual or --drift_tolerance")
         # Without calibration no samples are made while training.
         spread = scalars.get("sample_spread", math.inf)
@@ -124,12 +127,13 @@ class DivergenceGuard:
 
     def state_dict(self) -> dict:
         counters = {name: getattr(self, name) for name in self.COUNTERS}
-        return {"history": {name: list(values) for name, values in self.history.items()}, **counters}
+        history = {name: list(values) for name, values in self.history.items()}
+        return {"history": history, "pinned_ratios": list(self.pinned_ratios), **counters}
 
     def load_state_dict(self, state_dict: dict) -> None:
         for name, values in state_dict["history"].items():
             self.history[name] = collections.deque(values, maxlen=self.limits.window)
-        for name in self.COUNTERS:
+        for name in ("pinned_ratios", *self.COUNTERS):
             setattr(self, name, state_dict[name])
 
 

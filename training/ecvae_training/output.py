@@ -18,6 +18,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 EVENTS_FILE = "events.jsonl"
 BEST_FOLDER = "best"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+STEP_FILE = re.compile(r"step-(\d+)\.png")
 PICTURES = ("samples", "reconstructions", "chain", "neighbours")
 RUN_FOLDERS = {*PICTURES, "vae", "energy_model", "scheduler", BEST_FOLDER, "logs"}
 RUN_FILES = {
@@ -57,10 +58,11 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool) -> None:
             f"--output_dir {str(output_dir)!r} holds a training run: {go_on}replace it with --overwrite_output_dir, or "
             "choose another folder."
         )
-    if resume and not overwrite and not go_on and (output_dir / "model_index.json").is_file():
+    finished = (output_dir / "model_index.json").is_file() or (output_dir / BEST_FOLDER).is_dir()
+    if resume and not overwrite and not go_on and finished:
         raise ValueError(
-            f"--resume_from_checkpoint finds no checkpoint in {str(output_dir)!r}, but a finished model, which a new run "
-            "would replace: use --overwrite_output_dir, or choose another folder."
+            f"--resume_from_checkpoint finds no checkpoint in {str(output_dir)!r}, but a finished or best "
+            "model, which a new run would replace: use --overwrite_output_dir, or choose another folder."
         )
 
 
@@ -68,7 +70,7 @@ def clear_run(output_dir: Path) -> None:
     """Remove what a run of this script wrote, and nothing else: a card that was edited by hand stays."""
     for path in output_dir.iterdir() if output_dir.is_dir() else []:
         if path.is_dir() and (CHECKPOINT.fullmatch(path.name.lstrip(".")) or path.name in RUN_FOLDERS):
-            shutil.rmtree(path)
+            discard(path)
         elif path.name in RUN_FILES:
             path.unlink()
 
@@ -80,15 +82,63 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
     Raises:
         ValueError: if an argument differs that would change the model or the course of training.
     """
-    before = json.loads((output_dir / ARGUMENTS_FILE).read_text())
+    path = output_dir / ARGUMENTS_FILE
+    try:
+        before = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} can't be read ({error}): --resume_from_checkpoint needs it.") from error
+    free = FREE_ON_RESUME
+    if before.get("evaluation_steps") is None:
+        free = free | {"evaluation_features", "evaluation_samples", "early_stopping_metric"}
     changed = {
         name: (before.get(name), value)
         for name, value in arguments.items()
-        if name not in FREE_ON_RESUME and before.get(name) != value
+        if name not in free and name in before and before[name] != value
     }
     if changed:
         listed = ", ".join(f"--{name} (was {old}, is {new})" for name, (old, new) in sorted(changed.items()))
         raise ValueError(f"--resume_from_checkpoint goes on with the run's own arguments, but these differ: {listed}.")
+
+
+def check_resumed_launch(output_dir: Path, launch: dict) -> None:
+    """
+    Refuse to go on with a run on other data, or launched in another way, than its checkpoint was made with.
+
+    Args:
+        launch (`dict`): Images a step (of all processes), number and channels of the images, precision.
+
+    Raises:
+        ValueError: if one of them differs.
+    """
+    before = json.loads((output_dir / ARGUMENTS_FILE).read_text()).get("launch", {})
+    changed = [f"{name} (was {before[name]}, is {launch[name]})" for name in before if before[name] != launch[name]]
+    if changed:
+        raise ValueError(
+            "--resume_from_checkpoint goes on with the run's own data, number of processes and precision, but these "
+            f"differ: {', '.join(changed)}."
+        )
+
+
+def write_arguments(output_dir: Path, arguments: dict) -> None:
+    temporary = output_dir / f".{ARGUMENTS_FILE}"
+    temporary.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, output_dir / ARGUMENTS_FILE)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder: under its name it is whole until it is gone, so that a kill leaves no half of a checkpoint."""
+    hidden = folder.with_name(f".discarded-{folder.name.lstrip('.')}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """What a kill has left half written, or half removed."""
+    for path in output_dir.iterdir():
+        name = path.name.removeprefix(".discarded-").removeprefix(".")
+        if path.name.startswith(".") and (CHECKPOINT.fullmatch(name) or name in RUN_FOLDERS | {"pipeline"}):
+            shutil.rmtree(path)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -133,7 +183,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is not None:
         for path in checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(path)
+            discard(path)
 
 
 class RunLog:
@@ -163,11 +213,12 @@ def cut_run(output_dir: Path, last_step: int) -> None:
     RunLog(output_dir / EVENTS_FILE).cut(sys.maxsize)
     for kind in PICTURES:
         for path in (output_dir / kind).glob("step-*.png"):
-            if int(path.stem.removeprefix("step-")) > last_step:
+            found = STEP_FILE.fullmatch(path.name)
+            if found and int(found[1]) > last_step:
                 path.unlink()
     for path in checkpoints(output_dir):
         if checkpoint_step(path) > last_step:
-            shutil.rmtree(path)
+            discard(path)
 
 
 def step_file(output_dir: Path, kind: str, step: int) -> Path:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
@@ -59,9 +60,16 @@ class Recovery:
             args.healthy_states,
             confirmation=CONFIRMATIONS * args.log_steps,
         )
+        # The largest of each gradient norm and of the constraint since the last logged step.
+        self.peaks: dict[str, torch.Tensor] = {}
         self.num_rollbacks = self.num_breakdowns = 0
         self.factor = 1.0
         self.healthy_since = 0
+
+    def note_peaks(self, values: dict[str, torch.Tensor]) -> None:
+        """What happens between two logged steps must not be missed; on the device, so that nothing waits for it."""
+        for name, value in values.items():
+            self.peaks[f"{name}_max"] = torch.maximum(self.peaks.get(f"{name}_max", value), value.detach())
 
     def judge(self, step: int, logged: dict[str, float]) -> list[str]:
         """
@@ -74,17 +82,27 @@ class Recovery:
             # Loss scaling finds its scale by overflowing now and then, and leaves that step out.
             logged = {k: v for k, v in logged.items() if "gradient_norm" not in k or math.isfinite(v)}
         if not self.args.divergence_guard:
-            broken = [name for name, value in logged.items() if not math.isfinite(value)]
-            if broken:
-                raise FloatingPointError(
-                    f"training has diverged at step {step}: {', '.join(broken)} not finite. Lower the rates, or let "
-                    "--divergence_guard go back to a healthy state."
-                )
+            self.check_finite(step, logged)
             return []
         alarms, warnings = self.guard.observe(logged)
         for message in warnings:
             self.record(step, "warning", message)
         return alarms
+
+    def check_finite(self, step: int, values: dict[str, float]) -> list[str]:
+        """
+        What is not finite, in words, as an alarm.
+
+        Raises:
+            FloatingPointError: without the guard, if there is something.
+        """
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken and not self.args.divergence_guard:
+            raise FloatingPointError(
+                f"training has diverged at step {step}: {', '.join(broken)} not finite. Lower the rates, or let "
+                "--divergence_guard go back to a healthy state."
+            )
+        return [f"{', '.join(broken)} not finite"] if broken else []
 
     def keep_healthy(self, step: int) -> None:
         """No alarm: keep this state if it is time to, and raise a lowered rate again."""
@@ -109,7 +127,11 @@ class Recovery:
         seen = "; ".join(alarms)
         was_healthy = self.healthy.was_healthy
         to_step = self.healthy.restore(step)
+        # Where lambda was at its bound already, it is to have its time again.
+        self.guard.pinned_ratios = []
+        self.peaks.clear()
         if self.num_rollbacks == self.args.max_rollbacks:
+            self.lowered.scale_learning_rate(self.factor)
             self.record(step, "stopped", f"{seen}: stopped after {self.num_rollbacks} rollbacks", to_step=to_step)
             return to_step, False
         self.num_rollbacks += 1
@@ -125,9 +147,19 @@ class Recovery:
         record_event(self.accelerator, self.output_dir, step, kind, message, **values)
 
     def state_dict(self) -> dict:
-        return {"guard": self.guard.state_dict(), **{name: getattr(self, name) for name in self.NUMBERS}}
+        return {
+            "guard": self.guard.state_dict(),
+            # Not of the guard's own state, which goes back with the run.
+            "has_been_pinned": self.guard.has_been_pinned,
+            "peaks": {name: value.detach().cpu() for name, value in self.peaks.items()},
+            "restored": self.healthy.restored,
+            **{name: getattr(self, name) for name in self.NUMBERS},
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.guard.load_state_dict(state_dict["guard"])
+        self.guard.has_been_pinned = state_dict["has_been_pinned"]
+        self.peaks = {name: value.to(self.accelerator.device) for name, value in state_dict["peaks"].items()}
+        self.healthy.restored = state_dict["restored"]
         for name in self.NUMBERS:
             setattr(self, name, state_dict[name])

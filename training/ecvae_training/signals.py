@@ -6,6 +6,10 @@ import torch
 from accelerate import Accelerator
 
 
+# Steps of several processes: to ask is to wait for the device.
+ASKED_EVERY = 5
+
+
 class StopSignal:
     """
     While this context is open, the first SIGTERM or SIGINT is remembered, and a second SIGINT interrupts at once.
@@ -27,9 +31,11 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def agreed(self, accelerator: Accelerator) -> bool:
+    def agreed(self, accelerator: Accelerator, step: int) -> bool:
         """Whether any process received one. All must ask at the same step: they save the checkpoint together."""
         if accelerator.num_processes == 1:
             return self.received is not None
+        if step % ASKED_EVERY:
+            return False
         flag = torch.tensor(float(self.received is not None), device=accelerator.device)
         return bool(accelerator.reduce(flag, reduction="sum") > 0)

@@ -4,7 +4,6 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 """
 
 import gc
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ from tqdm import tqdm
 
 from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
 from ecvae_training.argument_checks import DRIFT_STEP
-from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder
-from ecvae_training.evaluation import Evaluation
+from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
+from ecvae_training.evaluation import Evaluation, Patience
 from ecvae_training.feeds import DecodedFeed, StreamFeed
 from ecvae_training.models import moving_average
 from ecvae_training.noise import ChainNoise, StepNoise
@@ -35,15 +34,17 @@ from ecvae_training.observation import (
 )
 from ecvae_training.optimization import build_trained, clip_gradients
 from ecvae_training.output import (
-    ARGUMENTS_FILE,
     BEST_FOLDER,
     EVALUATIONS_FILE,
     METRICS_FILE,
     RunLog,
+    check_resumed_launch,
     checkpoint_step,
     clear_run,
     cut_run,
+    remove_leftovers,
     remove_old_checkpoints,
+    write_arguments,
 )
 from ecvae_training.recovery import Recovery, record_event
 from ecvae_training.signals import StopSignal
@@ -103,7 +104,6 @@ class Trainer:
         self.args, self.accelerator, self.feed, self.task, self.num_steps = args, accelerator, feed, task, num_steps
         self.output_dir = Path(args.output_dir)
         self.step = 0
-        self.peaks: dict[str, torch.Tensor] = {}
         self.images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.calibrator = self.energy = self.ema = None
         for network in (task.generator, task.energy_model):
@@ -121,8 +121,19 @@ class Trainer:
             self.calibrator = self.build_calibrator()
         self.recovery = Recovery(args, accelerator, self.generator, self.energy, self.ema, self.calibrator)
         self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
-        resumed = (self.calibrator, self.ema, self.recovery, self.evaluation)
+        self.patience = Patience(args.early_stopping_metric, args.early_stopping_patience)
+        resumed = (self.calibrator, self.ema, self.recovery, self.patience)
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
+
+    @property
+    def launch(self) -> dict:
+        """What a run that is gone on with must have in common with what it was, beside its arguments."""
+        return {
+            "images_per_step": self.images_per_step,
+            "num_images": self.feed.num_images,
+            "channels": self.feed.channels,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
 
     def build_calibrator(self) -> EnergyCalibrator:
         args = self.args
@@ -153,7 +164,9 @@ class Trainer:
             self.calibrator.scheduler.config,
             drift_step_size=self.calibrator.drift_step_size,
             # The pull a w is not adapted.
-            conditioning_weight=self.args.conditioning_weight / scale,
+            conditioning_weight=min(
+                self.args.conditioning_weight / scale, (1 - 1e-12) / max(self.calibrator.drift_step_size, 1e-12)
+            ),
         )
 
     @property
@@ -181,7 +194,7 @@ class Trainer:
         )
         self.started, self.started_step = time.perf_counter(), self.step
         with StopSignal() as stop, self.progress:
-            while self.step < self.num_steps:
+            while self.step < self.num_steps and not self.patience.is_over:
                 scalars = self.train_step(batches)
                 self.step += 1
                 self.progress.update()
@@ -193,27 +206,41 @@ class Trainer:
                         batches = self.new_batches()
                         continue
                     self.recovery.keep_healthy(self.step)
+                stopped = stop.agreed(self.accelerator, self.step)
+                evaluate = self.evaluation is not None and (self.step % args.evaluation_steps == 0 or last)
+                save = self.step % args.checkpointing_steps == 0 or (stopped and not last)
+                # Nothing is kept of a state that is not finite, whether or not this step is logged.
+                if (evaluate or save) and (alarms := self.recovery.check_finite(self.step, self.all_peaks())):
+                    self.roll_back(alarms)
+                    batches = self.new_batches()
+                    continue
                 if main_process and (self.step % args.save_images_steps == 0 or last):
                     self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator)
-                if self.evaluation is not None and (self.step % args.evaluation_steps == 0 or last):
+                if evaluate:
                     self.evaluate()
-                stopped = stop.agreed(self.accelerator)
-                if self.step % args.checkpointing_steps == 0 or (stopped and not last):
+                if save:
                     self.save_checkpoint()
                 if stopped and not last:
                     raise Stopped(
                         f"stopped at step {self.step} of {self.num_steps}, which checkpoint-{self.step} holds: go on "
                         "with --resume_from_checkpoint latest."
                     )
-                if self.evaluation is not None and self.evaluation.should_stop and not last:
-                    self.stop_early()
-                    break
-        self.save()
+                if self.patience.is_over and not last:
+                    record_event(
+                        self.accelerator,
+                        self.output_dir,
+                        self.step,
+                        "early_stopping",
+                        f"{args.early_stopping_metric} has not been better for {len(self.patience.since)} evaluations: the "
+                        f"model of step {self.patience.best_step} is saved",
+                    )
+            self.save()
 
     def start(self, checkpoint: Path | None) -> None:
         """Load the checkpoint, if there is one, and bring the output folder to its step."""
         args, output_dir = self.args, self.output_dir
         if checkpoint is not None:
+            check_resumed_launch(output_dir, self.launch)
             load_checkpoint(self.accelerator, checkpoint)
             self.step = checkpoint_step(checkpoint)
             logger.info(f"Resuming from {checkpoint.name}.")
@@ -225,8 +252,9 @@ class Trainer:
             output_dir.mkdir(parents=True, exist_ok=True)
             if checkpoint is None:
                 clear_run(output_dir)
+            remove_leftovers(output_dir)
             cut_run(output_dir, self.step)
-            (output_dir / ARGUMENTS_FILE).write_text(json.dumps(vars(args), indent=2, sort_keys=True) + "\n")
+            write_arguments(output_dir, {**vars(args), "launch": self.launch})
             images = self.feed.reference(NUM_ENERGIES)
             self.observer = Observer(
                 output_dir, self.task, images, args.seed, self.accelerator.device, args.train_batch_size
@@ -288,12 +316,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
         scalars |= own
-        # What happens between two logged steps must not be missed; on the device, so that nothing waits for it.
-        peaks = {f"{name}_max": value for name, value in scalars.items() if name.endswith("gradient_norm")}
-        if energy is not None:
-            peaks["constraint_max"] = constraint
-        for name, value in peaks.items():
-            self.peaks[name] = torch.maximum(self.peaks.get(name, value), value)
+        norms = {name: value for name, value in scalars.items() if name.endswith("gradient_norm")}
+        self.recovery.note_peaks(norms | ({"constraint": constraint} if energy is not None else {}))
         if (self.step + 1) % args.log_steps == 0 or self.step + 1 == self.num_steps:
             scalars["data_spread"] = batch_spread(real)
             if energy is not None:
@@ -307,8 +331,8 @@ class Trainer:
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
         """Write the step's scalars, show some of them, and return the guard's alarms."""
         accelerator, args = self.accelerator, self.args
-        logged = reduce_scalars(accelerator, {**scalars, **self.peaks})
-        self.peaks.clear()
+        logged = reduce_scalars(accelerator, {**scalars, **self.recovery.peaks})
+        self.recovery.peaks.clear()
         if self.calibrator is not None:
             logged |= {"dual": self.calibrator.dual.item(), "tolerance": self.calibrator.resolve_tolerance()}
             logged["langevin_drift_step"] = self.calibrator.drift_step_size
@@ -344,14 +368,17 @@ class Trainer:
         """
         broke_at = self.step
         self.step, go_on = self.recovery.roll_back(self.step, alarms)
+        self.patience.cut(self.step)
         self.save_checkpoint()
         if not go_on:
             self.save()
+            rates = "--learning_rate"
+            if self.energy is not None:
+                rates = "--energy_learning_rate, --energy_spectral_norm, an --energy_regularization of 0.1"
             raise Stopped(
                 f"stopped at step {broke_at} after {self.args.max_rollbacks} rollbacks: {'; '.join(alarms)}. The healthy "
-                f"state of step {self.step} is saved. Try a lower --energy_learning_rate, --energy_spectral_norm, an "
-                "--energy_regularization of 0.1, --max_grad_norm, or fp32, and go on from it with "
-                f"--pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
+                f"state of step {self.step} is saved. Try a lower {rates}, --max_grad_norm, or fp32, and go on from it "
+                f"with --pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
             )
         self.progress.n = self.step
         self.progress.refresh()
@@ -360,14 +387,21 @@ class Trainer:
     def save_checkpoint(self) -> None:
         save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline)
         if self.accelerator.is_main_process:
-            # After a rollback there may be something of later steps.
-            cut_run(self.output_dir, self.step)
             remove_old_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
+
+    def all_peaks(self) -> dict[str, float]:
+        """The largest gradient norms and constraint since the last logged step; those that loss scaling left out aside."""
+        peaks = {
+            name: value
+            for name, value in self.recovery.peaks.items()
+            if self.accelerator.scaler is None or "gradient_norm" not in name
+        }
+        return reduce_scalars(self.accelerator, peaks) if peaks else {}
 
     def evaluate(self) -> None:
         """Measure, and keep the best pipeline in `best/`."""
         measures = self.evaluation.measure(self.exported, self.output_dir, self.step)
-        best = self.evaluation.is_best(measures, self.step)
+        best = self.patience.is_best(measures, self.step)
         logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measures.items()))
         if self.accelerator.is_main_process:
             RunLog(self.output_dir / EVALUATIONS_FILE).write(
@@ -379,30 +413,16 @@ class Trainer:
             numbers = {f"evaluation/{name}": value for name, value in measures.items()}
             self.accelerator.log(numbers, step=self.step)
 
-    def stop_early(self) -> None:
-        """Take over the best evaluated weights as those to be saved."""
-        evaluation = self.evaluation
-        record_event(
-            self.accelerator,
-            self.output_dir,
-            self.step,
-            "early_stopping",
-            f"{self.args.early_stopping_metric} has not been better for {evaluation.waited} evaluations: the model of step "
-            f"{evaluation.best_step} is saved",
-        )
-        self.accelerator.wait_for_everyone()
-        best = type(self.exported).from_pretrained(
-            self.output_dir / BEST_FOLDER / self.task.component, low_cpu_mem_usage=False
-        )
-        self.exported.load_state_dict(best.state_dict())
-
     def save(self) -> None:
-        """The pipeline's folder."""
+        """The pipeline's folder: what the run has come to, or, where it was stopped early, the best that it came by."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.task.finish(self.exported, self.feed)
             pipeline = self.build_pipeline()
-            pipeline.save_pretrained(self.output_dir)
+            if self.patience.is_over:
+                pipeline = type(pipeline).from_pretrained(self.output_dir / BEST_FOLDER, low_cpu_mem_usage=False)
+                pipeline.to(self.accelerator.device)
+            self.task.finish(getattr(pipeline, self.task.component), self.feed)
+            save_pipeline(pipeline, self.output_dir)
             logger.info(
                 f"Saved to {self.output_dir}: {type(pipeline).__name__}.from_pretrained({str(self.output_dir)!r})."
             )
