@@ -103,9 +103,7 @@ class GenerationMetrics:
         """
         features = self.features(images).cpu()
         if self.frechet is None:
-            self.frechet = FrechetInceptionDistance(
-                feature=_AsTheyAre(features.shape[1]), reset_real_features=False
-            )
+            self.frechet = FrechetInceptionDistance(feature=_AsTheyAre(features.shape[1]), reset_real_features=False)
         self.frechet.update(features, real=real)
         num_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         room = MAX_KEPT_FEATURES // num_processes - self.counts[real]
