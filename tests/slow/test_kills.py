@@ -20,8 +20,10 @@ def newest_step(folder):
 def test_ten_kills_at_random_moments(tmp_path):
     """SIGKILL, some of them during a save (every second step ends in one), each followed by --resume latest."""
     data = write_images(tmp_path / "data", count=24)
-    arguments = ["--train_data_dir", data, *TINY, "--max_train_steps", 300, "--log_steps", 1]
+    arguments = ["--train_data_dir", data, *TINY, "--max_train_steps", 300]
     succeed(*arguments, "--output_dir", tmp_path / "whole", "--checkpointing_steps", 1000)
+    # Where the guard goes back to is in memory, so what it does after a kill may differ: here it has no reason to.
+    assert not (tmp_path / "whole" / "events.jsonl").exists()
 
     killed = [*arguments, "--output_dir", tmp_path / "killed", "--checkpointing_steps", 2]
     killed += ["--checkpoints_total_limit", 2, "--resume_from_checkpoint", "latest"]
