@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from ecvae_training.guard import DivergenceGuard, HealthyStates
+from ecvae_training.guard import DivergenceGuard, GuardLimits, HealthyStates
 from ecvae_training.optimization import Trained
 from ecvae_training.output import EVENTS_FILE, RunLog
 
@@ -16,6 +16,8 @@ logger = get_logger(__name__)
 
 # Logged steps that a state must outlive without an alarm to be gone back to.
 CONFIRMATIONS = 2
+# Steps, at least, that lambda may be at its bound: at first it is often, while the energy model is ahead.
+PINNED_STEPS = 500
 
 
 def record_event(accelerator: Accelerator, output_dir: Path, step: int, kind: str, message: str, **values) -> None:
@@ -48,7 +50,8 @@ class Recovery:
         self.args, self.accelerator = args, accelerator
         self.output_dir = Path(args.output_dir)
         self.lowered = energy or generator
-        self.guard = DivergenceGuard(args.max_dual)
+        pinned = max(GuardLimits.pinned, PINNED_STEPS // args.log_steps)
+        self.guard = DivergenceGuard(args.max_dual, GuardLimits(pinned=pinned))
         parts = {"ema": ema, "calibrator": calibrator, "scaler": accelerator.scaler, "guard": self.guard}
         for name, trained in (("generator", generator), ("energy", energy)):
             if trained is not None:
