@@ -5,12 +5,14 @@
 The published arrangement (written here from the paper's equations): two chains an iteration, one for the decoder and one
 for the energy model; the energy in training mode, so that spectral normalization takes a power iteration at each of its
 forwards, and with parameter gradients recorded; the pull towards the start as a term of the energy, differentiated with
-it; data and samples through the energy model one after the other; float32 in contiguous layout; every loss read back at
-every step. Each line of the table makes ONE of our changes to it; the last one makes all. Same networks, batch and K;
-the arrangements take turns in one process, and the figure is the median over rounds of the ratio of their times.
+it; data and samples through the energy model one after the other; convolutions and resampling one after the other; float32
+in contiguous layout; every loss read back at every step. Each line of the table makes ONE of our changes to it; the last
+ones make all. Same networks, batch and K; the arrangements take turns in one process, and the figure is the median over
+rounds of the ratio of their times.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import platform
 import resource
@@ -18,17 +20,22 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 import ecvae_diffusers
 from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
-from ecvae_diffusers.energy import compute_energy
+from ecvae_diffusers.energy import compute_energy, frozen
+from ecvae_diffusers.models import autoencoder_ec, energy_model
 from ecvae_diffusers.variational import elbo_loss
 
 
 NOISE = 1e-3
 DRIFT_STEP = 0.2
+LATENTS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,32 +46,67 @@ class Arrangement:
     frozen_energy: bool = False
     closed_form: bool = False
     one_pass: bool = False
+    fused_resampling: bool = False
     channels_last: bool = False
     bf16: bool = False
     no_wait: bool = False
     fused_optimizer: bool = False
+    compiled: bool = False
 
 
 CHANGES = [field.name for field in dataclasses.fields(Arrangement)]
+# Inductor's code was slower than oneDNN's on the CPUs measured; on a GPU it also makes CUDA graphs of the chain's steps.
+GPU_CHANGES = ["compiled"]
+
+
+@contextlib.contextmanager
+def separate_resampling() -> Iterator[None]:
+    """Convolution and pooling, upsampling and convolution, each as the two operations that they are."""
+    with (
+        mock.patch.object(energy_model, "pooled_conv", lambda conv, sample: F.avg_pool2d(conv(sample), 2)),
+        mock.patch.object(
+            autoencoder_ec, "upsampled_conv", lambda conv, sample: conv(F.interpolate(sample, scale_factor=2.0))
+        ),
+    ):
+        yield
 
 
 class Iteration:
-    """Networks, optimizers and one training step in an arrangement."""
+    """
+    Networks, optimizers and one training step in an arrangement.
+
+    Args:
+        arrangement ([`Arrangement`]): Which of our changes are made.
+        sizes (`dict`): `sample_size`, `in_channels` and `block_out_channels` of both networks.
+        num_steps (`int`): K.
+        weight (`float`): The chain's conditioning weight.
+        device (`torch.device`): Where.
+        latent_channels (`int`): Of the autoencoder.
+        learning_rate (`float`): Of both networks.
+    """
 
     def __init__(
-        self, arrangement: Arrangement, resolution: int, channels: list[int], num_steps: int, weight: float, device
+        self,
+        arrangement: Arrangement,
+        sizes: dict,
+        num_steps: int,
+        weight: float,
+        device: torch.device,
+        latent_channels: int = LATENTS,
+        learning_rate: float = 1e-5,
     ):
-        torch.manual_seed(0)
-        self.arrangement, self.device = arrangement, device
-        sizes = {"sample_size": resolution, "in_channels": 3, "block_out_channels": tuple(channels)}
-        self.vae = AutoencoderEC(**sizes, latent_channels=128).to(device)
+        self.arrangement, self.device, self.latent_channels = arrangement, device, latent_channels
+        self.vae = AutoencoderEC(**sizes, latent_channels=latent_channels).to(device)
         self.energy = EnergyModel(**sizes).to(device)
         self.layout = torch.channels_last if arrangement.channels_last else torch.contiguous_format
         for network in (self.vae, self.energy):
             network.to(memory_format=self.layout)
+        if arrangement.compiled:
+            self.vae.compile()
+            self.energy.compile(mode="reduce-overhead" if device.type == "cuda" else None)
         fused = {"fused": True} if arrangement.fused_optimizer else {}
         self.optimizers = [
-            torch.optim.AdamW(network.parameters(), lr=1e-5, betas=(0.0, 0.9), **fused)
+            torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.0, 0.9), weight_decay=0.0, **fused)
             for network in (self.vae, self.energy)
         ]
         scheduler = LangevinScheduler(
@@ -76,15 +118,11 @@ class Iteration:
         """The chain with what of the published arrangement is left in it."""
         if self.arrangement.frozen_energy and self.arrangement.closed_form:
             return self.calibrator.run_chain(samples)
-        if self.arrangement.frozen_energy:
-            from ecvae_diffusers.energy import frozen
-
-            with frozen(self.energy):
-                return self.chain_by_autograd(samples)
-        return self.chain_by_autograd(samples)
+        with frozen(self.energy) if self.arrangement.frozen_energy else contextlib.nullcontext():
+            return self.chain_by_autograd(samples)
 
     def chain_by_autograd(self, samples: torch.Tensor) -> torch.Tensor:
-        scheduler, start = self.calibrator.scheduler, samples.detach()
+        scheduler, start = self.calibrator.scheduler, samples.detach().float()
         sample, closed_form = start, self.arrangement.closed_form
         for k in range(len(scheduler)):
             sample = sample.detach().requires_grad_()
@@ -94,9 +132,8 @@ class Iteration:
                 energy = energy + pull / DRIFT_STEP * (sample - start).square().sum() / 2
             (gradient,) = torch.autograd.grad(energy, sample)
             with torch.no_grad():
-                sample = sample - DRIFT_STEP * gradient + NOISE * torch.randn_like(sample)
-                if closed_form:
-                    sample = sample - pull * (sample - start)
+                moved = sample - DRIFT_STEP * gradient + NOISE * torch.randn_like(sample)
+                sample = moved - pull * (sample - start) if closed_form else moved
         return sample.detach()
 
     def read(self, *losses: torch.Tensor) -> None:
@@ -105,21 +142,27 @@ class Iteration:
                 loss.item()
 
     def step(self, real: torch.Tensor) -> None:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.arrangement.bf16):
-            self.autoencoder_step(real)
+        """One iteration on images in [-1, 1]."""
+        resampling = contextlib.nullcontext() if self.arrangement.fused_resampling else separate_resampling()
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.arrangement.bf16)
+        with resampling, autocast:
+            self.train_both(real.contiguous(memory_format=self.layout))
 
-    def autoencoder_step(self, real: torch.Tensor) -> None:
+    def train_both(self, real: torch.Tensor) -> None:
         arrangement, (vae_optimizer, energy_optimizer) = self.arrangement, self.optimizers
-        latents = torch.randn(len(real), 128, 1, 1, device=self.device)
+        latents = torch.randn(len(real), self.latent_channels, 1, 1, device=self.device)
         output = self.vae(real, sample_posterior=True, prior_latents=latents)
         samples = output.prior_sample
+        self.calibrator.num_entries = samples[0].numel()
         targets = self.chain(samples)
         constraint = (samples.float() - targets).square().flatten(1).sum(1).mean()
         elbo = elbo_loss(real, output.sample, output.latent_dist)
-        loss = elbo.loss + self.calibrator.dual.to(self.device) * constraint
+        self.calibrator.dual = self.calibrator.dual.to(self.device)
+        loss = elbo.loss + self.calibrator.dual * constraint
         loss.backward()
         vae_optimizer.step()
         vae_optimizer.zero_grad()
+        self.calibrator.dual_step(constraint.detach())
         self.read(loss, elbo.reconstruction, elbo.kl, constraint)
         if not arrangement.single_chain:
             with torch.no_grad():
@@ -143,14 +186,13 @@ def wait(device) -> None:
 def times(iterations: dict[str, Iteration], real: torch.Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round of each arrangement, taking turns."""
     found = {name: [] for name in iterations}
-    for index in range(rounds + 1):
+    for index in range(rounds + 2):
         for name, iteration in iterations.items():
-            batch = real.contiguous(memory_format=iteration.layout)
             wait(real.device)
             started = time.perf_counter()
-            iteration.step(batch)
+            iteration.step(real)
             wait(real.device)
-            if index:  # the first round warms up
+            if index >= 2:  # the first rounds warm up
                 found[name].append(time.perf_counter() - started)
     return found
 
@@ -169,45 +211,55 @@ def main() -> None:
     parser.add_argument("--langevin_steps", type=int, default=15)
     parser.add_argument("--conditioning_weight", type=float, default=1.0)
     parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 64, 128, 128])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=CHANGES, help="lines of the table")
-    parser.add_argument("--without", nargs="*", choices=CHANGES, default=[], help="what the last line leaves out")
-    parser.add_argument("--memory_of", choices=("published", "all"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--changes", nargs="*", choices=CHANGES, help="lines of the table; on a CPU all but `compiled` if not given"
+    )
+    parser.add_argument("--memory_of", choices=("published", "ours", "ours in fp32"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.manual_seed(0)
     real = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device) * 2 - 1
-    shape = (args.resolution, args.block_out_channels, args.langevin_steps, args.conditioning_weight, device)
-    everything = Arrangement(**{name: name not in args.without for name in CHANGES})
+    sizes = {
+        "sample_size": args.resolution,
+        "in_channels": 3,
+        "block_out_channels": tuple(args.block_out_channels),
+    }
+    shape = (sizes, args.langevin_steps, args.conditioning_weight, device)
+    changes = args.changes
+    if changes is None:
+        changes = [name for name in CHANGES if device.type == "cuda" or name not in GPU_CHANGES]
+    ours = Arrangement(**{name: device.type == "cuda" or name not in GPU_CHANGES for name in CHANGES})
+    whole = {"published": Arrangement(), "ours in fp32": dataclasses.replace(ours, bf16=False), "ours": ours}
 
     if args.memory_of is not None:
-        iteration = Iteration(everything if args.memory_of == "all" else Arrangement(), *shape)
+        iteration = Iteration(whole[args.memory_of], *shape)
         for _ in range(3):
-            iteration.step(real.contiguous(memory_format=iteration.layout))
+            iteration.step(real)
         if device.type == "cuda":
             print(torch.cuda.max_memory_allocated() / 2**30)
         else:
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
 
-    iterations = {"published": Iteration(Arrangement(), *shape)}
-    for name in args.changes:
-        iterations[name] = Iteration(Arrangement(**{name: True}), *shape)
-    iterations["all"] = Iteration(everything, *shape)
-    seconds = times(iterations, real, args.rounds)
+    arrangements = {"published": whole["published"]}
+    arrangements |= {name.replace("_", " "): Arrangement(**{name: True}) for name in changes}
+    arrangements |= whole
+    seconds = times({name: Iteration(made, *shape) for name, made in arrangements.items()}, real, args.rounds)
     print(
         f"{args.resolution} px, batch {args.batch_size}, K {args.langevin_steps}, channels {args.block_out_channels}, "
         f"weight {args.conditioning_weight:g}, {args.rounds} rounds; {device}, {torch.get_num_threads()} threads, "
         f"{platform.machine()}, torch {torch.__version__}, ecvae-diffusers {ecvae_diffusers.__version__}"
     )
     print("| arrangement | ms an iteration (median) | times faster |\n|---|---|---|")
-    for name in iterations:
+    for name in arrangements:
         ratios = [slow / fast for slow, fast in zip(seconds["published"], seconds[name])]
-        title = name.replace("_", " ") + (f" but {', '.join(args.without)}" if name == "all" and args.without else "")
-        print(f"| {title} | {1e3 * statistics.median(seconds[name]):.0f} | {statistics.median(ratios):.2f} |")
-    memory = {which: peak_memory([*sys.argv[1:], "--memory_of", which]) for which in ("published", "all")}
+        print(f"| {name} | {1e3 * statistics.median(seconds[name]):.0f} | {statistics.median(ratios):.2f} |")
+    memory = {which: peak_memory([*sys.argv[1:], "--memory_of", which]) for which in whole}
     print(
-        f"Peak memory of a process with one alone: published {memory['published']:.2f} GiB, all {memory['all']:.2f} GiB."
+        "Peak memory of a process with one alone: "
+        + ", ".join(f"{which} {gib:.2f} GiB" for which, gib in memory.items())
+        + "."
     )
 
 

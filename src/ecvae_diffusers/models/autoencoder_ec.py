@@ -86,10 +86,20 @@ class GatedUpsample(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = F.interpolate(self.act(self.norm(hidden_states)), scale_factor=2.0, mode="nearest")
-        residual = F.glu(self.conv(residual), dim=1)
+        residual = F.glu(upsampled_conv(self.conv, self.act(self.norm(hidden_states))), dim=1)
         # A 1x1 convolution and nearest upsampling commute; in this order it costs a quarter.
         return F.interpolate(self.shortcut(hidden_states), scale_factor=2.0, mode="nearest") + residual
+
+
+def upsampled_conv(conv: nn.Conv2d, sample: torch.Tensor) -> torch.Tensor:
+    """
+    `conv` (3x3, padding 1) of `sample` upsampled twofold to its nearest neighbours, as the one transposed 4x4 convolution
+    of stride 2 that it is: each of the four copies of a pixel shifts the kernel by one. 16 multiplications in the place
+    of 36, and no upsampled tensor.
+    """
+    weight = conv.weight.flip(2, 3)
+    weight = sum(F.pad(weight, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1))
+    return F.conv_transpose2d(sample, weight.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 class SkipLayerExcitation(nn.Module):

@@ -42,10 +42,10 @@ def get_energy_activation(act_fn: str) -> nn.Module:
 
 
 class EnergyResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut, then a halving of the resolution. No normalization of activations:
+    """Two convolutions beside a shortcut, then a halving of the resolution by average pooling. No normalization of
 
-    one over the batch would make an image's energy depend on its neighbours in the batch, and with it the gradient
-    that the Langevin chain follows.
+    activations: one over the batch would make an image's energy depend on its neighbours in the batch, and with it the
+    gradient that the Langevin chain follows.
     """
 
     def __init__(self, in_channels: int, out_channels: int, downsample: bool, act_fn: str):
@@ -57,9 +57,21 @@ class EnergyResidualBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.conv2(self.act(self.conv1(self.act(hidden_states))))
-        hidden_states = self.shortcut(hidden_states) + residual
-        return F.avg_pool2d(hidden_states, 2) if self.downsample else hidden_states
+        residual = self.act(self.conv1(self.act(hidden_states)))
+        if not self.downsample:
+            return self.shortcut(hidden_states) + self.conv2(residual)
+        # Pooling commutes with a 1x1 convolution; before it, it costs a quarter.
+        return self.shortcut(F.avg_pool2d(hidden_states, 2)) + pooled_conv(self.conv2, residual)
+
+
+def pooled_conv(conv: nn.Conv2d, sample: torch.Tensor) -> torch.Tensor:
+    """
+    `F.avg_pool2d(conv(sample), 2)` of a 3x3 convolution with padding 1, as the one 4x4 convolution of stride 2 that it
+    is: each of the four positions pooled shifts the kernel by a pixel. 16 multiplications in the place of 36.
+    """
+    weight = conv.weight
+    weight = sum(F.pad(weight, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)) / 4
+    return F.conv2d(sample, weight, conv.bias, stride=2, padding=1)
 
 
 def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What our fast arrangement of a training step does to quality: `python benchmarks/arrangement_study.py --output_dir STUDY`.
+
+The arrangements of training_step.py, published and ours in fp32 and bf16, train the demo's networks on digits for equally
+many iterations, with the same chain, rates, dual step and average; the distance is the demo's.
+"""
+
+import time
+
+import torch
+from study import Results, load_data, median, parser, versions
+from tqdm import tqdm
+from training_step import CHANGES, GPU_CHANGES, Arrangement, Iteration
+
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_training.digits import sample_images
+from ecvae_training.models import moving_average
+
+
+OURS = {name: True for name in CHANGES if name not in GPU_CHANGES}
+SETTINGS = {
+    "published arrangement": Arrangement(),
+    "ours in fp32": Arrangement(**{**OURS, "bf16": False}),
+    "ours in bf16": Arrangement(**OURS),
+}
+NUM_STEPS, BATCH = 5, 64
+
+
+def make_row(data, name: str, seed: int, max_train_steps: int) -> dict:
+    torch.manual_seed(seed)
+    sizes = {"sample_size": data.resolution, "in_channels": 1, "block_out_channels": data.channels}
+    iteration = Iteration(
+        SETTINGS[name],
+        sizes,
+        NUM_STEPS,
+        weight=0.0,
+        device=torch.device("cpu"),
+        latent_channels=data.latent_channels,
+        learning_rate=5e-4,
+    )
+    average = moving_average(iteration.vae, 0.999)
+    started = time.perf_counter()
+    for _ in tqdm(range(max_train_steps), desc=name, mininterval=5):
+        images = data.train[torch.randint(len(data.train), (BATCH,))].float() / 127.5 - 1
+        iteration.step(images)
+        average.update_parameters(iteration.vae)
+    seconds = time.perf_counter() - started
+    pipeline = ECVAEPipeline(vae=average.module.eval(), energy_model=None, scheduler=None)
+    measures = data.measure(sample_images(pipeline, data.num_samples, seed=1))
+    return {**measures, "iterations": max_train_steps, "training_seconds": round(seconds, 1)}
+
+
+def table(results: Results) -> str:
+    lines = ["| arrangement | Frechet distance, each seed | median | over the published one's | training, s |"]
+    lines.append("|---|---|---|---|---|")
+    slow = results.of("published arrangement")
+    for name in SETTINGS:
+        rows = results.of(name)
+        if rows and slow:
+            middle = median(rows, "frechet_distance")
+            lines.append(
+                f"| {name} | {', '.join(str(round(row['frechet_distance'], 1)) for row in rows)} | {middle:.1f} | "
+                f"{middle / median(slow, 'frechet_distance'):.2f} | {median(rows, 'training_seconds'):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parser(__doc__, list(SETTINGS)).parse_args()
+    results = Results(args.output_dir / "arrangements.jsonl")
+    if not args.table:
+        data = load_data(args)
+        print(f"{data.about}; K {NUM_STEPS}; {versions()}", flush=True)
+        results.fill(args.settings, args.seeds, lambda name, seed: make_row(data, name, seed, args.max_train_steps))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""How the chain should be set: `python benchmarks/chain_study.py --output_dir STUDY`, digits; `--fashion_mnist DATASET`.
+
+Each row trains the demo's networks with one setting of the chain, and measures samples of the averaged weights. Rows that
+STUDY/chain_<data>.jsonl holds already are not made again, so that the study can be cut off and gone on with. A row also says
+how far the chain is from a critic: the cosine between its move without noise and the energy's gradient at its start.
+"""
+
+from study import Results, load_data, median, parser, train, trained_row, versions
+
+
+VAE = ["--calibration", "none"]
+
+
+def chain(num_steps: int, total_drift: float) -> list[str]:
+    return ["--langevin_steps", str(num_steps), "--langevin_drift_step", str(total_drift / num_steps)]
+
+
+# Around K 5, total drift 1, noise 1e-3, no conditioning, beta 1, tolerance "auto" of 0.0074 a pixel.
+SETTINGS = {f"VAE, beta {beta:g}": [*VAE, "--kl_weight", str(beta)] for beta in (0.1, 0.3, 1.0, 3.0)}
+SETTINGS |= {
+    f"K {num_steps}, drift {drift:g}": chain(num_steps, drift)
+    for num_steps in (1, 5, 15)
+    for drift in (0.25, 1.0, 4.0)
+}
+SETTINGS |= {
+    f"K {num_steps}, drift 1, noise {noise:g}": [*chain(num_steps, 1.0), "--langevin_noise", str(noise)]
+    for num_steps in (1, 5, 15)
+    for noise in (0.0, 0.01)
+}
+# w a is the share of the way back to the start that the pull takes in a step.
+SETTINGS |= {
+    f"K {num_steps}, drift 1, w a {pull:g}": [*chain(num_steps, 1.0), "--conditioning_weight", str(pull * num_steps)]
+    for num_steps in (5, 15)
+    for pull in (0.2, 0.8)
+}
+SETTINGS |= {
+    f"K 5, drift {drift:g}, beta {beta:g}": [*chain(5, drift), "--kl_weight", str(beta)]
+    for drift in (0.25, 1.0, 4.0)
+    for beta in (0.3, 3.0)
+}
+SETTINGS |= {
+    f"K 5, drift {drift:g}, tolerance {tolerance:g}": [*chain(5, drift), "--drift_tolerance", str(tolerance)]
+    for drift in (0.25, 1.0, 4.0)
+    for tolerance in (0.0037, 0.015, 0.03)
+}
+SETTINGS |= {
+    f"K {num_steps}, drift auto, tolerance {tolerance:g}": [
+        "--langevin_steps", str(num_steps), "--langevin_drift_step", "auto", "--drift_tolerance", str(tolerance),
+    ]
+    for num_steps in (1, 5)
+    for tolerance in (0.0037, 0.0074, 0.015, 0.03)
+}  # fmt: skip
+SETTINGS |= {
+    "K 5, drift 1, chain in bf16": [*chain(5, 1.0), "--langevin_dtype", "bf16"],
+    "K 5, drift 1, all in bf16": [*chain(5, 1.0), "--mixed_precision", "bf16"],
+}
+
+
+def table(results: Results) -> str:
+    lines = [
+        "| setting | Frechet distance, each seed | median | kernel distance | recall | coverage | lambda | drift | cosine | "
+        "rollbacks |\n|---|---|---|---|---|---|---|---|---|---|"
+    ]
+    for name in SETTINGS:
+        rows = results.of(name)
+        if rows:
+            distances = [row["frechet_distance"] for row in rows]
+            chained = "dual" in rows[0]
+            own = (
+                f"{median(rows, 'dual'):.0f} | {median(rows, 'drift'):.4f} | {median(rows, 'cosine_to_critic'):.4f} | "
+                + ", ".join(str(row["rollbacks"]) for row in rows)
+                if chained
+                else "| | |"
+            )
+            lines.append(
+                f"| {name} | {', '.join(f'{d:.1f}' for d in distances)} | {median(rows, 'frechet_distance'):.1f} | "
+                f"{median(rows, 'kernel_distance'):.4f} | {median(rows, 'recall'):.2f} | {median(rows, 'coverage'):.2f} | "
+                f"{own} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parser(__doc__, list(SETTINGS)).parse_args()
+    data_name = "fashion_mnist" if args.fashion_mnist is not None else "digits"
+    results = Results(args.output_dir / f"chain_{data_name}.jsonl")
+    if not args.table:
+        data = load_data(args)
+        print(f"{data.about}; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
+
+        def make(name: str, seed: int) -> dict:
+            folder = args.output_dir / data.name / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}"
+            train(data, folder, seed, "--max_train_steps", str(args.max_train_steps), *SETTINGS[name])
+            return {"iterations": args.max_train_steps, **trained_row(data, folder)}
+
+        results.fill(args.settings, args.seeds, make)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What people would train instead, on the same data with the same networks: `python benchmarks/peers.py --output_dir STUDY`.
+
+Same autoencoder, energy model (as the critic), batch, learning rates, Adam and average as the EC-VAE of chain_study.py, and
+as many iterations; the DDPM has a UNet of about the autoencoder's and energy model's parameters together.
+
+- VAE-GAN: ELBO plus a weight times the hinge loss on prior samples (Larsen et al. 2016, with a spectrally normalized critic).
+- SN-GAN: the decoder alone, hinge loss (Miyato et al. 2018).
+- VAEBM way: the VAE held still, the energy model trained against chains from its samples, and a chain of 16 steps for each
+  image at test time (Xiao et al. 2021).
+- EC-VAE and the chain of 16 steps at test time, on the pair that training left.
+- DDPM: noise prediction, 1,000 steps (Ho et al. 2020), sampled by DDIM in 50.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from study import Results, load_data, median, parser, train, trained_row, versions
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers.energy import compute_energy
+from ecvae_diffusers.variational import elbo_loss
+from ecvae_training.digits import sample_images
+from ecvae_training.models import moving_average
+
+
+BATCH, LEARNING_RATE, ADAM_BETAS, EMA_DECAY = 64, 5e-4, (0.0, 0.9), 0.999
+TEST_STEPS = 16
+# Weights and drifts of which the best one is taken, as the VAE is given its own best beta.
+SETTINGS = {
+    "EC-VAE (defaults)": {},
+    "EC-VAE (defaults) + 16 steps at test time": {},
+    **{f"VAE-GAN, weight {weight}": {"weight": weight} for weight in (10, 30, 100)},
+    "SN-GAN": {},
+    **{f"VAEBM way, drift {drift:g}": {"drift": drift} for drift in (1.0, 4.0, 16.0)},
+    "DDPM, DDIM 50": {},
+}
+
+
+def adam(network: torch.nn.Module, betas: tuple[float, float] = ADAM_BETAS) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=betas, weight_decay=0.0)
+
+
+def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def networks(data) -> tuple[AutoencoderEC, EnergyModel]:
+    sizes = {"sample_size": data.resolution, "in_channels": 1, "block_out_channels": data.channels}
+    vae, energy = AutoencoderEC(**sizes, latent_channels=data.latent_channels), EnergyModel(**sizes)
+    return vae.to(memory_format=torch.channels_last), energy.to(memory_format=torch.channels_last)
+
+
+def latents(data, count: int = BATCH) -> torch.Tensor:
+    return torch.randn(count, data.latent_channels, 1, 1)
+
+
+def loop(data, num_steps: int, train_step: Callable[[torch.Tensor], None], name: str) -> float:
+    """Seconds of `num_steps` steps on batches drawn at random."""
+    started = time.perf_counter()
+    for _ in tqdm(range(num_steps), desc=name, mininterval=5):
+        images = data.train[torch.randint(len(data.train), (BATCH,))].float() / 127.5 - 1
+        train_step(images.to(memory_format=torch.channels_last))
+    return time.perf_counter() - started
+
+
+def critic_step(energy: EnergyModel, optimizer, real: torch.Tensor, samples: torch.Tensor) -> None:
+    """Hinge loss; a low energy is a high score."""
+    energies = compute_energy(energy, torch.cat([real, samples.detach()]))
+    energy_real, energy_samples = energies.split([len(real), len(samples)])
+    step(optimizer, F.relu(1 + energy_real).mean() + F.relu(1 - energy_samples).mean())
+
+
+def adversarial(data, num_steps: int, weight: float | None) -> tuple[ECVAEPipeline, float]:
+    """A VAE-GAN, or an SN-GAN without a weight: then there is no ELBO, and the encoder is not trained."""
+    vae, energy = networks(data)
+    average = moving_average(vae, EMA_DECAY)
+    optimizers = adam(vae), adam(energy)
+
+    def train_step(real: torch.Tensor) -> None:
+        if weight is None:
+            samples = vae.decode(latents(data)).sample
+            loss = compute_energy(energy.requires_grad_(False), samples).mean()
+        else:
+            output = vae(real, sample_posterior=True, prior_latents=latents(data))
+            samples = output.prior_sample
+            loss = elbo_loss(real, output.sample, output.latent_dist).loss
+            loss = loss + weight * compute_energy(energy.requires_grad_(False), samples).mean()
+        energy.requires_grad_(True)
+        step(optimizers[0], loss)
+        critic_step(energy, optimizers[1], real, samples)
+        average.update_parameters(vae)
+
+    name = "SN-GAN" if weight is None else f"VAE-GAN, weight {weight}"
+    seconds = loop(data, num_steps, train_step, name)
+    return ECVAEPipeline(vae=average.module.eval(), energy_model=energy.eval(), scheduler=None), seconds
+
+
+def vaebm(data, num_steps: int, folder, drift: float) -> tuple[ECVAEPipeline, float]:
+    """The trained VAE of `folder` held still, and an energy model of its own for the chain."""
+    vae = ECVAEPipeline.from_pretrained(folder).vae
+    _, energy = networks(data)
+    scheduler = LangevinScheduler(num_steps=TEST_STEPS, drift_step_size=drift / TEST_STEPS)
+    calibrator, optimizer = EnergyCalibrator(energy, scheduler, energy_regularization=0.1), adam(energy)
+
+    def train_step(real: torch.Tensor) -> None:
+        with torch.no_grad():
+            samples = vae.decode(latents(data)).sample
+        step(optimizer, calibrator.energy_loss(real, calibrator.run_chain(samples)).loss)
+
+    seconds = loop(data, num_steps, train_step, f"VAEBM way, drift {drift}")
+    return ECVAEPipeline(vae=vae, energy_model=energy.eval(), scheduler=scheduler), seconds
+
+
+def parameters(*modules: torch.nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def small_unet(data) -> UNet2DModel:
+    """As many levels as the autoencoder, attention at 4 px, the width that comes nearest to both networks' parameters."""
+    wanted = parameters(*networks(data))
+
+    def unet(width: int) -> UNet2DModel:
+        channels = tuple(width * min(2**i, 4) for i in range(len(data.channels)))
+        return UNet2DModel(
+            sample_size=data.resolution, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=channels,
+            norm_num_groups=4, attention_head_dim=8,
+            down_block_types=["DownBlock2D"] * (len(channels) - 1) + ["AttnDownBlock2D"],
+            up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * (len(channels) - 1),
+        )  # fmt: skip
+
+    return min((unet(width) for width in range(8, 65, 4)), key=lambda network: abs(parameters(network) - wanted))
+
+
+def ddpm(data, num_steps: int) -> tuple[DDIMPipeline, float]:
+    unet, scheduler = small_unet(data), DDPMScheduler(num_train_timesteps=1000)
+    unet.to(memory_format=torch.channels_last)
+    average: AveragedModel = moving_average(unet, EMA_DECAY)
+    # With the first moment, as diffusion models are trained.
+    optimizer = adam(unet, betas=(0.9, 0.999))
+
+    def train_step(real: torch.Tensor) -> None:
+        noise, timesteps = torch.randn_like(real), torch.randint(1000, (len(real),))
+        predicted = unet(scheduler.add_noise(real, noise, timesteps), timesteps).sample
+        step(optimizer, F.mse_loss(predicted, noise))
+        average.update_parameters(unet)
+
+    seconds = loop(data, num_steps, train_step, "DDPM")
+    return DDIMPipeline(unet=average.module.eval(), scheduler=scheduler), seconds
+
+
+def ddim_images(pipeline: DDIMPipeline, num_images: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for start in tqdm(range(0, num_images, 500), desc="DDIM"):
+        pipeline.set_progress_bar_config(disable=True)
+        count = min(500, num_images - start)
+        images = pipeline(count, generator, num_inference_steps=50, output_type="np").images
+        batches.append((torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8))
+    return torch.cat(batches)
+
+
+def refined_images(pipeline: ECVAEPipeline, num_images: int, seed: int) -> torch.Tensor:
+    generator, batches = torch.Generator().manual_seed(seed), []
+    pipeline.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, num_images, 500), desc="Chains"):
+        images = pipeline(
+            min(500, num_images - start),
+            generator=generator,
+            num_refinement_steps=TEST_STEPS,
+            output_type="pt",
+        ).images
+        batches.append((images * 255).round().to(torch.uint8))
+    return torch.cat(batches)
+
+
+def make_row(data, name: str, seed: int, args) -> dict:
+    """Train what `name` names, and measure its samples."""
+    folder, num_steps, setting = args.output_dir / data.name, args.max_train_steps, SETTINGS[name]
+    torch.manual_seed(seed)
+    if name.startswith("EC-VAE"):
+        run = folder / f"peers_ecvae_{seed}"
+        if not (run / "model_index.json").is_file():
+            train(data, run, seed, "--max_train_steps", str(num_steps))
+        if "test time" not in name:
+            return trained_row(data, run)
+        return data.measure(refined_images(ECVAEPipeline.from_pretrained(run), data.num_samples, seed=1))
+    if name.startswith("VAEBM"):
+        run = folder / f"peers_vae_{seed}"
+        if not (run / "model_index.json").is_file():
+            train(data, run, seed, "--max_train_steps", str(num_steps), "--calibration", "none")
+        pipeline, seconds = vaebm(data, num_steps, run, setting["drift"])
+        samples = refined_images(pipeline, data.num_samples, seed=1)
+    elif name.startswith("DDPM"):
+        pipeline, seconds = ddpm(data, num_steps)
+        samples = ddim_images(pipeline, data.num_samples, seed=1)
+    else:
+        pipeline, seconds = adversarial(data, num_steps, setting.get("weight"))
+        samples = sample_images(pipeline, data.num_samples, seed=1)
+    return {**data.measure(samples), "training_seconds": round(seconds, 1)}
+
+
+def table(results: Results) -> str:
+    lines = ["| model | Frechet distance, each seed | median | kernel distance | precision | recall | coverage |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in SETTINGS:
+        rows = results.of(name)
+        if rows:
+            distances = ", ".join(f"{row['frechet_distance']:.1f}" for row in rows)
+            others = " | ".join(f"{median(rows, key):.2f}" for key in ("precision", "recall", "coverage"))
+            lines.append(
+                f"| {name} | {distances} | {median(rows, 'frechet_distance'):.1f} | "
+                f"{median(rows, 'kernel_distance'):.4f} | {others} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parser(__doc__, list(SETTINGS)).parse_args()
+    data_name = "fashion_mnist" if args.fashion_mnist is not None else "digits"
+    results = Results(args.output_dir / f"peers_{data_name}.jsonl")
+    if not args.table:
+        data = load_data(args)
+        both, unet = parameters(*networks(data)), parameters(small_unet(data))
+        print(f"{data.about}; {both:,} parameters, UNet {unet:,}; {args.max_train_steps} iterations; {versions()}")
+        results.fill(args.settings, args.seeds, lambda name, seed: make_row(data, name, seed, args))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What the studies share: the two data sets with their features, and results that a study cut off goes on from."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from demo import ARGUMENTS as DIGITS_ARGUMENTS  # noqa: E402
+from ecvae_diffusers import ECVAEPipeline  # noqa: E402
+from ecvae_diffusers.metrics import GenerationMetrics, lite0_features  # noqa: E402
+from ecvae_training.digits import NUM_TRAIN, load_digits, sample_images, train_digit_features, write_digits  # noqa: E402
+from ecvae_training.output import EVENTS_FILE, METRICS_FILE, read_metrics  # noqa: E402
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "training" / "train_ecvae.py"
+
+
+class Digits:
+    """scikit-learn's digits at 16 px, over 64 features of a classifier trained on the same 1,500 training images."""
+
+    name, num_samples, resolution, latent_channels, channels = "digits", 5000, 16, 32, (16, 32, 64)
+    arguments = DIGITS_ARGUMENTS
+
+    def __init__(self, folder: Path):
+        write_digits(folder / "digits")
+        self.data_arguments = ["--train_data_dir", str(folder / "digits" / "train")]
+        digits = load_digits()[0]
+        self.train, held_out = digits[:NUM_TRAIN], digits[NUM_TRAIN:]
+        features, accuracy = train_digit_features()
+        self.metrics = reference(features, self.train)
+        self.about = (
+            f"digits; classifier {accuracy:.1%} on held-out digits, whose distance to the training digits is "
+            f"{self.measure(held_out)['frechet_distance']:.1f}"
+        )
+
+    def measure(self, images: torch.Tensor) -> dict[str, float]:
+        return against(self.metrics, images)
+
+
+class FashionMNIST:
+    """Fashion-MNIST at 32 px, over EfficientNet-Lite0's features: 10,000 samples against 10,000 training images."""
+
+    name, num_samples, resolution, latent_channels, channels = "fashion_mnist", 10_000, 32, 64, (16, 32, 64, 128)
+    arguments = ["--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128"]
+
+    def __init__(self, folder: Path, data_dir: str):
+        from datasets import load_dataset
+
+        self.data_arguments = ["--dataset_name", data_dir, "--image_column", "image"]
+
+        def images(split: str) -> torch.Tensor:
+            rows = load_dataset(data_dir, split=split).with_format("torch").shuffle(seed=0).select(range(10_000))
+            return torch.stack([row["image"].view(1, 32, 32) for row in tqdm(rows, desc=f"Reading {split}")])
+
+        self.train = images("train")
+        self.metrics = reference(lite0_features(), self.train)
+        floor = self.measure(images("test"))
+        self.about = (
+            f"Fashion-MNIST; EfficientNet-Lite0 features; the 10,000 test images are at Frechet distance "
+            f"{floor['frechet_distance']:.1f}, kernel distance {floor['kernel_distance']:.4f}"
+        )
+
+    def measure(self, images: torch.Tensor) -> dict[str, float]:
+        return against(self.metrics, images)
+
+
+def reference(features: torch.nn.Module, real: torch.Tensor) -> GenerationMetrics:
+    metrics = GenerationMetrics(features)
+    for batch in tqdm(real.split(250), desc="Features of the data"):
+        metrics.update(batch, real=True)
+    return metrics
+
+
+def against(metrics: GenerationMetrics, images: torch.Tensor) -> dict[str, float]:
+    for batch in tqdm(images.split(250), desc="Features of the samples"):
+        metrics.update(batch, real=False)
+    measures = metrics.compute()
+    metrics.reset(keep_real=True)
+    return measures
+
+
+def train(data, folder: Path, seed: int, *arguments: str) -> None:
+    """Run the training script as a user would, alone in its process."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, str(SCRIPT), *data.data_arguments, *data.arguments, "--output_dir", str(folder)]
+    command += ["--seed", str(seed), "--checkpointing_steps", "1000000", *arguments]
+    subprocess.run(command, check=True)
+
+
+def trained_row(data, folder: Path) -> dict:
+    """What a run has come to: its samples' measures, and the end of its logs."""
+    pipeline = ECVAEPipeline.from_pretrained(folder)
+    row = data.measure(sample_images(pipeline, data.num_samples, seed=1))
+    row["reconstruction_variance"] = pipeline.vae.config.reconstruction_variance
+    last = read_metrics(folder / METRICS_FILE)[-1]
+    wanted = ("training_seconds", "dual", "drift", "constraint", "tolerance", "langevin_drift_step")
+    row |= {key: last[key] for key in wanted if key in last}
+    events = folder / EVENTS_FILE
+    row["rollbacks"] = len(events.read_text().splitlines()) if events.is_file() else 0
+    if pipeline.energy_model is not None:
+        row["cosine_to_critic"] = cosine_to_critic(pipeline)
+    return row
+
+
+def cosine_to_critic(pipeline: ECVAEPipeline, num_samples: int = 256) -> float:
+    """
+    Mean cosine between the chain's move without its noise, x~ - x_0, and -grad f(x_0), which is all that a critic gives
+    its generator. 1 at K = 1.
+    """
+    from ecvae_diffusers import EnergyCalibrator
+    from ecvae_diffusers.energy import energy_and_gradient
+
+    samples = pipeline(num_samples, generator=torch.Generator().manual_seed(2), output_type="pt").images * 2 - 1
+    calibrator = EnergyCalibrator(pipeline.energy_model, pipeline.scheduler)
+    move = calibrator.run_chain(samples, noise=torch.zeros(len(pipeline.scheduler), *samples.shape)) - samples
+    _, gradient = energy_and_gradient(pipeline.energy_model, samples)
+    return torch.cosine_similarity(move.flatten(1), -gradient.flatten(1)).mean().item()
+
+
+class Results:
+    """Rows in a JSON lines file: those that are there already are not made again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+
+    def fill(self, settings: list[str], seeds: list[int], make: Callable[[str, int], dict]) -> None:
+        for seed in seeds:
+            for name in settings:
+                if not any(row["setting"] == name and row["seed"] == seed for row in self.rows()):
+                    started = time.time()
+                    row = {"setting": name, "seed": seed, **make(name, seed), "seconds": round(time.time() - started)}
+                    with open(self.path, "a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(json.dumps(row), flush=True)
+
+    def of(self, name: str) -> list[dict]:
+        return sorted((row for row in self.rows() if row["setting"] == name), key=lambda row: row["seed"])
+
+
+def median(rows: list[dict], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def versions() -> str:
+    return (
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} of {os.cpu_count()} "
+        f"cores, {platform.machine()}"
+    )
+
+
+def parser(doc: str, settings: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--settings", nargs="+", choices=settings, default=settings, metavar="NAME")
+    parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
+    return parser
+
+
+def load_data(args: argparse.Namespace):
+    if args.fashion_mnist is not None:
+        return FashionMNIST(args.output_dir, args.fashion_mnist)
+    return Digits(args.output_dir)
