@@ -12,8 +12,8 @@ IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look at demo/comparison.png
 	@$(IN_ROOT) training/demo.py --output_dir demo
 
-test: environment  ## Run the test suite
-	@$(IN_ROOT) -m pytest -q --durations=10 --ignore tests/slow
+test: environment  ## Run the test suite, a file at a time on each core
+	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 --ignore tests/slow -n logical --dist loadfile
 
 test-slow: environment  ## Run what takes minutes: several processes, kills
 	@$(IN_ROOT) -m pytest -q --durations=10 tests/slow

@@ -15,6 +15,7 @@ from training_step import CHANGES, GPU_CHANGES, Arrangement, Iteration
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_training.digits import sample_images
+from ecvae_training.images import to_range
 from ecvae_training.models import moving_average
 
 
@@ -42,7 +43,7 @@ def make_row(data, name: str, seed: int, max_train_steps: int) -> dict:
     average = moving_average(iteration.vae, 0.999)
     started = time.perf_counter()
     for _ in tqdm(range(max_train_steps), desc=name, mininterval=5):
-        images = data.train[torch.randint(len(data.train), (BATCH,))].float() / 127.5 - 1
+        images = to_range(data.train[torch.randint(len(data.train), (BATCH,))])
         iteration.step(images)
         average.update_parameters(iteration.vae)
     seconds = time.perf_counter() - started

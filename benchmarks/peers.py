@@ -27,6 +27,7 @@ from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyCalibrator, Ener
 from ecvae_diffusers.energy import compute_energy
 from ecvae_diffusers.variational import elbo_loss
 from ecvae_training.digits import sample_images
+from ecvae_training.images import to_range
 from ecvae_training.models import moving_average
 
 
@@ -67,7 +68,7 @@ def loop(data, num_steps: int, train_step: Callable[[torch.Tensor], None], name:
     """Seconds of `num_steps` steps on batches drawn at random."""
     started = time.perf_counter()
     for _ in tqdm(range(num_steps), desc=name, mininterval=5):
-        images = data.train[torch.randint(len(data.train), (BATCH,))].float() / 127.5 - 1
+        images = to_range(data.train[torch.randint(len(data.train), (BATCH,))])
         train_step(images.to(memory_format=torch.channels_last))
     return time.perf_counter() - started
 

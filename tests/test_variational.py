@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ecvae_diffusers.variational import active_units, elbo_loss, kl_per_dimension
+from ecvae_diffusers.variational import active_units, elbo_loss, kl_per_dimension, kl_warmup
 
 
 def posterior(batch_size: int = 6, dimensions: int = 5, seed: int = 0) -> DiagonalGaussianDistribution:
@@ -57,3 +57,9 @@ def test_active_units_are_those_whose_mean_varies():
     assert active_units(mean) == 2
     assert active_units(mean.view(500, 4, 1, 1)) == 2
     assert active_units(mean[:1]) == 0
+
+
+def test_kl_warmup_rises_in_equal_parts_to_the_weight_and_stays():
+    weights = [kl_warmup(2.0, step, 4) for step in range(6)]
+    assert weights == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert kl_warmup(2.0, 0, 0) == 2.0

@@ -30,6 +30,7 @@ from ecvae_training.digits import (
     train_digit_features,
     write_digits,
 )
+from ecvae_training.images import to_range
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
 
 
@@ -130,7 +131,7 @@ def main() -> None:
         },
         "held_out_digits": measure(features, real, held_out),
     }
-    grids = [("real", image_grid(held_out[:64].float() / 127.5 - 1, 8, scale=3))]
+    grids = [("real", image_grid(to_range(held_out[:64]), 8, scale=3))]
     for calibration, name in names.items():
         pipeline = ECVAEPipeline.from_pretrained(args.output_dir / name)
         samples = sample_images(pipeline, NUM_SAMPLES, seed=1)
@@ -139,7 +140,7 @@ def main() -> None:
             "reconstruction_variance": pipeline.vae.config.reconstruction_variance,
         }
         title = f"{'EC-VAE' if name == 'ecvae' else 'VAE'}: {metrics[name]['frechet_distance']:.0f}"
-        grids.append((title, image_grid(samples[:64].float() / 127.5 - 1, 8, scale=3)))
+        grids.append((title, image_grid(to_range(samples[:64]), 8, scale=3)))
     metrics["ratio"] = metrics["vae"]["frechet_distance"] / metrics["ecvae"]["frechet_distance"]
 
     # `pipeline` is now the calibrated one.

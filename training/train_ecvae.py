@@ -18,13 +18,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
-from ecvae_diffusers.variational import active_units, elbo_loss
+from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup
 from ecvae_training.arguments import parse_args
 from ecvae_training.checkpoints import SavingFailed
 from ecvae_training.feeds import build_feed
+from ecvae_training.images import to_range
 from ecvae_training.launch import build_accelerator
 from ecvae_training.models import build_models, load_pretrained
-from ecvae_training.observation import to_range
 from ecvae_training.output import check_output_dir, check_resumed_arguments, checkpoints, find_checkpoint
 from ecvae_training.trainer import Stopped, Trainer
 
@@ -64,7 +64,7 @@ class ECVAETask:
             posterior_noise=noise.normal(*shape),
             prior_latents=noise.normal(*shape) if with_samples else None,
         )
-        kl_weight = args.kl_weight * min(1.0, (step + 1) / max(args.kl_warmup_steps, 1))
+        kl_weight = kl_warmup(args.kl_weight, step, args.kl_warmup_steps)
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight, args.free_bits)
         scalars = {"reconstruction": elbo.reconstruction, "kl": elbo.kl}
         scalars["kl_weight"] = elbo.kl.new_tensor(kl_weight)

@@ -69,6 +69,14 @@ def elbo_loss(
     return ELBOOutput(loss=error + kl_weight * charged.sum(), reconstruction=error.detach(), kl=kl.detach().sum())
 
 
+def kl_warmup(kl_weight: float, step: int, num_steps: int) -> float:
+    """
+    beta of a step: from `kl_weight` / `num_steps` at step 0 up to `kl_weight` in equal parts, against posterior collapse
+    (Bowman et al. 2016, arXiv 1511.06349). `num_steps` 0 is no warm-up.
+    """
+    return kl_weight * min(1.0, (step + 1) / max(num_steps, 1))
+
+
 def active_units(posterior_mean: torch.Tensor) -> torch.Tensor:
     """
     Number of latent dimensions whose posterior mean varies over the data, by more than 0.01 in variance.

@@ -5,10 +5,12 @@ import inspect
 import json
 from collections import Counter
 
+import accelerate
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
 from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.hub import CARD_MARKER
@@ -394,6 +396,52 @@ def test_other_dtypes_run(pipe, dtype):
     assert torch.isfinite(pipe.score(random_images())).all()
     assert pipe.score(random_images()).dtype == torch.float32
     assert pipe.interpolate(random_images(), random_images(), output_type="pt").images.isfinite().all()
+
+
+def offload_in_groups(**kwargs):
+    def offload(pipe):
+        apply_group_offloading(pipe.vae, onload_device=torch.device("cpu"), **kwargs)
+        # The hooks ask the device's backend for its streams when they are made, and "meta" has no backend.
+        for module in pipe.vae.modules():
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook.get_hook("group_offloading").config.onload_device = torch.device("meta")
+
+    return offload
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda pipe: pipe.enable_sequential_cpu_offload(device="meta"),
+        lambda pipe: accelerate.cpu_offload_with_hook(pipe.vae, execution_device=torch.device("meta")),
+        offload_in_groups(offload_type="leaf_level"),
+        offload_in_groups(offload_type="block_level", num_blocks_per_group=1),
+        offload_in_groups(offload_type="block_level", num_blocks_per_group=1, block_modules=["encoder", "decoder"]),
+    ],
+)
+def test_latents_are_drawn_where_an_offloaded_decoder_will_run(pipe, offload):
+    expected = sample(pipe, "latent")
+    offload(pipe)
+    assert sample(pipe, "latent").device.type == "meta"
+    assert sample(pipe, "latent", generator=None, latents=expected).device.type == "meta"
+
+
+def test_latents_have_the_dtype_that_a_casting_decoder_computes_in(pipe):
+    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert pipe.vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert sample(pipe, "latent").dtype == torch.bfloat16
+
+
+def test_the_components_may_be_on_different_devices(pipe):
+    pipe.energy_model.to("meta")
+    assert sample(pipe).device.type == "cpu"
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offloading_gives_the_same_images(pipe, offload_type):
+    expected = sample(pipe)
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
+    assert torch.equal(sample(pipe), expected)
 
 
 def test_slicing_gives_the_same_images(pipe, calls):

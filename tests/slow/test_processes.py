@@ -48,8 +48,11 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two_ranks, data,
     one, two = weights(tmp_path), weights(two_ranks)
     assert one.keys() == two.keys()
     for key in one:
-        scale = one[key].abs().max().clamp(min=1e-3)
-        assert (one[key] - two[key]).abs().max() <= 1e-4 * max(scale, 1.0), key
+        # Sums in another order: Adam makes a whole step (5e-4) of the sign of a gradient that is all rounding, so that
+        # single weights may lie a few steps apart where kernels differ, of the 50 taken. A tensor as a whole may not.
+        difference = (one[key] - two[key]).float()
+        assert difference.abs().max() <= 2e-3, key
+        assert difference.norm() <= 2e-3 * one[key].float().norm() + 1e-4, key
     for a, b in zip(metrics(tmp_path), metrics(two_ranks)):
         assert a["dual"] == pytest.approx(b["dual"], rel=1e-4)
         assert a["reconstruction"] == pytest.approx(b["reconstruction"], rel=1e-3)

@@ -93,7 +93,7 @@ def test_a_run_cut_in_two_equals_a_run_in_one(finished, images, tmp_path):
     for key in expected:
         assert torch.equal(expected[key], found[key]), key
     timeless = [
-        [{**r, "images_per_second": 0, "peak_memory_gib": 0} for r in metrics(folder)]
+        [{**r, "images_per_second": 0, "training_seconds": 0, "peak_memory_gib": 0} for r in metrics(folder)]
         for folder in (finished, tmp_path)
     ]
     assert timeless[0] == timeless[1]
@@ -210,7 +210,7 @@ def test_a_cut_between_two_logged_steps_is_not_seen(images, tmp_path):
         *arguments, "--output_dir", tmp_path / "cut", "--max_train_steps", 10, "--resume_from_checkpoint", "latest"
     )
     timeless = [
-        [{**r, "images_per_second": 0, "peak_memory_gib": 0} for r in metrics(tmp_path / name)]
+        [{**r, "images_per_second": 0, "training_seconds": 0, "peak_memory_gib": 0} for r in metrics(tmp_path / name)]
         for name in ("whole", "cut")
     ]
     assert timeless[0] == timeless[1] and "gradient_norm_max" in timeless[0][0]

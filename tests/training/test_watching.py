@@ -38,7 +38,7 @@ def test_every_logged_step_has_what_a_healthy_run_is_known_by(watched):
     names = {
         "reconstruction", "kl", "active_units", "constraint", "noise_floor", "drift", "dual", "tolerance", "energy_real",
         "energy_real_std", "energy_samples", "energy_samples_std", "energy_targets", "energy_targets_std", "gradient_norm",
-        "energy_gradient_norm", "sample_spread", "data_spread", "images_per_second", "peak_memory_gib", "kl_weight",
+        "energy_gradient_norm", "sample_spread", "data_spread", "images_per_second", "training_seconds", "peak_memory_gib", "kl_weight",
     }  # fmt: skip
     for record in records:
         assert names <= set(record) and all(np.isfinite(value) for value in record.values())

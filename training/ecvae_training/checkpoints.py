@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from ecvae_training.output import checkpoints, cut_run, discard
+from ecvae_training.output import checkpoints, discard
 
 
 class SavingFailed(Exception):
@@ -43,8 +43,7 @@ def save_checkpoint(
 ) -> None:
     """
     Write `checkpoint-<step>`: Accelerate's state (networks, optimizers, schedules, moving average, dual variable, random
-    states) and, in `pipeline/`, the pipeline as it is now, to be looked at with `from_pretrained`. Checkpoints of later
-    steps, which a run that has gone back had, are removed before it takes its place.
+    states) and, in `pipeline/`, the pipeline as it is now, to be looked at with `from_pretrained`.
 
     Raises:
         SavingFailed: if it can't be written. What was written of it is removed.
@@ -59,7 +58,6 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             build_pipeline().save_pretrained(temporary / "pipeline")
-            cut_run(output_dir, step)
             if final.exists():
                 discard(final)
             os.replace(temporary, final)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ecvae_diffusers.metrics import GenerationMetrics
+from ecvae_training.images import to_range
 
 
 NUM_TRAIN = 1500
@@ -57,7 +58,7 @@ class DigitFeatures(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.body(images.float() / 127.5 - 1.0)
+        return self.body(to_range(images))
 
 
 def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFeatures, float]:

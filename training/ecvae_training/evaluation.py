@@ -5,7 +5,7 @@ import math
 import torch
 from accelerate import Accelerator
 
-from ecvae_training.observation import to_range
+from ecvae_training.images import to_range, to_uint8
 from ecvae_training.output import image_grid, save_atomically, step_file
 
 
@@ -76,8 +76,7 @@ class Evaluation:
                 self.metrics.update(images.to(device), real=True)
         first = None
         for latents in self.latents.split(batch_size):
-            samples = self.task.sample(exported, latents.to(device))
-            samples = ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            samples = to_uint8(self.task.sample(exported, latents.to(device)))
             self.metrics.update(samples, real=False)
             first = samples if first is None else first
         measures = self.metrics.compute()

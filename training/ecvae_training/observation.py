@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.energy import compute_energy, frozen
+from ecvae_training.images import to_range
 from ecvae_training.noise import StepNoise
 from ecvae_training.output import ENERGIES_FILE, RunLog, image_grid, save_atomically, step_file
 
@@ -18,11 +19,6 @@ NUM_CHAIN_IMAGES = 8
 NUM_ENERGIES = 256
 # Above this many pixels a side, fewer of them: chains through 256 images of 256 px took 15 GiB and minutes.
 FULL_SIZE = 32
-
-
-def to_range(images: torch.Tensor) -> torch.Tensor:
-    """uint8 -> [-1, 1]."""
-    return images.float() / 127.5 - 1.0
 
 
 def num_energies(resolution: int) -> int:

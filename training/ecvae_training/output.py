@@ -10,6 +10,8 @@ from pathlib import Path
 import PIL.Image
 import torch
 
+from ecvae_training.images import to_uint8
+
 
 ARGUMENTS_FILE = "training_args.json"
 METRICS_FILE = "metrics.jsonl"
@@ -245,7 +247,7 @@ def image_grid(images: torch.Tensor, num_columns: int, scale: int = 1) -> PIL.Im
         num_columns (`int`): Images a row.
         scale (`int`, *optional*, defaults to 1): Whole-number magnification, without smoothing.
     """
-    images = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    images = to_uint8(images.cpu())
     batch_size, channels, height, width = images.shape
     num_rows = -(-batch_size // num_columns)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]

@@ -81,13 +81,10 @@ class Recovery:
         Raises:
             FloatingPointError: without the guard, if a value is not finite.
         """
-        if self.accelerator.scaler is not None:
-            # Loss scaling finds its scale by overflowing now and then, and leaves that step out.
-            logged = {k: v for k, v in logged.items() if "gradient_norm" not in k or math.isfinite(v)}
         if not self.args.divergence_guard:
             self.check_finite(step, logged)
             return []
-        alarms, warnings = self.guard.observe(logged)
+        alarms, warnings = self.guard.observe(self.meant(logged))
         for message in warnings:
             self.record(step, "warning", message)
         return alarms
@@ -99,13 +96,19 @@ class Recovery:
         Raises:
             FloatingPointError: without the guard, if there is something.
         """
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        broken = [name for name, value in self.meant(values).items() if not math.isfinite(value)]
         if broken and not self.args.divergence_guard:
             raise FloatingPointError(
                 f"training has diverged at step {step}: {', '.join(broken)} not finite. Lower the rates, or let "
                 "--divergence_guard go back to a healthy state."
             )
         return [f"{', '.join(broken)} not finite"] if broken else []
+
+    def meant(self, values: dict[str, float]) -> dict[str, float]:
+        """`values` less what loss scaling brings about: it finds its scale by overflowing, and leaves that step out."""
+        if self.accelerator.scaler is None:
+            return values
+        return {k: v for k, v in values.items() if "gradient_norm" not in k or math.isfinite(v)}
 
     def keep_healthy(self, step: int) -> None:
         """No alarm: keep this state if it is time to, and raise a lowered rate again."""

@@ -4,7 +4,6 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 """
 
 import gc
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +19,7 @@ from ecvae_training.argument_checks import DRIFT_STEP
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
 from ecvae_training.evaluation import Evaluation, Patience
 from ecvae_training.feeds import DecodedFeed, StreamFeed
+from ecvae_training.images import to_range
 from ecvae_training.models import moving_average
 from ecvae_training.noise import ChainNoise, StepNoise
 from ecvae_training.observation import (
@@ -30,7 +30,6 @@ from ecvae_training.observation import (
     moments,
     peak_memory,
     reduce_scalars,
-    to_range,
 )
 from ecvae_training.optimization import build_trained, clip_gradients
 from ecvae_training.output import (
@@ -48,6 +47,7 @@ from ecvae_training.output import (
 )
 from ecvae_training.recovery import Recovery, record_event
 from ecvae_training.signals import StopSignal
+from ecvae_training.stopwatch import Stopwatch
 
 
 logger = get_logger(__name__)
@@ -122,7 +122,8 @@ class Trainer:
         self.recovery = Recovery(args, accelerator, self.generator, self.energy, self.ema, self.calibrator)
         self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
         self.patience = Patience(args.early_stopping_metric, args.early_stopping_patience)
-        resumed = (self.calibrator, self.ema, self.recovery, self.patience)
+        self.stopwatch = Stopwatch()
+        resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch)
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
 
     @property
@@ -192,7 +193,8 @@ class Trainer:
         self.progress = tqdm(
             total=self.num_steps, initial=self.step, desc="Training", disable=not main_process, mininterval=1.0
         )
-        self.started, self.started_step = time.perf_counter(), self.step
+        self.stopwatch.start()
+        self.started, self.started_step = self.stopwatch.seconds, self.step
         with StopSignal() as stop, self.progress:
             while self.step < self.num_steps and not self.patience.is_over:
                 scalars = self.train_step(batches)
@@ -214,12 +216,13 @@ class Trainer:
                     self.roll_back(alarms)
                     batches = self.new_batches()
                     continue
-                if main_process and (self.step % args.save_images_steps == 0 or last):
-                    self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator)
-                if evaluate:
-                    self.evaluate()
-                if save:
-                    self.save_checkpoint()
+                with self.stopwatch.paused():
+                    if main_process and (self.step % args.save_images_steps == 0 or last):
+                        self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator)
+                    if evaluate:
+                        self.evaluate()
+                    if save:
+                        self.save_checkpoint()
                 if stopped and not last:
                     raise Stopped(
                         f"stopped at step {self.step} of {self.num_steps}, which checkpoint-{self.step} holds: go on "
@@ -343,7 +346,8 @@ class Trainer:
         if self.energy is not None:
             logged["energy_learning_rate"] = self.energy.lr_scheduler.get_last_lr()[0]
         images = (self.step - self.started_step) * self.images_per_step
-        logged["images_per_second"] = round(images / (time.perf_counter() - self.started), 1)
+        logged["images_per_second"] = round(images / (self.stopwatch.seconds - self.started), 1)
+        logged["training_seconds"] = round(self.stopwatch.seconds, 3)
         logged["peak_memory_gib"] = round(peak_memory(accelerator.device), 3)
         if accelerator.is_main_process:
             epoch = {}
@@ -369,7 +373,11 @@ class Trainer:
         broke_at = self.step
         self.step, go_on = self.recovery.roll_back(self.step, alarms)
         self.patience.cut(self.step)
-        self.save_checkpoint()
+        # Later checkpoints go first: a kill in between must not leave one that is not healthy as the newest.
+        if self.accelerator.is_main_process:
+            cut_run(self.output_dir, self.step)
+        with self.stopwatch.paused():
+            self.save_checkpoint()
         if not go_on:
             self.save()
             rates = "--learning_rate"
@@ -382,7 +390,7 @@ class Trainer:
             )
         self.progress.n = self.step
         self.progress.refresh()
-        self.started, self.started_step = time.perf_counter(), self.step
+        self.started, self.started_step = self.stopwatch.seconds, self.step
 
     def save_checkpoint(self) -> None:
         save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline)
@@ -390,13 +398,8 @@ class Trainer:
             remove_old_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
 
     def all_peaks(self) -> dict[str, float]:
-        """The largest gradient norms and constraint since the last logged step; those that loss scaling left out aside."""
-        peaks = {
-            name: value
-            for name, value in self.recovery.peaks.items()
-            if self.accelerator.scaler is None or "gradient_norm" not in name
-        }
-        return reduce_scalars(self.accelerator, peaks) if peaks else {}
+        """The largest gradient norms and constraint since the last logged step."""
+        return reduce_scalars(self.accelerator, self.recovery.peaks) if self.recovery.peaks else {}
 
     def evaluate(self) -> None:
         """Measure, and keep the best pipeline in `best/`."""

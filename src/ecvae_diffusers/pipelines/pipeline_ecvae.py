@@ -120,6 +120,19 @@ class ECVAEPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)}, but there are {batch_size} images.")
 
+    def latents_placement(self) -> tuple[torch.device, torch.dtype]:
+        """
+        Where and as what the decoder takes its latents. Both are those of the layer that reads them, unless a hook
+        (offloading, layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all
+        modules five times to find that there is none, which takes as long as half a pass of a small decoder.
+        """
+        conv_in = self.vae.decoder.conv_in
+        # A hook that reaches this layer sits on it or on a module around it.
+        modules = (self.vae, self.vae.decoder, conv_in)
+        if any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook")):
+            return self._execution_device, self.vae.dtype
+        return conv_in.weight.device, conv_in.weight.dtype
+
     def prepare_latents(
         self,
         batch_size: int,
@@ -127,7 +140,7 @@ class ECVAEPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        device, dtype = self._execution_device, self.vae.dtype
+        device, dtype = self.latents_placement()
         if latents is not None:
             return latents.to(device=device, dtype=dtype)
         shape = (batch_size, self.vae.config.latent_channels, 1, 1)

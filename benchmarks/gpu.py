@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""All that is to be measured on a GPU, in one command and under ten minutes: `python benchmarks/gpu.py`.
+
+Runs the benchmarks one after the other with `--device cuda`, each within its own limit of time, and prints what they print:
+tables for RESULTS.md. A benchmark that fails or takes too long is said to have, and the others go on. `--device cpu --small`
+is the same at toy sizes, to see that it runs.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+SMALL = ["--block_out_channels", "16", "16", "--resolution", "16", "--batch_size", "4", "--rounds", "1"]
+# What is run, its arguments, those of the toy size, and its limit in seconds.
+PARTS = [
+    ("training_step.py", ["--rounds", "10"], [*SMALL, "--langevin_steps", "2", "--changes", "bf16"], 150),
+    ("limit.py", [], [*SMALL, "--langevin_steps", "2"], 60),
+    ("precision.py", [], [], 60),
+    ("growth.py", ["--rounds", "5"], ["--rounds", "1", "--quantities", "width", "--sizes", "4", "8"], 150),
+    ("sampling.py", ["--batch_sizes", "1", "64", "256", "--peer_batch_sizes", "1", "64"], ["--small"], 120),
+    ("sampling.py", ["--overhead", "--batch_sizes", "1", "64"], ["--small", "--overhead"], 50),
+]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="toy sizes")
+    args = parser.parse_args()
+    rows = []
+    for script, arguments, small, limit in PARTS:
+        chosen = small if args.small else arguments
+        print(f"\n## {script} {' '.join(chosen)}\n", flush=True)
+        command = [sys.executable, str(HERE / script), "--device", args.device, *chosen]
+        started = time.perf_counter()
+        try:
+            code = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
+            outcome = "ran" if code.returncode == 0 else f"failed: {code.stderr.strip().splitlines()[-1]}"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit} s"
+        rows.append(f"| {script} | {outcome} | {time.perf_counter() - started:.0f} |")
+    print("\n| benchmark | outcome | s |\n|---|---|---|\n" + "\n".join(rows))
+    return int(any("| ran |" not in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""How time and memory of a training iteration grow: `python benchmarks/growth.py --plot growth.png`.
+
+One quantity is varied at a time, the others stay at 32 px, batch 32, K 5, width 16. Each size runs alone in a process of its
+own, for its peak memory; the law that is expected stands beside each table, with the exponent between the last two sizes.
+Ranks run the training script on random images, one thread each, and are measured by its own log.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+
+BASE = {"resolution": 32, "batch_size": 32, "langevin_steps": 5, "width": 16}
+SIZES = {
+    "langevin_steps": (1, 5, 15, 30),
+    "batch_size": (8, 16, 32, 64, 128),
+    "resolution": (16, 32, 64, 128, 256),
+    "width": (8, 16, 32, 64),
+}
+LAWS = {
+    "langevin_steps": "time: a constant for both networks' steps, plus one pass and its gradient a step; memory: constant",
+    "batch_size": "time and activations proportional (1)",
+    "resolution": "time and activations as the number of pixels (2): the further levels cost little",
+    "width": "time of convolutions as the square (2) where they compute, less where memory is the bound; activations 1",
+}
+
+
+def block_out_channels(resolution: int, width: int) -> tuple[int, ...]:
+    """Doubled at each level down to 4 px, at most fourfold."""
+    levels = int(math.log2(resolution)) - 1
+    return tuple(width * min(2**level, 4) for level in range(levels))
+
+
+def measure(
+    device: torch.device, rounds: int, resolution: int, batch_size: int, langevin_steps: int, width: int
+) -> dict:
+    """Median milliseconds of an iteration, and the peak memory of this process, in GiB."""
+    from training_step import CHANGES, GPU_CHANGES, Arrangement, Iteration, wait
+
+    torch.manual_seed(0)
+    ours = Arrangement(**{name: name not in (*GPU_CHANGES, "bf16") for name in CHANGES})
+    channels = block_out_channels(resolution, width)
+    sizes = {"sample_size": resolution, "in_channels": 3, "block_out_channels": channels}
+    iteration = Iteration(ours, sizes, langevin_steps, weight=0.0, device=device)
+    real = torch.rand(batch_size, 3, resolution, resolution, device=device) * 2 - 1
+    seconds = []
+    for index in range(rounds + 2):
+        started = time.perf_counter()
+        iteration.step(real)
+        wait(device)
+        if index >= 2:
+            seconds.append(time.perf_counter() - started)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"ms": 1e3 * statistics.median(seconds), "memory_gib": memory}
+
+
+def in_process(arguments: argparse.Namespace, sizes: dict) -> dict:
+    command = [sys.executable, __file__, "--device", arguments.device, "--rounds", str(arguments.rounds)]
+    result = subprocess.run([*command, "--one", json.dumps(sizes)], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def ranks(counts: tuple[int, ...], num_steps: int = 40) -> dict[int, float]:
+    """Images a second of the training script with as many processes, one thread each."""
+    from ecvae_training.output import METRICS_FILE, read_metrics
+
+    script, found = Path(__file__).resolve().parents[1] / "training" / "train_ecvae.py", {}
+    with tempfile.TemporaryDirectory() as folder:
+        images, rng = Path(folder) / "images", np.random.default_rng(0)
+        images.mkdir()
+        for i in range(256):
+            PIL.Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(images / f"{i}.png")
+        for count in counts:
+            output = Path(folder) / f"run-{count}"
+            command = [
+                sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count),
+                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                "--num_cpu_threads_per_process", "1", *(["--multi_cpu"] if count > 1 else []), str(script),
+                "--train_data_dir", str(images), "--output_dir", str(output), "--max_train_steps", str(num_steps),
+                "--train_batch_size", str(BASE["batch_size"]), "--block_out_channels",
+                *map(str, block_out_channels(BASE["resolution"], BASE["width"])), "--no-divergence_guard",
+                "--save_images_steps", "1000000",
+            ]  # fmt: skip
+            subprocess.run(command, check=True, capture_output=True)
+            records = {record["step"]: record for record in read_metrics(output / METRICS_FILE)}
+            found[count] = records[num_steps]["images_per_second"]
+    return found
+
+
+def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(found), figsize=(4 * len(found), 6), layout="constrained", squeeze=False)
+    for column, (name, rows) in zip(axes.T, found.items()):
+        for axis, key, title in zip(column, ("ms", "memory_gib"), ("ms an iteration", "peak memory, GiB")):
+            axis.loglog(list(rows), [row[key] for row in rows.values()], "o-")
+            axis.set(xlabel=name.replace("_", " "), title=title)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quantities", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", type=int, nargs="+", help="instead of those in the file, of each quantity")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="numbers of processes, on this machine's CPU")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        print(json.dumps(measure(torch.device(args.device), args.rounds, **args.one)))
+        return
+    print(
+        f"{args.device}, {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
+        f"{args.rounds} rounds; else {BASE}, channels {block_out_channels(BASE['resolution'], BASE['width'])}"
+    )
+    found: dict[str, dict[int, dict]] = {}
+    for name in args.quantities:
+        found[name] = {size: in_process(args, {**BASE, name: size}) for size in args.sizes or SIZES[name]}
+        print(f"\n| {name.replace('_', ' ')} | ms an iteration | peak memory of the process, GiB |\n|---|---|---|")
+        for size, row in found[name].items():
+            print(f"| {size} | {row['ms']:.0f} | {row['memory_gib']:.2f} |")
+        *_, (small, before), (large, after) = found[name].items()
+        exponent = math.log(after["ms"] / before["ms"]) / math.log(large / small)
+        print(f"\nExpected: {LAWS[name]}. Exponent of time between the last two: {exponent:.2f}.", flush=True)
+    if args.ranks:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+        speeds = ranks(tuple(args.ranks))
+        print("\n| ranks, one thread each | images a second | over one rank |\n|---|---|---|")
+        for count, speed in speeds.items():
+            print(f"| {count} | {speed:.1f} | {speed / speeds[args.ranks[0]]:.2f} |")
+        print("\nExpected: proportional while there are cores, less what the gradients' average costs.")
+    if args.plot is not None:
+        plot(found, args.plot)
+
+
+if __name__ == "__main__":
+    main()

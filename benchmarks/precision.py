@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What each option of speed does to the numbers: `python benchmarks/precision.py`, or `--model FOLDER_OR_ID` of a pipeline.
+
+One training iteration's quantities are computed with one option at a time, in the arrangement of training_step.py, on the same
+weights, images and noise, and compared with those of the published arrangement in float32: the norm of the difference over
+the norm. Float64 in the place of float32 says how much of it is rounding that nobody could avoid.
+"""
+
+import argparse
+import contextlib
+import copy
+import platform
+
+import diffusers
+import torch
+from training_step import separate_resampling
+
+from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers.energy import compute_energy
+from ecvae_diffusers.variational import elbo_loss
+
+
+OPTIONS = (
+    "float64", "frozen energy", "one pass", "fused resampling", "channels_last", "fused optimizer", "bf16 in the chain",
+    "bf16 everywhere",
+)  # fmt: skip
+NUM_IMAGES, BATCH_STEPS = 64, 10
+
+
+def quantities(
+    vae: AutoencoderEC, energy: EnergyModel, option: str | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The samples, how far the chain moves them, and both networks' gradients, flat; and weights after ten steps of Adam."""
+    vae, energy = copy.deepcopy(vae).train(), copy.deepcopy(energy).train()
+    dtype = torch.float64 if option == "float64" else torch.float32
+    layout = torch.channels_last if option == "channels_last" else torch.contiguous_format
+    for network in (vae, energy):
+        network.to(dtype=dtype, memory_format=layout)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    size, channels = vae.config.sample_size, vae.config.in_channels
+    real = normal(NUM_IMAGES, channels, size, size).clamp(-1, 1).contiguous(memory_format=layout)
+    latents, posterior_noise = (normal(NUM_IMAGES, vae.config.latent_channels, 1, 1) for _ in range(2))
+    scheduler = LangevinScheduler()
+    noise = normal(len(scheduler), *real.shape)
+    calibrator = EnergyCalibrator(
+        energy if option != "frozen energy" else energy.eval(),
+        scheduler,
+        chain_dtype=torch.bfloat16 if option == "bf16 in the chain" else None,
+    )
+    resampling = contextlib.nullcontext() if option == "fused resampling" else separate_resampling()
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=option == "bf16 everywhere")
+    with resampling, autocast:
+        output = vae(real, True, latents, posterior_noise)
+        calibration = calibrator.calibrate(output.prior_sample, noise=noise)
+        (elbo_loss(real, output.sample, output.latent_dist).loss + calibration.loss).backward()
+        energy.train()
+        if option == "one pass":
+            calibrator.energy_loss(real, calibration.targets).loss.backward()
+        else:
+            loss = compute_energy(energy, real).mean() - compute_energy(energy, calibration.targets).mean()
+            loss.backward()
+    gradients = {
+        name: torch.cat([p.grad.flatten().double() for p in network.parameters()])
+        for name, network in (("autoencoder's gradient", vae), ("energy model's gradient", energy))
+    }
+    before = torch.cat([p.detach().flatten().double() for p in vae.parameters()])
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, fused=True if option == "fused optimizer" else None)
+    for _ in range(BATCH_STEPS):
+        optimizer.step()
+    after = torch.cat([p.detach().flatten().double() for p in vae.parameters()])
+    samples = output.prior_sample.detach().double()
+    return {
+        "samples": samples,
+        "chain's move": calibration.targets.double() - samples,
+        **gradients,
+        "ten steps of Adam": after - before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--model", help="folder or Hub id of a pipeline with its energy model; new networks if not given"
+    )
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    diffusers.utils.logging.set_verbosity_error()  # a warning at each cast
+    torch.manual_seed(0)
+    if args.model is not None:
+        pipeline = ECVAEPipeline.from_pretrained(args.model)
+        vae, energy = pipeline.vae, pipeline.energy_model
+    else:
+        sizes = {"sample_size": 32, "block_out_channels": (32, 64, 128, 128)}
+        vae, energy = AutoencoderEC(**sizes), EnergyModel(**sizes)
+    vae, energy = vae.to(device), energy.to(device)
+    reference = quantities(vae, energy, None, device)
+    print(f"{args.model or 'new networks'}; {device}, {platform.machine()}, torch {torch.__version__}")
+    print(f"| option | {' | '.join(reference)} |\n|---|{'---|' * len(reference)}")
+    for option in OPTIONS:
+        found = quantities(vae, energy, option, device)
+        differences = [((found[key] - value).norm() / value.norm()).item() for key, value in reference.items()]
+        print(f"| {option} | {' | '.join(f'{difference:.0e}' for difference in differences)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
