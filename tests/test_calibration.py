@@ -418,10 +418,12 @@ def test_fixed_tolerance_needs_no_sample():
         (0.0, 1.0, 0.2),  # and back
         (99.9, 2.0, 100.0),  # not above max_dual
         (100.0, 1e6, 100.0),
+        (30.0, 1.5, 30.2),  # a larger violation than 1 counts as 1
+        (30.0, 1e6, 30.2),
     ],
 )
 def test_dual_step(initial_dual, constraint, expected, as_tensor):
-    """lambda <- clip(lambda + eta (C / epsilon - 1), 0, lambda_max) with eta = 0.2, epsilon = 0.5, lambda_max = 100."""
+    """lambda <- clip(lambda + eta min(C / epsilon - 1, 1), 0, lambda_max) with eta = 0.2, epsilon = 0.5, lambda_max = 100."""
     calibrator = EnergyCalibrator(
         tiny_energy_model(), LangevinScheduler(), tolerance=0.5, initial_dual=initial_dual, dual_learning_rate=0.2
     )
@@ -446,7 +448,7 @@ def test_dual_learning_rate_of_zero_keeps_the_dual():
 
 def test_max_dual_bounds_the_loss():
     calibrator = EnergyCalibrator(
-        Quadratic(torch.zeros(4)), drift_only(), tolerance=1e-6, initial_dual=0.0, max_dual=5.0
+        Quadratic(torch.zeros(4)), drift_only(), tolerance=1e-6, initial_dual=0.0, max_dual=5.0, dual_learning_rate=4.0
     )
     for _ in range(3):
         output = calibrator.calibrate(torch.ones(2, 4))
@@ -627,13 +629,13 @@ def test_plain_callables(energy_shape):
         return (sample.square().sum(1) / 2).view(energy_shape)
 
     samples = randn(4, 9).requires_grad_()
-    calibrator = EnergyCalibrator(energy, drift_only(1, 0.25), tolerance=0.1, initial_dual=2.0)
+    calibrator = EnergyCalibrator(energy, drift_only(1, 0.25), tolerance=1.0, initial_dual=2.0)
     output = calibrator.calibrate(samples)
     assert torch.allclose(output.targets, 0.75 * samples.detach())
     output.loss.backward()
     assert torch.allclose(samples.grad, 2 * 2.0 * 0.25 * samples.detach() / 4, rtol=1e-5)
     calibrator.dual_step(output.constraint)
-    assert calibrator.dual.item() == pytest.approx(2.0 + 0.1 * (output.constraint.item() / 0.1 - 1), rel=1e-5)
+    assert calibrator.dual.item() == pytest.approx(2.0 + 0.1 * (output.constraint.item() - 1), rel=1e-5)
     for dtype in (torch.float32, torch.bfloat16):
         energies = compute_energy(energy, samples.to(dtype))
         assert energies.shape == (4,) and energies.dtype == torch.float32

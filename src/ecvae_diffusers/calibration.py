@@ -12,7 +12,7 @@ sample. It is solved primal-dual, with the dual variable (the adaptive weight) l
 
 .. math::
     \text{primal:}\quad & \min_G \; L(G) + \lambda C(G) \\
-    \text{dual:}\quad & \lambda \leftarrow \operatorname{clip}(\lambda + \eta (C / \epsilon - 1), 0, \lambda_{\max}) \\
+    \text{dual:}\quad & \lambda \leftarrow \operatorname{clip}(\lambda + \eta \min(C / \epsilon - 1, 1), 0, \lambda_{\max}) \\
     \text{energy:}\quad & \min_f \; \mathbb E f(x_{\text{data}}) - \mathbb E f(\operatorname{sg}[\tilde x])
     + \alpha \, (\mathbb E f(x_{\text{data}})^2 + \mathbb E f(\operatorname{sg}[\tilde x])^2)
 
@@ -323,15 +323,19 @@ class EnergyCalibrator:
     @torch.no_grad()
     def dual_step(self, constraint: torch.Tensor | float) -> None:
         """
-        lambda <- clip(lambda + eta (C / epsilon - 1), 0, lambda_max).
+        lambda <- clip(lambda + eta min(C / epsilon - 1, 1), 0, lambda_max).
+
+        From above the violation is at most 1, as it is at least -1 from below. Before the energy model knows anything, C
+        can be many times epsilon whatever the generator does, and lambda would wind up to its bound there and take the
+        rest of a run to come down. Where lambda rests is not changed.
 
         Args:
             constraint (`torch.Tensor` or `float`):
                 C of this step. Where training is distributed, its mean over the processes, so that lambda stays one
                 number.
         """
-        violation = constraint / self.resolve_tolerance() - 1.0
-        dual = self.dual + self.dual_learning_rate * violation
+        violation = torch.as_tensor(constraint / self.resolve_tolerance() - 1.0)
+        dual = self.dual + self.dual_learning_rate * violation.clamp(max=1.0)
         self.dual = dual.clamp(0.0, self.max_dual).to(self.dual.dtype)
 
     @torch.no_grad()
