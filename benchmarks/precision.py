@@ -14,7 +14,7 @@ import platform
 
 import diffusers
 import torch
-from training_step import separate_resampling
+from training_step import separate_pooling
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy
@@ -22,7 +22,7 @@ from ecvae_diffusers.variational import elbo_loss
 
 
 OPTIONS = (
-    "float64", "frozen energy", "one pass", "fused resampling", "channels_last", "fused optimizer", "bf16 in the chain",
+    "float64", "frozen energy", "one pass", "fused pooling", "channels_last", "fused optimizer", "bf16 in the chain",
     "bf16 everywhere",
 )  # fmt: skip
 NUM_IMAGES, BATCH_STEPS = 64, 10
@@ -52,9 +52,9 @@ def quantities(
         scheduler,
         chain_dtype=torch.bfloat16 if option == "bf16 in the chain" else None,
     )
-    resampling = contextlib.nullcontext() if option == "fused resampling" else separate_resampling()
+    pooling = contextlib.nullcontext() if option == "fused pooling" else separate_pooling()
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=option == "bf16 everywhere")
-    with resampling, autocast:
+    with pooling, autocast:
         output = vae(real, True, latents, posterior_noise)
         calibration = calibrator.calibrate(output.prior_sample, noise=noise)
         (elbo_loss(real, output.sample, output.latent_dist).loss + calibration.loss).backward()

@@ -5,7 +5,7 @@
 The published arrangement (written here from the paper's equations): two chains an iteration, one for the decoder and one
 for the energy model; the energy in training mode, so that spectral normalization takes a power iteration at each of its
 forwards, and with parameter gradients recorded; the pull towards the start as a term of the energy, differentiated with
-it; data and samples through the energy model one after the other; convolutions and resampling one after the other; float32
+it; data and samples through the energy model one after the other; convolution and pooling one after the other; float32
 in contiguous layout; every loss read back at every step. Each line of the table makes ONE of our changes to it; the last
 ones make all. Same networks, batch and K; the arrangements take turns in one process, and the figure is the median over
 rounds of the ratio of their times.
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import ecvae_diffusers
 from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy, frozen
-from ecvae_diffusers.models import autoencoder_ec, energy_model
+from ecvae_diffusers.models import energy_model
 from ecvae_diffusers.variational import elbo_loss
 
 
@@ -46,7 +46,7 @@ class Arrangement:
     frozen_energy: bool = False
     closed_form: bool = False
     one_pass: bool = False
-    fused_resampling: bool = False
+    fused_pooling: bool = False
     channels_last: bool = False
     bf16: bool = False
     no_wait: bool = False
@@ -60,14 +60,9 @@ GPU_CHANGES = ["compiled"]
 
 
 @contextlib.contextmanager
-def separate_resampling() -> Iterator[None]:
-    """Convolution and pooling, upsampling and convolution, each as the two operations that they are."""
-    with (
-        mock.patch.object(energy_model, "pooled_conv", lambda conv, sample: F.avg_pool2d(conv(sample), 2)),
-        mock.patch.object(
-            autoencoder_ec, "upsampled_conv", lambda conv, sample: conv(F.interpolate(sample, scale_factor=2.0))
-        ),
-    ):
+def separate_pooling() -> Iterator[None]:
+    """Convolution and pooling as the two operations that they are."""
+    with mock.patch.object(energy_model, "pooled_conv", lambda conv, sample: F.avg_pool2d(conv(sample), 2)):
         yield
 
 
@@ -143,9 +138,9 @@ class Iteration:
 
     def step(self, real: torch.Tensor) -> None:
         """One iteration on images in [-1, 1]."""
-        resampling = contextlib.nullcontext() if self.arrangement.fused_resampling else separate_resampling()
+        pooling = contextlib.nullcontext() if self.arrangement.fused_pooling else separate_pooling()
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.arrangement.bf16)
-        with resampling, autocast:
+        with pooling, autocast:
             self.train_both(real.contiguous(memory_format=self.layout))
 
     def train_both(self, real: torch.Tensor) -> None:
