@@ -7,7 +7,9 @@ STUDY/chain_<data>.jsonl holds already are not made again, so that the study can
 how far the chain is from a critic: the cosine between its move without noise and the energy's gradient at its start.
 """
 
-from study import Results, load_data, median, parser, train, trained_row, versions
+from pathlib import Path
+
+from study import Results, load_data, median, parser, plot_curves, train, trained_row, versions
 
 
 VAE = ["--calibration", "none"]
@@ -82,6 +84,10 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def run_folder(output_dir: Path, data_name: str, name: str, seed: int) -> Path:
+    return output_dir / data_name / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}"
+
+
 def main() -> None:
     args = parser(__doc__, list(SETTINGS)).parse_args()
     data_name = "fashion_mnist" if args.fashion_mnist is not None else "digits"
@@ -91,12 +97,18 @@ def main() -> None:
         print(f"{data.about}; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
 
         def make(name: str, seed: int) -> dict:
-            folder = args.output_dir / data.name / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}"
+            folder = run_folder(args.output_dir, data_name, name, seed)
             train(data, folder, seed, "--max_train_steps", str(args.max_train_steps), *SETTINGS[name])
             return {"iterations": args.max_train_steps, **trained_row(data, folder)}
 
         results.fill(args.settings, args.seeds, make)
     print(table(results))
+    if args.plot is not None:
+        runs = {
+            name: [run_folder(args.output_dir, data_name, name, row["seed"]) for row in results.of(name)]
+            for name in args.settings
+        }
+        plot_curves({name: folders for name, folders in runs.items() if folders}, args.plot)
 
 
 if __name__ == "__main__":

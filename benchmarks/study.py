@@ -24,7 +24,7 @@ from demo import ARGUMENTS as DIGITS_ARGUMENTS  # noqa: E402
 from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features  # noqa: E402
 from ecvae_training.digits import NUM_TRAIN, load_digits, sample_images, train_digit_features, write_digits  # noqa: E402
-from ecvae_training.output import EVENTS_FILE, METRICS_FILE, read_metrics  # noqa: E402
+from ecvae_training.output import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, read_metrics  # noqa: E402
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "training" / "train_ecvae.py"
@@ -56,7 +56,10 @@ class FashionMNIST:
     """Fashion-MNIST at 32 px, over EfficientNet-Lite0's features: 10,000 samples against 10,000 training images."""
 
     name, num_samples, resolution, latent_channels, channels = "fashion_mnist", 10_000, 32, 64, (16, 32, 64, 128)
-    arguments = ["--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128"]
+    arguments = [
+        "--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128", "--mixed_precision", "bf16",
+        "--evaluation_steps", "500", "--log_steps", "50", "--save_images_steps", "1000",
+    ]  # fmt: skip
 
     def __init__(self, folder: Path, data_dir: str):
         from datasets import load_dataset
@@ -132,6 +135,42 @@ def cosine_to_critic(pipeline: ECVAEPipeline, num_samples: int = 256) -> float:
     return torch.cosine_similarity(move.flatten(1), -gradient.flatten(1)).mean().item()
 
 
+def curve(folder: Path) -> list[dict]:
+    """The evaluations of a run, each with the seconds of training that it took to come there."""
+    seconds = {record["step"]: record["training_seconds"] for record in read_metrics(folder / METRICS_FILE)}
+    return [row | {"training_seconds": seconds[row["step"]]} for row in read_metrics(folder / EVALUATIONS_FILE)]
+
+
+def plot_curves(runs: dict[str, list[Path]], path: Path) -> None:
+    """Frechet distance over iterations and over time, of each setting's seeds: a line each, their median thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for index, (name, folders) in enumerate(runs.items()):
+        curves = [curve(folder) for folder in folders]
+        length = min(map(len, curves))
+        middle = {
+            key: [statistics.median(rows[i][key] for rows in curves) for i in range(length)]
+            for key in ("step", "training_seconds", "frechet_distance")
+        }
+        for axis, key, scale in zip(axes, ("step", "training_seconds"), (1, 60)):
+            for rows in curves:
+                x, y = [row[key] / scale for row in rows], [row["frechet_distance"] for row in rows]
+                axis.plot(x, y, color=f"C{index}", alpha=0.3)
+            x = [value / scale for value in middle[key]]
+            axis.plot(x, middle["frechet_distance"], "o-", markersize=3, color=f"C{index}", label=name)
+    axes[0].set(xlabel="iterations", ylabel="Frechet distance of 2,048 samples", yscale="log")
+    axes[1].set(xlabel="minutes of training")
+    axes[0].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 class Results:
     """Rows in a JSON lines file: those that are there already are not made again."""
 
@@ -175,6 +214,9 @@ def parser(doc: str, settings: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings, metavar="NAME")
     parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
+    parser.add_argument(
+        "--plot", type=Path, help="picture of distance against iterations and time, for --fashion_mnist"
+    )
     return parser
 
 

@@ -1,0 +1,142 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The arrangements that training_step.py times compute the same thing, and limit.py counts what is computed."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from limit import ConvolutionRecorder, alone
+from precision import quantities
+from training_step import CHANGES, Arrangement, Iteration
+
+from ecvae_diffusers import AutoencoderEC, EnergyModel
+
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SIZES = {"sample_size": 16, "in_channels": 1, "block_out_channels": (8, 16)}
+
+
+def iteration(monkeypatch, weight: float = 0.0, **changes: bool) -> Iteration:
+    """With the same weights each time, chains without noise and an energy model that no forward pass changes."""
+    monkeypatch.setattr("training_step.NOISE", 0.0)
+    torch.manual_seed(0)
+    made = Iteration(
+        Arrangement(**changes), SIZES, num_steps=3, weight=weight, device=torch.device("cpu"), latent_channels=4,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    made.energy.eval()
+    return made
+
+
+def trained(made: Iteration) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    for _ in range(2):
+        made.step(torch.rand(6, 1, 16, 16) * 2 - 1)
+    return {**made.vae.state_dict(), **{f"energy.{name}": value for name, value in made.energy.state_dict().items()}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["frozen_energy", "closed_form", "one_pass", "fused_pooling", "channels_last", "no_wait", "fused_optimizer"],
+)
+def test_a_change_of_the_arrangement_does_not_change_the_training(monkeypatch, change):
+    """But in rounding. The conditioning pull is that of the energy's own term, by autograd, at weight 0.5."""
+    expected = trained(iteration(monkeypatch, weight=0.5))
+    found = trained(iteration(monkeypatch, weight=0.5, **{change: True}))
+    start = iteration(monkeypatch).vae.state_dict()
+    moved = torch.cat([(expected[key] - start[key]).flatten() for key in start]).norm()
+    difference = torch.cat([(found[key] - expected[key]).flatten() for key in start]).norm()
+    assert moved > 0.1
+    # Adam turns the rounding of a gradient near zero into a whole step of its weight: few weights may be so.
+    assert difference <= 0.02 * moved
+
+
+def test_a_single_chain_saves_a_decode_and_a_chain(monkeypatch):
+    counts = []
+    for single_chain in (False, True):
+        made = iteration(monkeypatch, single_chain=single_chain, frozen_energy=True, closed_form=True)
+        calls = []
+        made.calibrator.energy_model.register_forward_hook(lambda *_: calls.append(1))
+        trained(made)
+        counts.append(len(calls))
+    # Two steps, each of chains of 3 and the energy model's own two passes.
+    assert counts == [2 * (2 * 3 + 2), 2 * (3 + 2)]
+
+
+def test_every_change_is_timed_and_remembered(tmp_path):
+    command = [
+        sys.executable, BENCHMARKS / "training_step.py", "--resolution", 16, "--block_out_channels", 8, 16, "--batch_size", 2,
+        "--langevin_steps", 2, "--rounds", 1,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    assert output.returncode == 0, output.stderr[-3000:]
+    rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines() if line.startswith("| ")][1:]
+    names = [name.replace("_", " ") for name in CHANGES if name != "compiled"]
+    assert [row[0] for row in rows] == ["published", *names, "ours in fp32", "ours"]
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows) and float(rows[0][2]) == 1
+    assert "Peak memory of a process with one alone: published 0." in output.stdout
+
+
+def test_recorded_convolutions_are_those_of_the_formula():
+    """2 B H W C_in C_out k^2 operations forward; as many again for each gradient asked for."""
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    sample = torch.randn(2, 3, 8, 8)
+    forward = 2 * 2 * 8 * 8 * 3 * 5 * 9
+    with ConvolutionRecorder() as recorder, torch.no_grad():
+        conv(sample)
+        conv(sample)
+    assert recorder.flops == 2 * forward and list(recorder.calls.values()) == [2]
+
+    frozen = copy.deepcopy(conv).requires_grad_(False)
+    sample.requires_grad_()
+    with ConvolutionRecorder() as recorder:
+        torch.autograd.grad(frozen(sample).sum(), sample)
+    assert recorder.flops == 2 * forward and len(recorder.calls) == 2
+    assert alone(recorder.calls, torch.device("cpu"), rounds=1) > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("limit.py", ["--resolution", 16, "--block_out_channels", 8, 16, "--batch_size", 2, "--langevin_steps", 2]),
+        ("growth.py", ["--rounds", 1, "--quantities", "batch_size", "--sizes", 1, 2]),
+    ],
+)
+def test_a_table_is_printed(script, arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = list(map(str, [sys.executable, BENCHMARKS / script, *arguments]))
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert output.returncode == 0, output.stderr[-3000:]
+    rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines() if line.startswith("| ")]
+    columns = len(rows[0])
+    assert len(rows) > 2 and all(len(row) == columns for row in rows)
+    assert all(float(value) >= 0 for row in rows[1:] for value in row[2:])
+
+
+@pytest.mark.parametrize(
+    ("option", "least", "most"),
+    [("frozen energy", 0, 0), ("float64", 0, 1e-4), ("channels_last", 0, 1e-4), ("bf16 everywhere", 1e-3, 0.2)],
+)
+def test_numerical_differences_of_the_options(option, least, most):
+    torch.manual_seed(0)
+    networks = AutoencoderEC(**SIZES, latent_channels=4), EnergyModel(**SIZES)
+    expected = quantities(*networks, None, torch.device("cpu"))
+    found = quantities(*networks, option, torch.device("cpu"))
+    for key in ("samples", "chain's move", "autoencoder's gradient", "energy model's gradient"):
+        difference = (found[key] - expected[key]).norm() / expected[key].norm()
+        assert least <= difference <= most, key
+
+
+def test_growth_of_a_size_is_measured_in_a_process_of_its_own():
+    sizes = {"resolution": 16, "batch_size": 2, "langevin_steps": 1, "width": 8}
+    command = [sys.executable, str(BENCHMARKS / "growth.py"), "--rounds", "1", "--one", json.dumps(sizes)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = json.loads(output.stdout.strip().splitlines()[-1])
+    assert found["ms"] > 0 and 0.05 < found["memory_gib"] < 4
