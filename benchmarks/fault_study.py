@@ -5,20 +5,20 @@
 Trains the demo's EC-VAE on the digits, undisturbed and with a fault from iteration 600 on, and measures the Frechet
 distance as the demo does. Faults: a gradient of the energy model that is not a number, once; its learning rate 1,000
 times too high, for 50 iterations. Iterations are counted as they are run, those after a rollback too: a fault is over
-when it has been lived through. Rows that STUDY/results.jsonl holds already are not run again. `--table` prints the
-table from what is there.
+when it has been lived through. Rows that STUDY/faults.jsonl holds already are not run again.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from study import Results, load_data, parser, versions
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_training.digits import sample_images
+from ecvae_training.output import EVENTS_FILE, METRICS_FILE, read_metrics
+
 
 FAULT_AT = 600
 FAULTY_ITERATIONS = 50
@@ -59,25 +59,18 @@ def train_with_fault(fault: str | None, arguments: list[str]) -> None:
     train_ecvae.main(train_ecvae.parse_args(arguments))
 
 
-def run(name: str, seed: int, output_dir: Path, max_train_steps: int, features, digits) -> dict:
-    from demo import ARGUMENTS, NUM_SAMPLES
-    from ecvae_diffusers import ECVAEPipeline
-    from ecvae_training.digits import NUM_TRAIN, measure, sample_images
-    from ecvae_training.output import EVENTS_FILE, METRICS_FILE, read_metrics
-
+def make_row(data, name: str, seed: int, output_dir: Path, max_train_steps: int) -> dict:
     fault, extra = SETTINGS[name]
     folder = output_dir / f"{fault}{'-'.join(extra)}-{seed}"
     arguments = [
-        "--train_data_dir", output_dir / "digits" / "train", "--output_dir", folder, "--overwrite_output_dir",
-        "--seed", seed, "--max_train_steps", max_train_steps, "--mixed_precision", "no", *ARGUMENTS, *extra,
+        *data.data_arguments, *data.arguments, "--output_dir", folder, "--overwrite_output_dir", "--seed", seed,
+        "--max_train_steps", max_train_steps, *extra,
     ]  # fmt: skip
     command = [sys.executable, __file__, "--train", str(fault), *map(str, arguments)]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     message = result.stderr.strip().splitlines()[-1] if result.returncode else ""
     events = read_metrics(folder / EVENTS_FILE) if (folder / EVENTS_FILE).is_file() else []
     row = {
-        "setting": name,
-        "seed": seed,
         "iterations": max_train_steps,
         "last_step": read_metrics(folder / METRICS_FILE)[-1]["step"],
         "rollbacks": sum(event["kind"] == "rollback" for event in events),
@@ -86,59 +79,43 @@ def run(name: str, seed: int, output_dir: Path, max_train_steps: int, features, 
         "frechet_distance": None,
     }
     if (folder / "model_index.json").is_file():
-        samples = sample_images(ECVAEPipeline.from_pretrained(folder), NUM_SAMPLES, seed=1)
-        row |= measure(features, digits[:NUM_TRAIN], samples)
+        row |= data.measure(sample_images(ECVAEPipeline.from_pretrained(folder), data.num_samples, seed=1))
     return row
 
 
-def table(rows: list[dict]) -> str:
+def table(results: Results) -> str:
     lines = [
         "| setting | Frechet distance, each seed | median | over the undisturbed one of its seed | rollbacks |",
         "|---|---|---|---|---|",
     ]
-    undisturbed = {row["seed"]: row["frechet_distance"] for row in rows if row["setting"] == "undisturbed"}
+    undisturbed = {row["seed"]: row["frechet_distance"] for row in results.of("undisturbed")}
     for name in SETTINGS:
-        mine = sorted((row for row in rows if row["setting"] == name), key=lambda row: row["seed"])
-        if not mine:
+        rows = results.of(name)
+        if not rows:
             continue
-        distances = [row["frechet_distance"] for row in mine]
-        rollbacks = ", ".join(str(row["rollbacks"]) for row in mine)
+        distances = [row["frechet_distance"] for row in rows]
+        rollbacks = ", ".join(str(row["rollbacks"]) for row in rows)
         if None in distances:
-            lines.append(f"| {name} | no model: {mine[0]['message']} | | | {rollbacks} |")
+            lines.append(f"| {name} | no model: {rows[0]['message']} | | | {rollbacks} |")
             continue
-        ratios = ", ".join(f"{row['frechet_distance'] / undisturbed[row['seed']]:.2f}" for row in mine)
+        ratios = ", ".join(f"{row['frechet_distance'] / undisturbed[row['seed']]:.2f}" for row in rows)
         listed = ", ".join(f"{d:.1f}" for d in distances)
         lines.append(f"| {name} | {listed} | {statistics.median(distances):.1f} | {ratios} | {rollbacks} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--table", action="store_true", help="print the table and stop")
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    results = args.output_dir / "results.jsonl"
-
-    def rows() -> list[dict]:
-        return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-
+    args = parser(__doc__, list(SETTINGS)).parse_args()
+    results = Results(args.output_dir / "faults.jsonl")
     if not args.table:
-        from ecvae_training.digits import load_digits, train_digit_features, write_digits
-
-        write_digits(args.output_dir / "digits")
-        digits, features = load_digits()[0], train_digit_features()[0]
-        for seed in args.seeds:
-            for name in args.settings:
-                if not any(row["setting"] == name and row["seed"] == seed for row in rows()):
-                    row = run(name, seed, args.output_dir, args.max_train_steps, features, digits)
-                    with open(results, "a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(row, flush=True)
-    print(table(rows()))
+        data = load_data(args)
+        print(f"{data.about}; {versions()}", flush=True)
+        results.fill(
+            args.settings,
+            args.seeds,
+            lambda name, seed: make_row(data, name, seed, args.output_dir, args.max_train_steps),
+        )
+    print(table(results))
 
 
 if __name__ == "__main__":

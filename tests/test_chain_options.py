@@ -100,6 +100,21 @@ def test_the_adapted_step_is_saved_and_used(tmp_path):
     assert torch.allclose(resumed.run_chain(samples), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("pull", [0.0, 0.3, 1.0])
+def test_the_adapted_scheduler_runs_the_adapted_chain(pull):
+    """The drift step is what it has become; the pull towards the start, a w, is the one given."""
+    scheduler = LangevinScheduler(noise_scale=0.0, drift_step_size=0.3, conditioning_weight=pull / 0.3)
+    calibrator = EnergyCalibrator(tiny_energy_model(), scheduler)
+    samples = randn(2, 1, 8, 8)
+    for _ in range(5):
+        calibrator.adapt_drift_step(calibrator.calibrate(samples).constraint)
+    adapted = calibrator.adapted_scheduler()
+    assert adapted.config.drift_step_size == calibrator.drift_step_size != 0.3
+    assert adapted.conditioning_coefficient(1) == pytest.approx(scheduler.conditioning_coefficient(1), abs=1e-6)
+    expected = EnergyCalibrator(calibrator.energy_model, adapted).run_chain(samples)
+    assert torch.allclose(calibrator.run_chain(samples), expected, atol=1e-6)
+
+
 def test_a_drift_of_nothing_can_not_be_kept():
     calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), drift_tolerance=0.0)
     output = calibrator.calibrate(randn(2, 1, 8, 8))

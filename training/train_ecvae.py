@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
-from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup
+from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup, squared_error
 from ecvae_training.arguments import parse_args
 from ecvae_training.checkpoints import SavingFailed
 from ecvae_training.feeds import build_feed
@@ -86,11 +86,11 @@ class ECVAETask:
         return ECVAEPipeline(vae=generator, energy_model=energy_model, scheduler=scheduler)
 
     def finish(self, generator, feed):
-        """The mean squared reconstruction error a pixel, in the unit of images in [-1, 1], from the posterior mean."""
+        """Write the mean squared error of reconstructions from the posterior mean into the autoencoder's config."""
         images, total = feed.reference(NUM_VARIANCE_IMAGES), 0.0
         for batch in images.split(self.args.train_batch_size):
             batch = to_range(batch.to(generator.device))
-            total += (self.reconstruct(generator, batch) - batch).square().mean((1, 2, 3)).sum().item()
+            total += squared_error(batch, self.reconstruct(generator, batch)).sum().item()
         generator.eval().register_to_config(reconstruction_variance=total / len(images))
 
 

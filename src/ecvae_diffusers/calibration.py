@@ -360,6 +360,17 @@ class EnergyCalibrator:
         """a as it is now: the scheduler's, and what `adapt_drift_step` has made of it."""
         return self.scheduler.config.drift_step_size * self.drift_scale.item()
 
+    def adapted_scheduler(self) -> LangevinScheduler:
+        """The chain as it is now, to be saved: with a as `adapt_drift_step` has left it, and the same pull a w."""
+        config = self.scheduler.config
+        # a w is at most 1: not a rounding above it.
+        largest_weight = (1 - 1e-12) / max(self.drift_step_size, 1e-12)
+        return LangevinScheduler.from_config(
+            config,
+            drift_step_size=self.drift_step_size,
+            conditioning_weight=min(config.conditioning_weight / self.drift_scale.item(), largest_weight),
+        )
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold beside the energy model: the dual variable and the adapted drift step."""
         return {"dual": self.dual.detach().cpu(), "drift_scale": self.drift_scale.detach().cpu()}

@@ -156,27 +156,14 @@ class Trainer:
             chain_dtype=DTYPES[args.langevin_dtype],
         )
 
-    def current_scheduler(self) -> LangevinScheduler | None:
-        """The chain as it is now, to be saved: with an adapted drift step, not as it started."""
-        if self.calibrator is None:
-            return None
-        scale = self.calibrator.drift_scale.item()
-        return LangevinScheduler.from_config(
-            self.calibrator.scheduler.config,
-            drift_step_size=self.calibrator.drift_step_size,
-            # The pull a w is not adapted.
-            conditioning_weight=min(
-                self.args.conditioning_weight / scale, (1 - 1e-12) / max(self.calibrator.drift_step_size, 1e-12)
-            ),
-        )
-
     @property
     def exported(self) -> torch.nn.Module:
         """The generator that is saved and sampled from: the average, where there is one."""
         return self.ema.module if self.ema is not None else self.task.generator
 
     def build_pipeline(self) -> DiffusionPipeline:
-        pipeline = self.task.build_pipeline(self.exported, self.task.energy_model, self.current_scheduler())
+        scheduler = self.calibrator.adapted_scheduler() if self.calibrator is not None else None
+        pipeline = self.task.build_pipeline(self.exported, self.task.energy_model, scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
