@@ -19,12 +19,14 @@ def chain(num_steps: int, total_drift: float) -> list[str]:
     return ["--langevin_steps", str(num_steps), "--langevin_drift_step", str(total_drift / num_steps)]
 
 
-# Around K 5, total drift 1, noise 1e-3, no conditioning, beta 1, tolerance "auto" of 0.0074 a pixel.
+# Around K 5, total drift 1, noise 1e-3, no conditioning, beta 1, tolerance "auto" of 0.0074 a pixel: the defaults.
 SETTINGS = {f"VAE, beta {beta:g}": [*VAE, "--kl_weight", str(beta)] for beta in (0.1, 0.3, 1.0, 3.0)}
+SETTINGS |= {"EC-VAE (defaults)": []}
 SETTINGS |= {
     f"K {num_steps}, drift {drift:g}": chain(num_steps, drift)
     for num_steps in (1, 5, 15)
     for drift in (0.25, 1.0, 4.0)
+    if (num_steps, drift) != (5, 1.0)
 }
 SETTINGS |= {
     f"K {num_steps}, drift 1, noise {noise:g}": [*chain(num_steps, 1.0), "--langevin_noise", str(noise)]
@@ -55,8 +57,17 @@ SETTINGS |= {
     for tolerance in (0.0037, 0.0074, 0.015, 0.03)
 }  # fmt: skip
 SETTINGS |= {
-    "K 5, drift 1, chain in bf16": [*chain(5, 1.0), "--langevin_dtype", "bf16"],
-    "K 5, drift 1, all in bf16": [*chain(5, 1.0), "--mixed_precision", "bf16"],
+    "chain in bf16": ["--langevin_dtype", "bf16"],
+    "all in bf16": ["--mixed_precision", "bf16"],
+    "lambda fixed at 30": ["--dual_learning_rate", "0"],
+    "VAE, batch norm": [*VAE, "--norm_type", "batch"],
+    "batch norm": ["--norm_type", "batch"],
+    "VAE, Adam betas 0.9, 0.999": [*VAE, "--adam_beta1", "0.9", "--adam_beta2", "0.999"],
+    "spectral norm": ["--energy_spectral_norm"],
+    "spectral norm, alpha 0": ["--energy_spectral_norm", "--energy_regularization", "0"],
+    "alpha 0.01": ["--energy_regularization", "0.01"],
+    "alpha 1": ["--energy_regularization", "1"],
+    "energy act_fn silu": ["--energy_act_fn", "silu"],
 }
 
 

@@ -62,8 +62,8 @@ def quantities(
         if option == "one pass":
             calibrator.energy_loss(real, calibration.targets).loss.backward()
         else:
-            loss = compute_energy(energy, real).mean() - compute_energy(energy, calibration.targets).mean()
-            loss.backward()
+            energies = compute_energy(energy, real), compute_energy(energy, calibration.targets)
+            calibrator.contrast(*energies).loss.backward()
     gradients = {
         name: torch.cat([p.grad.flatten().double() for p in network.parameters()])
         for name, network in (("autoencoder's gradient", vae), ("energy model's gradient", energy))

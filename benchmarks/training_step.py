@@ -166,7 +166,8 @@ class Iteration:
         if arrangement.one_pass:
             loss = self.calibrator.energy_loss(real, targets).loss
         else:
-            loss = compute_energy(self.energy, real).mean() - compute_energy(self.energy, targets).mean()
+            energies = compute_energy(self.energy, real), compute_energy(self.energy, targets)
+            loss = self.calibrator.contrast(*energies).loss
         loss.backward()
         energy_optimizer.step()
         energy_optimizer.zero_grad()

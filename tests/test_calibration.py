@@ -563,7 +563,7 @@ def test_energy_loss_goes_through_the_module_given():
     energy_model = tiny_energy_model(spectral_norm=False)
     wrapped, batches = Doubled(energy_model), []
     wrapped.register_forward_hook(lambda module, args, output: batches.append(len(args[0])))
-    calibrator = EnergyCalibrator(energy_model, LangevinScheduler())
+    calibrator = EnergyCalibrator(energy_model, LangevinScheduler(), energy_regularization=0.0)
     real, targets = randn(3, 1, 8, 8), randn(5, 1, 8, 8, seed=1)
     own, given = calibrator.energy_loss(real, targets), calibrator.energy_loss(real, targets, energy_model=wrapped)
     assert batches == [8]

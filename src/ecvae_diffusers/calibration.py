@@ -106,7 +106,9 @@ class EnergyCalibrator:
         dual_learning_rate (`float`, *optional*, defaults to `0.1`):
             eta, at least 0, on the relative violation of the constraint. 0 keeps lambda fixed.
         max_dual (`float`, *optional*, defaults to `100.0`): Upper bound of lambda, above 0.
-        energy_regularization (`float`, *optional*, defaults to `0.0`): alpha >= 0, on the mean square of energies.
+        energy_regularization (`float`, *optional*, defaults to `0.1`):
+            alpha >= 0, on the mean square of energies. It keeps them near 0, and their gradients from growing without end
+            where data and samples are far apart; 0 is the loss without it.
         chain_dtype (`torch.dtype`, *optional*):
             Precision in which the chain evaluates a module, by autocast: `torch.float32`, `torch.bfloat16` or
             `torch.float16`. That of the module's own `forward` if not given. State and update are float32 always.
@@ -123,7 +125,7 @@ class EnergyCalibrator:
     >>> generator = torch.nn.Linear(2, 2)
     >>> energy = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
     >>> scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.1, noise_scale=0.01)
-    >>> calibrator = EnergyCalibrator(energy, scheduler, tolerance=0.1, initial_dual=1.0, energy_regularization=0.1)
+    >>> calibrator = EnergyCalibrator(energy, scheduler, tolerance=0.1, initial_dual=1.0)
     >>> generator_optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
     >>> energy_optimizer = torch.optim.Adam(energy.parameters(), lr=1e-2)
     >>> for _ in range(300):
@@ -151,7 +153,7 @@ class EnergyCalibrator:
         initial_dual: float = 30.0,
         dual_learning_rate: float = 0.1,
         max_dual: float = 100.0,
-        energy_regularization: float = 0.0,
+        energy_regularization: float = 0.1,
         chain_dtype: torch.dtype | None = None,
     ):
         if tolerance != "auto" and not (isinstance(tolerance, (int, float)) and 0 < tolerance < float("inf")):
@@ -314,6 +316,10 @@ class EnergyCalibrator:
         energy_model = self.energy_model if energy_model is None else energy_model
         energy = compute_energy(energy_model, torch.cat([real, targets.detach().to(real.dtype)]))
         energy_real, energy_targets = energy.split([real.shape[0], targets.shape[0]])
+        return self.contrast(energy_real, energy_targets)
+
+    def contrast(self, energy_real: torch.Tensor, energy_targets: torch.Tensor) -> EnergyLossOutput:
+        """The loss of the energy step from the energies of data and of calibrated samples, each of any number."""
         loss = energy_real.mean() - energy_targets.mean()
         if self.energy_regularization > 0:
             squares = energy_real.square().mean() + energy_targets.square().mean()

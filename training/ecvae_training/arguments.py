@@ -173,7 +173,10 @@ def add_calibration_arguments(calibration) -> None:
     calibration.add_argument("--initial_dual", type=float, default=30.0, help="lambda at the start.")
     calibration.add_argument("--max_dual", type=float, default=100.0, help="Upper bound of lambda.")
     calibration.add_argument(
-        "--energy_regularization", type=float, default=0.0, help="alpha: weight of the mean squared energies."
+        "--energy_regularization",
+        type=float,
+        default=0.1,
+        help="alpha: weight of the mean squared energies, 0 for none.",
     )
 
 

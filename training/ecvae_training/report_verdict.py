@@ -291,8 +291,8 @@ def judge_events(run: Run) -> Finding:
         not recent,
         seen,
         "The guard goes back to a healthy state where a run diverges, and warns of what may come to that.",
-        "What a warning says; against rollbacks a lower --energy_learning_rate, --energy_spectral_norm, an "
-        "--energy_regularization of 0.1, --max_grad_norm, or fp32.",
+        "What a warning says; against rollbacks a lower --energy_learning_rate, --energy_spectral_norm, a "
+        "higher --energy_regularization, --max_grad_norm, or fp32.",
     )
 
 

@@ -369,7 +369,7 @@ class Trainer:
             self.save()
             rates = "--learning_rate"
             if self.energy is not None:
-                rates = "--energy_learning_rate, --energy_spectral_norm, an --energy_regularization of 0.1"
+                rates = "--energy_learning_rate, --energy_spectral_norm, a higher --energy_regularization"
             raise Stopped(
                 f"stopped at step {broke_at} after {self.args.max_rollbacks} rollbacks: {'; '.join(alarms)}. The healthy "
                 f"state of step {self.step} is saved. Try a lower {rates}, --max_grad_norm, or fp32, and go on from it "
