@@ -1,0 +1,26 @@
+"""The list of what is to be measured on a GPU, at toy sizes on the CPU. Slow: `make test-slow`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+
+
+def test_every_benchmark_of_the_list_runs():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--small"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    outcomes = result.stdout.split("| benchmark | outcome | s |")[1].strip().splitlines()[1:]
+    scripts = ["training_step", "limit", "precision", "growth", "sampling", "sampling"]
+    assert [row.strip("| ").split(" | ")[:2] for row in outcomes] == [[f"{name}.py", "ran"] for name in scripts]
+
+
+def test_what_fails_is_said_and_ends_with_an_error():
+    command = [sys.executable, str(SCRIPT), "--device", "nonsense", "--small"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1
+    assert result.stdout.count("failed: ") == 6
