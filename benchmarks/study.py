@@ -58,6 +58,7 @@ class FashionMNIST:
     name, num_samples, resolution, latent_channels, channels = "fashion_mnist", 10_000, 32, 64, (16, 32, 64, 128)
     arguments = [
         "--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128", "--mixed_precision", "bf16",
+        "--learning_rate", "1e-3", "--energy_learning_rate", "1e-3",
         "--evaluation_steps", "500", "--log_steps", "50", "--save_images_steps", "1000",
     ]  # fmt: skip
 
