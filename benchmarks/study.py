@@ -2,6 +2,7 @@
 """What the studies share: the two data sets with their features, and results that a study cut off goes on from."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -59,7 +60,7 @@ class FashionMNIST:
     arguments = [
         "--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128", "--mixed_precision", "bf16",
         "--learning_rate", "1e-3", "--energy_learning_rate", "1e-3",
-        "--evaluation_steps", "500", "--log_steps", "50", "--save_images_steps", "1000",
+        "--evaluation_steps", "750", "--log_steps", "50", "--save_images_steps", "1000",
     ]  # fmt: skip
 
     def __init__(self, folder: Path, data_dir: str):
@@ -72,8 +73,11 @@ class FashionMNIST:
             return torch.stack([row["image"].view(1, 32, 32) for row in tqdm(rows, desc=f"Reading {split}")])
 
         self.train = images("train")
-        self.metrics = reference(lite0_features(), self.train)
+        features = lite0_features()
+        remembered = RememberedFeatures(features, folder / "features")
+        self.metrics = reference(remembered, self.train)
         floor = self.measure(images("test"))
+        self.metrics.features = features
         self.about = (
             f"Fashion-MNIST; EfficientNet-Lite0 features; the 10,000 test images are at Frechet distance "
             f"{floor['frechet_distance']:.1f}, kernel distance {floor['kernel_distance']:.4f}"
@@ -81,6 +85,23 @@ class FashionMNIST:
 
     def measure(self, images: torch.Tensor) -> dict[str, float]:
         return against(self.metrics, images)
+
+
+class RememberedFeatures(torch.nn.Module):
+    """Features of the data, kept in files: they take ten minutes on one core, and each study needs them."""
+
+    def __init__(self, features: torch.nn.Module, folder: Path):
+        super().__init__()
+        self.features, self.folder = features, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        path = self.folder / f"{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:20]}.pt"
+        if not path.is_file():
+            half_written = path.with_suffix(f".{os.getpid()}")
+            torch.save(self.features(images).cpu(), half_written)
+            half_written.rename(path)
+        return torch.load(path, weights_only=True)
 
 
 def reference(features: torch.nn.Module, real: torch.Tensor) -> GenerationMetrics:
@@ -99,10 +120,15 @@ def against(metrics: GenerationMetrics, images: torch.Tensor) -> dict[str, float
 
 
 def train(data, folder: Path, seed: int, *arguments: str) -> None:
-    """Run the training script as a user would, alone in its process."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Run the training script as a user would, alone in its process, or what is left of a run that was cut off."""
+    if (folder / "model_index.json").is_file():
+        return
     command = [sys.executable, str(SCRIPT), *data.data_arguments, *data.arguments, "--output_dir", str(folder)]
-    command += ["--seed", str(seed), "--checkpointing_steps", "1000000", *arguments]
+    command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1", *arguments]
+    if any(folder.glob("checkpoint-*")):
+        command += ["--resume_from_checkpoint", "latest"]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(command, check=True)
 
 
