@@ -70,8 +70,8 @@ def test_chain_dtype_is_checked():
 
 
 @pytest.mark.parametrize("steepness", [1e-3, 1.0, 30.0])
-def test_the_drift_step_is_adapted_to_the_drift(steepness):
-    """From a drift far too small or too large to the one asked for, and it stays there."""
+def test_the_drift_step_is_lowered_to_the_drift_allowed(steepness):
+    """From a drift far too large to the one allowed, and it stays there; but it is not raised to it."""
     energy_model = Slope(steepness * randn(1, 8, 8))
     scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.2, noise_scale=1e-3)
     calibrator = EnergyCalibrator(energy_model, scheduler, drift_tolerance=0.02)
@@ -81,13 +81,14 @@ def test_the_drift_step_is_adapted_to_the_drift(steepness):
         calibrator.adapt_drift_step(output.constraint)
     # The drift of this energy is K a |g| a pixel.
     slope = energy_model.slope.detach().square().mean().sqrt().item()
-    assert 5 * calibrator.drift_step_size * slope == pytest.approx(0.02, rel=0.05)
-    assert output.drift.item() == pytest.approx(0.02, rel=0.05)
+    expected = min(0.02, 5 * 0.2 * slope)
+    assert 5 * calibrator.drift_step_size * slope == pytest.approx(expected, rel=0.05)
+    assert output.drift.item() == pytest.approx(expected, rel=0.05, abs=3e-4)
     assert scheduler.config.drift_step_size == 0.2
 
 
 def test_the_adapted_step_is_saved_and_used(tmp_path):
-    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(noise_scale=0.0))
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(noise_scale=0.0), drift_tolerance=1e-4)
     samples = randn(2, 1, 8, 8)
     for _ in range(5):
         calibrator.adapt_drift_step(calibrator.calibrate(samples).constraint)
@@ -104,7 +105,7 @@ def test_the_adapted_step_is_saved_and_used(tmp_path):
 def test_the_adapted_scheduler_runs_the_adapted_chain(pull):
     """The drift step is what it has become; the pull towards the start, a w, is the one given."""
     scheduler = LangevinScheduler(noise_scale=0.0, drift_step_size=0.3, conditioning_weight=pull / 0.3)
-    calibrator = EnergyCalibrator(tiny_energy_model(), scheduler)
+    calibrator = EnergyCalibrator(tiny_energy_model(), scheduler, drift_tolerance=1e-4)
     samples = randn(2, 1, 8, 8)
     for _ in range(5):
         calibrator.adapt_drift_step(calibrator.calibrate(samples).constraint)

@@ -347,8 +347,12 @@ class EnergyCalibrator:
     @torch.no_grad()
     def adapt_drift_step(self, constraint: torch.Tensor) -> None:
         """
-        Adapt the chain's drift step to the drift itself: a <- a (drift_tolerance / drift)^0.1, by at most a factor e
-        each way before the power. Call it after each step instead of tuning a; lambda then finds the constraint kept.
+        Lower the chain's drift step while the drift exceeds its tolerance: a <- min(a (drift_tolerance / drift)^0.1, a_0),
+        by at most a factor e each way before the power, where a_0 is the scheduler's. Call it after each step where the
+        energy's scale is not known.
+
+        a never rises above a_0. Were it to keep the drift AT its tolerance, the constraint would always just be kept, and
+        lambda have no say: on Fashion-MNIST a rose tenfold while lambda stayed, and a weak energy model led the decoder.
 
         Args:
             constraint (`torch.Tensor`): As for `dual_step`.
@@ -359,7 +363,7 @@ class EnergyCalibrator:
         if self.drift_tolerance == 0:
             raise ValueError("`drift_tolerance` must be above 0 for the drift step to be adapted, but is 0.")
         ratio = self.drift_tolerance / self._drift(constraint).clamp(min=1e-8)
-        self.drift_scale = self.drift_scale * ratio.clamp(math.exp(-1), math.e) ** DRIFT_STEP_RATE
+        self.drift_scale = (self.drift_scale * ratio.clamp(math.exp(-1), math.e) ** DRIFT_STEP_RATE).clamp(max=1.0)
 
     @property
     def drift_step_size(self) -> float:

@@ -5,8 +5,15 @@ import importlib.util
 import math
 
 
-# Where --langevin_drift_step auto starts.
-DRIFT_STEP = 0.2
+# What --langevin_drift_step auto spreads over the chain: its K steps are of 1 / K at most.
+TOTAL_DRIFT_STEP = 1.0
+
+
+def largest_drift_step(args: argparse.Namespace) -> float:
+    """a as training begins; with --langevin_drift_step auto also the most that it becomes."""
+    if args.langevin_drift_step == "auto":
+        return TOTAL_DRIFT_STEP / args.langevin_steps
+    return args.langevin_drift_step
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -81,7 +88,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             setattr(args, name, number)
     if args.calibration_tolerance == "auto" and args.langevin_noise == args.drift_tolerance == 0:
         refuse("drift_tolerance", "above 0 where --langevin_noise is 0 and --calibration_tolerance auto")
-    drift_step = DRIFT_STEP if args.langevin_drift_step == "auto" else args.langevin_drift_step
+    drift_step = largest_drift_step(args)
     if drift_step * args.conditioning_weight > 1:
         refuse("conditioning_weight", f"at most 1 / --langevin_drift_step ({1 / drift_step:g})")
     if args.langevin_drift_step == "auto" and args.drift_tolerance == 0:

@@ -7,7 +7,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from ecvae_diffusers.calibration import HEALTHY_DRIFT
-from ecvae_training.argument_checks import DRIFT_STEP, check_arguments
+from ecvae_training.argument_checks import check_arguments
 
 
 CALIBRATIONS = ("none", "energy")
@@ -144,9 +144,9 @@ def add_calibration_arguments(calibration) -> None:
     calibration.add_argument("--langevin_steps", type=int, default=5, help="K: steps of the chain.")
     calibration.add_argument(
         "--langevin_drift_step",
-        default=DRIFT_STEP,
-        help="a: step on the energy gradient; a number, or 'auto': adapted so that the chain's drift stays at "
-        "--drift_tolerance, starting from 0.2. lambda then has little left to do, and stays near --initial_dual.",
+        default="auto",
+        help="a: step on the energy gradient; a number, or 'auto': 1 / --langevin_steps, and less while the chain's drift "
+        "exceeds --drift_tolerance.",
     )
     calibration.add_argument("--langevin_noise", type=float, default=1e-3, help="b: noise of each step.")
     calibration.add_argument(
@@ -162,7 +162,7 @@ def add_calibration_arguments(calibration) -> None:
         type=float,
         default=HEALTHY_DRIFT,
         help="Root-mean-square drift a pixel, in the unit of images in [-1, 1], that --calibration_tolerance auto allows "
-        "beyond the noise, and --langevin_drift_step auto keeps.",
+        "beyond the noise, and --langevin_drift_step auto does not exceed.",
     )
     calibration.add_argument(
         "--langevin_dtype",

@@ -156,7 +156,7 @@ def judge_dual(run: Run) -> Finding | None:
     if at_top > 0.5:
         seen = f"at its upper bound ({bound:g}) in {at_top:.0%} of these steps"
         remedy = (
-            "Let the chain move less (--langevin_drift_step auto, or a smaller one) or allow it more "
+            "Let the chain move less (a smaller --langevin_drift_step) or allow it more "
             "(--drift_tolerance); lower --energy_learning_rate if the energy gap is wide; then raise --max_dual."
         )
     return Finding(
@@ -196,9 +196,9 @@ def judge_drift(run: Run) -> Finding | None:
         f"{run.median('drift'):.4f} a pixel, {ratio:.2f} times --drift_tolerance (healthy: {low:g} to {high:g})",
         "What the energy moves a pixel by, noise apart: too little teaches the decoder nothing, too much is no small "
         "correction any more.",
-        "The energy model is far ahead of the decoder: lower --energy_learning_rate, or --langevin_drift_step auto."
+        "The energy model is far ahead of the decoder: lower --energy_learning_rate, or a smaller --langevin_drift_step."
         if ratio > high
-        else "Train longer if λ is still falling; else --langevin_drift_step auto or a larger one, or a higher "
+        else "Train longer if λ is still falling; else a larger --langevin_drift_step or a higher "
         "--energy_learning_rate.",
     )
 

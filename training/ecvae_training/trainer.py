@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
-from ecvae_training.argument_checks import DRIFT_STEP
+from ecvae_training.argument_checks import largest_drift_step
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
 from ecvae_training.evaluation import Evaluation, Patience
 from ecvae_training.feeds import DecodedFeed, StreamFeed
@@ -140,7 +140,7 @@ class Trainer:
         args = self.args
         scheduler = LangevinScheduler(
             num_steps=args.langevin_steps,
-            drift_step_size=DRIFT_STEP if args.langevin_drift_step == "auto" else args.langevin_drift_step,
+            drift_step_size=largest_drift_step(args),
             noise_scale=args.langevin_noise,
             conditioning_weight=args.conditioning_weight,
         )
