@@ -1,4 +1,4 @@
-"""The two networks of a run, new or from a saved pipeline, and the moving average."""
+"""The two networks of a run, new or from a saved pipeline, what calibrates them, and the moving average."""
 
 import argparse
 from pathlib import Path
@@ -7,10 +7,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.optim.swa_utils import AveragedModel
 
-from ecvae_diffusers import AutoencoderEC, EnergyModel
+from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_training.argument_checks import largest_drift_step
 
 
 Networks = tuple[AutoencoderEC | None, EnergyModel | None]
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_models(args: argparse.Namespace, in_channels: int, pretrained: Networks = (None, None)) -> Networks:
@@ -37,6 +39,27 @@ def build_models(args: argparse.Namespace, in_channels: int, pretrained: Network
             spectral_norm=args.energy_spectral_norm,
         )
     return vae, energy_model
+
+
+def build_calibrator(args: argparse.Namespace, energy_model: torch.nn.Module) -> EnergyCalibrator:
+    """The chain, its constraint and the dual variable of the command line."""
+    scheduler = LangevinScheduler(
+        num_steps=args.langevin_steps,
+        drift_step_size=largest_drift_step(args),
+        noise_scale=args.langevin_noise,
+        conditioning_weight=args.conditioning_weight,
+    )
+    return EnergyCalibrator(
+        energy_model,
+        scheduler,
+        tolerance=args.calibration_tolerance,
+        drift_tolerance=args.drift_tolerance,
+        initial_dual=args.initial_dual,
+        dual_learning_rate=args.dual_learning_rate,
+        max_dual=args.max_dual,
+        energy_regularization=args.energy_regularization,
+        chain_dtype=DTYPES[args.langevin_dtype],
+    )
 
 
 def load_pretrained(name_or_path: str, resolution: int) -> Networks:

@@ -6,7 +6,6 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -14,13 +13,11 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
-from ecvae_training.argument_checks import largest_drift_step
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
 from ecvae_training.evaluation import Evaluation, Patience
 from ecvae_training.feeds import DecodedFeed, StreamFeed
 from ecvae_training.images import to_range
-from ecvae_training.models import moving_average
+from ecvae_training.models import build_calibrator, moving_average
 from ecvae_training.noise import ChainNoise, StepNoise
 from ecvae_training.observation import (
     NUM_ENERGIES,
@@ -48,46 +45,14 @@ from ecvae_training.output import (
 from ecvae_training.recovery import Recovery, record_event
 from ecvae_training.signals import StopSignal
 from ecvae_training.stopwatch import Stopwatch
+from ecvae_training.task import Task
 
 
 logger = get_logger(__name__)
 
-DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Stopped(Exception):
     """The run has ended before its last step, with what it had saved; the message says why and what to do."""
-
-
-class Task(Protocol):
-    """What is trained: a generator whose samples can be calibrated, and the energy model, `None` without calibration."""
-
-    generator: torch.nn.Module
-    energy_model: torch.nn.Module | None
-    component: str  # the generator's name in the pipeline
-
-    def loss(
-        self, network: torch.nn.Module, real: torch.Tensor, noise: StepNoise, step: int, with_samples: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """
-        In one pass through `network`, the wrapped generator: its own loss; new samples (B, C, H, W) with gradients, or
-        `None` where they aren't asked for; and scalars to log, one of them `reconstruction` or what stands for it.
-        """
-
-    def latents(self, count: int, seed: int) -> torch.Tensor:
-        """Latents of `count` samples, always the same for a seed."""
-
-    def sample(self, generator: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1]. No gradient."""
-
-    def reconstruct(self, generator: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """The generator's own version of images in [-1, 1]. No gradient."""
-
-    def build_pipeline(self, generator, energy_model, scheduler: LangevinScheduler | None) -> DiffusionPipeline:
-        """The pipeline that is saved."""
-
-    def finish(self, generator: torch.nn.Module, feed) -> None:
-        """Measure, and write into the generator's config, what its pipeline should know."""
 
 
 class Trainer:
@@ -118,7 +83,7 @@ class Trainer:
         self.generator = build_trained(args, accelerator, task.generator, args.learning_rate, num_steps)
         if task.energy_model is not None:
             self.energy = build_trained(args, accelerator, task.energy_model, args.energy_learning_rate, num_steps)
-            self.calibrator = self.build_calibrator()
+            self.calibrator = build_calibrator(args, task.energy_model)
         self.recovery = Recovery(args, accelerator, self.generator, self.energy, self.ema, self.calibrator)
         self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
         self.patience = Patience(args.early_stopping_metric, args.early_stopping_patience)
@@ -135,26 +100,6 @@ class Trainer:
             "channels": self.feed.channels,
             "mixed_precision": self.accelerator.mixed_precision,
         }
-
-    def build_calibrator(self) -> EnergyCalibrator:
-        args = self.args
-        scheduler = LangevinScheduler(
-            num_steps=args.langevin_steps,
-            drift_step_size=largest_drift_step(args),
-            noise_scale=args.langevin_noise,
-            conditioning_weight=args.conditioning_weight,
-        )
-        return EnergyCalibrator(
-            self.task.energy_model,
-            scheduler,
-            tolerance=args.calibration_tolerance,
-            drift_tolerance=args.drift_tolerance,
-            initial_dual=args.initial_dual,
-            dual_learning_rate=args.dual_learning_rate,
-            max_dual=args.max_dual,
-            energy_regularization=args.energy_regularization,
-            chain_dtype=DTYPES[args.langevin_dtype],
-        )
 
     @property
     def exported(self) -> torch.nn.Module:

@@ -1,0 +1,40 @@
+"""What the training loop needs to know of what it trains."""
+
+from typing import Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ecvae_diffusers import LangevinScheduler
+from ecvae_training.noise import StepNoise
+
+
+class Task(Protocol):
+    """What is trained: a generator whose samples can be calibrated, and the energy model, `None` without calibration."""
+
+    generator: torch.nn.Module
+    energy_model: torch.nn.Module | None
+    component: str  # the generator's name in the pipeline
+
+    def loss(
+        self, network: torch.nn.Module, real: torch.Tensor, noise: StepNoise, step: int, with_samples: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """
+        In one pass through `network`, the wrapped generator: its own loss; new samples (B, C, H, W) with gradients, or
+        `None` where they aren't asked for; and scalars to log, one of them `reconstruction` or what stands for it.
+        """
+
+    def latents(self, count: int, seed: int) -> torch.Tensor:
+        """Latents of `count` samples, always the same for a seed."""
+
+    def sample(self, generator: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1]. No gradient."""
+
+    def reconstruct(self, generator: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The generator's own version of images in [-1, 1]. No gradient."""
+
+    def build_pipeline(self, generator, energy_model, scheduler: LangevinScheduler | None) -> DiffusionPipeline:
+        """The pipeline that is saved."""
+
+    def finish(self, generator: torch.nn.Module, feed) -> None:
+        """Measure, and write into the generator's config, what its pipeline should know."""
