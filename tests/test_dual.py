@@ -1,0 +1,182 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The constraint's tolerance, the dual variable, and where the two come to rest."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from energies import Linear, Quadratic, drift_only, randn, seeded, tiny_energy_model
+
+from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
+from ecvae_diffusers.calibration import HEALTHY_DRIFT
+
+
+# The tolerance
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16), (3, 64, 64), (20,)])
+def test_auto_tolerance_scales_with_the_sample(shape):
+    """D (K b^2 + rho^2): a bound an entry is the same at every size."""
+    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01)
+    calibrator = EnergyCalibrator(Linear(torch.zeros(shape)), scheduler, drift_tolerance=0.02)
+    calibrator.calibrate(torch.zeros(2, *shape))
+    assert calibrator.resolve_tolerance() == pytest.approx(math.prod(shape) * (4 * 0.01**2 + 0.02**2))
+
+
+def test_auto_tolerance_follows_the_chain():
+    """With conditioning less noise gathers; and one calibrator may serve samples of several sizes."""
+    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01, conditioning_weight=2.0)
+    calibrator = EnergyCalibrator(lambda sample: sample.flatten(1).sum(1), scheduler)
+    for entries in (8, 32):
+        calibrator.calibrate(torch.zeros(2, entries))
+        expected = entries * (scheduler.noise_variance() + HEALTHY_DRIFT**2)
+        assert calibrator.resolve_tolerance() == pytest.approx(expected)
+    scheduler.set_timesteps(1)
+    assert calibrator.resolve_tolerance() == pytest.approx(32 * (0.01**2 + HEALTHY_DRIFT**2))
+
+
+def test_a_healthy_run_neither_raises_nor_lowers_the_dual():
+    """At the noise floor, with just the drift that is allowed, lambda is at rest."""
+    scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.1, noise_scale=1e-3)
+    slope = torch.full((3, 8, 8), HEALTHY_DRIFT / (5 * 0.1))
+    calibrator = EnergyCalibrator(Linear(slope), scheduler, dual_learning_rate=1.0)
+    for _ in range(10):
+        calibrator.dual_step(calibrator.calibrate(torch.zeros(64, 3, 8, 8), seeded(0)).constraint)
+    assert calibrator.dual.item() == pytest.approx(30.0, abs=0.1)
+
+
+def test_auto_tolerance_needs_a_sample():
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler())
+    with pytest.raises(RuntimeError, match="call `calibrate` first"):
+        calibrator.resolve_tolerance()
+    with pytest.raises(RuntimeError, match="call `calibrate` first"):
+        calibrator.dual_step(1.0)
+
+
+def test_auto_tolerance_of_zero_is_refused():
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only(), drift_tolerance=0.0)
+    calibrator.calibrate(randn(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="can't both be 0"):
+        calibrator.resolve_tolerance()
+
+
+def test_fixed_tolerance_needs_no_sample():
+    assert EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=3).resolve_tolerance() == 3.0
+
+
+# The dual step
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    "initial_dual, constraint, expected",
+    [
+        (30.0, 0.5, 30.0),  # on the bound
+        (30.0, 1.0, 30.2),  # twice the bound: a relative violation of 1
+        (30.0, 0.25, 29.9),
+        (30.0, 0.0, 29.8),
+        (0.1, 0.0, 0.0),  # not below 0
+        (0.0, 0.1, 0.0),
+        (0.0, 1.0, 0.2),  # and back
+        (99.9, 2.0, 100.0),  # not above max_dual
+        (100.0, 1e6, 100.0),
+        (30.0, 1.5, 30.2),  # a larger violation than 1 counts as 1
+        (30.0, 1e6, 30.2),
+    ],
+)
+def test_dual_step(initial_dual, constraint, expected, as_tensor):
+    """lambda <- clip(lambda + eta min(C / epsilon - 1, 1), 0, lambda_max) with eta = 0.2, epsilon = 0.5, lambda_max = 100."""
+    calibrator = EnergyCalibrator(
+        tiny_energy_model(), LangevinScheduler(), tolerance=0.5, initial_dual=initial_dual, dual_learning_rate=0.2
+    )
+    calibrator.dual_step(torch.tensor(constraint, requires_grad=True) if as_tensor else constraint)
+    assert calibrator.dual.item() == pytest.approx(expected, abs=1e-5)
+    assert calibrator.dual.shape == () and not calibrator.dual.requires_grad
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_dual_step_is_relative(scale):
+    """It depends on C / epsilon alone, and so not on the size of the images."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5 * scale)
+    calibrator.dual_step(0.8 * scale)
+    assert calibrator.dual.item() == pytest.approx(30.0 + 0.1 * 0.6, rel=1e-6)
+
+
+def test_dual_learning_rate_of_zero_keeps_the_dual():
+    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5, dual_learning_rate=0.0)
+    calibrator.dual_step(1e9)
+    assert calibrator.dual.item() == 30.0
+
+
+def test_max_dual_bounds_the_loss():
+    calibrator = EnergyCalibrator(
+        Quadratic(torch.zeros(4)), drift_only(), tolerance=1e-6, initial_dual=0.0, max_dual=5.0, dual_learning_rate=4.0
+    )
+    for _ in range(3):
+        output = calibrator.calibrate(torch.ones(2, 4))
+        calibrator.dual_step(output.constraint)
+    assert calibrator.dual.item() == 5.0
+    output = calibrator.calibrate(torch.ones(2, 4))
+    assert output.loss.item() == pytest.approx(5.0 * output.constraint.item())
+
+
+# Primal and dual together
+
+
+def solve(t: torch.Tensor, m: torch.Tensor, tolerance: float, initial_dual: float) -> tuple[torch.Tensor, float]:
+    """Primal-dual iteration for a generator that gives one vector theta, with primal loss |theta - t|^2."""
+    theta = nn.Parameter(torch.zeros(3))
+    calibrator = EnergyCalibrator(
+        Quadratic(m), drift_only(4, 0.2), tolerance=tolerance, initial_dual=initial_dual, dual_learning_rate=0.05
+    )
+    optimizer = torch.optim.SGD([theta], lr=0.1)
+    for _ in range(1500):
+        calibration = calibrator.calibrate(theta.expand(4, -1))
+        ((theta - t).square().sum() + calibration.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        calibrator.dual_step(calibration.constraint)
+    return theta.detach(), calibrator.dual.item()
+
+
+T, M, SHARE = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.0, 0.5, 0.5]), 1 - (1 - 0.2) ** 4
+
+
+@pytest.mark.parametrize("initial_dual", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("tolerance", [0.05, 0.3, 1.0])
+def test_active_constraint_converges_to_the_fixed_point(tolerance, initial_dual):
+    r"""
+    A problem with a closed solution. On f(x) = |x - m|^2 / 2 without noise, x~ - x = -s (x - m) with
+    s = 1 - (1 - a)^K, so that the constraint is s^2 |theta - m|^2 <= epsilon.
+
+    The target is a constant to the primal step: the gradient of lambda C that the generator receives is
+    2 lambda (x - x~) = 2 lambda s (theta - m), not the 2 lambda s^2 (theta - m) of the constraint as a function of
+    theta. The iteration rests where
+
+        2 (theta - t) + 2 lambda s (theta - m) = 0    and    s^2 |theta - m|^2 = epsilon,
+
+    that is at theta - m = (t - m) / (1 + lambda s) and lambda = (s |t - m| / sqrt(epsilon) - 1) / s. This theta is the
+    constrained minimum, the projection of t onto a ball around m; lambda is s times its Lagrange multiplier.
+    """
+    theta, dual = solve(T, M, tolerance, initial_dual)
+    distance = torch.linalg.vector_norm(T - M).item()
+    expected_dual = (SHARE * distance / math.sqrt(tolerance) - 1) / SHARE
+    assert expected_dual > 0.1
+    assert dual == pytest.approx(expected_dual, rel=1e-3)
+    assert torch.allclose(theta, M + (T - M) / (1 + expected_dual * SHARE), atol=1e-3)
+    projection = M + (T - M) * math.sqrt(tolerance) / (SHARE * distance)
+    assert torch.allclose(theta, projection, atol=1e-3)
+    # The multiplier of the Lagrangian |theta - t|^2 + mu (s^2 |theta - m|^2 - epsilon).
+    multiplier = torch.linalg.vector_norm(theta - T) / (SHARE**2 * torch.linalg.vector_norm(theta - M))
+    assert dual == pytest.approx(SHARE * multiplier.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("initial_dual", [0.0, 4.0])
+@pytest.mark.parametrize("tolerance", [4.0, 100.0])
+def test_inactive_constraint_lets_go(tolerance, initial_dual):
+    """Where t itself satisfies the constraint, lambda goes to 0 and the generator to its own minimum."""
+    assert SHARE**2 * (T - M).square().sum() < tolerance
+    theta, dual = solve(T, M, tolerance, initial_dual)
+    assert dual == 0.0
+    assert torch.allclose(theta, T, atol=1e-3)
