@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from test_autoencoder_ec import ModelTests, images, seeded, unsettle
+from model_tests import ModelTests, images, seeded, unsettle
 from torch.nn.utils import parametrize
 
 from ecvae_diffusers import EnergyModel

@@ -1,0 +1,240 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What must hold of every model, after the mixins of diffusers' own tests, and what tests of models share."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(batch_size: int, in_channels: int = 1, sample_size: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch_size, in_channels, sample_size, sample_size, generator=seeded(seed)) * 2 - 1
+
+
+def unsettle(model: torch.nn.Module, sample: torch.Tensor) -> torch.nn.Module:
+    """
+    Move every parameter and buffer away from the value that construction gives it, so that a part that is not saved,
+    loaded or copied shows.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
+        model.train()
+        for _ in range(3):
+            model(sample)
+    return model.eval()
+
+
+class ModelTests:
+    """
+    A subclass gives the fixture `model` (evaluation mode, unsettled), and the methods below. It holds no test of one
+    model alone, and is not collected by itself.
+    """
+
+    def sample(self, batch_size: int = 3) -> torch.Tensor:
+        raise NotImplementedError
+
+    def outputs(self, model: torch.nn.Module, sample: torch.Tensor) -> list[torch.Tensor]:
+        """All that a forward pass gives, as tensors."""
+        raise NotImplementedError
+
+    def loss(self, model: torch.nn.Module, sample: torch.Tensor, step: int = 0) -> torch.Tensor:
+        """What training minimises, with the same random numbers at the same `step`."""
+        raise NotImplementedError
+
+    def assert_same_outputs(self, model: torch.nn.Module, other: torch.nn.Module):
+        # Copies lie in aligned memory. What safetensors loads does not, and there a dot product (spectral norm takes
+        # one) may be summed in another order: the last bit would differ without any bit of the state doing so.
+        model, other = copy.deepcopy(model), copy.deepcopy(other)
+        with torch.no_grad():
+            for a, b in zip(self.outputs(model, self.sample()), self.outputs(other, self.sample()), strict=True):
+                assert torch.equal(a, b)
+
+    def assert_same_state(self, model: torch.nn.Module, other: torch.nn.Module):
+        state, other_state = model.state_dict(), other.state_dict()
+        assert state.keys() == other_state.keys()
+        for name in state:
+            assert state[name].dtype == other_state[name].dtype, name
+            assert torch.equal(state[name], other_state[name]), name
+
+    # Saving and loading
+
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    def test_from_save_pretrained(self, model, tmp_path, low_cpu_mem_usage):
+        """Bit-equal, the buffers of spectral and batch norm too; with `low_cpu_mem_usage` it is built without memory."""
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert not loaded.training
+        assert not any(tensor.is_meta for tensor in itertools.chain(loaded.parameters(), loaded.buffers()))
+        self.assert_same_state(model, loaded)
+        self.assert_same_outputs(model, loaded)
+
+    def test_loaded_model_trains(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).train()
+        self.loss(loaded, self.sample()).backward()
+        assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+    def test_variant(self, model, tmp_path):
+        model.save_pretrained(tmp_path, variant="fp16")
+        assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").is_file()
+        self.assert_same_outputs(model, type(model).from_pretrained(tmp_path, variant="fp16"))
+        with pytest.raises(OSError, match="diffusion_pytorch_model"):
+            type(model).from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_loading_dtype(self, model, tmp_path, dtype, low_cpu_mem_usage):
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert loaded.dtype == dtype
+        for name, tensor in loaded.state_dict().items():
+            # Batch normalization counts in integers.
+            assert tensor.dtype == (dtype if tensor.is_floating_point() else torch.int64), name
+        with torch.no_grad():
+            outputs = self.outputs(loaded, self.sample().to(dtype))
+            for output, expected in zip(outputs, self.outputs(model, self.sample()), strict=True):
+                error = (output.double() - expected.double()).abs().max() / expected.double().abs().max()
+                # Rounding to 8 (bfloat16) or 11 (float16) bits, through a few layers; float64 gives float32's own.
+                assert error < {torch.float16: 0.01, torch.bfloat16: 0.1, torch.float64: 1e-5}[dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_saving_dtype(self, model, tmp_path, dtype):
+        """A checkpoint saved in another precision comes back in it, unrounded."""
+        model.to(dtype).save_pretrained(tmp_path)
+        self.assert_same_state(model, type(model).from_pretrained(tmp_path, torch_dtype=dtype))
+
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_sharded_checkpoint(self, model, tmp_path, variant):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        model.save_pretrained(tmp_path, max_shard_size=size // 3, variant=variant)
+        infix = "" if variant is None else f".{variant}"
+        index = json.loads((tmp_path / f"diffusion_pytorch_model.safetensors.index{infix}.json").read_text())
+        assert set(index["weight_map"]) == set(model.state_dict())
+        shards = set(index["weight_map"].values())
+        assert len(shards) >= 3 and all((tmp_path / shard).is_file() for shard in shards)
+        loaded = type(model).from_pretrained(tmp_path, variant=variant)
+        self.assert_same_state(model, loaded)
+        self.assert_same_outputs(model, loaded)
+
+    def test_config_round_trip(self, model, tmp_path):
+        """`from_config` is what EMA and pipelines rebuild a model with: it must lose no argument."""
+        rebuilt = type(model).from_config(model.config)
+        assert dict(rebuilt.config) == dict(model.config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in rebuilt.state_dict().items()} == shapes
+        rebuilt.load_state_dict(model.state_dict())
+        self.assert_same_outputs(model, rebuilt.eval())
+
+        model.save_config(tmp_path)
+        saved = type(model).load_config(tmp_path)
+        assert saved.pop("_class_name") == type(model).__name__
+        saved.pop("_diffusers_version")
+        # JSON knows no tuples.
+        assert saved == json.loads(json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}))
+
+    # Outputs
+
+    def test_named_blocks_exist(self, model):
+        """Compilation by blocks looks for these names, and silently does nothing where there is none."""
+        names = {type(module).__name__ for module in model.modules()}
+        assert model._repeated_blocks and set(model._repeated_blocks) <= names
+        assert set(model._repeated_blocks) <= set(model._no_split_modules)
+
+    def test_determinism(self, model):
+        self.assert_same_outputs(model, model)
+
+    def test_deepcopy(self, model):
+        """Copies, also of a model in training (legacy spectral norm fails there), and shares nothing with the copy."""
+        self.loss(model.train(), self.sample()).backward()
+        duplicate = copy.deepcopy(model).eval()
+        self.assert_same_outputs(model.eval(), duplicate)
+        with torch.no_grad():
+            before = self.outputs(duplicate, self.sample())
+            for parameter in model.parameters():
+                parameter.zero_()
+            for a, b in zip(before, self.outputs(duplicate, self.sample()), strict=True):
+                assert torch.equal(a, b)
+
+    def test_averaged_model_carries_buffers(self, model, tmp_path):
+        """What a moving average saves must give the outputs that the average gave: diffusers' `EMAModel` does not."""
+        average = AveragedModel(model, avg_fn=lambda averaged, current, _: torch.lerp(averaged, current, 0.5))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        model.train()
+        for step in range(3):
+            self.loss(model, self.sample(), step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+        for (name, averaged), current in zip(average.module.named_buffers(), model.buffers(), strict=True):
+            assert torch.equal(averaged, current), name
+        averaged_parameters = list(zip(average.module.parameters(), model.parameters(), strict=True))
+        assert any(not torch.equal(averaged, current) for averaged, current in averaged_parameters)
+        average.module.eval().save_pretrained(tmp_path)
+        self.assert_same_outputs(average.module, type(model).from_pretrained(tmp_path))
+
+    # Training
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_gradient_checkpointing(self, model, training):
+        """It is applied, at every block and only where there is a gradient; and it changes no gradient by a bit."""
+        plain = copy.deepcopy(model).train(training)
+        self.loss(plain, self.sample()).backward()
+        calls = []
+
+        def counted_checkpoint(function, *args):
+            calls.append(function)
+            return checkpoint(function, *args, use_reentrant=False)
+
+        model.enable_gradient_checkpointing(gradient_checkpointing_func=counted_checkpoint)
+        model.train(training)
+        assert model.is_gradient_checkpointing
+        self.loss(model, self.sample()).backward()
+        num_calls = len(calls)
+        blocks = [module.blocks for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        assert num_calls >= sum(len(block_list) for block_list in blocks) > 0
+        for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(parameter.grad, expected.grad), name
+        assert all(module.training == training for module in model.modules())
+
+        with torch.no_grad():
+            self.loss(model, self.sample())
+        model.disable_gradient_checkpointing()
+        assert not model.is_gradient_checkpointing
+        self.loss(model, self.sample()).backward()
+        assert len(calls) == num_calls
+
+    def test_gradient_checkpointing_by_default_function(self, model):
+        plain = copy.deepcopy(model).train()
+        model.enable_gradient_checkpointing()
+        model.train()
+        self.loss(plain, self.sample()).backward()
+        self.loss(model, self.sample()).backward()
+        for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(parameter.grad, expected.grad), name
+
+    @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+    def test_training_lowers_the_loss(self, model, autocast):
+        model.train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(15):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = self.loss(model, self.sample())
+            loss.backward()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all(), name
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        # In the energy's unit or in that of an ELBO, this margin is far above what rounding does.
+        assert losses[-1] < losses[0] - 0.1 * abs(losses[0])
+        assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
