@@ -31,7 +31,7 @@ from ecvae_training.images import to_range
 from ecvae_training.models import moving_average
 
 
-BATCH, LEARNING_RATE, ADAM_BETAS, EMA_DECAY = 64, 5e-4, (0.0, 0.9), 0.999
+BATCH, ADAM_BETAS, EMA_DECAY = 64, (0.0, 0.9), 0.999
 TEST_STEPS = 16
 # Weights and drifts of which the best one is taken, as the VAE is given its own best beta.
 SETTINGS = {
@@ -44,8 +44,8 @@ SETTINGS = {
 }
 
 
-def adam(network: torch.nn.Module, betas: tuple[float, float] = ADAM_BETAS) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=betas, weight_decay=0.0)
+def adam(data, network: torch.nn.Module, betas: tuple[float, float] = ADAM_BETAS) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=data.learning_rate, betas=betas, weight_decay=0.0)
 
 
 def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ def adversarial(data, num_steps: int, weight: float | None) -> tuple[ECVAEPipeli
     """A VAE-GAN, or an SN-GAN without a weight: then there is no ELBO, and the encoder is not trained."""
     vae, energy = networks(data)
     average = moving_average(vae, EMA_DECAY)
-    optimizers = adam(vae), adam(energy)
+    optimizers = adam(data, vae), adam(data, energy)
 
     def train_step(real: torch.Tensor) -> None:
         if weight is None:
@@ -110,7 +110,7 @@ def vaebm(data, num_steps: int, folder, drift: float) -> tuple[ECVAEPipeline, fl
     vae = ECVAEPipeline.from_pretrained(folder).vae
     _, energy = networks(data)
     scheduler = LangevinScheduler(num_steps=TEST_STEPS, drift_step_size=drift / TEST_STEPS)
-    calibrator, optimizer = EnergyCalibrator(energy, scheduler, energy_regularization=0.1), adam(energy)
+    calibrator, optimizer = EnergyCalibrator(energy, scheduler), adam(data, energy)
 
     def train_step(real: torch.Tensor) -> None:
         with torch.no_grad():
@@ -146,7 +146,7 @@ def ddpm(data, num_steps: int) -> tuple[DDIMPipeline, float]:
     unet.to(memory_format=torch.channels_last)
     average: AveragedModel = moving_average(unet, EMA_DECAY)
     # With the first moment, as diffusion models are trained.
-    optimizer = adam(unet, betas=(0.9, 0.999))
+    optimizer = adam(data, unet, betas=(0.9, 0.999))
 
     def train_step(real: torch.Tensor) -> None:
         noise, timesteps = torch.randn_like(real), torch.randint(1000, (len(real),))
@@ -189,15 +189,13 @@ def make_row(data, name: str, seed: int, args) -> dict:
     torch.manual_seed(seed)
     if name.startswith("EC-VAE"):
         run = folder / f"peers_ecvae_{seed}"
-        if not (run / "model_index.json").is_file():
-            train(data, run, seed, "--max_train_steps", str(num_steps))
+        train(data, run, seed, "--max_train_steps", str(num_steps))
         if "test time" not in name:
             return trained_row(data, run)
         return data.measure(refined_images(ECVAEPipeline.from_pretrained(run), data.num_samples, seed=1))
     if name.startswith("VAEBM"):
         run = folder / f"peers_vae_{seed}"
-        if not (run / "model_index.json").is_file():
-            train(data, run, seed, "--max_train_steps", str(num_steps), "--calibration", "none")
+        train(data, run, seed, "--max_train_steps", str(num_steps), "--calibration", "none")
         pipeline, seconds = vaebm(data, num_steps, run, setting["drift"])
         samples = refined_images(pipeline, data.num_samples, seed=1)
     elif name.startswith("DDPM"):

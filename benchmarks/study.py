@@ -35,6 +35,7 @@ class Digits:
     """scikit-learn's digits at 16 px, over 64 features of a classifier trained on the same 1,500 training images."""
 
     name, num_samples, resolution, latent_channels, channels = "digits", 5000, 16, 32, (16, 32, 64)
+    learning_rate = 5e-4  # the script's own
     arguments = DIGITS_ARGUMENTS
 
     def __init__(self, folder: Path):
@@ -57,9 +58,10 @@ class FashionMNIST:
     """Fashion-MNIST at 32 px, over EfficientNet-Lite0's features: 10,000 samples against 10,000 training images."""
 
     name, num_samples, resolution, latent_channels, channels = "fashion_mnist", 10_000, 32, 64, (16, 32, 64, 128)
+    learning_rate = 1e-3
     arguments = [
         "--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128", "--mixed_precision", "bf16",
-        "--learning_rate", "1e-3", "--energy_learning_rate", "1e-3",
+        "--learning_rate", str(learning_rate), "--energy_learning_rate", str(learning_rate),
         "--evaluation_steps", "750", "--log_steps", "50", "--save_images_steps", "1000",
     ]  # fmt: skip
 

@@ -1,0 +1,137 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What the studies are made of, at toy size: rows that are not made twice, runs that go on, peers that train."""
+
+from types import SimpleNamespace
+
+import peers
+import pytest
+import study
+import torch
+from training_runs import TINY, metrics, write_images
+
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_training.digits import DigitFeatures, sample_images
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Disks at 16 px, measured over the features of a classifier that has learned nothing."""
+    torch.manual_seed(0)
+    images = write_images(tmp_path_factory.mktemp("data") / "images", count=16)
+    real = (torch.rand(64, 1, 16, 16) * 255).to(torch.uint8)
+    measured = study.reference(DigitFeatures().eval(), real)
+    return SimpleNamespace(
+        name="disks", num_samples=32, resolution=16, latent_channels=4, channels=(16, 16), learning_rate=5e-4,
+        train=real, data_arguments=["--train_data_dir", str(images)],
+        arguments=[*TINY, "--evaluation_steps", "4", "--log_steps", "2", "--evaluation_samples", "12"],
+        measure=lambda samples: study.against(measured, samples),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    study.train(data, folder, 0, "--max_train_steps", "8")
+    return folder
+
+
+def test_rows_that_are_there_are_not_made_again(tmp_path):
+    results, made = study.Results(tmp_path / "new" / "rows.jsonl"), []
+
+    def make(name: str, seed: int) -> dict:
+        made.append((name, seed))
+        return {"frechet_distance": float(seed)}
+
+    results.fill(["a"], [1], make)
+    results.fill(["a", "b"], [2, 1, 0], make)
+    assert made == [("a", 1), ("a", 2), ("b", 2), ("b", 1), ("a", 0), ("b", 0)]
+    assert [row["seed"] for row in study.Results(results.path).of("a")] == [0, 1, 2]
+    assert study.median(results.of("a"), "frechet_distance") == 1
+
+
+def test_a_finished_run_is_not_trained_again_and_a_cut_one_goes_on(data, trained, tmp_path):
+    written = (trained / "model_index.json").stat().st_mtime_ns
+    study.train(data, trained, 0, "--max_train_steps", "8")
+    assert (trained / "model_index.json").stat().st_mtime_ns == written
+
+    arguments = ["--max_train_steps", "8", "--checkpointing_steps", "4"]
+    study.train(data, tmp_path / "run", 0, *arguments)
+    first = metrics(tmp_path / "run")
+    (tmp_path / "run" / "model_index.json").unlink()
+    study.train(data, tmp_path / "run", 0, *arguments)
+    # Saved from its last checkpoint: the steps before it are those of the first time.
+    assert metrics(tmp_path / "run") == first and (tmp_path / "run" / "model_index.json").is_file()
+
+
+def test_row_and_curve_of_a_run(data, trained, tmp_path):
+    row = study.trained_row(data, trained)
+    last = metrics(trained)[-1]
+    assert {key: row[key] for key in ("dual", "training_seconds")} == {
+        key: last[key] for key in ("dual", "training_seconds")
+    }
+    assert row["frechet_distance"] > 0 and row["rollbacks"] == 0
+    # New networks' energies are nearly straight over so short a chain.
+    assert 0.9 < row["cosine_to_critic"] <= 1 + 1e-6
+
+    curve = study.curve(trained)
+    assert [point["step"] for point in curve] == [4, 8]
+    assert 0 < curve[0]["training_seconds"] < curve[1]["training_seconds"] == last["training_seconds"]
+    study.plot_curves({"a": [trained, trained]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_one_step_is_a_critic(trained):
+    pipeline = ECVAEPipeline.from_pretrained(trained)
+    pipeline.scheduler = type(pipeline.scheduler)(num_steps=1)
+    assert study.cosine_to_critic(pipeline) == pytest.approx(1, abs=1e-5)
+
+
+def test_features_of_the_data_are_remembered(tmp_path):
+    torch.manual_seed(0)
+    features, calls = DigitFeatures().eval(), []
+    features.register_forward_hook(lambda *_: calls.append(1))
+    first, other = (torch.rand(2, 3, 1, 16, 16) * 255).to(torch.uint8)
+    expected = features(first)
+    for _ in range(2):
+        remembered = study.RememberedFeatures(features, tmp_path / "features")
+        assert torch.equal(remembered(first), expected)
+        assert not torch.equal(remembered(other), expected)
+    assert len(calls) == 1 + 2
+
+
+@pytest.mark.parametrize("weight", [None, 10.0])
+def test_adversarial_peers_train_both_networks(data, weight):
+    torch.manual_seed(0)
+    before = [dict(network.named_parameters()) for network in peers.networks(data)]
+    torch.manual_seed(0)
+    pipeline, seconds = peers.adversarial(data, 2, weight)
+    still = [
+        {name for name, parameter in network.named_parameters() if torch.equal(parameter, start[name])}
+        for network, start in zip((pipeline.vae, pipeline.energy_model), before)
+    ]
+    # Without an ELBO nothing trains the encoder.
+    assert still[0] == ({name for name in before[0] if name.startswith("encoder")} if weight is None else set())
+    # While every margin is short, the hinge on data pushes the last bias down as that on samples pushes it up.
+    assert still[1] == {"networks.0.conv_out.bias"}
+    assert sample_images(pipeline, 6, seed=1).shape == (6, 1, 16, 16) and seconds > 0
+
+
+def test_the_vaebm_way_holds_the_vae_still(data, trained):
+    pipeline, _ = peers.vaebm(data, 2, trained, drift=1.0)
+    expected = ECVAEPipeline.from_pretrained(trained).vae.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in pipeline.vae.state_dict().items())
+    images = peers.refined_images(pipeline, 6, seed=1)
+    assert images.shape == (6, 1, 16, 16) and not torch.equal(images, sample_images(pipeline, 6, seed=1))
+
+
+def test_the_ddpm_has_as_many_parameters_and_trains(data):
+    wanted = peers.parameters(*peers.networks(data))
+    assert peers.parameters(peers.small_unet(data)) == pytest.approx(wanted, rel=0.2)
+    pipeline, _ = peers.ddpm(data, 2)
+    images = peers.ddim_images(pipeline, 2, seed=1)
+    assert images.shape == (2, 1, 16, 16) and images.dtype == torch.uint8
+
+
+def test_measures_know_the_data_from_noise(data):
+    measures = [data.measure(images) for images in (data.train, torch.zeros_like(data.train))]
+    assert measures[0]["frechet_distance"] < 1e-3 < measures[1]["frechet_distance"]
