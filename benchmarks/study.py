@@ -143,7 +143,7 @@ def trained_row(data, folder: Path) -> dict:
     wanted = ("training_seconds", "dual", "drift", "constraint", "tolerance", "langevin_drift_step")
     row |= {key: last[key] for key in wanted if key in last}
     events = folder / EVENTS_FILE
-    row["rollbacks"] = len(events.read_text().splitlines()) if events.is_file() else 0
+    row["rollbacks"] = sum(event["kind"] == "rollback" for event in read_metrics(events)) if events.is_file() else 0
     if pipeline.energy_model is not None:
         row["cosine_to_critic"] = cosine_to_critic(pipeline)
     return row
