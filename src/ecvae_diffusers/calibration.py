@@ -352,7 +352,7 @@ class EnergyCalibrator:
         energy's scale is not known.
 
         a never rises above a_0. Were it to keep the drift AT its tolerance, the constraint would always just be kept, and
-        lambda have no say: on Fashion-MNIST a rose tenfold while lambda stayed, and a weak energy model led the decoder.
+        lambda have no say: with a weak energy model a would grow without end, and noise lead the generator.
 
         Args:
             constraint (`torch.Tensor`): As for `dual_step`.

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 class Stopwatch:
     """
-    Seconds of training since `start`, without those of evaluation, pictures and saving. Goes into checkpoints, so that a run that is
-    gone on with counts on.
+    Seconds of training since `start`, without those of evaluation, pictures and saving. Goes into checkpoints, so that a
+    run that is gone on with counts on.
     """
 
     def __init__(self):

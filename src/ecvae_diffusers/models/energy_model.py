@@ -42,10 +42,10 @@ def get_energy_activation(act_fn: str) -> nn.Module:
 
 
 class EnergyResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut, then a halving of the resolution by average pooling. No normalization of
+    """Two convolutions beside a shortcut, then a halving of the resolution by average pooling.
 
-    activations: one over the batch would make an image's energy depend on its neighbours in the batch, and with it the
-    gradient that the Langevin chain follows.
+    No normalization of activations: one over the batch would make an image's energy depend on its neighbours in the batch,
+    and with it the gradient that the Langevin chain follows.
     """
 
     def __init__(self, in_channels: int, out_channels: int, downsample: bool, act_fn: str):
