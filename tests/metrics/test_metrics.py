@@ -22,6 +22,7 @@ from ecvae_diffusers.metrics import (
     reconstruction_metrics,
     transformers_features,
 )
+from ecvae_diffusers.metrics.features import CPU_BATCH_SIZE
 
 
 def images(count: int, seed: int, channels: int = 1, size: int = 8) -> torch.Tensor:
@@ -222,6 +223,15 @@ def test_transformers_features_of_a_saved_dinov2(tmp_path):
 
 
 config_mean, config_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_parts_make_the_whole():
+    """On a CPU images go through the network a few at a time: same features, same order."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    probe, sent = FeatureExtractor(network, "conv", mean=0.0, std=1.0), images(2 * CPU_BATCH_SIZE + 3, 3, channels=3)
+    with torch.no_grad():
+        torch.testing.assert_close(probe(sent), network(sent.float() / 255))
 
 
 def test_transparency_is_laid_on_white():

@@ -12,6 +12,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+# Images that go through a network together on a CPU, where activations that outgrow the cache, and buffers that the
+# allocator hands back to the system and fetches again, made EfficientNet-Lite0 8 times slower at 250.
+CPU_BATCH_SIZE = 25
+
+
 class FeatureExtractor(nn.Module):
     """
     Features of any network on images.
@@ -26,7 +31,7 @@ class FeatureExtractor(nn.Module):
         num_channels (`int`, *optional*, defaults to `3`): Gray images are repeated to so many channels, transparency is
             laid on white. `None` leaves the channels.
 
-    The network is set to evaluation, and never trained.
+    The network is set to evaluation, and never trained. On a CPU images go through it a few at a time.
     """
 
     def __init__(
@@ -39,7 +44,7 @@ class FeatureExtractor(nn.Module):
         num_channels: int | None = 3,
     ):
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.name = name
         self.image_size = image_size
         self.num_channels = num_channels
@@ -63,7 +68,11 @@ class FeatureExtractor(nn.Module):
                 f"`images` must be uint8 of shape (batch, channels, height, width), not {images.dtype} of "
                 f"{tuple(images.shape)}."
             )
-        images = images.to(self.mean.device).float()
+        images = images.to(self.mean.device)
+        parts = images.split(CPU_BATCH_SIZE) if images.device.type == "cpu" else [images]
+        return torch.cat([self._features(part.float()) for part in parts])
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
         if self.num_channels is not None:
             if images.shape[1] == 4 and self.num_channels < 4:
                 opacity = images[:, 3:] / 255
@@ -78,6 +87,7 @@ class FeatureExtractor(nn.Module):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
             images = images.clamp(0, 255)
+        images = images.contiguous(memory_format=torch.channels_last)
         output = self.network((images / 255 - self.mean) / self.std)
         if getattr(output, "pooler_output", None) is not None:
             output = output.pooler_output
