@@ -1,0 +1,201 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Convolutions of an image with a kernel."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import separable
+from .linear_operator import LinearOperator
+
+
+PADDINGS = ("circular", "reflect")
+# Relative sizes of a kernel's second singular value: below the first it counts as a product of a column and a row, and
+# is made one to the last digit (below the second it is one).
+RANK_ONE, RANK_ONE_EXACTLY = 1e-6, 1e-14
+# Up to so many pixels the matrix of a blur is decomposed as a whole (half a second, 16 MB).
+DENSE_PIXELS = 1024
+ONE = separable.factorize(torch.ones(1, 1))
+
+
+class Blur(LinearOperator):
+    r"""
+    Convolution of each channel with one kernel: y = k * x, of the image's size.
+
+    Singular values of a blur go down to 0. Those up to `rcond` times the largest are left out of A^+, or it would make noise
+    of rounding: of a picture in 8 bits the uncut one restores values of hundreds. A A^+ A is A up to `rcond`.
+
+    Args:
+        kernel (`torch.Tensor` of shape `(h, w)`): k, whose centre is at (h // 2, w // 2). Used as it is: one that sums up to
+            1 keeps the brightness. See [`gaussian_kernel`], [`uniform_kernel`] and [`motion_kernel`].
+        padding (`str`, *optional*, defaults to `"circular"`):
+            What lies beyond the border: `"circular"`, the opposite side, where A^+ is a division of spectra; or
+            `"reflect"`, the mirror image without the border pixel itself. There A^+ is made of the decompositions of two
+            small matrices if the kernel is a column times a row; of that of the whole matrix for images of up to 1,024
+            pixels; and beyond, by CGLS, whose stop takes the place of `rcond`.
+        rcond (`float`, *optional*, defaults to 1e-3): The cutoff.
+    """
+
+    def __init__(self, kernel: torch.Tensor, padding: str = "circular", rcond: float = 1e-3):
+        if (
+            not isinstance(kernel, torch.Tensor)
+            or kernel.ndim != 2
+            or not torch.isfinite(kernel).all()
+            or not kernel.any()
+        ):
+            raise ValueError("`kernel` must be a tensor of shape (h, w) with finite values that are not all 0.")
+        if padding not in PADDINGS:
+            raise ValueError(f"`padding` must be one of {', '.join(PADDINGS)}, but is {padding!r}.")
+        if not 0 <= rcond < 1:
+            raise ValueError(f"`rcond` must be at least 0 and below 1, but is {rcond}.")
+        kernel = kernel.cpu().double()
+        left, values, right = torch.linalg.svd(kernel, full_matrices=False)
+        second = values[1] / values[0] if len(values) > 1 else 0.0
+        column_and_row = (left[:, 0] * values[0], right[0]) if second < RANK_ONE else None
+        if RANK_ONE_EXACTLY < second < RANK_ONE:
+            kernel = torch.outer(*column_and_row)
+        super().__init__(kernel=kernel, padding=padding, rcond=rcond)
+        self.padding, self.rcond, self.column_and_row = padding, rcond, column_and_row
+        self.decompositions: dict[tuple[int, int], separable.Factors] = {}
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self.measurement_shape(tuple(x.shape[1:]))
+        if self.padding == "circular":
+            return self.filtered(x, self.transfer(x))
+        rows, columns = (self.mirrored(dim, x.shape[dim - 2]).to(x.device) for dim in (0, 1))
+        return self.convolve(x.index_select(-2, rows).index_select(-1, columns))
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        self.measurement_shape(tuple(y.shape[1:]))
+        if self.padding == "circular":
+            return self.filtered(y, self.transfer(y).conj())
+        rows, columns = (self.mirrored(dim, y.shape[dim - 2]).to(y.device) for dim in (0, 1))
+        spread = F.conv_transpose2d(y.flatten(0, 1).unsqueeze(1), self.weight(y)).unflatten(0, y.shape[:2]).squeeze(2)
+        # What lies beyond the border goes back to the pixels that it is the mirror image of.
+        folded = spread.new_zeros(*y.shape[:3], len(columns))[..., : y.shape[2], :].index_add(-2, rows, spread)
+        return folded.new_zeros(y.shape).index_add(-1, columns, folded)
+
+    def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        if self.padding == "circular":
+            exact = y if y.device.type == "mps" else y.double()
+            transfer = self.transfer(exact)
+            power = transfer.abs().square()
+            if damping > 0:
+                inverse = transfer.conj() / (power + damping)
+            else:
+                kept = power > self.rcond**2 * power.max()
+                inverse = torch.where(kept, transfer.conj() / power.clamp(min=1e-300), 0.0)
+            return self.filtered(exact, inverse).to(y.dtype)
+        if self.column_and_row is not None:
+            lines = [self.line_factors(part, dim, y.shape[dim - 2]) for dim, part in enumerate(self.column_and_row)]
+            return separable.inverse(*lines, y, damping, self.rcond)
+        if y.shape[-2] * y.shape[-1] > DENSE_PIXELS:
+            return self.solve(y, damping)
+        factors = self.whole_factors(*y.shape[-2:])
+        return separable.inverse(factors, ONE, y.flatten(2).unsqueeze(-1), damping, self.rcond).view(y.shape)
+
+    def transfer(self, like: torch.Tensor) -> torch.Tensor:
+        """The kernel's spectrum, in the precision and of the image size of `like`."""
+        height, width = like.shape[-2:]
+        placed = like.new_zeros(height, width)
+        placed[: self.kernel.shape[0], : self.kernel.shape[1]] = self.kernel.to(like)
+        centre = (-(self.kernel.shape[0] // 2), -(self.kernel.shape[1] // 2))
+        return torch.fft.rfft2(placed.roll(centre, (0, 1)))
+
+    @staticmethod
+    def filtered(x: torch.Tensor, transfer: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])
+
+    def weight(self, like: torch.Tensor) -> torch.Tensor:
+        # Torch's conv2d correlates.
+        return self.kernel.to(like).flip(0, 1)[None, None]
+
+    def convolve(self, padded: torch.Tensor) -> torch.Tensor:
+        flat = F.conv2d(padded.flatten(0, 1).unsqueeze(1), self.weight(padded))
+        return flat.squeeze(1).unflatten(0, padded.shape[:2])
+
+    def mirrored(self, dim: int, size: int) -> torch.Tensor:
+        """Which pixel of a line of `size` stands at each place of the line with its borders."""
+        length = self.kernel.shape[dim]
+        # A convolution reads k pixels back and ahead: as many ahead as its centre has before it.
+        before = length - 1 - length // 2
+        places = torch.arange(-before, size + length - 1 - before)
+        places = places.abs()
+        return torch.where(places >= size, 2 * (size - 1) - places, places)
+
+    def line_factors(self, part: torch.Tensor, dim: int, size: int) -> separable.Factors:
+        """The matrix that blurs one line of `size` pixels, decomposed."""
+        reads = torch.eye(size, dtype=torch.float64)[self.mirrored(dim, size)]
+        matrix = sum(weight * reads[len(part) - 1 - i :][:size] for i, weight in enumerate(part))
+        return separable.factorize(matrix)
+
+    def whole_factors(self, height: int, width: int) -> separable.Factors:
+        """The matrix that blurs a whole image, decomposed; kept for the next call."""
+        if (height, width) not in self.decompositions:
+            pixels = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+            self.decompositions[height, width] = separable.factorize(self.A(pixels).flatten(1).mT)
+        return self.decompositions[height, width]
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        # A mirror image has size - 1 pixels.
+        if any(k > size for k, size in zip(self.kernel.shape, image_shape[-2:])):
+            raise ValueError(
+                f"`kernel` has shape {tuple(self.kernel.shape)}, larger than images of {tuple(image_shape)}."
+            )
+        return tuple(image_shape)
+
+
+def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: int | None = None) -> torch.Tensor:
+    """
+    A Gaussian kernel, or an anisotropic one, that sums up to 1.
+
+    Args:
+        std (`float` or `tuple[float]`): Standard deviation in pixels, or those along the kernel's own rows and columns.
+        angle (`float`, *optional*, defaults to 0.0): Degrees by which these are turned, counter-clockwise.
+        size (`int`, *optional*): Height and width, odd. Three standard deviations to each side if not given.
+    """
+    along_rows, along_columns = (std, std) if isinstance(std, int | float) else std
+    if min(along_rows, along_columns) <= 0:
+        raise ValueError(f"`std` must be above 0, but is {std}.")
+    if size is None:
+        size = 2 * math.ceil(3 * max(along_rows, along_columns)) + 1
+    y, x = centred_grid(size)
+    turned_x, turned_y = turn(x, y, angle)
+    kernel = torch.exp(-0.5 * ((turned_y / along_rows) ** 2 + (turned_x / along_columns) ** 2))
+    return kernel / kernel.sum()
+
+
+def uniform_kernel(size: int) -> torch.Tensor:
+    """The mean of `size` x `size` pixels."""
+    if size < 1:
+        raise ValueError(f"`size` must be at least 1, but is {size}.")
+    return torch.full((size, size), 1 / size**2, dtype=torch.float64)
+
+
+def motion_kernel(length: float, angle: float = 0.0) -> torch.Tensor:
+    """
+    A straight motion: a line of `length` pixels, turned by `angle` degrees counter-clockwise from the horizontal, that
+    sums up to 1. Each pixel weighs as much as of the line, one pixel wide, lies in it (by a fine sampling).
+    """
+    if length < 1:
+        raise ValueError(f"`length` must be at least 1 px, but is {length}.")
+    size = 2 * math.ceil((length + 1) / 2) + 1
+    fine = 32
+    y, x = centred_grid(size * fine)
+    turned_x, turned_y = turn(x / fine, y / fine, angle)
+    line = ((turned_x.abs() <= length / 2) & (turned_y.abs() <= 0.5)).double()
+    kernel = F.avg_pool2d(line[None, None], fine)[0, 0]
+    kernel = kernel[kernel.sum(1) > 0][:, kernel.sum(0) > 0]
+    return kernel / kernel.sum()
+
+
+def centred_grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    return torch.meshgrid(places, places, indexing="ij")
+
+
+def turn(x: torch.Tensor, y: torch.Tensor, angle: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates in axes turned counter-clockwise by `angle` degrees, rows counted downwards."""
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return cos * x - sin * y, sin * x + cos * y

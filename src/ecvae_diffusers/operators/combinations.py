@@ -1,0 +1,93 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""Measurements made of others.
+
+The pseudo-inverse of a composition is NOT the product of the parts' pseudo-inverses, as :math:`(F G)^+ \ne G^+ F^+` in
+general: a mask after a pooling is one example. So both are solved for.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .linear_operator import LinearOperator, as_operator
+
+
+class Combination(LinearOperator):
+    """What [`Compose`] and [`Stack`] share: a list of operators."""
+
+    def __init__(self, operators: Sequence[Any], **arguments: Any):
+        parts = [as_operator(part) for part in operators]
+        if not parts:
+            raise ValueError("`operators` is empty.")
+        super().__init__(operators=parts, **arguments)
+        self.parts = nn.ModuleList(parts)
+        self.solver_dtype = None if any(part.solver_dtype is None for part in parts) else torch.float64
+
+
+class Compose(Combination):
+    """
+    One measurement of another's result: `Compose([f, g])` applies g first, A x = F G x.
+
+    Args:
+        operators (`list`): What [`as_operator`] takes, the last one first to be applied.
+    """
+
+    def __init__(self, operators: Sequence[Any]):
+        super().__init__(operators)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        for part in reversed(self.parts):
+            x = part.A(x)
+        return x
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            y = part.A_adjoint(y)
+        return y
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        for part in reversed(self.parts):
+            image_shape = part.measurement_shape(image_shape)
+        return image_shape
+
+
+class Stack(Combination):
+    """
+    Several measurements of one image, as one row of numbers an image: A x = (F x, G x, ...), shape (B, m).
+
+    Args:
+        operators (`list`): What [`as_operator`] takes.
+        image_shape (`tuple[int]`): (C, H, W) of the images, by which a row is parted again.
+    """
+
+    def __init__(self, operators: Sequence[Any], image_shape: tuple[int, ...]):
+        super().__init__(operators, image_shape=tuple(image_shape))
+        self.image_shape = tuple(image_shape)
+        self.shapes = [part.measurement_shape(self.image_shape) for part in self.parts]
+        self.lengths = [math.prod(shape) for shape in self.shapes]
+
+    def join(self, measurements: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One row of numbers an image, of one measurement (B, ...) by each operator."""
+        shapes = [tuple(part.shape[1:]) for part in measurements]
+        if shapes != self.shapes:
+            raise ValueError(f"`measurements` must have shapes (batch, ...) with {self.shapes}, but has {shapes}.")
+        return torch.cat([part.flatten(1) for part in measurements], dim=1)
+
+    def split(self, y: torch.Tensor) -> list[torch.Tensor]:
+        """What `join` joined."""
+        return [part.unflatten(1, shape) for part, shape in zip(y.split(self.lengths, dim=1), self.shapes)]
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self.measurement_shape(tuple(x.shape[1:]))
+        return self.join([part.A(x) for part in self.parts])
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return sum(part.A_adjoint(measured) for part, measured in zip(self.parts, self.split(y)))
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        if tuple(image_shape) != self.image_shape:
+            raise ValueError(f"`image_shape` is {self.image_shape}, but images have shape {tuple(image_shape)}.")
+        return (sum(self.lengths),)

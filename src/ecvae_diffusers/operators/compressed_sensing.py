@@ -1,0 +1,84 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Fewer numbers than pixels: random inner products of blocks of an image."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .linear_operator import LinearOperator
+
+
+class CompressedSensing(LinearOperator):
+    """
+    Each block of b x b pixels of each channel becomes m numbers, its products with the rows of a matrix:
+    (B, C, H, W) to (B, C m, H / b, W / b).
+
+    Args:
+        matrix (`torch.Tensor` of shape `(m, b * b)`): Orthonormal rows: `hadamard` and `orthonormal` make random ones.
+    """
+
+    row_norm = 1.0
+
+    def __init__(self, matrix: torch.Tensor):
+        block_size = math.isqrt(matrix.shape[-1])
+        if matrix.ndim != 2 or block_size**2 != matrix.shape[1]:
+            raise ValueError(f"`matrix` must have shape (m, b * b), but has {tuple(matrix.shape)}.")
+        gram = matrix.double() @ matrix.double().mT
+        if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), atol=1e-6):
+            raise ValueError("`matrix` must have orthonormal rows (matrix @ matrix.T = 1).")
+        super().__init__(matrix=matrix)
+        self.block_size = block_size
+
+    @classmethod
+    def hadamard(
+        cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None
+    ) -> "CompressedSensing":
+        """
+        Rows of the Walsh-Hadamard transform, drawn at random, of pixels whose signs are flipped at random.
+
+        Args:
+            ratio (`float`, *optional*, defaults to 0.25): m over b * b, above 0 and at most 1.
+            block_size (`int`, *optional*, defaults to 8): b, a power of 2.
+            generator (`torch.Generator`, *optional*): Makes the draws deterministic.
+        """
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ValueError(f"`block_size` must be a power of 2, but is {block_size}.")
+        num_pixels = block_size**2
+        transform = torch.ones(1, 1, dtype=torch.float64)
+        while len(transform) < num_pixels:  # Sylvester's construction
+            transform = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), transform)
+        rows = torch.randperm(num_pixels, generator=generator)[: cls.num_rows(ratio, num_pixels)]
+        signs = torch.randint(2, (num_pixels,), generator=generator) * 2 - 1
+        return cls(transform[rows] * signs / block_size)
+
+    @classmethod
+    def orthonormal(
+        cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None
+    ) -> "CompressedSensing":
+        """Random orthonormal rows (of a QR decomposition of normal draws); arguments as of `hadamard`, any b."""
+        num_pixels = block_size**2
+        draws = torch.randn(num_pixels, cls.num_rows(ratio, num_pixels), dtype=torch.float64, generator=generator)
+        return cls(torch.linalg.qr(draws).Q.mT)
+
+    @staticmethod
+    def num_rows(ratio: float, num_pixels: int) -> int:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"`ratio` must be above 0 and at most 1, but is {ratio}.")
+        return max(1, round(ratio * num_pixels))
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self.measurement_shape(tuple(x.shape[1:]))
+        blocks = F.pixel_unshuffle(x, self.block_size).unflatten(1, (x.shape[1], -1))
+        return torch.einsum("mn,bcnhw->bcmhw", self.matrix.to(x), blocks).flatten(1, 2)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        products = y.unflatten(1, (-1, len(self.matrix)))
+        blocks = torch.einsum("mn,bcmhw->bcnhw", self.matrix.to(y), products).flatten(1, 2)
+        return F.pixel_shuffle(blocks, self.block_size)
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        channels, height, width = image_shape
+        if height % self.block_size or width % self.block_size:
+            raise ValueError(f"Blocks of {self.block_size} px must divide the image's {height}x{width} pixels.")
+        return channels * len(self.matrix), height // self.block_size, width // self.block_size

@@ -1,0 +1,204 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""What a measurement does to an image: y = A x, its adjoint and its pseudo-inverse.
+
+.. math:: \langle A x, y \rangle = \langle x, A^T y \rangle, \qquad A A^+ A = A, \quad A^+ A A^+ = A^+,
+
+with :math:`A A^+` and :math:`A^+ A` symmetric. The damped inverse :math:`A_s = A^T (A A^T + s I)^{-1}` becomes :math:`A^+`
+as s goes to 0.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+
+from .solvers import LeastSquares
+
+
+CONFIG_FILE, TENSORS_FILE = "operator_config.json", "operator.safetensors"
+
+
+class LinearOperator(nn.Module):
+    """
+    A linear measurement of images. All methods take batches, any device and floating dtype, and are differentiable.
+
+    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes its constructor's arguments on to this one, which
+    makes buffers of tensors and keeps the rest for the config. If A A^T = c I on the range of A, it says so by
+    `row_norm` = c, and needs no more; else it may have a closed form of `A_dagger`.
+
+    Images are in [-1, 1] here: a measurement is y = A x of such x.
+    """
+
+    # c, where A A^T is c times the projection on the range of A; None where it is not.
+    row_norm: float | None = None
+    # What CGLS computes in. None: in the measurement's own dtype.
+    solver_dtype: torch.dtype | None = torch.float64
+
+    def __init__(self, **arguments: Any):
+        super().__init__()
+        self._arguments = arguments
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(name, value)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        """Measure images (B, C, H, W), as float32 or float64."""
+        raise NotImplementedError
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """The adjoint (transpose) of `A`: measurements (B, ...) to images (B, C, H, W)."""
+        raise NotImplementedError
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """
+        Args:
+            image_shape (`tuple[int]`): (C, H, W) of an image.
+
+        Returns:
+            `tuple[int]`: The shape of one image's measurement.
+
+        Raises:
+            ValueError: if the operator does not take such images.
+        """
+        raise NotImplementedError
+
+    def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        """
+        The pseudo-inverse A^+ y: of all x whose A x comes nearest to y, the one of least norm.
+
+        Args:
+            y (`torch.Tensor` of shape `(B, ...)`): Measurements.
+            damping (`float`, *optional*, defaults to 0.0):
+                s, at least 0: above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
+
+        Where there is no closed form it is solved by CGLS from 0, in float64 where the device has it: to a relative
+        residual of 1e-10 for measurements in float64, 1e-8 in float32 (1e-6 where it is computed in float32).
+        """
+        if self.row_norm is not None:
+            return self.A_adjoint(y) / (self.row_norm + damping)
+        return self.solve(y, damping)
+
+    def solve(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        """`A_dagger` by CGLS, whether or not there is a closed form."""
+        dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
+        tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
+        return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.A(x)
+
+    def extra_repr(self) -> str:
+        plain = {k: v for k, v in self._arguments.items() if isinstance(v, int | float | str | tuple | None)}
+        return ", ".join(f"{name}={value!r}" for name, value in plain.items())
+
+    def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
+        """The constructor's arguments as JSON can hold them; tensors go to `tensors`, by a name that stands for them."""
+        config: dict[str, Any] = {"_class_name": type(self).__name__}
+        for name, value in self._arguments.items():
+            if isinstance(value, torch.Tensor):
+                tensors[prefix + name] = getattr(self, name).contiguous()
+                value = {"tensor": prefix + name}
+            elif isinstance(value, list):
+                value = [part.to_config(tensors, f"{prefix}{name}.{i}.") for i, part in enumerate(value)]
+            config[name] = value
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> "LinearOperator":
+        """
+        Build the operator that `to_config` described, of whichever class.
+
+        Raises:
+            ValueError: if the class is none of this package's.
+        """
+        from .. import operators
+
+        config = dict(config)
+        name = config.pop("_class_name", None)
+        kind = getattr(operators, name, None) if name in operators.__all__ else None
+        if not isinstance(kind, type):
+            raise ValueError(f"`_class_name` must be an operator of this version of ecvae_diffusers, but is {name!r}.")
+        for key, value in config.items():
+            if isinstance(value, dict):
+                config[key] = tensors[value["tensor"]]
+            elif isinstance(value, list) and value and isinstance(value[0], dict):
+                config[key] = [cls.from_config(part, tensors) for part in value]
+            elif isinstance(value, list):
+                config[key] = tuple(value)
+        return kind(**config)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `operator_config.json`, and the tensors of masks and kernels as `operator.safetensors`."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        config = self.to_config(tensors)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, folder / TENSORS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path) -> "LinearOperator":
+        """
+        Read what `save_pretrained` wrote.
+
+        Raises:
+            OSError: if a file is missing.
+            ValueError: if the class is none of this package's.
+        """
+        folder = Path(save_directory)
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return cls.from_config(config, safetensors.torch.load_file(folder / TENSORS_FILE))
+
+
+class FunctionOperator(LinearOperator):
+    """
+    An operator of two functions, or of anybody's object that has them: A^+ is solved for.
+
+    Args:
+        A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
+        A_adjoint (`Callable`): Its adjoint.
+
+    It is not saved: a config can't hold functions. The functions are called in the dtype that they are given.
+    """
+
+    solver_dtype = None
+
+    def __init__(self, A: Callable[[torch.Tensor], torch.Tensor], A_adjoint: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.functions = (A, A_adjoint)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        return self.functions[0](x)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return self.functions[1](y)
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
+
+    def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
+        raise ValueError("An operator made of functions can't be saved: there is no config of a function.")
+
+
+def as_operator(operator: Any) -> LinearOperator:
+    """
+    An operator of whatever serves as one: a [`LinearOperator`]; an object with `A` and `A_adjoint`, such as a
+    `LinearPhysics` of deepinv; or a pair of functions (A, A_adjoint).
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if isinstance(operator, LinearOperator):
+        return operator
+    if callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None)):
+        return FunctionOperator(operator.A, operator.A_adjoint)
+    if isinstance(operator, tuple | list) and len(operator) == 2 and all(map(callable, operator)):
+        return FunctionOperator(*operator)
+    raise ValueError(
+        "`operator` must be a LinearOperator, an object with methods `A` and `A_adjoint`, or a pair of such functions, "
+        f"but is {operator!r}."
+    )

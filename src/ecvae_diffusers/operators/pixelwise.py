@@ -1,0 +1,121 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Measurements of single pixels: all of them, some of them, their gray value."""
+
+import torch
+
+from .linear_operator import LinearOperator
+
+
+class Denoising(LinearOperator):
+    """A x = x: all there is to undo is noise."""
+
+    row_norm = 1.0
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(image_shape)
+
+
+class Inpainting(LinearOperator):
+    """
+    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 (middle gray) where nothing was observed.
+
+    Args:
+        mask (`torch.Tensor` of shape `(H, W)`, `(1 or C, H, W)` or `(B, 1 or C, H, W)`):
+            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has a mask for each image.
+    """
+
+    row_norm = 1.0
+
+    def __init__(self, mask: torch.Tensor):
+        if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4) or mask.numel() == 0:
+            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else mask
+            raise ValueError(f"`mask` must be a tensor of shape (H, W), (C, H, W) or (B, C, H, W), but is {shape!r}.")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("`mask` must hold 0 (missing) and 1 (observed) only.")
+        super().__init__(mask=mask.bool())
+
+    @classmethod
+    def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
+        """Images of `height` x `width` of which a box is missing, whose first row and column are `top` and `left`."""
+        if min(top, left) < 0 or top + box_height > height or left + box_width > width:
+            raise ValueError(
+                f"The box of {box_height}x{box_width} at ({top}, {left}) does not lie in an image of {height}x{width}."
+            )
+        mask = torch.ones(height, width, dtype=torch.bool)
+        mask[top : top + box_height, left : left + box_width] = False
+        return cls(mask)
+
+    @classmethod
+    def random(
+        cls,
+        height: int,
+        width: int,
+        observed: float,
+        generator: torch.Generator | None = None,
+        num_masks: int | None = None,
+    ) -> "Inpainting":
+        """
+        Each pixel is observed with probability `observed`, by itself; all its channels or none. `num_masks` makes a
+        batch of as many masks.
+        """
+        if not 0 <= observed <= 1:
+            raise ValueError(f"`observed` must be from 0 to 1, but is {observed}.")
+        shape = (height, width) if num_masks is None else (num_masks, 1, height, width)
+        return cls(torch.rand(shape, generator=generator) < observed)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask.ndim == 4 and len(self.mask) not in (1, len(x)):
+            raise ValueError(f"`mask` is one of {len(self.mask)} images, but there are {len(x)}.")
+        self.measurement_shape(tuple(x.shape[1:]))
+        return x * self.mask.to(x)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return self.A(y)
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        mask_shape = tuple(self.mask.shape[-3:])
+        if mask_shape[-2:] != tuple(image_shape[-2:]) or (
+            len(mask_shape) == 3 and mask_shape[0] not in (1, image_shape[0])
+        ):
+            raise ValueError(
+                f"`mask` has shape {tuple(self.mask.shape)}, and does not fit images of {tuple(image_shape)}."
+            )
+        return tuple(image_shape)
+
+
+class Colorization(LinearOperator):
+    """
+    The gray value of each pixel: y = sum_c w_c x_c.
+
+    Args:
+        weights (`tuple[float]`, *optional*, defaults to `(0.299, 0.587, 0.114)`):
+            w, one for each channel. By default what PIL's `convert("L")` weighs red, green and blue by.
+    """
+
+    def __init__(self, weights: tuple[float, ...] = (0.299, 0.587, 0.114)):
+        super().__init__(weights=tuple(weights))
+        self.row_norm = sum(w * w for w in weights)
+        if self.row_norm == 0:
+            raise ValueError(f"`weights` must not all be 0, but are {weights}.")
+        self.weights = tuple(weights)
+
+    def column(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_tensor(self.weights).view(1, -1, 1, 1)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        self.measurement_shape(tuple(x.shape[1:]))
+        return (x * self.column(x)).sum(1, keepdim=True)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return y * self.column(y)
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        if image_shape[0] != len(self.weights):
+            raise ValueError(f"`weights` are of {len(self.weights)} channels, but images have {image_shape[0]}.")
+        return (1, *image_shape[1:])

@@ -1,0 +1,44 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""Measurements that treat rows and columns apart: :math:`Y = R_h X R_w^T`, for each channel.
+
+Their singular values are the products of those of :math:`R_h` and :math:`R_w`, so that the pseudo-inverse is as exact as
+two small decompositions.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Factors(NamedTuple):
+    """A matrix (m, n) and its singular value decomposition U diag(s) V^T, float64 on the CPU."""
+
+    matrix: torch.Tensor
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+
+
+def factorize(matrix: torch.Tensor) -> Factors:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return Factors(matrix.double(), left, values, right.mT)
+
+
+def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`rows` X `columns`^T for each channel of (B, C, H, W)."""
+    return rows.to(x) @ x @ columns.to(x).mT
+
+
+def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
+    """
+    A_s y for `damping` s above 0; for 0 A^+ y, which leaves out singular values up to `rcond` times the largest.
+    In float64 where the device has it: products of small singular values are divided by.
+    """
+    exact = y if y.device.type == "mps" else y.double()
+    values = torch.outer(rows.values, columns.values).to(exact)
+    if damping > 0:
+        factors = values / (values.square() + damping)
+    else:
+        factors = torch.where(values > rcond * values.max(), 1 / values.clamp(min=1e-300), 0.0)
+    spectrum = apply(rows.left.mT, columns.left.mT, exact) * factors
+    return apply(rows.right, columns.right, spectrum).to(y.dtype)

@@ -1,0 +1,85 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""Least squares with operators that are functions: conjugate gradients on the normal equations (CGLS).
+
+.. math:: \min_x \|y - A x\|^2 + s \|x\|^2
+
+From x = 0, so that every iterate lies in the range of A^T, and the limit for s = 0 is the solution of least norm, A^+ y.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+MAX_ITERATIONS = 1000
+
+
+def cgls(
+    A: Callable[[torch.Tensor], torch.Tensor],
+    A_adjoint: Callable[[torch.Tensor], torch.Tensor],
+    y: torch.Tensor,
+    damping: float = 0.0,
+    tolerance: float = 1e-10,
+    max_iterations: int = MAX_ITERATIONS,
+) -> torch.Tensor:
+    """
+    Solve for each entry of a batch by itself (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
+
+    Args:
+        A, A_adjoint (`Callable`): A linear map of batches (B, ...), and its adjoint.
+        y (`torch.Tensor` of shape `(B, ...)`): Right-hand sides, float32 or float64.
+        damping (`float`, *optional*, defaults to 0.0): s, at least 0.
+        tolerance (`float`, *optional*, defaults to 1e-10):
+            An entry is done where its A^T r - s x is at most so many times A^T y, or its r so many times y, in norm.
+            float32 comes to 1e-6 or so.
+        max_iterations (`int`, *optional*, defaults to 1000): Where to stop, with a warning, if some are not done.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`: x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0.
+    """
+
+    def squares(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten(1).square().sum(1)
+
+    def each(factor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return factor.view(-1, *[1] * (tensor.ndim - 1)) * tensor
+
+    residual, direction = y, A_adjoint(y)
+    x, gradient_norm = torch.zeros_like(direction), squares(direction)
+    enough_gradient, enough_residual = tolerance**2 * gradient_norm, tolerance**2 * squares(y)
+    for _ in range(max_iterations):
+        going_on = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
+        if not going_on.any():
+            return x
+        image = A(direction)
+        curvature = squares(image) + damping * squares(direction)
+        # An entry that is done stays where it is: its direction may be 0.
+        step = torch.where(going_on, gradient_norm / curvature.where(going_on, torch.ones_like(curvature)), 0.0)
+        x, residual = x + each(step, direction), residual - each(step, image)
+        gradient = A_adjoint(residual) - damping * x
+        before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
+        ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
+        direction = gradient + each(ratio, direction)
+    worst = (gradient_norm / enough_gradient.clamp(min=1e-300)).max().sqrt().item() * tolerance
+    logger.warning(f"CGLS stopped after {max_iterations} iterations at a relative residual of {worst:.1e}.")
+    return x
+
+
+class LeastSquares(torch.autograd.Function):
+    """
+    [`cgls`] as a linear map of y that can be differentiated, without a graph of its iterations: the adjoint of
+    (A^T A + s I)^{-1} A^T is (A A^T + s I)^{-1} A, the same problem with A^T in the place of A.
+    """
+
+    @staticmethod
+    def forward(ctx, y, A, A_adjoint, damping, tolerance):
+        ctx.problem = (A, A_adjoint, damping, tolerance)
+        return cgls(A, A_adjoint, y, damping, tolerance)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        A, A_adjoint, *settings = ctx.problem
+        return LeastSquares.apply(gradient, A_adjoint, A, *settings), None, None, None, None

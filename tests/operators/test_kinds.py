@@ -1,0 +1,260 @@
+"""What each kind of operator measures, against PIL and scipy; saving; wrong arguments."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.ndimage
+import torch
+from operator_examples import BATCH, IMAGE_SHAPE, kernels, operators, seeded
+
+from ecvae_diffusers.operators import (
+    Blur,
+    Colorization,
+    Compose,
+    CompressedSensing,
+    FunctionOperator,
+    Inpainting,
+    LinearOperator,
+    Stack,
+    SuperResolution,
+    as_operator,
+    gaussian_kernel,
+    motion_kernel,
+    uniform_kernel,
+)
+from ecvae_diffusers.operators.solvers import cgls
+
+
+EVERY = operators()
+
+
+def image(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.rand(1, 1, 12, 16, generator=seeded(), dtype=dtype) * 2 - 1
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_bicubic_is_pils(scale):
+    x = image(torch.float32)
+    small = PIL.Image.fromarray(x[0, 0].numpy()).resize((16 // scale, 12 // scale), PIL.Image.BICUBIC)
+    np.testing.assert_allclose(SuperResolution(scale, "bicubic").A(x)[0, 0], np.asarray(small), atol=1e-5)
+
+
+def test_gray_is_pils():
+    pixels = torch.randint(256, (1, 3, 12, 16), generator=seeded()).double()
+    gray = PIL.Image.fromarray(pixels[0].permute(1, 2, 0).byte().numpy()).convert("L")
+    np.testing.assert_allclose(Colorization().A(pixels)[0, 0], np.asarray(gray), atol=1.0)
+
+
+@pytest.mark.parametrize("padding, mode", [("circular", "wrap"), ("reflect", "mirror")])
+@pytest.mark.parametrize("name", kernels())
+def test_blur_is_scipys_convolution(name, padding, mode):
+    kernel, x = kernels()[name].double(), image()
+    # scipy's centre of an even kernel is at n // 2 as well, of the kernel turned for the convolution: one further back.
+    origin = [0 if size % 2 else -1 for size in kernel.shape]
+    expected = scipy.ndimage.convolve(x[0, 0].numpy(), kernel.numpy(), mode=mode, origin=origin)
+    shifted = scipy.ndimage.convolve(x[0, 0].numpy(), kernel.numpy(), mode=mode)
+    found = Blur(kernel, padding).A(x)[0, 0].numpy()
+    assert min(abs(found - expected).max(), abs(found - shifted).max()) < 1e-12
+
+
+def test_both_paddings_agree_inside():
+    x = torch.rand(1, 1, 32, 32, generator=seeded(), dtype=torch.float64)
+    for kernel in kernels().values():
+        inside = [Blur(kernel, padding).A(x)[..., 8:-8, 8:-8] for padding in ("circular", "reflect")]
+        torch.testing.assert_close(*inside)
+
+
+def test_kernels():
+    for kernel in (gaussian_kernel(1.3), gaussian_kernel((1, 2), 40), uniform_kernel(5), motion_kernel(7, 35)):
+        assert kernel.sum().item() == pytest.approx(1, abs=1e-6) and kernel.min() >= 0
+        torch.testing.assert_close(kernel, kernel.flip(0, 1))  # no shift
+    assert motion_kernel(5).shape == (1, 5)
+    torch.testing.assert_close(motion_kernel(5, 90), motion_kernel(5).T)
+    # Counter-clockwise: up on the right, where rows count downwards.
+    rising = motion_kernel(9, 45)
+    middle = len(rising) // 2
+    assert rising[:middle, middle + 1 :].sum() > 0.3 and rising[:middle, :middle].sum() == 0
+    # Wide along its own columns, turned to stand upright.
+    wide, upright = gaussian_kernel((1, 2), size=13), gaussian_kernel((1, 2), angle=90, size=13)
+    assert wide[6, 10] > wide[10, 6]
+    torch.testing.assert_close(upright, wide.T)
+    variance = (wide * (torch.arange(13) - 6.0).square()).sum()
+    assert variance.item() == pytest.approx(4, rel=0.02)
+
+
+def test_the_cutoff_of_a_blur():
+    """On a picture in 8 bits the uncut pseudo-inverse restores nothing, the cut one something near the picture."""
+    x = torch.nn.functional.interpolate(torch.rand(1, 1, 8, 8, generator=seeded()), (32, 32), mode="bicubic")
+    for padding in ("circular", "reflect"):
+        blur = Blur(gaussian_kernel(1.5), padding)
+        picture = (blur.A(x) * 255).round() / 255
+        uncut = Blur(gaussian_kernel(1.5), padding, rcond=0.0)
+        assert (uncut.A_dagger(picture) - x).abs().max() > 100
+        assert (Blur(gaussian_kernel(1.5), padding, rcond=0.05).A_dagger(picture) - x).abs().mean() < 0.05
+        damped = blur.A_dagger(picture, damping=1e-3)
+        assert (damped - x).abs().mean() < 0.05
+
+
+def test_large_mirrored_blur_is_solved():
+    """Beyond 1,024 pixels, with a kernel that is no product: by CGLS, for A_s as well as ever."""
+    blur = Blur(motion_kernel(7, 30), "reflect")
+    x = torch.rand(1, 1, 40, 48, generator=seeded(), dtype=torch.float64)
+    y = blur.A(x)
+    damped = blur.A_dagger(y, 1e-2)
+    back = blur.A_adjoint(y)
+    assert (blur.A_adjoint(blur.A(damped)) + 1e-2 * damped - back).norm() < 1e-8 * back.norm()
+
+
+def test_compressed_sensing_draws():
+    for make in (CompressedSensing.hadamard, CompressedSensing.orthonormal):
+        one, same, other = (
+            make(0.25, 8, seeded()),
+            make(0.25, 8, seeded()),
+            make(0.25, 8, torch.Generator().manual_seed(1)),
+        )
+        assert one.matrix.shape == (16, 64)
+        assert torch.equal(one.matrix, same.matrix) and not torch.equal(one.matrix, other.matrix)
+    assert CompressedSensing.hadamard(generator=seeded()).matrix.abs().unique().numel() == 1
+    # All the rows: nothing is lost.
+    whole, x = CompressedSensing.orthonormal(1.0, 4), image()
+    torch.testing.assert_close(whole.A_dagger(whole.A(x)), x)
+
+
+def test_random_masks():
+    mask = Inpainting.random(64, 64, 0.3, seeded(), num_masks=4).mask
+    assert mask.shape == (4, 1, 64, 64) and not torch.equal(mask[0], mask[1])
+    assert mask.float().mean().item() == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / mask.numel()))
+    box = Inpainting.box(8, 9, 1, 2, 3, 4).mask
+    assert (~box).sum() == 12 and not box[1:4, 2:6].any()
+
+
+class Physics(torch.nn.Module):
+    """The interface of deepinv's LinearPhysics: `A` and `A_adjoint` take further keywords; a forward that adds noise."""
+
+    def A(self, x, **kwargs):
+        return x[..., ::2, :] * 3
+
+    def A_adjoint(self, y, **kwargs):
+        x = torch.zeros(*y.shape[:-2], y.shape[-2] * 2, y.shape[-1], dtype=y.dtype)
+        x[..., ::2, :] = y * 3
+        return x
+
+    def A_dagger(self, y, **kwargs):
+        raise AssertionError("is approximate in deepinv, so it is not asked")
+
+
+def test_other_peoples_operators():
+    x = image()
+    physics = Physics()
+    for given in (physics, (physics.A, physics.A_adjoint), [physics.A, physics.A_adjoint]):
+        operator = as_operator(given)
+        assert isinstance(operator, FunctionOperator) and operator.measurement_shape((1, 12, 16)) == (1, 6, 16)
+        expected = torch.zeros_like(x)
+        expected[..., ::2, :] = x[..., ::2, :]
+        torch.testing.assert_close(operator.A_dagger(operator.A(x)), expected)
+    mixed = Compose([Inpainting.random(6, 16, 0.5, seeded()), physics])
+    y = mixed.A(x)
+    torch.testing.assert_close(mixed.A(mixed.A_dagger(y)), y)
+    assert as_operator(mixed) is mixed
+    for wrong in (torch.eye(3), (physics.A,), None, "inpainting"):
+        with pytest.raises(ValueError, match="`operator` must be a LinearOperator"):
+            as_operator(wrong)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "functions"])
+def test_saved_and_loaded(name, tmp_path):
+    operator = EVERY[name]
+    operator.save_pretrained(tmp_path)
+    loaded = LinearOperator.from_pretrained(tmp_path)
+    assert type(loaded) is type(operator)
+    x = torch.randn(BATCH, *IMAGE_SHAPE, generator=seeded(), dtype=torch.float64)
+    assert torch.equal(loaded.A(x), operator.A(x))
+    y = operator.A(x)
+    assert torch.equal(loaded.A_dagger(y), operator.A_dagger(y))
+
+
+def test_loaded_in_another_process(tmp_path):
+    """With the values of its mask, which no seed makes again."""
+    operator = Stack([Inpainting.random(12, 16, 0.5), CompressedSensing.orthonormal(0.5, 4)], (1, 12, 16))
+    operator.save_pretrained(tmp_path)
+    code = (
+        "import sys, torch; from ecvae_diffusers.operators import LinearOperator;"
+        "x = torch.arange(192.).view(1, 1, 12, 16) / 192;"
+        "print(LinearOperator.from_pretrained(sys.argv[1]).A(x).double().square().sum().item())"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    x = torch.arange(192.0).view(1, 1, 12, 16) / 192
+    assert float(found.stdout) == pytest.approx(operator.A(x).double().square().sum().item(), rel=1e-6)
+
+
+def test_what_can_not_be_saved_or_loaded(tmp_path):
+    with pytest.raises(ValueError, match="made of functions can't be saved"):
+        EVERY["functions"].save_pretrained(tmp_path)
+    Inpainting.random(4, 4, 0.5).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "operator_config.json").read_text())
+    for name in ("Tomography", "as_operator", "gaussian_kernel"):
+        (tmp_path / "operator_config.json").write_text(json.dumps({**config, "_class_name": name}))
+        with pytest.raises(ValueError, match=f"`_class_name` must be an operator of this version.*{name}"):
+            LinearOperator.from_pretrained(tmp_path)
+
+
+WRONG = {
+    "mask of gray values": (lambda: Inpainting(torch.full((4, 4), 0.5)), "`mask` must hold 0 .missing. and 1 .observed. only"),
+    "mask, not a tensor": (lambda: Inpainting([[1]]), "`mask` must be a tensor of shape"),
+    "mask of a line": (lambda: Inpainting(torch.ones(4)), "`mask` must be a tensor of shape"),
+    "mask of another size": (lambda: Inpainting(torch.ones(4, 4)).A(image()), r"`mask` has shape \(4, 4\), and does not fit"),
+    "masks of other images": (lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(torch.ones(3, 1, 12, 16)), "`mask` is one of 2 images, but there are 3"),
+    "box outside": (lambda: Inpainting.box(8, 8, 5, 0, 4, 4), "does not lie in an image of 8x8"),
+    "observed above 1": (lambda: Inpainting.random(8, 8, 30), "`observed` must be from 0 to 1, but is 30"),
+    "scale 0": (lambda: SuperResolution(0), "`scale` must be an integer of at least 1, but is 0"),
+    "scale 1.5": (lambda: SuperResolution(1.5), "`scale` must be an integer of at least 1, but is 1.5"),
+    "mode": (lambda: SuperResolution(2, "lanczos"), "`mode` must be one of average, bicubic, decimation, but is 'lanczos'"),
+    "scale that does not divide": (lambda: SuperResolution(5).A(image()), "`scale` 5 must divide the image's 12x16"),
+    "gray image": (lambda: Colorization().A(image()), "`weights` are of 3 channels, but images have 1"),
+    "weights of 0": (lambda: Colorization((0.0, 0.0)), "`weights` must not all be 0"),
+    "kernel of 3 dimensions": (lambda: Blur(torch.ones(1, 3, 3)), "`kernel` must be a tensor of shape"),
+    "kernel with NaN": (lambda: Blur(torch.full((3, 3), float("nan"))), "`kernel` must be a tensor of shape"),
+    "kernel of 0": (lambda: Blur(torch.zeros(3, 3)), "`kernel` must be a tensor of shape"),
+    "padding": (lambda: Blur(torch.ones(3, 3), "zeros"), "`padding` must be one of circular, reflect, but is 'zeros'"),
+    "rcond": (lambda: Blur(torch.ones(3, 3), rcond=1.0), "`rcond` must be at least 0 and below 1, but is 1.0"),
+    "kernel too large": (lambda: Blur(torch.ones(13, 3)).A(image()), "`kernel` has shape .13, 3., larger than images"),
+    "std": (lambda: gaussian_kernel(0.0), "`std` must be above 0"),
+    "length": (lambda: motion_kernel(0.5), "`length` must be at least 1 px"),
+    "ratio": (lambda: CompressedSensing.hadamard(0.0), "`ratio` must be above 0 and at most 1, but is 0.0"),
+    "block size": (lambda: CompressedSensing.hadamard(0.5, 6), "`block_size` must be a power of 2, but is 6"),
+    "rows": (lambda: CompressedSensing(torch.ones(2, 4)), "`matrix` must have orthonormal rows"),
+    "blocks": (lambda: CompressedSensing.hadamard().A(image()), "Blocks of 8 px must divide the image's 12x16"),
+    "no parts": (lambda: Compose([]), "`operators` is empty"),
+    "part that is none": (lambda: Compose([SuperResolution(2), "blur"]), "`operator` must be a LinearOperator"),
+    "stack of another size": (lambda: EVERY["stack"].A(image()), r"`image_shape` is \(3, 12, 16\), but images have shape \(1, 12, 16\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    make, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_cgls_says_when_it_stops(caplog):
+    """After its iterations, with the residual that it came to; not where entries are done, at different times."""
+    hard = torch.diag(torch.logspace(0, -6, 20, dtype=torch.float64))
+    y = torch.ones(2, 20, dtype=torch.float64)
+    y[1, 1:] = 0  # done in one step
+    with caplog.at_level("WARNING", logger="diffusers"):
+        import diffusers.utils.logging as diffusers_logging
+
+        diffusers_logging.enable_propagation()
+        x = cgls(lambda x: x @ hard, lambda y: y @ hard, y, max_iterations=3)
+        assert "CGLS stopped after 3 iterations at a relative residual of" in caplog.text
+        caplog.clear()
+        cgls(lambda x: x @ hard, lambda y: y @ hard, y[1:], max_iterations=3)
+        diffusers_logging.disable_propagation()
+    assert not caplog.text
+    torch.testing.assert_close(x[1], y[1])

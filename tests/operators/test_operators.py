@@ -1,0 +1,160 @@
+"""What makes an operator: linearity, the adjoint, the pseudo-inverse, gradients."""
+
+import pytest
+import torch
+from operator_examples import BATCH, IMAGE_SHAPE, operators, seeded
+
+from ecvae_diffusers.operators import Blur, Compose, Inpainting, LinearOperator, Stack, SuperResolution
+
+
+EVERY = operators()
+# Relative errors of the Moore-Penrose identities.
+EXACT = {torch.float64: 1e-6, torch.float32: 1e-4}
+DTYPES = list(EXACT)
+
+
+def cutoff(operator: LinearOperator) -> float:
+    """Of an operator's pseudo-inverse: only a blur's has one."""
+    return operator.rcond if isinstance(operator, Blur) else 0.0
+
+
+def draws(
+    operator: LinearOperator, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random image batch and a random measurement batch, not in the range of A."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(BATCH, *IMAGE_SHAPE, generator=generator, dtype=dtype)
+    return x, torch.randn(BATCH, *operator.measurement_shape(IMAGE_SHAPE), generator=generator, dtype=dtype)
+
+
+def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner product of each image, in float64."""
+    return (a.double() * b.double()).flatten(1).sum(1)
+
+
+def assert_near(a: torch.Tensor, b: torch.Tensor, error: float, scale: torch.Tensor) -> None:
+    """The distance of a and b is at most `error` times the norm of `scale`."""
+    assert (a - b).norm() <= error * scale.norm(), f"{(a - b).norm() / scale.norm():.1e}"
+
+
+@pytest.fixture(params=EVERY, name="operator")
+def _operator(request) -> LinearOperator:
+    return EVERY[request.param]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adjoint_and_shapes(operator, dtype):
+    x, y = draws(operator, dtype)
+    measured, back = operator.A(x), operator.A_adjoint(y)
+    assert measured.shape == y.shape and back.shape == x.shape
+    assert measured.dtype == back.dtype == operator.A_dagger(y).dtype == dtype
+    assert torch.equal(operator(x), measured)
+    error = (inner(measured, y) - inner(x, back)).abs()
+    assert (error <= (1e-12 if dtype == torch.float64 else 1e-5) * x.norm() * y.norm()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moore_penrose(operator, dtype):
+    A, pinv = operator.A, operator.A_dagger
+    x, y = draws(operator, dtype)
+    x2, y2 = draws(operator, dtype, seed=1)
+    # What a cutoff leaves out of A x is measured by the largest singular value times x.
+    largest = 1.0 if not isinstance(operator, Blur) else operator.transfer(x.double()).abs().max().item()
+    assert_near(A(pinv(A(x))), A(x), max(EXACT[dtype], cutoff(operator)), largest * x if cutoff(operator) else A(x))
+    assert_near(pinv(A(pinv(y))), pinv(y), EXACT[dtype], pinv(y))
+    for projection, a, b in ((lambda v: A(pinv(v)), y, y2), (lambda v: pinv(A(v)), x, x2)):
+        asymmetry = (inner(projection(a), b) - inner(a, projection(b))).abs()
+        assert (asymmetry <= EXACT[dtype] * a.norm() * b.norm()).all()
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1.0])
+def test_damped_inverse(operator, damping):
+    """(A^T A + s I) x = A^T y, and x is in the range of A^T."""
+    _, y = draws(operator)
+    x = operator.A_dagger(y, damping)
+    back = operator.A_adjoint(y)
+    assert_near(operator.A_adjoint(operator.A(x)) + damping * x, back, 1e-8, back)
+
+
+def test_linear(operator):
+    (x, y), (x2, y2) = draws(operator), draws(operator, seed=1)
+    # CGLS is linear as far as it is exact.
+    exact = 1e-12 if operator.row_norm is not None else 1e-7
+    assert_near(operator.A(2 * x - 3 * x2), 2 * operator.A(x) - 3 * operator.A(x2), 1e-12, x)
+    difference = 2 * operator.A_dagger(y) - 3 * operator.A_dagger(y2)
+    assert_near(operator.A_dagger(2 * y - 3 * y2), difference, exact, operator.A_dagger(y))
+
+
+def test_each_image_by_itself(operator):
+    """What one image's measurement is restored to does not hang on the others, where the mask is not one an image."""
+    if isinstance(operator, Inpainting) and operator.mask.ndim == 4:
+        pytest.skip("has a mask for each image of the batch")
+    x, y = draws(operator)
+    torch.testing.assert_close(operator.A(x[1:2]), operator.A(x)[1:2])
+    together, alone = operator.A_dagger(y)[1:2], operator.A_dagger(y[1:2])
+    assert_near(together, alone, 1e-8, alone)
+
+
+def test_gradients(operator):
+    """Of a linear map the gradient of <M a, w> is M^T w, whatever a is: for A, its adjoint and its pseudo-inverse."""
+    x, y = draws(operator)
+    x2, y2 = draws(operator, seed=1)
+    for transform, start, weight in ((operator.A, x, y), (operator.A_adjoint, y, x), (operator.A_dagger, y, x)):
+        start = start.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((transform(start) * weight).sum(), start)
+        direction = y2 if start.shape == y2.shape else x2
+        along = inner(transform(direction), weight)
+        error = (inner(gradient, direction) - along).abs()
+        assert (error <= 1e-6 * transform(direction).norm() * weight.norm()).all()
+
+
+def test_gradients_of_the_solver_by_finite_differences():
+    operator = Compose([Inpainting.random(2, 2, 0.7, seeded()), SuperResolution(2)])
+    y = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    assert torch.autograd.gradcheck(operator.A_dagger, y)
+    assert torch.autograd.gradgradcheck(lambda y: operator.A_dagger(y, 0.1).square(), y)
+
+
+def test_half_precision_measures():
+    """An operator follows the precision of the image, as in a pipeline in bf16."""
+    x = torch.randn(BATCH, *IMAGE_SHAPE).bfloat16()
+    for name in ("box", "colorization", "hadamard", "x2, average", "x2, bicubic"):
+        measured = EVERY[name].A(x)
+        assert measured.dtype == torch.bfloat16
+        torch.testing.assert_close(measured.float(), EVERY[name].A(x.float()), rtol=0.05, atol=0.05)
+
+
+def test_composition_is_not_the_product_of_inverses():
+    """The known trap: a mask after pooling, where G^+ F^+ happens to be right, and before it, where it is not."""
+    mask = Inpainting.random(12, 16, 0.4, seeded())
+    pool = SuperResolution(2)
+    after = Compose([pool, mask])
+    x, _ = draws(after)
+    y = after.A(x)
+    product = mask.A_dagger(pool.A_dagger(y))
+    assert (after.A(product) - y).norm() > 0.1 * y.norm()
+    assert_near(after.A(after.A_dagger(y)), y, 1e-6, y)
+
+
+def test_composition_agrees_with_a_dense_pseudo_inverse():
+    operator = Compose(
+        [Inpainting.random(6, 8, 0.5, seeded()), SuperResolution(2), Blur(torch.rand(3, 3, generator=seeded()))]
+    )
+    x = torch.eye(192, dtype=torch.float64).view(192, 1, 12, 16)
+    matrix = operator.A(x).flatten(1).mT
+    y = torch.randn(1, 1, 6, 8, dtype=torch.float64, generator=seeded())
+    expected = (torch.linalg.pinv(matrix, rtol=1e-8) @ y.flatten()).view(1, 1, 12, 16)
+    assert_near(operator.A_dagger(y), expected, 1e-6, expected)
+
+
+def test_stack_joins_and_splits():
+    stack = EVERY["stack"]
+    x, _ = draws(stack)
+    parts = [part.A(x) for part in stack.parts]
+    assert all(torch.equal(a, b) for a, b in zip(stack.split(stack.join(parts)), parts))
+    assert torch.equal(stack.A(x), stack.join(parts))
+    with pytest.raises(ValueError, match=r"`measurements` must have shapes"):
+        stack.join(parts[::-1])
+    # Two exposures of a scene: the mean of what each says.
+    twice = Stack([SuperResolution(1), SuperResolution(1)], IMAGE_SHAPE)
+    torch.testing.assert_close(twice.A_dagger(twice.join([x, 3 * x])), 2 * x)
