@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "ecvae_diffusers"
-PIPELINES = ["ecvae"]
+PIPELINES = ["ecvae", "ecvae_restoration"]
 
 HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
 # Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
@@ -23,15 +23,28 @@ HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: chang
 # What only the installed package can do, and what stands for it in a file that is on its own.
 REPLACEMENTS = {
     "        write_card(self, save_directory)\n": "",
+    "        write_restoration_code(save_directory)\n": "",
     "single_file_source(type(self))": 'Path(__file__).read_text(encoding="utf-8")',
     "from ecvae_diffusers import ECVAEPipeline": "from diffusers import DiffusionPipeline",
     'ECVAEPipeline.from_pretrained("path/or/hub-id")': 'DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)',
+    "from ecvae_diffusers import ECVAERestorationPipeline": "from diffusers import DiffusionPipeline",
+    'ECVAERestorationPipeline.from_pretrained("path/or/hub-id")': "DiffusionPipeline.from_pretrained(\n"
+    '        ...     "path/or/hub-id", custom_pipeline="restoration", trust_remote_code=True\n        ... )',
 }
-PACKAGE_ONLY = {"single_file_source", "write_card"}
+PACKAGE_ONLY = {"single_file_source", "write_card", "write_restoration_code"}
 
 
 def local_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
-    return {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    """Functions, classes and constants of a module, by name."""
+    found: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                names = target.elts if isinstance(target, ast.Tuple) else [target]
+                found |= {name.id: node for name in names}
+    return found
 
 
 def with_helpers(names: list[str], tree: ast.Module) -> list[ast.stmt]:
@@ -42,12 +55,49 @@ def with_helpers(names: list[str], tree: ast.Module) -> list[ast.stmt]:
         if name in definitions and name not in wanted:
             wanted.add(name)
             todo += [node.id for node in ast.walk(definitions[name]) if isinstance(node, ast.Name)]
-    return [definitions[name] for name in definitions if name in wanted]
+    return [node for node in tree.body if any(node is definitions[name] for name in wanted)]
+
+
+def local_imports(tree: ast.Module, path: Path) -> list[tuple[Path, list[str]]]:
+    """The package's modules that a module of it, at `path`, imports from, with the names."""
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1]
+            names = [alias.name for alias in node.names if alias.name not in PACKAGE_ONLY]
+            found.append((folder.joinpath(*node.module.split(".")).with_suffix(".py"), names))
+    return found
+
+
+class Inlined:
+    """What a single file takes from the package: the text of definitions, each once, behind what it uses itself."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+        self.imports: set[tuple[str, str]] = set()
+        self.component_classes: set[str] = set()
+        self.done: set[tuple[Path, int]] = set()
+
+    def take(self, path: Path, names: list[str]) -> None:
+        if path.parent.name in ("models", "schedulers"):
+            self.component_classes.update(names)
+            return
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        nodes = with_helpers(names, tree)
+        used = used_names(nodes)
+        for source, imported in local_imports(tree, path):
+            self.take(source, [name for name in imported if name in used])
+        self.imports |= external_imports(tree, used)
+        for node in nodes:
+            if (path, node.lineno) not in self.done:
+                self.done.add((path, node.lineno))
+                self.texts.append(source_of(node, text))
 
 
 def source_of(node: ast.stmt, text: str) -> str:
     """The text of a definition, its decorators included (`ast.get_source_segment` leaves them out)."""
-    first = min(part.lineno for part in [node, *node.decorator_list])
+    first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
     return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
 
 
@@ -85,34 +135,22 @@ def generate(name: str) -> str:
         text = text.replace(old, new)
     tree = ast.parse(text)
 
-    component_classes, inlined, imports = set(), [], set()
-    for node in tree.body:
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        source = PACKAGE.joinpath(*node.module.split(".")).with_suffix(".py")
-        names = [alias.name for alias in node.names if alias.name not in PACKAGE_ONLY]
-        if source.parent.name in ("models", "schedulers"):
-            component_classes.update(names)
-            continue
-        source_text = source.read_text(encoding="utf-8")
-        source_tree = ast.parse(source_text)
-        nodes = with_helpers(names, source_tree)
-        imports |= external_imports(source_tree, used_names(nodes))
-        inlined += [source_of(part, source_text) for part in nodes]
-
+    inlined = Inlined()
+    for source, names in local_imports(tree, path):
+        inlined.take(source, names)
     body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
-    imports |= external_imports(tree, used_names(body))
+    imports = inlined.imports | external_imports(tree, used_names(body))
     # Text from the first statement behind the imports, so that comments stay.
     last_import = max(node.end_lineno for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
     rest = "\n".join(text.splitlines()[last_import:]).strip("\n")
-    for component in sorted(component_classes):
+    for component in sorted(inlined.component_classes):
         rest = rest.replace(f": {component} | None = None", "=None").replace(f": {component},", ",")
 
     docstring = ast.get_docstring(tree, clean=False)
     blocks = [import_block(imports, standard=True), import_block(imports, standard=False)]
     license_line = text.splitlines()[0]
     head = f'{license_line}\n{HEADER}"""{docstring}"""\n\n' + "\n\n".join(block for block in blocks if block)
-    return head + "\n\n\n" + "\n\n\n".join(inlined) + "\n\n\n" + rest + "\n"
+    return head + "\n\n\n" + "\n\n\n".join(inlined.texts) + "\n\n\n" + rest + "\n"
 
 
 def main() -> None:

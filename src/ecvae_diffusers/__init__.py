@@ -3,7 +3,7 @@
 
 from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
 from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput
-from .pipelines import ECVAEPipeline
+from .pipelines import ECVAEPipeline, ECVAERestorationOutput, ECVAERestorationPipeline
 from .register import register
 from .schedulers import LangevinScheduler, LangevinSchedulerOutput
 
@@ -15,6 +15,8 @@ __all__ = [
     "AutoencoderECOutput",
     "CalibrationOutput",
     "ECVAEPipeline",
+    "ECVAERestorationOutput",
+    "ECVAERestorationPipeline",
     "EnergyCalibrator",
     "EnergyLossOutput",
     "EnergyModel",
@@ -23,4 +25,6 @@ __all__ = [
     "LangevinSchedulerOutput",
 ]
 
-register(components=(AutoencoderEC, EnergyModel, LangevinScheduler), pipelines=(ECVAEPipeline,))
+register(
+    components=(AutoencoderEC, EnergyModel, LangevinScheduler), pipelines=(ECVAEPipeline, ECVAERestorationPipeline)
+)

@@ -36,6 +36,16 @@ def single_file_source(pipeline_class: type) -> str:
     return packaged_file(f"pipelines/{name}/pipeline.py").read_text(encoding="utf-8")
 
 
+def write_restoration_code(save_directory: str | Path) -> None:
+    """
+    Write `restoration.py`: without this package the folder's components become a restoration pipeline by
+    `DiffusionPipeline.from_pretrained(..., custom_pipeline="restoration", trust_remote_code=True)`.
+    """
+    source = packaged_file("pipelines/ecvae_restoration/pipeline.py").read_text(encoding="utf-8")
+    Path(save_directory).mkdir(parents=True, exist_ok=True)
+    (Path(save_directory) / "restoration.py").write_text(source, encoding="utf-8")
+
+
 def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
     """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
     return {

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -199,7 +200,7 @@ def test_what_can_not_be_saved_or_loaded(tmp_path):
     config = json.loads((tmp_path / "operator_config.json").read_text())
     for name in ("Tomography", "as_operator", "gaussian_kernel"):
         (tmp_path / "operator_config.json").write_text(json.dumps({**config, "_class_name": name}))
-        with pytest.raises(ValueError, match=f"`_class_name` must be an operator of this version.*{name}"):
+        with pytest.raises(ValueError, match=f"`_class_name` must be one of .*, but is .{name}"):
             LinearOperator.from_pretrained(tmp_path)
 
 
@@ -242,19 +243,16 @@ def test_wrong_arguments(name):
         make()
 
 
-def test_cgls_says_when_it_stops(caplog):
-    """After its iterations, with the residual that it came to; not where entries are done, at different times."""
+def test_cgls_says_when_it_stops():
+    """After its iterations; not where all entries are done, at different times."""
     hard = torch.diag(torch.logspace(0, -6, 20, dtype=torch.float64))
     y = torch.ones(2, 20, dtype=torch.float64)
     y[1, 1:] = 0  # done in one step
-    with caplog.at_level("WARNING", logger="diffusers"):
-        import diffusers.utils.logging as diffusers_logging
-
-        diffusers_logging.enable_propagation()
+    with pytest.warns(
+        UserWarning, match="CGLS stopped after 3 iterations, before it came to a relative residual of 1e-10"
+    ):
         x = cgls(lambda x: x @ hard, lambda y: y @ hard, y, max_iterations=3)
-        assert "CGLS stopped after 3 iterations at a relative residual of" in caplog.text
-        caplog.clear()
-        cgls(lambda x: x @ hard, lambda y: y @ hard, y[1:], max_iterations=3)
-        diffusers_logging.disable_propagation()
-    assert not caplog.text
     torch.testing.assert_close(x[1], y[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cgls(lambda x: x @ hard, lambda y: y @ hard, y[1:], max_iterations=3)

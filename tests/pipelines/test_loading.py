@@ -303,8 +303,9 @@ def test_what_was_saved_without_the_package_loads_with_it(without_package, refer
         pipe = pipeline_class.from_pretrained(folder)
         assert_is_of_the_package(pipe)
         assert sample(pipe).tolist() == sample(reference).tolist()
-    # The package alone has the card's template; all else is the same bytes, code included.
-    assert files(folder) == {path: content for path, content in files(saved).items() if path != "README.md"}
+    # The package alone has the card's template and the restoration's code; all else is the same bytes, code included.
+    packages = ("README.md", "restoration.py")
+    assert files(folder) == {path: content for path, content in files(saved).items() if path not in packages}
 
 
 # What a saved folder holds
@@ -312,7 +313,7 @@ def test_what_was_saved_without_the_package_loads_with_it(without_package, refer
 
 def test_a_saved_folder_is_complete_and_safe(saved):
     written = set(files(saved))
-    assert {"README.md", "model_index.json", "pipeline.py"} <= written
+    assert {"README.md", "model_index.json", "pipeline.py", "restoration.py"} <= written
     assert {"vae/autoencoder_ec.py", "energy_model/energy_model.py", "scheduler/scheduling_langevin.py"} <= written
     assert {Path(path).suffix for path in written} == {".json", ".md", ".py", ".safetensors"}
     assert {path for path in written if path.endswith(".safetensors")} == {

@@ -33,7 +33,8 @@ class Blur(LinearOperator):
             What lies beyond the border: `"circular"`, the opposite side, where A^+ is a division of spectra; or
             `"reflect"`, the mirror image without the border pixel itself. There A^+ is made of the decompositions of two
             small matrices if the kernel is a column times a row; of that of the whole matrix for images of up to 1,024
-            pixels; and beyond, by CGLS, whose stop takes the place of `rcond`.
+            pixels; and beyond, by CGLS, whose stop takes the place of `rcond` (restorations without noise there come to a relative
+            residual of 1e-4 to 1e-6, not always below 1e-5).
         rcond (`float`, *optional*, defaults to 1e-3): The cutoff.
     """
 

@@ -6,13 +6,11 @@ r"""Least squares with operators that are functions: conjugate gradients on the 
 From x = 0, so that every iterate lies in the range of A^T, and the limit for s = 0 is the solution of least norm, A^+ y.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
-from diffusers.utils import logging
 
-
-logger = logging.get_logger(__name__)
 
 MAX_ITERATIONS = 1000
 
@@ -63,8 +61,9 @@ def cgls(
         before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
         ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
         direction = gradient + each(ratio, direction)
-    worst = (gradient_norm / enough_gradient.clamp(min=1e-300)).max().sqrt().item() * tolerance
-    logger.warning(f"CGLS stopped after {max_iterations} iterations at a relative residual of {worst:.1e}.")
+    warnings.warn(
+        f"CGLS stopped after {max_iterations} iterations, before it came to a relative residual of {tolerance}."
+    )
     return x
 
 

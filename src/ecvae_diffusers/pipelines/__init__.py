@@ -1,1 +1,2 @@
 from .pipeline_ecvae import ECVAEPipeline
+from .pipeline_ecvae_restoration import ECVAERestorationOutput, ECVAERestorationPipeline

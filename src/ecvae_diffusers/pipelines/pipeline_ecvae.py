@@ -13,7 +13,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..energy import compute_energy, energy_and_gradient, frozen
-from ..hub import self_contained_index, single_file_source, write_card, write_code_files
+from ..hub import self_contained_index, single_file_source, write_card, write_code_files, write_restoration_code
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..schedulers.scheduling_langevin import LangevinScheduler
@@ -389,4 +389,5 @@ class ECVAEPipeline(DiffusionPipeline):
         """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
         write_code_files(self, save_directory, single_file_source(type(self)))
         write_card(self, save_directory)
+        write_restoration_code(save_directory)
         super().save_config(save_directory, **kwargs)

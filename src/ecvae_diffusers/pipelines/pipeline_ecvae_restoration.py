@@ -1,0 +1,459 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Zero-shot restoration of damaged or incomplete images with an energy-calibrated VAE."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput, replace_example_docstring
+
+from ..energy import compute_energy, energy_and_gradient, frozen
+from ..hub import self_contained_index, single_file_source, write_card, write_code_files
+from ..models.autoencoder_ec import AutoencoderEC
+from ..models.energy_model import EnergyModel
+from ..operators.linear_operator import LinearOperator, as_operator
+from ..operators.pixelwise import Inpainting
+from ..restoration import Canvas, Likelihood, draw, neural_transport
+from ..schedulers.scheduling_langevin import LangevinScheduler
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from PIL import Image
+        >>> from ecvae_diffusers import ECVAERestorationPipeline
+
+        >>> pipe = ECVAERestorationPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+        >>> output = pipe(Image.open("damaged.png"), mask_image=Image.open("mask.png"))  # doctest: +SKIP
+        >>> output.images[0].save("restored.png")  # doctest: +SKIP
+        ```
+"""
+
+Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
+# Standard deviation of rounding to 8 bits, of values in [-1, 1].
+ROUNDING_STD = 2 / (255 * math.sqrt(12))
+# Spread, in standard deviations of the prior, of the answers' starts around the encoding of A^+ y.
+START_SPREAD = 0.3
+# What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
+START_DAMPING = 1e-3
+
+
+@dataclass
+class ECVAERestorationOutput(BaseOutput):
+    """
+    Output of restoration: M answers to each of B measurements, measurement-major (the answers to one stand together).
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            B * M answers. Without noise each agrees with its measurement; with noise it is a draw, whose residual is that of
+            the noise.
+        mean (as `images`): The mean of the answers to each measurement, B images, without the draws' noise.
+        std (`np.ndarray` of shape `(B, H, W, C)`, or `torch.Tensor` `(B, C, H, W)` for `output_type="pt"`):
+            Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers,
+            and the error that the model makes even where it knows the latents.
+        residual (`torch.Tensor` of shape `(B * M,)`):
+            ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
+        residual_output (`torch.Tensor` of shape `(B * M,)`): The same of what `images` holds, clamped and rounded.
+        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): The energy model's, mean over tiles; low = like training data.
+        num_network_calls (`int`): Passes through a network, for each answer (and tile): decoder, encoder, energy model.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    mean: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    std: np.ndarray | torch.Tensor
+    residual: torch.Tensor
+    residual_output: torch.Tensor
+    energy: torch.Tensor | None
+    num_network_calls: int
+
+
+class ECVAERestorationPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for inverse problems y = A x + n with a known linear A: inpainting, super-resolution, deblurring, colorization,
+    denoising, compressed sensing and any other operator, by a model that was never trained for the task.
+
+    Loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Larger images than
+    the model's are restored in overlapping tiles.
+
+    Parameters:
+        vae ([`AutoencoderEC`]): Its decoder is the prior: images of latents from N(0, I).
+        energy_model ([`EnergyModel`], *optional*): Tells how much like the training data an answer is.
+        scheduler ([`LangevinScheduler`], *optional*): Not used; kept, so that the folder stays whole.
+    """
+
+    model_cpu_offload_seq = "vae->energy_model"
+    _optional_components = ["energy_model", "scheduler"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderEC,
+        energy_model: EnergyModel | None = None,
+        scheduler: LangevinScheduler | None = None,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+        self.mask_processor = VaeImageProcessor(
+            do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+
+    def check_inputs(
+        self,
+        operator: Any,
+        mask_image: Images | None,
+        noise_std: float | None,
+        num_restorations: int,
+        num_inference_steps: int,
+        method: str,
+        energy_weight: float,
+        start: str,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        if (operator is None) == (mask_image is None):
+            raise ValueError(
+                "What was measured must be given by either `operator` or `mask_image`, but "
+                + ("neither was given." if operator is None else "both were given.")
+            )
+        for name, value in (("num_restorations", num_restorations), ("num_inference_steps", num_inference_steps)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+        for name, value in (("noise_std", noise_std), ("energy_weight", energy_weight)):
+            if value is not None and (not isinstance(value, Real) or not 0 <= value < float("inf")):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value!r}.")
+        if energy_weight > 0 and self.energy_model is None:
+            raise ValueError("`energy_weight` above 0 needs an energy model, and this pipeline has none.")
+        for name, value, allowed in (
+            ("method", method, ("langevin", "map")),
+            ("start", start, ("encoding", "prior")),
+            ("output_type", output_type, ("pil", "np", "pt")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {value!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, but holds {unknown}."
+            )
+
+    def model_variance(self, reconstruction_variance: float | None) -> float:
+        variance = (
+            self.vae.config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
+        )
+        if variance is None:
+            raise ValueError(
+                "`reconstruction_variance` is not in the autoencoder's config, where training writes it: give the mean "
+                "squared error of its reconstructions, a pixel of images in [-1, 1]."
+            )
+        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
+            raise ValueError(f"`reconstruction_variance` must be a finite number above 0, but is {variance!r}.")
+        return float(variance)
+
+    def prepare_picture(self, image: Images) -> tuple[torch.Tensor, bool]:
+        """A tensor as it is, or a picture (PIL or numpy) as a tensor (B, C, H, W) in [0, 1]; and whether it is one."""
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if not images:
+            raise ValueError("`image` is an empty list.")
+        if all(isinstance(one, torch.Tensor) for one in images):
+            tensor = torch.stack(images) if isinstance(image, list | tuple) else image
+            if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
+                raise ValueError(
+                    "`image` as a tensor must be a floating-point measurement of shape (batch, ...), but is "
+                    f"{tensor.dtype} of shape {tuple(tensor.shape)}."
+                )
+            return tensor, False
+        if all(isinstance(one, PIL.Image.Image) for one in images):
+            sizes = {(one.size, one.mode) for one in images}
+            if len(sizes) > 1:
+                raise ValueError(f"`image` must hold pictures of one size and mode, but holds {sorted(sizes)}.")
+            mode = images[0].mode
+            if mode not in ("1", "L", "P", "RGB", "RGBA"):
+                raise ValueError(f"`image` has mode {mode}: use image.convert('RGB') or image.convert('L').")
+            image = [one.convert({"1": "L", "P": "RGB"}.get(mode, mode)) for one in images]
+        elif all(isinstance(one, np.ndarray) for one in images):
+            if images[0].ndim == 2:
+                image = [one[..., None] for one in images]
+        else:
+            kinds = sorted({type(one).__name__ for one in images})
+            raise ValueError(f"`image` must be PIL images, numpy arrays or a tensor, but holds {kinds}.")
+        picture = self.image_processor.preprocess(image).float()
+        finite = picture[picture.isfinite()]
+        if len(finite) and (finite.min() < -1e-3 or finite.max() > 1 + 1e-3):
+            raise ValueError(
+                f"`image` as a picture must have values in [0, 1], but they go from {finite.min():.4g} to "
+                f"{finite.max():.4g}."
+            )
+        return picture, True
+
+    def prepare_mask(self, mask_image: Images, batch_size: int, height: int, width: int) -> torch.Tensor:
+        """Which pixels were observed, (1 or B, 1, H, W): those where the mask is black."""
+        mask = self.mask_processor.preprocess(mask_image)
+        if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (height, width):
+            raise ValueError(
+                f"`mask_image` must have one channel and the image's {height}x{width} px, but has shape "
+                f"{tuple(mask.shape)} (batch, channels, height, width)."
+            )
+        if mask.shape[0] not in (1, batch_size):
+            raise ValueError(f"`mask_image` must be one or {batch_size}, as many as images, but is {mask.shape[0]}.")
+        return mask < 0.5
+
+    def prepare_measurement(
+        self, image: Images, operator: Any, mask_image: Images | None, height: int | None, width: int | None
+    ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
+        """
+        The operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
+        """
+        y, is_picture = self.prepare_picture(image)
+        y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
+        channels, size = self.vae.config.in_channels, self.vae.config.sample_size
+        if mask_image is not None:
+            if y.ndim != 4 or y.shape[1] not in (1, channels):
+                raise ValueError(
+                    f"`image` must have the model's {channels} channel(s), but has shape {tuple(y.shape)} (batch, channels, "
+                    "height, width)."
+                )
+            y = y.expand(-1, channels, -1, -1)
+            observed = self.prepare_mask(mask_image, y.shape[0], *y.shape[-2:]).to(y.device)
+            # Whatever stands in the picture where it is to be repainted, even values that are not finite.
+            y = torch.where(observed, y, 0.0)
+            operator = Inpainting(observed)
+        operator = as_operator(operator)
+        if not torch.isfinite(y).all():
+            raise ValueError("`image` holds values that are not finite.")
+        back = operator.A_adjoint(y)
+        if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
+            raise ValueError(
+                f"`image` was measured of images of shape {tuple(back.shape[1:])} (channels, height, width) by the operator, "
+                f"but the model makes images of {channels} channel(s) and at least {size}x{size} px."
+            )
+        for name, given, found in (("height", height, back.shape[2]), ("width", width, back.shape[3])):
+            if given is not None and given != found:
+                raise ValueError(f"`{name}` is {given}, but the measurement is one of images of {name} {found}.")
+        measured = operator.A(torch.ones_like(back) if is_picture else back)
+        if measured.shape != y.shape:
+            raise ValueError(
+                f"`image` has shape {tuple(y.shape)}, but the operator makes {tuple(measured.shape)} of images of "
+                f"{tuple(back.shape)}."
+            )
+        if is_picture:
+            # A picture p is what A makes of an image in [0, 1]; of the same image in [-1, 1] it makes 2 p - A 1.
+            y = 2 * y - measured
+        return operator, y, is_picture, tuple(back.shape[2:])
+
+    def prepare_latents(
+        self,
+        likelihood: Likelihood,
+        canvas: Canvas,
+        start: str,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        count = len(likelihood.y) * likelihood.num_answers
+        shape = (count * len(canvas), self.vae.config.latent_channels, 1, 1)
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape or not latents.isfinite().all():
+                found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else latents
+                raise ValueError(f"`latents` must be finite, of shape {shape}, but is {found}.")
+            return latents.to(device=self._execution_device, dtype=torch.float32)
+        noise = draw(shape, generator, likelihood.y)
+        if start == "prior":
+            return noise
+        guess = likelihood.operator.A_dagger(likelihood.y, max(likelihood.damping, START_DAMPING)).float().clamp(-1, 1)
+        encoded = self.vae.encode(canvas.split(guess).to(self.vae.dtype)).latent_dist.mode().float()
+        encoded = (
+            encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0).flatten(0, 1)
+        )
+        return encoded + START_SPREAD * noise
+
+    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image: Images,
+        operator: Any = None,
+        mask_image: Images | None = None,
+        noise_std: float | None = None,
+        num_restorations: int = 1,
+        num_inference_steps: int = 50,
+        method: str = "langevin",
+        energy_weight: float = 0.0,
+        start: str = "encoding",
+        height: int | None = None,
+        width: int | None = None,
+        tile_overlap: int | None = None,
+        reconstruction_variance: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ECVAERestorationOutput | tuple:
+        r"""
+        The call function to the pipeline for restoration.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                The MEASUREMENT: what there is, never a clean image. A picture (PIL, or numpy (B, H, W, C) in [0, 1]) is what the
+                operator makes of an image in [0, 1]; a tensor (B, ...) is y = A x of an image x in [-1, 1].
+            operator ([`~operators.LinearOperator`], an object with `A` and `A_adjoint`, or a pair of functions, *optional*):
+                What was measured. Called with batches of B.
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
+                Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one an image.
+            noise_std (`float`, *optional*):
+                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. If not given, that of rounding
+                to 8 bits (0.0023) for pictures, 0 for tensors.
+            num_restorations (`int`, *optional*, defaults to 1):
+                M: answers to each measurement. They differ in what was not measured.
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                Decoder passes (each with one back) that search latents; one more makes the answer.
+            method (`str`, *optional*, defaults to `"langevin"`):
+                `"langevin"` draws answers from the posterior, `"map"` gives the likeliest latents near each start.
+            energy_weight (`float`, *optional*, defaults to 0.0):
+                w: how much the energy of an answer counts.
+            start (`str`, *optional*, defaults to `"encoding"`):
+                Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
+            height, width (`int`, *optional*): Of the image, where it should be checked: the operator's adjoint knows it.
+            tile_overlap (`int`, *optional*): Pixels that tiles of a larger image share, a quarter of a tile if not given.
+            reconstruction_variance (`float`, *optional*):
+                v: mean squared error of the model's reconstructions, a pixel of images in [-1, 1]. What training measured if not
+                given.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or a list of one an answer (B * M), to make restoration deterministic.
+            latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*): Where to start instead.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1].
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, step, {"latents": latents})` after each step; may return new latents in a dict.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors the callback is given.
+
+        Examples:
+
+        Returns:
+            [`ECVAERestorationOutput`] or `tuple`
+
+        Raises:
+            ValueError: if an argument is outside what is listed above, or sizes do not fit.
+        """
+        self.check_inputs(
+            operator, mask_image, noise_std, num_restorations, num_inference_steps, method, energy_weight, start, output_type,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        variance = self.model_variance(reconstruction_variance)
+        operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image, height, width)
+        count = len(y) * num_restorations
+        generators = generator if isinstance(generator, list) else [generator]
+        if any(not isinstance(one, torch.Generator | None) for one in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} answers.")
+        size = self.vae.config.sample_size
+        overlap = size // 4 if tile_overlap is None else tile_overlap
+        if not isinstance(overlap, Integral) or not 0 <= overlap < size:
+            raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
+        noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
+
+        likelihood = Likelihood(operator, y, noise_std, variance, num_restorations)
+        canvas = Canvas(height, width, size, overlap)
+        latents_were_encoded = latents is None and start == "encoding"
+        latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
+
+        calls = {"decoder": 0, "encoder": int(latents_were_encoded), "energy model": 0}
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            calls["decoder"] += 1
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+        def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
+            calls["energy model"] += 1
+            return energy_and_gradient(self.energy_model, tiles)[1]
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+
+            def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
+                progress_bar.update()
+                if callback_on_step_end is None:
+                    return latents
+                given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                return callback_on_step_end(self, step, step, given).pop("latents", latents)
+
+            with frozen(self.vae):
+                search = (
+                    decode,
+                    likelihood,
+                    canvas,
+                    latents,
+                    num_inference_steps,
+                    method,
+                    energy_gradient,
+                    energy_weight,
+                )
+                if energy_weight > 0:
+                    with frozen(self.energy_model):
+                        latents = neural_transport(*search, generator, on_step)
+                else:
+                    latents = neural_transport(*search, generator, on_step)
+                decoded = canvas.join(decode(latents))
+
+        center = likelihood.mean(decoded)
+        answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
+        by_measurement = center.unflatten(0, (-1, num_restorations))
+        spread = (
+            by_measurement.var(dim=1, correction=1) if num_restorations > 1 else torch.zeros_like(by_measurement[:, 0])
+        )
+        std = (spread + likelihood.variance(by_measurement[:, 0])).sqrt() / 2
+        returned = answers.clamp(-1, 1)
+        if output_type == "pil":
+            returned = (returned * 127.5 + 127.5).round() / 127.5 - 1
+        energy = None
+        if self.energy_model is not None:
+            calls["energy model"] += 1
+            with frozen(self.energy_model):
+                energy = (
+                    compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
+                )
+        output = ECVAERestorationOutput(
+            images=self.postprocess(answers, output_type),
+            mean=self.postprocess(by_measurement.mean(1), output_type),
+            std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
+            residual=likelihood.relative_residual(answers),
+            residual_output=likelihood.relative_residual(returned),
+            energy=energy,
+            num_network_calls=sum(calls.values()),
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+        """
+        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if `safe_serialization` is False: weights are safetensors only.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        return self_contained_index(self, super().to_json_string())
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
+        write_code_files(self, save_directory, single_file_source(type(self)))
+        write_card(self, save_directory)
+        super().save_config(save_directory, **kwargs)

@@ -1,0 +1,325 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""Zero-shot restoration: what images the decoder G holds for likely, given a measurement y = A x + n, n ~ N(0, sigma^2 I).
+
+The model's own error is that of its reconstructions: given its latents an image is :math:`x \sim N(G(z), v I)`, so that
+
+.. math:: y \mid z \sim N(A G(z),\; v A A^T + \sigma^2 I).
+
+**Neural transport** samples latents, not pixels, from :math:`e^{-U}` with
+
+.. math:: U(z) = \tfrac12 r^T (v A A^T + \sigma^2 I)^{-1} r + w f(\hat x(z)) + \tfrac12 \|z\|^2, \qquad r = y - A G(z).
+
+With :math:`A_s = A^T (A A^T + s I)^{-1}`, s = sigma^2 / v, the first term's gradient with respect to G is :math:`-A_s r / v`:
+one application of A and one of its damped inverse, whatever the operator.
+
+**Range and null space**: given latents, the mean of x is :math:`\hat x = G + A_s r`. Without noise that is
+:math:`A^+ y + (I - A^+ A) G`, which agrees with y to the last digit.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from .operators.linear_operator import LinearOperator
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+# Relative residual of a restoration without noise, and the sizes, relative to A's own, of what is damped until it is reached.
+ENOUGH_RESIDUAL = 1e-6
+CUTOFF_LEVELS = (1e-4, 1e-5, 1e-6, 1e-7)
+# Of the steps of the Langevin method, the share that first goes downhill to the latents' neighbourhood, by Adam.
+DESCENT_SHARE = 0.4
+DESCENT_RATE, DESCENT_BETAS = 0.2, (0.8, 0.9)
+# Decoder passes that estimate the curvature of U, at most a fifth of all.
+NUM_CURVATURE_PROBES = 6
+# Of a Langevin step, in units of the inverse curvature.
+LANGEVIN_STEP = 0.3
+SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
+# Random signs by which the diagonal of I - A_s A is estimated: operator calls only.
+NUM_VARIANCE_PROBES = 32
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """
+    p(y | z) of measurements (B, ...), for M answers each.
+
+    Images and latents of answers are measurement-major, (B * M, ...): the answers to one measurement stand together. The
+    operator is called with batches of B, the answers one after the other: it may have a mask for each of its images.
+
+    Args:
+        operator ([`LinearOperator`]): A.
+        y (`torch.Tensor` of shape `(B, ...)`): Measurements of images in [-1, 1].
+        noise_std (`float`): sigma, in the unit of y.
+        model_variance (`float`): v, above 0.
+        num_answers (`int`): M.
+    """
+
+    operator: LinearOperator
+    y: torch.Tensor
+    noise_std: float
+    model_variance: float
+    num_answers: int = 1
+
+    @property
+    def damping(self) -> float:
+        """s = sigma^2 / v."""
+        return self.noise_std**2 / self.model_variance
+
+    def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+        answers = tensor.unflatten(0, (-1, self.num_answers))
+        return torch.stack([function(answers[:, m]) for m in range(self.num_answers)], dim=1).flatten(0, 1)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        return self.each_answer(self.operator.A, x)
+
+    def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        return self.each_answer(lambda y: self.operator.A_dagger(y, damping), y)
+
+    def misfit(self, x: torch.Tensor) -> torch.Tensor:
+        """r = y - A x."""
+        return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
+
+    def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; 0 where y is 0."""
+        size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
+        difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
+        return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
+
+    def gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Of -log p(y | z) with respect to x = G(z): -A_s r / v."""
+        return -self.A_dagger(self.misfit(x), self.damping) / self.model_variance
+
+    def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """
+        A draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images: with J the decoder's Jacobian, the mean of
+        (J^T g)^2 is the diagonal of the Gauss-Newton curvature of -log p(y | z).
+        """
+        noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
+        if self.noise_std > 0:
+            noise = noise + self.noise_std * draw(noise.shape, generator, like)
+        return self.A_dagger(noise, self.damping) / self.model_variance
+
+    def project(self, g: torch.Tensor) -> torch.Tensor:
+        """(I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        return g - self.A_dagger(self.A(g), self.damping)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
+        blur's A^+ leaves out is added with less and less damping, in float64.
+        """
+        restored = x + self.A_dagger(self.misfit(x), self.damping)
+        for level in CUTOFF_LEVELS if self.noise_std == 0 else ():
+            if (self.relative_residual(restored) <= ENOUGH_RESIDUAL).all():
+                break
+            exact = self.exact(restored)
+            size = self.A(exact).norm() / exact.norm().clamp(min=1e-30)
+            rest = self.A_dagger(self.misfit(exact), (level * size.item()) ** 2)
+            restored = (exact + rest).to(x.dtype)
+        return restored
+
+    def exact(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In float64, where the device and the operator have it."""
+        return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
+
+    def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """
+        A draw of x given z and y, whose residual is sigma an entry if v is right. What the measurement says nothing
+        of (the null space of A) is left as the decoder has it: there a draw would add noise of v to each pixel.
+        Without noise there is nothing to draw: that is `mean`.
+        """
+        seen = self.A_dagger(self.A(math.sqrt(self.model_variance) * draw(x.shape, generator, x)))
+        misfit = self.misfit(x + seen)
+        misfit = misfit + self.noise_std * draw(misfit.shape, generator, x)
+        return x + seen + self.A_dagger(misfit, self.damping)
+
+    def variance(self, like: torch.Tensor) -> torch.Tensor:
+        """
+        Of each pixel given z and y: v times the diagonal of I - A_s A, (B, C, H, W), estimated by random signs (exact
+        where I - A_s A is diagonal, as for a mask).
+        """
+        total = torch.zeros_like(like)
+        signs_generator = torch.Generator().manual_seed(0)
+        for _ in range(NUM_VARIANCE_PROBES):
+            signs = torch.randint(2, like.shape[1:], generator=signs_generator).to(like) * 2 - 1
+            signs = signs.expand_as(like)
+            back = self.operator.A_dagger(self.operator.A(signs), self.damping)
+            total += signs * (signs - back)
+        return self.model_variance * (total / NUM_VARIANCE_PROBES).clamp(0, 1)
+
+
+def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal draws; of a list of generators each makes the same number of entries, such as an answer's tiles."""
+    if isinstance(generator, list):
+        part = (shape[0] // len(generator), *shape[1:])
+        return torch.cat(
+            [randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generator]
+        )
+    return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+
+
+class Canvas:
+    """
+    Images of any size, made of overlapping tiles of the model's: one tile where the sizes are equal.
+
+    Args:
+        height, width (`int`): Of the image, each at least `tile_size`.
+        tile_size (`int`): Height and width of a tile.
+        overlap (`int`): Pixels that neighbours share at least.
+    """
+
+    def __init__(self, height: int, width: int, tile_size: int, overlap: int):
+        self.height, self.width, self.tile_size = height, width, tile_size
+        self.corners = [
+            (top, left)
+            for top in self.starts(height, tile_size, overlap)
+            for left in self.starts(width, tile_size, overlap)
+        ]
+        # A tile counts the less the nearer its border is, except at the image's own.
+        ramp = (
+            torch.arange(tile_size)
+            .add(0.5)
+            .minimum(torch.arange(tile_size).add(0.5).flip(0))
+            .clamp(max=max(overlap, 1))
+        )
+        weight = torch.outer(ramp, ramp)
+        total = torch.zeros(height, width)
+        for top, left in self.corners:
+            total[top : top + tile_size, left : left + tile_size] += weight
+        self.weights = torch.stack(
+            [weight / total[top : top + tile_size, left : left + tile_size] for top, left in self.corners]
+        ).unsqueeze(1)
+
+    @staticmethod
+    def starts(size: int, tile_size: int, overlap: int) -> list[int]:
+        """First pixels of tiles that are spread evenly."""
+        count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
+        return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) to their tiles (N * T, C, S, S)."""
+        size = self.tile_size
+        tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
+        return torch.stack(tiles, dim=1).flatten(0, 1)
+
+    def join(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
+        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)
+        x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
+        for index, (top, left) in enumerate(self.corners):
+            x[..., top : top + size, left : left + size] += tiles[:, index]
+        return x
+
+    def join_adjoint(self, x: torch.Tensor) -> torch.Tensor:
+        """The adjoint of `join`: by it gradients of images become those of tiles."""
+        return (self.split(x).unflatten(0, (-1, len(self))) * self.weights.to(x)).flatten(0, 1)
+
+
+def neural_transport(
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    likelihood: Likelihood,
+    canvas: Canvas,
+    latents: torch.Tensor,
+    num_steps: int,
+    method: str = "langevin",
+    energy_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    energy_weight: float = 0.0,
+    generator: Generators = None,
+    on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Latents that explain a measurement: draws from e^{-U}, or points where U is lowest.
+
+    `"langevin"` first goes downhill (Adam), estimates the diagonal of the curvature of U there, h, and then takes Langevin
+    steps z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1. `"map"` goes downhill all the way, with a rate
+    that comes down to 0 (a cosine).
+
+    Args:
+        decode (`Callable`): G, of latents (N, ...) to tiles (N, C, S, S) in float32, differentiable.
+        likelihood ([`Likelihood`]): Of B measurements with M answers.
+        canvas ([`Canvas`]): Of T tiles.
+        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Where to start.
+        num_steps (`int`): Decoder passes in all.
+        method (`str`, *optional*, defaults to `"langevin"`): Or `"map"`.
+        energy_gradient (`Callable`, *optional*): The gradient of f, of tiles, in their shape.
+        energy_weight (`float`, *optional*, defaults to 0.0): w, at least 0.
+        generator (`torch.Generator` or a list of one an answer, *optional*): Makes the draws deterministic.
+        on_step (`Callable`, *optional*): Called with the number of the step and the latents; gives the latents to go on with.
+
+    Returns:
+        `torch.Tensor` of the shape of `latents`.
+    """
+    num_probes = min(NUM_CURVATURE_PROBES, num_steps // 5) if method == "langevin" else 0
+    num_descents = num_steps if method == "map" else max(1, round(DESCENT_SHARE * num_steps))
+    num_tiles = len(canvas)
+
+    def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """J^T of what `gradient_of` makes of the tiles."""
+        with torch.inference_mode(False), torch.enable_grad():
+            # A tensor of inference mode can't carry gradients, a copy of it can.
+            latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
+            tiles = decode(latents)
+            return torch.autograd.grad(tiles, latents, gradient_of(tiles.detach()))[0]
+
+    def tile_gradient(tiles: torch.Tensor) -> torch.Tensor:
+        x = canvas.join(tiles)
+        gradient = likelihood.gradient(x)
+        if energy_weight > 0:
+            restored = x - likelihood.model_variance * gradient  # x^ = G + A_s r
+            along = canvas.join(energy_gradient(canvas.split(restored)))
+            gradient = gradient + energy_weight * likelihood.project(along)
+        gradient = canvas.join_adjoint(gradient)
+        if num_tiles > 1:
+            # Tiles that share pixels have each the model's error of the image that they are part of.
+            gradient = gradient + (tiles - canvas.split(x)) / likelihood.model_variance
+        return gradient
+
+    def gradient(latents: torch.Tensor) -> torch.Tensor:
+        return pull_back(latents, tile_gradient) + latents
+
+    def step_done(step: int, latents: torch.Tensor) -> torch.Tensor:
+        return latents if on_step is None else on_step(step, latents)
+
+    first, second = torch.zeros_like(latents), torch.zeros_like(latents)
+    beta1, beta2 = DESCENT_BETAS
+    for step in range(num_descents):
+        slope = gradient(latents)
+        first, second = torch.lerp(slope, first, beta1), torch.lerp(slope.square(), second, beta2)
+        direction = first / (1 - beta1 ** (step + 1)) / ((second / (1 - beta2 ** (step + 1))).sqrt() + 1e-8)
+        left = 0.5 * (1 + math.cos(math.pi * step / num_descents))
+        rate = DESCENT_RATE * (left if method == "map" else 0.1 + 0.9 * left)
+        latents = step_done(step, latents - rate * direction)
+    if method == "map":
+        return latents
+
+    curvature = torch.zeros_like(latents)
+    for probe in range(num_probes):
+
+        def probe_gradient(tiles: torch.Tensor) -> torch.Tensor:
+            return canvas.join_adjoint(likelihood.curvature_probe(canvas.join(tiles), generator))
+
+        curvature += pull_back(latents, probe_gradient).square() / num_probes
+        latents = step_done(num_descents + probe, latents)
+    # The answers to one measurement lie near each other, so they share their estimate.
+    shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
+    estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
+    # Few probes may take a curvature for far too small, and steps would grow without bound. The square of the gradient, whose
+    # mean along a stationary chain is the curvature too, then does not let them.
+    square = estimate
+    for step in range(num_descents + num_probes, num_steps):
+        slope, noise = gradient(latents), draw(latents.shape, generator, latents)
+        square = torch.lerp(slope.square(), square, SQUARE_DECAY)
+        bound = torch.maximum(square, slope.square() / SQUARE_LIMIT) / SQUARE_LIMIT
+        variance = 1 / torch.maximum(estimate, bound)
+        # With this noise a step is exact where U is quadratic and the curvature is right.
+        spread = (variance * (1 - (1 - LANGEVIN_STEP) ** 2)).sqrt()
+        latents = step_done(step, latents - LANGEVIN_STEP * variance * slope + spread * noise)
+    return latents

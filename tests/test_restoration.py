@@ -1,0 +1,293 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The mathematics of restoration: gradients, curvature, draws, tiles, and the sampler where the answer is known."""
+
+import math
+
+import pytest
+import torch
+
+from ecvae_diffusers.operators import (
+    Blur,
+    Compose,
+    FunctionOperator,
+    Inpainting,
+    Stack,
+    SuperResolution,
+    gaussian_kernel,
+)
+from ecvae_diffusers.restoration import Canvas, Likelihood, draw, neural_transport
+
+
+SHAPE = (1, 8, 8)
+VARIANCE, NOISE = 0.02, 0.1
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def operators() -> dict:
+    mask = Inpainting.random(8, 8, 0.5, seeded())
+    return {
+        "mask": mask,
+        "pooling": SuperResolution(2),
+        "blur": Blur(gaussian_kernel(0.7), "reflect"),
+        "mask after pooling": Compose([Inpainting.random(4, 4, 0.6, seeded()), SuperResolution(2)]),
+        "stack": Stack([SuperResolution(4), mask], SHAPE),
+    }
+
+
+@pytest.fixture(params=operators(), name="operator")
+def _operator(request):
+    return operators()[request.param]
+
+
+def images(count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=seeded(seed), dtype=torch.float64)
+
+
+def likelihood_of(operator, noise_std: float = NOISE, num_answers: int = 1, count: int = 2) -> Likelihood:
+    return Likelihood(operator, operator.A(images(count)), noise_std, VARIANCE, num_answers)
+
+
+def dense(operator) -> torch.Tensor:
+    """The operator's matrix."""
+    pixels = torch.eye(64, dtype=torch.float64).view(64, *SHAPE)
+    return operator.A(pixels).flatten(1).mT
+
+
+def covariance(operator, noise_std: float) -> torch.Tensor:
+    """Of y given z: v A A^T + sigma^2 I."""
+    matrix = dense(operator)
+    return VARIANCE * matrix @ matrix.mT + noise_std**2 * torch.eye(len(matrix), dtype=torch.float64)
+
+
+def test_gradient_is_that_of_the_log_likelihood(operator):
+    likelihood, x = likelihood_of(operator), images(2, seed=2).requires_grad_()
+    y = likelihood.y.flatten(1)
+    density = torch.distributions.MultivariateNormal(torch.zeros_like(y), covariance(operator, NOISE))
+    (expected,) = torch.autograd.grad(-density.log_prob(y - operator.A(x).flatten(1)).sum(), x)
+    torch.testing.assert_close(likelihood.gradient(x.detach()), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise_std", [NOISE, 0.0])
+def test_curvature_probes_have_the_curvature_for_covariance(operator, noise_std):
+    likelihood = likelihood_of(operator, noise_std, count=1)
+    matrix = dense(operator)
+    # Without noise A A^T may be singular: what is never measured, such as a missing pixel's row, has no say.
+    expected = matrix.mT @ torch.linalg.pinv(covariance(operator, noise_std), rtol=1e-8) @ matrix
+    draws = likelihood.curvature_probe(torch.zeros(20_000, *SHAPE, dtype=torch.float64), seeded()).flatten(1)
+    error = (draws.mT @ draws / len(draws) - expected).norm() / expected.norm()
+    assert error < 0.06
+
+
+def test_draws_have_the_conditional_mean_and_covariance(operator):
+    """Of x given z and y in the range of A; the null space is left as the decoder has it."""
+    count = 20_000
+    y = operator.A(images(1))
+    likelihood = Likelihood(operator, y.expand(count, *y.shape[1:]), NOISE, VARIANCE)
+    x = images(1, seed=3).expand(count, *SHAPE)
+    draws = likelihood.sample(x, seeded()).flatten(1)
+    matrix, identity = dense(operator), torch.eye(64, dtype=torch.float64)
+    gain = VARIANCE * matrix.mT @ torch.linalg.inv(covariance(operator, NOISE))
+    mean = x[0].flatten() + gain @ (y.flatten() - matrix @ x[0].flatten())
+    torch.testing.assert_close(likelihood.mean(x)[0].flatten(), mean)
+    seen = torch.linalg.pinv(matrix, rtol=1e-8) @ matrix
+    expected = VARIANCE * seen @ (identity - gain @ matrix) @ seen
+    assert (draws.mean(0) - mean).norm() < 5 * expected.trace().sqrt() / math.sqrt(count)
+    found = (draws - mean).mT @ (draws - mean) / count
+    assert (found - expected).norm() < 0.06 * expected.norm()
+    # Each pixel's variance, with that of the null space; exact where I - A_s A is diagonal.
+    variance = likelihood.variance(x[:1]).flatten()
+    conditional = (VARIANCE * (identity - gain @ matrix)).diagonal()
+    exact = isinstance(operator, Inpainting)
+    assert (variance - conditional).abs().max() < (1e-12 if exact else 0.5 * VARIANCE)
+    assert (variance - conditional).mean().abs() < (1e-12 if exact else 0.1 * VARIANCE)
+
+
+def test_projection_is_the_derivative_of_the_restored_image(operator):
+    likelihood, x = likelihood_of(operator), images(2, seed=2)
+    direction = images(2, seed=4)
+    moved = (likelihood.mean(x + direction) - likelihood.mean(x)).flatten(1)
+    torch.testing.assert_close(likelihood.project(direction).flatten(1), moved, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_noise_the_restored_image_agrees_with_the_measurement(operator, dtype):
+    y = operator.A(images(2).to(dtype))
+    likelihood = Likelihood(operator, y, 0.0, VARIANCE, 3)
+    restored = likelihood.mean(images(6, seed=5).to(dtype))
+    assert likelihood.relative_residual(restored).max() < 1e-6
+    # In the null space it is the decoder's image.
+    rest = restored - images(6, seed=5).to(dtype)
+    null = rest - likelihood.A_dagger(likelihood.A(rest))
+    assert null.norm() < 1e-5 * rest.norm()
+
+
+def test_what_a_cutoff_leaves_out_is_restored():
+    """A wide blur's A^+ leaves out half of the spectrum; the certificate does not."""
+    blur = Blur(gaussian_kernel(1.5), "reflect", rcond=1e-2)
+    x = torch.randn(2, 1, 16, 16, generator=seeded())
+    likelihood = Likelihood(blur, blur.A(x), 0.0, VARIANCE)
+    assert likelihood.relative_residual(blur.A_dagger(likelihood.y)).max() > 1e-4
+    assert likelihood.relative_residual(likelihood.mean(x.flip(0))).max() < 1e-6
+
+
+def test_residual_is_zero_where_there_is_no_measurement():
+    nothing = Inpainting(torch.zeros(8, 8))
+    likelihood = Likelihood(nothing, torch.zeros(2, *SHAPE), 0.0, VARIANCE)
+    assert torch.equal(likelihood.relative_residual(images(2).float()), torch.zeros(2))
+
+
+def test_operator_is_called_with_the_callers_batch():
+    sizes = []
+
+    def A(x):
+        sizes.append(len(x))
+        return x * torch.arange(1, 4).view(3, 1, 1, 1)
+
+    likelihood = Likelihood(FunctionOperator(A, A), A(images(3)), NOISE, VARIANCE, num_answers=5)
+    sizes.clear()
+    x = images(15, seed=2)
+    gradient = likelihood.gradient(x)
+    assert gradient.shape == x.shape and set(sizes) == {3}
+    # Measurement-major: answers 5 to 9 are the second measurement's, and so A doubles them.
+    torch.testing.assert_close(likelihood.A(x), x * torch.arange(1, 4).repeat_interleave(5).view(-1, 1, 1, 1))
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("height, width, overlap", [(8, 8, 2), (16, 8, 0), (20, 13, 3), (9, 30, 4), (24, 24, 7)])
+def test_canvas(height, width, overlap):
+    canvas = Canvas(height, width, 8, overlap)
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, generator=seeded())
+    tiles = torch.randn(2 * len(canvas), 3, 8, 8, dtype=torch.float64, generator=seeded(1))
+    torch.testing.assert_close(canvas.join(canvas.split(x)), x, rtol=1e-6, atol=1e-6)
+    inner = [(canvas.join(tiles) * x).sum(), (tiles * canvas.join_adjoint(x)).sum()]
+    torch.testing.assert_close(*inner, rtol=1e-6, atol=1e-6)
+    tops = sorted({top for top, _ in canvas.corners})
+    assert tops[0] == 0 and tops[-1] == height - 8
+    assert all(8 - (b - a) >= overlap for a, b in zip(tops, tops[1:]))
+    if (height, width) == (8, 8):
+        assert len(canvas) == 1 and torch.equal(canvas.weights, torch.ones(1, 1, 8, 8))
+
+
+def test_no_seam_in_the_weights():
+    """From pixel to pixel the share of a tile changes by little: none begins or ends with a step."""
+    canvas = Canvas(32, 32, 16, 8)
+    for (top, left), weight in zip(canvas.corners, canvas.weights[:, 0]):
+        placed = torch.zeros(32, 32)
+        placed[top : top + 16, left : left + 16] = weight
+        assert placed.diff(dim=0).abs().max() < 0.2 and placed.diff(dim=1).abs().max() < 0.2
+
+
+# The sampler
+
+
+class LinearDecoder:
+    """G(z) = W z + c, of which everything is known."""
+
+    def __init__(self, num_latents: int = 4):
+        self.weight = torch.randn(64, num_latents, generator=seeded(7), dtype=torch.float64) / 2
+        self.bias = torch.randn(64, generator=seeded(8), dtype=torch.float64)
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents.flatten(1) @ self.weight.mT + self.bias).view(-1, *SHAPE)
+
+    def posterior(self, operator, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix = dense(operator) @ self.weight
+        gain = matrix.mT @ torch.linalg.inv(covariance(operator, NOISE))
+        precision = gain @ matrix + torch.eye(matrix.shape[1], dtype=torch.float64)
+        misfit = y.flatten() - dense(operator) @ self.bias
+        return torch.linalg.solve(precision, gain @ misfit), torch.linalg.inv(precision)
+
+
+def transported(
+    operator, method: str, num_steps: int, count: int, num_latents: int = 4, **kwargs
+) -> tuple[torch.Tensor, ...]:
+    decoder = LinearDecoder(num_latents)
+    y = operator.A(decoder(torch.randn(1, num_latents, generator=seeded(9), dtype=torch.float64)))
+    likelihood = Likelihood(operator, y.expand(count, *y.shape[1:]), NOISE, VARIANCE)
+    start = torch.randn(count, num_latents, 1, 1, generator=seeded(10), dtype=torch.float64)
+    canvas = Canvas(8, 8, 8, 0)
+    found = neural_transport(decoder, likelihood, canvas, start, num_steps, method, generator=seeded(11), **kwargs)
+    return found.flatten(1), *decoder.posterior(operator, y)
+
+
+def test_map_finds_the_lowest_point(operator):
+    found, mean, _ = transported(operator, "map", 300, 3)
+    torch.testing.assert_close(found, mean.expand_as(found), rtol=0.02, atol=0.02)
+
+
+def test_langevin_draws_from_the_posterior():
+    """Where it is Gaussian: its mean and its spread, up to what four probes of the curvature and a finite step leave."""
+    found, mean, expected = transported(operators()["pooling"], "langevin", 200, 2000)
+    assert (found.mean(0) - mean).abs().max() < 0.1 * expected.diagonal().sqrt().max()
+    ratio = found.var(0) / expected.diagonal()
+    assert 0.9 < ratio.min() and ratio.max() < 1.35
+
+
+def test_nothing_measured_gives_the_prior():
+    found, mean, expected = transported(Inpainting(torch.zeros(8, 8)), "langevin", 100, 2000)
+    assert mean.norm() == 0
+    assert found.mean(0).abs().max() < 0.1 and (found.var(0) - 1).abs().max() < 0.15
+
+
+def test_energy_pulls_answers():
+    """With f(x) = mean (x - 2)^2 and a large weight the free half comes nearer to 2; the measured half can't."""
+    half, distances = Inpainting.box(8, 8, 0, 0, 8, 4), []
+    for weight in (0.0, 2000.0):
+        kwargs = {"energy_gradient": lambda x: 2 * (x - 2) / 64, "energy_weight": weight}
+        found, *_ = transported(half, "map", 200, 1, num_latents=32, **kwargs)
+        distances.append((LinearDecoder(32)(found) - 2)[..., :4].square().mean())
+    assert distances[1] < 0.7 * distances[0]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("method", ["langevin", "map"])
+def test_number_of_decoder_passes(method, num_steps):
+    steps, passes = [], []
+
+    class Counted(LinearDecoder):
+        def __call__(self, latents):
+            passes.append(len(latents))
+            return super().__call__(latents)
+
+    operator = SuperResolution(2)
+    likelihood = likelihood_of(operator, num_answers=3)
+    latents = torch.zeros(6, 4, 1, 1, dtype=torch.float64)
+
+    def on_step(step, latents):
+        steps.append(step)
+        return latents
+
+    neural_transport(
+        Counted(), likelihood, Canvas(8, 8, 8, 0), latents, num_steps, method, generator=seeded(), on_step=on_step
+    )
+    assert passes == [6] * num_steps and steps == list(range(num_steps))
+
+
+def test_tiles_agree_where_they_overlap():
+    """Of two tiles only the first one's own pixels are measured: the second learns of them through what they share."""
+    decoder, canvas = LinearDecoder(32), Canvas(8, 12, 8, 4)
+    decoder.bias *= 0
+    mask = Inpainting.box(8, 12, 0, 4, 8, 8)
+    y = mask.A(canvas.join(decoder(torch.randn(2, 32, generator=seeded(), dtype=torch.float64))))
+    likelihood = Likelihood(mask, y, NOISE, VARIANCE)
+
+    def difference(latents):
+        first, second = decoder(latents)
+        return (first[:, :, 4:] - second[:, :, :4]).square().mean()
+
+    found = neural_transport(decoder, likelihood, canvas, torch.zeros(2, 32, 1, 1, dtype=torch.float64), 200, "map")
+    alone = torch.cat([found[:1], torch.zeros_like(found[:1])])
+    assert difference(found) < 0.6 * difference(alone)
+
+
+def test_a_list_of_generators_draws_each_answer_by_itself():
+    like = torch.zeros(1)
+    both = draw((4, 3), [seeded(1), seeded(2)], like)
+    assert torch.equal(both[:2], draw((2, 3), seeded(1), like)) and torch.equal(
+        both[2:], draw((2, 3), seeded(2), like)
+    )
