@@ -4,7 +4,8 @@
 
 One quantity is varied at a time, the others stay at 32 px, batch 32, K 5, width 16. Each size runs alone in a process of its
 own, for its peak memory; the law that is expected stands beside each table, with the exponent between the last two sizes.
-Ranks run the training script on random images, one thread each, and are measured by its own log.
+On a CPU malloc keeps freed memory, as in the training script; `--hand_back` shows beside it what an iteration
+takes where it does not. Ranks run the training script on random images, one thread each, and are measured by its own log.
 """
 
 import argparse
@@ -23,6 +24,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from ecvae_training.launch import keep_freed_memory  # noqa: E402
+from ecvae_training.output import METRICS_FILE, read_metrics  # noqa: E402
 
 
 BASE = {"resolution": 32, "batch_size": 32, "langevin_steps": 5, "width": 16}
@@ -72,16 +79,15 @@ def measure(
     return {"ms": 1e3 * statistics.median(seconds), "memory_gib": memory}
 
 
-def in_process(arguments: argparse.Namespace, sizes: dict) -> dict:
+def in_process(arguments: argparse.Namespace, sizes: dict, hand_back: bool = False) -> dict:
     command = [sys.executable, __file__, "--device", arguments.device, "--rounds", str(arguments.rounds)]
+    command += ["--hand_back"] if hand_back else []
     result = subprocess.run([*command, "--one", json.dumps(sizes)], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 def ranks(counts: tuple[int, ...], num_steps: int = 40) -> dict[int, float]:
     """Images a second of the training script with as many processes, one thread each."""
-    from ecvae_training.output import METRICS_FILE, read_metrics
-
     script, found = Path(__file__).resolve().parents[1] / "training" / "train_ecvae.py", {}
     with tempfile.TemporaryDirectory() as folder:
         images, rng = Path(folder) / "images", np.random.default_rng(0)
@@ -91,15 +97,16 @@ def ranks(counts: tuple[int, ...], num_steps: int = 40) -> dict[int, float]:
         for count in counts:
             output = Path(folder) / f"run-{count}"
             command = [
-                sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count),
-                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--num_cpu_threads_per_process", "1", *(["--multi_cpu"] if count > 1 else []), str(script),
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), str(script),
                 "--train_data_dir", str(images), "--output_dir", str(output), "--max_train_steps", str(num_steps),
                 "--train_batch_size", str(BASE["batch_size"]), "--block_out_channels",
                 *map(str, block_out_channels(BASE["resolution"], BASE["width"])), "--no-divergence_guard",
                 "--save_images_steps", "1000000",
             ]  # fmt: skip
-            subprocess.run(command, check=True, capture_output=True)
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            process = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if process.returncode != 0:
+                raise RuntimeError(f"{count} rank(s) failed:\n{process.stderr[-2000:]}")
             records = {record["step"]: record for record in read_metrics(output / METRICS_FILE)}
             found[count] = records[num_steps]["images_per_second"]
     return found
@@ -126,10 +133,13 @@ def main() -> None:
     parser.add_argument("--quantities", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--sizes", type=int, nargs="+", help="instead of those in the file, of each quantity")
     parser.add_argument("--ranks", type=int, nargs="*", default=[], help="numbers of processes, on this machine's CPU")
+    parser.add_argument("--hand_back", action="store_true", help="a column more: malloc hands freed memory back")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
+        if args.device == "cpu" and not args.hand_back:
+            keep_freed_memory()
         print(json.dumps(measure(torch.device(args.device), args.rounds, **args.one)))
         return
     print(
@@ -138,15 +148,21 @@ def main() -> None:
     )
     found: dict[str, dict[int, dict]] = {}
     for name in args.quantities:
-        found[name] = {size: in_process(args, {**BASE, name: size}) for size in args.sizes or SIZES[name]}
-        print(f"\n| {name.replace('_', ' ')} | ms an iteration | peak memory of the process, GiB |\n|---|---|---|")
-        for size, row in found[name].items():
-            print(f"| {size} | {row['ms']:.0f} | {row['memory_gib']:.2f} |")
+        found[name] = {}
+        more = (" ms where memory is handed back | times slower |", "---|---|") if args.hand_back else ("", "")
+        print(f"\n| {name.replace('_', ' ')} | ms an iteration | peak memory of the process, GiB |{more[0]}")
+        print(f"|---|---|---|{more[1]}")
+        for size in args.sizes or SIZES[name]:
+            row = found[name][size] = in_process(args, {**BASE, name: size})
+            cells = [f"{size}", f"{row['ms']:.0f}", f"{row['memory_gib']:.2f}"]
+            if args.hand_back:
+                slow = in_process(args, {**BASE, name: size}, hand_back=True)["ms"]
+                cells += [f"{slow:.0f}", f"{slow / row['ms']:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
         *_, (small, before), (large, after) = found[name].items()
         exponent = math.log(after["ms"] / before["ms"]) / math.log(large / small)
         print(f"\nExpected: {LAWS[name]}. Exponent of time between the last two: {exponent:.2f}.", flush=True)
     if args.ranks:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
         speeds = ranks(tuple(args.ranks))
         print("\n| ranks, one thread each | images a second | over one rank |\n|---|---|---|")
         for count, speed in speeds.items():

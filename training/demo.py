@@ -3,8 +3,9 @@
 """Train a VAE and an energy-calibrated VAE on handwritten digits, and compare what they make: `make demo`.
 
 Both have the same autoencoder, seed, data order and number of iterations. Writes, into the output folder: the two
-pipelines (`vae/`, `ecvae/`), `comparison.png` (real | VAE | EC-VAE), `interpolation.png`, `calibration.png` (lambda,
-constraint and energies while training) and `metrics.json`.
+pipelines (`vae/`, `ecvae/`), `comparison.png` (real | VAE | EC-VAE), `interpolation.png`, `restoration.png`
+(held-out digits of which half was painted over), `calibration.png` (lambda, constraint and energies while training) and
+`metrics.json`.
 """
 
 import argparse
@@ -16,14 +17,16 @@ import time
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
 
 import ecvae_diffusers
-from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_training.digits import (
     NUM_TRAIN,
+    SIZE,
     load_digits,
     measure,
     sample_images,
@@ -96,6 +99,33 @@ def plot_calibration(records: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def restore_digits(pipeline: ECVAEPipeline, clean: torch.Tensor, output_dir: Path) -> None:
+    """
+    Half of each held-out digit is painted over and restored: `restoration.png` has a row a digit, clean, damaged, four answers
+    and how far off each pixel may be. `damaged.png` and `mask.png` are the first one's, to try it on.
+    """
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[SIZE // 2 :] = 255
+    damaged = clean.numpy().copy()
+    damaged[:, 0, SIZE // 2 :] = 128
+    pictures = [PIL.Image.fromarray(digit[0]) for digit in damaged]
+    pictures[0].save(output_dir / "damaged.png")
+    PIL.Image.fromarray(mask).save(output_dir / "mask.png")
+    restoration = ECVAERestorationPipeline.from_pipe(pipeline)
+    restoration.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    output = restoration(
+        pictures, mask_image=PIL.Image.fromarray(mask), num_restorations=4, generator=generator, output_type="pt"
+    )
+    rows = [
+        to_range(clean),
+        to_range(torch.from_numpy(damaged)),
+        *(2 * output.images - 1).unflatten(0, (-1, 4)).unbind(1),
+    ]
+    rows.append(2 * (4 * output.std).clamp(max=1) - 1)
+    image_grid(torch.stack(rows, dim=1).flatten(0, 1), len(rows), scale=3).save(output_dir / "restoration.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
@@ -149,6 +179,7 @@ def main() -> None:
     image_grid(path * 2 - 1, 10, scale=3).save(args.output_dir / "interpolation.png")
     labelled_row(grids).save(args.output_dir / "comparison.png")
     plot_calibration(read_metrics(args.output_dir / "ecvae" / METRICS_FILE), args.output_dir / "calibration.png")
+    restore_digits(pipeline, held_out[:8], args.output_dir)
     metrics["seconds"] = round(time.time() - started)
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(

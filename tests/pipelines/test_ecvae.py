@@ -14,6 +14,7 @@ from diffusers.hooks import apply_group_offloading
 
 from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.hub import CARD_MARKER
+from ecvae_diffusers.pipelines import pipeline_ecvae
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -66,6 +67,16 @@ def test_sampling_is_one_decoder_call_and_no_other_network(pipe, calls, batch_si
     images = pipe(batch_size=batch_size, output_type=output_type).images
     assert len(images) == batch_size
     assert calls == {"decoder": 1}
+
+
+def test_large_batches_are_decoded_in_parts_on_a_cpu(pipe, calls, monkeypatch):
+    """Each image once, and the same images."""
+    latents = torch.randn(7, 8, 1, 1, generator=generator())
+    whole = sample(pipe, batch_size=7, latents=latents)
+    calls.clear()
+    monkeypatch.setattr(pipeline_ecvae, "CPU_PART_BYTES", 3 * 16 * 16**2 * 4)  # three images of 16 channels
+    torch.testing.assert_close(sample(pipe, batch_size=7, latents=latents), whole, rtol=0, atol=1e-5)
+    assert calls == {"decoder": 3}
 
 
 def test_latent_output_calls_no_network(pipe, calls):

@@ -1,11 +1,33 @@
 """The start of a script: Accelerate, logging, and what can't be trained with."""
 
+import ctypes
 import logging
+import platform
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.utils import logging as diffusers_logging
+
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+MOST_BYTES = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """
+    Have malloc keep what it is given back, for the next tensor, instead of handing it to the system and fetching it
+    again, page by page and zeroed. A training step frees and asks for the same tensors every time, and on a CPU those of more than
+    32 MB would cost more than what is computed in them (`benchmarks/RESULTS.md`).
+
+    Returns:
+        `bool`: Whether this is glibc, whose malloc can be told so.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, MOST_BYTES))
 
 
 def build_accelerator(args) -> Accelerator:
@@ -25,6 +47,8 @@ def build_accelerator(args) -> Accelerator:
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type.value} trains one model, and this script two: use data parallel training "

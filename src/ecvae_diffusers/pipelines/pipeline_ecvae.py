@@ -35,6 +35,10 @@ PipelineImageInput = (
     PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 )
 
+# On a CPU so many bytes of the decoder's widest activations are computed at a time: beyond, they outgrow the cache, and
+# each buffer is fetched from the system anew, which made batches of 256 up to 2.5 times slower.
+CPU_PART_BYTES = 8 * 2**20
+
 # Modes of PIL that go into a model's channels without loss.
 PIL_MODES = {1: ("L", {"1", "L"}), 3: ("RGB", {"1", "L", "P", "RGB"}), 4: ("RGBA", {"1", "L", "P", "RGB", "RGBA"})}
 
@@ -132,6 +136,17 @@ class ECVAEPipeline(DiffusionPipeline):
         if any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook")):
             return self._execution_device, self.vae.dtype
         return conv_in.weight.device, conv_in.weight.dtype
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1]; on a CPU a large batch in parts."""
+        part = len(latents)
+        if latents.device.type == "cpu":
+            config = self.vae.config
+            widest = config.block_out_channels[0] * config.sample_size**2 * latents.element_size()
+            part = max(1, CPU_PART_BYTES // widest)
+        if part >= len(latents):
+            return self.vae.decode(latents, return_dict=False)[0]
+        return torch.cat([self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)])
 
     def prepare_latents(
         self,
@@ -268,7 +283,7 @@ class ECVAEPipeline(DiffusionPipeline):
         if output_type == "latent":
             image = latents
         else:
-            image = self.vae.decode(latents, return_dict=False)[0]
+            image = self.decode(latents)
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
             image = self.postprocess(image, output_type)

@@ -1,0 +1,160 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""training/evaluate_restoration.py as a user runs it, and what its measures are worth."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from ecvae_training.digits import load_digits
+from ecvae_training.images import to_range
+from ecvae_training.restoration_tasks import (
+    TASKS,
+    Answers,
+    Task,
+    as_answers,
+    classical,
+    coverage,
+    make_operator,
+    unknown_pixels,
+)
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate_restoration.py"
+NUM_IMAGES = 8
+
+
+def digits(count: int = NUM_IMAGES) -> torch.Tensor:
+    return to_range(load_digits()[0][-count:])
+
+
+@pytest.fixture(scope="module")
+def run(make_pipeline, tmp_path_factory) -> Path:
+    """A run over a folder of digits with a random model."""
+    folder = tmp_path_factory.mktemp("restoration")
+    pipe = make_pipeline()
+    pipe.vae.register_to_config(reconstruction_variance=0.02)
+    pipe.save_pretrained(folder / "model")
+    pipe.save_pretrained(folder / "baseline")
+    (folder / "images").mkdir()
+    for i, image in enumerate(load_digits()[0][-NUM_IMAGES:]):
+        PIL.Image.fromarray(image[0].numpy()).save(folder / "images" / f"{i}.png")
+    command = [
+        sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", str(folder / "model"),
+        "--baseline", str(folder / "baseline"), "--image_dir", str(folder / "images"), "--output_dir", str(folder / "out"),
+        "--tasks", "box_inpainting", "super_resolution_x4", "--num_restorations", "2", "--num_inference_steps", "2", "6",
+        "--classical", "--batch_size", "3", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == (folder / "out" / "restoration.md").read_text().strip()
+    return folder
+
+
+def test_table_and_protocol(run):
+    found = json.loads((run / "out" / "restoration.json").read_text())
+    assert found["protocol"]["num_images"] == NUM_IMAGES and "EfficientNet" in found["protocol"]["features"]
+    rows = {(row["noise_std"], row["task"], row["method"]): row for row in found["rows"]}
+    ours = ("ours, 2 steps", "ours, 6 steps", "baseline, 2 steps", "baseline, 6 steps")
+    peers = {0.0: ("biharmonic", "bicubic"), 0.05: ("biharmonic + TV", "bicubic + TV")}
+    assert set(rows) == {
+        (noise, task, method)
+        for noise in (0.0, 0.05)
+        for task, peer in zip(("box_inpainting", "super_resolution_x4"), peers[noise])
+        for method in ("A^+ y", peer, *ours)
+    }
+    for (noise, _, method), row in rows.items():
+        if method in ours:
+            assert (row["largest_relative_residual"] < 1e-5) == (noise == 0)
+            assert row["num_network_calls"] == int(method.split()[1]) + 3 and row["seconds"] > 0
+    # The same algorithm and seed, and the same weights.
+    same, other = (rows[0.0, "box_inpainting", f"{method}, 6 steps"] for method in ("ours", "baseline"))
+    assert same["psnr"] == other["psnr"] and same["frechet_distance"] == other["frechet_distance"]
+    task = Task("box_inpainting", digits(), 0.0)
+    inverse = task.pseudo_inverse(0.02)
+    error = ((inverse - task.clean) / 2).square().flatten(1).mean(1)
+    expected = (-10 * error.log10()).mean().item()
+    assert rows[0.0, "box_inpainting", "A^+ y"]["psnr"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_pictures(run):
+    for noise in ("0", "0.05"):
+        picture = PIL.Image.open(run / "out" / f"restoration_noise-{noise}.png")
+        # Two tasks of 8 images, in rows of four: clean, measured, A^+ y, restored, uncertainty; twice as large.
+        assert picture.size == (2 * (20 * 17 - 1), 2 * (4 * 17 - 1))
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+
+
+def test_wrong_input(run, tmp_path):
+    needed = ["--pretrained_model_name_or_path", str(run / "model"), "--output_dir", str(tmp_path / "out")]
+    for arguments, message in (
+        ([*needed, "--image_dir", str(tmp_path / "none")], "--image_dir must be a folder of images"),
+        ([*needed, "--image_dir", str(tmp_path)], "--image_dir must hold images"),
+        ([*needed, "--image_dir", str(run / "images"), "--tasks", "colorization"], "colorization needs colour images"),
+        ([*needed, "--image_dir", str(run / "images"), "--noise_std", "-1"], "--noise_std at least 0"),
+        ([*needed, "--image_dir", str(run / "images"), "--max_images", "0"], "--max_images must be at least 1"),
+        ([*needed[:2], "--output_dir", str(run / "out"), "--image_dir", str(run / "images")], "give another folder"),
+    ):
+        process = script(*arguments)
+        assert process.returncode != 0 and message in process.stderr and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "colorization"])
+@pytest.mark.parametrize("noise_std", [0.0, 0.1])
+def test_tasks(name, noise_std):
+    task = Task(name, digits(), noise_std)
+    noise = task.measured - task.operator.A(task.clean)
+    if noise_std == 0:
+        assert noise.abs().max() == 0
+    else:
+        assert noise.std().item() == pytest.approx(noise_std, rel=0.15)
+        assert torch.equal(task.measured, Task(name, digits(), noise_std).measured)
+    assert task.shown().shape == task.clean.shape
+    inverse = task.pseudo_inverse(0.05)
+    assert inverse.shape == task.clean.shape and inverse.abs().max() <= 1
+    unknown = unknown_pixels(task)
+    assert unknown.any() == (name != "denoising" or noise_std > 0)
+    if name == "box_inpainting" and noise_std == 0:
+        assert unknown[0].nonzero().min() >= 4 and unknown[0].nonzero().max() < 12
+
+
+def test_colours():
+    assert make_operator("colorization", (3, 16, 16)).measurement_shape((3, 16, 16)) == (1, 16, 16)
+    with pytest.raises(ValueError, match="--tasks must be of"):
+        make_operator("dehazing", (3, 16, 16))
+
+
+def test_coverage_of_normal_errors():
+    """Errors drawn with the stated deviation lie within as many of them as those of a normal distribution do."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(200, 1, 16, 16, generator=generator) * 2 - 1
+    task = Task("box_inpainting", clean, 0.0)
+    std = torch.rand(clean.shape, generator=generator) + 0.1
+    mean = clean + std * torch.randn(clean.shape, generator=generator)
+    found = coverage(task, Answers(single=mean, mean=mean, std=std), (0.5, 1.0, 2.0))
+    assert found == pytest.approx([math.erf(factor / 2**0.5) for factor in (0.5, 1.0, 2.0)], abs=0.01)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.1])
+def test_classical_peers_are_worth_beating(noise_std):
+    """Each is nearer to the clean images than A^+ y: it is not a straw man."""
+    for name in ("box_inpainting", "random_inpainting", "super_resolution_x4", "deblurring", "denoising"):
+        task = Task(name, digits(16), noise_std)
+        if (found := classical(task)) is None:
+            assert name == "denoising" and noise_std == 0
+            continue
+        error, inverse = (
+            (answers.mean - task.clean).square().mean()
+            for answers in (found[1], as_answers(task.pseudo_inverse(0.05)))
+        )
+        # A blur without noise is undone by linear algebra alone, borders and all, which Wiener's filter does not know.
+        assert error < inverse or (name == "deblurring" and noise_std == 0), name
+    assert classical(Task("compressed_sensing", digits(), noise_std)) is None
