@@ -46,6 +46,8 @@ LAWS = {
     "width": "time of convolutions as the square (2) where they compute, less where memory is the bound; activations 1",
 }
 
+EXPONENTS = {"batch_size": 1, "resolution": 2, "width": 2}  # of the time, at the end
+
 
 def block_out_channels(resolution: int, width: int) -> tuple[int, ...]:
     """Doubled at each level down to 4 px, at most fourfold."""
@@ -113,16 +115,32 @@ def ranks(counts: tuple[int, ...], num_steps: int = 40) -> dict[int, float]:
 
 
 def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
+    """Time and memory against each quantity; the law of the time as a dashed line through the last point."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     figure, axes = plt.subplots(2, len(found), figsize=(4 * len(found), 6), layout="constrained", squeeze=False)
     for column, (name, rows) in zip(axes.T, found.items()):
+        sizes = list(rows)
         for axis, key, title in zip(column, ("ms", "memory_gib"), ("ms an iteration", "peak memory, GiB")):
-            axis.loglog(list(rows), [row[key] for row in rows.values()], "o-")
+            values = [row[key] for row in rows.values()]
+            axis.plot(sizes, values, "o-", label="measured")
             axis.set(xlabel=name.replace("_", " "), title=title)
+            if name == "langevin_steps":  # a straight line, which a logarithm would bend
+                axis.set_ylim(0, 1.1 * max(values))
+            else:
+                axis.loglog()
+            axis.set_xticks(sizes, map(str, sizes))
+            axis.xaxis.set_minor_locator(NullLocator())
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(StrMethodFormatter("{x:g}"))
+        if name in EXPONENTS:
+            law = [rows[sizes[-1]]["ms"] * (size / sizes[-1]) ** EXPONENTS[name] for size in sizes]
+            column[0].plot(sizes, law, "--", color="gray", label=f"exponent {EXPONENTS[name]}")
+            column[0].legend()
     figure.savefig(path, dpi=80)
 
 
