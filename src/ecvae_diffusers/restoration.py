@@ -33,11 +33,11 @@ ENOUGH_RESIDUAL = 1e-6
 CUTOFF_LEVELS = (1e-4, 1e-5, 1e-6, 1e-7)
 # Of the steps of the Langevin method, the share that first goes downhill to the latents' neighbourhood, by Adam.
 DESCENT_SHARE = 0.4
-DESCENT_RATE, DESCENT_BETAS = 0.2, (0.8, 0.9)
+DESCENT_RATE, DESCENT_BETAS = 0.4, (0.8, 0.9)
 # Decoder passes that estimate the curvature of U, at most a fifth of all.
 NUM_CURVATURE_PROBES = 6
-# Of a Langevin step, in units of the inverse curvature.
-LANGEVIN_STEP = 0.3
+# Of the first and the last Langevin step, in units of the inverse curvature: long ones find their way, and short ones are exact.
+FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
 # Random signs by which the diagonal of I - A_s A is estimated: operator calls only.
 NUM_VARIANCE_PROBES = 32
@@ -239,8 +239,8 @@ def neural_transport(
     Latents that explain a measurement: draws from e^{-U}, or points where U is lowest.
 
     `"langevin"` first goes downhill (Adam), estimates the diagonal of the curvature of U there, h, and then takes Langevin
-    steps z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1. `"map"` goes downhill all the way, with a rate
-    that comes down to 0 (a cosine).
+    steps z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` goes downhill
+    all the way, with a rate that comes down to 0 (a cosine).
 
     Args:
         decode (`Callable`): G, of latents (N, ...) to tiles (N, C, S, S) in float32, differentiable.
@@ -314,12 +314,15 @@ def neural_transport(
     # Few probes may take a curvature for far too small, and steps would grow without bound. The square of the gradient, whose
     # mean along a stationary chain is the curvature too, then does not let them.
     square = estimate
-    for step in range(num_descents + num_probes, num_steps):
+    start = num_descents + num_probes
+    for step in range(start, num_steps):
+        done = (step - start) / max(1, num_steps - 1 - start)
+        size = FIRST_LANGEVIN_STEP + done * (LAST_LANGEVIN_STEP - FIRST_LANGEVIN_STEP)
         slope, noise = gradient(latents), draw(latents.shape, generator, latents)
         square = torch.lerp(slope.square(), square, SQUARE_DECAY)
         bound = torch.maximum(square, slope.square() / SQUARE_LIMIT) / SQUARE_LIMIT
         variance = 1 / torch.maximum(estimate, bound)
         # With this noise a step is exact where U is quadratic and the curvature is right.
-        spread = (variance * (1 - (1 - LANGEVIN_STEP) ** 2)).sqrt()
-        latents = step_done(step, latents - LANGEVIN_STEP * variance * slope + spread * noise)
+        spread = (variance * (1 - (1 - size) ** 2)).sqrt()
+        latents = step_done(step, latents - size * variance * slope + spread * noise)
     return latents
