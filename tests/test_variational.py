@@ -4,7 +4,14 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ecvae_diffusers.variational import active_units, elbo_loss, kl_per_dimension, kl_warmup, squared_error
+from ecvae_diffusers.variational import (
+    active_units,
+    elbo_loss,
+    kl_per_dimension,
+    kl_warmup,
+    likelihood_bounds,
+    squared_error,
+)
 
 
 def posterior(batch_size: int = 6, dimensions: int = 5, seed: int = 0) -> DiagonalGaussianDistribution:
@@ -71,3 +78,73 @@ def test_squared_error_is_one_number_an_image():
     reconstructions[1, 0, 0, 0] = 1
     expected = torch.tensor([0.25, 1 / 48])
     assert torch.allclose(squared_error(images, reconstructions), expected)
+
+
+def linear_model(dimensions: int = 3, pixels: int = 16, variance: float = 0.5):
+    """A linear decoder, whose log p(x) and posterior are known, with images drawn from it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(pixels, dimensions, generator=generator)
+    latents = torch.randn(6, dimensions, generator=generator)
+    noise = torch.randn(6, pixels, generator=generator)
+    sample = (latents @ weight.T + variance**0.5 * noise).view(6, 1, 4, 4)
+    covariance = weight @ weight.T + variance * torch.eye(pixels)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(pixels), covariance).log_prob(sample.flatten(1))
+    precision = torch.eye(dimensions) + weight.T @ weight / variance
+    mean = torch.linalg.solve(precision, weight.T @ sample.flatten(1).T / variance).T
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        return (z.flatten(1) @ weight.T).view(-1, 1, 4, 4)
+
+    return sample, decode, mean, precision, exact
+
+
+def diagonal(mean: torch.Tensor, variance: torch.Tensor) -> DiagonalGaussianDistribution:
+    return DiagonalGaussianDistribution(
+        torch.cat([mean, variance.log().expand_as(mean)], dim=1).unsqueeze(-1).unsqueeze(-1)
+    )
+
+
+def test_bounds_are_log_p_where_the_posterior_is_exact():
+    sample, decode, mean, precision, exact = linear_model(dimensions=1)
+    bounds = likelihood_bounds(
+        sample, diagonal(mean, 1 / precision.diagonal()), decode, 7, generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.allclose(bounds.importance_weighted, exact, atol=1e-3)
+    assert torch.allclose(bounds.elbo, exact, atol=1e-3)
+
+
+def test_bounds_lie_below_log_p_and_rise_with_the_number_of_samples():
+    sample, decode, mean, precision, exact = linear_model()
+    q = diagonal(mean + 0.1, 2 * torch.linalg.inv(precision).diagonal())
+    of = {
+        count: likelihood_bounds(sample, q, decode, count, generator=torch.Generator().manual_seed(1))
+        for count in (1, 5, 5000)
+    }
+    assert torch.allclose(of[1].importance_weighted, of[1].elbo)
+    assert of[1].elbo.mean() < of[5].importance_weighted.mean() < of[5000].importance_weighted.mean()
+    assert torch.allclose(of[5000].importance_weighted, exact, atol=0.1)
+    # The bound of one sample is E log p(x|z) - KL(q || p), which the loss of training is made of (variance 1/2).
+    expected = exact - torch.distributions.kl_divergence(
+        torch.distributions.MultivariateNormal(q.mean.flatten(1), torch.diag_embed(q.var.flatten(1))),
+        torch.distributions.MultivariateNormal(mean, precision_matrix=precision),
+    )
+    assert torch.allclose(of[5000].elbo, expected, atol=0.2)
+
+
+def test_bounds_do_not_depend_on_how_many_are_decoded_at_a_time():
+    sample, decode, mean, precision, _ = linear_model()
+    q = diagonal(mean, 1 / precision.diagonal())
+    whole, parts = (
+        likelihood_bounds(sample, q, decode, 10, generator=torch.Generator().manual_seed(1), batch_size=size)
+        for size in (100, 6)
+    )
+    assert torch.allclose(whole.importance_weighted, parts.importance_weighted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_samples": 0}, {"variance": 0.0}, {"batch_size": 0}, {"variance": float("nan")}]
+)
+def test_bounds_refuse(wrong):
+    sample, decode, mean, precision, _ = linear_model()
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        likelihood_bounds(sample, diagonal(mean, 1 / precision.diagonal()), decode, **wrong)

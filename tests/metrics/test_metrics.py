@@ -19,6 +19,7 @@ from ecvae_diffusers.metrics import (
     lite0_features,
     nearest_neighbours,
     neighbour_measures,
+    out_of_distribution_auroc,
     reconstruction_metrics,
     transformers_features,
 )
@@ -261,3 +262,22 @@ def test_inception_features_say_what_they_need():
     """torch-fidelity needs torchvision, which the tested environment has not."""
     with pytest.raises(ImportError, match="pip install torch-fidelity"):
         InceptionFeatures()
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randn(40, generator=generator)
+    outside = torch.randn(30, generator=generator) + 1
+    outside[:5] = inside[:5]  # ties
+    larger = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()
+    assert out_of_distribution_auroc(inside, outside) == pytest.approx(larger.mean().item(), abs=1e-6)
+    # Only the order counts: far from [0, 1] too, where a sigmoid would see ties.
+    assert out_of_distribution_auroc(1000 * inside, 1000 * outside) == out_of_distribution_auroc(inside, outside)
+    assert out_of_distribution_auroc(inside, inside) == pytest.approx(0.5)
+    assert out_of_distribution_auroc(torch.zeros(3), torch.ones(2)) == 1
+
+
+@pytest.mark.parametrize("scores", [torch.tensor([]), torch.tensor([1.0, float("nan")])])
+def test_auroc_refuses(scores):
+    with pytest.raises(ValueError, match="`outside` must hold finite scores"):
+        out_of_distribution_auroc(torch.ones(2), scores)

@@ -9,6 +9,7 @@ except ImportError as error:
 
 from .features import FeatureExtractor, InceptionFeatures, lite0_features, transformers_features
 from .generation import GenerationMetrics, nearest_neighbours, neighbour_measures
+from .out_of_distribution import out_of_distribution_auroc
 from .reconstruction import reconstruction_metrics
 
 
@@ -19,6 +20,7 @@ __all__ = [
     "lite0_features",
     "nearest_neighbours",
     "neighbour_measures",
+    "out_of_distribution_auroc",
     "reconstruction_metrics",
     "transformers_features",
 ]

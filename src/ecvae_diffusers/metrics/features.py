@@ -167,26 +167,41 @@ def lite0_features(weights: str | os.PathLike | None = None, image_size: int = 1
     )
 
 
+class _ByteInception(nn.Module):
+    """torch-fidelity resizes and normalizes uint8 images itself, as FID's definition has it."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.round().to(torch.uint8))[0]
+
+
 class InceptionFeatures(nn.Module):
     """
-    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity (which needs torchvision, so it is
-    tested only where a user has it). Takes and gives what [`FeatureExtractor`] does.
+    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity. Takes and gives what [`FeatureExtractor`]
+    does: gray images are repeated to 3 channels, transparency is laid on white.
+
+    Args:
+        weights (`str`, *optional*): The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, which fetches
+            it if not given.
 
     Raises:
         ImportError: if torch-fidelity is not installed.
+        OSError: if the weights can't be fetched or read.
     """
 
     name = "Inception-v3 (torch-fidelity)"
 
-    def __init__(self):
+    def __init__(self, weights: str | os.PathLike | None = None):
         super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError("Inception features need: pip install torch-fidelity.") from error
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+            raise ImportError("Inception features need: pip install torch-fidelity (and torchvision).") from error
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+        self.extractor = FeatureExtractor(_ByteInception(network), self.name, mean=0.0, std=1 / 255)
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        return self.network(images)[0].float()
+        return self.extractor(images)
