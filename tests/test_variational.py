@@ -116,19 +116,19 @@ def test_bounds_are_log_p_where_the_posterior_is_exact():
 def test_bounds_lie_below_log_p_and_rise_with_the_number_of_samples():
     sample, decode, mean, precision, exact = linear_model()
     q = diagonal(mean + 0.1, 2 * torch.linalg.inv(precision).diagonal())
-    of = {
-        count: likelihood_bounds(sample, q, decode, count, generator=torch.Generator().manual_seed(1))
-        for count in (1, 5, 5000)
-    }
-    assert torch.allclose(of[1].importance_weighted, of[1].elbo)
-    assert of[1].elbo.mean() < of[5].importance_weighted.mean() < of[5000].importance_weighted.mean()
-    assert torch.allclose(of[5000].importance_weighted, exact, atol=0.1)
+    generator = torch.Generator().manual_seed(1)
+    of = likelihood_bounds(sample, q, decode, 20_000, generator=generator)
+    # The mean of many bounds of five samples each.
+    many = DiagonalGaussianDistribution(q.parameters.repeat(500, 1, 1, 1))
+    of_five = likelihood_bounds(sample.repeat(500, 1, 1, 1), many, decode, 5, generator=generator)
+    assert of.elbo.mean() + 0.5 < of_five.importance_weighted.mean() < of.importance_weighted.mean() - 0.1
+    assert torch.allclose(of.importance_weighted, exact, atol=0.05)
     # The bound of one sample is E log p(x|z) - KL(q || p), which the loss of training is made of (variance 1/2).
     expected = exact - torch.distributions.kl_divergence(
         torch.distributions.MultivariateNormal(q.mean.flatten(1), torch.diag_embed(q.var.flatten(1))),
         torch.distributions.MultivariateNormal(mean, precision_matrix=precision),
     )
-    assert torch.allclose(of[5000].elbo, expected, atol=0.2)
+    assert torch.allclose(of.elbo, expected, atol=0.1)
 
 
 def test_bounds_do_not_depend_on_how_many_are_decoded_at_a_time():
