@@ -1,11 +1,13 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Writes a pipeline's folder so that it holds all that is needed to load it, code and card included."""
 
+import hashlib
 import inspect
 import json
 import warnings
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -34,6 +36,20 @@ def single_file_source(pipeline_class: type) -> str:
     """The code of one of our pipelines as one file that imports only torch and diffusers, generated from the package."""
     name = Path(inspect.getfile(pipeline_class)).stem.removeprefix("pipeline_")
     return packaged_file(f"pipelines/{name}/pipeline.py").read_text(encoding="utf-8")
+
+
+def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
+    """
+    SHA-256 of a pipeline's weights, rounded to half precision: the same for a model and its `fp16` variant, so that figures
+    can be told to be of these weights.
+    """
+    digest = hashlib.sha256()
+    for component, module in sorted(pipeline.components.items()):
+        if isinstance(module, torch.nn.Module):
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{component}.{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_restoration_code(save_directory: str | Path) -> None:

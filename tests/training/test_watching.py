@@ -196,7 +196,10 @@ def test_features_that_are_none_are_named(images, tmp_path):
         "--evaluation_features", tmp_path,
     )  # fmt: skip
     assert result.returncode == 1 and "Traceback" not in result.stderr and not (tmp_path / "out").exists()
-    assert "--evaluation_features must be 'lite0', 'inception' or a vision model of transformers" in result.stderr
+    assert (
+        "--evaluation_features must be 'lite0', 'digits', 'inception' or a vision model of transformers"
+        in result.stderr
+    )
 
 
 def test_features_of_a_transformers_model(images, tmp_path):

@@ -276,7 +276,7 @@ def add_evaluation_arguments(evaluation) -> None:
     evaluation.add_argument(
         "--evaluation_features",
         default="lite0",
-        help="Features to measure over: 'lite0', 'inception', or a vision model of `transformers` (folder or Hub id).",
+        help="Features to measure over: 'lite0', 'digits', 'inception', or a vision model of `transformers` (folder or Hub id).",
     )
     evaluation.add_argument(
         "--evaluation_samples", type=int, default=2048, help="Samples, and training images, to measure with."

@@ -49,7 +49,7 @@ def load_images(
         dataset = datasets.Dataset.from_dict({"image": [str(p) for p in files]})
         column = "image"
     else:
-        dataset = load_train_split(dataset_name, dataset_config_name, cache_dir)
+        dataset = load_split(dataset_name, dataset_config_name, cache_dir)
         column = find_image_column(dataset.features, dataset_name, image_column)
     dataset = dataset.select_columns([column])
     if column != "image":
@@ -69,17 +69,24 @@ def import_datasets():
     return datasets
 
 
-def load_train_split(
-    dataset_name: str, dataset_config_name: str | None, cache_dir: str | None, streaming: bool = False
+def load_split(
+    dataset_name: str,
+    dataset_config_name: str | None,
+    cache_dir: str | None,
+    split: str = "train",
+    streaming: bool = False,
+    argument: str = "dataset_name",
 ):
-    """The train split of a data set. Raises `ValueError` if it can't be loaded."""
+    """A split of a data set. Raises `ValueError` if it can't be loaded, naming the command line's `argument`."""
     datasets = import_datasets()
     try:
         return datasets.load_dataset(
-            dataset_name, dataset_config_name, cache_dir=cache_dir, split="train", streaming=streaming
+            dataset_name, dataset_config_name, cache_dir=cache_dir, split=split, streaming=streaming
         )
     except Exception as error:  # each format has its own ways to fail
-        raise ValueError(f"--dataset_name {dataset_name!r} can't be loaded: {str(error) or 'it is empty'}") from error
+        raise ValueError(
+            f"--{argument} {dataset_name!r}, split {split!r}, can't be loaded: {str(error) or 'it is empty'}"
+        ) from error
 
 
 def find_image_column(features, dataset_name: str, image_column: str | None) -> str:

@@ -14,26 +14,32 @@ NUM_NEIGHBOUR_ROWS = 8
 NUM_NEIGHBOURS = 5
 
 
-def load_features(name: str, device: torch.device) -> torch.nn.Module:
+def load_features(name: str, device: torch.device, argument: str = "evaluation_features") -> torch.nn.Module:
     """
-    The feature extractor that `--evaluation_features` names.
+    The feature extractor that `name` stands for: the value of `--evaluation_features`, or of another `argument`.
 
     Raises:
         ValueError: if it can't be loaded.
         ImportError: if a package that it needs is missing.
     """
-    from ecvae_diffusers.metrics import InceptionFeatures, lite0_features, transformers_features
+    from ecvae_diffusers.metrics import FeatureExtractor, InceptionFeatures, lite0_features, transformers_features
+    from ecvae_training.digits import SIZE, train_digit_features
 
     if name == "lite0":
         return lite0_features().to(device)
+    if name == "digits":
+        network, _ = train_digit_features()
+        title = f"{network.num_features} features of a digit classifier at {SIZE} px"
+        # The classifier brings bytes to its range itself.
+        return FeatureExtractor(network, title, SIZE, mean=0.0, std=1 / 255, num_channels=1).to(device)
     if name == "inception":
         return InceptionFeatures().to(device)
     try:
         return transformers_features(name).to(device)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--evaluation_features must be 'lite0', 'inception' or a vision model of transformers, but {name!r} can't "
-            f"be loaded: {error}"
+            f"--{argument} must be 'lite0', 'digits', 'inception' or a vision model of transformers, but {name!r} can't be "
+            f"loaded: {error}"
         ) from error
 
 

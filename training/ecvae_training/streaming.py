@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ecvae_training.data import collate, decode_image, find_image_column, import_datasets, load_train_split
+from ecvae_training.data import collate, decode_image, find_image_column, import_datasets, load_split
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class StreamedImages:
         self.num_skipped = 0
         self.named: set[str] = set()
 
-        dataset = load_train_split(dataset_name, dataset_config_name, cache_dir, streaming=True)
+        dataset = load_split(dataset_name, dataset_config_name, cache_dir, streaming=True)
         try:
             # Formats without a schema show their columns in their first rows only.
             dataset = dataset._resolve_features()

@@ -1,0 +1,271 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""training/evaluate.py as a user runs it: figures that are right, the same of any number of processes, and gone on with."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from evaluate import parse_args
+from training_runs import write_images
+
+from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
+from ecvae_diffusers.variational import squared_error
+from ecvae_training.evaluation_parts import Parts
+from ecvae_training.evaluation_summary import compare, over_seeds
+from ecvae_training.evaluation_work import EvaluatedModel
+from ecvae_training.images import to_range
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate.py"
+SMALL = [
+    "--num_samples", 300, "--num_reference", 40, "--num_test", 30, "--num_likelihood_images", 10, "--importance_samples", 20,
+    "--batch_size", 20, "--seeds", 0, 1,
+]  # fmt: skip
+ONE_PROCESS = (sys.executable,)
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def run(*arguments, launcher=ONE_PROCESS) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def files(make_pipeline, tmp_path_factory) -> Path:
+    """A model, training and test images of disks, and stripes, which are something else."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    make_pipeline().save_pretrained(folder / "model")
+    images = [PIL.Image.open(path) for path in sorted(write_images(folder / "all", 80).iterdir())]
+    for i, image in enumerate(images):
+        place = folder / ("train" if i < 48 else "test")
+        place.mkdir(exist_ok=True)
+        image.save(place / f"{i}.png")
+    (folder / "stripes").mkdir()
+    for i in range(12):
+        stripes = np.where((np.mgrid[:16, :16][i % 2] + i) % 4 < 2, 255, 0).astype(np.uint8)
+        PIL.Image.fromarray(stripes).save(folder / "stripes" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(files) -> list:
+    return [
+        "--pretrained_model_name_or_path", files / "model", "--train_data_dir", files / "train", "--test_data_dir",
+        files / "test", "--out_of_distribution", f"stripes={files / 'stripes'}", *SMALL,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(files, arguments) -> Path:
+    result = run(*arguments, "--output_dir", files / "one")
+    assert result.returncode == 0, result.stderr[-3000:]
+    (files / "table.md").write_text(result.stdout)
+    return files / "one"
+
+
+@pytest.fixture(scope="module")
+def evaluation(done) -> dict:
+    return json.loads((done / "evaluation.json").read_text())
+
+
+def read(folder: Path, count: int | None = None) -> torch.Tensor:
+    paths = sorted(folder.iterdir(), key=str)
+    return torch.stack([torch.from_numpy(np.array(PIL.Image.open(path)))[None] for path in paths])
+
+
+def test_files_and_table(done, files):
+    assert sorted(path.name for path in done.iterdir()) == ["evaluation.json", "neighbours.png", "samples.png"]
+    table = (files / "table.md").read_text()
+    assert "no Frechet distance" in table and "40 images of one kind are fewer than the 1280 features" in table
+    for measure in ("kernel distance |", "coverage", "floor", "PSNR".lower(), "importance-weighted bound", "stripes"):
+        assert measure in table
+    assert PIL.Image.open(done / "neighbours.png").size == ((6 * 17 - 1) * 4, (8 * 17 - 1) * 4)
+
+
+def test_every_section_states_its_protocol(evaluation):
+    sections = ("generation", "floor", "reconstruction", "likelihood", "out_of_distribution")
+    assert all(evaluation[name]["protocol"] and evaluation[name]["measures"] for name in sections)
+    assert evaluation["generation"]["protocol"]["reference"] == {"data": "train", "split": "train", "num_images": 40}
+    assert evaluation["generation"]["protocol"]["num_samples"] == 300
+    assert evaluation["likelihood"]["protocol"]["num_images"] == 10
+    assert evaluation["protocol"]["features"] == "EfficientNet-Lite0 at 128 px"
+    assert set(evaluation["protocol"]["libraries"]) >= {"torch", "diffusers", "torchmetrics"}
+
+
+def test_no_path_of_this_machine(done, files):
+    assert str(files) not in (done / "evaluation.json").read_text()
+
+
+def test_figures_are_those_of_the_library(evaluation, files):
+    """Computed again, without parts."""
+    model = EvaluatedModel(str(files / "model"), None, torch.device("cpu"))
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:40].sort().values
+    real, test = (
+        read(files / "train")[order],
+        read(files / "test")[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:30].sort().values],
+    )
+    features = lite0_features()
+    for seed, found in zip((0, 1), evaluation["generation"]["measures"]["kernel_distance"]["values"]):
+        metrics = GenerationMetrics(features)
+        metrics.update(real, real=True)
+        metrics.update(model.sample(model.latents(300, seed)), real=False)
+        assert metrics.compute()["kernel_distance"] == pytest.approx(found, rel=1e-3)
+    values = evaluation["generation"]["measures"]["coverage"]
+    assert values["mean"] == pytest.approx(sum(values["values"]) / 2) and values["std"] is not None
+    images = to_range(test)
+    error = squared_error(images, model.reconstruct(images))
+    assert evaluation["reconstruction"]["measures"]["mean_squared_error"] == pytest.approx(
+        error.mean().item(), rel=1e-5
+    )
+    stripes = model.energy(to_range(read(files / "stripes")))["energy"]
+    found = evaluation["out_of_distribution"]["measures"]
+    assert found["stripes"]["energy"] == pytest.approx(
+        out_of_distribution_auroc(model.energy(images)["energy"], stripes), abs=1e-6
+    )
+    assert set(found) == {"stripes", "noise"} and set(found["noise"]) == {"energy", "error"}
+    bounds = evaluation["likelihood"]["measures"]
+    assert bounds["elbo"] < bounds["importance_weighted"]
+
+
+def test_two_processes_give_the_figures_of_one(files, arguments, evaluation):
+    result = run(*arguments, "--output_dir", files / "two", launcher=TWO_PROCESSES)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((files / "two" / "evaluation.json").read_text()) == evaluation
+    assert result.stdout.strip() == (files / "table.md").read_text().strip()
+
+
+# Stops, as a kill would, in the middle of the samples.
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import evaluate
+from ecvae_training.evaluation_work import Work
+
+sample_part, made = Work.sample_part, []
+
+def killed(self, latents):
+    if len(made) == 1:
+        os._exit(9)
+    made.append(1)
+    return sample_part(self, latents)
+
+Work.sample_part = killed
+evaluate.main(evaluate.parse_args(sys.argv[2:]))
+"""
+
+
+def test_a_killed_evaluation_goes_on(files, arguments, evaluation):
+    out = files / "killed"
+    command = [sys.executable, "-c", KILLED, str(SCRIPT.parent), *map(str, arguments), "--output_dir", str(out)]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    kept = {path: path.stat().st_mtime_ns for path in (out / ".parts").glob("*.safetensors")}
+    assert {path.name for path in kept} >= {"real-00000.safetensors", "samples_0-00000.safetensors"}
+    assert not (out / "evaluation.json").exists()
+
+    changed = [{300: 200}.get(argument, argument) for argument in arguments]
+    refused = run(*changed, "--output_dir", out)
+    assert refused.returncode == 1 and "begun with other arguments (num_samples)" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    result = run(*arguments, "--output_dir", out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((out / "evaluation.json").read_text()) == evaluation
+    assert "real:" not in result.stderr.replace("\r", "\n")  # was there already
+
+
+def test_a_folder_of_generated_images(files, done):
+    arguments = ["--generated_image_dir", files / "stripes", "--train_data_dir", files / "train", *SMALL]
+    result = run(*arguments, "--output_dir", files / "stripes_out")
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads((files / "stripes_out" / "evaluation.json").read_text())
+    assert set(found) == {"model", "weights", "protocol", "generation"} and found["model"] == "stripes"
+    assert found["generation"]["protocol"]["num_samples"] == 12
+    # Stripes are no disks.
+    assert found["generation"]["measures"]["kernel_distance"]["mean"] > 0
+
+
+def test_the_frechet_distance_needs_as_many_images_as_features():
+    features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    assert compare(features, features[:15])["frechet_distance"] is None
+    found = compare(features, features[:16])
+    assert found["frechet_distance"] > 0 and found["kernel_distance_std"] is not None
+    assert over_seeds([1.0, None])["mean"] is None
+    assert over_seeds([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "values": [1.0, 3.0]}
+    assert over_seeds([1.0])["std"] is None
+
+
+def test_parts_that_another_machine_has_made_are_missed(tmp_path):
+    class TwoMachines:
+        num_processes, process_index, is_main_process = 2, 0, True
+
+        def wait_for_everyone(self) -> None:
+            pass
+
+    parts = Parts(tmp_path / "parts", TwoMachines(), {})
+    parts.make("real", 3, lambda index: {"x": torch.full((2,), index)})
+    with pytest.raises(ValueError, match="1 of 3 parts of 'real' are not in .* all processes share"):
+        parts.collect("real", 3)
+    assert parts.collect("real", 1)["x"].tolist() == [0, 0]
+
+
+def test_half_precision_has_the_fingerprint_of_full(pipe, make_pipeline, tmp_path):
+    before = weights_fingerprint(pipe)
+    assert weights_fingerprint(make_pipeline().to(torch.float16)) == before
+    with torch.no_grad():
+        next(pipe.vae.parameters()).view(-1)[0] += 0.01
+    assert weights_fingerprint(pipe) != before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train_data_dir", "x"], "one of the arguments --pretrained_model_name_or_path --generated_image_dir is required"),
+        (["--pretrained_model_name_or_path", "m"], "either --dataset_name or --train_data_dir"),
+        (["--num_samples", "0"], "--num_samples must be at least 1, but is 0"),
+        (["--seeds", "1", "1"], "--seeds must be different numbers"),
+        (["--out_of_distribution", "digits"], "--out_of_distribution must be NAME=SOURCE, but is 'digits'"),
+        (["--out_of_distribution", "noise=x"], "none of them 'noise'"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_is_done(arguments, message, tmp_path, capsys):
+    if arguments[0] in ("--num_samples", "--seeds", "--out_of_distribution"):
+        arguments = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "x", *arguments]
+    with pytest.raises(SystemExit):
+        parse_args([*arguments, "--output_dir", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"--pretrained_model_name_or_path": "nothing"}, "nothing"),
+        ({"--train_data_dir": "nothing"}, "--train_data_dir .*nothing.* can't be loaded"),
+        ({"--features": "nothing"}, "--features must be 'lite0', 'digits', 'inception' or a vision model"),
+        ({"--resolution": "32"}, r"--resolution must be the model's \(16\), but is 32"),
+    ],
+)
+def test_refused_in_one_line(changed, message, files, arguments, tmp_path):
+    changed = {name: str(tmp_path / value) if value == "nothing" else value for name, value in changed.items()}
+    arguments = [*arguments, *(part for pair in changed.items() for part in pair)]
+    result = run(*arguments, "--output_dir", tmp_path / "out")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(message, result.stderr.splitlines()[-1]), result.stderr[-2000:]
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def test_a_finished_evaluation_is_kept(done, arguments, capsys):
+    before = (done / "evaluation.json").read_bytes()
+    with pytest.raises(SystemExit):
+        parse_args([*map(str, arguments), "--output_dir", str(done)])
+    assert "holds an evaluation.json: give another folder" in capsys.readouterr().err
+    assert (done / "evaluation.json").read_bytes() == before

@@ -1,0 +1,85 @@
+"""Work of an evaluation in numbered parts: shared by processes, and kept, so that one that was killed is gone on with."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+
+class Parts:
+    """
+    Each part is a file of tensors, made by one process and whole as soon as it has its name. What a part holds depends on
+    its number alone, so that any number of processes makes the same ones.
+
+    Args:
+        folder (`Path`): Where they are kept until the evaluation is done. All processes must see the same one.
+        accelerator ([`Accelerator`]): Tells how many processes there are.
+        identity (`dict`): What the parts depend on; kept beside them.
+
+    Raises:
+        ValueError: if the folder holds parts of another evaluation.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, identity: dict):
+        self.folder, self.accelerator = folder, accelerator
+        identity = json.loads(json.dumps(identity))
+        path = folder / "identity.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            if before != identity:
+                changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
+                raise ValueError(
+                    f"--output_dir holds parts of an evaluation that was begun with other arguments ({', '.join(changed)}): "
+                    f"give those again, another folder, or remove {str(folder)!r}."
+                )
+        # Every process looks before one of them writes.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(identity, indent=2) + "\n")
+        accelerator.wait_for_everyone()
+
+    def path(self, kind: str, index: int) -> Path:
+        return self.folder / f"{kind}-{index:05d}.safetensors"
+
+    def make(self, kind: str, count: int, make: Callable[[int], dict[str, torch.Tensor]]) -> None:
+        """Make this process's share of `count` parts, without those that are there."""
+        mine = range(self.accelerator.process_index, count, self.accelerator.num_processes)
+        missing = [index for index in mine if not self.path(kind, index).is_file()]
+        shown = bool(missing) and self.accelerator.is_main_process
+        for index in tqdm(missing, desc=kind.replace("_", " "), disable=not shown):
+            path = self.path(kind, index)
+            temporary = path.with_name(f".{path.name}")
+            save_file({name: value.cpu().contiguous() for name, value in make(index).items()}, temporary)
+            os.replace(temporary, path)
+
+    def collect(self, kind: str, count: int) -> dict[str, torch.Tensor]:
+        """
+        All parts of a kind, one after the other.
+
+        Raises:
+            ValueError: if one is missing: a process has made it in another machine's folder.
+        """
+        missing = [index for index in range(count) if not self.path(kind, index).is_file()]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {count} parts of {kind!r} are not in {str(self.folder)!r}: --output_dir must be a folder "
+                "that all processes share."
+            )
+        loaded = [load_file(self.path(kind, index)) for index in range(count)]
+        return {name: torch.cat([part[name] for part in loaded]) for name in loaded[0]}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

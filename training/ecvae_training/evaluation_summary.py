@@ -1,0 +1,214 @@
+"""From the parts of an evaluation to its figures, each with its protocol, and its pictures."""
+
+import importlib.metadata
+import platform
+import statistics
+from pathlib import Path
+
+import PIL.Image
+import torch
+import torch.nn as nn
+
+from ecvae_diffusers.metrics import GenerationMetrics, nearest_neighbours, out_of_distribution_auroc
+from ecvae_training.evaluation_work import LIKELIHOOD_VARIANCE, Work
+from ecvae_training.images import to_range
+from ecvae_training.output import image_grid
+
+
+LIBRARIES = ("ecvae-diffusers", "diffusers", "torch", "torchmetrics", "prdc")
+GENERATION = (
+    "frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall", "density", "coverage",
+)  # fmt: skip
+NUM_NEIGHBOURS, NUM_NEIGHBOUR_ROWS, NUM_GRID_IMAGES = 5, 8, 64
+
+
+def over_seeds(values: list[float | None]) -> dict:
+    """Mean, spread (standard deviation) and each value; `None` where there is none."""
+    if any(value is None for value in values):
+        return {"mean": None, "std": None, "values": values}
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | None]:
+    """
+    The measures of `GenerationMetrics` between two sets of features. The Frechet distance is `None` where a set has fewer
+    images than there are features: their covariance has no full rank then, and the figure would be of that.
+    """
+    metrics = GenerationMetrics(nn.Identity(), num_neighbours=NUM_NEIGHBOURS)
+    metrics.update(real, real=True)
+    metrics.update(generated, real=False)
+    measures = metrics.compute()
+    if min(len(real), len(generated)) < real.shape[1]:
+        measures["frechet_distance"] = None
+    return {name: measures[name] for name in GENERATION}
+
+
+def source_name(source: str) -> str:
+    """A Hub id as it is; of a folder the name alone, since its path is of this machine."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
+    """The content of `evaluation.json`, and pictures by their file names."""
+    images, model = work.images, work.model
+    resolution, channels = images["real"].shape[2], images["real"].shape[1]
+    data = source_name(args.train_data_dir or args.dataset_name)
+    train = {"data": data, "split": args.train_split, "num_images": len(images["real"])}
+    held_out = {"data": source_name(args.test_data_dir) if args.test_data_dir else data, "split": args.test_split}
+    evaluation = {
+        "model": model.name if model is not None else source_name(args.generated_image_dir),
+        "weights": model.fingerprint if model is not None else None,
+        "protocol": {
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "machine": platform.machine(),
+            "device": work.device.type,
+            "computed_in": "float32",
+            "images": f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, "
+            "antialiased), center cropped",
+            "features": work.features.name,
+        },
+    }
+    real = work.collect("real")["features"]
+    seeds = args.seeds if model is not None else [None]
+    samples = [work.collect(work.seed_kind(seed) if model is not None else "generated") for seed in seeds]
+    found = [compare(real, one["features"]) for one in samples]
+    evaluation["generation"] = {
+        "protocol": {
+            "reference": train,
+            "num_samples": len(samples[0]["features"]),
+            "num_features": real.shape[1],
+            "seeds": seeds,
+            "latents": "N(0, I), temperature 1" if model is not None else "unknown",
+            "kernel_distance_std": "over 100 subsets of at most 1,000",
+            "num_neighbours": NUM_NEIGHBOURS,
+        },
+        "measures": {name: over_seeds([one[name] for one in found]) for name in GENERATION},
+    }
+    if found[0]["frechet_distance"] is None:
+        evaluation["generation"]["why_no_frechet_distance"] = (
+            f"{min(len(real), len(samples[0]['features']))} images of one kind are fewer than the {real.shape[1]} features."
+        )
+    if "test" in images:
+        test = work.collect("test")
+        protocol = {**held_out, "num_images": len(images["test"])}
+        # What a perfect model would get.
+        evaluation["floor"] = {
+            "protocol": {"reference": train, "compared": protocol},
+            "measures": compare(real, test["features"]),
+        }
+        if model is not None:
+            evaluation |= held_out_measures(work, test, protocol)
+    return evaluation, pictures(args, work, real, samples[0]["features"])
+
+
+def held_out_measures(work: Work, test: dict[str, torch.Tensor], protocol: dict) -> dict:
+    """Reconstruction, likelihood, and how well scores tell other images from the held-out ones."""
+    measures = {"mean_squared_error": test["error"].mean().item()}
+    measures |= {name: test[name].mean().item() for name in ("psnr", "ssim") if name in test}
+    of_features = compare(test["features"], test["reconstructed"])
+    measures |= {name: of_features[name] for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")}
+    sections = {"reconstruction": {"protocol": {**protocol, "latents": "posterior mean"}, "measures": measures}}
+    if work.num_likelihood_images > 0:
+        bounds = work.collect("likelihood")
+        sections["likelihood"] = {
+            "protocol": {
+                **protocol,
+                "num_images": work.num_likelihood_images,
+                "unit": "nats an image, density of images in [-1, 1]",
+                "variance": LIKELIHOOD_VARIANCE,
+                "importance_samples": work.args.importance_samples,
+            },
+            "measures": {name: value.double().mean().item() for name, value in bounds.items()},
+        }
+    others = [name for name in work.images if name.startswith("outside_")]
+    if others:
+        scores = [name for name in ("energy", "error") if name in test]
+        collected = {name.removeprefix("outside_"): work.collect(name) for name in others}
+        sections["out_of_distribution"] = {
+            "protocol": {
+                "inside": protocol,
+                "outside": {name: len(one["error"]) for name, one in collected.items()},
+                "measure": "AUROC: the share of pairs in which the other image has the higher score",
+                "error": "mean squared error of the model's own reconstruction",
+            },
+            "measures": {
+                name: {score: out_of_distribution_auroc(test[score], one[score]) for score in scores}
+                for name, one in collected.items()
+            },
+        }
+    return sections
+
+
+def pictures(args, work: Work, real: torch.Tensor, generated: torch.Tensor) -> dict[str, PIL.Image.Image]:
+    if work.model is not None:
+        first = work.model.sample(work.model.latents(args.num_samples, args.seeds[0])[:NUM_GRID_IMAGES])
+    else:
+        first = work.images["generated"][:NUM_GRID_IMAGES]
+    rows = min(NUM_NEIGHBOUR_ROWS, len(first))
+    count = min(NUM_NEIGHBOURS, len(real))
+    _, nearest = nearest_neighbours(generated[:rows], real, count)
+    neighbours = torch.cat([first[:rows, None], work.images["real"][nearest]], dim=1).flatten(0, 1)
+    scale = max(1, 64 // first.shape[-1])
+    return {
+        "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
+        "neighbours.png": image_grid(to_range(neighbours), num_columns=1 + count, scale=scale),
+    }
+
+
+def figure(value: float | None) -> str:
+    return "not given" if value is None else f"{value:.4g}"
+
+
+def table(evaluation: dict) -> str:
+    """The figures as a table in Markdown."""
+    lines = ["| measure | value | spread | of |", "|---|---|---|---|"]
+    generation = evaluation["generation"]
+    reference = generation["protocol"]["reference"]
+    of = (
+        f"{generation['protocol']['num_samples']:,} samples against {reference['num_images']:,} of {reference['data']} "
+        f"({reference['split']}), {evaluation['protocol']['features']}"
+    )
+    kernel_spread = generation["measures"]["kernel_distance_std"]["mean"]
+    for name, measure in generation["measures"].items():
+        if name == "kernel_distance_std":
+            continue
+        spread = "" if measure["std"] is None else f"{measure['std']:.2g} over {len(measure['values'])} seeds"
+        if name == "kernel_distance":
+            spread = ", ".join(part for part in (spread, f"{kernel_spread:.2g} over subsets") if part)
+        lines.append(f"| {name.replace('_', ' ')} | {figure(measure['mean'])} | {spread} | {of} |")
+    if "why_no_frechet_distance" in generation:
+        lines.append(f"| no Frechet distance | | | {generation['why_no_frechet_distance']} |")
+    if "floor" in evaluation:
+        compared = evaluation["floor"]["protocol"]["compared"]
+        of = f"{compared['num_images']:,} of {compared['data']} ({compared['split']}) in the place of samples"
+        measures = evaluation["floor"]["measures"]
+        lines.append(f"| Frechet distance, floor | {figure(measures['frechet_distance'])} | | {of} |")
+        lines.append(
+            f"| kernel distance, floor | {figure(measures['kernel_distance'])} | {measures['kernel_distance_std']:.2g} over "
+            f"subsets | {of} |"
+        )
+    for section in ("reconstruction", "likelihood"):
+        if section in evaluation:
+            protocol = evaluation[section]["protocol"]
+            of = f"{protocol['num_images']:,} of {protocol['data']} ({protocol['split']})"
+            if section == "likelihood":
+                of += (
+                    f", {protocol['unit']}, variance {protocol['variance']}, {protocol['importance_samples']} latents"
+                )
+            for name, value in evaluation[section]["measures"].items():
+                if name != "kernel_distance_std":
+                    title = "ELBO" if name == "elbo" else name.replace("_", " ")
+                    if section == "reconstruction":
+                        title = f"reconstruction, {title}"
+                    elif name == "importance_weighted":
+                        title = "importance-weighted bound"
+                    lines.append(f"| {title} | {figure(value)} | | {of} |")
+    for name, scores in evaluation.get("out_of_distribution", {}).get("measures", {}).items():
+        for score, value in scores.items():
+            title = "energy" if score == "energy" else "reconstruction error"
+            lines.append(f"| {title} tells {name} apart, AUROC | {figure(value)} | | |")
+    return "\n".join(lines)

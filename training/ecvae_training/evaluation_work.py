@@ -1,0 +1,185 @@
+"""What `evaluate.py` computes image by image, in parts: features, energies, errors, bounds."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers.energy import compute_energy, frozen
+from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.metrics import reconstruction_metrics
+from ecvae_diffusers.variational import likelihood_bounds, squared_error
+from ecvae_training.evaluation import load_features
+from ecvae_training.evaluation_parts import Parts
+from ecvae_training.images import to_range, to_uint8
+
+
+PART_SIZE = 250
+LIKELIHOOD_PART_SIZE = 8
+# What the training loss stands for at beta 1.
+LIKELIHOOD_VARIANCE = 0.5
+LEAST_SIZE_FOR_SSIM = 11
+
+
+class EvaluatedModel:
+    """
+    A pipeline under evaluation, in float32.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        revision (`str`, *optional*): Of a Hub id.
+        device (`torch.device`): Where it computes.
+
+    Raises:
+        OSError, ValueError: if it can't be loaded.
+    """
+
+    def __init__(self, name: str, revision: str | None, device: torch.device):
+        pipeline = ECVAEPipeline.from_pretrained(name, revision=revision)
+        pipeline.set_progress_bar_config(disable=True)
+        self.name = Path(name).resolve().name if os.path.isdir(name) else name
+        self.pipeline = pipeline.to(device)
+        self.fingerprint = weights_fingerprint(pipeline)
+        self.resolution, self.channels = pipeline.vae.config.sample_size, pipeline.vae.config.in_channels
+        self.device = device
+
+    def latents(self, count: int, seed: int) -> torch.Tensor:
+        """Always the same ones for a seed, and the first ones of a larger count."""
+        shape = (count, self.pipeline.vae.config.latent_channels, 1, 1)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def sample(self, latents: torch.Tensor) -> torch.Tensor:
+        """uint8 images: what a reader of PNG files would get."""
+        images = self.pipeline(len(latents), latents=latents.to(self.device), output_type="pt").images
+        return to_uint8(images.cpu() * 2 - 1)
+
+    @torch.no_grad()
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] by way of the mean of their latents."""
+        vae = self.pipeline.vae
+        return vae.decode(vae.encode(images).latent_dist.mode()).sample.float()
+
+    @torch.no_grad()
+    def energy(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of images in [-1, 1]; nothing where there is no energy model."""
+        if self.pipeline.energy_model is None:
+            return {}
+        with frozen(self.pipeline.energy_model):
+            return {"energy": compute_energy(self.pipeline.energy_model, images)}
+
+
+class Work:
+    """
+    Args:
+        args: The command line.
+        accelerator ([`Accelerator`]): Each process does its share.
+        model ([`EvaluatedModel`], *optional*): `None` for a folder of generated images.
+        images (`dict`): uint8 images by name: `real`, `test`, `generated`, and `outside_...` of other data.
+        parts ([`Parts`]): Keeps what is done.
+    """
+
+    def __init__(
+        self,
+        args,
+        accelerator: Accelerator,
+        model: EvaluatedModel | None,
+        images: dict[str, torch.Tensor],
+        parts: Parts,
+    ):
+        self.args, self.model, self.images, self.parts = args, model, images, parts
+        self.device = accelerator.device
+        self.features = load_features(args.features, accelerator.device, argument="features")
+
+    def split(self, images: torch.Tensor, index: int, size: int = PART_SIZE) -> torch.Tensor:
+        return images[index * size : (index + 1) * size]
+
+    def batches(self, images: torch.Tensor):
+        return images.split(self.args.batch_size)
+
+    def features_of(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.features(batch.to(self.device)).cpu() for batch in self.batches(images)])
+
+    def gather(self, images: torch.Tensor, function) -> dict[str, torch.Tensor]:
+        """What `function` makes of images in [-1, 1], batch by batch."""
+        found = [function(to_range(batch.to(self.device))) for batch in self.batches(images)]
+        return {name: torch.cat([one[name].cpu() for one in found]) for name in found[0]}
+
+    def count(self, total: int, size: int = PART_SIZE) -> int:
+        return -(-total // size)
+
+    def seed_kind(self, seed: int) -> str:
+        return f"samples_{seed}"
+
+    @property
+    def num_likelihood_images(self) -> int:
+        return min(self.args.num_likelihood_images, len(self.images.get("test", ())))
+
+    def do(self) -> None:
+        """Make all parts that are not there yet."""
+        for name, images in self.images.items():
+            if name == "test":
+                self.parts.make(name, self.count(len(images)), self.test_part)
+            elif name.startswith("outside_"):
+                make = lambda index, images=images: self.gather(self.split(images, index), self.scores)  # noqa: E731
+                self.parts.make(name, self.count(len(images)), make)
+            else:  # real, generated
+                make = lambda index, images=images: {"features": self.features_of(self.split(images, index))}  # noqa: E731
+                self.parts.make(name, self.count(len(images)), make)
+        if self.model is None:
+            return
+        for seed in self.args.seeds:
+            latents = self.model.latents(self.args.num_samples, seed)
+            make = lambda index, latents=latents: self.sample_part(self.split(latents, index))  # noqa: E731
+            self.parts.make(self.seed_kind(seed), self.count(self.args.num_samples), make)
+        if self.num_likelihood_images > 0:
+            count = self.count(self.num_likelihood_images, LIKELIHOOD_PART_SIZE)
+            self.parts.make("likelihood", count, self.likelihood_part)
+
+    def collect(self, name: str) -> dict[str, torch.Tensor]:
+        total = self.args.num_samples if name.startswith("samples_") else len(self.images.get(name, ()))
+        if name == "likelihood":
+            return self.parts.collect(name, self.count(self.num_likelihood_images, LIKELIHOOD_PART_SIZE))
+        return self.parts.collect(name, self.count(total))
+
+    def scores(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What may tell one kind of images from another."""
+        return self.model.energy(images) | {"error": squared_error(images, self.model.reconstruct(images))}
+
+    def sample_part(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        samples = torch.cat([self.model.sample(batch) for batch in self.batches(latents)])
+        return {"features": self.features_of(samples)} | self.gather(samples, self.model.energy)
+
+    def test_part(self, index: int) -> dict[str, torch.Tensor]:
+        images = self.split(self.images["test"], index)
+        found = {"features": self.features_of(images)}
+        if self.model is None:
+            return found
+
+        def measured(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            reconstructed = self.model.reconstruct(batch)
+            scores = self.model.energy(batch) | {"error": squared_error(batch, reconstructed)}
+            scores["reconstructed"] = to_uint8(reconstructed)
+            if self.model.resolution >= LEAST_SIZE_FOR_SSIM:
+                scores |= reconstruction_metrics((reconstructed.clamp(-1, 1) + 1) / 2, (batch + 1) / 2)
+            return scores
+
+        found |= self.gather(images, measured)
+        return found | {"reconstructed": self.features_of(found["reconstructed"])}
+
+    def likelihood_part(self, index: int) -> dict[str, torch.Tensor]:
+        vae, test = self.model.pipeline.vae, self.images["test"][: self.num_likelihood_images]
+        images = to_range(self.split(test, index, LIKELIHOOD_PART_SIZE).to(self.device))
+        with torch.no_grad():
+            posterior = vae.encode(images).latent_dist
+        bounds = likelihood_bounds(
+            images,
+            posterior,
+            lambda latents: vae.decode(latents).sample,
+            self.args.importance_samples,
+            LIKELIHOOD_VARIANCE,
+            torch.Generator().manual_seed(index),
+            batch_size=max(self.args.batch_size, len(images)),
+        )
+        return dict(bounds)

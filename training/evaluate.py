@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Measure a model, or a folder of generated images, against data: `accelerate launch training/evaluate.py --help`.
+
+Writes `evaluation.json` (every figure beside its protocol), `samples.png` and `neighbours.png` (samples, each beside the
+training images that are nearest to it). Any number of processes gives the same figures. One that was cut off goes on
+where it was when it is started again with the same arguments.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ecvae_training.evaluation_data import draw_images, open_source
+from ecvae_training.evaluation_parts import Parts, write_atomically
+from ecvae_training.evaluation_summary import summarize, table
+from ecvae_training.evaluation_work import EvaluatedModel, Work
+from ecvae_training.output import save_atomically
+
+
+EVALUATION_FILE = "evaluation.json"
+PARTS_FOLDER = ".parts"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--pretrained_model_name_or_path", help="Pipeline: folder or Hub id.")
+    what.add_argument("--generated_image_dir", help="Or a folder of images that any model has made.")
+    parser.add_argument("--revision", help="Branch or commit of a Hub id.")
+    parser.add_argument("--dataset_name", help="The data: Hub id, or a folder.")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--image_column", help="If the data set has several columns of images.")
+    parser.add_argument("--cache_dir")
+    parser.add_argument("--train_split", default="train", help="What samples are measured against.")
+    parser.add_argument("--test_split", default="test", help="What the model has not seen. 'none' if there is none.")
+    parser.add_argument("--train_data_dir", help="Folder of images instead of --dataset_name.")
+    parser.add_argument("--test_data_dir", help="Folder of images instead of --test_split.")
+    parser.add_argument(
+        "--out_of_distribution", nargs="+", default=[], metavar="NAME=SOURCE",
+        help="Other data that the energy should tell from the model's: folder of images or data set (its --test_split).",
+    )  # fmt: skip
+    parser.add_argument("--output_dir", required=True, help="Where to write. Must not hold an evaluation.")
+    parser.add_argument("--resolution", type=int, help="That of the model, or of the generated images, if not given.")
+    parser.add_argument("--num_samples", type=int, default=10_000, help="Generated images, for each seed.")
+    parser.add_argument("--num_reference", type=int, default=10_000, help="Training images, drawn at random.")
+    parser.add_argument("--num_test", type=int, default=10_000, help="Test images, drawn at random.")
+    parser.add_argument(
+        "--num_likelihood_images", type=int, default=128, help="Of the test images. 0 leaves the bound out."
+    )
+    parser.add_argument("--importance_samples", type=int, default=500, help="Latents an image of the bound.")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="Of the latents; a row of samples each."
+    )
+    parser.add_argument(
+        "--features", default="lite0",
+        help="'lite0', 'digits', 'inception' or a vision model of transformers such as 'facebook/dinov2-base'.",
+    )  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=50, help="Images at a time.")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    for name in ("num_samples", "num_reference", "num_test", "importance_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
+    if args.num_likelihood_images < 0:
+        parser.error(f"--num_likelihood_images must be at least 0, but is {args.num_likelihood_images}.")
+    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
+        parser.error(f"--seeds must be different numbers of at least 0, but are {args.seeds}.")
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("the data must be given by either --dataset_name or --train_data_dir.")
+    names = [source.partition("=")[0] for source in args.out_of_distribution]
+    if any("=" not in source or not name for source, name in zip(args.out_of_distribution, names)):
+        parser.error(f"--out_of_distribution must be NAME=SOURCE, but is {' '.join(args.out_of_distribution)!r}.")
+    if len({*names, "noise"}) != len(names) + 1:
+        parser.error(f"--out_of_distribution must have different names, none of them 'noise', but has {names}.")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        parser.error(f"--output_dir must be a folder, but {args.output_dir!r} is a file.")
+    if (output_dir / EVALUATION_FILE).exists():
+        parser.error(f"--output_dir {args.output_dir!r} holds an {EVALUATION_FILE}: give another folder.")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    main_process, output_dir = accelerator.is_main_process, Path(args.output_dir)
+    model = None
+    if args.pretrained_model_name_or_path is not None:
+        model = EvaluatedModel(args.pretrained_model_name_or_path, args.revision, accelerator.device)
+    images = {}
+
+    def draw(name: str, argument: str, source: str, split: str, count: int | None) -> None:
+        opened = open_source(argument, source, split, args.dataset_config_name, args.image_column, args.cache_dir)
+        images[name] = draw_images(opened, count, resolution, channels, 0, main_process)
+
+    if model is not None:
+        resolution, channels = model.resolution, model.channels
+        if args.resolution not in (None, resolution):
+            raise ValueError(f"--resolution must be the model's ({resolution}), but is {args.resolution}.")
+    else:
+        from ecvae_training.data import GRAY_MODES, open_image
+
+        generated = open_source("generated_image_dir", args.generated_image_dir, "train", None, None, None)
+        with open_image(generated[0]["image"]) as first:
+            resolution, channels = args.resolution or min(first.size), 1 if first.mode in GRAY_MODES else 3
+        images["generated"] = draw_images(generated, None, resolution, channels, 0, main_process)
+    source = args.train_data_dir or args.dataset_name
+    draw(
+        "real",
+        "train_data_dir" if args.train_data_dir else "dataset_name",
+        source,
+        args.train_split,
+        args.num_reference,
+    )
+    if args.test_data_dir is not None:
+        draw("test", "test_data_dir", args.test_data_dir, args.test_split, args.num_test)
+    elif args.dataset_name is not None and args.test_split != "none":
+        draw("test", "dataset_name", args.dataset_name, args.test_split, args.num_test)
+    if model is not None:
+        for source in args.out_of_distribution:
+            name, _, where = source.partition("=")
+            draw(f"outside_{name}", "out_of_distribution", where, args.test_split, args.num_test)
+        if "test" in images:
+            noise = torch.Generator().manual_seed(0)
+            images["outside_noise"] = torch.randint(
+                256,
+                (min(len(images["test"]), 1000), channels, resolution, resolution),
+                generator=noise,
+                dtype=torch.uint8,
+            )
+
+    identity = {name: value for name, value in vars(args).items() if name not in ("output_dir", "cache_dir")}
+    identity |= {"weights": model.fingerprint if model is not None else None}
+    identity |= {f"images of {name}": len(some) for name, some in images.items()}
+    parts = Parts(output_dir / PARTS_FOLDER, accelerator, identity)
+    work = Work(args, accelerator, model, images, parts)
+    work.do()
+    # What is left is the main process's: torchmetrics would wait for the others.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if main_process:
+        evaluation, pictures = summarize(args, work)
+        for name, picture in pictures.items():
+            save_atomically(picture, output_dir / name)
+        write_atomically(output_dir / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+        parts.remove()
+        print(table(evaluation))
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        main(arguments)
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"evaluate.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: interrupted: started again with the same arguments it goes on.")
