@@ -24,6 +24,9 @@ HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: chang
 REPLACEMENTS = {
     "        write_card(self, save_directory)\n": "",
     "        write_restoration_code(save_directory)\n": "",
+    "    push_to_hub = push_to_hub\n\n": "",
+    "        upload = upload_arguments(save_directory, kwargs)\n": "",
+    "        if upload is not None:\n            upload_folder(save_directory, **upload)\n": "",
     "single_file_source(type(self))": 'Path(__file__).read_text(encoding="utf-8")',
     "from ecvae_diffusers import ECVAEPipeline": "from diffusers import DiffusionPipeline",
     'ECVAEPipeline.from_pretrained("path/or/hub-id")': 'DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)',
@@ -31,7 +34,9 @@ REPLACEMENTS = {
     'ECVAERestorationPipeline.from_pretrained("path/or/hub-id")': "DiffusionPipeline.from_pretrained(\n"
     '        ...     "path/or/hub-id", custom_pipeline="restoration", trust_remote_code=True\n        ... )',
 }
-PACKAGE_ONLY = {"single_file_source", "write_card", "write_restoration_code"}
+PACKAGE_ONLY = {
+    "push_to_hub", "single_file_source", "upload_arguments", "upload_folder", "write_card", "write_restoration_code",
+}  # fmt: skip
 
 
 def local_definitions(tree: ast.Module) -> dict[str, ast.stmt]:

@@ -26,6 +26,7 @@ ROUTES = [
     ("GET", rf"/api/models/{ID}(/revision/(?P<revision>[^/]+))?", "info"),
     ("GET", rf"/api/models/{ID}/tree/(?P<revision>[^/]+)", "tree"),
     ("POST", r"/api/repos/create", "create"),
+    ("POST", rf"/api/models/{ID}/branch/(?P<revision>[^/]+)", "branch"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("POST", rf"/api/models/{ID}/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)", "commit"),
@@ -53,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if method == self.command and match:
                 try:
+                    self.fail_as_told(action, match.groupdict().get("id"))
                     getattr(self, action)(**match.groupdict())
                 except HubError as error:
                     self.answer(b"", status=error.status, headers={"X-Error-Code": error.code})
@@ -73,12 +75,24 @@ class Handler(BaseHTTPRequestHandler):
     def answer_json(self, value: dict | list, status: int = 200) -> None:
         self.answer(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
+    def fail_as_told(self, action: str, id: str | None) -> None:
+        statuses = self.server.hub.failures.get((action, id))
+        if statuses:
+            raise HubError(statuses.pop(0), "Unavailable")
+
+    def require_write_access(self, id: str) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.server.hub.users:
+            raise HubError(401, "Unauthorized")
+        if id.split("/")[0] != self.server.hub.users[token]:
+            raise HubError(403, "Forbidden")
+
     def at(self, id: str, revision: str | None) -> tuple[str, dict[str, bytes]]:
-        """The commit id and the files of a repository at a revision: `main` or a commit id."""
+        """The commit id and the files of a repository at a revision: a branch or a commit id."""
         commits = self.server.hub.repositories.get(id)
         if commits is None:
             raise HubError(404, "RepoNotFound")
-        sha = list(commits)[-1] if revision in (None, "main") else revision
+        sha = self.server.hub.heads[id].get(revision or "main", revision)
         if sha not in commits:
             raise HubError(404, "RevisionNotFound")
         return sha, commits[sha]
@@ -105,15 +119,26 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         request = json.loads(self.body)
         id = f"{request.get('organization') or 'user'}/{request['name']}"
+        self.require_write_access(id)
         status = 409 if id in self.server.hub.repositories else 200
         if status == 200:
             self.server.hub.commit(id, {})
+            self.server.hub.private[id] = request.get("visibility") == "private"
         self.answer_json({"url": f"{self.server.hub.url}/{id}", "name": id, "id": id}, status)
+
+    def branch(self, id: str, revision: str) -> None:
+        self.require_write_access(id)
+        sha, _ = self.at(id, json.loads(self.body or b"{}").get("startingPoint"))
+        if revision in self.server.hub.heads[id]:
+            raise HubError(409, "Conflict")
+        self.server.hub.heads[id][revision] = sha
+        self.answer_json({})
 
     def validate(self) -> None:
         self.answer_json({"errors": [], "warnings": []})
 
     def preupload(self, id: str, revision: str) -> None:
+        self.require_write_access(id)
         self.at(id, revision)
         files = [
             {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
@@ -122,6 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer_json({"files": files})
 
     def commit(self, id: str, revision: str) -> None:
+        self.require_write_access(id)
         files = dict(self.at(id, revision)[1])
         for line in self.body.splitlines():
             operation = json.loads(line)
@@ -129,15 +155,23 @@ class Handler(BaseHTTPRequestHandler):
                 files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
             elif operation["key"] == "deletedFile":
                 del files[operation["value"]["path"]]
-        sha = self.server.hub.commit(id, files)
+        sha = self.server.hub.commit(id, files, revision)
         self.answer_json({"commitOid": sha, "commitUrl": f"{self.server.hub.url}/{id}/commit/{sha}"})
 
 
 class HubServer:
-    """The server, from `__enter__` to `__exit__`; `repositories` maps an id to its commits, oldest first."""
+    """
+    The server, from `__enter__` to `__exit__`; `repositories` maps an id to its commits, oldest first. A token belongs to
+    one of `users`, who writes to repositories of that name. `failures` are the statuses that the next
+    calls of an action on a repository get.
+    """
 
     def __init__(self):
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.heads: dict[str, dict[str, str]] = {}
+        self.private: dict[str, bool] = {}
+        self.users = {"hf_token": "user"}
+        self.failures: dict[tuple[str, str], list[int]] = {}
         self.unknown_requests: list[str] = []
 
     def __enter__(self) -> "HubServer":
@@ -152,19 +186,20 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    def commit(self, id: str, files: dict[str, bytes]) -> str:
-        """Make `files` the content of a repository, which need not exist yet; returns the commit id."""
+    def commit(self, id: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Make `files` the content of a repository's branch, neither of which need exist yet; returns the commit id."""
         commits = self.repositories.setdefault(id, {})
         sha = hashlib.sha1(f"{id} {len(commits)}".encode()).hexdigest()
         commits[sha] = files
+        self.heads.setdefault(id, {})[branch] = sha
         return sha
 
     def add_folder(self, id: str, folder: Path) -> None:
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         self.commit(id, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
 
-    def files(self, id: str) -> dict[str, bytes]:
-        return list(self.repositories[id].values())[-1]
+    def files(self, id: str, branch: str = "main") -> dict[str, bytes]:
+        return self.repositories[id][self.heads[id][branch]]
 
     def environment(self, home: Path) -> dict[str, str]:
         """The environment of a process whose Hub is this server, with its caches and dynamic modules under `home`."""

@@ -492,7 +492,8 @@ class ECVAEPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
         """
-        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`].
+        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
+        [`DiffusionPipeline.save_pretrained`].
 
         Raises:
             ValueError: if `safe_serialization` is False: weights are safetensors only.

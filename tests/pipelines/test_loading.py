@@ -231,9 +231,7 @@ def test_a_pushed_pipeline_is_self_contained(with_package, hub, saved, reference
     assert "error" not in case, case["error"]
     assert case["images"] == sample(reference).tolist()
     pushed, expected = hub.files("user/pushed"), files(saved)
-    # The card is diffusers' own there, and the Hub's client adds a .gitattributes of its own.
-    for path in set(expected) - {"README.md"}:
-        assert pushed[path] == expected[path], path
+    assert {path: pushed[path] for path in expected} == expected
 
 
 def test_the_client_used_only_what_the_server_knows(with_package, without_package, hub):

@@ -17,6 +17,7 @@ from ..hub import self_contained_index, single_file_source, write_card, write_co
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..schedulers.scheduling_langevin import LangevinScheduler
+from ..upload import push_to_hub, upload_arguments, upload_folder
 
 
 EXAMPLE_DOC_STRING = """
@@ -386,16 +387,22 @@ class ECVAEPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return energy
 
+    push_to_hub = push_to_hub
+
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
         """
-        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`].
+        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
+        [`DiffusionPipeline.save_pretrained`].
 
         Raises:
             ValueError: if `safe_serialization` is False: weights are safetensors only.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        upload = upload_arguments(save_directory, kwargs)
         super().save_pretrained(save_directory, **kwargs)
+        if upload is not None:
+            upload_folder(save_directory, **upload)
 
     def to_json_string(self) -> str:
         return self_contained_index(self, super().to_json_string())

@@ -23,6 +23,7 @@ from ..operators.linear_operator import LinearOperator, as_operator
 from ..operators.pixelwise import Inpainting
 from ..restoration import Canvas, Likelihood, draw, neural_transport
 from ..schedulers.scheduling_langevin import LangevinScheduler
+from ..upload import push_to_hub, upload_arguments, upload_folder
 
 
 EXAMPLE_DOC_STRING = """
@@ -438,16 +439,22 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
+    push_to_hub = push_to_hub
+
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
         """
-        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`].
+        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
+        [`DiffusionPipeline.save_pretrained`].
 
         Raises:
             ValueError: if `safe_serialization` is False: weights are safetensors only.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        upload = upload_arguments(save_directory, kwargs)
         super().save_pretrained(save_directory, **kwargs)
+        if upload is not None:
+            upload_folder(save_directory, **upload)
 
     def to_json_string(self) -> str:
         return self_contained_index(self, super().to_json_string())

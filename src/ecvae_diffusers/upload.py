@@ -1,0 +1,259 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Publishing a saved pipeline on the Hub: what may be published, and an upload that harms nothing that is there.
+
+The token comes from `hf auth login`, or from the environment variable `HF_TOKEN`, unless one is given.
+"""
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from .hub import CARD_MARKER
+
+
+INDEX = "model_index.json"
+CARD = "README.md"
+# Of the folder itself; a training run's other files stay at home.
+TOP_LEVEL = {INDEX, CARD, "pipeline.py", "restoration.py", "evaluation.json", "LICENSE"}
+PICTURES = {".png"}
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+COMPONENT_FILES = {".json", ".py", ".safetensors"}
+OUR_PIPELINES = {"ECVAEPipeline", "ECVAERestorationPipeline"}
+# Files that the Hub makes itself.
+HUB_FILES = {".gitattributes", CARD}
+WAITS = (1.0, 4.0)  # seconds before the second and the third try
+
+
+class UploadError(RuntimeError):
+    """A folder was not published; the message says why and what to do. Nothing of the folder was changed."""
+
+
+def files_to_publish(folder: str | os.PathLike) -> list[str]:
+    """
+    The files of a saved pipeline that belong on the Hub, relative to its folder: index, code, card, evaluation, pictures, and
+    configs, code and weights of its components.
+
+    Raises:
+        ValueError: if the folder holds no pipeline of ours, no card, a component without weights, a pickle among the
+            weights, weights that can't be read, or a text that names a path of this machine.
+    """
+    folder = Path(folder).resolve()
+    index = read_index(folder)
+    found = [path for path in folder.iterdir() if path.name in TOP_LEVEL or path.suffix in PICTURES]
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{str(folder)!r} has no {CARD}: save the pipeline again, which writes one.")
+    components = [
+        name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]
+    ]
+    for name in components:
+        files = sorted(path for path in (folder / name).glob("*") if path.is_file())
+        pickles = [path.name for path in files if path.suffix in PICKLES]
+        if pickles:
+            raise ValueError(
+                f"{str(folder / name)!r} holds {pickles[0]}, a pickle, which runs code when it is read: only safetensors are "
+                "published. Load it, save it anew, and remove it."
+            )
+        weights = [path for path in files if path.suffix == ".safetensors"]
+        if not weights and not (folder / name / "scheduler_config.json").is_file():
+            raise ValueError(f"{str(folder / name)!r} holds no safetensors: the component {name!r} has no weights.")
+        for path in weights:
+            check_safetensors(path)
+        found += [path for path in files if path.suffix in COMPONENT_FILES]
+    for path in found:
+        if path.suffix not in (".safetensors", *PICTURES):
+            check_text(path, folder)
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def read_index(folder: Path) -> dict:
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(folder)!r} holds no pipeline: its {INDEX} can't be read ({error}).") from error
+    if class_name(index) not in OUR_PIPELINES:
+        raise ValueError(
+            f"{str(folder)!r} holds a {class_name(index)}, but only {' and '.join(sorted(OUR_PIPELINES))} are published."
+        )
+    return index
+
+
+def class_name(index: dict) -> str | None:
+    name = index.get("_class_name")
+    return name[-1] if isinstance(name, list) and name else name
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises `ValueError` if a file is cut off or is no safetensors, which its header tells."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
+
+
+def check_text(path: Path, folder: Path) -> None:
+    """Raises `ValueError` if a text names the folder that it lies in, or the user's own one."""
+    text = path.read_text(encoding="utf-8")
+    for private in {str(folder), str(Path.home())} - {"/"}:
+        # Not as a part of a longer name.
+        if re.search(re.escape(private) + r"(?![\w.-])", text):
+            raise ValueError(
+                f"{str(path)!r} names {private!r}, a path of this machine: take it out before publishing."
+            )
+
+
+def upload_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """
+    Publish a saved pipeline as one commit. A repository that is not there is created; in one that is, files of the same name
+    are replaced (earlier commits keep them), but a card that somebody has edited stays.
+
+    Args:
+        folder (`str`): Of `save_pretrained`.
+        repo_id (`str`): `"user/name"`, or a name alone for one's own.
+        token (`str`, *optional*): That of `hf auth login` or `HF_TOKEN` if not given.
+        private (`bool`, *optional*): Whether a new repository is private. The account's default if not given.
+        revision (`str`, *optional*): Branch, created if it is not there. `main` if not given.
+        commit_message (`str`, *optional*): Title of the commit.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+
+    Returns:
+        `str`: URL of the commit, or of the pull request.
+
+    Raises:
+        ValueError: if the folder may not be published (see `files_to_publish`), or the repository's name is wrong.
+        UploadError: if the Hub can't be reached after three tries, refuses, or the repository holds something else.
+    """
+    files = files_to_publish(folder)
+    api = HfApi(token=token)
+
+    def attempt(what: str, call: Callable):
+        for wait in (*WAITS, None):
+            try:
+                return call()
+            except HFValidationError as error:
+                raise ValueError(f"`repo_id` must be 'user/name', but is {repo_id!r}: {error}") from error
+            except Exception as error:
+                if wait is None or not may_pass(error):
+                    if isinstance(error, HfHubHTTPError) or is_transport_error(error):
+                        raise UploadError(explanation(error, what, repo_id, api.endpoint)) from error
+                    raise
+                time.sleep(wait)
+
+    repo_id = attempt("create", lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision not in (None, "main"):
+        attempt("create a branch in", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    there = attempt("read", lambda: api.list_repo_files(repo_id, revision=revision))
+    if INDEX in there:
+        path = attempt("read", lambda: api.hf_hub_download(repo_id, INDEX, revision=revision))
+        other = class_name(json.loads(Path(path).read_text(encoding="utf-8")))
+        if other not in OUR_PIPELINES:
+            raise UploadError(f"{repo_id!r} holds a {other}, which would be lost: choose another name.")
+    elif set(there) - HUB_FILES:
+        raise UploadError(
+            f"{repo_id!r} holds other files, such as {sorted(set(there) - HUB_FILES)[0]!r}: choose another name."
+        )
+    if CARD in there:
+        path = attempt("read", lambda: api.hf_hub_download(repo_id, CARD, revision=revision))
+        if CARD_MARKER not in Path(path).read_text(encoding="utf-8"):
+            files = [name for name in files if name != CARD]
+    commit = attempt(
+        "write to",
+        lambda: api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=files,
+            commit_message=commit_message or "Upload an energy-calibrated VAE",
+            create_pr=create_pr,
+        ),
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def is_transport_error(error: Exception) -> bool:
+    # The client's transport is httpx, or by newer releases httpx2, and lets its errors through.
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("httpx")
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether another try may help."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and (error.response.status_code >= 500 or error.response.status_code == 429)
+    return is_transport_error(error)
+
+
+def explanation(error: Exception, what: str, repo_id: str, endpoint: str) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if status == 401:
+        return f"the Hub does not know the token (401): `hf auth login`, or set HF_TOKEN to a token that may write {repo_id!r}."
+    if status == 403:
+        return f"the token may not {what} {repo_id!r} (403): use one with write access, or choose a name of your own."
+    if status is not None:
+        return f"the Hub could not {what} {repo_id!r}: {error}"
+    return f"the Hub at {endpoint} can't be reached, {len(WAITS) + 1} times: {error}"
+
+
+def upload_arguments(save_directory: str | os.PathLike, kwargs: dict) -> dict | None:
+    """Take the arguments of `upload_folder` out of those of `save_pretrained`; `None` without `push_to_hub=True`."""
+    if not kwargs.pop("push_to_hub", False):
+        return None
+    names = ("token", "private", "revision", "commit_message", "create_pr")
+    found = {name: kwargs.pop(name) for name in names if name in kwargs}
+    return {"repo_id": kwargs.pop("repo_id", Path(save_directory).resolve().name), **found}
+
+
+def push_to_hub(
+    self: DiffusionPipeline,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """
+    Save the pipeline and publish it on the Hub: components, code and card. A card that somebody has edited there stays.
+
+    Args:
+        repo_id (`str`): `"user/name"`, or a name alone for one's own.
+        commit_message, private, token, create_pr, revision: As for [`~upload.upload_folder`].
+        safe_serialization (`bool`, *optional*, defaults to `True`): Weights are safetensors only.
+        variant (`str`, *optional*): Such as `"fp16"`: files of that name beside those that are there.
+
+    Returns:
+        `str`: URL of the commit, or of the pull request.
+
+    Raises:
+        ValueError, UploadError: as [`~upload.upload_folder`].
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+        return upload_folder(
+            folder,
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )

@@ -1,0 +1,254 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Publishing, with the Hub's real client against a server of ours: the client runs in one subprocess, the tests read what it saw."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from safetensors.torch import load_file
+
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers.hub import CARD_MARKER
+from ecvae_diffusers.upload import UploadError, files_to_publish, upload_arguments
+
+
+CLIENT = """
+import json, os, sys
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ecvae_diffusers import ECVAEPipeline, upload
+from ecvae_diffusers.upload import upload_folder
+
+folder, work = Path(sys.argv[1]), Path(sys.argv[2])
+upload.WAITS = (0.01, 0.02)
+seen = {}
+
+
+def tried(name, call):
+    try:
+        seen[name] = {"url": str(call())}
+    except Exception as error:
+        seen[name] = {"error": f"{type(error).__name__}: {error}"}
+
+
+pipe = ECVAEPipeline.from_pretrained(folder)
+tried("first", lambda: upload_folder(folder, "user/model", private=True))
+tried("second", lambda: upload_folder(folder, "user/model", commit_message="Again"))
+tried("variant", lambda: pipe.to(torch.float16).push_to_hub("user/model", variant="fp16"))
+tried("branch", lambda: upload_folder(folder, "user/model", revision="next"))
+tried("branch again", lambda: upload_folder(folder, "user/model", revision="next"))
+tried("own name", lambda: upload_folder(folder, "short"))
+tried("saved", lambda: pipe.to(torch.float32).save_pretrained(work / "saved", push_to_hub=True, repo_id="user/saved", private=False))
+tried("retried", lambda: upload_folder(folder, "user/retried"))
+tried("card", lambda: upload_folder(folder, "user/edited"))
+for taken in ("ddpm", "data"):
+    tried(taken, lambda: upload_folder(folder, f"user/{taken}"))
+tried("stranger", lambda: upload_folder(folder, "stranger/model"))
+tried("no such user", lambda: upload_folder(folder, "stranger/new"))
+tried("wrong token", lambda: upload_folder(folder, "user/model", token="hf_wrong"))
+tried("name", lambda: upload_folder(folder, "a/b/c"))
+tried("half", lambda: DiffusionPipeline.from_pretrained("user/model", variant="fp16"))
+tried("next", lambda: ECVAEPipeline.from_pretrained("user/model", revision="next"))
+(work / "seen.json").write_text(json.dumps(seen))
+"""
+
+UNREACHABLE = """
+import sys
+
+from ecvae_diffusers import upload
+
+upload.WAITS = (0.01, 0.02)
+try:
+    upload.upload_folder(sys.argv[1], "user/model")
+except upload.UploadError as error:
+    print(error)
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def saved(make_pipeline, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("upload") / "tiny"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(saved, tmp_path_factory):
+    work = tmp_path_factory.mktemp("client")
+    with HubServer() as server:
+        server.commit("user/ddpm", {"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
+        server.commit("user/data", {"train.csv": b"1,2"})
+        edited = {"model_index.json": b'{"_class_name": ["pipeline", "ECVAEPipeline"]}', "README.md": b"My own words."}
+        server.commit("user/edited", edited)
+        server.commit("stranger/model", files(saved))
+        server.failures = {("commit", "user/retried"): [500, 503]}
+        before = files(saved)
+        command = [sys.executable, "-c", CLIENT, str(saved), str(work)]
+        done = subprocess.run(
+            command, env=server.environment(work / "home"), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        server.seen = json.loads((work / "seen.json").read_text())
+        server.output = done.stdout + done.stderr
+        server.work = work
+        assert files(saved) == before
+        yield server
+
+
+def test_what_is_published_is_the_folder(hub, saved):
+    assert "commit/" in hub.seen["first"]["url"]
+    first = list(hub.repositories["user/model"].values())[1]
+    assert {path: first[path] for path in files(saved)} == files(saved)
+    assert hub.private["user/model"] is True
+
+
+def test_a_second_push_is_a_new_commit_and_loses_nothing(hub, saved):
+    assert hub.seen["second"]["url"] != hub.seen["first"]["url"]
+    assert len(hub.repositories["user/model"]) == 6  # empty, two pushes, the variant, two of the branch
+
+
+def test_a_variant_lies_beside_the_full_weights(hub, saved):
+    assert "error" not in hub.seen["variant"] and "error" not in hub.seen["half"]
+    published = hub.files("user/model")
+    half = "vae/diffusion_pytorch_model.fp16.safetensors"
+    (hub.work / "half.safetensors").write_bytes(published[half])
+    assert {value.dtype for value in load_file(hub.work / "half.safetensors").values()} == {torch.float16}
+    assert (
+        published["vae/diffusion_pytorch_model.safetensors"] == files(saved)["vae/diffusion_pytorch_model.safetensors"]
+    )
+
+
+def test_branches(hub, saved):
+    assert "error" not in hub.seen["branch"] and "error" not in hub.seen["branch again"]
+    assert "error" not in hub.seen["next"]
+    published = hub.files("user/model", "next")
+    assert {path: published[path] for path in files(saved)} == files(saved)
+
+
+def test_a_name_alone_is_one_of_ones_own(hub):
+    assert "error" not in hub.seen["own name"] and "user/short" in hub.repositories
+
+
+def test_saving_publishes_what_it_saved(hub):
+    assert hub.seen["saved"] == {"url": "None"} and hub.private["user/saved"] is False
+    published = hub.files("user/saved")
+    saved = files(hub.work / "saved")
+    assert {path: published[path] for path in saved} == saved
+
+
+def test_a_failed_upload_is_tried_again(hub, saved):
+    assert "error" not in hub.seen["retried"] and hub.failures == {("commit", "user/retried"): []}
+    published = hub.files("user/retried")
+    assert {path: published[path] for path in files(saved)} == files(saved)
+
+
+def test_an_edited_card_stays(hub, saved):
+    published = hub.files("user/edited")
+    assert published["README.md"] == b"My own words."
+    assert published["pipeline.py"] == files(saved)["pipeline.py"]
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("ddpm", "UploadError: 'user/ddpm' holds a DDPMPipeline, which would be lost: choose another name."),
+        ("data", "UploadError: 'user/data' holds other files, such as 'train.csv': choose another name."),
+        ("stranger", "UploadError: the token may not write to 'stranger/model' (403): use one with write access"),
+        ("no such user", "UploadError: the token may not create 'stranger/new' (403)"),
+        ("wrong token", "UploadError: the Hub does not know the token (401): `hf auth login`, or set HF_TOKEN"),
+        ("name", "ValueError: `repo_id` must be 'user/name', but is 'a/b/c'"),
+    ],
+)
+def test_refusals_in_one_error(hub, case, message):
+    assert hub.seen[case].get("error", "").startswith(message), hub.seen[case]
+
+
+def test_what_others_have_there_stays(hub, saved):
+    assert list(hub.files("user/data")) == ["train.csv"] and list(hub.files("user/ddpm")) == ["model_index.json"]
+    assert len(hub.repositories["stranger/model"]) == 1
+
+
+def test_no_token_in_any_output_and_nothing_unknown_asked(hub):
+    assert "hf_token" not in hub.output and "hf_wrong" not in json.dumps(hub.seen)
+    assert hub.unknown_requests == []
+
+
+def test_an_unreachable_hub(saved, tmp_path):
+    with HubServer() as server:
+        environment = server.environment(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, "-c", UNREACHABLE, str(saved)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"the Hub at {server.url} can't be reached, 3 times: ")
+
+
+def copy(saved: Path, folder: Path) -> Path:
+    ECVAEPipeline.from_pretrained(saved).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_folder_publishes_its_pipeline_alone(saved, tmp_path):
+    folder = copy(saved, tmp_path / "run")
+    expected = files_to_publish(folder)
+    assert {"model_index.json", "README.md", "pipeline.py", "restoration.py", "vae/autoencoder_ec.py"} < set(expected)
+    assert set(expected) == set(files(folder))
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "optimizer.bin").write_bytes(b"")
+    (folder / "metrics.jsonl").write_text("{}")
+    (folder / "training_args.json").write_text("{}")
+    assert files_to_publish(folder) == expected
+    (folder / "samples.png").write_bytes(b"")
+    assert files_to_publish(folder) == sorted([*expected, "samples.png"])
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda folder: (folder / "vae" / "pytorch_model.bin").write_bytes(b""), "holds pytorch_model.bin, a pickle"),
+        (lambda folder: cut(folder / "vae" / "diffusion_pytorch_model.safetensors"), "is damaged"),
+        (lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "'vae' has no weights"),
+        (lambda folder: (folder / "README.md").unlink(), "has no README.md"),
+        (lambda folder: (folder / "README.md").write_text(f"made in {Path.home()}"), "a path of this machine"),
+        (lambda folder: (folder / "README.md").write_text(f"see {folder}"), "a path of this machine"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "its model_index.json can't be read"),
+        (lambda folder: (folder / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}'), "holds a DDPMPipeline"),
+    ],
+)  # fmt: skip
+def test_what_may_not_be_published(harm, message, saved, tmp_path):
+    folder = copy(saved, tmp_path / "run")
+    harm(folder)
+    with pytest.raises(ValueError, match=message):
+        files_to_publish(folder)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def test_a_home_of_another_name_is_no_path_of_this_machine(saved, tmp_path):
+    folder = copy(saved, tmp_path / "run")
+    card = (folder / "README.md").read_text()
+    assert CARD_MARKER in card
+    (folder / "README.md").write_text(f"{card}\n{Path.home()}-made")
+    files_to_publish(folder)
+
+
+def test_arguments_of_an_upload_are_taken_out():
+    kwargs = {"push_to_hub": True, "repo_id": "user/x", "private": True, "variant": "fp16"}
+    assert upload_arguments("folder", kwargs) == {"repo_id": "user/x", "private": True}
+    assert kwargs == {"variant": "fp16"}
+    assert upload_arguments("some/folder", {"push_to_hub": True}) == {"repo_id": "folder"}
+    assert upload_arguments("folder", {"push_to_hub": False, "variant": None}) is None
+    assert issubclass(UploadError, RuntimeError)
