@@ -24,6 +24,7 @@ import torch
 
 import ecvae_diffusers
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
+from ecvae_training.curves import plot_curves
 from ecvae_training.digits import (
     NUM_TRAIN,
     SIZE,
@@ -67,36 +68,6 @@ def labelled_row(parts: list[tuple[str, PIL.Image.Image]]) -> PIL.Image.Image:
         row.paste(picture.convert("RGB"), (x, title))
         x += picture.width + gap
     return row
-
-
-def plot_calibration(records: list[dict], path: Path) -> None:
-    """The dual variable, the constraint against its tolerance, the drift and the energy gap over the iterations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [record["step"] for record in records]
-
-    def values(name: str) -> list[float]:
-        return [record[name] for record in records]
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-    axes[0, 0].plot(steps, values("dual"))
-    axes[0, 0].set_title("dual variable $\\lambda$")
-    axes[0, 1].plot(steps, values("constraint"), label="constraint")
-    axes[0, 1].plot(steps, values("tolerance"), "--", label="tolerance $\\epsilon$")
-    axes[0, 1].plot(steps, values("noise_floor"), ":", label="noise floor")
-    axes[0, 1].set_title("constraint (squared error summed over an image)")
-    axes[0, 1].legend()
-    axes[1, 0].plot(steps, values("drift"))
-    axes[1, 0].set_title("drift of the chain (RMS a pixel)")
-    axes[1, 1].plot(steps, [fake - real for fake, real in zip(values("energy_targets"), values("energy_real"))])
-    axes[1, 1].set_title("energy gap: calibrated samples minus data")
-    for axis in axes[1]:
-        axis.set_xlabel("iteration")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def restore_digits(pipeline: ECVAEPipeline, clean: torch.Tensor, output_dir: Path) -> None:
@@ -178,7 +149,7 @@ def main() -> None:
     path = pipeline.interpolate(ends[:8], ends[8:], num_steps=10, output_type="pt").images
     image_grid(path * 2 - 1, 10, scale=3).save(args.output_dir / "interpolation.png")
     labelled_row(grids).save(args.output_dir / "comparison.png")
-    plot_calibration(read_metrics(args.output_dir / "ecvae" / METRICS_FILE), args.output_dir / "calibration.png")
+    plot_curves(read_metrics(args.output_dir / "ecvae" / METRICS_FILE), args.output_dir / "calibration.png")
     restore_digits(pipeline, held_out[:8], args.output_dir)
     metrics["seconds"] = round(time.time() - started)
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

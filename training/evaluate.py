@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ecvae_diffusers.cards import evaluation_table
 from ecvae_training.evaluation_data import draw_images, open_source
 from ecvae_training.evaluation_parts import Parts, write_atomically
-from ecvae_training.evaluation_summary import summarize, table
+from ecvae_training.evaluation_summary import summarize
 from ecvae_training.evaluation_work import EvaluatedModel, Work
 from ecvae_training.output import save_atomically
 
@@ -157,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
             save_atomically(picture, output_dir / name)
         write_atomically(output_dir / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
         parts.remove()
-        print(table(evaluation))
+        print(evaluation_table(evaluation))
 
 
 if __name__ == "__main__":

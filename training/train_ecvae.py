@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
+from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
 from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup, squared_error
 from ecvae_training.arguments import parse_args
 from ecvae_training.checkpoints import SavingFailed
@@ -101,6 +102,9 @@ def main(args) -> None:
     if checkpoint is not None:
         check_resumed_arguments(output_dir, vars(args))
     accelerator = build_accelerator(args)
+    repository = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        open_repository(repository, private=args.hub_private_repo, revision=args.hub_revision)
 
     # Opened, checked and decoded before anything is written. A wrong model is told first: it takes seconds.
     pretrained = (None, None)
@@ -129,13 +133,21 @@ def main(args) -> None:
     except Stopped:
         trainer.close()
         raise
+    main_process = accelerator.is_main_process
     trainer.close()
+    if args.push_to_hub and main_process:
+        url = upload_folder(output_dir, repository, private=args.hub_private_repo, revision=args.hub_revision)
+        logger.info(f"Published: {url}")
 
 
 if __name__ == "__main__":
     arguments = parse_args()
     try:
         main(arguments)
+    except UploadError as error:
+        saved = (Path(arguments.output_dir) / "model_index.json").is_file()
+        what_to_do = f" The model is saved: training/publish.py {arguments.output_dir} uploads it." if saved else ""
+        sys.exit(f"train_ecvae.py: error: --push_to_hub: {error}{what_to_do}")
     except (ValueError, ImportError, FloatingPointError, SavingFailed) as error:
         sys.exit(f"train_ecvae.py: error: {error}")
     except Stopped as message:

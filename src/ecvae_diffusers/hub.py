@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Writes a pipeline's folder so that it holds all that is needed to load it, code and card included."""
+"""Writes a pipeline's folder so that it holds all that is needed to load it, code included."""
 
 import hashlib
 import inspect
@@ -9,13 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData
-
-
-# Stands in every card that `write_card` wrote; a card without it is somebody's work.
-CARD_MARKER = (
-    "<!-- Written by ecvae_diffusers on saving, and again at each saving: take this line out to keep your changes. -->"
-)
 
 
 def packaged_file(name: str) -> Path:
@@ -104,28 +97,3 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
             config = json.loads(config_file.read_text(encoding="utf-8"))
             if config.pop("_name_or_path", None) is not None:
                 config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_card(pipeline: DiffusionPipeline, save_directory: str | Path) -> None:
-    """Write `README.md` from `model_cards/template.md`, unless there is one that is not, or no more, ours."""
-    path = Path(save_directory) / "README.md"
-    if path.exists() and CARD_MARKER not in path.read_text(encoding="utf-8"):
-        return
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "ecvae", "energy-based-model", "unconditional-image-generation"],
-    )
-    vae = pipeline.vae.config
-    card = ModelCard.from_template(
-        data,
-        template_path=str(packaged_file("model_cards/template.md")),
-        card_marker=CARD_MARKER,
-        pipeline_class=type(pipeline).__name__,
-        sample_size=vae.sample_size,
-        in_channels=vae.in_channels,
-        latent_channels=vae.latent_channels,
-        num_decoder_parameters=sum(p.numel() for p in pipeline.vae.decoder.parameters()),
-        has_energy_model=pipeline.energy_model is not None,
-    )
-    path.write_text(str(card) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from .hub import CARD_MARKER
+from .cards import CARD_MARKER
 
 
 INDEX = "model_index.json"
@@ -142,50 +142,76 @@ def upload_folder(
         UploadError: if the Hub can't be reached after three tries, refuses, or the repository holds something else.
     """
     files = files_to_publish(folder)
-    api = HfApi(token=token)
+    api, repo_id, card_is_edited = open_repository(repo_id, token=token, private=private, revision=revision)
+    if card_is_edited:
+        files = [name for name in files if name != CARD]
 
-    def attempt(what: str, call: Callable):
-        for wait in (*WAITS, None):
-            try:
-                return call()
-            except HFValidationError as error:
-                raise ValueError(f"`repo_id` must be 'user/name', but is {repo_id!r}: {error}") from error
-            except Exception as error:
-                if wait is None or not may_pass(error):
-                    if isinstance(error, HfHubHTTPError) or is_transport_error(error):
-                        raise UploadError(explanation(error, what, repo_id, api.endpoint)) from error
-                    raise
-                time.sleep(wait)
-
-    repo_id = attempt("create", lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    if revision not in (None, "main"):
-        attempt("create a branch in", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    there = attempt("read", lambda: api.list_repo_files(repo_id, revision=revision))
-    if INDEX in there:
-        path = attempt("read", lambda: api.hf_hub_download(repo_id, INDEX, revision=revision))
-        other = class_name(json.loads(Path(path).read_text(encoding="utf-8")))
-        if other not in OUR_PIPELINES:
-            raise UploadError(f"{repo_id!r} holds a {other}, which would be lost: choose another name.")
-    elif set(there) - HUB_FILES:
-        raise UploadError(
-            f"{repo_id!r} holds other files, such as {sorted(set(there) - HUB_FILES)[0]!r}: choose another name."
-        )
-    if CARD in there:
-        path = attempt("read", lambda: api.hf_hub_download(repo_id, CARD, revision=revision))
-        if CARD_MARKER not in Path(path).read_text(encoding="utf-8"):
-            files = [name for name in files if name != CARD]
-    commit = attempt(
-        "write to",
-        lambda: api.upload_folder(
+    def commit():
+        return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
             allow_patterns=files,
             commit_message=commit_message or "Upload an energy-calibrated VAE",
             create_pr=create_pr,
-        ),
-    )
-    return commit.pr_url or commit.commit_url
+        )
+
+    made = attempt("write to", repo_id, api, commit)
+    return made.pr_url or made.commit_url
+
+
+def open_repository(
+    repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> tuple[HfApi, str, bool]:
+    """
+    Make sure that a pipeline can be published under a name, and create the repository and the branch if they are not there.
+    A training run asks at its start, so that hours later nothing is refused.
+
+    Returns:
+        The client, the repository's full name, and whether somebody has edited the card in it.
+
+    Raises:
+        ValueError: if the name is no repository's.
+        UploadError: if the Hub can't be reached, refuses, or the repository holds something else.
+    """
+    api = HfApi(token=token)
+
+    def ask(what: str, call: Callable):
+        return attempt(what, repo_id, api, call)
+
+    repo_id = ask("create", lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision not in (None, "main"):
+        ask("create a branch in", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+
+    def read(name: str) -> str:
+        return Path(ask("read", lambda: api.hf_hub_download(repo_id, name, revision=revision))).read_text(
+            encoding="utf-8"
+        )
+
+    there = ask("read", lambda: api.list_repo_files(repo_id, revision=revision))
+    if INDEX in there:
+        other = class_name(json.loads(read(INDEX)))
+        if other not in OUR_PIPELINES:
+            raise UploadError(f"{repo_id!r} holds a {other}, which would be lost: choose another name.")
+    elif set(there) - HUB_FILES:
+        found = sorted(set(there) - HUB_FILES)[0]
+        raise UploadError(f"{repo_id!r} holds other files, such as {found!r}: choose another name.")
+    return api, repo_id, CARD in there and CARD_MARKER not in read(CARD)
+
+
+def attempt(what: str, repo_id: str, api: HfApi, call: Callable):
+    """Up to three tries, as long as another may help; errors of the Hub and of the way to it as `UploadError`."""
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except HFValidationError as error:
+            raise ValueError(f"`repo_id` must be 'user/name', but is {repo_id!r}: {error}") from error
+        except Exception as error:
+            if wait is None or not may_pass(error):
+                if isinstance(error, HfHubHTTPError) or is_transport_error(error):
+                    raise UploadError(explanation(error, what, repo_id, api.endpoint)) from error
+                raise
+            time.sleep(wait)
 
 
 def is_transport_error(error: Exception) -> bool:

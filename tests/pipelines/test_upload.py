@@ -12,7 +12,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.hub import CARD_MARKER
+from ecvae_diffusers.cards import CARD_MARKER
 from ecvae_diffusers.upload import UploadError, files_to_publish, upload_arguments
 
 

@@ -67,6 +67,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for argument, (module, package) in needed.items():
         if importlib.util.find_spec(module) is None:
             parser.error(f"{argument} needs a package that is not installed: pip install '{package}'.")
+    hub = [name for name in ("hub_model_id", "hub_private_repo", "hub_revision") if getattr(args, name) is not None]
+    if hub and not args.push_to_hub:
+        parser.error(f"--{hub[0]} needs --push_to_hub.")
     if args.early_stopping_patience is not None and args.evaluation_steps is None:
         parser.error("--early_stopping_patience needs --evaluation_steps.")
     if args.streaming and (args.dataset_name is None or args.num_epochs is not None or args.in_channels is None):

@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_saving_arguments(parser.add_argument_group("saving and logging"))
     add_evaluation_arguments(parser.add_argument_group("evaluation"))
     add_guard_arguments(parser.add_argument_group("guard against divergence"))
+    add_hub_arguments(parser.add_argument_group("Hub (the token is that of `hf auth login`, or HF_TOKEN)"))
     return parser
 
 
@@ -320,6 +321,15 @@ def add_guard_arguments(guard) -> None:
 
 # The command line may give the one where the config file gives the other.
 EITHER_OR = (("dataset_name", "train_data_dir"), ("num_epochs", "max_train_steps"))
+
+
+def add_hub_arguments(hub) -> None:
+    hub.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline when training is done.")
+    hub.add_argument("--hub_model_id", help="Repository: user/name. The output folder's name if not given.")
+    hub.add_argument(
+        "--hub_private_repo", action=argparse.BooleanOptionalAction, help="Whether a new repository is private."
+    )
+    hub.add_argument("--hub_revision", help="Branch, made if it is not there. main if not given.")
 
 
 def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ FREE_ON_RESUME = {
     "pretrained_model_name_or_path", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
     "checkpoints_total_limit", "log_steps", "save_images_steps", "config", "report_to", "tracker_project_name",
     "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_state_steps", "healthy_states",
-    "divergence_guard",
+    "divergence_guard", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..cards import write_card
 from ..energy import compute_energy, energy_and_gradient, frozen
-from ..hub import self_contained_index, single_file_source, write_card, write_code_files, write_restoration_code
+from ..hub import self_contained_index, single_file_source, write_code_files, write_restoration_code
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..schedulers.scheduling_langevin import LangevinScheduler

@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, replace_example_docstring
 
+from ..cards import write_card
 from ..energy import compute_energy, energy_and_gradient, frozen
-from ..hub import self_contained_index, single_file_source, write_card, write_code_files
+from ..hub import self_contained_index, single_file_source, write_code_files
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..operators.linear_operator import LinearOperator, as_operator

@@ -1,0 +1,239 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Model cards: what a checkpoint is, the snippet that loads it, and the figures of its `evaluation.json`, which `evaluate.py` writes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .hub import packaged_file
+
+
+# Stands in every card that `write_card` wrote; a card without it is somebody's work.
+CARD_MARKER = (
+    "<!-- Written by ecvae_diffusers on saving, and again at each saving: take this line out to keep your changes. -->"
+)
+TEMPLATE = "model_cards/template.md"
+# What a card with an evaluation must say beside its figures, and what it may.
+REQUIRED_DETAILS = {
+    "title": "what the model makes, in a few words",
+    "license": "of the weights, as the Hub spells it",
+    "data": "`name` and `license`, and `id` if it is on the Hub",
+    "known_failures": "what was looked at and found wanting",
+}
+OPTIONAL_DETAILS = {"description", "intended_use", "training", "tags"}
+REQUIRED_DATA, OPTIONAL_DATA = {"name", "license"}, {"id", "description"}
+RESULTS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+TITLES = {
+    "elbo": "ELBO",
+    "importance_weighted": "importance-weighted bound",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "mean_squared_error": "mean squared error",
+}
+
+
+def check_details(details: dict[str, Any]) -> None:
+    """
+    What `publish.py --details` gives: title, license, data and known failures, and more if wanted.
+
+    Raises:
+        ValueError: naming a field that is missing, empty or unknown.
+    """
+    if not isinstance(details, dict):
+        raise ValueError(f"the details of a card must be fields with values, but are {details!r}.")
+    for name, meaning in REQUIRED_DETAILS.items():
+        if not details.get(name):
+            raise ValueError(f"the card's field `{name}` is missing: {meaning}.")
+    unknown = details.keys() - REQUIRED_DETAILS - OPTIONAL_DETAILS
+    if unknown:
+        allowed = ", ".join([*REQUIRED_DETAILS, *sorted(OPTIONAL_DETAILS)])
+        raise ValueError(f"the card's field `{sorted(unknown)[0]}` is unknown: it may have {allowed}.")
+    data = details["data"]
+    if not isinstance(data, dict) or data.keys() - REQUIRED_DATA - OPTIONAL_DATA:
+        raise ValueError(f"the card's field `data` must have {REQUIRED_DETAILS['data']}, but is {data!r}.")
+    for name in sorted(REQUIRED_DATA):
+        if not data.get(name):
+            raise ValueError(f"the card's field `data.{name}` is missing.")
+
+
+def figure(value: float | None) -> str:
+    return "not given" if value is None else f"{value:.4g}"
+
+
+def title_of(measure: str) -> str:
+    name = TITLES.get(measure, measure.replace("_", " "))
+    return name.replace("frechet", "Frechet")
+
+
+def evaluation_table(evaluation: dict) -> str:
+    """The figures of an `evaluation.json` as a table in Markdown, each with its spread and of what it is."""
+    rows = [*generation_rows(evaluation), *floor_rows(evaluation)]
+    for section in ("reconstruction", "likelihood"):
+        if section in evaluation:
+            protocol = evaluation[section]["protocol"]
+            of = f"{protocol['num_images']:,} of {protocol['data']} ({protocol['split']})"
+            if section == "likelihood":
+                of += (
+                    f", {protocol['unit']}, variance {protocol['variance']}, {protocol['importance_samples']} latents"
+                )
+            prefix = "reconstruction, " if section == "reconstruction" else ""
+            measures = evaluation[section]["measures"]
+            for name, value in measures.items():
+                if name == "kernel_distance":
+                    rows.append((prefix + title_of(name), value, f"{measures[name + '_std']:.2g} over subsets", of))
+                elif name != "kernel_distance_std":
+                    rows.append((prefix + title_of(name), value, "", of))
+    if "out_of_distribution" in evaluation:
+        protocol = evaluation["out_of_distribution"]["protocol"]
+        for name, scores in evaluation["out_of_distribution"]["measures"].items():
+            of = f"{protocol['outside'][name]:,} others against {protocol['inside']['num_images']:,}"
+            for score, value in scores.items():
+                title = "energy" if score == "energy" else "reconstruction error"
+                rows.append((f"AUROC by which the {title} tells {name} apart", value, "", of))
+    lines = [f"| {title} | {figure(value)} | {spread} | {of} |" for title, value, spread, of in rows]
+    return "\n".join(["| measure | value | spread | of |", "|---|---|---|---|", *lines])
+
+
+def generation_rows(evaluation: dict) -> list[tuple]:
+    generation = evaluation["generation"]
+    reference, measures = generation["protocol"]["reference"], generation["measures"]
+    of = (
+        f"{generation['protocol']['num_samples']:,} samples against {reference['num_images']:,} of {reference['data']} "
+        f"({reference['split']}), {evaluation['protocol']['features']}"
+    )
+    rows = []
+    for name in RESULTS:
+        measure = measures[name]
+        spread = [] if measure["std"] is None else [f"{measure['std']:.2g} over {len(measure['values'])} seeds"]
+        if name == "kernel_distance":
+            spread.append(f"{measures['kernel_distance_std']['mean']:.2g} over subsets")
+        rows.append((title_of(name), measure["mean"], ", ".join(spread), of))
+    if "why_no_frechet_distance" in generation:
+        rows.append(("no Frechet distance", None, "", generation["why_no_frechet_distance"]))
+    return rows
+
+
+def floor_rows(evaluation: dict) -> list[tuple]:
+    """What held-out images get in the place of samples."""
+    if "floor" not in evaluation:
+        return []
+    compared, measures = evaluation["floor"]["protocol"]["compared"], evaluation["floor"]["measures"]
+    of = f"{compared['num_images']:,} of {compared['data']} ({compared['split']}) in the place of samples"
+    return [
+        ("Frechet distance, floor", measures["frechet_distance"], "", of),
+        (
+            "kernel distance, floor",
+            measures["kernel_distance"],
+            f"{measures['kernel_distance_std']:.2g} over subsets",
+            of,
+        ),
+    ]
+
+
+def baseline_rows(evaluation: dict) -> list[dict]:
+    """Distances of another model, and how many times ours they are; `publish.py --baseline` adds it to the evaluation."""
+    rows = []
+    for name in ("frechet_distance", "kernel_distance"):
+        ours = evaluation["generation"]["measures"][name]["mean"]
+        theirs = evaluation["baseline"]["generation"]["measures"][name]["mean"]
+        ratio = theirs / ours if ours is not None and theirs is not None and min(ours, theirs) > 0 else None
+        rows.append(
+            {
+                "title": title_of(name),
+                "ours": figure(ours),
+                "theirs": figure(theirs),
+                "ratio": ratio and f"{ratio:.1f}",
+            }
+        )
+    return rows
+
+
+def eval_results(evaluation: dict, details: dict[str, Any]) -> list[EvalResult]:
+    """The figures of generation as the Hub's metadata has them."""
+    generation = evaluation["generation"]
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=details["data"].get("id", details["data"]["name"]),
+            dataset_name=details["data"]["name"],
+            dataset_split=generation["protocol"]["reference"]["split"],
+            metric_type=name,
+            metric_name=f"{title_of(name)} ({evaluation['protocol']['features']})",
+            metric_value=generation["measures"][name]["mean"],
+        )
+        for name in RESULTS
+        if generation["measures"][name]["mean"] is not None
+    ]
+
+
+def write_card(
+    pipeline: DiffusionPipeline,
+    save_directory: str | os.PathLike,
+    evaluation: dict | None = None,
+    details: dict[str, Any] | None = None,
+    location: str = "path/or/hub-id",
+    pictures: dict[str, str] | None = None,
+) -> None:
+    """
+    Write `README.md` from `model_cards/template.md`, unless there is one that is not, or no more, ours.
+
+    Args:
+        pipeline ([`DiffusionPipeline`]): What it describes.
+        save_directory (`str`): Its folder.
+        evaluation (`dict`, *optional*): The content of its `evaluation.json`.
+        details (`dict`, *optional*): What else the card says; needed with an evaluation.
+        location (`str`, *optional*): What the snippets load: a folder or a Hub id.
+        pictures (`dict`, *optional*): File names in the folder, each with a caption.
+
+    Raises:
+        ValueError: if `details` lacks a field, or there is an evaluation without them.
+    """
+    path = Path(save_directory) / "README.md"
+    if evaluation is not None and details is None:
+        raise ValueError("a card with an evaluation needs `details`: title, license, data and known failures.")
+    if details is not None:
+        check_details(details)
+    if path.exists() and CARD_MARKER not in path.read_text(encoding="utf-8"):
+        return
+    stated = details or {}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=[
+            "diffusers",
+            "ecvae",
+            "energy-based-model",
+            "unconditional-image-generation",
+            "image-restoration",
+            *stated.get("tags", []),
+        ],
+        license=stated.get("license"),
+        datasets=[stated["data"]["id"]] if "id" in stated.get("data", {}) else None,
+        model_name=stated.get("title") if evaluation is not None else None,
+        eval_results=eval_results(evaluation, details) if evaluation is not None else None,
+    )
+    vae = pipeline.vae.config
+    card = ModelCard.from_template(
+        data,
+        template_path=str(packaged_file(TEMPLATE)),
+        card_marker=CARD_MARKER,
+        title=stated.get("title", f"{type(pipeline).__name__}, {vae.sample_size} px"),
+        details=stated,
+        location=location,
+        pictures=pictures or {},
+        evaluation=evaluation,
+        figure=figure,
+        evaluation_table=evaluation_table(evaluation) if evaluation is not None else None,
+        baseline_rows=baseline_rows(evaluation) if evaluation is not None and "baseline" in evaluation else None,
+        pipeline_class=type(pipeline).__name__,
+        sample_size=vae.sample_size,
+        in_channels=vae.in_channels,
+        latent_channels=vae.latent_channels,
+        num_decoder_parameters=sum(p.numel() for p in pipeline.vae.decoder.parameters()),
+        has_energy_model=pipeline.energy_model is not None,
+        restores=vae.reconstruction_variance is not None,
+    )
+    path.write_text(str(card) + "\n", encoding="utf-8")

@@ -1,0 +1,296 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""From training to the Hub, each step as a user runs it: train with --push_to_hub, evaluate.py, publish.py, load by id."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from publish import parse_args
+from safetensors.torch import load_file
+from training_runs import SCRIPT, TINY, write_images
+
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers.cards import CARD_MARKER, check_details, figure, write_card
+
+
+TRAINING = SCRIPT.parent
+DETAILS = {
+    "title": "Disks, 16 px",
+    "license": "apache-2.0",
+    "data": {"name": "disks", "license": "CC0", "description": "Drawn by a test."},
+    "known_failures": "Two steps of training: noise.",
+    "training": {"command": "`accelerate launch training/train_ecvae.py`"},
+}
+LOADED = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save(pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="pt").images, sys.argv[2])
+"""
+
+
+def run(script: str, *arguments, environment: dict) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TRAINING / script), *map(str, arguments)]
+    environment = {**environment, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    result = run(*arguments, **kwargs)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory) -> dict[str, str]:
+    return hub.environment(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, environment) -> Path:
+    """Two runs, the first pushed; their evaluations; details; and what is published of the first."""
+    folder = tmp_path_factory.mktemp("publish")
+    images = write_images(folder / "images")
+    for seed in (0, 1):
+        push = ["--push_to_hub", "--hub_model_id", "user/trained", "--hub_private_repo"] if seed == 0 else []
+        result = succeed(
+            "train_ecvae.py", "--train_data_dir", images, "--output_dir", folder / f"run{seed}", *TINY,
+            "--max_train_steps", 2, "--seed", seed, "--log_steps", 1, *push, environment=environment,
+        )  # fmt: skip
+        (folder / f"train{seed}.log").write_text(result.stderr)
+        succeed(
+            "evaluate.py", "--pretrained_model_name_or_path", folder / f"run{seed}", "--train_data_dir", images,
+            "--num_samples", 20, "--seeds", 0, 1, "--output_dir", folder / f"evaluation{seed}", environment=environment,
+        )  # fmt: skip
+    (folder / "details.yaml").write_text(yaml.safe_dump(DETAILS))
+    result = succeed("publish.py", *arguments(folder), environment=environment)
+    (folder / "publish.log").write_text(result.stdout + result.stderr)
+    return folder
+
+
+def arguments(folder: Path) -> list:
+    return [
+        folder / "run0", "--evaluation", folder / "evaluation0", "--details", folder / "details.yaml",
+        "--baseline", f"another seed={folder / 'evaluation1'}", "--training_seeds", f"0={folder / 'evaluation0'}",
+        f"1={folder / 'evaluation1'}", "--dtype", "float16", "--output_dir", folder / "card", "--hub_model_id",
+        "user/published",
+    ]  # fmt: skip
+
+
+def published(hub: HubServer, name: str) -> dict[str, bytes]:
+    return {path: content for path, content in hub.files(name).items() if path != ".gitattributes"}
+
+
+def local(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_is_pushed_at_its_end(hub, work):
+    files = published(hub, "user/trained")
+    assert (
+        files["vae/diffusion_pytorch_model.safetensors"]
+        == local(work / "run0")["vae/diffusion_pytorch_model.safetensors"]
+    )
+    assert {path.split("/")[0] for path in files} == {
+        "README.md", "energy_model", "model_index.json", "pipeline.py", "restoration.py", "scheduler", "vae",
+    }  # fmt: skip
+    assert hub.private["user/trained"] is True
+    log = (work / "train0.log").read_text()
+    assert "Published: " in log and "hf_token" not in log
+    assert "hf_token" not in (work / "run0" / "training_args.json").read_text()
+
+
+def test_what_is_uploaded_is_what_is_kept(hub, work):
+    assert published(hub, "user/published") == local(work / "card")
+    assert "hf_token" not in (work / "publish.log").read_text()
+
+
+def test_the_published_model_is_the_trained_one_in_half_precision(work):
+    weights = load_file(work / "card" / "vae" / "diffusion_pytorch_model.safetensors")
+    before = load_file(work / "run0" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert all(torch.equal(weights[name], value.half()) for name, value in before.items())
+    pipe = ECVAEPipeline.from_pretrained(work / "card")
+    assert pipe.vae.dtype == torch.float32 and pipe.vae.config.reconstruction_variance > 0
+
+
+def test_loads_by_id_without_a_word_of_the_package(work, environment, tmp_path):
+    command = [sys.executable, "-c", LOADED, "user/published", str(tmp_path / "images.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pipe = ECVAEPipeline.from_pretrained(work / "card")
+    images = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(torch.load(tmp_path / "images.pt"), images)
+
+
+def test_figures_of_the_card_are_those_of_its_evaluation(work):
+    evaluation = json.loads((work / "card" / "evaluation.json").read_text())
+    card = ModelCard.load(work / "card" / "README.md")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    measures = evaluation["generation"]["measures"]
+    assert found == {name: measures[name]["mean"] for name in found} and "kernel_distance" in found
+    assert "frechet_distance" not in found  # fewer images than features
+    for name in ("precision", "coverage"):
+        assert f"| {name} | {figure(measures[name]['mean'])} |" in card.text
+    assert evaluation["baseline"]["name"] == "another seed" and "Against another seed" in card.text
+    assert evaluation["training_seeds"]["published"] == "0"
+    assert [run["seed"] for run in evaluation["training_seeds"]["runs"]] == ["0", "1"]
+    assert "Two steps of training: noise." in card.text and "licence CC0" in card.text
+    assert "seed: 0" in card.text and "max train steps: 2" in card.text
+    for name in ("samples.png", "neighbours.png", "curves.png"):
+        assert f"]({name})" in card.text and (work / "card" / name).is_file()
+
+
+def test_the_snippets_of_the_card_run(work, tmp_path):
+    card = (work / "card" / "README.md").read_text()
+    assert 'from_pretrained("user/published")' in card
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(blocks) == 3
+    code = "\n".join(blocks).replace("user/published", str(work / "card")) + "\nassert len(restored) == 4\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_published_again_in_the_same_place(hub, work, environment):
+    before = local(work / "card")
+    (work / "card" / "README.md").write_text(before["README.md"].decode().replace(CARD_MARKER, "") + "By hand.\n")
+    result = succeed("publish.py", *arguments(work)[:-2], environment=environment)
+    assert "was edited and stays as it is" in result.stdout
+    assert local(work / "card")["README.md"].decode().endswith("By hand.\n")
+    (work / "card" / "README.md").write_bytes(before["README.md"])
+
+    (work / "card" / "mine.txt").write_text("mine")
+    result = run("publish.py", *arguments(work)[:-2], environment=environment)
+    assert result.returncode == 1 and "holds other files, such as 'mine.txt'" in result.stderr
+    (work / "card" / "mine.txt").unlink()
+    assert local(work / "card") == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--evaluation": "evaluation1"}, "is not of the weights of"),
+        ({"--evaluation": "images"}, "holds no evaluation.json that can be read"),
+        ({"--details": "untitled.yaml"}, "untitled.yaml': the card's field `title` is missing"),
+        ({"--details": "broken.yaml"}, "can't be read"),
+        ({"--training_seeds": "1=evaluation1"}, "--training_seeds must hold this model once, but holds it 0 times"),
+        ({"--baseline": "other=fewer"}, "--baseline was evaluated in another way, so that it can't be compared: num_samples"),
+    ],
+)  # fmt: skip
+def test_refused_in_one_line_with_nothing_written(change, message, work, environment, tmp_path):
+    (work / "untitled.yaml").write_text(yaml.safe_dump({k: v for k, v in DETAILS.items() if k != "title"}))
+    (work / "broken.yaml").write_text("title: [")
+    fewer = json.loads((work / "evaluation1" / "evaluation.json").read_text())
+    fewer["generation"]["protocol"]["num_samples"] = 5
+    (work / "fewer").mkdir(exist_ok=True)
+    (work / "fewer" / "evaluation.json").write_text(json.dumps(fewer))
+    given = {
+        "--evaluation": "evaluation0", "--details": "details.yaml", "--training_seeds": "0=evaluation0",
+        "--baseline": "other=evaluation1", **change,
+    }  # fmt: skip
+    listed = []
+    for name, value in given.items():
+        seed, equals, folder = value.rpartition("=")
+        listed += [name, f"{seed}{equals}{work / folder}"]
+    result = run("publish.py", work / "run0", *listed, "--output_dir", tmp_path / "card", environment=environment)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert message in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "card").exists()
+
+
+@pytest.mark.parametrize(
+    "listed, message",
+    [
+        ([], "--output_dir or --hub_model_id must say where the model goes"),
+        (["--output_dir", "x", "--details", "d"], "--evaluation and --details must be given together"),
+        (["--output_dir", "x", "--baseline", "a=b"], "--baseline and --training_seeds need --evaluation"),
+        (
+            ["--output_dir", "x", "--evaluation", "e", "--details", "d", "--baseline", "b"],
+            "--baseline must be NAME=FOLDER, but is 'b'",
+        ),
+    ],
+)
+def test_refused_before_anything_is_done(listed, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["model", *listed])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token, status", [("hf_wrong", "(401)"), ("hf_token", "(403)")])
+def test_a_run_that_could_not_be_pushed_does_not_begin(token, status, work, environment, tmp_path):
+    result = run(
+        "train_ecvae.py", "--train_data_dir", work / "images", "--output_dir", tmp_path / "out", *TINY, "--max_train_steps", 2,
+        "--push_to_hub", "--hub_model_id", "stranger/model", environment={**environment, "HF_TOKEN": token},
+    )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "train_ecvae.py: error: --push_to_hub: " in result.stderr and status in result.stderr
+    assert token not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_could_not_be_uploaded_is_saved(hub, work, environment, tmp_path):
+    hub.failures["commit", "user/unlucky"] = [403]
+    result = run(
+        "train_ecvae.py", "--train_data_dir", work / "images", "--output_dir", tmp_path / "unlucky", *TINY,
+        "--max_train_steps", 2, "--push_to_hub", environment=environment,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "the token may not write to 'user/unlucky' (403)" in result.stderr
+    assert f"The model is saved: training/publish.py {tmp_path / 'unlucky'} uploads it." in result.stderr
+    ECVAEPipeline.from_pretrained(tmp_path / "unlucky")
+    succeed("publish.py", tmp_path / "unlucky", "--hub_model_id", "user/unlucky", environment=environment)
+    assert "model_index.json" in published(hub, "user/unlucky")
+
+
+@pytest.mark.parametrize("name", ["title", "license", "data", "known_failures"])
+def test_a_card_lacks_nothing(name):
+    check_details(DETAILS)
+    with pytest.raises(ValueError, match=f"field `{name}` is missing"):
+        check_details({**DETAILS, name: None})
+
+
+@pytest.mark.parametrize(
+    "details, message",
+    [
+        ({**DETAILS, "author": "me"}, "field `author` is unknown"),
+        ({**DETAILS, "data": {"name": "x"}}, "field `data.license` is missing"),
+        ({**DETAILS, "data": "digits"}, "field `data` must have `name` and `license`"),
+        ([], "must be fields with values"),
+    ],
+)
+def test_details_that_are_none(details, message):
+    with pytest.raises(ValueError, match=message):
+        check_details(details)
+
+
+def test_a_card_with_figures_needs_details(pipe, work, tmp_path):
+    evaluation = json.loads((work / "evaluation0" / "evaluation.json").read_text())
+    with pytest.raises(ValueError, match="a card with an evaluation needs `details`"):
+        write_card(pipe, tmp_path, evaluation)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_evaluation_of_another_model_is_refused_after_a_change_of_weights(work, environment, tmp_path):
+    shutil.copytree(work / "run0", tmp_path / "run")
+    pipe = ECVAEPipeline.from_pretrained(tmp_path / "run")
+    with torch.no_grad():
+        next(pipe.vae.parameters()).add_(0.1)
+    pipe.save_pretrained(tmp_path / "run")
+    result = run(
+        "publish.py", tmp_path / "run", "--evaluation", work / "evaluation0", "--details", work / "details.yaml",
+        "--output_dir", tmp_path / "card", environment=environment,
+    )  # fmt: skip
+    assert result.returncode == 1 and "is not of the weights of" in result.stderr

@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Make a model's folder ready for the Hub, and upload it: `python training/publish.py RUN --evaluation EVALUATION --details FILE`.
+
+The folder holds weights, code, `evaluation.json`, pictures and a card with the evaluation's figures, which must be of these
+very weights. `--output_dir` keeps it, `--hub_model_id` uploads it. The token is that of `hf auth login` or HF_TOKEN.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers.cards import CARD_MARKER, check_details, write_card
+from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.upload import UploadError, files_to_publish, upload_folder
+from ecvae_training.curves import plot_curves
+from ecvae_training.evaluation_parts import write_atomically
+from ecvae_training.output import ARGUMENTS_FILE, METRICS_FILE, read_metrics
+
+
+EVALUATION_FILE = "evaluation.json"
+CAPTIONS = {
+    "samples.png": "Samples, the first ones of the first seed",
+    "neighbours.png": "Each sample (left) beside the training images nearest to it in features",
+    "curves.png": "Curves of training",
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("model", help="Pipeline's folder, such as that of a training run.")
+    parser.add_argument("--evaluation", help="Folder that evaluate.py wrote for this model.")
+    parser.add_argument("--details", help="YAML file: title, license, data (name, license), known_failures, and more.")
+    parser.add_argument("--baseline", metavar="NAME=FOLDER", help="Evaluation of another model to compare with.")
+    parser.add_argument(
+        "--training_seeds", nargs="+", default=[], metavar="SEED=FOLDER",
+        help="Evaluations of the same training with each seed, this model's among them.",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights that are published.")
+    parser.add_argument("--output_dir", help="Where to keep the folder. Must not hold anything but an earlier one.")
+    parser.add_argument("--hub_model_id", help="Repository to upload to: user/name.")
+    parser.add_argument("--hub_private_repo", action=argparse.BooleanOptionalAction, help="Of a new repository.")
+    parser.add_argument("--hub_revision", help="Branch, made if it is not there. main if not given.")
+    parser.add_argument("--commit_message")
+    parser.add_argument(
+        "--location", help="What the card's snippets load; the repository, or the folder, if not given."
+    )
+    args = parser.parse_args(arguments)
+    if args.output_dir is None and args.hub_model_id is None:
+        parser.error("--output_dir or --hub_model_id must say where the model goes.")
+    if (args.evaluation is None) != (args.details is None):
+        parser.error("--evaluation and --details must be given together.")
+    if args.evaluation is None and (args.baseline is not None or args.training_seeds):
+        parser.error("--baseline and --training_seeds need --evaluation.")
+    for argument, values in (
+        ("baseline", [args.baseline] if args.baseline else []),
+        ("training_seeds", args.training_seeds),
+    ):
+        for value in values:
+            if not all(value.partition("=")):
+                parser.error(
+                    f"--{argument} must be {'NAME' if argument == 'baseline' else 'SEED'}=FOLDER, but is {value!r}."
+                )
+    return args
+
+
+def read_evaluation(argument: str, folder: str) -> dict:
+    path = Path(folder) / EVALUATION_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--{argument} {folder!r} holds no {EVALUATION_FILE} that can be read: {error}") from error
+
+
+def read_details(path: str) -> dict:
+    try:
+        details = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--details {path!r} can't be read: {' '.join(str(error).split())}") from error
+    try:
+        check_details(details)
+    except ValueError as error:
+        raise ValueError(f"--details {path!r}: {error}") from error
+    return details
+
+
+def check_comparable(argument: str, evaluation: dict, other: dict) -> None:
+    """Raises `ValueError` if another evaluation's protocol of generation is another."""
+
+    def protocol(one: dict) -> dict:
+        return one["generation"]["protocol"] | {
+            "features": one["protocol"]["features"],
+            "images": one["protocol"]["images"],
+        }
+
+    changed = [name for name, value in protocol(evaluation).items() if protocol(other).get(name) != value]
+    if changed:
+        raise ValueError(
+            f"--{argument} was evaluated in another way, so that it can't be compared: {', '.join(changed)}."
+        )
+
+
+def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> dict:
+    """The evaluation, with those of the baseline and of other training seeds."""
+    evaluation = read_evaluation("evaluation", args.evaluation)
+    if evaluation.get("weights") != fingerprint:
+        raise ValueError(
+            f"--evaluation {args.evaluation!r} is not of the weights of {args.model!r}: evaluate this model."
+        )
+    if args.baseline is not None:
+        name, _, folder = args.baseline.partition("=")
+        other = read_evaluation("baseline", folder)
+        check_comparable("baseline", evaluation, other)
+        evaluation["baseline"] = {"name": name, **other}
+    runs = []
+    for value in args.training_seeds:
+        seed, _, folder = value.partition("=")
+        other = read_evaluation("training_seeds", folder)
+        check_comparable("training_seeds", evaluation, other)
+        measures = other["generation"]["measures"]
+        distances = {name: measures[name]["mean"] for name in ("frechet_distance", "kernel_distance")}
+        runs.append({"seed": seed, "weights": other["weights"], **distances})
+    if runs:
+        published = [run["seed"] for run in runs if run["weights"] == fingerprint]
+        if len(published) != 1:
+            raise ValueError(f"--training_seeds must hold this model once, but holds it {len(published)} times.")
+        evaluation["training_seeds"] = {"published": published[0], "runs": runs}
+    return evaluation
+
+
+def write_folder(args: argparse.Namespace, folder: Path) -> None:
+    """Everything that is published."""
+    pipeline = ECVAEPipeline.from_pretrained(args.model)
+    fingerprint = weights_fingerprint(pipeline)
+    details = read_details(args.details) if args.details is not None else None
+    evaluation = merged_evaluation(args, fingerprint) if args.evaluation is not None else None
+    pipeline.to(DTYPES[args.dtype]).save_pretrained(folder)
+    sources = {}
+    if evaluation is not None:
+        write_atomically(folder / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+        sources = {name: Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")}
+    for name, source in sources.items():
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+    metrics = Path(args.model) / METRICS_FILE
+    if metrics.is_file():
+        plot_curves(read_metrics(metrics), folder / "curves.png")
+    arguments = Path(args.model) / ARGUMENTS_FILE
+    if details is not None and arguments.is_file():
+        trained = json.loads(arguments.read_text())
+        stated = {
+            name: trained[name]
+            for name in ("seed", "max_train_steps", "train_batch_size", "calibration")
+            if name in trained
+        }
+        details["training"] = {
+            **details.get("training", {}),
+            **{name.replace("_", " "): v for name, v in stated.items()},
+        }
+    pictures = {name: caption for name, caption in CAPTIONS.items() if (folder / name).is_file()}
+    location = args.location or args.hub_model_id or args.output_dir
+    write_card(pipeline, folder, evaluation, details, location, pictures)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Copy a folder to where another may lie, which is whole until the copy is."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, new)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    output_dir = Path(args.output_dir) if args.output_dir is not None else None
+    if output_dir is not None and output_dir.exists() and any(output_dir.iterdir()):
+        # An earlier one, and nothing else, may be replaced: what is published is all that is in it.
+        known = set(files_to_publish(output_dir))
+        found = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
+        if found - known:
+            raise ValueError(
+                f"--output_dir {args.output_dir!r} holds other files, such as {sorted(found - known)[0]!r}."
+            )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        folder.mkdir()
+        if output_dir is not None and (output_dir / "README.md").is_file():
+            card = (output_dir / "README.md").read_text(encoding="utf-8")
+            if CARD_MARKER not in card:
+                print(
+                    f"{output_dir / 'README.md'} was edited and stays as it is: compare its figures with {EVALUATION_FILE}."
+                )
+                (folder / "README.md").write_text(card, encoding="utf-8")
+        write_folder(args, folder)
+        files_to_publish(folder)
+        if output_dir is not None:
+            replace_folder(folder, output_dir)
+            print(f"Written: {output_dir}")
+        if args.hub_model_id is not None:
+            url = upload_folder(
+                folder,
+                args.hub_model_id,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+                commit_message=args.commit_message,
+            )
+            print(f"Published: {url}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError, UploadError) as error:
+        sys.exit(f"publish.py: error: {error}")
