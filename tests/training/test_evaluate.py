@@ -86,7 +86,7 @@ def test_files_and_table(done, files):
     assert sorted(path.name for path in done.iterdir()) == ["evaluation.json", "neighbours.png", "samples.png"]
     table = (files / "table.md").read_text()
     assert "no Frechet distance" in table and "40 images of one kind are fewer than the 1280 features" in table
-    for measure in ("kernel distance |", "coverage", "floor", "PSNR".lower(), "importance-weighted bound", "stripes"):
+    for measure in ("kernel distance |", "coverage", "floor", "PSNR, dB", "importance-weighted bound", "stripes"):
         assert measure in table
     assert PIL.Image.open(done / "neighbours.png").size == ((6 * 17 - 1) * 4, (8 * 17 - 1) * 4)
 
