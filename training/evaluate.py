@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="Branch or commit of a Hub id.")
     parser.add_argument("--dataset_name", help="The data: Hub id, or a folder.")
     parser.add_argument("--dataset_config_name")
+    parser.add_argument(
+        "--data_name", help="What to call the data in reports. Its Hub id, or its folder's name, if not given."
+    )
     parser.add_argument("--image_column", help="If the data set has several columns of images.")
     parser.add_argument("--cache_dir")
     parser.add_argument("--train_split", default="train", help="What samples are measured against.")

@@ -56,9 +56,10 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
     """The content of `evaluation.json`, and pictures by their file names."""
     images, model = work.images, work.model
     resolution, channels = images["real"].shape[2], images["real"].shape[1]
-    data = source_name(args.train_data_dir or args.dataset_name)
+    data = args.data_name or source_name(args.train_data_dir or args.dataset_name)
     train = {"data": data, "split": args.train_split, "num_images": len(images["real"])}
-    held_out = {"data": source_name(args.test_data_dir) if args.test_data_dir else data, "split": args.test_split}
+    test_data = source_name(args.test_data_dir) if args.test_data_dir and not args.data_name else data
+    held_out = {"data": test_data, "split": args.test_split}
     evaluation = {
         "model": model.name if model is not None else source_name(args.generated_image_dir),
         "weights": model.fingerprint if model is not None else None,
