@@ -4,7 +4,8 @@
 
 A pipeline on the Hub is one file that imports no other of ours. So every name that a pipeline's module takes from the
 package is written out in its place, except the component classes: those annotations are dropped, since their code
-travels in the components' own files. `--check` writes nothing and fails where a file is out of date.
+travels in the components' own files. The code in the models of `model_cards/` is brought up to date too. `--check` writes
+nothing and fails where a file is out of date.
 """
 
 import argparse
@@ -158,14 +159,26 @@ def generate(name: str) -> str:
     return head + "\n\n\n" + "\n\n\n".join(inlined.texts) + "\n\n\n" + rest + "\n"
 
 
+def generated_files() -> dict[Path, str]:
+    """Everything that is generated: the pipelines of this folder, and the code in the models that the repository carries."""
+    found = {ROOT / "pipelines" / name / "pipeline.py": generate(name) for name in PIPELINES}
+    generation, restoration = found.values()
+    for index in sorted((ROOT / "model_cards").glob("*/model_index.json")):
+        folder = index.parent
+        found |= {folder / "pipeline.py": generation, folder / "restoration.py": restoration}
+        for path in sorted(folder.glob("*/*.py")):
+            (source,) = PACKAGE.glob(f"*/{path.name}")
+            found[path] = source.read_text(encoding="utf-8")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail where a file is out of date; write nothing")
     check = parser.parse_args().check
-    for name in PIPELINES:
-        path, text = ROOT / "pipelines" / name / "pipeline.py", generate(name)
+    for path, text in generated_files().items():
         if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
-            sys.exit(f"pipelines/{name}/pipeline.py is out of date: run `make pipelines`.")
+            sys.exit(f"{path.relative_to(ROOT)} is out of date: run `make pipelines`.")
         if not check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
