@@ -4,9 +4,11 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load, load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -238,3 +240,37 @@ class ModelTests:
         # In the energy's unit or in that of an ELBO, this margin is far above what rounding does.
         assert losses[-1] < losses[0] - 0.1 * abs(losses[0])
         assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+    def test_a_pickle_is_refused(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        weights = tmp_path / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+        with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+            type(model).from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="`use_safetensors` must not be False"):
+            type(model).from_pretrained(tmp_path, use_safetensors=False)
+
+    def test_damaged_weights_are_refused(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        weights = tmp_path / "diffusion_pytorch_model.safetensors"
+        content = weights.read_bytes()
+        whole = load(content)
+        weights.write_bytes(content[:-10])
+        with pytest.raises(OSError, match="Unable to load weights"):
+            type(model).from_pretrained(tmp_path)
+        missing = sorted(whole)[0]
+        save_file({name: value for name, value in whole.items() if name != missing}, weights, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"not whole: .*{re.escape(missing)}.* missing"):
+            type(model).from_pretrained(tmp_path)
+        weights.write_bytes(content)
+        loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert info["missing_keys"] == []
+        self.assert_same_outputs(loaded, model)
+
+    def test_a_config_of_a_newer_version_is_refused(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "num_wings": 2}))
+        with pytest.raises(ValueError, match=rf"config of {type(model).__name__} holds \['num_wings'\]"):
+            type(model).from_pretrained(tmp_path)

@@ -326,3 +326,11 @@ def test_timestep_out_of_range(timestep):
 def test_conditioning_needs_the_initial_sample():
     with pytest.raises(ValueError, match="`initial_sample` is needed"):
         LangevinScheduler(conditioning_weight=1.0).step(randn(2, 3), 0, randn(2, 3))
+
+
+def test_a_config_of_a_newer_version_is_refused(tmp_path):
+    LangevinScheduler().save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_wings": 2}))
+    with pytest.raises(ValueError, match=r"config of LangevinScheduler holds \['num_wings'\]"):
+        LangevinScheduler.from_pretrained(tmp_path)

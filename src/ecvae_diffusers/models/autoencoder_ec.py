@@ -286,6 +286,37 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         )  # fmt: skip
         self.use_slicing = False
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
+        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
+        unknown = sorted(name for name in rest if not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
+            )
+        return init_dict, unused_kwargs, rest
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`ModelMixin.from_pretrained`], from safetensors only, and whole or not at all.
+
+        Raises:
+            ValueError: if `use_safetensors` is False, or weights are missing from the file.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are not whole: "
+                f"{sorted(info['missing_keys'])[:3]} are missing."
+            )
+        return (model, info) if wants_info else model
+
     @apply_forward_hook
     def encode(
         self, x: torch.Tensor, return_dict: bool = True

@@ -87,6 +87,17 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.set_timesteps(num_steps)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
+        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
+        unknown = sorted(name for name in rest if not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
+            )
+        return init_dict, unused_kwargs, rest
+
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
         """
         Set the length of the chain.
