@@ -78,6 +78,7 @@ class Iteration:
         device (`torch.device`): Where.
         latent_channels (`int`): Of the autoencoder.
         learning_rate (`float`): Of both networks.
+        adapts_drift (`bool`): Whether the chain's drift step is adapted, as the training script does by default.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Iteration:
         device: torch.device,
         latent_channels: int = LATENTS,
         learning_rate: float = 1e-5,
+        adapts_drift: bool = False,
     ):
+        self.adapts_drift = adapts_drift
         self.arrangement, self.device, self.latent_channels = arrangement, device, latent_channels
         self.vae = AutoencoderEC(**sizes, latent_channels=latent_channels).to(device)
         self.energy = EnergyModel(**sizes).to(device)
@@ -119,15 +122,16 @@ class Iteration:
     def chain_by_autograd(self, samples: torch.Tensor) -> torch.Tensor:
         scheduler, start = self.calibrator.scheduler, samples.detach().float()
         sample, closed_form = start, self.arrangement.closed_form
+        drift_step = self.calibrator.drift_step_size
         for k in range(len(scheduler)):
             sample = sample.detach().requires_grad_()
             energy = compute_energy(self.energy, sample).sum()
             pull = scheduler.conditioning_coefficient(k)
             if not closed_form:
-                energy = energy + pull / DRIFT_STEP * (sample - start).square().sum() / 2
+                energy = energy + pull / drift_step * (sample - start).square().sum() / 2
             (gradient,) = torch.autograd.grad(energy, sample)
             with torch.no_grad():
-                moved = sample - DRIFT_STEP * gradient + NOISE * torch.randn_like(sample)
+                moved = sample - drift_step * gradient + NOISE * torch.randn_like(sample)
                 sample = moved - pull * (sample - start) if closed_form else moved
         return sample.detach()
 
@@ -158,6 +162,8 @@ class Iteration:
         vae_optimizer.step()
         vae_optimizer.zero_grad()
         self.calibrator.dual_step(constraint.detach())
+        if self.adapts_drift:
+            self.calibrator.adapt_drift_step(constraint.detach())
         self.read(loss, elbo.reconstruction, elbo.kl, constraint)
         if not arrangement.single_chain:
             with torch.no_grad():
