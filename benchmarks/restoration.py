@@ -3,7 +3,7 @@
 """Zero-shot restoration of held-out images: `python benchmarks/restoration.py --ecvae RUN --vae RUN --output_dir STUDY`.
 
 256 images of the test split (digits; Fashion-MNIST with `--fashion_mnist DATASET`), which neither model was trained on, by the EC-VAE,
-by the same algorithm with the uncalibrated VAE, by A^+ and by scikit-image's methods, whose weights are the best for these very images. PSNR and SSIM are of the mean of M answers, feature distance
+by the same algorithm with the uncalibrated VAE, by A^+ (with noise also the damped A_s, s = sigma^2 over the images' mean square) and by scikit-image's methods, whose weights are the best for these very images. PSNR and SSIM are of the mean of M answers, feature distance
 (Frechet, single answers against the clean images) of the first. `--steps` gives the quality at 5 to 100 decoder passes, `--reliability` a picture of
 how many pixels lie within how many standard deviations, M = 16. Rows that STUDY/restoration_<data>.jsonl holds already are not made again.
 """
@@ -76,12 +76,12 @@ def main() -> None:
     print(f"{len(clean)} images of {name}; {versions()}", flush=True)
 
     def all_tasks(noise_std: float) -> list[str]:
-        return args.tasks or task_names(argparse.Namespace(tasks=None), clean.shape[1], noise_std)
+        return task_names(args.tasks, tuple(clean.shape[1:]), noise_std)
 
     def row(noise_std: float, task_name: str, method: str) -> dict:
         task = Task(task_name, clean, noise_std)
-        if method == "A^+ y":
-            answers = as_answers(task.pseudo_inverse(pipelines["EC-VAE"].vae.config.reconstruction_variance))
+        if method in ("A^+ y", "A_s y"):
+            answers = as_answers(task.linear_answers()[method])
         elif method == "classical":
             found = classical(task)
             if found is None:
@@ -95,12 +95,15 @@ def main() -> None:
             answers = restore(pipelines[pipeline], task, NUM_RESTORATIONS, 64, 0, **kwargs)
         return {"noise_std": noise_std, "task": task_name, "method": method} | measures(task, answers, metrics)
 
-    methods = [f"EC-VAE, {steps} steps" for steps in STEPS] if args.steps else ["A^+ y", "classical", *pipelines]
+    methods = (
+        [f"EC-VAE, {steps} steps" for steps in STEPS] if args.steps else ["A^+ y", "A_s y", "classical", *pipelines]
+    )
     settings = {
         f"{noise} {task} {method}": (noise, task, method)
         for noise in NOISES
         for task in all_tasks(noise)
         for method in methods
+        if noise > 0 or method != "A_s y"
     }
     results.fill(list(settings), [0], lambda setting, seed: row(*settings[setting]))
     found = [results.of(setting)[0] for setting in settings]

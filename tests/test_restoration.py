@@ -166,11 +166,66 @@ def test_canvas(height, width, overlap):
     torch.testing.assert_close(canvas.join(canvas.split(x)), x, rtol=1e-6, atol=1e-6)
     inner = [(canvas.join(tiles) * x).sum(), (tiles * canvas.join_adjoint(x)).sum()]
     torch.testing.assert_close(*inner, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((canvas.split_adjoint(tiles) * x).sum(), (tiles * canvas.split(x)).sum())
     tops = sorted({top for top, _ in canvas.corners})
     assert tops[0] == 0 and tops[-1] == height - 8
     assert all(8 - (b - a) >= overlap for a, b in zip(tops, tops[1:]))
     if (height, width) == (8, 8):
         assert len(canvas) == 1 and torch.equal(canvas.weights, torch.ones(1, 1, 8, 8))
+
+
+def test_drift_of_tiles_is_a_gradient():
+    """What the sampler follows where tiles overlap is the derivative of U by the tiles, all terms together."""
+    canvas, variance = Canvas(13, 8, 8, 3), 0.1
+    operator = Inpainting.random(13, 8, 0.5, seeded())
+    y = operator.A(torch.randn(1, 1, 13, 8, dtype=torch.float64, generator=seeded()))
+    likelihood = Likelihood(operator, y, NOISE, variance)
+    weight, points = 0.7, torch.randn(8, 8, dtype=torch.float64, generator=seeded(3))
+
+    def energy(tiles):
+        return (tiles * points).sin().flatten(1).sum(1)
+
+    def negative_log_density(tiles):
+        x = canvas.join(tiles)
+        misfit = likelihood.misfit(x)
+        fit = 0.5 * (operator.A_dagger(misfit, likelihood.damping) * operator.A_adjoint(misfit)).sum() / variance
+        # A pixel that was seen has variance v + sigma^2; one that was not, no misfit.
+        torch.testing.assert_close(fit, 0.5 * misfit.square().sum() / (variance + NOISE**2))
+        apart = 0.5 * (canvas.weigh(tiles - canvas.split(x)) * (tiles - canvas.split(x))).sum() / variance
+        return fit + apart + weight * energy(canvas.split(likelihood.mean(x))).sum()
+
+    def energy_gradient(tiles):
+        with torch.enable_grad():
+            tiles = tiles.detach().requires_grad_()
+            return torch.autograd.grad(energy(tiles).sum(), tiles)[0]
+
+    tiles = torch.randn(len(canvas), 1, 8, 8, dtype=torch.float64, generator=seeded(1)).requires_grad_()
+    (expected,) = torch.autograd.grad(negative_log_density(tiles), tiles)
+    # One step down by plain descent from latents that ARE tiles: Adam's first step has the gradient's sign only, so the
+    # gradient is taken where the decoder is asked for it.
+    found = []
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, latents):
+            return latents.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            found.append(gradient)
+            return gradient
+
+    neural_transport(
+        Identity.apply,
+        likelihood,
+        canvas,
+        tiles.detach(),
+        1,
+        "map",
+        energy_gradient=energy_gradient,
+        energy_weight=weight,
+    )
+    torch.testing.assert_close(found[0], expected)
 
 
 def test_no_seam_in_the_weights():

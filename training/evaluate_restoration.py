@@ -3,7 +3,7 @@
 """Restore a folder of images from what a list of tasks leaves of them: `python training/evaluate_restoration.py --help`.
 
 Writes `restoration.json` (every measure, with the protocol), `restoration.md` (a table) and a picture for each noise:
-clean | measured | A^+ y | restored | uncertainty. The images should be ones that the model was not trained on.
+clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The images should be ones that the model was not trained on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ecvae_training.data import ImageDataset, find_images
 from ecvae_training.evaluation import load_features
 from ecvae_training.images import to_range
 from ecvae_training.output import image_grid, save_atomically
-from ecvae_training.restoration_tasks import TASKS, Task, as_answers, classical, measures, restore
+from ecvae_training.restoration_tasks import TASKS, Task, as_answers, classical, make_operator, measures, restore
 
 
 COLUMNS = {
@@ -107,15 +107,19 @@ def load(name: str, device: str) -> ECVAERestorationPipeline:
     return pipeline
 
 
-def task_names(args: argparse.Namespace, channels: int, noise_std: float) -> list[str]:
-    """Those asked for, or all that there is something to do for: no colour in gray images, no noise, nothing to denoise."""
-    if args.tasks is not None:
-        return args.tasks
-    return [
-        name
-        for name in TASKS
-        if not (name == "colorization" and channels != 3) and not (name == "denoising" and noise_std == 0)
-    ]
+def task_names(asked: list[str] | None, image_shape: tuple[int, int, int], noise_std: float) -> list[str]:
+    """Those asked for, or all that fit such images and have something to do: without noise there is nothing to denoise."""
+    if asked is not None:
+        return asked
+    names = []
+    for name in TASKS:
+        try:
+            make_operator(name, image_shape).measurement_shape(image_shape)
+        except ValueError:
+            continue
+        if name != "denoising" or noise_std > 0:
+            names.append(name)
+    return names
 
 
 def table(rows: list[dict]) -> str:
@@ -140,13 +144,13 @@ def main(args: argparse.Namespace) -> None:
     metrics = GenerationMetrics(load_features(args.features, torch.device(args.device)))
     metrics.update(((clean + 1) * 127.5).round().byte(), real=True)
     settings = {"method": args.method, "energy_weight": args.energy_weight}
-    pictures, rows = {}, []
+    pictures, rows, shape = {}, [], tuple(clean.shape[1:])
     output_dir.mkdir(parents=True, exist_ok=True)
-    todo = [(noise, name) for noise in args.noise_std for name in task_names(args, config.in_channels, noise)]
+    todo = [(noise, name) for noise in args.noise_std for name in task_names(args.tasks, shape, noise)]
     for noise_std, name in tqdm(todo, desc="Tasks"):
         task = Task(name, clean, noise_std, args.seed)
-        inverse = task.pseudo_inverse(config.reconstruction_variance)
-        found = {"A^+ y": as_answers(inverse)}
+        linear = task.linear_answers()
+        found = {method: as_answers(images) for method, images in linear.items()}
         if args.classical and (peer := classical(task)) is not None:
             found[peer[0]] = peer[1]
         for method, pipeline in pipelines.items():
@@ -164,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
         for method, answers in found.items():
             rows.append({"noise_std": noise_std, "task": name, "method": method} | measures(task, answers, metrics))
         ours = next(answers for method, answers in found.items() if method.startswith("ours"))
-        columns = (task.clean, task.shown(), inverse, ours.single, ours.std.clamp(0, 1) * 2 - 1)
+        columns = (task.clean, task.shown(), list(linear.values())[-1], ours.single, ours.std.clamp(0, 1) * 2 - 1)
         pictures.setdefault(noise_std, []).extend(torch.stack(columns, dim=1)[:NUM_PICTURES].flatten(0, 1))
         protocol = {
             "arguments": vars(args),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
 
@@ -127,6 +127,40 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
                 config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+class Factors(NamedTuple):
+    """A matrix (m, n) and its singular value decomposition U diag(s) V^T, float64 on the CPU."""
+
+    matrix: torch.Tensor
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+
+
+def factorize(matrix: torch.Tensor) -> Factors:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return Factors(matrix.double(), left, values, right.mT)
+
+
+def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`rows` X `columns`^T for each channel of (B, C, H, W)."""
+    return rows.to(x) @ x @ columns.to(x).mT
+
+
+def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
+    """
+    A_s y for `damping` s above 0; for 0 A^+ y, which leaves out singular values up to `rcond` times the largest.
+    In float64 where the device has it: products of small singular values are divided by.
+    """
+    exact = y if y.device.type == "mps" else y.double()
+    values = torch.outer(rows.values, columns.values).to(exact)
+    if damping > 0:
+        factors = values / (values.square() + damping)
+    else:
+        factors = torch.where(values > rcond * values.max(), 1 / values.clamp(min=1e-300), 0.0)
+    spectrum = apply(rows.left.mT, columns.left.mT, exact) * factors
+    return apply(rows.right, columns.right, spectrum).to(y.dtype)
+
+
 MAX_ITERATIONS = 1000
 
 
@@ -202,6 +236,9 @@ class LeastSquares(torch.autograd.Function):
 CONFIG_FILE, TENSORS_FILE = "operator_config.json", "operator.safetensors"
 
 
+ONE = factorize(torch.ones(1, 1))
+
+
 class LinearOperator(nn.Module):
     """
     A linear measurement of images. All methods take batches, any device and floating dtype, and are differentiable.
@@ -213,14 +250,21 @@ class LinearOperator(nn.Module):
     Images are in [-1, 1] here: a measurement is y = A x of such x.
     """
 
+    # By this `as_operator` knows one, also of another copy of this class: a pipeline from the Hub brings its own.
+    is_linear_operator = True
     # c, where A A^T is c times the projection on the range of A; None where it is not.
     row_norm: float | None = None
     # What CGLS computes in. None: in the measurement's own dtype.
     solver_dtype: torch.dtype | None = torch.float64
+    # Singular values up to so many times the largest are left out of A^+.
+    rcond: float = 0.0
+    # Whether every image of a batch is measured alike.
+    is_the_same_for_all_images: bool = True
 
     def __init__(self, **arguments: Any):
         super().__init__()
         self._arguments = arguments
+        self.decompositions: dict[tuple[int, ...], Factors] = {}
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 self.register_buffer(name, value)
@@ -255,9 +299,13 @@ class LinearOperator(nn.Module):
             damping (`float`, *optional*, defaults to 0.0):
                 s, at least 0: above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
 
+        Raises:
+            ValueError: if `damping` is below 0 or not finite.
+
         Where there is no closed form it is solved by CGLS from 0, in float64 where the device has it: to a relative
         residual of 1e-10 for measurements in float64, 1e-8 in float32 (1e-6 where it is computed in float32).
         """
+        check_damping(damping)
         if self.row_norm is not None:
             return self.A_adjoint(y) / (self.row_norm + damping)
         return self.solve(y, damping)
@@ -267,6 +315,15 @@ class LinearOperator(nn.Module):
         dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
+
+    def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
+        """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        if image_shape not in self.decompositions:
+            entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
+            self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
+        column = y.flatten(1)[:, None, :, None]
+        solved = inverse(self.decompositions[image_shape], ONE, column, damping, self.rcond)
+        return solved.view(len(y), *image_shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.A(x)
@@ -280,7 +337,8 @@ class LinearOperator(nn.Module):
         config: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, value in self._arguments.items():
             if isinstance(value, torch.Tensor):
-                tensors[prefix + name] = getattr(self, name).contiguous()
+                # A copy: safetensors does not save two names of one tensor, such as a mask that two parts share.
+                tensors[prefix + name] = getattr(self, name).contiguous().clone()
                 value = {"tensor": prefix + name}
             elif isinstance(value, list):
                 value = [part.to_config(tensors, f"{prefix}{name}.{i}.") for i, part in enumerate(value)]
@@ -339,10 +397,12 @@ class FunctionOperator(LinearOperator):
         A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
         A_adjoint (`Callable`): Its adjoint.
 
-    It is not saved: a config can't hold functions. The functions are called in the dtype that they are given.
+    It is not saved: a config can't hold functions. The functions are called in the dtype of what is restored or solved for:
+    float32, or float64 where the measurement is.
     """
 
     solver_dtype = None
+    is_the_same_for_all_images = False  # as far as we know
 
     def __init__(self, A: Callable[[torch.Tensor], torch.Tensor], A_adjoint: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
@@ -361,6 +421,11 @@ class FunctionOperator(LinearOperator):
         raise ValueError("An operator made of functions can't be saved: there is no config of a function.")
 
 
+def check_damping(damping: float) -> None:
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"`damping` must be a finite number of at least 0, but is {damping}.")
+
+
 def subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(subclasses, kind.__subclasses__())) if kind.__subclasses__() else {kind}
 
@@ -373,7 +438,7 @@ def as_operator(operator: Any) -> LinearOperator:
     Raises:
         ValueError: if it is none of them.
     """
-    if isinstance(operator, LinearOperator):
+    if getattr(operator, "is_linear_operator", False):
         return operator
     if callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None)):
         return FunctionOperator(operator.A, operator.A_adjoint)
@@ -403,11 +468,13 @@ class Inpainting(LinearOperator):
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError("`mask` must hold 0 (missing) and 1 (observed) only.")
         super().__init__(mask=mask.bool())
+        self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
 
     @classmethod
     def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
         """Images of `height` x `width` of which a box is missing, whose first row and column are `top` and `left`."""
-        if min(top, left) < 0 or top + box_height > height or left + box_width > width:
+        fits = top + box_height <= height and left + box_width <= width
+        if min(top, left, box_height, box_width) < 0 or not fits:
             raise ValueError(
                 f"The box of {box_height}x{box_width} at ({top}, {left}) does not lie in an image of {height}x{width}."
             )
@@ -647,17 +714,25 @@ class Canvas:
         tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
-    def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
-        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)
+    def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The adjoint of `split`: where tiles overlap, their sum."""
+        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
         x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
         for index, (top, left) in enumerate(self.corners):
             x[..., top : top + size, left : left + size] += tiles[:, index]
         return x
 
+    def join(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
+        return self.split_adjoint(self.weigh(tiles))
+
+    def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tiles by their weights in the image, which sum up to 1 in each pixel."""
+        return (tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)).flatten(0, 1)
+
     def join_adjoint(self, x: torch.Tensor) -> torch.Tensor:
         """The adjoint of `join`: by it gradients of images become those of tiles."""
-        return (self.split(x).unflatten(0, (-1, len(self))) * self.weights.to(x)).flatten(0, 1)
+        return self.weigh(self.split(x))
 
 
 def neural_transport(
@@ -711,12 +786,13 @@ def neural_transport(
         gradient = likelihood.gradient(x)
         if energy_weight > 0:
             restored = x - likelihood.model_variance * gradient  # x^ = G + A_s r
-            along = canvas.join(energy_gradient(canvas.split(restored)))
+            along = canvas.split_adjoint(energy_gradient(canvas.split(restored)))
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Tiles that share pixels have each the model's error of the image that they are part of.
-            gradient = gradient + (tiles - canvas.split(x)) / likelihood.model_variance
+            # Tiles that share pixels have each the model's error of the image that they are part of. The mean itself moves
+            # with them, but the weighted differences to it sum up to 0.
+            gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
     def gradient(latents: torch.Tensor) -> torch.Tensor:
@@ -779,13 +855,22 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+logger = logging.get_logger(__name__)
+
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
 # Standard deviation of rounding to 8 bits, of values in [-1, 1].
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
 # Spread, in standard deviations of the prior, of the answers' starts around the encoding of A^+ y.
 START_SPREAD = 0.3
+# Root-mean-square of what answers without noise exceed the range of images by, from which on the measurement holds noise.
+LARGEST_EXCESS = 0.1
 # What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
 START_DAMPING = 1e-3
+
+
+def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
+    if len(set(sizes)) > 1:
+        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
 
 
 @dataclass
@@ -800,7 +885,8 @@ class ECVAERestorationOutput(BaseOutput):
         mean (as `images`): The mean of the answers to each measurement, B images, without the draws' noise.
         std (`np.ndarray` of shape `(B, H, W, C)`, or `torch.Tensor` `(B, C, H, W)` for `output_type="pt"`):
             Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers,
-            and the error that the model makes even where it knows the latents.
+            and the error that the model makes even where it knows the latents. Of a single answer there is no spread: ask for
+            several (8, say) where `std` matters.
         residual (`torch.Tensor` of shape `(B * M,)`):
             ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
         residual_output (`torch.Tensor` of shape `(B * M,)`): The same of what `images` holds, clamped and rounded.
@@ -906,6 +992,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         if not images:
             raise ValueError("`image` is an empty list.")
         if all(isinstance(one, torch.Tensor) for one in images):
+            check_sizes("image", [tuple(one.shape) for one in images])
             tensor = torch.stack(images) if isinstance(image, list | tuple) else image
             if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
                 raise ValueError(
@@ -922,6 +1009,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 raise ValueError(f"`image` has mode {mode}: use image.convert('RGB') or image.convert('L').")
             image = [one.convert({"1": "L", "P": "RGB"}.get(mode, mode)) for one in images]
         elif all(isinstance(one, np.ndarray) for one in images):
+            check_sizes("image", [one.shape for one in images])
             if images[0].ndim == 2:
                 image = [one[..., None] for one in images]
         else:
@@ -938,6 +1026,26 @@ class ECVAERestorationPipeline(DiffusionPipeline):
 
     def prepare_mask(self, mask_image: Images, batch_size: int, height: int, width: int) -> torch.Tensor:
         """Which pixels were observed, (1 or B, 1, H, W): those where the mask is black."""
+        masks = list(mask_image) if isinstance(mask_image, list | tuple) else [mask_image]
+        if not masks:
+            raise ValueError("`mask_image` is an empty list.")
+        if all(isinstance(one, PIL.Image.Image) for one in masks):
+            check_sizes("mask_image", [one.size for one in masks])
+            transparent = [
+                one for one in masks if one.has_transparency_data and one.convert("RGBA").getextrema()[3][0] < 255
+            ]
+            if transparent:
+                raise ValueError(
+                    f"`mask_image` has mode {transparent[0].mode} with transparent pixels: give a mask in black and white, such as "
+                    "mask.getchannel('A') or mask.convert('L')."
+                )
+        elif all(isinstance(one, np.ndarray | torch.Tensor) for one in masks):
+            check_sizes("mask_image", [tuple(one.shape) for one in masks])
+            if not all(bool(((one >= 0) & (one <= 1)).all()) for one in masks):
+                raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
+        else:
+            kinds = sorted({type(one).__name__ for one in masks})
+            raise ValueError(f"`mask_image` must be PIL images, numpy arrays or a tensor, but holds {kinds}.")
         mask = self.mask_processor.preprocess(mask_image)
         if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (height, width):
             raise ValueError(
@@ -971,7 +1079,12 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         operator = as_operator(operator)
         if not torch.isfinite(y).all():
             raise ValueError("`image` holds values that are not finite.")
-        back = operator.A_adjoint(y)
+        try:
+            back = operator.A_adjoint(y)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"`image` of shape {tuple(y.shape)} and {y.dtype} is no measurement by the operator {operator}: {error}"
+            ) from error
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
             raise ValueError(
                 f"`image` was measured of images of shape {tuple(back.shape[1:])} (channels, height, width) by the operator, "
@@ -1038,7 +1151,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         reconstruction_variance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
@@ -1058,7 +1171,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. If not given, that of rounding
                 to 8 bits (0.0023) for pictures, 0 for tensors.
             num_restorations (`int`, *optional*, defaults to 1):
-                M: answers to each measurement. They differ in what was not measured.
+                M: answers to each measurement. They differ in what was not measured, and `std` needs several.
             num_inference_steps (`int`, *optional*, defaults to 50):
                 Decoder passes (each with one back) that search latents; one more makes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
@@ -1131,7 +1244,8 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 if callback_on_step_end is None:
                     return latents
                 given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                return callback_on_step_end(self, step, step, given).pop("latents", latents)
+                returned = callback_on_step_end(self, step, step, given)
+                return latents if returned is None else returned.pop("latents", latents)
 
             with frozen(self.vae):
                 search = (
@@ -1152,6 +1266,13 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 decoded = canvas.join(decode(latents))
 
         center = likelihood.mean(decoded)
+        excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
+        if noise_std == 0 and excess > LARGEST_EXCESS:
+            logger.warning(
+                f"`noise_std` is 0, but answers that agree with `image` to the last digit leave the range of images, [-1, 1], by "
+                f"{excess:.2g} (root mean square): it holds noise, that A^+ blows up. Give its `noise_std`; rounding to 8 bits has "
+                f"{ROUNDING_STD:.2g}."
+            )
         answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
         by_measurement = center.unflatten(0, (-1, num_restorations))
         spread = (

@@ -12,6 +12,9 @@ The model's own error is that of its reconstructions: given its latents an image
 With :math:`A_s = A^T (A A^T + s I)^{-1}`, s = sigma^2 / v, the first term's gradient with respect to G is :math:`-A_s r / v`:
 one application of A and one of its damped inverse, whatever the operator.
 
+An image larger than the model's is the weighted mean of overlapping tiles G(z_t): f is then summed over tiles, and U has a
+further term, the error of each tile against that mean, :math:`\tfrac1{2v} \sum_t \|\sqrt{w_t} (G(z_t) - x_t)\|^2`.
+
 **Range and null space**: given latents, the mean of x is :math:`\hat x = G + A_s r`. Without noise that is
 :math:`A^+ y + (I - A^+ A) G`, which agrees with y to the last digit.
 """
@@ -210,17 +213,25 @@ class Canvas:
         tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
-    def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
-        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)
+    def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The adjoint of `split`: where tiles overlap, their sum."""
+        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
         x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
         for index, (top, left) in enumerate(self.corners):
             x[..., top : top + size, left : left + size] += tiles[:, index]
         return x
 
+    def join(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
+        return self.split_adjoint(self.weigh(tiles))
+
+    def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tiles by their weights in the image, which sum up to 1 in each pixel."""
+        return (tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)).flatten(0, 1)
+
     def join_adjoint(self, x: torch.Tensor) -> torch.Tensor:
         """The adjoint of `join`: by it gradients of images become those of tiles."""
-        return (self.split(x).unflatten(0, (-1, len(self))) * self.weights.to(x)).flatten(0, 1)
+        return self.weigh(self.split(x))
 
 
 def neural_transport(
@@ -274,12 +285,13 @@ def neural_transport(
         gradient = likelihood.gradient(x)
         if energy_weight > 0:
             restored = x - likelihood.model_variance * gradient  # x^ = G + A_s r
-            along = canvas.join(energy_gradient(canvas.split(restored)))
+            along = canvas.split_adjoint(energy_gradient(canvas.split(restored)))
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Tiles that share pixels have each the model's error of the image that they are part of.
-            gradient = gradient + (tiles - canvas.split(x)) / likelihood.model_variance
+            # Tiles that share pixels have each the model's error of the image that they are part of. The mean itself moves
+            # with them, but the weighted differences to it sum up to 0.
+            gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
     def gradient(latents: torch.Tensor) -> torch.Tensor:

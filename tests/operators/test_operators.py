@@ -118,7 +118,9 @@ def test_gradients_of_the_solver_by_finite_differences():
 def test_half_precision_measures():
     """An operator follows the precision of the image, as in a pipeline in bf16."""
     x = torch.randn(BATCH, *IMAGE_SHAPE).bfloat16()
-    for name in ("box", "colorization", "hadamard", "x2, average", "x2, bicubic"):
+    blurs = [name for name, operator in EVERY.items() if isinstance(operator, Blur)]
+    assert {EVERY[name].padding for name in blurs} == {"circular", "reflect"}
+    for name in ("box", "colorization", "hadamard", "x2, average", "x2, bicubic", *blurs):
         measured = EVERY[name].A(x)
         assert measured.dtype == torch.bfloat16
         torch.testing.assert_close(measured.float(), EVERY[name].A(x.float()), rtol=0.05, atol=0.05)

@@ -120,3 +120,23 @@ def test_blurs(data, shape, seed, padding, rcond):
 @given(st.data(), shapes, seeds)
 def test_combinations(data, shape, seed):
     check(data.draw(combined(shape)), shape, seed)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data(), shapes, seeds, st.sampled_from(("circular", "reflect")), st.sampled_from((1e-4, 1e-2)))
+def test_combinations_with_a_cutoff(data, shape, seed, padding, rcond):
+    """Wide blurs, whose inverse has no bound: the combination takes over their cutoff."""
+    blur = Blur(data.draw(kernels(min(shape[1:]))), padding, rcond)
+    pool = SuperResolution(data.draw(st.sampled_from((1, 2, 4))))
+    mask = Inpainting(tensor(shape[1:], seed) < 0.5)
+    kind = data.draw(st.sampled_from(("blur alone", "mask after", "pool after", "blur after", "stack")))
+    operator = {
+        "blur alone": lambda: Compose([blur]),
+        "mask after": lambda: Compose([mask, blur]),
+        "pool after": lambda: Compose([pool, blur]),
+        "blur after": lambda: Compose([blur, mask]),
+        "stack": lambda: Stack([blur, pool], shape),
+    }[kind]()
+    assert operator.rcond == rcond
+    size = 1 + blur.transfer(torch.zeros(1, *shape, dtype=torch.float64)).abs().max()
+    check(operator, shape, seed, cutoff=rcond * size)

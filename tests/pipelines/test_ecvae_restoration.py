@@ -1,6 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """What ECVAERestorationPipeline makes of measurements, what it refuses, and how it is saved and loaded."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from ecvae_diffusers.operators import (
 
 
 STEPS = 10
+DOUBLE = torch.ones(64, 256, dtype=torch.float64)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -165,7 +167,7 @@ def test_kinds_of_masks(pipe, kind):
         "list": [box_mask(), box_mask()],
     }[kind]
     x = images()
-    expected = restore(pipe, x, Inpainting.box(16, 16, 4, 4, 8, 8).A and Inpainting.box(16, 16, 4, 4, 8, 8))
+    expected = restore(pipe, x, Inpainting.box(16, 16, 4, 4, 8, 8))
     torch.testing.assert_close(restore(pipe, x, mask_image=mask).images, expected.images)
 
 
@@ -259,6 +261,44 @@ def test_callback(pipe):
     torch.testing.assert_close(output.images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
 
 
+def test_callback_that_returns_nothing(pipe):
+    y = SuperResolution(2).A(images())
+    seen = []
+    output = restore(
+        pipe, y, SuperResolution(2), callback_on_step_end=lambda pipe, step, timestep, kwargs: seen.append(step)
+    )
+    assert seen == list(range(STEPS))
+    torch.testing.assert_close(output.images, restore(pipe, y, SuperResolution(2)).images)
+
+
+def test_noise_that_is_taken_at_its_word_is_told(pipe, caplog):
+    """Rounding to 8 bits, blown up by a blur's inverse that must agree to the last digit."""
+    operator = Blur(gaussian_kernel(1.0), "reflect")
+    exact = operator.A(images())
+    restore(pipe, exact, operator)
+    assert "noise_std" not in caplog.text
+    rounded = (exact * 127.5).round() / 127.5
+    assert restore(pipe, rounded, operator).residual.max() < 1e-5
+    assert "`noise_std` is 0, but answers that agree with `image`" in caplog.text
+    caplog.clear()
+    restore(pipe, rounded, operator, noise_std=2 / (255 * 12**0.5))
+    assert "noise_std" not in caplog.text
+
+
+def test_operator_of_another_copy_of_the_package(pipe, tmp_path):
+    """The code of a pipeline from the Hub has its own class of operators, and takes ours with all that they can do."""
+    pipe.save_pretrained(tmp_path)
+    spec = importlib.util.spec_from_file_location("copied_pipeline", tmp_path / "pipeline.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    operator = Blur(gaussian_kernel(1.5), "reflect")
+    assert not isinstance(operator, module.LinearOperator) and module.as_operator(operator) is operator
+    copied = module.ECVAERestorationPipeline(**pipe.components)
+    copied.set_progress_bar_config(disable=True)
+    y = operator.A(images())
+    torch.testing.assert_close(restore(copied, y, operator).images, restore(pipe, y, operator).images)
+
+
 def test_output_types_and_tuple(pipe):
     y = SuperResolution(2).A(images())
     tensor = restore(pipe, y, SuperResolution(2))
@@ -337,6 +377,38 @@ WRONG = {
     "three masks": (
         {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": [box_mask()] * 3},
         "`mask_image` must be one or 2, as many as images, but is 3",
+    ),
+    "no mask": (
+        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": []},
+        "`mask_image` is an empty list",
+    ),
+    "masks of two sizes": (
+        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": [box_mask(), box_mask(8)]},
+        "`mask_image` must hold images of one size",
+    ),
+    "mask with NaN": (
+        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": torch.full((1, 1, 16, 16), float("nan"))},
+        "`mask_image` as an array or tensor must have values from 0 .kept. to 1",
+    ),
+    "mask in the alpha channel": (
+        {
+            "operator": None,
+            "image": torch.zeros(2, 1, 16, 16),
+            "mask_image": PIL.Image.merge("RGBA", [PIL.Image.new("L", (16, 16), 255)] * 3 + [box_mask()]),
+        },
+        "`mask_image` has mode RGBA with transparent pixels",
+    ),
+    "mask that is none": (
+        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": "mask.png"},
+        "`mask_image` must be PIL images, numpy arrays or a tensor, but holds .'str'",
+    ),
+    "tensors of two sizes": (
+        {"image": [torch.zeros(1, 8, 8), torch.zeros(1, 4, 4)]},
+        "`image` must hold images of one size",
+    ),
+    "dtype that the functions can't take": (
+        {"operator": (lambda x: x.flatten(1) @ DOUBLE.T, lambda y: (y.flatten(1) @ DOUBLE).view(-1, 1, 16, 16))},
+        "`image` of shape .2, 1, 8, 8. and torch.float32 is no measurement by the operator",
     ),
     "mask of a measurement": (
         {"operator": None, "image": torch.zeros(2, 16), "mask_image": box_mask()},

@@ -87,9 +87,16 @@ class Task:
         noise = torch.randn(self.measured.shape, generator=torch.Generator().manual_seed(self.seed))
         self.measured = self.measured + self.noise_std * noise
 
-    def pseudo_inverse(self, variance: float) -> torch.Tensor:
-        """A^+ y, or with noise A_s y with s = sigma^2 / v of images of variance v: what linear algebra alone gives."""
-        return self.operator.A_dagger(self.measured, self.noise_std**2 / variance).clamp(-1, 1)
+    def linear_answers(self) -> dict[str, torch.Tensor]:
+        """
+        What linear algebra alone gives: A^+ y, and with noise also A_s y with the best damping for images of independent
+        pixels around 0, sigma^2 over the mean square of the clean ones.
+        """
+        answers = {"A^+ y": self.operator.A_dagger(self.measured)}
+        if self.noise_std > 0:
+            damping = self.noise_std**2 / self.clean.square().mean().item()
+            answers["A_s y"] = self.operator.A_dagger(self.measured, damping)
+        return {name: images.clamp(-1, 1) for name, images in answers.items()}
 
     def shown(self) -> torch.Tensor:
         """The measurement as a picture of the image's size; what is none is shown as its adjoint."""
@@ -186,14 +193,14 @@ def measures(task: Task, answers: Answers, metrics: GenerationMetrics) -> dict[s
     }
     names = ("residual", "residual_of_mean", "largest_relative_residual", "num_network_calls", "seconds")
     found |= {name: getattr(answers, name) for name in names if getattr(answers, name) is not None}
-    if answers.std is not None:
+    if answers.std is not None and unknown_pixels(task).any():
         found["coverage"] = coverage(task, answers, (2.0,))[0]
     return found
 
 
 def unknown_pixels(task: Task) -> torch.Tensor:
     """(C, H, W): those that vary over the clean images and that the measurement leaves open."""
-    varied = task.clean.std(dim=0) > LEAST_VARIED
+    varied = task.clean.std(dim=0, correction=0) > LEAST_VARIED
     signs = torch.randint(2, (64, *task.clean.shape[1:]), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     # The diagonal of I - A^+ A: 1 where nothing was measured, 0 where all was.
     left_open = (signs * (signs - task.operator.A_dagger(task.operator.A(signs)))).mean(0)
@@ -201,10 +208,10 @@ def unknown_pixels(task: Task) -> torch.Tensor:
 
 
 def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[float]:
-    """The share of unknown pixels whose true error lies within so many standard deviations."""
+    """The share of unknown pixels, of which there must be some, whose true error lies within so many standard deviations."""
     unknown = unknown_pixels(task)
     error, std = (answers.mean - task.clean).abs()[:, unknown], answers.std[:, unknown]
-    return [(error <= factor * std).float().mean().item() if unknown.any() else float("nan") for factor in factors]
+    return [(error <= factor * std).float().mean().item() for factor in factors]
 
 
 def classical(task: Task) -> tuple[str, Answers] | None:

@@ -7,16 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from . import separable
-from .linear_operator import LinearOperator
+from .linear_operator import DENSE_ENTRIES, LinearOperator, check_damping
 
 
 PADDINGS = ("circular", "reflect")
 # Relative sizes of a kernel's second singular value: below the first it counts as a product of a column and a row, and
 # is made one to the last digit (below the second it is one).
 RANK_ONE, RANK_ONE_EXACTLY = 1e-6, 1e-14
-# Up to so many pixels the matrix of a blur is decomposed as a whole (half a second, 16 MB).
-DENSE_PIXELS = 1024
-ONE = separable.factorize(torch.ones(1, 1))
 
 
 class Blur(LinearOperator):
@@ -58,7 +55,6 @@ class Blur(LinearOperator):
             kernel = torch.outer(*column_and_row)
         super().__init__(kernel=kernel, padding=padding, rcond=rcond)
         self.padding, self.rcond, self.column_and_row = padding, rcond, column_and_row
-        self.decompositions: dict[tuple[int, int], separable.Factors] = {}
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         self.measurement_shape(tuple(x.shape[1:]))
@@ -78,6 +74,7 @@ class Blur(LinearOperator):
         return folded.new_zeros(y.shape).index_add(-1, columns, folded)
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        check_damping(damping)
         if self.padding == "circular":
             exact = y if y.device.type == "mps" else y.double()
             transfer = self.transfer(exact)
@@ -91,14 +88,14 @@ class Blur(LinearOperator):
         if self.column_and_row is not None:
             lines = [self.line_factors(part, dim, y.shape[dim - 2]) for dim, part in enumerate(self.column_and_row)]
             return separable.inverse(*lines, y, damping, self.rcond)
-        if y.shape[-2] * y.shape[-1] > DENSE_PIXELS:
+        if y.shape[-2] * y.shape[-1] > DENSE_ENTRIES:
             return self.solve(y, damping)
-        factors = self.whole_factors(*y.shape[-2:])
-        return separable.inverse(factors, ONE, y.flatten(2).unsqueeze(-1), damping, self.rcond).view(y.shape)
+        return self.solve_densely(y.flatten(0, 1), (1, *y.shape[-2:]), damping).view(y.shape)
 
     def transfer(self, like: torch.Tensor) -> torch.Tensor:
-        """The kernel's spectrum, in the precision and of the image size of `like`."""
+        """The kernel's spectrum of the image size of `like`, in its precision or float32, below which there is no FFT."""
         height, width = like.shape[-2:]
+        like = like.to(torch.promote_types(like.dtype, torch.float32))
         placed = like.new_zeros(height, width)
         placed[: self.kernel.shape[0], : self.kernel.shape[1]] = self.kernel.to(like)
         centre = (-(self.kernel.shape[0] // 2), -(self.kernel.shape[1] // 2))
@@ -106,7 +103,7 @@ class Blur(LinearOperator):
 
     @staticmethod
     def filtered(x: torch.Tensor, transfer: torch.Tensor) -> torch.Tensor:
-        return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])
+        return torch.fft.irfft2(torch.fft.rfft2(x.to(transfer.real.dtype)) * transfer, s=x.shape[-2:]).to(x.dtype)
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
         # Torch's conv2d correlates.
@@ -131,13 +128,6 @@ class Blur(LinearOperator):
         matrix = sum(weight * reads[len(part) - 1 - i :][:size] for i, weight in enumerate(part))
         return separable.factorize(matrix)
 
-    def whole_factors(self, height: int, width: int) -> separable.Factors:
-        """The matrix that blurs a whole image, decomposed; kept for the next call."""
-        if (height, width) not in self.decompositions:
-            pixels = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
-            self.decompositions[height, width] = separable.factorize(self.A(pixels).flatten(1).mT)
-        return self.decompositions[height, width]
-
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         # A mirror image has size - 1 pixels.
         if any(k > size for k, size in zip(self.kernel.shape, image_shape[-2:])):
@@ -157,8 +147,12 @@ def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: 
         size (`int`, *optional*): Height and width, odd. Three standard deviations to each side if not given.
     """
     along_rows, along_columns = (std, std) if isinstance(std, int | float) else std
-    if min(along_rows, along_columns) <= 0:
-        raise ValueError(f"`std` must be above 0, but is {std}.")
+    if not 0 < min(along_rows, along_columns) <= max(along_rows, along_columns) < float("inf"):
+        raise ValueError(f"`std` must be a finite number above 0, but is {std}.")
+    if size is not None and (size < 1 or size % 2 == 0):
+        raise ValueError(f"`size` must be odd and at least 1, but is {size}.")
+    if not math.isfinite(angle):
+        raise ValueError(f"`angle` must be a finite number, but is {angle}.")
     if size is None:
         size = 2 * math.ceil(3 * max(along_rows, along_columns)) + 1
     y, x = centred_grid(size)
@@ -179,8 +173,8 @@ def motion_kernel(length: float, angle: float = 0.0) -> torch.Tensor:
     A straight motion: a line of `length` pixels, turned by `angle` degrees counter-clockwise from the horizontal, that
     sums up to 1. Each pixel weighs as much as of the line, one pixel wide, lies in it (by a fine sampling).
     """
-    if length < 1:
-        raise ValueError(f"`length` must be at least 1 px, but is {length}.")
+    if not 1 <= length < float("inf") or not math.isfinite(angle):
+        raise ValueError(f"`length` must be at least 1 px and `angle` finite, but are {length} and {angle}.")
     size = 2 * math.ceil((length + 1) / 2) + 1
     fine = 32
     y, x = centred_grid(size * fine)

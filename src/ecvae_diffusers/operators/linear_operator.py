@@ -8,6 +8,7 @@ as s goes to 0.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
+from .separable import Factors, factorize, inverse
 from .solvers import LeastSquares
 
 
 CONFIG_FILE, TENSORS_FILE = "operator_config.json", "operator.safetensors"
+# Up to so many entries of an image the matrix of an operator is decomposed as a whole (half a second, 16 MB).
+DENSE_ENTRIES = 1024
+ONE = factorize(torch.ones(1, 1))
 
 
 class LinearOperator(nn.Module):
@@ -33,14 +38,21 @@ class LinearOperator(nn.Module):
     Images are in [-1, 1] here: a measurement is y = A x of such x.
     """
 
+    # By this `as_operator` knows one, also of another copy of this class: a pipeline from the Hub brings its own.
+    is_linear_operator = True
     # c, where A A^T is c times the projection on the range of A; None where it is not.
     row_norm: float | None = None
     # What CGLS computes in. None: in the measurement's own dtype.
     solver_dtype: torch.dtype | None = torch.float64
+    # Singular values up to so many times the largest are left out of A^+.
+    rcond: float = 0.0
+    # Whether every image of a batch is measured alike.
+    is_the_same_for_all_images: bool = True
 
     def __init__(self, **arguments: Any):
         super().__init__()
         self._arguments = arguments
+        self.decompositions: dict[tuple[int, ...], Factors] = {}
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 self.register_buffer(name, value)
@@ -75,9 +87,13 @@ class LinearOperator(nn.Module):
             damping (`float`, *optional*, defaults to 0.0):
                 s, at least 0: above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
 
+        Raises:
+            ValueError: if `damping` is below 0 or not finite.
+
         Where there is no closed form it is solved by CGLS from 0, in float64 where the device has it: to a relative
         residual of 1e-10 for measurements in float64, 1e-8 in float32 (1e-6 where it is computed in float32).
         """
+        check_damping(damping)
         if self.row_norm is not None:
             return self.A_adjoint(y) / (self.row_norm + damping)
         return self.solve(y, damping)
@@ -87,6 +103,15 @@ class LinearOperator(nn.Module):
         dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
+
+    def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
+        """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        if image_shape not in self.decompositions:
+            entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
+            self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
+        column = y.flatten(1)[:, None, :, None]
+        solved = inverse(self.decompositions[image_shape], ONE, column, damping, self.rcond)
+        return solved.view(len(y), *image_shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.A(x)
@@ -100,7 +125,8 @@ class LinearOperator(nn.Module):
         config: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, value in self._arguments.items():
             if isinstance(value, torch.Tensor):
-                tensors[prefix + name] = getattr(self, name).contiguous()
+                # A copy: safetensors does not save two names of one tensor, such as a mask that two parts share.
+                tensors[prefix + name] = getattr(self, name).contiguous().clone()
                 value = {"tensor": prefix + name}
             elif isinstance(value, list):
                 value = [part.to_config(tensors, f"{prefix}{name}.{i}.") for i, part in enumerate(value)]
@@ -159,10 +185,12 @@ class FunctionOperator(LinearOperator):
         A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
         A_adjoint (`Callable`): Its adjoint.
 
-    It is not saved: a config can't hold functions. The functions are called in the dtype that they are given.
+    It is not saved: a config can't hold functions. The functions are called in the dtype of what is restored or solved for:
+    float32, or float64 where the measurement is.
     """
 
     solver_dtype = None
+    is_the_same_for_all_images = False  # as far as we know
 
     def __init__(self, A: Callable[[torch.Tensor], torch.Tensor], A_adjoint: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
@@ -181,6 +209,11 @@ class FunctionOperator(LinearOperator):
         raise ValueError("An operator made of functions can't be saved: there is no config of a function.")
 
 
+def check_damping(damping: float) -> None:
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"`damping` must be a finite number of at least 0, but is {damping}.")
+
+
 def subclasses(kind: type) -> set[type]:
     return {kind}.union(*map(subclasses, kind.__subclasses__())) if kind.__subclasses__() else {kind}
 
@@ -193,7 +226,7 @@ def as_operator(operator: Any) -> LinearOperator:
     Raises:
         ValueError: if it is none of them.
     """
-    if isinstance(operator, LinearOperator):
+    if getattr(operator, "is_linear_operator", False):
         return operator
     if callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None)):
         return FunctionOperator(operator.A, operator.A_adjoint)

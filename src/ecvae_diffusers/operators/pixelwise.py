@@ -39,11 +39,13 @@ class Inpainting(LinearOperator):
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError("`mask` must hold 0 (missing) and 1 (observed) only.")
         super().__init__(mask=mask.bool())
+        self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
 
     @classmethod
     def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
         """Images of `height` x `width` of which a box is missing, whose first row and column are `top` and `left`."""
-        if min(top, left) < 0 or top + box_height > height or left + box_width > width:
+        fits = top + box_height <= height and left + box_width <= width
+        if min(top, left, box_height, box_width) < 0 or not fits:
             raise ValueError(
                 f"The box of {box_height}x{box_width} at ({top}, {left}) does not lie in an image of {height}x{width}."
             )
@@ -101,8 +103,8 @@ class Colorization(LinearOperator):
     def __init__(self, weights: tuple[float, ...] = (0.299, 0.587, 0.114)):
         super().__init__(weights=tuple(weights))
         self.row_norm = sum(w * w for w in weights)
-        if self.row_norm == 0:
-            raise ValueError(f"`weights` must not all be 0, but are {weights}.")
+        if not 0 < self.row_norm < float("inf"):
+            raise ValueError(f"`weights` must be finite and not all 0, but are {weights}.")
         self.weights = tuple(weights)
 
     def column(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from . import separable
-from .linear_operator import LinearOperator
+from .linear_operator import LinearOperator, check_damping
 
 
 MODES = ("average", "bicubic", "decimation")
@@ -67,6 +67,7 @@ class SuperResolution(LinearOperator):
         return separable.apply(rows.matrix.mT, columns.matrix.mT, y)
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        check_damping(damping)
         if self.mode != "bicubic":
             return super().A_dagger(y, damping)
         rows, columns = self.factors(*(size * self.scale for size in y.shape[-2:]))

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
 
 from ..cards import write_card
 from ..energy import compute_energy, energy_and_gradient, frozen
@@ -39,13 +39,22 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+logger = logging.get_logger(__name__)
+
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
 # Standard deviation of rounding to 8 bits, of values in [-1, 1].
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
 # Spread, in standard deviations of the prior, of the answers' starts around the encoding of A^+ y.
 START_SPREAD = 0.3
+# Root-mean-square of what answers without noise exceed the range of images by, from which on the measurement holds noise.
+LARGEST_EXCESS = 0.1
 # What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
 START_DAMPING = 1e-3
+
+
+def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
+    if len(set(sizes)) > 1:
+        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
 
 
 @dataclass
@@ -60,7 +69,8 @@ class ECVAERestorationOutput(BaseOutput):
         mean (as `images`): The mean of the answers to each measurement, B images, without the draws' noise.
         std (`np.ndarray` of shape `(B, H, W, C)`, or `torch.Tensor` `(B, C, H, W)` for `output_type="pt"`):
             Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers,
-            and the error that the model makes even where it knows the latents.
+            and the error that the model makes even where it knows the latents. Of a single answer there is no spread: ask for
+            several (8, say) where `std` matters.
         residual (`torch.Tensor` of shape `(B * M,)`):
             ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
         residual_output (`torch.Tensor` of shape `(B * M,)`): The same of what `images` holds, clamped and rounded.
@@ -166,6 +176,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         if not images:
             raise ValueError("`image` is an empty list.")
         if all(isinstance(one, torch.Tensor) for one in images):
+            check_sizes("image", [tuple(one.shape) for one in images])
             tensor = torch.stack(images) if isinstance(image, list | tuple) else image
             if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
                 raise ValueError(
@@ -182,6 +193,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 raise ValueError(f"`image` has mode {mode}: use image.convert('RGB') or image.convert('L').")
             image = [one.convert({"1": "L", "P": "RGB"}.get(mode, mode)) for one in images]
         elif all(isinstance(one, np.ndarray) for one in images):
+            check_sizes("image", [one.shape for one in images])
             if images[0].ndim == 2:
                 image = [one[..., None] for one in images]
         else:
@@ -198,6 +210,26 @@ class ECVAERestorationPipeline(DiffusionPipeline):
 
     def prepare_mask(self, mask_image: Images, batch_size: int, height: int, width: int) -> torch.Tensor:
         """Which pixels were observed, (1 or B, 1, H, W): those where the mask is black."""
+        masks = list(mask_image) if isinstance(mask_image, list | tuple) else [mask_image]
+        if not masks:
+            raise ValueError("`mask_image` is an empty list.")
+        if all(isinstance(one, PIL.Image.Image) for one in masks):
+            check_sizes("mask_image", [one.size for one in masks])
+            transparent = [
+                one for one in masks if one.has_transparency_data and one.convert("RGBA").getextrema()[3][0] < 255
+            ]
+            if transparent:
+                raise ValueError(
+                    f"`mask_image` has mode {transparent[0].mode} with transparent pixels: give a mask in black and white, such as "
+                    "mask.getchannel('A') or mask.convert('L')."
+                )
+        elif all(isinstance(one, np.ndarray | torch.Tensor) for one in masks):
+            check_sizes("mask_image", [tuple(one.shape) for one in masks])
+            if not all(bool(((one >= 0) & (one <= 1)).all()) for one in masks):
+                raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
+        else:
+            kinds = sorted({type(one).__name__ for one in masks})
+            raise ValueError(f"`mask_image` must be PIL images, numpy arrays or a tensor, but holds {kinds}.")
         mask = self.mask_processor.preprocess(mask_image)
         if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (height, width):
             raise ValueError(
@@ -231,7 +263,12 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         operator = as_operator(operator)
         if not torch.isfinite(y).all():
             raise ValueError("`image` holds values that are not finite.")
-        back = operator.A_adjoint(y)
+        try:
+            back = operator.A_adjoint(y)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"`image` of shape {tuple(y.shape)} and {y.dtype} is no measurement by the operator {operator}: {error}"
+            ) from error
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
             raise ValueError(
                 f"`image` was measured of images of shape {tuple(back.shape[1:])} (channels, height, width) by the operator, "
@@ -298,7 +335,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         reconstruction_variance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
@@ -318,7 +355,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. If not given, that of rounding
                 to 8 bits (0.0023) for pictures, 0 for tensors.
             num_restorations (`int`, *optional*, defaults to 1):
-                M: answers to each measurement. They differ in what was not measured.
+                M: answers to each measurement. They differ in what was not measured, and `std` needs several.
             num_inference_steps (`int`, *optional*, defaults to 50):
                 Decoder passes (each with one back) that search latents; one more makes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
@@ -391,7 +428,8 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 if callback_on_step_end is None:
                     return latents
                 given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                return callback_on_step_end(self, step, step, given).pop("latents", latents)
+                returned = callback_on_step_end(self, step, step, given)
+                return latents if returned is None else returned.pop("latents", latents)
 
             with frozen(self.vae):
                 search = (
@@ -412,6 +450,13 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 decoded = canvas.join(decode(latents))
 
         center = likelihood.mean(decoded)
+        excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
+        if noise_std == 0 and excess > LARGEST_EXCESS:
+            logger.warning(
+                f"`noise_std` is 0, but answers that agree with `image` to the last digit leave the range of images, [-1, 1], by "
+                f"{excess:.2g} (root mean square): it holds noise, that A^+ blows up. Give its `noise_std`; rounding to 8 bits has "
+                f"{ROUNDING_STD:.2g}."
+            )
         answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
         by_measurement = center.unflatten(0, (-1, num_restorations))
         spread = (
