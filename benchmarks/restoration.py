@@ -22,7 +22,7 @@ from ecvae_training.restoration_tasks import Task, as_answers, classical, covera
 
 
 NUM_IMAGES, NOISES, NUM_RESTORATIONS = 256, (0.0, 0.05), 8
-STEPS = (5, 10, 20, 50, 100)
+STEPS = (5, 10, 20, 50, 75, 100)
 FACTORS = tuple(i / 10 for i in range(1, 31))
 
 

@@ -59,7 +59,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--noise_std", type=float, nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
     )
     parser.add_argument("--num_restorations", type=int, default=8, help="M: answers to each measurement.")
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[50], help="Decoder passes; a row each.")
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[75], help="Decoder passes; a row each.")
     parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
     parser.add_argument("--energy_weight", type=float, default=0.0)
     parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")

@@ -325,7 +325,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         mask_image: Images | None = None,
         noise_std: float | None = None,
         num_restorations: int = 1,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = 75,
         method: str = "langevin",
         energy_weight: float = 0.0,
         start: str = "encoding",
@@ -356,7 +356,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 to 8 bits (0.0023) for pictures, 0 for tensors.
             num_restorations (`int`, *optional*, defaults to 1):
                 M: answers to each measurement. They differ in what was not measured, and `std` needs several.
-            num_inference_steps (`int`, *optional*, defaults to 50):
+            num_inference_steps (`int`, *optional*, defaults to 75):
                 Decoder passes (each with one back) that search latents; one more makes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
                 `"langevin"` draws answers from the posterior, `"map"` gives the likeliest latents near each start.
