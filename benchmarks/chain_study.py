@@ -49,6 +49,7 @@ SETTINGS |= {
     for drift in (0.25, 4.0)
     for tolerance in (0.0037, 0.03)
 }
+SETTINGS |= {"two chains": ["--num_chains", "2"]}
 SETTINGS |= {"K 1": ["--langevin_steps", "1"], "K 15": ["--langevin_steps", "15"]}
 SETTINGS |= {f"tolerance {tolerance:g}": ["--drift_tolerance", str(tolerance)] for tolerance in (0.0037, 0.015, 0.03)}
 SETTINGS |= {

@@ -99,6 +99,20 @@ def test_a_run_cut_in_two_equals_a_run_in_one(finished, images, tmp_path):
     assert timeless[0] == timeless[1]
 
 
+def test_two_chains(finished, images, tmp_path):
+    """The energy model learns against other samples than the autoencoder, whose first step is the same; resumed bit for bit."""
+    arguments = ["--train_data_dir", images, *TINY, "--log_steps", 1, "--num_chains", 2]
+    succeed(*arguments, "--output_dir", tmp_path / "one", "--max_train_steps", 4)
+    one, two = metrics(finished)[0], metrics(tmp_path / "one")[0]
+    same = ("reconstruction", "kl", "constraint", "dual", "energy_real")
+    assert all(one[key] == two[key] for key in same) and one["energy_targets"] != two["energy_targets"]
+    succeed(*arguments, "--output_dir", tmp_path / "two", "--max_train_steps", 2, "--checkpointing_steps", 2)
+    succeed(*arguments, "--output_dir", tmp_path / "two", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert not all(torch.equal(expected[key], value) for key, value in weights(finished).items())
+
+
 def test_latest_without_a_checkpoint_starts_at_zero_and_says_so(images, tmp_path):
     result = succeed(
         "--train_data_dir", images, "--output_dir", tmp_path / "new", *TINY, "--max_train_steps", 1,

@@ -144,6 +144,14 @@ def add_calibration_arguments(calibration) -> None:
     )
     calibration.add_argument("--langevin_steps", type=int, default=5, help="K: steps of the chain.")
     calibration.add_argument(
+        "--num_chains",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="1: the energy model learns against the same chain's ends as the autoencoder; 2: against those of a second "
+        "one from new samples, as published, at up to twice the cost of an iteration.",
+    )
+    calibration.add_argument(
         "--langevin_drift_step",
         default="auto",
         help="a: step on the energy gradient; a number, or 'auto': 1 / --langevin_steps, and less while the chain's drift "

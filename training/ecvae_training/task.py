@@ -15,6 +15,7 @@ class Task(Protocol):
     generator: torch.nn.Module
     energy_model: torch.nn.Module | None
     component: str  # the generator's name in the pipeline
+    latent_shape: tuple[int, ...]  # of one sample
 
     def loss(
         self, network: torch.nn.Module, real: torch.Tensor, noise: StepNoise, step: int, with_samples: bool

@@ -233,9 +233,10 @@ class Trainer:
                 generator.optimizer.step()
                 generator.lr_scheduler.step()
                 generator.optimizer.zero_grad()
-                # The energy model: data against the same targets.
+                # The energy model: data against the same targets, or those of new samples.
                 if energy is not None:
-                    energies = self.calibrator.energy_loss(real, calibration.targets, energy.network)
+                    targets = self.new_targets(noise, len(real)) if args.num_chains == 2 else calibration.targets
+                    energies = self.calibrator.energy_loss(real, targets, energy.network)
                     accelerator.backward(energies.loss)
                     if accelerator.sync_gradients:
                         scalars["energy_gradient_norm"] = clip_gradients(accelerator, energy, args.max_grad_norm)
@@ -262,6 +263,12 @@ class Trainer:
                 scalars |= moments("energy_samples", calibration.energy_samples)
                 scalars |= moments("energy_targets", energies.energy_targets)
         return scalars
+
+    def new_targets(self, noise: StepNoise, count: int) -> torch.Tensor:
+        """The ends of chains from other samples, of the generator as it is now."""
+        with self.accelerator.autocast():
+            samples = self.task.sample(self.task.generator, noise.normal(count, *self.task.latent_shape))
+        return self.calibrator.run_chain(samples, noise=ChainNoise(noise, samples))
 
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
         """Write the step's scalars, show some of them, and return the guard's alarms."""
