@@ -4,10 +4,12 @@
 
 The arrangements of training_step.py, published and ours in fp32 and bf16, train the demo's networks on digits for equally
 many iterations, with the same chain, rates, dual step and average; the distance is the demo's, over four times as many samples, since
-5,000 other samples of one model differ by 1 to 3.
+5,000 other samples of one model differ by 1 to 3. `--settings` also takes "published + single chain", one change alone, and
+"ours in fp32 - single chain", all but one.
 """
 
 import time
+from dataclasses import replace
 
 import torch
 from study import Results, load_data, median, parser, versions
@@ -21,10 +23,17 @@ from ecvae_training.models import moving_average
 
 
 OURS = {name: True for name in CHANGES if name not in GPU_CHANGES}
-SETTINGS = {
+WHOLE = {
     "published arrangement": Arrangement(),
     "ours in fp32": Arrangement(**{**OURS, "bf16": False}),
     "ours in bf16": Arrangement(**OURS),
+}
+# One change to the first, and all but one: which of them it is that changes quality.
+SETTINGS = WHOLE | {f"published + {name.replace('_', ' ')}": Arrangement(**{name: True}) for name in OURS}
+SETTINGS |= {
+    f"{whole} - {name.replace('_', ' ')}": replace(WHOLE[whole], **{name: False})
+    for whole in ("ours in fp32", "ours in bf16")
+    for name in OURS
 }
 NUM_STEPS, BATCH, NUM_SAMPLES = 5, 64, 20_000
 
@@ -70,7 +79,9 @@ def table(results: Results) -> str:
 
 
 def main() -> None:
-    args = parser(__doc__, list(SETTINGS)).parse_args()
+    made = parser(__doc__, list(SETTINGS))
+    made.set_defaults(settings=list(WHOLE))
+    args = made.parse_args()
     results = Results(args.output_dir / "arrangements.jsonl")
     if not args.table:
         data = load_data(args)
