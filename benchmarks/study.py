@@ -215,7 +215,9 @@ class Results:
             for name in settings:
                 if not any(row["setting"] == name and row["seed"] == seed for row in self.rows()):
                     started = time.time()
-                    row = {"setting": name, "seed": seed, **make(name, seed), "seconds": round(time.time() - started)}
+                    row = make(name, seed)
+                    # A row may have seconds of its own, such as those of one image.
+                    row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row}
                     with open(self.path, "a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(json.dumps(row), flush=True)
