@@ -1266,8 +1266,10 @@ class ECVAERestorationPipeline(DiffusionPipeline):
                 decoded = canvas.join(decode(latents))
 
         center = likelihood.mean(decoded)
-        excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
-        if noise_std == 0 and excess > LARGEST_EXCESS:
+        if (
+            noise_std == 0
+            and (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS
+        ):
             logger.warning(
                 f"`noise_std` is 0, but answers that agree with `image` to the last digit leave the range of images, [-1, 1], by "
                 f"{excess:.2g} (root mean square): it holds noise, that A^+ blows up. Give its `noise_std`; rounding to 8 bits has "

@@ -265,7 +265,7 @@ class Trainer:
         return scalars
 
     def new_targets(self, noise: StepNoise, count: int) -> torch.Tensor:
-        """The ends of chains from other samples, of the generator as it is now."""
+        """The ends of chains from other samples, of the generator as it is now, in evaluation mode."""
         with self.accelerator.autocast():
             samples = self.task.sample(self.task.generator, noise.normal(count, *self.task.latent_shape))
         return self.calibrator.run_chain(samples, noise=ChainNoise(noise, samples))

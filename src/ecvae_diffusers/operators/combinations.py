@@ -30,11 +30,15 @@ class Combination(LinearOperator):
         self.solver_dtype = None if any(part.solver_dtype is None for part in parts) else torch.float64
         self.rcond = max(part.rcond for part in parts)
         self.is_the_same_for_all_images = all(part.is_the_same_for_all_images for part in parts)
+        self.image_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         check_damping(damping)
         if self.rcond > 0 and self.is_the_same_for_all_images:
-            image_shape = tuple(self.A_adjoint(y).shape[1:])
+            measured = tuple(y.shape[1:])
+            if measured not in self.image_shapes:  # a sampler asks at every step
+                self.image_shapes[measured] = tuple(self.A_adjoint(y).shape[1:])
+            image_shape = self.image_shapes[measured]
             if math.prod(image_shape) <= DENSE_ENTRIES:
                 return self.solve_densely(y, image_shape, damping)
         return self.solve(y, damping)
