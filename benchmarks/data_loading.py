@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import train_ecvae  # noqa: E402
 
-from ecvae_training.arguments import parse_args  # noqa: E402
+from ecvae_training import session  # noqa: E402
+from ecvae_training.ecvae_arguments import parse_args  # noqa: E402
 
 
-class WatchedTrainer(train_ecvae.Trainer):
+class WatchedTrainer(session.Trainer):
     """Notes how long each batch takes to come, and each step with it."""
 
     batch_seconds: list[float] = []
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", help="of train_ecvae.py")
     arguments = parser.parse_args().arguments
-    train_ecvae.Trainer = WatchedTrainer
+    session.Trainer = WatchedTrainer
     train_ecvae.main(parse_args(arguments))
     # The first iteration warms up.
     batches, steps = sum(WatchedTrainer.batch_seconds[1:]), sum(WatchedTrainer.step_seconds[1:])

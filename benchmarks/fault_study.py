@@ -38,7 +38,9 @@ def train_with_fault(fault: str | None, arguments: list[str]) -> None:
     import torch
     import train_ecvae
 
-    class FaultyTrainer(train_ecvae.Trainer):
+    from ecvae_training import session
+
+    class FaultyTrainer(session.Trainer):
         iteration = 0
 
         def train_step(self, batches):
@@ -55,7 +57,7 @@ def train_with_fault(fault: str | None, arguments: list[str]) -> None:
             self.iteration += 1
             return scalars
 
-    train_ecvae.Trainer = FaultyTrainer
+    session.Trainer = FaultyTrainer
     train_ecvae.main(train_ecvae.parse_args(arguments))
 
 

@@ -46,10 +46,11 @@ FAULTY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch, train_ecvae
+from ecvae_training import session
 
 faulty = range(int(sys.argv[2]), int(sys.argv[3]))
 
-class FaultyTrainer(train_ecvae.Trainer):
+class FaultyTrainer(session.Trainer):
     iteration = 0
 
     def train_step(self, batches):
@@ -62,10 +63,10 @@ class FaultyTrainer(train_ecvae.Trainer):
         self.iteration += 1
         return scalars
 
-train_ecvae.Trainer = FaultyTrainer
+session.Trainer = FaultyTrainer
 try:
     train_ecvae.main(train_ecvae.parse_args(sys.argv[4:]))
-except (train_ecvae.Stopped, FloatingPointError) as message:
+except (session.Stopped, FloatingPointError) as message:
     sys.exit(str(message))
 """
 

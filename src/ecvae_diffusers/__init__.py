@@ -2,7 +2,7 @@
 """Energy-calibrated VAEs for diffusers: one-step image generation, trained with an energy model that samples without it."""
 
 from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
-from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput
+from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput, FlowEC, FlowECOutput
 from .pipelines import ECVAEPipeline, ECVAERestorationOutput, ECVAERestorationPipeline
 from .register import register
 from .schedulers import LangevinScheduler, LangevinSchedulerOutput
@@ -21,10 +21,13 @@ __all__ = [
     "EnergyLossOutput",
     "EnergyModel",
     "EnergyModelOutput",
+    "FlowEC",
+    "FlowECOutput",
     "LangevinScheduler",
     "LangevinSchedulerOutput",
 ]
 
 register(
-    components=(AutoencoderEC, EnergyModel, LangevinScheduler), pipelines=(ECVAEPipeline, ECVAERestorationPipeline)
+    components=(AutoencoderEC, EnergyModel, FlowEC, LangevinScheduler),
+    pipelines=(ECVAEPipeline, ECVAERestorationPipeline),
 )

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from config_runs import CONFIGS, two_steps
 
 import demo
-from ecvae_training.arguments import parse_args
+from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.models import build_models
 
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from training_runs import TINY, metrics, run_with_fault, succeed, weights, write_images
 
-from ecvae_training.arguments import parse_args
+from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.guard import DivergenceGuard, GuardLimits, HealthyStates
 from ecvae_training.optimization import build_trained
 from ecvae_training.output import read_metrics

@@ -9,7 +9,7 @@ import torch
 from training_runs import TINY, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_training.arguments import parse_args
+from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.evaluation import Patience
 from ecvae_training.observation import batch_spread, chain_strip, pairs_grid, reduce_scalars
 from ecvae_training.output import read_metrics

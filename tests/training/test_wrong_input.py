@@ -6,8 +6,8 @@ import json
 import pytest
 from training_runs import TINY, run, write_images
 
-from ecvae_training.arguments import parse_args
 from ecvae_training.data import ImageDataset, load_images
+from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.output import (
     RunLog,
     check_output_dir,

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import math
+from collections.abc import Callable
 
 
 # What --langevin_drift_step auto spreads over the chain: its K steps are of 1 / K at most.
@@ -16,10 +17,34 @@ def largest_drift_step(args: argparse.Namespace) -> float:
     return args.langevin_drift_step
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_integers(args: argparse.Namespace, refuse: Callable, names: tuple[str, ...], least: int) -> None:
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            refuse(name, f"at least {least}")
+
+
+def check_nonnegative(args: argparse.Namespace, refuse: Callable, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not 0 <= getattr(args, name) < math.inf:
+            refuse(name, "a finite number of at least 0")
+
+
+def check_channels(args: argparse.Namespace, refuse: Callable, name: str) -> None:
+    """Channels a resolution, down to 4 px at most; 64, 128, 256, 256 and so on if not given."""
+    levels, channels = int(math.log2(args.resolution)) - 1, getattr(args, name)
+    if channels is None:
+        setattr(args, name, [min(64 * 2**i, 256) for i in range(levels)])
+    elif min(channels) < 1 or len(channels) > levels:
+        refuse(name, f"1 to {levels} positive numbers at --resolution {args.resolution}")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, check_own: Callable) -> None:
     """
     Fill in the defaults that depend on other arguments. Exits, with a message that names the argument, its value and
     what is allowed, at the first that is wrong.
+
+    Args:
+        check_own (`Callable`): Checks the script's own arguments, see `CommandLine`.
     """
 
     def refuse(name: str, allowed: str) -> None:
@@ -37,17 +62,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         refuse("resolution", "a power of two from 8 to 256")
 
     positive_integers = (
-        "max_train_samples", "latent_channels", "layers_per_block", "energy_num_scales", "langevin_steps",
-        "train_batch_size", "num_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-        "log_steps", "save_images_steps", "gradient_accumulation_steps", "shuffle_buffer_size", "evaluation_steps",
-        "early_stopping_patience", "healthy_state_steps",
+        "max_train_samples", "energy_num_scales", "langevin_steps", "train_batch_size", "num_epochs", "max_train_steps",
+        "checkpointing_steps", "checkpoints_total_limit", "log_steps", "save_images_steps", "gradient_accumulation_steps",
+        "shuffle_buffer_size", "evaluation_steps", "early_stopping_patience", "healthy_state_steps",
     )  # fmt: skip
-    for name in positive_integers:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            refuse(name, "at least 1")
-    for name in ("dataloader_num_workers", "lr_warmup_steps", "kl_warmup_steps", "max_rollbacks"):
-        if getattr(args, name) < 0:
-            refuse(name, "at least 0")
+    check_integers(args, refuse, positive_integers, least=1)
+    check_integers(args, refuse, ("dataloader_num_workers", "lr_warmup_steps", "max_rollbacks"), least=0)
     if not 0 <= args.seed < 2**32:
         refuse("seed", "from 0 to 4294967295")
     if args.healthy_states < 2:
@@ -102,25 +122,18 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
         refuse("max_grad_norm", "a finite number above 0")
     nonnegative = (
-        "kl_weight", "langevin_noise", "conditioning_weight", "dual_learning_rate", "energy_regularization",
-        "adam_weight_decay", "free_bits", "drift_tolerance",
+        "langevin_noise", "conditioning_weight", "dual_learning_rate", "energy_regularization", "adam_weight_decay",
+        "drift_tolerance",
     )  # fmt: skip
-    for name in nonnegative:
-        if not 0 <= getattr(args, name) < math.inf:
-            refuse(name, "a finite number of at least 0")
+    check_nonnegative(args, refuse, nonnegative)
     for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
         if not 0 <= getattr(args, name) < 1:
             refuse(name, "at least 0 and below 1")
     if not 0 <= args.initial_dual <= args.max_dual:
         refuse("initial_dual", f"from 0 to --max_dual ({args.max_dual})")
-    levels = int(math.log2(args.resolution)) - 1
-    for name in ("block_out_channels", "energy_block_out_channels"):
-        channels = getattr(args, name)
-        if channels is not None and (min(channels) < 1 or len(channels) > levels):
-            refuse(name, f"1 to {levels} positive numbers at --resolution {args.resolution}")
-    if args.block_out_channels is None:
-        args.block_out_channels = [min(64 * 2**i, 256) for i in range(levels)]
+    check_own(args, refuse)
     if args.energy_block_out_channels is None:
-        args.energy_block_out_channels = args.block_out_channels
+        args.energy_block_out_channels = getattr(args, "block_out_channels", None)
+    check_channels(args, refuse, "energy_block_out_channels")
     if args.energy_num_scales > len(args.energy_block_out_channels):
         refuse("energy_num_scales", f"at most the number of resolutions ({len(args.energy_block_out_channels)})")

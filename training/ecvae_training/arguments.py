@@ -1,7 +1,12 @@
-"""The command line of `train_ecvae.py`, group by group. `argument_checks.py` holds what is refused."""
+"""
+The command lines of the training scripts: what they have in common, group by group. `argument_checks.py` holds what is
+refused; a script's own arguments are in a file each.
+"""
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import yaml
 from diffusers.optimization import SchedulerType
@@ -10,24 +15,49 @@ from ecvae_diffusers.calibration import HEALTHY_DRIFT
 from ecvae_training.argument_checks import check_arguments
 
 
-CALIBRATIONS = ("none", "energy")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 EVALUATION_METRICS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class CommandLine:
+    """
+    What a training script has of its own.
+
+    Args:
+        description (`str`): What it does, with an example.
+        calibrations (`tuple[str]`): What `--calibration` can be, and in `calibration_help` what it means.
+        add_model_arguments (`Callable`): Adds those of the generator to the group "model".
+        add_loss_arguments (`Callable`): Adds those of its own loss to the group "calibration".
+        check (`Callable`): Checks them, as `check(args, refuse)`: `refuse(name, allowed)` ends the script.
+    """
+
+    description: str
+    calibrations: tuple[str, ...]
+    calibration_help: str
+    add_model_arguments: Callable
+    add_loss_arguments: Callable
+    check: Callable
+
+
+def build_parser(script: CommandLine) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train an energy-calibrated VAE on images, with Accelerate: "
-        "accelerate launch training/train_ecvae.py --train_data_dir my_images --output_dir my_model --resolution 32",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=script.description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
         "--config",
         help="YAML file of arguments, as those in training/configs; what the command line gives goes before it.",
     )
     add_data_arguments(parser.add_argument_group("data"))
-    add_model_arguments(parser.add_argument_group("model"))
-    add_calibration_arguments(parser.add_argument_group("calibration"))
+    model = parser.add_argument_group("model")
+    script.add_model_arguments(model)
+    add_energy_model_arguments(model)
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration", choices=script.calibrations, default="energy", help=script.calibration_help
+    )
+    script.add_loss_arguments(calibration)
+    add_calibration_arguments(calibration)
     add_training_arguments(parser.add_argument_group("training"))
     add_saving_arguments(parser.add_argument_group("saving and logging"))
     add_evaluation_arguments(parser.add_argument_group("evaluation"))
@@ -84,26 +114,13 @@ def add_data_arguments(data) -> None:
     )
 
 
-def add_model_arguments(model) -> None:
-    model.add_argument(
-        "--pretrained_model_name_or_path",
-        help="Go on from the weights of this pipeline or AutoencoderEC (folder or Hub id); the model arguments are its.",
-    )
-    model.add_argument("--latent_channels", type=int, default=128, help="Dimension of the latent vector.")
-    model.add_argument(
-        "--block_out_channels",
-        type=int,
-        nargs="+",
-        help="Channels of the autoencoder at each resolution, from --resolution down by halves. "
-        "64 128 256 256 ..., down to 4 px, if not given.",
-    )
-    model.add_argument("--layers_per_block", type=int, default=1, help="Residual blocks at each resolution.")
-    model.add_argument("--norm_type", choices=("group", "batch"), default="group", help="Normalization.")
+def add_energy_model_arguments(model) -> None:
     model.add_argument(
         "--energy_block_out_channels",
         type=int,
         nargs="+",
-        help="Channels of the energy model at each resolution. Those of the autoencoder if not given.",
+        help="Channels of the energy model at each resolution, from --resolution down by halves. Those of the autoencoder if not "
+        "given, or, where that has none, 64 128 256 256 ..., down to 4 px.",
     )
     model.add_argument("--energy_num_scales", type=int, default=1, help="Image scales that the energy model sees.")
     model.add_argument(
@@ -121,34 +138,13 @@ def add_model_arguments(model) -> None:
 
 
 def add_calibration_arguments(calibration) -> None:
-    calibration.add_argument(
-        "--calibration", choices=CALIBRATIONS, default="energy", help="'none' trains the plain VAE, for comparison."
-    )
-    calibration.add_argument(
-        "--kl_weight",
-        type=float,
-        default=1.0,
-        help="beta: weight of the KL divergence; errors are summed over an image.",
-    )
-    calibration.add_argument(
-        "--kl_warmup_steps",
-        type=int,
-        default=0,
-        help="Steps over which beta rises from 0, against posterior collapse.",
-    )
-    calibration.add_argument(
-        "--free_bits",
-        type=float,
-        default=0.0,
-        help="Nats that each latent dimension may carry before its KL divergence counts, against posterior collapse.",
-    )
     calibration.add_argument("--langevin_steps", type=int, default=5, help="K: steps of the chain.")
     calibration.add_argument(
         "--num_chains",
         type=int,
         choices=(1, 2),
         default=1,
-        help="1: the energy model learns against the same chain's ends as the autoencoder; 2: against those of a second "
+        help="1: the energy model learns against the same chain's ends as what is calibrated; 2: against those of a second "
         "one from new samples, as published, at up to twice the cost of an iteration.",
     )
     calibration.add_argument(
@@ -213,7 +209,9 @@ def add_training_arguments(training) -> None:
     training.add_argument(
         "--max_train_steps", type=int, help="Number of iterations. 10000 if --num_epochs is not given."
     )
-    training.add_argument("--learning_rate", type=float, default=5e-4, help="Learning rate of the autoencoder.")
+    training.add_argument(
+        "--learning_rate", type=float, default=5e-4, help="Learning rate of what is trained beside the energy model."
+    )
     training.add_argument(
         "--energy_learning_rate", type=float, default=5e-4, help="Learning rate of the energy model."
     )
@@ -240,7 +238,7 @@ def add_training_arguments(training) -> None:
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="Save the moving average of the autoencoder's weights.",
+        help="Save the moving average of the weights.",
     )
     training.add_argument(
         "--ema_max_decay",
@@ -378,13 +376,13 @@ def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]
     return arguments
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(script: CommandLine, argv: list[str] | None = None) -> argparse.Namespace:
     """
-    Parse and check the command line. Exits with a message that names the argument, its value and what is allowed.
+    Parse and check a script's command line. Exits with a message that names the argument, its value and what is allowed.
     """
-    parser = build_parser()
+    parser = build_parser(script)
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     path = parser.parse_args(argv).config
     args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
-    check_arguments(parser, args)
+    check_arguments(parser, args, script.check)
     return args

@@ -1,0 +1,443 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""A normalizing flow for images: a map of images to standard normal latents that can be inverted, and its density.
+
+.. math::
+    \log p(x) = \log \mathcal N(F(x); 0, I) + \log \left| \det \tfrac{\partial F}{\partial x} \right|
+
+F is multi-scale (Dinh et al. 2017, arXiv 1605.08803, section 3.6) and made of Glow's steps (Kingma and Dhariwal 2018, arXiv
+1807.03039): activation normalization, an invertible 1x1 convolution, an affine coupling. Each transform gives its output
+and the logarithm of its Jacobian's determinant, an image at a time, and has an `inverse`.
+
+This file imports only torch and diffusers, so that it can travel to the Hub beside its config.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+# Bound of what one coupling scales by, e^2 either way: what is not bounded can't be inverted in float32.
+MAX_LOG_SCALE = 2.0
+# Levels of an 8-bit image, each of width 2 / 256 in [-1, 1].
+NUM_LEVELS = 256
+
+
+def dequantize(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """
+    8-bit images as draws from a density on [-1, 1): each level k becomes (k + u) / 128 - 1 with u uniform in [0, 1)
+    (Theis et al. 2016, arXiv 1511.01844, section 3.1).
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): Levels, in [-1, 1]: k / 127.5 - 1.
+        noise (`torch.Tensor`, of the same shape): u.
+    """
+    levels = ((images.float() + 1.0) * 127.5).round()
+    return (levels + noise) * (2.0 / NUM_LEVELS) - 1.0
+
+
+def bits_per_dimension(log_prob: torch.Tensor, num_entries: int) -> torch.Tensor:
+    """
+    What an 8-bit image costs, in bits an entry: -log p / (D ln 2) + log2(256 / 2), for the density of dequantized images
+    in [-1, 1). A bound from above on the discrete images' own.
+
+    Args:
+        log_prob (`torch.Tensor` of shape `(B,)`): Nats an image.
+        num_entries (`int`): D, pixels times channels.
+    """
+    return -log_prob / (num_entries * math.log(2)) + math.log2(NUM_LEVELS / 2)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Sums over an image and inverses of matrices are taken in float32 or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass
+class FlowECOutput(BaseOutput):
+    """
+    Output of [`FlowEC`].
+
+    Args:
+        log_prob (`torch.Tensor` of shape `(batch_size,)`): Log-density of the images in nats, float32.
+        latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`): F(x).
+        prior_sample (`torch.Tensor` of shape `(num_prior_samples, in_channels, sample_size, sample_size)`, *optional*):
+            Images of `prior_latents`.
+    """
+
+    log_prob: torch.Tensor
+    latents: torch.Tensor
+    prior_sample: torch.Tensor | None = None
+
+
+class ActNorm(nn.Module):
+    """y = (x + bias) e^log_scale, a channel: normalization whose statistics are set once, from data."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def initialize(self, x: torch.Tensor) -> None:
+        """Mean 0 and variance 1 of each channel of `x`."""
+        self.bias.copy_(-x.mean((0, 2, 3), keepdim=True))
+        self.log_scale.copy_(-x.std((0, 2, 3), correction=0, keepdim=True).clamp(min=1e-3).log())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x + self.bias) * self.log_scale.exp(), self.log_det(x)
+
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        return y * (-self.log_scale).exp() - self.bias
+
+    def log_det(self, x: torch.Tensor) -> torch.Tensor:
+        return (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
+
+
+class InvertibleConv(nn.Module):
+    """
+    A 1x1 convolution by W = P L (U + diag(s)): its determinant is that of s, its inverse two triangular solves (Kingma and
+    Dhariwal 2018, section 3.2). It begins as a random rotation.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # In float32, where a model is made in half precision too: that has no decompositions.
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float32))[0]
+        permutation, lower, upper = (m.to(torch.get_default_dtype()) for m in torch.linalg.lu(rotation))
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", upper.diagonal().sign())
+        self.log_scale = nn.Parameter(upper.diagonal().abs().log())
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+
+    def triangles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """L and U + diag(s)."""
+        lower, upper, log_scale = map(at_least_float32, (self.lower, self.upper, self.log_scale))
+        identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
+        return lower.tril(-1) + identity, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lower, upper = self.triangles()
+        weight = self.permutation.to(lower.dtype) @ lower @ upper
+        log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
+        return F.conv2d(x, weight[..., None, None].to(x.dtype)), log_det
+
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        lower, upper = self.triangles()
+        weight = torch.linalg.solve_triangular(
+            lower, self.permutation.to(lower.dtype).T, upper=False, unitriangular=True
+        )
+        weight = torch.linalg.solve_triangular(upper, weight, upper=True)
+        return F.conv2d(y, weight[..., None, None].to(y.dtype))
+
+
+class AffineCoupling(nn.Module):
+    """
+    The first channels stay, and a network of them shifts and scales the rest: y_b = (x_b + t(x_a)) e^s(x_a), |s| <= 2. It
+    begins as the identity.
+    """
+
+    def __init__(self, kept_channels: int, changed_channels: int, hidden_channels: int):
+        super().__init__()
+        self.kept_channels = kept_channels
+        self.net = nn.Sequential(
+            nn.Conv2d(kept_channels, hidden_channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(hidden_channels, hidden_channels, 1),
+            nn.SiLU(),
+            nn.Conv2d(hidden_channels, 2 * changed_channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def shift_and_log_scale(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shift, raw = self.net(kept).to(kept.dtype).chunk(2, dim=1)
+        return shift, MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept, changed = x[:, : self.kept_channels], x[:, self.kept_channels :]
+        shift, log_scale = self.shift_and_log_scale(kept)
+        return torch.cat([kept, (changed + shift) * log_scale.exp()], dim=1), at_least_float32(log_scale).flatten(
+            1
+        ).sum(1)
+
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        kept, changed = y[:, : self.kept_channels], y[:, self.kept_channels :]
+        shift, log_scale = self.shift_and_log_scale(kept)
+        return torch.cat([kept, changed * (-log_scale).exp() - shift], dim=1)
+
+
+class FlowStep(nn.Module):
+    """Activation normalization, an invertible 1x1 convolution and an affine coupling of one half of channels by the other."""
+
+    def __init__(self, channels: int, hidden_channels: int):
+        super().__init__()
+        kept = channels // 2
+        self.norm = ActNorm(channels)
+        self.conv = InvertibleConv(channels)
+        self.coupling = AffineCoupling(kept, channels - kept, hidden_channels)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = 0.0
+        for transform in (self.norm, self.conv, self.coupling):
+            x, log_det = transform(x)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        return self.norm.inverse(self.conv.inverse(self.coupling.inverse(y)))
+
+
+class FlowLevel(nn.Module):
+    """
+    Squeezes 2x2 pixels into channels, transforms them, and lets half of the channels go as latents, seen from the other
+    half, which goes on. The last level lets all go.
+    """
+
+    def __init__(self, in_channels: int, num_steps: int, hidden_channels: int, is_last: bool):
+        super().__init__()
+        channels = 4 * in_channels
+        self.gradient_checkpointing = False
+        self.blocks = nn.ModuleList(FlowStep(channels, hidden_channels) for _ in range(num_steps))
+        self.kept_channels = 0 if is_last else channels // 2
+        # What goes is normalized by what stays: a coupling whose second half is let go.
+        self.split = None if is_last else AffineCoupling(channels // 2, channels - channels // 2, hidden_channels)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """What goes on, the latents that go, and the log-determinant."""
+        x, total = F.pixel_unshuffle(x, 2), 0.0
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x, log_det = self._gradient_checkpointing_func(block, x)
+            else:
+                x, log_det = block(x)
+            total = total + log_det
+        if self.split is None:
+            return None, x, total
+        x, log_det = self.split(x)
+        return x[:, : self.kept_channels], x[:, self.kept_channels :], total + log_det
+
+    def inverse(self, kept: torch.Tensor | None, gone: torch.Tensor) -> torch.Tensor:
+        y = gone if kept is None else self.split.inverse(torch.cat([kept, gone], dim=1))
+        for block in reversed(self.blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                y = self._gradient_checkpointing_func(block.inverse, y)
+            else:
+                y = block.inverse(y)
+        return F.pixel_shuffle(y, 2)
+
+
+class FlowEC(ModelMixin, ConfigMixin):
+    r"""
+    A multi-scale normalizing flow for images, whose samples energy calibration can correct (EC-NF, Luo et al., ECCV 2024, arXiv
+    2311.04071).
+
+    This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for all
+    models (such as downloading or saving). Construct it with keyword arguments only: positional ones are lost by
+    `from_config`.
+
+    Parameters:
+        sample_size (`int`, *optional*, defaults to `32`):
+            Height and width of the images, in pixels: 8, 16, 32, 64, 128 or 256.
+        in_channels (`int`, *optional*, defaults to `3`): Number of image channels: 1 (gray), 3 (RGB) or 4 (RGBA).
+        num_levels (`int`, *optional*, defaults to `3`):
+            Number of scales L, from 1 to log2(`sample_size`). Each halves the resolution.
+        steps_per_level (`int`, *optional*, defaults to `8`): Steps at each scale, at least 1.
+        hidden_channels (`int`, *optional*, defaults to `128`): Channels of the couplings' networks, at least 1.
+
+    Raises:
+        ValueError: if an argument is outside what is listed above.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FlowStep"]
+    _repeated_blocks = ["FlowStep"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        num_levels: int = 3,
+        steps_per_level: int = 8,
+        hidden_channels: int = 128,
+    ):
+        super().__init__()
+        if sample_size not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"`sample_size` must be a power of two from 8 to 256, but is {sample_size}.")
+        if in_channels not in (1, 3, 4):
+            raise ValueError(f"`in_channels` must be 1, 3 or 4, but is {in_channels}.")
+        if not 1 <= num_levels <= int(math.log2(sample_size)):
+            raise ValueError(
+                f"`num_levels` must be from 1 to {int(math.log2(sample_size))} at `sample_size` {sample_size}, but is "
+                f"{num_levels}."
+            )
+        for name, value in (("steps_per_level", steps_per_level), ("hidden_channels", hidden_channels)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        self.levels = nn.ModuleList()
+        self.latent_shapes: list[tuple[int, int, int]] = []  # of what each level lets go
+        channels, size = in_channels, sample_size
+        for i in range(num_levels):
+            is_last = i == num_levels - 1
+            level = FlowLevel(channels, steps_per_level, hidden_channels, is_last)
+            size //= 2
+            self.levels.append(level)
+            self.latent_shapes.append((4 * channels - level.kept_channels, size, size))
+            channels = level.kept_channels
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
+        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
+        unknown = sorted(name for name in rest if not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
+            )
+        return init_dict, unused_kwargs, rest
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`ModelMixin.from_pretrained`], from safetensors only, and whole or not at all.
+
+        Raises:
+            ValueError: if `use_safetensors` is False, or weights are missing from the file.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are not whole: "
+                f"{sorted(info['missing_keys'])[:3]} are missing."
+            )
+        return (model, info) if wants_info else model
+
+    @property
+    def num_latents(self) -> int:
+        """D: as many latents as an image has entries."""
+        return self.config.in_channels * self.config.sample_size**2
+
+    @torch.no_grad()
+    def initialize(self, sample: torch.Tensor) -> None:
+        """
+        Set the statistics of each activation normalization so that its output on `sample` has mean 0 and variance 1 a
+        channel (Kingma and Dhariwal 2018, section 3.1). To be called once, before training.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
+                Dequantized data in [-1, 1).
+        """
+        hooks = [
+            module.register_forward_pre_hook(lambda module, inputs: module.initialize(inputs[0]))
+            for module in self.modules()
+            if isinstance(module, ActNorm)
+        ]
+        try:
+            self.encode(sample)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @apply_forward_hook
+    def encode(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Map images to latents.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+
+        Returns:
+            The latents F(x) of shape `(batch_size, num_latents, 1, 1)`, and log |det dF/dx| of shape `(batch_size,)` in
+            nats, float32.
+
+        Raises:
+            ValueError: if `sample` has another number of channels, height or width.
+        """
+        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
+            raise ValueError(
+                f"`sample` must have shape (batch_size, {', '.join(map(str, expected))}), not {tuple(sample.shape)}."
+            )
+        latents, total, kept = [], 0.0, sample
+        for level in self.levels:
+            kept, gone, log_det = level(kept)
+            latents.append(gone.flatten(1))
+            total = total + log_det
+        return torch.cat(latents, dim=1)[..., None, None], total
+
+    @apply_forward_hook
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Map latents to images: the inverse of `encode`.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`): N(0, I) gives new images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images, around [-1, 1]; nothing holds
+            a flow to that range.
+
+        Raises:
+            ValueError: if `latents` has another shape.
+        """
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != (self.num_latents, 1, 1):
+            raise ValueError(
+                f"`latents` must have shape (batch_size, {self.num_latents}, 1, 1), not {tuple(latents.shape)}."
+            )
+        parts = latents.flatten(1).split([math.prod(shape) for shape in self.latent_shapes], dim=1)
+        kept = None
+        for level, part, shape in zip(reversed(self.levels), reversed(parts), reversed(self.latent_shapes)):
+            kept = level.inverse(kept, part.unflatten(1, shape))
+        return kept
+
+    def log_prob(self, sample: torch.Tensor) -> torch.Tensor:
+        """
+        Log-density of images.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
+                In [-1, 1); 8-bit images are to be dequantized first, see `dequantize`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, nats, float32.
+        """
+        return self.latents_log_prob(*self.encode(sample))
+
+    def latents_log_prob(self, latents: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
+        squares = at_least_float32(latents).square().flatten(1).sum(1)
+        return log_det - 0.5 * (squares + self.num_latents * math.log(2 * math.pi))
+
+    def forward(
+        self, sample: torch.Tensor, prior_latents: torch.Tensor | None = None, return_dict: bool = True
+    ) -> FlowECOutput | tuple:
+        """
+        The density of images and, in the same pass, new images: all that a training step needs, so that gradients are
+        synchronised over processes (only a wrapped `forward` is).
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1).
+            prior_latents (`torch.Tensor` of shape `(num_prior_samples, num_latents, 1, 1)`, *optional*):
+                Draws from N(0, I) to decode too.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`FlowECOutput`] instead of a plain tuple.
+
+        Returns:
+            [`FlowECOutput`], or a tuple `(log_prob, latents)` with `prior_sample` behind where asked for.
+        """
+        latents, log_det = self.encode(sample)
+        log_prob = self.latents_log_prob(latents, log_det)
+        prior_sample = None if prior_latents is None else self.decode(prior_latents.to(latents.dtype))
+        if not return_dict:
+            return (log_prob, latents) + (() if prior_sample is None else (prior_sample,))
+        return FlowECOutput(log_prob=log_prob, latents=latents, prior_sample=prior_sample)

@@ -1,0 +1,229 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Tests of `FlowEC`: that it can be inverted, that its density is one, and that normflows finds the same."""
+
+import math
+
+import normflows
+import pytest
+import torch
+from model_tests import ModelTests, images, seeded, unsettle
+
+from ecvae_diffusers import FlowEC
+from ecvae_diffusers.models.flow_ec import MAX_LOG_SCALE, FlowStep, bits_per_dimension, dequantize
+
+
+CONFIGS = {
+    "one_level": {"num_levels": 1},
+    "two_levels": {"num_levels": 2, "steps_per_level": 2},
+    "colour": {"num_levels": 3, "in_channels": 3},
+}
+
+
+def tiny(sample_size: int = 8, in_channels: int = 1, **kwargs) -> FlowEC:
+    torch.manual_seed(0)
+    kwargs = {"num_levels": 2, "steps_per_level": 1, "hidden_channels": 8, **kwargs}
+    return FlowEC(sample_size=sample_size, in_channels=in_channels, **kwargs)
+
+
+@pytest.fixture(params=CONFIGS)
+def flow(request) -> FlowEC:
+    model = tiny(**CONFIGS[request.param])
+    return unsettle(model, images(3, model.config.in_channels, 8))
+
+
+def sample_of(flow: FlowEC, batch_size: int = 3, seed: int = 0) -> torch.Tensor:
+    return images(batch_size, flow.config.in_channels, flow.config.sample_size, seed)
+
+
+def latents_of(flow: FlowEC, batch_size: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch_size, flow.num_latents, 1, 1, generator=seeded(seed))
+
+
+class TestFlowECModel(ModelTests):
+    @pytest.fixture
+    def model(self):
+        return unsettle(tiny(), images(3, 1, 8))
+
+    def sample(self, batch_size=3):
+        return images(batch_size, 1, 8)
+
+    def outputs(self, model, sample):
+        return list(model(sample, prior_latents=latents_of(model).to(sample.dtype)).to_tuple())
+
+    def loss(self, model, sample, step=0):
+        """A little more than the likelihood: samples too carry gradients."""
+        output = model(sample, prior_latents=latents_of(model, seed=step))
+        return -output.log_prob.mean() + output.prior_sample.square().flatten(1).sum(1).mean()
+
+
+# The map
+
+
+def test_is_inverted(flow):
+    with torch.no_grad():
+        latents, _ = flow.encode(sample_of(flow))
+        assert latents.shape == (3, flow.num_latents, 1, 1)
+        assert (flow.decode(latents) - sample_of(flow)).abs().max() < 1e-4
+        # And from the other side, where steep places of a random map cost digits.
+        drawn = latents_of(flow).double()
+        assert (flow.double().encode(flow.decode(drawn))[0] - drawn).abs().max() < 1e-9
+
+
+def test_log_determinant_is_that_of_the_jacobian(flow):
+    flow.double()
+    for sample in sample_of(flow, 2).double():
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x: flow.encode(x.view(1, *sample.shape))[0].flatten(), sample.flatten()
+        )
+        _, log_det = flow.encode(sample[None])
+        assert abs(log_det.item() - torch.linalg.slogdet(jacobian)[1].item()) < 1e-9
+
+
+def test_log_prob_is_the_normal_density_times_the_determinant(flow):
+    with torch.no_grad():
+        latents, log_det = flow.encode(sample_of(flow))
+        normal = torch.distributions.Normal(0, 1).log_prob(latents).flatten(1).sum(1)
+        torch.testing.assert_close(flow.log_prob(sample_of(flow)), normal + log_det, rtol=1e-5, atol=1e-4)
+        output = flow(sample_of(flow), prior_latents=latents_of(flow))
+        assert torch.equal(output.log_prob, flow.log_prob(sample_of(flow)))
+        assert torch.equal(output.prior_sample, flow.decode(latents_of(flow)))
+
+
+def test_gradients_pass_through_sampling():
+    """Calibration trains the flow through its inverse: the gradient of a sample against finite differences."""
+    flow = unsettle(tiny(), images(3, 1, 8)).double()
+    latents, direction = latents_of(flow, 1).double(), torch.randn(1, 1, 8, 8, generator=seeded(1)).double()
+
+    def projected() -> torch.Tensor:
+        return (flow.decode(latents) * direction).sum()
+
+    gradients = torch.autograd.grad(projected(), list(flow.parameters()))
+    eps = 1e-6
+    for (name, parameter), gradient in zip(flow.named_parameters(), gradients):
+        index = (gradient.abs().argmax()).item()
+        with torch.no_grad():
+            flat = parameter.view(-1)
+            kept = flat[index].item()
+            values = []
+            for shift in (eps, -eps):
+                flat[index] = kept + shift
+                values.append(projected().item())
+            flat[index] = kept
+        found = (values[0] - values[1]) / (2 * eps)
+        assert abs(found - gradient.view(-1)[index].item()) < 1e-4 * max(1.0, abs(found)), name
+
+
+def normflows_step(step: FlowStep) -> list[normflows.flows.Flow]:
+    """The same step of normflows, whose `forward` goes from latents to images, in the order of that direction."""
+    channels = step.norm.bias.shape[1]
+
+    class Parameters(torch.nn.Module):
+        """The other direction's shift and scale, one after the other for each channel."""
+
+        def forward(self, kept):
+            shift, log_scale = step.coupling.shift_and_log_scale(kept)
+            return torch.stack([-shift, -log_scale], dim=2).flatten(1, 2)
+
+    coupling = normflows.flows.AffineCouplingBlock(Parameters(), scale_map="exp", split_mode="channel")
+    conv = normflows.flows.Invertible1x1Conv(channels, use_lu=True).double()
+    conv.P.copy_(step.conv.permutation)
+    conv.sign_S.copy_(step.conv.sign)
+    for own, other in ((conv.L, step.conv.lower), (conv.U, step.conv.upper), (conv.log_S, step.conv.log_scale)):
+        own.data.copy_(other)
+    norm = normflows.flows.AffineConstFlow((channels, 1, 1)).double()
+    norm.s.data.copy_(-step.norm.log_scale)
+    norm.t.data.copy_(-step.norm.bias)
+    return [coupling, conv, norm]
+
+
+def test_log_prob_is_that_of_normflows():
+    """One level: the same transforms, of another library."""
+    flow = unsettle(tiny(num_levels=1, steps_per_level=3), images(3, 1, 8)).double()
+    transforms = [part for step in reversed(flow.levels[0].blocks) for part in normflows_step(step)]
+    other = normflows.NormalizingFlow(
+        normflows.distributions.DiagGaussian((4, 4, 4), trainable=False).double(), transforms
+    )
+    sample = sample_of(flow).double()
+    with torch.no_grad():
+        expected = other.log_prob(torch.nn.functional.pixel_unshuffle(sample, 2))
+        torch.testing.assert_close(flow.log_prob(sample), expected, rtol=1e-10, atol=1e-8)
+        latents = latents_of(flow).double()
+        images_of_other = other(latents.view(-1, 4, 4, 4))
+        torch.testing.assert_close(flow.decode(latents), torch.nn.functional.pixel_shuffle(images_of_other, 2))
+
+
+def test_density_integrates_to_one():
+    """Over all images of 8x8 px it can't be summed; over what draws of another density are worth it can: E_r[p / r] = 1."""
+    flow = tiny(steps_per_level=1)
+    sample = flow.decode(1.2 * latents_of(flow, 20_000)).detach()
+    with torch.no_grad():
+        latents, log_det = flow.encode(sample)
+        log_wider = torch.distributions.Normal(0, 1.2).log_prob(latents).flatten(1).sum(1) + log_det
+        ratio = (flow.log_prob(sample) - log_wider).double().exp()
+    # Of 64 dimensions: the standard error is measured.
+    assert abs(ratio.mean().item() - 1) < 5 * ratio.std().item() / math.sqrt(len(ratio)) < 0.5
+
+
+def test_initialized_on_data_it_is_normalized():
+    flow = tiny(steps_per_level=2)
+    data = 0.3 * images(200, 1, 8) + 0.5
+    flow.initialize(data)
+    found = []
+    for level in flow.levels:
+        for step in level.blocks:
+            step.norm.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    with torch.no_grad():
+        flow.encode(data)
+    assert len(found) == 4
+    for output in found:
+        assert output.mean((0, 2, 3)).abs().max() < 1e-4
+        assert (output.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
+
+
+def test_scales_are_bounded():
+    flow = tiny()
+    coupling = flow.levels[0].blocks[0].coupling
+    coupling.net[-1].bias.data.fill_(1000.0)
+    _, log_scale = coupling.shift_and_log_scale(torch.zeros(1, coupling.kept_channels, 4, 4))
+    assert (log_scale == MAX_LOG_SCALE).all()
+
+
+# Bits
+
+
+def test_dequantized_levels_fill_the_range_once():
+    levels = torch.arange(256).float().view(1, 1, 16, 16) / 127.5 - 1
+    low, high = dequantize(levels, torch.zeros_like(levels)), dequantize(levels, torch.ones_like(levels))
+    assert low.min() == -1 and high.max() == 1
+    assert torch.equal(low.flatten()[1:], high.flatten()[:-1])
+
+
+def test_bits_of_a_uniform_density_are_eight():
+    """Each of 256 levels as likely as any: 1/2 over [-1, 1)."""
+    assert abs(bits_per_dimension(torch.tensor([-64 * math.log(2)]), 64).item() - 8) < 1e-6
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sample_size": 12}, "`sample_size` must be a power of two from 8 to 256, but is 12"),
+        ({"in_channels": 2}, "`in_channels` must be 1, 3 or 4, but is 2"),
+        ({"num_levels": 4}, "`num_levels` must be from 1 to 3 at `sample_size` 8, but is 4"),
+        ({"steps_per_level": 0}, "`steps_per_level` must be at least 1, but is 0"),
+        ({"hidden_channels": 0}, "`hidden_channels` must be at least 1, but is 0"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)
+
+
+def test_wrong_shapes():
+    flow = tiny()
+    with pytest.raises(ValueError, match=r"`sample` must have shape \(batch_size, 1, 8, 8\), not \(2, 3, 8, 8\)"):
+        flow.log_prob(images(2, 3, 8))
+    with pytest.raises(ValueError, match=r"`latents` must have shape \(batch_size, 64, 1, 1\), not \(2, 64\)"):
+        flow.decode(torch.zeros(2, 64))

@@ -1,0 +1,93 @@
+"""What every training script does around its task: check, open the data, train, publish, and say what went wrong."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+
+from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
+from ecvae_training.checkpoints import SavingFailed
+from ecvae_training.feeds import build_feed
+from ecvae_training.launch import build_accelerator
+from ecvae_training.output import check_output_dir, check_resumed_arguments, checkpoints, find_checkpoint
+from ecvae_training.task import Task
+from ecvae_training.trainer import Stopped, Trainer
+
+
+logger = get_logger(__name__)
+
+
+def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, int], Task]) -> None:
+    """
+    One run, from its checked command line to its saved, and perhaps published, pipeline.
+
+    Args:
+        args: The command line.
+        load (`Callable`): What the run starts from, such as pretrained networks. Called before the data is opened, which
+            can take minutes, since what is wrong with it is told in seconds.
+        build_task (`Callable`): The task, of what `load` gave and of the images' number of channels. All that it draws
+            depends on `--seed` alone.
+
+    Raises:
+        Stopped: if the run ended before its last step.
+        ValueError: if folder, data, networks or ways of launching do not fit.
+        UploadError: if publishing failed; the model is saved.
+    """
+    output_dir = Path(args.output_dir)
+    check_output_dir(output_dir, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumed_arguments(output_dir, vars(args))
+    accelerator = build_accelerator(args)
+    repository = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        open_repository(repository, private=args.hub_private_repo, revision=args.hub_revision)
+
+    # Opened, checked and decoded before anything is written.
+    loaded = load()
+    feed = build_feed(args, accelerator)
+    num_steps = args.max_train_steps
+    if num_steps is None:
+        num_steps = max(args.num_epochs * feed.batches_per_epoch // args.gradient_accumulation_steps, 1)
+
+    set_seed(args.seed)
+    trainer = Trainer(args, accelerator, feed, build_task(loaded, feed.channels), num_steps)
+    images = f"{feed.num_images} images" if feed.num_images is not None else "A stream of images"
+    logger.info(
+        f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
+        f"steps, calibration: {args.calibration}."
+    )
+    try:
+        trainer.train(checkpoint)
+    except Stopped:
+        trainer.close()
+        raise
+    main_process = accelerator.is_main_process
+    trainer.close()
+    if args.push_to_hub and main_process:
+        url = upload_folder(output_dir, repository, private=args.hub_private_repo, revision=args.hub_revision)
+        logger.info(f"Published: {url}")
+
+
+def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) -> None:
+    """`main(args)`, whose errors that a user can mend end the process with one line, and what to do."""
+    try:
+        main(args)
+    except UploadError as error:
+        saved = (Path(args.output_dir) / "model_index.json").is_file()
+        what_to_do = f" The model is saved: training/publish.py {args.output_dir} uploads it." if saved else ""
+        sys.exit(f"{name}: error: --push_to_hub: {error}{what_to_do}")
+    except (ValueError, ImportError, FloatingPointError, SavingFailed) as error:
+        sys.exit(f"{name}: error: {error}")
+    except Stopped as message:
+        sys.exit(f"{name}: {message}")
+    except KeyboardInterrupt:
+        found = checkpoints(Path(args.output_dir))
+        left = (
+            f"go on from {found[-1].name} with --resume_from_checkpoint latest" if found else "no checkpoint was saved"
+        )
+        sys.exit(f"{name}: interrupted: {left}.")
