@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "ecvae_diffusers"
-PIPELINES = ["ecvae", "ecvae_restoration"]
+PIPELINES = ["ecvae", "ecvae_restoration", "ecflow"]
 
 HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
 # Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
@@ -31,6 +31,8 @@ REPLACEMENTS = {
     "single_file_source(type(self))": 'Path(__file__).read_text(encoding="utf-8")',
     "from ecvae_diffusers import ECVAEPipeline": "from diffusers import DiffusionPipeline",
     'ECVAEPipeline.from_pretrained("path/or/hub-id")': 'DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)',
+    "from ecvae_diffusers import ECFlowPipeline": "from diffusers import DiffusionPipeline",
+    'ECFlowPipeline.from_pretrained("path/or/hub-id")': 'DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)',
     "from ecvae_diffusers import ECVAERestorationPipeline": "from diffusers import DiffusionPipeline",
     'ECVAERestorationPipeline.from_pretrained("path/or/hub-id")': "DiffusionPipeline.from_pretrained(\n"
     '        ...     "path/or/hub-id", custom_pipeline="restoration", trust_remote_code=True\n        ... )',
@@ -38,6 +40,14 @@ REPLACEMENTS = {
 PACKAGE_ONLY = {
     "push_to_hub", "single_file_source", "upload_arguments", "upload_folder", "write_card", "write_restoration_code",
 }  # fmt: skip
+
+
+def standing_alone(path: Path) -> str:
+    """A module's text, without what only the installed package can do."""
+    text = path.read_text(encoding="utf-8")
+    for old, new in REPLACEMENTS.items():
+        text = text.replace(old, new)
+    return text
 
 
 def local_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
@@ -88,7 +98,7 @@ class Inlined:
         if path.parent.name in ("models", "schedulers"):
             self.component_classes.update(names)
             return
-        text = path.read_text(encoding="utf-8")
+        text = standing_alone(path)
         tree = ast.parse(text)
         nodes = with_helpers(names, tree)
         used = used_names(nodes)
@@ -136,9 +146,7 @@ def import_block(imports: set[tuple[str, str]], standard: bool) -> str:
 
 def generate(name: str) -> str:
     path = PACKAGE / "pipelines" / f"pipeline_{name}.py"
-    text = path.read_text(encoding="utf-8")
-    for old, new in REPLACEMENTS.items():
-        text = text.replace(old, new)
+    text = standing_alone(path)
     tree = ast.parse(text)
 
     inlined = Inlined()
@@ -162,7 +170,7 @@ def generate(name: str) -> str:
 def generated_files() -> dict[Path, str]:
     """Everything that is generated: the pipelines of this folder, and the code in the models that the repository carries."""
     found = {ROOT / "pipelines" / name / "pipeline.py": generate(name) for name in PIPELINES}
-    generation, restoration = found.values()
+    generation, restoration, _ = found.values()
     for index in sorted((ROOT / "model_cards").glob("*/model_index.json")):
         folder = index.parent
         found |= {folder / "pipeline.py": generation, folder / "restoration.py": restoration}

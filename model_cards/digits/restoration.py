@@ -83,50 +83,6 @@ def energy_and_gradient(
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 
 
-def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
-    """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
-    return {
-        name: type(component)
-        for name, component in pipeline.components.items()
-        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
-    }
-
-
-def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
-    """
-    The text of a `model_index.json` that names the code files in the folder: a list as `_class_name`, a file stem as
-    the library of each component of ours. Without `_name_or_path`, which would leak a path of the writer's machine.
-    """
-    index = json.loads(model_index)
-    index.pop("_name_or_path", None)
-    index["_class_name"] = ["pipeline", type(pipeline).__name__]
-    for name, component_class in travelling_components(pipeline).items():
-        index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
-    return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
-    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
-    save_directory = Path(save_directory)
-    save_directory.mkdir(parents=True, exist_ok=True)
-    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
-    for name, component in pipeline.components.items():
-        if type(component).__module__.split(".")[0] not in known:
-            warnings.warn(
-                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
-                "loads only where that module can be imported."
-            )
-    (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
-    for name, component_class in travelling_components(pipeline).items():
-        source = Path(inspect.getfile(component_class))
-        (save_directory / name).mkdir(exist_ok=True)
-        (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-        for config_file in (save_directory / name).glob("*config.json"):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            if config.pop("_name_or_path", None) is not None:
-                config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 class Factors(NamedTuple):
     """A matrix (m, n) and its singular value decomposition U diag(s) V^T, float64 on the CPU."""
 
@@ -923,6 +879,82 @@ def prepare_mask(
     return mask < 0.5
 
 
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(not isinstance(one, torch.Generator | None) for one in generators):
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
+
+
+def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
+    """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
+    return {
+        name: type(component)
+        for name, component in pipeline.components.items()
+        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
+    }
+
+
+def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
+    """
+    The text of a `model_index.json` that names the code files in the folder: a list as `_class_name`, a file stem as
+    the library of each component of ours. Without `_name_or_path`, which would leak a path of the writer's machine.
+    """
+    index = json.loads(model_index)
+    index.pop("_name_or_path", None)
+    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    for name, component_class in travelling_components(pipeline).items():
+        index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
+    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    save_directory = Path(save_directory)
+    save_directory.mkdir(parents=True, exist_ok=True)
+    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
+    for name, component in pipeline.components.items():
+        if type(component).__module__.split(".")[0] not in known:
+            warnings.warn(
+                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
+                "loads only where that module can be imported."
+            )
+    (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
+    for name, component_class in travelling_components(pipeline).items():
+        source = Path(inspect.getfile(component_class))
+        (save_directory / name).mkdir(exist_ok=True)
+        (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        for config_file in (save_directory / name).glob("*config.json"):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class SelfContained:
+    """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+        """
+        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
+        [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if `safe_serialization` is False: weights are safetensors only.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        return self_contained_index(self, super().to_json_string())
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
+        write_code_files(self, save_directory, Path(__file__).read_text(encoding="utf-8"))
+        super().save_config(save_directory, **kwargs)
+
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -979,7 +1011,7 @@ class ECVAERestorationOutput(BaseOutput):
     num_network_calls: int
 
 
-class ECVAERestorationPipeline(DiffusionPipeline):
+class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     r"""
     Pipeline for inverse problems y = A x + n with a known linear A: inpainting, super-resolution, deblurring, colorization,
     denoising, compressed sensing and any other operator, by a model that was never trained for the task.
@@ -1217,11 +1249,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         variance = self.model_variance(reconstruction_variance)
         operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image, height, width)
         count = len(y) * num_restorations
-        generators = generator if isinstance(generator, list) else [generator]
-        if any(not isinstance(one, torch.Generator | None) for one in generators):
-            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} answers.")
+        check_generator(generator, count, of="answers")
         size = self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
         if not isinstance(overlap, Integral) or not 0 <= overlap < size:
@@ -1308,23 +1336,3 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
-
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
-        """
-        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`].
-
-        Raises:
-            ValueError: if `safe_serialization` is False: weights are safetensors only.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
-        super().save_pretrained(save_directory, **kwargs)
-
-    def to_json_string(self) -> str:
-        return self_contained_index(self, super().to_json_string())
-
-    def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
-        write_code_files(self, save_directory, Path(__file__).read_text(encoding="utf-8"))
-        super().save_config(save_directory, **kwargs)

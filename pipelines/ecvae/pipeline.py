@@ -79,6 +79,49 @@ def energy_and_gradient(
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 
 
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(not isinstance(one, torch.Generator | None) for one in generators):
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
+
+
+def check_sampling(
+    batch_size: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    num_latents: int,
+    temperature: float,
+    output_type: str,
+) -> None:
+    """
+    Raises:
+        ValueError: naming the argument, its value and what is allowed. `latents` are (batch_size, num_latents, 1, 1).
+    """
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
+    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    if latents is not None:
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` must be a tensor, but is {type(latents)}.")
+        if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != (num_latents, 1, 1):
+            raise ValueError(
+                f"`latents` must have shape (batch_size, {num_latents}, 1, 1), not {tuple(latents.shape)}."
+            )
+        if batch_size not in (1, latents.shape[0]):
+            raise ValueError(f"`batch_size` is {batch_size}, but `latents` holds {latents.shape[0]}.")
+        if temperature != 1.0:
+            raise ValueError("`latents` are decoded as they are: scale them yourself, and leave `temperature` at 1.")
+        if not torch.isfinite(latents).all():
+            raise ValueError("`latents` holds values that are not finite.")
+        batch_size = latents.shape[0]
+    check_generator(generator, batch_size)
+
+
 def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
     """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
     return {
@@ -123,6 +166,30 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
                 config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+class SelfContained:
+    """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+        """
+        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
+        [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if `safe_serialization` is False: weights are safetensors only.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        return self_contained_index(self, super().to_json_string())
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
+        write_code_files(self, save_directory, Path(__file__).read_text(encoding="utf-8"))
+        super().save_config(save_directory, **kwargs)
+
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -147,7 +214,7 @@ CPU_PART_BYTES = 8 * 2**20
 PIL_MODES = {1: ("L", {"1", "L"}), 3: ("RGB", {"1", "L", "P", "RGB"}), 4: ("RGBA", {"1", "L", "P", "RGB", "RGBA"})}
 
 
-class ECVAEPipeline(DiffusionPipeline):
+class ECVAEPipeline(SelfContained, DiffusionPipeline):
     r"""
     Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass an image.
 
@@ -185,10 +252,8 @@ class ECVAEPipeline(DiffusionPipeline):
         num_refinement_steps: int,
         output_type: str,
     ) -> None:
-        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-        if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
-            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
+        num_latents = self.vae.config.latent_channels
+        check_sampling(batch_size, generator, latents, num_latents, temperature, output_type)
         if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
             raise ValueError(
                 f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
@@ -198,35 +263,8 @@ class ECVAEPipeline(DiffusionPipeline):
                 "`num_refinement_steps` above 0 needs an energy model and a scheduler, and this pipeline has not both. "
                 "Load it without `energy_model=None`, or pass them to the constructor."
             )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
         if output_type == "latent" and num_refinement_steps > 0:
             raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
-        if latents is not None:
-            shape = (self.vae.config.latent_channels, 1, 1)
-            if not isinstance(latents, torch.Tensor):
-                raise ValueError(f"`latents` must be a tensor, but is {type(latents)}.")
-            if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != shape:
-                raise ValueError(
-                    f"`latents` must have shape (batch_size, {shape[0]}, 1, 1), not {tuple(latents.shape)}."
-                )
-            if batch_size not in (1, latents.shape[0]):
-                raise ValueError(f"`batch_size` is {batch_size}, but `latents` holds {latents.shape[0]}.")
-            if temperature != 1.0:
-                raise ValueError(
-                    "`latents` are decoded as they are: scale them yourself, and leave `temperature` at 1."
-                )
-            if not torch.isfinite(latents).all():
-                raise ValueError("`latents` holds values that are not finite.")
-            batch_size = latents.shape[0]
-        self.check_generator(generator, batch_size)
-
-    def check_generator(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
-        generators = generator if isinstance(generator, list) else [generator]
-        if any(not isinstance(one, torch.Generator | None) for one in generators):
-            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but there are {batch_size} images.")
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
@@ -427,7 +465,7 @@ class ECVAEPipeline(DiffusionPipeline):
         """
         self.check_inputs(1, None, None, 1.0, 0, output_type)
         images = self.prepare_image(image)
-        self.check_generator(generator, images.shape[0])
+        check_generator(generator, images.shape[0])
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
@@ -490,22 +528,6 @@ class ECVAEPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return energy
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
-        """
-        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`].
-
-        Raises:
-            ValueError: if `safe_serialization` is False: weights are safetensors only.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
-        super().save_pretrained(save_directory, **kwargs)
-
-    def to_json_string(self) -> str:
-        return self_contained_index(self, super().to_json_string())
-
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
-        write_code_files(self, save_directory, Path(__file__).read_text(encoding="utf-8"))
+        """As for every pipeline of ours, and the code by which the same components restore pictures."""
         super().save_config(save_directory, **kwargs)

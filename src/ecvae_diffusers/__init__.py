@@ -3,7 +3,7 @@
 
 from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
 from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput, FlowEC, FlowECOutput
-from .pipelines import ECVAEPipeline, ECVAERestorationOutput, ECVAERestorationPipeline
+from .pipelines import ECFlowPipeline, ECVAEPipeline, ECVAERestorationOutput, ECVAERestorationPipeline
 from .register import register
 from .schedulers import LangevinScheduler, LangevinSchedulerOutput
 
@@ -14,6 +14,7 @@ __all__ = [
     "AutoencoderEC",
     "AutoencoderECOutput",
     "CalibrationOutput",
+    "ECFlowPipeline",
     "ECVAEPipeline",
     "ECVAERestorationOutput",
     "ECVAERestorationPipeline",
@@ -29,5 +30,5 @@ __all__ = [
 
 register(
     components=(AutoencoderEC, EnergyModel, FlowEC, LangevinScheduler),
-    pipelines=(ECVAEPipeline, ECVAERestorationPipeline),
+    pipelines=(ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline),
 )

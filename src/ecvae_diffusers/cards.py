@@ -169,6 +169,22 @@ def eval_results(evaluation: dict, details: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
+def model_facts(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What the card says of the model itself, be it an autoencoder or a flow."""
+    is_flow = "flow" in pipeline.components
+    model = pipeline.flow if is_flow else pipeline.vae
+    generator = model if is_flow else model.decoder
+    return {
+        "is_flow": is_flow,
+        "sampling_class": "ECFlowPipeline" if is_flow else "ECVAEPipeline",
+        "sample_size": model.config.sample_size,
+        "in_channels": model.config.in_channels,
+        "num_latents": model.num_latents if is_flow else model.config.latent_channels,
+        "num_generator_parameters": sum(p.numel() for p in generator.parameters()),
+        "restores": not is_flow and model.config.reconstruction_variance is not None,
+    }
+
+
 def write_card(
     pipeline: DiffusionPipeline,
     save_directory: str | os.PathLike,
@@ -198,7 +214,7 @@ def write_card(
         check_details(details)
     if path.exists() and CARD_MARKER not in path.read_text(encoding="utf-8"):
         return
-    stated = details or {}
+    stated, facts = details or {}, model_facts(pipeline)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
@@ -207,7 +223,7 @@ def write_card(
             "ecvae",
             "energy-based-model",
             "unconditional-image-generation",
-            "image-restoration",
+            *(["normalizing-flow"] if facts["is_flow"] else ["image-restoration"]),
             *stated.get("tags", []),
         ],
         license=stated.get("license"),
@@ -215,12 +231,11 @@ def write_card(
         model_name=stated.get("title") if evaluation is not None else None,
         eval_results=eval_results(evaluation, details) if evaluation is not None else None,
     )
-    vae = pipeline.vae.config
     card = ModelCard.from_template(
         data,
         template_path=str(packaged_file(TEMPLATE)),
         card_marker=CARD_MARKER,
-        title=stated.get("title", f"{type(pipeline).__name__}, {vae.sample_size} px"),
+        title=stated.get("title", f"{type(pipeline).__name__}, {facts['sample_size']} px"),
         details=stated,
         location=location,
         pictures=pictures or {},
@@ -229,11 +244,7 @@ def write_card(
         evaluation_table=evaluation_table(evaluation) if evaluation is not None else None,
         baseline_rows=baseline_rows(evaluation) if evaluation is not None and "baseline" in evaluation else None,
         pipeline_class=type(pipeline).__name__,
-        sample_size=vae.sample_size,
-        in_channels=vae.in_channels,
-        latent_channels=vae.latent_channels,
-        num_decoder_parameters=sum(p.numel() for p in pipeline.vae.decoder.parameters()),
         has_energy_model=pipeline.energy_model is not None,
-        restores=vae.reconstruction_variance is not None,
+        **facts,
     )
     path.write_text(str(card) + "\n", encoding="utf-8")

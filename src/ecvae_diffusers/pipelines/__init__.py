@@ -1,2 +1,3 @@
+from .pipeline_ecflow import ECFlowPipeline
 from .pipeline_ecvae import ECVAEPipeline
 from .pipeline_ecvae_restoration import ECVAERestorationOutput, ECVAERestorationPipeline

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,16 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 
-from ..cards import write_card
 from ..energy import compute_energy, energy_and_gradient, frozen
-from ..hub import self_contained_index, single_file_source, write_code_files
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..operators.linear_operator import LinearOperator, as_operator
 from ..operators.pixelwise import Inpainting
 from ..restoration import Canvas, Likelihood, draw, neural_transport
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from ..upload import push_to_hub, upload_arguments, upload_folder
 from .picture_inputs import Images, prepare_mask, prepare_picture
+from .sampling_inputs import check_generator
+from .self_contained import SelfContained
 
 
 EXAMPLE_DOC_STRING = """
@@ -82,7 +80,7 @@ class ECVAERestorationOutput(BaseOutput):
     num_network_calls: int
 
 
-class ECVAERestorationPipeline(DiffusionPipeline):
+class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     r"""
     Pipeline for inverse problems y = A x + n with a known linear A: inpainting, super-resolution, deblurring, colorization,
     denoising, compressed sensing and any other operator, by a model that was never trained for the task.
@@ -320,11 +318,7 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         variance = self.model_variance(reconstruction_variance)
         operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image, height, width)
         count = len(y) * num_restorations
-        generators = generator if isinstance(generator, list) else [generator]
-        if any(not isinstance(one, torch.Generator | None) for one in generators):
-            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} answers.")
+        check_generator(generator, count, of="answers")
         size = self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
         if not isinstance(overlap, Integral) or not 0 <= overlap < size:
@@ -411,29 +405,3 @@ class ECVAERestorationPipeline(DiffusionPipeline):
         )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
-
-    push_to_hub = push_to_hub
-
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
-        """
-        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`].
-
-        Raises:
-            ValueError: if `safe_serialization` is False: weights are safetensors only.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
-        upload = upload_arguments(save_directory, kwargs)
-        super().save_pretrained(save_directory, **kwargs)
-        if upload is not None:
-            upload_folder(save_directory, **upload)
-
-    def to_json_string(self) -> str:
-        return self_contained_index(self, super().to_json_string())
-
-    def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
-        write_code_files(self, save_directory, single_file_source(type(self)))
-        write_card(self, save_directory)
-        super().save_config(save_directory, **kwargs)

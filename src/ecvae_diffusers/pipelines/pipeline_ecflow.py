@@ -1,0 +1,108 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""One-step image generation with an energy-calibrated normalizing flow."""
+
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models.energy_model import EnergyModel
+from ..models.flow_ec import FlowEC
+from ..schedulers.scheduling_langevin import LangevinScheduler
+from .sampling_inputs import check_sampling
+from .self_contained import SelfContained
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from ecvae_diffusers import ECFlowPipeline
+
+        >>> pipe = ECFlowPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+        >>> images = pipe(batch_size=16, temperature=0.8).images  # doctest: +SKIP
+        >>> images[0].save("sample.png")  # doctest: +SKIP
+        ```
+"""
+
+
+class ECFlowPipeline(SelfContained, DiffusionPipeline):
+    r"""
+    Pipeline for unconditional image generation with an energy-calibrated normalizing flow: one pass of its inverse an image.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Parameters:
+        flow ([`FlowEC`]): The flow whose inverse makes images of latents drawn from N(0, I).
+        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated it. Not needed to sample.
+        scheduler ([`LangevinScheduler`], *optional*): The chain it was calibrated with. Not needed to sample.
+    """
+
+    model_cpu_offload_seq = "flow->energy_model"
+    _optional_components = ["energy_model", "scheduler"]
+
+    def __init__(
+        self,
+        flow: FlowEC,
+        energy_model: EnergyModel | None = None,
+        scheduler: LangevinScheduler | None = None,
+    ):
+        super().__init__()
+        self.register_modules(flow=flow, energy_model=energy_model, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[list[PIL.Image.Image]]:
+        r"""
+        The call function to the pipeline for generation: one pass of the flow's inverse, and no other network.
+
+        Args:
+            batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or a list of one an image, to make generation deterministic.
+            latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`, *optional*):
+                Latents to map to images as they are, instead of draws from N(0, I).
+            temperature (`float`, *optional*, defaults to 1.0):
+                Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
+                images are clamped; or `"latent"`, the latents themselves.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`:
+                If `return_dict` is `True`, [`~pipelines.ImagePipelineOutput`] is returned, otherwise a `tuple` is
+                returned where the first element is a list with the generated images.
+
+        Raises:
+            ValueError: if an argument is outside what is listed above.
+        """
+        check_sampling(batch_size, generator, latents, self.flow.num_latents, temperature, output_type)
+        device, dtype = self._execution_device, self.flow.dtype
+        if latents is None:
+            shape = (batch_size, self.flow.num_latents, 1, 1)
+            latents = temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        image = latents.to(device=device, dtype=dtype)
+        if output_type != "latent":
+            sample = self.image_processor.denormalize(self.flow.decode(image))
+            image = self.image_processor.postprocess(sample, output_type=output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (image,)
+        return ImagePipelineOutput(images=image)
