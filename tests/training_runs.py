@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 
-SCRIPT = Path(__file__).parents[1] / "training" / "train_ecvae.py"
+SCRIPTS = Path(__file__).parents[1] / "training"
+SCRIPT = SCRIPTS / "train_ecvae.py"
+TINY_FLOW = [
+    "--resolution", "16", "--num_levels", "2", "--steps_per_level", "2", "--hidden_channels", "16",
+    "--energy_block_out_channels", "16", "16", "--train_batch_size", "8",
+]  # fmt: skip
 TINY = ["--resolution", "16", "--latent_channels", "4", "--block_out_channels", "16", "16", "--train_batch_size", "8"]
 
 
@@ -28,9 +33,9 @@ def write_images(folder: Path, count: int = 24, mode: str = "L", size: int = 16)
     return folder
 
 
-def run(*arguments, launcher=(sys.executable,), environment=()) -> subprocess.CompletedProcess:
+def run(*arguments, launcher=(sys.executable,), environment=(), script=SCRIPT) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **dict(environment)}
-    command = [*launcher, str(SCRIPT), *map(str, arguments)]
+    command = [*launcher, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -92,6 +97,7 @@ def metrics(output_dir: Path) -> list[dict]:
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{key}": value
-        for name in ("vae", "energy_model")
-        for key, value in load_file(output_dir / name / "diffusion_pytorch_model.safetensors").items()
+        for name in ("vae", "flow", "energy_model")
+        if (path := output_dir / name / "diffusion_pytorch_model.safetensors").is_file()
+        for key, value in load_file(path).items()
     }

@@ -8,9 +8,6 @@ energy model steps on data against the same targets; lambda steps on the constra
 `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration` and `ecvae_diffusers.variational`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
@@ -19,28 +16,17 @@ from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import build_models, load_pretrained
 from ecvae_training.session import run_script, train
+from ecvae_training.task import evaluating
 
 
 # Enough for a mean that is known to a few per cent.
 NUM_VARIANCE_IMAGES = 2048
 
 
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients, for as long as this is open."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
-
-
 class ECVAETask:
     """The EC-VAE as a `Task` of the trainer: an ELBO of its own, and samples decoded from the prior."""
 
-    component = "vae"
+    component, headline = "vae", "reconstruction"
 
     def __init__(self, args, vae: AutoencoderEC, energy_model: EnergyModel | None):
         self.args, self.generator, self.energy_model = args, vae, energy_model
@@ -84,21 +70,23 @@ class ECVAETask:
         generator.eval().register_to_config(reconstruction_variance=total / len(images))
 
 
+def build_vae(args, in_channels: int) -> AutoencoderEC:
+    """A new autoencoder of the command line."""
+    return AutoencoderEC(
+        sample_size=args.resolution,
+        in_channels=in_channels,
+        latent_channels=args.latent_channels,
+        block_out_channels=tuple(args.block_out_channels),
+        layers_per_block=args.layers_per_block,
+        norm_type=args.norm_type,
+    )
+
+
 def main(args) -> None:
-    def load():
-        if args.pretrained_model_name_or_path is None:
-            return (None, None)
-        return load_pretrained(args.pretrained_model_name_or_path, args.resolution)
+    def build_task(pretrained, feed) -> ECVAETask:
+        return ECVAETask(args, *build_models(args, feed.channels, lambda: build_vae(args, feed.channels), pretrained))
 
-    def build_task(pretrained, channels: int) -> ECVAETask:
-        if pretrained[0] is not None and pretrained[0].config.in_channels != channels:
-            raise ValueError(
-                f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is for images of "
-                f"{pretrained[0].config.in_channels} channel(s), but the data has {channels}: see --in_channels."
-            )
-        return ECVAETask(args, *build_models(args, channels, pretrained))
-
-    train(args, load, build_task)
+    train(args, lambda: load_pretrained(args, "vae", AutoencoderEC), build_task)
 
 
 if __name__ == "__main__":

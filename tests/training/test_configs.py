@@ -11,10 +11,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from config_runs import CONFIGS, two_steps
+from train_ecvae import build_vae
 
 import demo
 from ecvae_training.ecvae_arguments import parse_args
-from ecvae_training.models import build_models
+from ecvae_training.models import build_energy_model
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
@@ -35,8 +36,8 @@ def test_each_parses_and_its_networks_have_the_size_that_the_readme_says(name):
     args = parse_args(["--config", path, "--output_dir", "x", *(GIVEN[:2] if name == "digits" else [])])
     for argument, value in yaml.safe_load(path.read_text()).items():
         assert getattr(args, argument) == value
-    vae, energy_model = build_models(args, args.in_channels)
-    sizes = [f"{network.num_parameters() / 1e6:.1f} M" for network in (vae, energy_model)]
+    networks = build_vae(args, args.in_channels), build_energy_model(args, args.in_channels)
+    sizes = [f"{network.num_parameters() / 1e6:.1f} M" for network in networks]
     cells = [f"[{name}.yaml]({name}.yaml)", args.resolution, args.in_channels, *sizes, args.train_batch_size]
     row = f"| {' | '.join(map(str, [*cells, args.max_train_steps]))} |"
     assert row in (CONFIGS / "README.md").read_text()

@@ -1,5 +1,6 @@
 """The training script, run as a user runs it: in a subprocess, on image folders made here."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -137,12 +138,17 @@ def test_goes_on_from_a_pipeline_and_from_an_autoencoder(finished, images, tmp_p
     AutoencoderEC.from_pretrained(finished / "vae").save_pretrained(tmp_path / "vae_only")
     succeed(*common, "--output_dir", tmp_path / "b", "--pretrained_model_name_or_path", tmp_path / "vae_only")
     start, a, b = weights(finished), weights(tmp_path / "a"), weights(tmp_path / "b")
-    for part in (load_pretrained(str(finished), 16)[0], load_pretrained(str(tmp_path / "vae_only"), 16)[0]):
-        assert part.training
+
+    def load(path):
+        args = argparse.Namespace(pretrained_model_name_or_path=str(path), resolution=16)
+        return load_pretrained(args, "vae", AutoencoderEC)
+
+    for path in (finished, tmp_path / "vae_only"):
+        assert load(path)[0].training
     with pytest.raises(ValueError, match="is a EnergyModel, not a pipeline"):
-        load_pretrained(str(finished / "energy_model"), 16)
+        load(finished / "energy_model")
     with pytest.raises(ValueError, match="is a checkpoint: give the pipeline in it"):
-        load_pretrained(str(finished / "checkpoint-8"), 16)
+        load(finished / "checkpoint-8")
     for key in start:
         if "_u" in key or "_v" in key:  # spectral norm's vectors turn at each step, whatever the rate
             continue

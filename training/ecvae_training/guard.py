@@ -48,12 +48,15 @@ class DivergenceGuard:
     """
     Call `observe` with each logged step's scalars.
 
-    The energy gap (calibrated samples minus data), reconstruction, and the largest gradient norms and constraint since the
+    The energy gap (calibrated samples minus data), reconstruction or bits per dimension, and the largest gradient norms and constraint since the
     last logged step are held against their own running ranges, `dual` against `max_dual`, `sample_spread` against
     `data_spread`.
     """
 
-    RANGED = ("energy_gap", "gradient_norm_max", "energy_gradient_norm_max", "reconstruction", "constraint_max")
+    RANGED = (
+        "energy_gap", "gradient_norm_max", "energy_gradient_norm_max", "reconstruction", "bits_per_dimension",
+        "constraint_max",
+    )  # fmt: skip
 
     COUNTERS = ("observations", "spreadless", "gradientless")
 

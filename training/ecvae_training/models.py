@@ -1,44 +1,55 @@
 """The two networks of a run, new or from a saved pipeline, what calibrates them, and the moving average."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from torch.optim.swa_utils import AveragedModel
 
-from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_training.argument_checks import largest_drift_step
 
 
-Networks = tuple[AutoencoderEC | None, EnergyModel | None]
+Networks = tuple[torch.nn.Module | None, EnergyModel | None]
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_models(args: argparse.Namespace, in_channels: int, pretrained: Networks = (None, None)) -> Networks:
-    """The autoencoder and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest."""
-    vae, energy_model = pretrained
-    if vae is None:
-        vae = AutoencoderEC(
-            sample_size=args.resolution,
-            in_channels=in_channels,
-            latent_channels=args.latent_channels,
-            block_out_channels=tuple(args.block_out_channels),
-            layers_per_block=args.layers_per_block,
-            norm_type=args.norm_type,
+def build_energy_model(args: argparse.Namespace, in_channels: int) -> EnergyModel:
+    """A new energy model of the command line."""
+    return EnergyModel(
+        sample_size=args.resolution,
+        in_channels=in_channels,
+        block_out_channels=tuple(args.energy_block_out_channels),
+        num_scales=args.energy_num_scales,
+        act_fn=args.energy_act_fn,
+        spectral_norm=args.energy_spectral_norm,
+    )
+
+
+def build_models(
+    args: argparse.Namespace,
+    in_channels: int,
+    build: Callable[[], torch.nn.Module],
+    pretrained: Networks = (None, None),
+) -> Networks:
+    """
+    The generator and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest.
+
+    Raises:
+        ValueError: if the pretrained generator is for images of another number of channels than `in_channels`.
+    """
+    generator, energy_model = pretrained
+    if generator is not None and generator.config.in_channels != in_channels:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is for images of "
+            f"{generator.config.in_channels} channel(s), but the data has {in_channels}: see --in_channels."
         )
+    generator = build() if generator is None else generator
     if args.calibration == "none":
-        return vae, None
-    if energy_model is None:
-        energy_model = EnergyModel(
-            sample_size=args.resolution,
-            in_channels=in_channels,
-            block_out_channels=tuple(args.energy_block_out_channels),
-            num_scales=args.energy_num_scales,
-            act_fn=args.energy_act_fn,
-            spectral_norm=args.energy_spectral_norm,
-        )
-    return vae, energy_model
+        return generator, None
+    return generator, build_energy_model(args, in_channels) if energy_model is None else energy_model
 
 
 def build_calibrator(args: argparse.Namespace, energy_model: torch.nn.Module) -> EnergyCalibrator:
@@ -62,13 +73,22 @@ def build_calibrator(args: argparse.Namespace, energy_model: torch.nn.Module) ->
     )
 
 
-def load_pretrained(name_or_path: str, resolution: int) -> Networks:
+def load_pretrained(args: argparse.Namespace, component: str, model_class: type) -> Networks:
     """
-    The networks of a saved pipeline, or of a saved `AutoencoderEC` (which has no energy model), ready to train.
+    The networks of the saved pipeline that `--pretrained_model_name_or_path` names, or of a saved model alone (which has no
+    energy model), ready to train; `None` each where it names none.
+
+    Args:
+        args: The command line.
+        component (`str`): The generator's name in the pipeline.
+        model_class (`type`): Its class.
 
     Raises:
-        ValueError: if it can't be loaded, holds no `AutoencoderEC`, or one for another resolution.
+        ValueError: if it can't be loaded, holds no such model, or one for another resolution.
     """
+    name_or_path, name = args.pretrained_model_name_or_path, model_class.__name__
+    if name_or_path is None:
+        return None, None
     refused = f"--pretrained_model_name_or_path {name_or_path!r}"
     if (Path(name_or_path) / "pipeline" / "model_index.json").is_file():
         raise ValueError(
@@ -82,25 +102,27 @@ def load_pretrained(name_or_path: str, resolution: int) -> Networks:
             is_pipeline = False
         if is_pipeline:
             pipeline = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False)
-            vae, energy_model = getattr(pipeline, "vae", None), getattr(pipeline, "energy_model", None)
+            model, energy_model = getattr(pipeline, component, None), getattr(pipeline, "energy_model", None)
         else:
-            class_name = AutoencoderEC.load_config(name_or_path).get("_class_name")
-            if class_name != "AutoencoderEC":
-                raise ValueError(f"it is a {class_name}, not a pipeline and not an AutoencoderEC.")
-            vae = AutoencoderEC.from_pretrained(name_or_path, low_cpu_mem_usage=False)
+            class_name = model_class.load_config(name_or_path).get("_class_name")
+            if class_name != name:
+                raise ValueError(f"it is a {class_name}, not a pipeline and not {name}.")
+            model = model_class.from_pretrained(name_or_path, low_cpu_mem_usage=False)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
-    if not isinstance(vae, AutoencoderEC):
-        raise ValueError(f"{refused} holds no AutoencoderEC.")
-    if vae.config.sample_size != resolution:
-        raise ValueError(f"{refused} is for images of {vae.config.sample_size} px, but --resolution is {resolution}.")
+    if not isinstance(model, model_class):
+        raise ValueError(f"{refused} holds no {name}.")
+    if model.config.sample_size != args.resolution:
+        raise ValueError(
+            f"{refused} is for images of {model.config.sample_size} px, but --resolution is {args.resolution}."
+        )
     # `from_pretrained` gives networks in evaluation mode.
-    return vae.train(), energy_model.train() if energy_model is not None else None
+    return model.train(), energy_model.train() if energy_model is not None else None
 
 
-def moving_average(vae: AutoencoderEC, decay: float) -> AveragedModel:
+def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:
     """
-    The exponential moving average of the autoencoder. Its buffers are copied at each update, which
+    The exponential moving average of what is trained. Its buffers are copied at each update, which
     `diffusers.training_utils.EMAModel` does not do: batch normalization's statistics would be lost.
 
     The decay warms up as (1 + n) / (10 + n), so that the first weights are forgotten in time.
@@ -114,6 +136,6 @@ def moving_average(vae: AutoencoderEC, decay: float) -> AveragedModel:
         torch._foreach_mul_(difference, weight)
         torch._foreach_add_(averaged, difference)
 
-    average = AveragedModel(vae, multi_avg_fn=update)
+    average = AveragedModel(generator, multi_avg_fn=update)
     average.requires_grad_(False)
     return average

@@ -21,7 +21,7 @@ from ecvae_training.trainer import Stopped, Trainer
 logger = get_logger(__name__)
 
 
-def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, int], Task]) -> None:
+def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, Any], Task]) -> None:
     """
     One run, from its checked command line to its saved, and perhaps published, pipeline.
 
@@ -29,8 +29,7 @@ def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, i
         args: The command line.
         load (`Callable`): What the run starts from, such as pretrained networks. Called before the data is opened, which
             can take minutes, since what is wrong with it is told in seconds.
-        build_task (`Callable`): The task, of what `load` gave and of the images' number of channels. All that it draws
-            depends on `--seed` alone.
+        build_task (`Callable`): The task, of what `load` gave and of the feed. All that it draws depends on `--seed` alone.
 
     Raises:
         Stopped: if the run ended before its last step.
@@ -55,7 +54,7 @@ def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, i
         num_steps = max(args.num_epochs * feed.batches_per_epoch // args.gradient_accumulation_steps, 1)
 
     set_seed(args.seed)
-    trainer = Trainer(args, accelerator, feed, build_task(loaded, feed.channels), num_steps)
+    trainer = Trainer(args, accelerator, feed, build_task(loaded, feed), num_steps)
     images = f"{feed.num_images} images" if feed.num_images is not None else "A stream of images"
     logger.info(
         f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "

@@ -1,5 +1,7 @@
 """What the training loop needs to know of what it trains."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -9,12 +11,25 @@ from ecvae_diffusers import LangevinScheduler
 from ecvae_training.noise import StepNoise
 
 
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients, for as long as this is open."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
 class Task(Protocol):
     """What is trained: a generator whose samples can be calibrated, and the energy model, `None` without calibration."""
 
     generator: torch.nn.Module
     energy_model: torch.nn.Module | None
     component: str  # the generator's name in the pipeline
+    headline: str  # the scalar of `loss` that the progress bar shows
     latent_shape: tuple[int, ...]  # of one sample
 
     def loss(
@@ -22,7 +37,7 @@ class Task(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
         """
         In one pass through `network`, the wrapped generator: its own loss; new samples (B, C, H, W) with gradients, or
-        `None` where they aren't asked for; and scalars to log, one of them `reconstruction` or what stands for it.
+        `None` where they aren't asked for; and scalars to log, `headline` among them.
         """
 
     def latents(self, count: int, seed: int) -> torch.Tensor:

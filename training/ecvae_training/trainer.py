@@ -296,7 +296,7 @@ class Trainer:
             RunLog(self.output_dir / METRICS_FILE).write(step=self.step, **epoch, **logged)
         if args.report_to is not None:
             accelerator.log(logged, step=self.step)
-        shown = {"rec": f"{logged['reconstruction']:.1f}"}
+        shown = {self.task.headline: f"{logged[self.task.headline]:.4g}"}
         if self.calibrator is not None:
             shown |= {"lambda": f"{logged['dual']:.1f}", "drift": f"{logged['drift']:.4f}"}
         self.progress.set_postfix(shown, refresh=False)

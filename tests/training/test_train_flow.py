@@ -1,0 +1,117 @@
+"""`train_flow.py`, run as a user runs it. What it shares with `train_ecvae.py` is tested there, but for going on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import SCRIPTS, TINY_FLOW, metrics, run, succeed, weights, write_images
+
+from ecvae_diffusers import ECFlowPipeline
+
+
+SCRIPT = SCRIPTS / "train_flow.py"
+
+
+def train(*arguments, **kwargs):
+    return succeed(*arguments, *TINY_FLOW, script=SCRIPT, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "gray")
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory) -> Path:
+    """A run of 12 steps through `accelerate launch`, with a checkpoint at every fourth."""
+    output_dir = tmp_path_factory.mktemp("runs") / "finished"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+    train(
+        "--train_data_dir", images, "--output_dir", output_dir, "--max_train_steps", 12, "--log_steps", 1,
+        "--checkpointing_steps", 4, launcher=launcher,
+    )  # fmt: skip
+    return output_dir
+
+
+def test_writes_a_pipeline_that_samples(finished):
+    pipe = ECFlowPipeline.from_pretrained(finished)
+    assert [image.size for image in pipe(batch_size=3).images] == [(16, 16)] * 3
+    assert pipe.energy_model is not None and pipe.scheduler is not None
+    assert (finished / "samples").is_dir() and (finished / "chain").is_dir()
+
+
+def test_a_flow_learns_its_data(finished):
+    """In bits an entry; and it is calibrated as the autoencoder is."""
+    lines = metrics(finished)
+    assert lines[-1]["bits_per_dimension"] < lines[0]["bits_per_dimension"]
+    assert all(line["constraint"] > 0 and line["tolerance"] > 0 for line in lines)
+    assert lines[-1]["dual"] != lines[0]["dual"]
+
+
+def test_a_run_cut_in_two_equals_a_run_in_one(finished, images, tmp_path):
+    common = [
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        tmp_path / "cut",
+        "--log_steps",
+        1,
+        "--checkpointing_steps",
+        4,
+    ]
+    train(*common, "--max_train_steps", 8)
+    train(*common, "--max_train_steps", 12, "--resume_from_checkpoint", "latest")
+    whole, cut = weights(finished), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and any(key.startswith("flow/") for key in whole)
+    for key in whole:
+        assert torch.equal(whole[key], cut[key]), key
+
+
+def test_plain_flow_has_no_energy_model(images, tmp_path):
+    train(
+        "--train_data_dir", images, "--output_dir", tmp_path / "run", "--max_train_steps", 2, "--calibration", "none"
+    )
+    pipe = ECFlowPipeline.from_pretrained(tmp_path / "run")
+    assert pipe.energy_model is None and pipe.scheduler is None
+    assert "constraint" not in metrics(tmp_path / "run")[-1]
+
+
+def test_goes_on_from_a_pipeline(finished, images, tmp_path):
+    """One step of learning rate almost 0: the weights are still those of the start, not initialized anew."""
+    train(
+        "--train_data_dir", images, "--output_dir", tmp_path / "run", "--pretrained_model_name_or_path", finished,
+        "--learning_rate", "1e-12", "--max_train_steps", 1, "--no-use_ema",
+    )  # fmt: skip
+    start, found = weights(finished), weights(tmp_path / "run")
+    for key in start:
+        if key.startswith("flow/"):
+            torch.testing.assert_close(found[key], start[key], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num_levels", 5], "--num_levels must be at most 4 at --resolution 16, but is 5"),
+        (["--steps_per_level", 0], "--steps_per_level must be at least 1, but is 0"),
+        (["--kl_weight", 1], "unrecognized arguments: --kl_weight 1"),
+    ],
+)
+def test_wrong_arguments(images, tmp_path, arguments, message):
+    result = run(
+        "--train_data_dir", images, "--output_dir", tmp_path / "run", *TINY_FLOW, *arguments, script=SCRIPT
+    )  # fmt: skip
+    assert result.returncode == 2 and message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_is_no_flow(images, tmp_path):
+    succeed(
+        "--train_data_dir", images, "--output_dir", tmp_path / "vae", "--resolution", 16, "--block_out_channels", 16, 16,
+        "--latent_channels", 4, "--train_batch_size", 8, "--max_train_steps", 1, "--calibration", "none",
+    )  # fmt: skip
+    result = run(
+        "--train_data_dir", images, "--output_dir", tmp_path / "run", *TINY_FLOW,
+        "--pretrained_model_name_or_path", tmp_path / "vae", script=SCRIPT,
+    )  # fmt: skip
+    assert result.returncode == 1 and "holds no FlowEC" in result.stderr

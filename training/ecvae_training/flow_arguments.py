@@ -1,0 +1,43 @@
+"""What the command line of `train_flow.py` has of its own."""
+
+import argparse
+import math
+
+from ecvae_training.argument_checks import check_integers
+from ecvae_training.arguments import CommandLine
+from ecvae_training.arguments import parse_args as parse_command_line
+
+
+def add_model_arguments(model) -> None:
+    model.add_argument(
+        "--pretrained_model_name_or_path",
+        help="Go on from the weights of this pipeline or FlowEC (folder or Hub id); the model arguments are its.",
+    )
+    model.add_argument("--num_levels", type=int, default=3, help="Scales of the flow, each of half the size.")
+    model.add_argument("--steps_per_level", type=int, default=8, help="Steps of the flow at each scale.")
+    model.add_argument("--hidden_channels", type=int, default=128, help="Channels of the couplings' networks.")
+
+
+def add_loss_arguments(calibration) -> None:
+    """None: the negative log-likelihood in nats has no weight."""
+
+
+def check(args: argparse.Namespace, refuse) -> None:
+    check_integers(args, refuse, ("num_levels", "steps_per_level", "hidden_channels"), least=1)
+    if args.num_levels > math.log2(args.resolution):
+        refuse("num_levels", f"at most {int(math.log2(args.resolution))} at --resolution {args.resolution}")
+
+
+SCRIPT = CommandLine(
+    description="Train an energy-calibrated normalizing flow on images, with Accelerate: "
+    "accelerate launch training/train_flow.py --train_data_dir my_images --output_dir my_flow --resolution 32",
+    calibrations=("none", "energy"),
+    calibration_help="'none' trains the plain flow, for comparison.",
+    add_model_arguments=add_model_arguments,
+    add_loss_arguments=add_loss_arguments,
+    check=check,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return parse_command_line(SCRIPT, argv)

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Train an energy-calibrated normalizing flow on images: `accelerate launch training/train_flow.py --help`.
+
+One iteration: one wrapped forward of the flow gives the likelihood of dequantized images and, through its inverse, prior
+samples; these are calibrated as those of `train_ecvae.py` are. The loop is in `ecvae_training/trainer.py`, the equations in
+`ecvae_diffusers.calibration` and `ecvae_diffusers.models.flow_ec`.
+"""
+
+import torch
+
+from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
+from ecvae_diffusers.models import bits_per_dimension, dequantize
+from ecvae_training.flow_arguments import parse_args
+from ecvae_training.images import to_range
+from ecvae_training.models import build_models, load_pretrained
+from ecvae_training.session import run_script, train
+from ecvae_training.task import evaluating
+
+
+# Images that activation normalization takes its statistics of.
+NUM_INITIALIZATION_IMAGES = 256
+
+
+class FlowTask:
+    """The flow as a `Task` of the trainer: its own loss is the negative log-likelihood, its samples are of its inverse."""
+
+    component, headline = "flow", "bits_per_dimension"
+
+    def __init__(self, args, flow: FlowEC, energy_model: EnergyModel | None):
+        self.args, self.generator, self.energy_model = args, flow, energy_model
+        self.latent_shape = (flow.num_latents, 1, 1)
+
+    def loss(self, network, real, noise, step, with_samples):
+        output = network(
+            dequantize(real, noise.uniform(*real.shape)),
+            prior_latents=noise.normal(len(real), *self.latent_shape) if with_samples else None,
+        )
+        bits = bits_per_dimension(output.log_prob.detach(), self.generator.num_latents)
+        return -output.log_prob.mean(), output.prior_sample, {"bits_per_dimension": bits.mean()}
+
+    def latents(self, count, seed):
+        return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+    def sample(self, generator, latents):
+        with evaluating(generator):
+            return generator.decode(latents).float()
+
+    def reconstruct(self, generator, images):
+        """There and back: what differs is rounding."""
+        with evaluating(generator):
+            return generator.decode(generator.encode(images)[0]).float()
+
+    def build_pipeline(self, generator, energy_model, scheduler):
+        return ECFlowPipeline(flow=generator, energy_model=energy_model, scheduler=scheduler)
+
+    def finish(self, generator, feed):
+        """Nothing: a flow's pipeline knows all it needs."""
+
+
+def build_flow(args, feed) -> FlowEC:
+    """A new flow of the command line, initialized on data: on the same images in every process."""
+    flow = FlowEC(
+        sample_size=args.resolution,
+        in_channels=feed.channels,
+        num_levels=args.num_levels,
+        steps_per_level=args.steps_per_level,
+        hidden_channels=args.hidden_channels,
+    )
+    images = to_range(feed.reference(NUM_INITIALIZATION_IMAGES).cpu())
+    flow.initialize(dequantize(images, torch.rand(images.shape)))
+    return flow
+
+
+def main(args) -> None:
+    def build_task(pretrained, feed) -> FlowTask:
+        return FlowTask(args, *build_models(args, feed.channels, lambda: build_flow(args, feed), pretrained))
+
+    train(args, lambda: load_pretrained(args, "flow", FlowEC), build_task)
+
+
+if __name__ == "__main__":
+    run_script("train_flow.py", parse_args(), main)
