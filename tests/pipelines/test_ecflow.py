@@ -1,0 +1,109 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What ECFlowPipeline computes, what it refuses, and that a stranger can load it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC, LangevinScheduler
+
+
+WITHOUT_PACKAGE = """
+import json, sys
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ecvae_diffusers":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+sys.meta_path.insert(0, Absent())
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+generator = torch.Generator().manual_seed(0)
+print(json.dumps(pipe(batch_size=2, generator=generator, output_type="pt").images.tolist()))
+"""
+
+
+@pytest.fixture
+def pipe() -> ECFlowPipeline:
+    torch.manual_seed(0)
+    sizes = {"sample_size": 16, "in_channels": 1}
+    flow = FlowEC(**sizes, num_levels=2, steps_per_level=1, hidden_channels=8).eval()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    energy_model = EnergyModel(**sizes, block_out_channels=(8, 8)).eval()
+    return ECFlowPipeline(flow=flow, energy_model=energy_model, scheduler=LangevinScheduler())
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_images_are_the_inverse_of_latents(pipe):
+    """Clamped to the range of images; the latents are those of the generator, times the temperature."""
+    latents = pipe(batch_size=3, generator=generator(), output_type="latent").images
+    torch.testing.assert_close(latents, torch.randn(3, 256, 1, 1, generator=generator()))
+    with torch.no_grad():
+        expected = (pipe.flow.decode(latents) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(pipe(latents=latents, output_type="pt").images, expected)
+    assert torch.equal(pipe(batch_size=3, generator=generator(), output_type="pt").images, expected)
+    cooler = pipe(batch_size=3, generator=generator(), temperature=0.5, output_type="latent").images
+    torch.testing.assert_close(cooler, 0.5 * latents)
+
+
+def test_output_types(pipe):
+    images = pipe(batch_size=2, generator=generator(), output_type="pt").images
+    assert [image.size for image in pipe(batch_size=2).images] == [(16, 16)] * 2
+    array = pipe(batch_size=2, generator=generator(), output_type="np").images
+    assert array.shape == (2, 16, 16, 1)
+    torch.testing.assert_close(torch.from_numpy(array).permute(0, 3, 1, 2), images)
+    assert torch.equal(pipe(batch_size=2, generator=generator(), output_type="pt", return_dict=False)[0], images)
+
+
+def test_a_generator_an_image(pipe):
+    both = pipe(batch_size=2, generator=[generator(0), generator(1)], output_type="pt").images
+    for seed in range(2):
+        alone = pipe(generator=[generator(seed)], output_type="pt").images
+        torch.testing.assert_close(both[seed : seed + 1], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, but is 0"),
+        ({"temperature": -1}, "`temperature` must be a finite number of at least 0, but is -1"),
+        ({"output_type": "jpg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpg'"),
+        ({"latents": torch.zeros(2, 16)}, r"`latents` must have shape \(batch_size, 256, 1, 1\), not \(2, 16\)"),
+        ({"latents": torch.zeros(2, 256, 1, 1), "temperature": 0.5}, "leave `temperature` at 1"),
+        ({"batch_size": 2, "generator": [generator()]}, "`generator` is a list of 1, but there are 2 images"),
+    ],
+)
+def test_wrong_input(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_loads_with_the_package_and_without(pipe, tmp_path):
+    """By its class, by the generic one, and in a process that has only diffusers."""
+    expected = pipe(batch_size=2, generator=generator(), output_type="pt").images
+    pipe.save_pretrained(tmp_path)
+    for loaded in (ECFlowPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)):
+        assert type(loaded) is ECFlowPipeline
+        assert torch.equal(loaded(batch_size=2, generator=generator(), output_type="pt").images, expected)
+    assert ECFlowPipeline.from_pretrained(tmp_path, energy_model=None).energy_model is None
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=0, atol=1e-6)
+    card = (tmp_path / "README.md").read_text()
+    assert "normalizing flow" in card and "ECFlowPipeline.from_pretrained" in card and "Restoration" not in card
