@@ -9,7 +9,18 @@ how far the chain is from a critic: the cosine between its move without noise an
 
 from pathlib import Path
 
-from study import Results, load_data, median, parser, plot_curves, train, trained_row, versions
+from study import (
+    Results,
+    data_name,
+    load_data,
+    median,
+    open_results,
+    parser,
+    plot_curves,
+    train,
+    trained_row,
+    versions,
+)
 
 
 VAE = ["--calibration", "none"]
@@ -98,23 +109,26 @@ def run_folder(output_dir: Path, data_name: str, name: str, seed: int) -> Path:
 
 
 def main() -> None:
-    args = parser(__doc__, list(SETTINGS)).parse_args()
-    data_name = "fashion_mnist" if args.fashion_mnist is not None else "digits"
-    results = Results(args.output_dir / f"chain_{data_name}.jsonl")
+    made = parser(__doc__, list(SETTINGS))
+    made.add_argument("--plot", type=Path, help="picture of distance against iterations and time, for --fashion_mnist")
+    args = made.parse_args()
+    if args.plot is not None and args.fashion_mnist is None:
+        made.error("--plot needs --fashion_mnist: runs on digits measure nothing while they train.")
+    results = open_results(args, "chain")
     if not args.table:
         data = load_data(args)
         print(f"{data.about}; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
 
         def make(name: str, seed: int) -> dict:
-            folder = run_folder(args.output_dir, data_name, name, seed)
-            train(data, folder, seed, "--max_train_steps", str(args.max_train_steps), *SETTINGS[name])
-            return {"iterations": args.max_train_steps, **trained_row(data, folder)}
+            folder = run_folder(args.output_dir, data.name, name, seed)
+            train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
+            return trained_row(data, folder)
 
-        results.fill(args.settings, args.seeds, make)
+        results.fill(args.settings, args.seeds, make, args.max_train_steps)
     print(table(results))
     if args.plot is not None:
         runs = {
-            name: [run_folder(args.output_dir, data_name, name, row["seed"]) for row in results.of(name)]
+            name: [run_folder(args.output_dir, data_name(args), name, row["seed"]) for row in results.of(name)]
             for name in args.settings
         }
         plot_curves({name: folders for name, folders in runs.items() if folders}, args.plot)

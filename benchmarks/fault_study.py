@@ -13,7 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from study import Results, load_data, parser, versions
+from study import (
+    Results,
+    end_with_parent,
+    load_data,
+    open_results,
+    parser,
+    versions,
+)
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_training.digits import sample_images
@@ -69,11 +76,10 @@ def make_row(data, name: str, seed: int, output_dir: Path, max_train_steps: int)
         "--max_train_steps", max_train_steps, *extra,
     ]  # fmt: skip
     command = [sys.executable, __file__, "--train", str(fault), *map(str, arguments)]
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=end_with_parent)
     message = result.stderr.strip().splitlines()[-1] if result.returncode else ""
     events = read_metrics(folder / EVENTS_FILE) if (folder / EVENTS_FILE).is_file() else []
     row = {
-        "iterations": max_train_steps,
         "last_step": read_metrics(folder / METRICS_FILE)[-1]["step"],
         "rollbacks": sum(event["kind"] == "rollback" for event in events),
         "first_alarm": next((event["message"] for event in events if event["kind"] == "rollback"), ""),
@@ -108,7 +114,7 @@ def table(results: Results) -> str:
 
 def main() -> None:
     args = parser(__doc__, list(SETTINGS)).parse_args()
-    results = Results(args.output_dir / "faults.jsonl")
+    results = open_results(args, "faults")
     if not args.table:
         data = load_data(args)
         print(f"{data.about}; {versions()}", flush=True)
@@ -116,6 +122,7 @@ def main() -> None:
             args.settings,
             args.seeds,
             lambda name, seed: make_row(data, name, seed, args.output_dir, args.max_train_steps),
+            args.max_train_steps,
         )
     print(table(results))
 

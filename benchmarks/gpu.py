@@ -8,6 +8,8 @@ is the same at toy sizes, to see that it runs.
 """
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,10 +41,15 @@ def main() -> int:
         print(f"\n## {script} {' '.join(chosen)}\n", flush=True)
         command = [sys.executable, str(HERE / script), "--device", args.device, *chosen]
         started = time.perf_counter()
+        # A session of its own: what a benchmark starts itself must not go on beside the next one.
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
-            code = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
-            outcome = "ran" if code.returncode == 0 else f"failed: {code.stderr.strip().splitlines()[-1]}"
+            _, errors = process.communicate(timeout=limit)
+            last = (errors.strip().splitlines() or [f"it ended with {process.returncode} and no word"])[-1]
+            outcome = "ran" if process.returncode == 0 else f"failed: {last}"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             outcome = f"stopped after {limit} s"
         rows.append(f"| {script} | {outcome} | {time.perf_counter() - started:.0f} |")
     print("\n| benchmark | outcome | s |\n|---|---|---|\n" + "\n".join(rows))

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,14 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from command_line import device as device_here
+from command_line import positive
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from ecvae_training.launch import keep_freed_memory  # noqa: E402
+from ecvae_training.observation import peak_memory  # noqa: E402
 from ecvae_training.output import METRICS_FILE, read_metrics  # noqa: E402
 
 
@@ -74,15 +76,11 @@ def measure(
         wait(device)
         if index >= 2:
             seconds.append(time.perf_counter() - started)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"ms": 1e3 * statistics.median(seconds), "memory_gib": memory}
+    return {"ms": 1e3 * statistics.median(seconds), "memory_gib": peak_memory(device)}
 
 
 def in_process(arguments: argparse.Namespace, sizes: dict, hand_back: bool = False) -> dict:
-    command = [sys.executable, __file__, "--device", arguments.device, "--rounds", str(arguments.rounds)]
+    command = [sys.executable, __file__, "--device", str(arguments.device), "--rounds", str(arguments.rounds)]
     command += ["--hand_back"] if hand_back else []
     result = subprocess.run([*command, "--one", json.dumps(sizes)], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.strip().splitlines()[-1])
@@ -120,7 +118,7 @@ def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator, StrMethodFormatter
+    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
     figure, axes = plt.subplots(2, len(found), figsize=(4 * len(found), 6), layout="constrained", squeeze=False)
     for column, (name, rows) in zip(axes.T, found.items()):
@@ -135,8 +133,11 @@ def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
                 axis.loglog()
             axis.set_xticks(sizes, map(str, sizes))
             axis.xaxis.set_minor_locator(NullLocator())
-            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                which(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            # Labels at minor ticks only where there are too few others: else they overprint each other.
+            low, high = axis.get_ylim()
+            few = low > 0 and high / low < 20
+            axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if few else NullFormatter())
         if name in EXPONENTS:
             law = [rows[sizes[-1]]["ms"] * (size / sizes[-1]) ** EXPONENTS[name] for size in sizes]
             column[0].plot(sizes, law, "--", color="gray", label=f"exponent {EXPONENTS[name]}")
@@ -144,21 +145,34 @@ def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def exponents(rows: dict[int, dict]) -> str:
+    """Of time and memory between the last two sizes, in words; none of a single size."""
+    if len(rows) < 2:
+        return ""
+    *_, (small, before), (large, after) = rows.items()
+    time, memory = (math.log(after[key] / before[key]) / math.log(large / small) for key in ("ms", "memory_gib"))
+    return f" Exponents between the last two: time {time:.2f}, memory {memory:.2f}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=device_here, default="cpu")
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--quantities", nargs="*", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--sizes", type=int, nargs="+", help="instead of those in the file, of each quantity")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="numbers of processes, on this machine's CPU")
+    parser.add_argument("--sizes", type=positive, nargs="+", help="instead of those in the file, of each quantity")
+    parser.add_argument(
+        "--ranks", type=positive, nargs="*", default=[], help="numbers of processes, on this machine's CPU"
+    )
     parser.add_argument("--hand_back", action="store_true", help="a column more: malloc hands freed memory back")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if "resolution" in args.quantities and any(size not in SIZES["resolution"] for size in args.sizes or []):
+        parser.error(f"--sizes must be of {SIZES['resolution']} with --quantities resolution, but are {args.sizes}.")
     if args.one is not None:
-        if args.device == "cpu" and not args.hand_back:
+        if args.device.type == "cpu" and not args.hand_back:
             keep_freed_memory()
-        print(json.dumps(measure(torch.device(args.device), args.rounds, **args.one)))
+        print(json.dumps(measure(args.device, args.rounds, **args.one)))
         return
     print(
         f"{args.device}, {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
@@ -167,19 +181,21 @@ def main() -> None:
     found: dict[str, dict[int, dict]] = {}
     for name in args.quantities:
         found[name] = {}
-        more = (" ms where memory is handed back | times slower |", "---|---|") if args.hand_back else ("", "")
+        more = (
+            (" ms where memory is handed back | times slower | GiB there |", "---|---|---|")
+            if args.hand_back
+            else ("", "")
+        )
         print(f"\n| {name.replace('_', ' ')} | ms an iteration | peak memory of the process, GiB |{more[0]}")
         print(f"|---|---|---|{more[1]}")
         for size in args.sizes or SIZES[name]:
             row = found[name][size] = in_process(args, {**BASE, name: size})
             cells = [f"{size}", f"{row['ms']:.0f}", f"{row['memory_gib']:.2f}"]
             if args.hand_back:
-                slow = in_process(args, {**BASE, name: size}, hand_back=True)["ms"]
-                cells += [f"{slow:.0f}", f"{slow / row['ms']:.2f}"]
+                back = in_process(args, {**BASE, name: size}, hand_back=True)
+                cells += [f"{back['ms']:.0f}", f"{back['ms'] / row['ms']:.2f}", f"{back['memory_gib']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
-        *_, (small, before), (large, after) = found[name].items()
-        exponent = math.log(after["ms"] / before["ms"]) / math.log(large / small)
-        print(f"\nExpected: {LAWS[name]}. Exponent of time between the last two: {exponent:.2f}.", flush=True)
+        print(f"\nExpected: {LAWS[name]}.{exponents(found[name])}", flush=True)
     if args.ranks:
         speeds = ranks(tuple(args.ranks))
         print("\n| ranks, one thread each | images a second | over one rank |\n|---|---|---|")

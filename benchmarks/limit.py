@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from command_line import device as device_here
+from command_line import positive, resolution
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -103,14 +105,14 @@ def shares(function: Callable[[], object], device: torch.device, count: int = 6)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--langevin_steps", type=int, default=15)
-    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 64, 128, 128])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", type=device_here, default="cpu")
+    parser.add_argument("--resolution", type=resolution, default=32)
+    parser.add_argument("--batch_size", type=positive, default=64)
+    parser.add_argument("--langevin_steps", type=positive, default=15)
+    parser.add_argument("--block_out_channels", type=positive, nargs="+", default=[32, 64, 128, 128])
+    parser.add_argument("--rounds", type=positive, default=10)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = args.device
     torch.manual_seed(0)
     sizes = {"sample_size": args.resolution, "block_out_channels": tuple(args.block_out_channels)}
     vae = AutoencoderEC(**sizes).to(device, memory_format=torch.channels_last).eval()

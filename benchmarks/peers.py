@@ -3,7 +3,8 @@
 """What people would train instead, on the same data with the same networks: `python benchmarks/peers.py --output_dir STUDY`.
 
 Same autoencoder, energy model (as the critic), batch, learning rates, Adam and average as the EC-VAE of chain_study.py, and
-as many iterations; the DDPM has a UNet of about the autoencoder's and energy model's parameters together.
+as many iterations (the VAEBM way as many again for its energy model, with K 16); the DDPM has a UNet of about the
+autoencoder's and energy model's parameters together. Where a method has a weight, a rate or a drift, three are tried.
 
 - VAE-GAN: ELBO plus a weight times the hinge loss on prior samples (Larsen et al. 2016, with a spectrally normalized critic).
 - SN-GAN: the decoder alone, hinge loss (Miyato et al. 2018).
@@ -19,7 +20,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
-from study import Results, load_data, median, parser, train, trained_row, versions
+from study import (
+    Results,
+    load_data,
+    median,
+    open_results,
+    parser,
+    train,
+    trained_row,
+    versions,
+)
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -33,19 +43,19 @@ from ecvae_training.models import moving_average
 
 BATCH, ADAM_BETAS, EMA_DECAY = 64, (0.0, 0.9), 0.999
 TEST_STEPS = 16
-# Weights and drifts of which the best one is taken, as the VAE is given its own best beta.
+# Weights, rates and drifts of which the best one is taken, as the VAE is given its own best beta.
 SETTINGS = {
     "EC-VAE (defaults)": {},
     "EC-VAE (defaults) + 16 steps at test time": {},
     **{f"VAE-GAN, weight {weight}": {"weight": weight} for weight in (10, 30, 100)},
-    "SN-GAN": {},
+    **{f"SN-GAN, rate {rate:g}": {"rate": rate} for rate in (5e-4, 1e-4, 2e-5)},
     **{f"VAEBM way, drift {drift:g}": {"drift": drift} for drift in (1.0, 4.0, 16.0)},
-    "DDPM, DDIM 50": {},
+    **{f"DDPM, rate {rate:g}, DDIM 50": {"rate": rate} for rate in (2e-3, 5e-4, 2e-4)},
 }
 
 
-def adam(data, network: torch.nn.Module, betas: tuple[float, float] = ADAM_BETAS) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=data.learning_rate, betas=betas, weight_decay=0.0)
+def adam(network: torch.nn.Module, rate: float, betas: tuple[float, float] = ADAM_BETAS) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=rate, betas=betas, weight_decay=0.0)
 
 
 def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -80,11 +90,11 @@ def critic_step(energy: EnergyModel, optimizer, real: torch.Tensor, samples: tor
     step(optimizer, F.relu(1 + energy_real).mean() + F.relu(1 - energy_samples).mean())
 
 
-def adversarial(data, num_steps: int, weight: float | None) -> tuple[ECVAEPipeline, float]:
+def adversarial(data, name: str, num_steps: int, weight: float | None, rate: float) -> tuple[ECVAEPipeline, float]:
     """A VAE-GAN, or an SN-GAN without a weight: then there is no ELBO, and the encoder is not trained."""
     vae, energy = networks(data)
     average = moving_average(vae, EMA_DECAY)
-    optimizers = adam(data, vae), adam(data, energy)
+    optimizers = adam(vae, rate), adam(energy, rate)
 
     def train_step(real: torch.Tensor) -> None:
         if weight is None:
@@ -100,7 +110,6 @@ def adversarial(data, num_steps: int, weight: float | None) -> tuple[ECVAEPipeli
         critic_step(energy, optimizers[1], real, samples)
         average.update_parameters(vae)
 
-    name = "SN-GAN" if weight is None else f"VAE-GAN, weight {weight}"
     seconds = loop(data, num_steps, train_step, name)
     return ECVAEPipeline(vae=average.module.eval(), energy_model=energy.eval(), scheduler=None), seconds
 
@@ -110,7 +119,7 @@ def vaebm(data, num_steps: int, folder, drift: float) -> tuple[ECVAEPipeline, fl
     vae = ECVAEPipeline.from_pretrained(folder).vae
     _, energy = networks(data)
     scheduler = LangevinScheduler(num_steps=TEST_STEPS, drift_step_size=drift / TEST_STEPS)
-    calibrator, optimizer = EnergyCalibrator(energy, scheduler), adam(data, energy)
+    calibrator, optimizer = EnergyCalibrator(energy, scheduler), adam(energy, data.learning_rate)
 
     def train_step(real: torch.Tensor) -> None:
         with torch.no_grad():
@@ -141,12 +150,12 @@ def small_unet(data) -> UNet2DModel:
     return min((unet(width) for width in range(8, 65, 4)), key=lambda network: abs(parameters(network) - wanted))
 
 
-def ddpm(data, num_steps: int) -> tuple[DDIMPipeline, float]:
+def ddpm(data, name: str, num_steps: int, rate: float) -> tuple[DDIMPipeline, float]:
     unet, scheduler = small_unet(data), DDPMScheduler(num_train_timesteps=1000)
     unet.to(memory_format=torch.channels_last)
     average: AveragedModel = moving_average(unet, EMA_DECAY)
     # With the first moment, as diffusion models are trained.
-    optimizer = adam(data, unet, betas=(0.9, 0.999))
+    optimizer = adam(unet, rate, betas=(0.9, 0.999))
 
     def train_step(real: torch.Tensor) -> None:
         noise, timesteps = torch.randn_like(real), torch.randint(1000, (len(real),))
@@ -154,7 +163,7 @@ def ddpm(data, num_steps: int) -> tuple[DDIMPipeline, float]:
         step(optimizer, F.mse_loss(predicted, noise))
         average.update_parameters(unet)
 
-    seconds = loop(data, num_steps, train_step, "DDPM")
+    seconds = loop(data, num_steps, train_step, name)
     return DDIMPipeline(unet=average.module.eval(), scheduler=scheduler), seconds
 
 
@@ -189,20 +198,21 @@ def make_row(data, name: str, seed: int, args) -> dict:
     torch.manual_seed(seed)
     if name.startswith("EC-VAE"):
         run = folder / f"peers_ecvae_{seed}"
-        train(data, run, seed, "--max_train_steps", str(num_steps))
+        train(data, run, seed, num_steps)
         if "test time" not in name:
             return trained_row(data, run)
         return data.measure(refined_images(ECVAEPipeline.from_pretrained(run), data.num_samples, seed=1))
     if name.startswith("VAEBM"):
         run = folder / f"peers_vae_{seed}"
-        train(data, run, seed, "--max_train_steps", str(num_steps), "--calibration", "none")
+        train(data, run, seed, num_steps, "--calibration", "none")
         pipeline, seconds = vaebm(data, num_steps, run, setting["drift"])
         samples = refined_images(pipeline, data.num_samples, seed=1)
     elif name.startswith("DDPM"):
-        pipeline, seconds = ddpm(data, num_steps)
+        pipeline, seconds = ddpm(data, name, num_steps, setting["rate"])
         samples = ddim_images(pipeline, data.num_samples, seed=1)
     else:
-        pipeline, seconds = adversarial(data, num_steps, setting.get("weight"))
+        rate = setting.get("rate", data.learning_rate)
+        pipeline, seconds = adversarial(data, name, num_steps, setting.get("weight"), rate)
         samples = sample_images(pipeline, data.num_samples, seed=1)
     return {**data.measure(samples), "training_seconds": round(seconds, 1)}
 
@@ -221,13 +231,14 @@ def table(results: Results) -> str:
 
 def main() -> None:
     args = parser(__doc__, list(SETTINGS)).parse_args()
-    data_name = "fashion_mnist" if args.fashion_mnist is not None else "digits"
-    results = Results(args.output_dir / f"peers_{data_name}.jsonl")
+    results = open_results(args, "peers")
     if not args.table:
         data = load_data(args)
         both, unet = parameters(*networks(data)), parameters(small_unet(data))
         print(f"{data.about}; {both:,} parameters, UNet {unet:,}; {args.max_train_steps} iterations; {versions()}")
-        results.fill(args.settings, args.seeds, lambda name, seed: make_row(data, name, seed, args))
+        results.fill(
+            args.settings, args.seeds, lambda name, seed: make_row(data, name, seed, args), args.max_train_steps
+        )
     print(table(results))
 
 

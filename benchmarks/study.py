@@ -2,11 +2,13 @@
 """What the studies share: the two data sets with their features, and results that a study cut off goes on from."""
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from command_line import positive, whole_number
 from tqdm import tqdm
 
 
@@ -25,16 +28,19 @@ from demo import ARGUMENTS as DIGITS_ARGUMENTS  # noqa: E402
 from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features  # noqa: E402
 from ecvae_training.digits import NUM_TRAIN, load_digits, sample_images, train_digit_features, write_digits  # noqa: E402
-from ecvae_training.output import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, read_metrics  # noqa: E402
+from ecvae_training.output import ARGUMENTS_FILE, EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, read_metrics  # noqa: E402
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "training" / "train_ecvae.py"
 
 
 class Digits:
-    """scikit-learn's digits at 16 px, over 64 features of a classifier trained on the same 1,500 training images."""
+    """
+    scikit-learn's digits at 16 px, over 64 features of a classifier trained on the same 1,500 training images. Of 50,000
+    samples: 5,000 others of one model differ by up to 8 in Frechet distance.
+    """
 
-    name, num_samples, resolution, latent_channels, channels = "digits", 5000, 16, 32, (16, 32, 64)
+    name, num_samples, resolution, latent_channels, channels = "digits", 50_000, 16, 32, (16, 32, 64)
     learning_rate = 5e-4  # the script's own
     arguments = DIGITS_ARGUMENTS
 
@@ -45,9 +51,11 @@ class Digits:
         self.train, held_out = digits[:NUM_TRAIN], digits[NUM_TRAIN:]
         features, accuracy = train_digit_features()
         self.metrics = reference(features, self.train)
+        drawn = torch.randint(NUM_TRAIN, (self.num_samples,), generator=torch.Generator().manual_seed(0))
         self.about = (
             f"digits; classifier {accuracy:.1%} on held-out digits, whose distance to the training digits is "
-            f"{self.measure(held_out)['frechet_distance']:.1f}"
+            f"{self.measure(held_out)['frechet_distance']:.1f}; training digits drawn {self.num_samples:,} times are at "
+            f"{self.measure(self.train[drawn])['frechet_distance']:.2f}"
         )
 
     def measure(self, images: torch.Tensor) -> dict[str, float]:
@@ -121,9 +129,26 @@ def against(metrics: GenerationMetrics, images: torch.Tensor) -> dict[str, float
     return measures
 
 
-def train(data, folder: Path, seed: int, *arguments: str) -> None:
-    """Run the training script as a user would, alone in its process, or what is left of a run that was cut off."""
+def end_with_parent() -> None:
+    """In a child, before its program starts: have the system stop it when the study is killed. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def train(data, folder: Path, seed: int, num_steps: int, *arguments: str) -> None:
+    """
+    Run the training script as a user would, alone in its process, or what is left of a run that was cut off.
+
+    Raises:
+        ValueError: if there is a finished run of another length.
+    """
+    arguments = ("--max_train_steps", str(num_steps), *arguments)
     if (folder / "model_index.json").is_file():
+        found = json.loads((folder / ARGUMENTS_FILE).read_text())["max_train_steps"]
+        if found != num_steps:
+            raise ValueError(
+                f"--max_train_steps is {num_steps}, but {folder.name} was trained for {found}: see --output_dir."
+            )
         return
     command = [sys.executable, str(SCRIPT), *data.data_arguments, *data.arguments, "--output_dir", str(folder)]
     command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1", *arguments]
@@ -131,7 +156,7 @@ def train(data, folder: Path, seed: int, *arguments: str) -> None:
         command += ["--resume_from_checkpoint", "latest"]
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, preexec_fn=end_with_parent)
 
 
 def trained_row(data, folder: Path) -> dict:
@@ -201,26 +226,64 @@ def plot_curves(runs: dict[str, list[Path]], path: Path) -> None:
 
 
 class Results:
-    """Rows in a JSON lines file: those that are there already are not made again."""
+    """
+    Rows in a JSON lines file: those that are there already are not made again, but for those that were measured with
+    another number of samples.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        path (`Path`): The file.
+        num_samples (`int`, *optional*): Samples that a row is measured with.
+    """
+
+    def __init__(self, path: Path, num_samples: int | None = None):
+        self.path, self.num_samples = path, num_samples
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        """All but a last one that a kill cut off."""
+        return read_metrics(self.path) if self.path.is_file() else []
 
-    def fill(self, settings: list[str], seeds: list[int], make: Callable[[str, int], dict]) -> None:
+    def is_current(self, row: dict) -> bool:
+        return self.num_samples is None or row.get("num_generated", self.num_samples) == self.num_samples
+
+    def write(self, rows: list[dict]) -> None:
+        temporary = self.path.with_suffix(".half")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(self.path)
+
+    def fill(
+        self,
+        settings: list[str],
+        seeds: list[int],
+        make: Callable[[str, int], dict],
+        iterations: int | None = None,
+    ) -> None:
+        """
+        Make the rows that are missing.
+
+        Raises:
+            ValueError: if a row is there that is of another number of `iterations`.
+        """
         for seed in seeds:
             for name in settings:
-                if not any(row["setting"] == name and row["seed"] == seed for row in self.rows()):
-                    started = time.time()
-                    row = make(name, seed)
-                    # A row may have seconds of its own, such as those of one image.
-                    row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row}
-                    with open(self.path, "a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(json.dumps(row), flush=True)
+                there = [row for row in self.rows() if row["setting"] == name and row["seed"] == seed]
+                for row in there:
+                    if iterations is not None and row.get("iterations", iterations) != iterations:
+                        raise ValueError(
+                            f"--max_train_steps is {iterations}, but {self.path.name} holds {name!r} after "
+                            f"{row['iterations']}: choose another --output_dir."
+                        )
+                if any(map(self.is_current, there)):
+                    continue
+                started = time.time()
+                row = make(name, seed)
+                # A row may have seconds of its own, such as those of one image.
+                row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row}
+                if iterations is not None:
+                    row["iterations"] = iterations
+                # As the file is by now: another study may have written to it.
+                self.write([other for other in self.rows() if other not in there] + [row])
+                print(json.dumps(row), flush=True)
 
     def of(self, name: str) -> list[dict]:
         return sorted((row for row in self.rows() if row["setting"] == name), key=lambda row: row["seed"])
@@ -240,15 +303,22 @@ def versions() -> str:
 def parser(doc: str, settings: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--max_train_steps", type=positive, default=1500)
+    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings, metavar="NAME")
     parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
-    parser.add_argument(
-        "--plot", type=Path, help="picture of distance against iterations and time, for --fashion_mnist"
-    )
     return parser
+
+
+def data_name(args: argparse.Namespace) -> str:
+    return Digits.name if args.fashion_mnist is None else FashionMNIST.name
+
+
+def open_results(args: argparse.Namespace, study: str) -> Results:
+    """The rows of a study on its data."""
+    data = Digits if args.fashion_mnist is None else FashionMNIST
+    return Results(args.output_dir / f"{study}_{data.name}.jsonl", data.num_samples)
 
 
 def load_data(args: argparse.Namespace):

@@ -14,23 +14,31 @@ rounds of the ratio of their times.
 import argparse
 import contextlib
 import dataclasses
+import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from command_line import device as device_here
+from command_line import positive, resolution
 
 import ecvae_diffusers
 from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.models import energy_model
 from ecvae_diffusers.variational import elbo_loss
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from ecvae_training.observation import peak_memory  # noqa: E402
 
 
 NOISE = 1e-3
@@ -199,7 +207,7 @@ def times(iterations: dict[str, Iteration], real: torch.Tensor, rounds: int) -> 
     return found
 
 
-def peak_memory(arguments: list[str]) -> float:
+def memory_alone(arguments: list[str]) -> float:
     """GiB of a process that runs one arrangement alone for three iterations."""
     command = [sys.executable, __file__, *arguments]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1])
@@ -207,19 +215,26 @@ def peak_memory(arguments: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--langevin_steps", type=int, default=15)
+    parser.add_argument("--device", type=device_here, default="cpu")
+    parser.add_argument("--resolution", type=resolution, default=32)
+    parser.add_argument("--batch_size", type=positive, default=64)
+    parser.add_argument("--langevin_steps", type=positive, default=15)
     parser.add_argument("--conditioning_weight", type=float, default=1.0)
-    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 64, 128, 128])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--block_out_channels", type=positive, nargs="+", default=[32, 64, 128, 128])
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument(
         "--changes", nargs="*", choices=CHANGES, help="lines of the table; on a CPU all but `compiled` if not given"
     )
     parser.add_argument("--memory_of", choices=("published", "ours", "ours in fp32"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    if not 0 <= args.conditioning_weight <= 1 / DRIFT_STEP:
+        parser.error(f"--conditioning_weight must be from 0 to {1 / DRIFT_STEP:g}, but is {args.conditioning_weight}.")
+    if len(args.block_out_channels) > math.log2(args.resolution) - 1:
+        parser.error(
+            f"--block_out_channels must be at most {int(math.log2(args.resolution)) - 1} at --resolution {args.resolution}, "
+            f"but are {len(args.block_out_channels)}."
+        )
+    device = args.device
     torch.manual_seed(0)
     real = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device) * 2 - 1
     sizes = {
@@ -238,10 +253,7 @@ def main() -> None:
         iteration = Iteration(whole[args.memory_of], *shape)
         for _ in range(3):
             iteration.step(real)
-        if device.type == "cuda":
-            print(torch.cuda.max_memory_allocated() / 2**30)
-        else:
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(peak_memory(device))
         return
 
     arrangements = {"published": whole["published"]}
@@ -257,7 +269,7 @@ def main() -> None:
     for name in arrangements:
         ratios = [slow / fast for slow, fast in zip(seconds["published"], seconds[name])]
         print(f"| {name} | {1e3 * statistics.median(seconds[name]):.0f} | {statistics.median(ratios):.2f} |")
-    memory = {which: peak_memory([*sys.argv[1:], "--memory_of", which]) for which in whole}
+    memory = {which: memory_alone([*sys.argv[1:], "--memory_of", which]) for which in whole}
     print(
         "Peak memory of a process with one alone: "
         + ", ".join(f"{which} {gib:.2f} GiB" for which, gib in memory.items())

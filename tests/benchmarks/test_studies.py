@@ -1,6 +1,11 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """What the studies are made of, at toy size: rows that are not made twice, runs that go on, peers that train."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import peers
@@ -31,7 +36,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    study.train(data, folder, 0, "--max_train_steps", "8")
+    study.train(data, folder, 0, 8)
     return folder
 
 
@@ -49,12 +54,55 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
     assert study.median(results.of("a"), "frechet_distance") == 1
 
 
+def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
+    """Of another length they are refused, of another number of samples measured anew; half a line is no row."""
+    path = tmp_path / "rows.jsonl"
+    results = study.Results(path, num_samples=32)
+    for count in (16, 32, 32):
+        row = {"num_generated": count, "frechet_distance": float(count)}
+        study.Results(path, num_samples=count).fill(["a"], [0], lambda name, seed: row, iterations=8)
+    assert [row["frechet_distance"] for row in results.rows()] == [32.0]
+    with pytest.raises(ValueError, match="--max_train_steps is 9, but rows.jsonl holds 'a' after 8"):
+        results.fill(["a"], [0], lambda name, seed: {}, iterations=9)
+    with open(path, "a") as file:
+        file.write('{"setting": "b", "se')
+    results.fill(["b"], [0], lambda name, seed: {"num_generated": 32}, iterations=8)
+    assert [row["setting"] for row in results.rows()] == ["a", "b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system call is Linux's")
+def test_training_ends_with_the_study(tmp_path):
+    """However it ends: a restarted study must not find its run being trained still."""
+    code = (
+        "import subprocess, sys, study\n"
+        "child = subprocess.Popen(['sleep', '300'], preexec_fn=study.end_with_parent)\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(study.__file__).parent)},
+    )  # fmt: skip
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        status = Path(f"/proc/{pid}/status")
+        if not status.is_file() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    os.kill(pid, 9)
+    raise AssertionError("the child has outlived the study")
+
+
 def test_a_finished_run_is_not_trained_again_and_a_cut_one_goes_on(data, trained, tmp_path):
     written = (trained / "model_index.json").stat().st_mtime_ns
-    study.train(data, trained, 0, "--max_train_steps", "8")
+    study.train(data, trained, 0, 8)
     assert (trained / "model_index.json").stat().st_mtime_ns == written
 
-    arguments = ["--max_train_steps", "8", "--checkpointing_steps", "4"]
+    with pytest.raises(ValueError, match="--max_train_steps is 9, but run was trained for 8"):
+        study.train(data, trained, 0, 9)
+
+    arguments = [8, "--checkpointing_steps", "4"]
     study.train(data, tmp_path / "run", 0, *arguments)
     first = metrics(tmp_path / "run")
     (tmp_path / "run" / "model_index.json").unlink()
@@ -104,7 +152,7 @@ def test_adversarial_peers_train_both_networks(data, weight):
     torch.manual_seed(0)
     before = [dict(network.named_parameters()) for network in peers.networks(data)]
     torch.manual_seed(0)
-    pipeline, seconds = peers.adversarial(data, 2, weight)
+    pipeline, seconds = peers.adversarial(data, "peer", 2, weight, rate=5e-4)
     still = [
         {name for name, parameter in network.named_parameters() if torch.equal(parameter, start[name])}
         for network, start in zip((pipeline.vae, pipeline.energy_model), before)
@@ -127,7 +175,7 @@ def test_the_vaebm_way_holds_the_vae_still(data, trained):
 def test_the_ddpm_has_as_many_parameters_and_trains(data):
     wanted = peers.parameters(*peers.networks(data))
     assert peers.parameters(peers.small_unet(data)) == pytest.approx(wanted, rel=0.2)
-    pipeline, _ = peers.ddpm(data, 2)
+    pipeline, _ = peers.ddpm(data, "peer", 2, rate=5e-4)
     images = peers.ddim_images(pipeline, 2, seed=1)
     assert images.shape == (2, 1, 16, 16) and images.dtype == torch.uint8
 

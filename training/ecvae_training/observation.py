@@ -1,7 +1,9 @@
 """Eyes on a run: the scalars of a logged step, and the pictures and energies that `report.py` lays out."""
 
+import re
 import resource
 import sys
+from pathlib import Path
 
 import PIL.Image
 import torch
@@ -59,6 +61,12 @@ def peak_memory(device: torch.device) -> float:
     """Most memory that this process has held: of the device, or of the process on a CPU. In GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Where there is one: what `getrusage` tells begins with the peak of the process that started this one.
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) / 2**20
     # In KiB, but on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 

@@ -1,0 +1,40 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Types of the benchmarks' arguments: a wrong value is refused in one line, before anything is measured."""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, but is {text}")
+        return value
+
+    return parse
+
+
+positive = whole_number(1)
+
+
+def resolution(text: str) -> int:
+    if text not in ("8", "16", "32", "64", "128", "256"):
+        raise argparse.ArgumentTypeError(f"must be a power of two from 8 to 256, but is {text}")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A device that can be computed on, here and now."""
+    try:
+        found = torch.device(text)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, but is {text}: {reason}") from error
+    return found
