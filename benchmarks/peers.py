@@ -43,6 +43,8 @@ from ecvae_training.models import moving_average
 
 BATCH, ADAM_BETAS, EMA_DECAY = 64, (0.0, 0.9), 0.999
 TEST_STEPS = 16
+# 50 passes an image: more would take longer than the training.
+NUM_DDIM_SAMPLES = 5_000
 # Weights, rates and drifts of which the best one is taken, as the VAE is given its own best beta.
 SETTINGS = {
     "EC-VAE (defaults)": {},
@@ -209,7 +211,7 @@ def make_row(data, name: str, seed: int, args) -> dict:
         samples = refined_images(pipeline, data.num_samples, seed=1)
     elif name.startswith("DDPM"):
         pipeline, seconds = ddpm(data, name, num_steps, setting["rate"])
-        samples = ddim_images(pipeline, data.num_samples, seed=1)
+        samples = ddim_images(pipeline, min(data.num_samples, NUM_DDIM_SAMPLES), seed=1)
     else:
         rate = setting.get("rate", data.learning_rate)
         pipeline, seconds = adversarial(data, name, num_steps, setting.get("weight"), rate)

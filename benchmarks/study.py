@@ -244,7 +244,7 @@ class Results:
         return read_metrics(self.path) if self.path.is_file() else []
 
     def is_current(self, row: dict) -> bool:
-        return self.num_samples is None or row.get("num_generated", self.num_samples) == self.num_samples
+        return self.num_samples is None or row.get("num_samples", row.get("num_generated")) == self.num_samples
 
     def write(self, rows: list[dict]) -> None:
         temporary = self.path.with_suffix(".half")
@@ -279,6 +279,7 @@ class Results:
                 row = make(name, seed)
                 # A row may have seconds of its own, such as those of one image.
                 row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row}
+                row["num_samples"] = self.num_samples
                 if iterations is not None:
                     row["iterations"] = iterations
                 # As the file is by now: another study may have written to it.

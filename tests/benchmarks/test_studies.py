@@ -60,7 +60,7 @@ def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
     results = study.Results(path, num_samples=32)
     for count in (16, 32, 32):
         row = {"num_generated": count, "frechet_distance": float(count)}
-        study.Results(path, num_samples=count).fill(["a"], [0], lambda name, seed: row, iterations=8)
+        study.Results(path, num_samples=count).fill(["a"], [0], lambda name, seed, row=row: row, iterations=8)
     assert [row["frechet_distance"] for row in results.rows()] == [32.0]
     with pytest.raises(ValueError, match="--max_train_steps is 9, but rows.jsonl holds 'a' after 8"):
         results.fill(["a"], [0], lambda name, seed: {}, iterations=9)
