@@ -40,7 +40,7 @@ from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
 
 # Chosen by the study in benchmarks/RESULTS.md.
 ARGUMENTS = ["--resolution", "16", "--latent_channels", "32", "--block_out_channels", "16", "32", "64"]
-NUM_SAMPLES = 5000
+NUM_SAMPLES = 50_000
 
 
 def train(output_dir: Path, data_dir: Path, calibration: str, seed: int, max_train_steps: int, *extra: str) -> None:
