@@ -3,19 +3,20 @@
 """What our fast arrangement of a training step does to quality: `python benchmarks/arrangement_study.py --output_dir STUDY`.
 
 The arrangements of training_step.py, published and ours in fp32 and bf16, train the demo's networks on digits for equally
-many iterations, with the same chain, rates, dual step and average; the distance is that of chain_study.py, of 20,000 samples. `--settings` also takes "published + single chain", one change alone, and
+many iterations, with the same chain, rates, dual step and average; the distance is that of chain_study.py. `--settings` also takes "published + single chain", one change alone, and
 "ours in fp32 - single chain", all but one.
 """
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from study import (
     Results,
-    data_name,
     load_data,
     median,
+    open_results,
     parser,
     versions,
 )
@@ -41,11 +42,13 @@ SETTINGS |= {
     for whole in ("ours in fp32", "ours in bf16")
     for name in OURS
 }
-# Its models are not kept, so that rows of another number of samples could not be measured anew.
-NUM_STEPS, BATCH, NUM_SAMPLES = 5, 64, 20_000
+NUM_STEPS, BATCH = 5, 64
 
 
-def make_row(data, name: str, seed: int, max_train_steps: int) -> dict:
+def train(data, name: str, seed: int, folder: Path, max_train_steps: int) -> None:
+    """Train the networks in an arrangement, and save the pipeline of the average with its seconds; once."""
+    if (folder / "model_index.json").is_file():
+        return
     torch.manual_seed(seed)
     sizes = {"sample_size": data.resolution, "in_channels": 1, "block_out_channels": data.channels}
     iteration = Iteration(
@@ -64,10 +67,16 @@ def make_row(data, name: str, seed: int, max_train_steps: int) -> dict:
         images = to_range(data.train[torch.randint(len(data.train), (BATCH,))])
         iteration.step(images)
         average.update_parameters(iteration.vae)
-    seconds = time.perf_counter() - started
-    pipeline = ECVAEPipeline(vae=average.module.eval(), energy_model=None, scheduler=None)
-    measures = data.measure(sample_images(pipeline, NUM_SAMPLES, seed=1))
-    return {**measures, "training_seconds": round(seconds, 1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "seconds").write_text(f"{time.perf_counter() - started:.1f}")
+    ECVAEPipeline(vae=average.module.eval(), energy_model=None, scheduler=None).save_pretrained(folder)
+
+
+def make_row(data, name: str, seed: int, args) -> dict:
+    folder = args.output_dir / f"{name.replace(' ', '-')}_{seed}_{args.max_train_steps}"
+    train(data, name, seed, folder, args.max_train_steps)
+    measures = data.measure(sample_images(ECVAEPipeline.from_pretrained(folder), data.num_samples, seed=1))
+    return {**measures, "training_seconds": float((folder / "seconds").read_text())}
 
 
 def table(results: Results) -> str:
@@ -89,14 +98,14 @@ def main() -> None:
     made = parser(__doc__, list(SETTINGS))
     made.set_defaults(settings=list(WHOLE))
     args = made.parse_args()
-    results = Results(args.output_dir / f"arrangements_{data_name(args)}.jsonl", NUM_SAMPLES)
+    results = open_results(args, "arrangements")
     if not args.table:
         data = load_data(args)
         print(f"{data.about}; K {NUM_STEPS}; {versions()}", flush=True)
         results.fill(
             args.settings,
             args.seeds,
-            lambda name, seed: make_row(data, name, seed, args.max_train_steps),
+            lambda name, seed: make_row(data, name, seed, args),
             args.max_train_steps,
         )
     print(table(results))
