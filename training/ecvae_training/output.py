@@ -22,9 +22,10 @@ BEST_FOLDER = "best"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STEP_FILE = re.compile(r"step-(\d+)\.png")
 PICTURES = ("samples", "reconstructions", "chain", "neighbours")
-RUN_FOLDERS = {*PICTURES, "vae", "energy_model", "scheduler", BEST_FOLDER, "logs"}
+RUN_FOLDERS = {*PICTURES, "vae", "flow", "energy_model", "scheduler", BEST_FOLDER, "logs"}
 RUN_FILES = {
     METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, "report.html", "model_index.json", "pipeline.py",
+    "restoration.py",
 }  # fmt: skip
 # Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.
 FREE_ON_RESUME = {
