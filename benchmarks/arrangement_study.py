@@ -63,8 +63,12 @@ def train(data, name: str, seed: int, folder: Path, max_train_steps: int) -> Non
     )
     average = moving_average(iteration.vae, 0.999)
     started = time.perf_counter()
-    for _ in tqdm(range(max_train_steps), desc=name, mininterval=5):
-        images = to_range(data.train[torch.randint(len(data.train), (BATCH,))])
+    for step in tqdm(range(max_train_steps), desc=name, mininterval=5):
+        # Epoch by epoch, as the training script: drawn with replacement, one chain is behind two (benchmarks/RESULTS.md).
+        if step % (len(data.train) // BATCH) == 0:
+            order = torch.randperm(len(data.train))
+        at = step % (len(data.train) // BATCH) * BATCH
+        images = to_range(data.train[order[at : at + BATCH]])
         iteration.step(images)
         average.update_parameters(iteration.vae)
     folder.mkdir(parents=True, exist_ok=True)
