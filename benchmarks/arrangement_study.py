@@ -3,8 +3,8 @@
 """What our fast arrangement of a training step does to quality: `python benchmarks/arrangement_study.py --output_dir STUDY`.
 
 The arrangements of training_step.py, published and ours in fp32 and bf16, train the demo's networks on digits for equally
-many iterations, with the same chain, rates, dual step and average; the distance is that of chain_study.py. `--settings` also takes "published + single chain", one change alone, and
-"ours in fp32 - single chain", all but one.
+many iterations, with the same chain, rates, dual step and average; the distance is that of chain_study.py. `--settings` also
+takes "published + single chain", one change alone, and "ours in fp32 - single chain", all but one.
 """
 
 import time
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from study import (
     Results,
+    epochs,
     load_data,
     median,
     open_results,
@@ -25,7 +26,6 @@ from training_step import CHANGES, GPU_CHANGES, Arrangement, Iteration
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_training.digits import sample_images
-from ecvae_training.images import to_range
 from ecvae_training.models import moving_average
 
 
@@ -63,13 +63,9 @@ def train(data, name: str, seed: int, folder: Path, max_train_steps: int) -> Non
     )
     average = moving_average(iteration.vae, 0.999)
     started = time.perf_counter()
-    for step in tqdm(range(max_train_steps), desc=name, mininterval=5):
-        # Epoch by epoch, as the training script: drawn with replacement, one chain is behind two (benchmarks/RESULTS.md).
-        if step % (len(data.train) // BATCH) == 0:
-            order = torch.randperm(len(data.train))
-        at = step % (len(data.train) // BATCH) * BATCH
-        images = to_range(data.train[order[at : at + BATCH]])
-        iteration.step(images)
+    batches = epochs(data.train, BATCH)
+    for _ in tqdm(range(max_train_steps), desc=name, mininterval=5):
+        iteration.step(next(batches))
         average.update_parameters(iteration.vae)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "seconds").write_text(f"{time.perf_counter() - started:.1f}")

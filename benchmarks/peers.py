@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from study import (
     Results,
+    epochs,
     load_data,
     median,
     open_results,
@@ -37,7 +38,6 @@ from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyCalibrator, Ener
 from ecvae_diffusers.energy import compute_energy
 from ecvae_diffusers.variational import elbo_loss
 from ecvae_training.digits import sample_images
-from ecvae_training.images import to_range
 from ecvae_training.models import moving_average
 
 
@@ -77,11 +77,10 @@ def latents(data, count: int = BATCH) -> torch.Tensor:
 
 
 def loop(data, num_steps: int, train_step: Callable[[torch.Tensor], None], name: str) -> float:
-    """Seconds of `num_steps` steps on batches drawn at random."""
-    started = time.perf_counter()
+    """Seconds of `num_steps` steps."""
+    started, batches = time.perf_counter(), epochs(data.train, BATCH)
     for _ in tqdm(range(num_steps), desc=name, mininterval=5):
-        images = to_range(data.train[torch.randint(len(data.train), (BATCH,))])
-        train_step(images.to(memory_format=torch.channels_last))
+        train_step(next(batches).to(memory_format=torch.channels_last))
     return time.perf_counter() - started
 
 

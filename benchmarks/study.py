@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -28,6 +28,7 @@ from demo import ARGUMENTS as DIGITS_ARGUMENTS  # noqa: E402
 from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features  # noqa: E402
 from ecvae_training.digits import NUM_TRAIN, load_digits, sample_images, train_digit_features, write_digits  # noqa: E402
+from ecvae_training.images import to_range  # noqa: E402
 from ecvae_training.output import ARGUMENTS_FILE, EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, read_metrics  # noqa: E402
 
 
@@ -112,6 +113,17 @@ class RememberedFeatures(torch.nn.Module):
             torch.save(self.features(images).cpu(), half_written)
             half_written.rename(path)
         return torch.load(path, weights_only=True)
+
+
+def epochs(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """
+    Batches in [-1, 1], epoch by epoch in a new order, as the training script draws them. It matters: drawn with replacement,
+    one chain an iteration is behind two (RESULTS.md).
+    """
+    while True:
+        order = torch.randperm(len(images))
+        for start in range(0, len(images) - batch_size + 1, batch_size):
+            yield to_range(images[order[start : start + batch_size]])
 
 
 def reference(features: torch.nn.Module, real: torch.Tensor) -> GenerationMetrics:
