@@ -1,8 +1,13 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Types of the benchmarks' arguments: a wrong value is refused in one line, before anything is measured."""
+"""
+Types of the benchmarks' arguments: a wrong value is refused in one line, before anything is measured; and `--figures`,
+by which gpu.py makes one table of many benchmarks.
+"""
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -38,3 +43,16 @@ def device(text: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"must be a device of this machine, but is {text}: {reason}") from error
     return found
+
+
+def add_figures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--figures", type=Path, help="file that the few figures which say most are added to, as JSON lines"
+    )
+
+
+def write_figures(args: argparse.Namespace, figures: dict[str, str]) -> None:
+    """Add the figures that say most, what was measured -> value with its unit, to the file of `--figures`."""
+    if args.figures is not None:
+        with args.figures.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"what": what, "value": value}) + "\n" for what, value in figures.items())

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from command_line import add_figures, positive, write_figures
 from command_line import device as device_here
-from command_line import positive
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
@@ -118,7 +118,7 @@ def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     figure, axes = plt.subplots(2, len(found), figsize=(4 * len(found), 6), layout="constrained", squeeze=False)
     for column, (name, rows) in zip(axes.T, found.items()):
@@ -131,13 +131,12 @@ def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
                 axis.set_ylim(0, 1.1 * max(values))
             else:
                 axis.loglog()
+                low, high = axis.get_ylim()
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
             axis.set_xticks(sizes, map(str, sizes))
             axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            # Labels at minor ticks only where there are too few others: else they overprint each other.
-            low, high = axis.get_ylim()
-            few = low > 0 and high / low < 20
-            axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if few else NullFormatter())
         if name in EXPONENTS:
             law = [rows[sizes[-1]]["ms"] * (size / sizes[-1]) ** EXPONENTS[name] for size in sizes]
             column[0].plot(sizes, law, "--", color="gray", label=f"exponent {EXPONENTS[name]}")
@@ -166,6 +165,7 @@ def main() -> None:
     parser.add_argument("--hand_back", action="store_true", help="a column more: malloc hands freed memory back")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    add_figures(parser)
     args = parser.parse_args()
     if "resolution" in args.quantities and any(size not in SIZES["resolution"] for size in args.sizes or []):
         parser.error(f"--sizes must be of {SIZES['resolution']} with --quantities resolution, but are {args.sizes}.")
@@ -196,6 +196,8 @@ def main() -> None:
                 cells += [f"{back['ms']:.0f}", f"{back['ms'] / row['ms']:.2f}", f"{back['memory_gib']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         print(f"\nExpected: {LAWS[name]}.{exponents(found[name])}", flush=True)
+        largest = f"iteration with {name.replace('_', ' ')} {size}"
+        write_figures(args, {largest: f"{row['ms']:.0f} ms, {row['memory_gib']:.2f} GiB"})
     if args.ranks:
         speeds = ranks(tuple(args.ranks))
         print("\n| ranks, one thread each | images a second | over one rank |\n|---|---|---|")

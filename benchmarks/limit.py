@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from command_line import add_figures, positive, resolution, write_figures
 from command_line import device as device_here
-from command_line import positive, resolution
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--langevin_steps", type=positive, default=15)
     parser.add_argument("--block_out_channels", type=positive, nargs="+", default=[32, 64, 128, 128])
     parser.add_argument("--rounds", type=positive, default=10)
+    add_figures(parser)
     args = parser.parse_args()
     device = args.device
     torch.manual_seed(0)
@@ -134,7 +135,7 @@ def main() -> None:
         "| what | precision | GFLOP | ms | GFLOP/s | its convolutions alone, ms | fraction of their rate | an easy "
         "convolution, GFLOP/s |\n|---|---|---|---|---|---|---|---|"
     )
-    profiles = []
+    profiles, figures = [], {}
     for what, function in (("chain", lambda: calibrator.run_chain(images)), ("decode", decode)):
         for name, dtype in DTYPES.items():
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -149,6 +150,8 @@ def main() -> None:
                 f"{convolutions / taken:.2f} | {largest_rate(device, dtype, args.rounds):.0f} |",
                 flush=True,
             )
+            figures[f"{what} in {name}, of its convolutions' rate"] = f"{convolutions / taken:.2f}"
+    write_figures(args, figures)
     print("Shares of the time, with the number of calls: " + "; ".join(profiles) + ".")
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 
 import diffusers
 import torch
+from command_line import add_figures, write_figures
 from command_line import device as device_here
 from training_step import separate_pooling
 
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--model", help="folder or Hub id of a pipeline with its energy model; new networks if not given"
     )
+    add_figures(parser)
     args = parser.parse_args()
     device = args.device
     diffusers.utils.logging.set_verbosity_error()  # a warning at each cast
@@ -126,6 +128,8 @@ def main() -> None:
         found = quantities(vae, energy, scheduler, option, device)
         differences = [((found[key] - value).norm() / value.norm()).item() for key, value in reference.items()]
         print(f"| {option} | {' | '.join(f'{difference:.0e}' for difference in differences)} |", flush=True)
+        if option.startswith("bf16"):
+            write_figures(args, {f"{option}, relative change of the chain's move": f"{differences[1]:.0e}"})
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from pathlib import Path
 
 import diffusers
 import torch
+from command_line import add_figures, positive, write_figures
 from command_line import device as device_here
-from command_line import positive
 from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
@@ -285,6 +285,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=positive, default=30, help="of calls, with --overhead")
     parser.add_argument("--small", action="store_true", help="tiny networks, to try the script")
     parser.add_argument("--output", type=Path, help="file for the rows, as JSON lines")
+    add_figures(parser)
     args = parser.parse_args()
     device, dtype = args.device, getattr(torch, args.dtype)
     torch.manual_seed(0)
@@ -302,6 +303,10 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
     if args.overhead:
         rows = overhead(args, device, dtype)
+        figures = {
+            f"pipeline over decode, {row['decoder']}, batch {row['batch_size']}, {row['output_type']}": f"{row['ratio']:.3f}"
+            for row in rows
+        }
     else:
         sizes = SMALL if args.small else {"vae": VAE, "energy": ENERGY, "unet": UNET}
         samplers = make_samplers(sizes, args.timed_steps, device, dtype)
@@ -311,6 +316,13 @@ def main() -> None:
         counts = ", ".join(f"{name} {part.num_parameters() / 1e6:.2f} M" for name, part in networks.items())
         print(f"Parameters: {counts}; {args.rounds} rounds.")
         rows = compare(samplers, args, device)
+        figures = {
+            f"{row['sampler']}, batch {row['batch_size']}": f"{row['ms_an_image']:.4g} ms an image, {row['times_slower']:.4g} "
+            f"times ours, {row['measured_over_promised']:.2f} of what operations promise"
+            for row in rows
+            if row["batch_size"] == rows[-1]["batch_size"]
+        }
+    write_figures(args, figures)
     if args.output is not None:
         args.output.write_text("".join(json.dumps(row | setting) + "\n" for row in rows), encoding="utf-8")
 

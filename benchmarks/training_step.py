@@ -26,8 +26,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from command_line import add_figures, positive, resolution, write_figures
 from command_line import device as device_here
-from command_line import positive, resolution
 
 import ecvae_diffusers
 from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
@@ -226,6 +226,7 @@ def main() -> None:
         "--changes", nargs="*", choices=CHANGES, help="lines of the table; on a CPU all but `compiled` if not given"
     )
     parser.add_argument("--memory_of", choices=("published", "ours", "ours in fp32"), help=argparse.SUPPRESS)
+    add_figures(parser)
     args = parser.parse_args()
     if not 0 <= args.conditioning_weight <= 1 / DRIFT_STEP:
         parser.error(f"--conditioning_weight must be from 0 to {1 / DRIFT_STEP:g}, but is {args.conditioning_weight}.")
@@ -266,15 +267,22 @@ def main() -> None:
         f"{platform.machine()}, torch {torch.__version__}, ecvae-diffusers {ecvae_diffusers.__version__}"
     )
     print("| arrangement | ms an iteration (median) | times faster |\n|---|---|---|")
+    faster = {}
     for name in arrangements:
-        ratios = [slow / fast for slow, fast in zip(seconds["published"], seconds[name])]
-        print(f"| {name} | {1e3 * statistics.median(seconds[name]):.0f} | {statistics.median(ratios):.2f} |")
+        faster[name] = statistics.median(slow / fast for slow, fast in zip(seconds["published"], seconds[name]))
+        print(f"| {name} | {1e3 * statistics.median(seconds[name]):.0f} | {faster[name]:.2f} |")
     memory = {which: memory_alone([*sys.argv[1:], "--memory_of", which]) for which in whole}
     print(
         "Peak memory of a process with one alone: "
         + ", ".join(f"{which} {gib:.2f} GiB" for which, gib in memory.items())
         + "."
     )
+    figures = {f"training iteration, {name}": f"{1e3 * statistics.median(seconds[name]):.0f} ms" for name in whole}
+    figures |= {
+        f"training iteration, {name}, over published": f"{faster[name]:.2f} times faster"
+        for name in ("ours in fp32", "ours")
+    }
+    write_figures(args, figures | {f"peak memory, {name}": f"{gib:.2f} GiB" for name, gib in memory.items()})
 
 
 if __name__ == "__main__":
