@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 
@@ -18,6 +19,8 @@ TINY_FLOW = [
     "--resolution", "16", "--num_levels", "2", "--steps_per_level", "2", "--hidden_channels", "16",
     "--energy_block_out_channels", "16", "16", "--train_batch_size", "8",
 ]  # fmt: skip
+# Beside --pretrained_model_name_or_path.
+TINY_DECODER = ["--resolution", "16", "--energy_block_out_channels", "16", "16", "--train_batch_size", "8"]
 TINY = ["--resolution", "16", "--latent_channels", "4", "--block_out_channels", "16", "16", "--train_batch_size", "8"]
 
 
@@ -30,6 +33,16 @@ def write_images(folder: Path, count: int = 24, mode: str = "L", size: int = 16)
         cx, cy, radius = rng.uniform(4, size - 4), rng.uniform(4, size - 4), rng.uniform(2, 5)
         disk = np.where((x - cx) ** 2 + (y - cy) ** 2 < radius**2, 255, 20).astype(np.uint8)
         PIL.Image.fromarray(disk).convert(mode).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def write_autoencoder(folder: Path) -> Path:
+    """An `AutoencoderKL` of 16 px RGB images and 8 px latents, its weights as they are at first."""
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4, sample_size=16,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -97,7 +110,8 @@ def metrics(output_dir: Path) -> list[dict]:
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{key}": value
-        for name in ("vae", "flow", "energy_model")
+        # "." is an autoencoder of diffusers, saved alone.
+        for name in ("vae", "flow", "energy_model", ".")
         if (path := output_dir / name / "diffusion_pytorch_model.safetensors").is_file()
         for key, value in load_file(path).items()
     }

@@ -26,19 +26,19 @@ NUM_VARIANCE_IMAGES = 2048
 class ECVAETask:
     """The EC-VAE as a `Task` of the trainer: an ELBO of its own, and samples decoded from the prior."""
 
-    component, headline = "vae", "reconstruction"
+    component, headline, saved_class = "vae", "reconstruction", "ECVAEPipeline"
 
     def __init__(self, args, vae: AutoencoderEC, energy_model: EnergyModel | None):
         self.args, self.generator, self.energy_model = args, vae, energy_model
         self.latent_shape = (vae.config.latent_channels, 1, 1)
 
     def loss(self, network, real, noise, step, with_samples):
-        args, shape = self.args, (len(real), *self.latent_shape)
+        args = self.args
         output = network(
             real,
             sample_posterior=True,
-            posterior_noise=noise.normal(*shape),
-            prior_latents=noise.normal(*shape) if with_samples else None,
+            posterior_noise=noise.normal(len(real), *self.latent_shape),
+            prior_latents=self.draw(real, noise) if with_samples else None,
         )
         kl_weight = kl_warmup(args.kl_weight, step, args.kl_warmup_steps)
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight, args.free_bits)
@@ -46,6 +46,9 @@ class ECVAETask:
         scalars["kl_weight"] = elbo.kl.new_tensor(kl_weight)
         scalars["active_units"] = active_units(output.latent_dist.mean)
         return elbo.loss, output.prior_sample, scalars
+
+    def draw(self, real, noise):
+        return noise.normal(len(real), *self.latent_shape)
 
     def latents(self, count, seed):
         return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))

@@ -25,7 +25,7 @@ NUM_INITIALIZATION_IMAGES = 256
 class FlowTask:
     """The flow as a `Task` of the trainer: its own loss is the negative log-likelihood, its samples are of its inverse."""
 
-    component, headline = "flow", "bits_per_dimension"
+    component, headline, saved_class = "flow", "bits_per_dimension", "ECFlowPipeline"
 
     def __init__(self, args, flow: FlowEC, energy_model: EnergyModel | None):
         self.args, self.generator, self.energy_model = args, flow, energy_model
@@ -34,10 +34,13 @@ class FlowTask:
     def loss(self, network, real, noise, step, with_samples):
         output = network(
             dequantize(real, noise.uniform(*real.shape)),
-            prior_latents=noise.normal(len(real), *self.latent_shape) if with_samples else None,
+            prior_latents=self.draw(real, noise) if with_samples else None,
         )
         bits = bits_per_dimension(output.log_prob.detach(), self.generator.num_latents)
         return -output.log_prob.mean(), output.prior_sample, {"bits_per_dimension": bits.mean()}
+
+    def draw(self, real, noise):
+        return noise.normal(len(real), *self.latent_shape)
 
     def latents(self, count, seed):
         return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Publishing a saved pipeline on the Hub: what may be published, and an upload that harms nothing that is there.
+"""Publishing a saved pipeline, or an autoencoder of diffusers with a calibrated decoder, on the Hub: what may be published, and an upload that harms nothing that is there.
 
 The token comes from `hf auth login`, or from the environment variable `HF_TOKEN`, unless one is given.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from diffusers.models import autoencoders
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -21,13 +22,14 @@ from .cards import CARD_MARKER
 
 
 INDEX = "model_index.json"
+CONFIG = "config.json"  # of a model alone, which is an autoencoder
 CARD = "README.md"
 # Of the folder itself; a training run's other files stay at home.
-TOP_LEVEL = {INDEX, CARD, "pipeline.py", "restoration.py", "evaluation.json", "LICENSE"}
+TOP_LEVEL = {INDEX, CONFIG, CARD, "pipeline.py", "restoration.py", "evaluation.json", "LICENSE"}
 PICTURES = {".png"}
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 COMPONENT_FILES = {".json", ".py", ".safetensors"}
-OUR_PIPELINES = {"ECVAEPipeline", "ECVAERestorationPipeline"}
+OUR_PIPELINES = {"ECFlowPipeline", "ECVAEPipeline", "ECVAERestorationPipeline"}
 # Files that the Hub makes itself.
 HUB_FILES = {".gitattributes", CARD}
 WAITS = (1.0, 4.0)  # seconds before the second and the third try
@@ -40,10 +42,10 @@ class UploadError(RuntimeError):
 def files_to_publish(folder: str | os.PathLike) -> list[str]:
     """
     The files of a saved pipeline that belong on the Hub, relative to its folder: index, code, card, evaluation, pictures, and
-    configs, code and weights of its components.
+    configs, code and weights of its components. Of an autoencoder of diffusers: config, weights, card and pictures.
 
     Raises:
-        ValueError: if the folder holds no pipeline of ours, no card, a component without weights, a pickle among the
+        ValueError: if the folder holds no pipeline of ours and no autoencoder, no card, a component without weights, a pickle among the
             weights, weights that can't be read, or a text that names a path of this machine.
     """
     folder = Path(folder).resolve()
@@ -54,7 +56,8 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
     components = [
         name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]
     ]
-    for name in components:
+    # An autoencoder's weights lie in the folder itself.
+    for name in components or ["."]:
         files = sorted(path for path in (folder / name).glob("*") if path.is_file())
         pickles = [path.name for path in files if path.suffix in PICKLES]
         if pickles:
@@ -67,7 +70,7 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
             raise ValueError(f"{str(folder / name)!r} holds no safetensors: the component {name!r} has no weights.")
         for path in weights:
             check_safetensors(path)
-        found += [path for path in files if path.suffix in COMPONENT_FILES]
+        found += [path for path in files if path.suffix in COMPONENT_FILES] if name != "." else weights
     for path in found:
         if path.suffix not in (".safetensors", *PICTURES):
             check_text(path, folder)
@@ -75,15 +78,25 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
 
 
 def read_index(folder: Path) -> dict:
+    """Of a pipeline its index, of a model alone its config. Raises `ValueError` if it is not one that is published."""
+    name = CONFIG if (folder / CONFIG).is_file() and not (folder / INDEX).is_file() else INDEX
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(folder)!r} holds no pipeline: its {INDEX} can't be read ({error}).") from error
-    if class_name(index) not in OUR_PIPELINES:
+        raise ValueError(f"{str(folder)!r} holds no pipeline: its {name} can't be read ({error}).") from error
+    if not is_publishable(name, index):
         raise ValueError(
-            f"{str(folder)!r} holds a {class_name(index)}, but only {' and '.join(sorted(OUR_PIPELINES))} are published."
+            f"{str(folder)!r} holds a {class_name(index)}, but only {', '.join(sorted(OUR_PIPELINES))} and autoencoders of "
+            "diffusers are published."
         )
     return index
+
+
+def is_publishable(name: str, index: dict) -> bool:
+    """Whether an index, or a config, is of a class that is published."""
+    if name == INDEX:
+        return class_name(index) in OUR_PIPELINES
+    return hasattr(getattr(autoencoders, str(class_name(index)), None), "decode")
 
 
 def class_name(index: dict) -> str | None:
@@ -122,7 +135,7 @@ def upload_folder(
     create_pr: bool = False,
 ) -> str:
     """
-    Publish a saved pipeline as one commit. A repository that is not there is created; in one that is, files of the same name
+    Publish a saved pipeline, or an autoencoder, as one commit. A repository that is not there is created; in one that is, files of the same name
     are replaced (earlier commits keep them), but a card that somebody has edited stays.
 
     Args:
@@ -142,7 +155,9 @@ def upload_folder(
         UploadError: if the Hub can't be reached after three tries, refuses, or the repository holds something else.
     """
     files = files_to_publish(folder)
-    api, repo_id, card_is_edited = open_repository(repo_id, token=token, private=private, revision=revision)
+    api, repo_id, card_is_edited = open_repository(
+        repo_id, token=token, private=private, revision=revision, name=INDEX if INDEX in files else CONFIG
+    )
     if card_is_edited:
         files = [name for name in files if name != CARD]
 
@@ -152,7 +167,7 @@ def upload_folder(
             folder_path=folder,
             revision=revision,
             allow_patterns=files,
-            commit_message=commit_message or "Upload an energy-calibrated VAE",
+            commit_message=commit_message or "Upload an energy-calibrated model",
             create_pr=create_pr,
         )
 
@@ -161,11 +176,20 @@ def upload_folder(
 
 
 def open_repository(
-    repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    name: str = INDEX,
 ) -> tuple[HfApi, str, bool]:
     """
     Make sure that a pipeline can be published under a name, and create the repository and the branch if they are not there.
     A training run asks at its start, so that hours later nothing is refused.
+
+    Args:
+        repo_id, token, private, revision: As for `upload_folder`.
+        name (`str`, *optional*): `"config.json"` for an autoencoder, instead of a pipeline's `"model_index.json"`.
 
     Returns:
         The client, the repository's full name, and whether somebody has edited the card in it.
@@ -183,16 +207,18 @@ def open_repository(
     if revision not in (None, "main"):
         ask("create a branch in", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
-    def read(name: str) -> str:
-        return Path(ask("read", lambda: api.hf_hub_download(repo_id, name, revision=revision))).read_text(
+    def read(file: str) -> str:
+        return Path(ask("read", lambda: api.hf_hub_download(repo_id, file, revision=revision))).read_text(
             encoding="utf-8"
         )
 
     there = ask("read", lambda: api.list_repo_files(repo_id, revision=revision))
-    if INDEX in there:
-        other = class_name(json.loads(read(INDEX)))
-        if other not in OUR_PIPELINES:
-            raise UploadError(f"{repo_id!r} holds a {other}, which would be lost: choose another name.")
+    held = next((file for file in (INDEX, CONFIG) if file in there), None)
+    if held is not None:
+        index = json.loads(read(held))
+        # An autoencoder in a pipeline's folder, or the other way round, would be half of each.
+        if held != name or not is_publishable(held, index):
+            raise UploadError(f"{repo_id!r} holds a {class_name(index)}, which would be lost: choose another name.")
     elif set(there) - HUB_FILES:
         found = sorted(set(there) - HUB_FILES)[0]
         raise UploadError(f"{repo_id!r} holds other files, such as {found!r}: choose another name.")

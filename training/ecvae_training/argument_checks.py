@@ -38,13 +38,15 @@ def check_channels(args: argparse.Namespace, refuse: Callable, name: str) -> Non
         refuse(name, f"1 to {levels} positive numbers at --resolution {args.resolution}")
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, check_own: Callable) -> None:
+def check_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, check_own: Callable, max_resolution: int
+) -> None:
     """
     Fill in the defaults that depend on other arguments. Exits, with a message that names the argument, its value and
     what is allowed, at the first that is wrong.
 
     Args:
-        check_own (`Callable`): Checks the script's own arguments, see `CommandLine`.
+        check_own (`Callable`), max_resolution (`int`): The script's own, see `CommandLine`.
     """
 
     def refuse(name: str, allowed: str) -> None:
@@ -58,8 +60,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, c
         parser.error("--num_epochs and --max_train_steps can't both be given.")
     if args.num_epochs is None and args.max_train_steps is None:
         args.max_train_steps = 10_000
-    if args.resolution not in (8, 16, 32, 64, 128, 256):
-        refuse("resolution", "a power of two from 8 to 256")
+    if not 8 <= args.resolution <= max_resolution or args.resolution & (args.resolution - 1):
+        refuse("resolution", f"a power of two from 8 to {max_resolution}")
+    if args.image_size is not None and args.image_size < args.resolution:
+        refuse("image_size", f"at least --resolution ({args.resolution})")
 
     positive_integers = (
         "max_train_samples", "energy_num_scales", "langevin_steps", "train_batch_size", "num_epochs", "max_train_steps",

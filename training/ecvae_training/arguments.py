@@ -6,7 +6,7 @@ refused; a script's own arguments are in a file each.
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import yaml
 from diffusers.optimization import SchedulerType
@@ -30,6 +30,8 @@ class CommandLine:
         add_model_arguments (`Callable`): Adds those of the generator to the group "model".
         add_loss_arguments (`Callable`): Adds those of its own loss to the group "calibration".
         check (`Callable`): Checks them, as `check(args, refuse)`: `refuse(name, allowed)` ends the script.
+        max_resolution (`int`): The largest `--resolution`, a power of two.
+        defaults (`dict`): Its own defaults of arguments that all have.
     """
 
     description: str
@@ -38,6 +40,8 @@ class CommandLine:
     add_model_arguments: Callable
     add_loss_arguments: Callable
     check: Callable
+    max_resolution: int = 256
+    defaults: dict = field(default_factory=dict)
 
 
 def build_parser(script: CommandLine) -> argparse.ArgumentParser:
@@ -48,7 +52,7 @@ def build_parser(script: CommandLine) -> argparse.ArgumentParser:
         "--config",
         help="YAML file of arguments, as those in training/configs; what the command line gives goes before it.",
     )
-    add_data_arguments(parser.add_argument_group("data"))
+    add_data_arguments(parser.add_argument_group("data"), script.max_resolution)
     model = parser.add_argument_group("model")
     script.add_model_arguments(model)
     add_energy_model_arguments(model)
@@ -63,10 +67,11 @@ def build_parser(script: CommandLine) -> argparse.ArgumentParser:
     add_evaluation_arguments(parser.add_argument_group("evaluation"))
     add_guard_arguments(parser.add_argument_group("guard against divergence"))
     add_hub_arguments(parser.add_argument_group("Hub (the token is that of `hf auth login`, or HF_TOKEN)"))
+    parser.set_defaults(**script.defaults)
     return parser
 
 
-def add_data_arguments(data) -> None:
+def add_data_arguments(data, max_resolution: int) -> None:
     data.add_argument("--dataset_name", help="Hub id or local folder of a data set that `datasets` loads.")
     data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
     data.add_argument(
@@ -79,7 +84,13 @@ def add_data_arguments(data) -> None:
         "--resolution",
         type=int,
         default=32,
-        help="Images are resized to this (shorter side) and center-cropped: a power of two from 8 to 256.",
+        help=f"Images are resized to this (shorter side) and center-cropped: a power of two from 8 to {max_resolution}.",
+    )
+    data.add_argument(
+        "--image_size",
+        type=int,
+        help="Resize images (shorter side) to this instead, and train on random crops of --resolution. Measured, and looked "
+        "at, are their centers.",
     )
     data.add_argument(
         "--in_channels",
@@ -384,5 +395,5 @@ def parse_args(script: CommandLine, argv: list[str] | None = None) -> argparse.N
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     path = parser.parse_args(argv).config
     args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
-    check_arguments(parser, args, script.check)
+    check_arguments(parser, args, script.check, script.max_resolution)
     return args

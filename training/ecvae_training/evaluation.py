@@ -62,9 +62,14 @@ class Evaluation:
             raise ValueError(
                 f"--evaluation_steps needs more than {NUM_NEIGHBOURS} images, but there are {len(self.reference)}."
             )
-        self.metrics = GenerationMetrics(
-            load_features(args.evaluation_features, accelerator.device), num_neighbours=NUM_NEIGHBOURS
-        )
+        features = load_features(args.evaluation_features, accelerator.device)
+        try:
+            features(self.reference[:1])
+        except ValueError as error:  # now, not at the first evaluation
+            raise ValueError(
+                f"--evaluation_features {args.evaluation_features!r} doesn't fit the data: {error}"
+            ) from error
+        self.metrics = GenerationMetrics(features, num_neighbours=NUM_NEIGHBOURS)
         limit = MAX_KEPT_FEATURES // accelerator.num_processes
         # Of which images the metrics keep features, in their order.
         self.kept_reference = torch.cat([p[:limit] for p in self.reference.tensor_split(accelerator.num_processes)])

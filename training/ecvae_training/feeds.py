@@ -1,5 +1,6 @@
 """Where a run's batches come from: images that were decoded before training, or a stream.
 
+Images are of `--image_size` where that is given, of which a step crops what it trains on; those to look at are their center.
 Both give `channels`, `num_images` and `batches_per_epoch` (`None` for a stream, which can't look ahead), numbered
 batches on the device, and images to look at and to measure with.
 """
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from ecvae_training.data import ImageDataset, collate, load_images
+from ecvae_training.images import center_crop
 from ecvae_training.streaming import StreamedImages
 
 
@@ -25,8 +27,17 @@ class DecodedFeed:
         ValueError: if there are fewer images than one batch a process.
     """
 
-    def __init__(self, dataset: ImageDataset, accelerator: Accelerator, batch_size: int, num_workers: int, seed: int):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        accelerator: Accelerator,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        resolution: int | None = None,
+    ):
         self.dataset = dataset
+        self.resolution = resolution or dataset.resolution
         self.accelerator = accelerator
         self.seed = seed
         self.channels = dataset.channels
@@ -64,9 +75,9 @@ class DecodedFeed:
             epoch, skipped = epoch + 1, 0
 
     def reference(self, count: int) -> torch.Tensor:
-        """At most `count` images of the data, uint8: the same ones each time, drawn at random from all."""
+        """At most `count` images of the data, uint8: the same ones each time, drawn at random from all; their center."""
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed))
-        return self.dataset.__getitems__(order[:count].tolist())
+        return center_crop(self.dataset.__getitems__(order[:count].tolist()), self.resolution)
 
 
 class StreamFeed:
@@ -80,8 +91,16 @@ class StreamFeed:
     num_images = None
     batches_per_epoch = None
 
-    def __init__(self, stream: StreamedImages, accelerator: Accelerator, batch_size: int, num_workers: int):
+    def __init__(
+        self,
+        stream: StreamedImages,
+        accelerator: Accelerator,
+        batch_size: int,
+        num_workers: int,
+        resolution: int | None = None,
+    ):
         self.stream = stream
+        self.resolution = resolution or stream.resolution
         self.device = accelerator.device
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -98,14 +117,15 @@ class StreamFeed:
             yield batch.to(self.device, non_blocking=True)
 
     def reference(self, count: int) -> torch.Tensor:
-        """At most `count` images, the first of the stream, uint8."""
+        """At most `count` images, the first of the stream, uint8; their center."""
         if len(self.kept) < count:
             self.kept = self.stream.first(count)
-        return self.kept[:count]
+        return center_crop(self.kept[:count], self.resolution)
 
 
 def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
     """The data that the command line names, opened and checked. Raises what `load_images` and the feeds raise."""
+    size = args.image_size or args.resolution
     if args.streaming:
         stream = StreamedImages(
             args.dataset_name,
@@ -113,7 +133,7 @@ def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
             args.image_column,
             args.cache_dir,
             args.max_train_samples,
-            args.resolution,
+            size,
             args.in_channels,
             skip_broken=args.skip_broken_images,
             shuffle_buffer_size=args.shuffle_buffer_size,
@@ -121,7 +141,7 @@ def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        return StreamFeed(stream, accelerator, args.train_batch_size, args.dataloader_num_workers)
+        return StreamFeed(stream, accelerator, args.train_batch_size, args.dataloader_num_workers, args.resolution)
     images = load_images(
         args.dataset_name,
         args.dataset_config_name,
@@ -132,8 +152,10 @@ def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
         args.output_dir,
     )
     dataset = ImageDataset(
-        images, args.resolution, args.in_channels, args.skip_broken_images, progress=accelerator.is_main_process
+        images, size, args.in_channels, args.skip_broken_images, progress=accelerator.is_main_process
     )
     if dataset.skipped is not None:
         logger.warning(f"Left out: {dataset.skipped}")
-    return DecodedFeed(dataset, accelerator, args.train_batch_size, args.dataloader_num_workers, args.seed)
+    return DecodedFeed(
+        dataset, accelerator, args.train_batch_size, args.dataloader_num_workers, args.seed, args.resolution
+    )

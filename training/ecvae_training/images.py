@@ -3,6 +3,12 @@
 import torch
 
 
+def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(..., H, W) -> (..., size, size)."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
 def to_range(images: torch.Tensor) -> torch.Tensor:
     """uint8 -> [-1, 1]."""
     return images.float() / 127.5 - 1.0

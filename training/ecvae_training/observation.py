@@ -34,6 +34,13 @@ def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
     return torch.where(flip, images.flip(-1), images)
 
 
+def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
+    """A square of `size` from each image, anywhere in it."""
+    height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
+    places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
+    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
+
+
 def moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the mean and the spread over all processes are made of: averaged over them, see `reduce_scalars`."""
     return {name: values.mean(), f"{name}_square": values.square().mean()}

@@ -26,19 +26,20 @@ class Trained:
 
 
 def build_trained(args, accelerator: Accelerator, network, learning_rate: float, num_steps: int) -> Trained:
-    """Adam and the schedule of the command line for a network, wrapped by Accelerate."""
+    """Adam and the schedule of the command line for what of a network is trained, wrapped by Accelerate."""
     options = {
         "lr": learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
-        optimizer = AdamW8bit(network.parameters(), **options)
+        optimizer = AdamW8bit(parameters, **options)
     else:
-        optimizer = torch.optim.AdamW(network.parameters(), **options)
+        optimizer = torch.optim.AdamW(parameters, **options)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,

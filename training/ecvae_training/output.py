@@ -25,7 +25,7 @@ PICTURES = ("samples", "reconstructions", "chain", "neighbours")
 RUN_FOLDERS = {*PICTURES, "vae", "flow", "energy_model", "scheduler", BEST_FOLDER, "logs"}
 RUN_FILES = {
     METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, "report.html", "model_index.json", "pipeline.py",
-    "restoration.py",
+    "restoration.py", "config.json", "diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 # Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.
 FREE_ON_RESUME = {
@@ -61,12 +61,17 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool) -> None:
             f"--output_dir {str(output_dir)!r} holds a training run: {go_on}replace it with --overwrite_output_dir, or "
             "choose another folder."
         )
-    finished = (output_dir / "model_index.json").is_file() or (output_dir / BEST_FOLDER).is_dir()
+    finished = is_finished(output_dir) or (output_dir / BEST_FOLDER).is_dir()
     if resume and not overwrite and not go_on and finished:
         raise ValueError(
             f"--resume_from_checkpoint finds no checkpoint in {str(output_dir)!r}, but a finished or best "
             "model, which a new run would replace: use --overwrite_output_dir, or choose another folder."
         )
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether a run has saved what it came to: a pipeline, or a model alone."""
+    return any((output_dir / name).is_file() for name in ("model_index.json", "config.json"))
 
 
 def clear_run(output_dir: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
-from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
+from ecvae_diffusers.upload import INDEX, UploadError, open_repository, upload_folder
 from ecvae_training.checkpoints import SavingFailed
 from ecvae_training.feeds import build_feed
 from ecvae_training.launch import build_accelerator
-from ecvae_training.output import check_output_dir, check_resumed_arguments, checkpoints, find_checkpoint
+from ecvae_training.output import check_output_dir, check_resumed_arguments, checkpoints, find_checkpoint, is_finished
 from ecvae_training.task import Task
 from ecvae_training.trainer import Stopped, Trainer
 
@@ -21,7 +21,9 @@ from ecvae_training.trainer import Stopped, Trainer
 logger = get_logger(__name__)
 
 
-def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, Any], Task]) -> None:
+def train(
+    args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, Any], Task], published: str = INDEX
+) -> None:
     """
     One run, from its checked command line to its saved, and perhaps published, pipeline.
 
@@ -30,6 +32,7 @@ def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, A
         load (`Callable`): What the run starts from, such as pretrained networks. Called before the data is opened, which
             can take minutes, since what is wrong with it is told in seconds.
         build_task (`Callable`): The task, of what `load` gave and of the feed. All that it draws depends on `--seed` alone.
+        published (`str`, *optional*): The file that tells what a folder of this script holds.
 
     Raises:
         Stopped: if the run ended before its last step.
@@ -44,7 +47,7 @@ def train(args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, A
     accelerator = build_accelerator(args)
     repository = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
-        open_repository(repository, private=args.hub_private_repo, revision=args.hub_revision)
+        open_repository(repository, private=args.hub_private_repo, revision=args.hub_revision, name=published)
 
     # Opened, checked and decoded before anything is written.
     loaded = load()
@@ -77,8 +80,8 @@ def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) ->
     try:
         main(args)
     except UploadError as error:
-        saved = (Path(args.output_dir) / "model_index.json").is_file()
-        what_to_do = f" The model is saved: training/publish.py {args.output_dir} uploads it." if saved else ""
+        what_to_do = f" The model is saved: training/publish.py {args.output_dir} uploads it."
+        what_to_do = what_to_do if is_finished(Path(args.output_dir)) else ""
         sys.exit(f"{name}: error: --push_to_hub: {error}{what_to_do}")
     except (ValueError, ImportError, FloatingPointError, SavingFailed) as error:
         sys.exit(f"{name}: error: {error}")

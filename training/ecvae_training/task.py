@@ -30,7 +30,7 @@ class Task(Protocol):
     energy_model: torch.nn.Module | None
     component: str  # the generator's name in the pipeline
     headline: str  # the scalar of `loss` that the progress bar shows
-    latent_shape: tuple[int, ...]  # of one sample
+    saved_class: str  # loads what is saved
 
     def loss(
         self, network: torch.nn.Module, real: torch.Tensor, noise: StepNoise, step: int, with_samples: bool
@@ -40,8 +40,11 @@ class Task(Protocol):
         `None` where they aren't asked for; and scalars to log, `headline` among them.
         """
 
+    def draw(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
+        """Latents of as many new samples as there are images in `real`, another draw at each call."""
+
     def latents(self, count: int, seed: int) -> torch.Tensor:
-        """Latents of `count` samples, always the same for a seed."""
+        """Latents of `count` samples, or of as many as there are, always the same for a seed."""
 
     def sample(self, generator: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1]. No gradient."""
@@ -50,7 +53,7 @@ class Task(Protocol):
         """The generator's own version of images in [-1, 1]. No gradient."""
 
     def build_pipeline(self, generator, energy_model, scheduler: LangevinScheduler | None) -> DiffusionPipeline:
-        """The pipeline that is saved."""
+        """The pipeline that is saved, or what is saved and loaded as one is."""
 
     def finish(self, generator: torch.nn.Module, feed) -> None:
         """Measure, and write into the generator's config, what its pipeline should know."""

@@ -23,6 +23,7 @@ from ecvae_training.observation import (
     NUM_ENERGIES,
     Observer,
     batch_spread,
+    crop_at_random,
     flip_at_random,
     moments,
     peak_memory,
@@ -218,7 +219,11 @@ class Trainer:
                 args.seed, index, accelerator.process_index, accelerator.num_processes, accelerator.device,
                 reseed=self.recovery.num_rollbacks,
             )  # fmt: skip
-            real = flip_at_random(to_range(next(batches)), noise) if args.random_flip else to_range(next(batches))
+            real = to_range(next(batches))
+            if args.image_size is not None:
+                real = crop_at_random(real, args.resolution, noise)
+            if args.random_flip:
+                real = flip_at_random(real, noise)
             # One context for both networks: each entered would count a batch of accumulation.
             with accelerator.accumulate(*networks):
                 # The generator: its own loss, and the constraint on its samples.
@@ -235,7 +240,7 @@ class Trainer:
                 generator.optimizer.zero_grad()
                 # The energy model: data against the same targets, or those of new samples.
                 if energy is not None:
-                    targets = self.new_targets(noise, len(real)) if args.num_chains == 2 else calibration.targets
+                    targets = self.new_targets(real, noise) if args.num_chains == 2 else calibration.targets
                     energies = self.calibrator.energy_loss(real, targets, energy.network)
                     accelerator.backward(energies.loss)
                     if accelerator.sync_gradients:
@@ -264,10 +269,10 @@ class Trainer:
                 scalars |= moments("energy_targets", energies.energy_targets)
         return scalars
 
-    def new_targets(self, noise: StepNoise, count: int) -> torch.Tensor:
+    def new_targets(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
         """The ends of chains from other samples, of the generator as it is now, in evaluation mode."""
         with self.accelerator.autocast():
-            samples = self.task.sample(self.task.generator, noise.normal(count, *self.task.latent_shape))
+            samples = self.task.sample(self.task.generator, self.task.draw(real, noise))
         return self.calibrator.run_chain(samples, noise=ChainNoise(noise, samples))
 
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
@@ -366,7 +371,7 @@ class Trainer:
             self.task.finish(getattr(pipeline, self.task.component), self.feed)
             save_pipeline(pipeline, self.output_dir)
             logger.info(
-                f"Saved to {self.output_dir}: {type(pipeline).__name__}.from_pretrained({str(self.output_dir)!r})."
+                f"Saved to {self.output_dir}: {self.task.saved_class}.from_pretrained({str(self.output_dir)!r})."
             )
 
     def close(self) -> None:

@@ -1,0 +1,239 @@
+"""`calibrate_decoder.py`, run as a user runs it. What it shares with `train_ecvae.py` is tested there, but for going on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import calibrate_decoder
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
+from safetensors.torch import load_file, save_file
+from training_runs import SCRIPTS, TINY_DECODER, metrics, run, succeed, weights, write_autoencoder, write_images
+
+from ecvae_training.decoder_arguments import parse_args
+
+
+SCRIPT = SCRIPTS / "calibrate_decoder.py"
+FROZEN = {"AutoencoderKL": ("encoder.", "quant_conv."), "AutoencoderTiny": ("encoder.",)}
+FROZEN["VQModel"] = ("encoder.", "quant_conv.", "quantize.")
+
+
+def calibrate(*arguments, **kwargs):
+    return succeed(*TINY_DECODER, *arguments, script=SCRIPT, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Gray ones, which become RGB for a model of three channels."""
+    return write_images(tmp_path_factory.mktemp("data") / "gray")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    write_autoencoder(folder / "AutoencoderKL")
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(folder / "AutoencoderTiny")  # fmt: skip
+    VQModel(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=3, num_vq_embeddings=32,
+    ).save_pretrained(folder / "VQModel")  # fmt: skip
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def finished(models, images, tmp_path_factory) -> dict[str, Path]:
+    """A run of 8 steps of each, that of the first through `accelerate launch`, with a checkpoint at every fourth."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    for name, path in models.items():
+        launcher = (sys.executable,)
+        if name == "AutoencoderKL":
+            launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+        calibrate(
+            "--pretrained_model_name_or_path", path, "--train_data_dir", images, "--output_dir", folder / name,
+            "--max_train_steps", 8, "--log_steps", 1, "--checkpointing_steps", 4, "--learning_rate", "1e-3",
+            launcher=launcher,
+        )  # fmt: skip
+        found[name] = folder / name
+    return found
+
+
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ecvae_diffusers", "ecvae_training"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import diffusers, torch
+model = getattr(diffusers, sys.argv[1]).from_pretrained(sys.argv[2])
+image = torch.zeros(2, 3, 16, 16)
+encoded = model.encode(image)
+latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents
+print(tuple(model.decode(latents).sample.shape))
+"""
+
+
+@pytest.mark.parametrize("name", list(FROZEN))
+def test_plain_diffusers_loads_it_without_the_package(finished, name):
+    result = subprocess.run(
+        [sys.executable, "-c", ALONE, name, str(finished[name])], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() == "(2, 3, 16, 16)"
+
+
+@pytest.mark.parametrize("name", list(FROZEN))
+def test_the_encoder_stays_and_the_decoder_learns(finished, models, name):
+    """Bit for bit: latents that others have made, or a diffusion model makes, must mean what they did."""
+    before = load_file(models[name] / "diffusion_pytorch_model.safetensors")
+    after = load_file(finished[name] / "diffusion_pytorch_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith(FROZEN[name]))
+    decoder = [key for key in before if key.startswith("decoder.")]
+    assert sum(not torch.equal(before[key], after[key]) for key in decoder) > len(decoder) / 2
+    lines = metrics(finished[name])
+    assert min(line["reconstruction"] for line in lines[1:]) < lines[0]["reconstruction"]
+    assert all(line["constraint"] > 0 for line in lines)
+
+
+def test_the_folder_holds_what_calibrating_on_needs_and_no_path(finished, models):
+    folder = finished["AutoencoderKL"]
+    assert {"energy_model", "scheduler", "samples", "chain", "reconstructions"} <= {p.name for p in folder.iterdir()}
+    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
+    assert "_name_or_path" not in config
+    assert "AutoencoderKL.from_pretrained" in card and str(models["AutoencoderKL"].parent) not in card
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--gradient_checkpointing", "--random_flip"), ("--latent_noise", 0.2, "--num_chains", 2)]
+)
+def test_a_run_cut_in_two_equals_a_run_in_one(models, images, tmp_path, arguments):
+    common = [
+        "--pretrained_model_name_or_path", models["AutoencoderKL"], "--train_data_dir", images, "--log_steps", 1,
+        "--checkpointing_steps", 2, *arguments,
+    ]  # fmt: skip
+    calibrate(*common, "--output_dir", tmp_path / "whole", "--max_train_steps", 4)
+    calibrate(*common, "--output_dir", tmp_path / "cut", "--max_train_steps", 2)
+    calibrate(*common, "--output_dir", tmp_path / "cut", "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and any(key.startswith("./decoder") for key in whole)
+    for key in whole:
+        assert torch.equal(whole[key], cut[key]), key
+
+
+def test_noise_on_latents_changes_what_is_calibrated(models, images, tmp_path):
+    """The same step: reconstructions are those of the encodings, the samples others."""
+    first = {}
+    for noise in (0.0, 0.5):
+        calibrate(
+            "--pretrained_model_name_or_path", models["AutoencoderKL"], "--train_data_dir", images, "--output_dir",
+            tmp_path / str(noise), "--latent_noise", noise, "--max_train_steps", 1,
+        )  # fmt: skip
+        first[noise] = metrics(tmp_path / str(noise))[0]
+    assert first[0.0]["reconstruction"] == pytest.approx(first[0.5]["reconstruction"], rel=1e-4)
+    assert first[0.0]["sample_spread"] != pytest.approx(first[0.5]["sample_spread"], rel=1e-3)
+
+
+def test_latents_of_a_file(models, images, tmp_path):
+    latents = torch.randn(12, 4, 8, 8)
+    save_file({"latents": latents}, tmp_path / "latents.safetensors")
+    calibrate(
+        "--pretrained_model_name_or_path", models["AutoencoderKL"], "--train_data_dir", images, "--output_dir",
+        tmp_path / "run", "--latents_file", tmp_path / "latents.safetensors", "--max_train_steps", 2,
+    )  # fmt: skip
+    assert metrics(tmp_path / "run")[-1]["constraint"] > 0
+
+
+def test_random_crops_of_larger_images(models, images, tmp_path):
+    """16 px of the images at 32 px; the model itself takes any size."""
+    calibrate(
+        "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir", images, "--output_dir",
+        tmp_path / "run", "--image_size", 32, "--max_train_steps", 2,
+    )  # fmt: skip
+    model = AutoencoderTiny.from_pretrained(tmp_path / "run")
+    assert model(torch.zeros(1, 3, 48, 32)).sample.shape == (1, 3, 48, 32)
+
+
+def test_goes_on_from_what_it_saved(finished, images, tmp_path):
+    calibrate(
+        "--pretrained_model_name_or_path", finished["VQModel"], "--train_data_dir", images, "--output_dir",
+        tmp_path / "run", "--max_train_steps", 1, "--calibration", "none",
+    )  # fmt: skip
+    assert not (tmp_path / "run" / "energy_model").exists()
+    VQModel.from_pretrained(tmp_path / "run")
+
+
+def test_evaluates_and_keeps_the_best(models, images, tmp_path):
+    """Reconstructions are measured: what is kept in `best/` is an autoencoder of diffusers too."""
+    calibrate(
+        "--pretrained_model_name_or_path", models["AutoencoderKL"], "--train_data_dir", images, "--output_dir",
+        tmp_path / "run", "--max_train_steps", 3, "--evaluation_steps", 1, "--evaluation_samples", 12,
+        "--evaluation_features", "lite0", "--early_stopping_patience", 1, "--learning_rate", "1e-9",
+    )  # fmt: skip
+    AutoencoderKL.from_pretrained(tmp_path / "run" / "best")
+    AutoencoderKL.from_pretrained(tmp_path / "run")
+    assert "from `AutoencoderKL`" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_features_that_do_not_fit_are_refused_before_training(models, images, tmp_path):
+    """The digit classifier takes gray images."""
+    result = run(
+        *TINY_DECODER, "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir", images,
+        "--output_dir", tmp_path / "run", "--evaluation_steps", 1, "--evaluation_samples", 12,
+        "--evaluation_features", "digits", script=SCRIPT,
+    )  # fmt: skip
+    assert result.returncode == 1 and "--evaluation_features 'digits' doesn't fit the data" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--pretrained_model_name_or_path must be given"),
+        (["--pretrained_model_name_or_path", "nowhere"], "--pretrained_model_name_or_path 'nowhere' can't be loaded"),
+        (["--pretrained_model_name_or_path", "{unet}"], "must be an autoencoder of diffusers, but is a UNet2DModel"),
+        (["--pretrained_model_name_or_path", "{kl}", "--in_channels", 1], "--in_channels must be 3"),
+        (
+            ["--pretrained_model_name_or_path", "{vq}", "--gradient_checkpointing"],
+            "--gradient_checkpointing must not be given: VQModel does not have it",
+        ),
+        (
+            ["--pretrained_model_name_or_path", "{kl}", "--latents_file", "{bad}"],
+            "must hold latents of shape (N, 4, 8, 8), but they are of (2, 3, 8, 8)",
+        ),
+        (
+            ["--pretrained_model_name_or_path", "{kl}", "--latents_file", "{bad}", "--latent_noise", 0.1],
+            "--latent_noise must be 0 with --latents_file",
+        ),
+        (["--pretrained_model_name_or_path", "{kl}", "--latents_file", "none"], "--latents_file 'none' can't be read"),
+        (["--pretrained_model_name_or_path", "{kl}", "--latent_noise", -1], "--latent_noise must be a finite number"),
+        (["--pretrained_model_name_or_path", "{kl}", "--image_size", 8], "--image_size must be at least --resolution"),
+        (["--pretrained_model_name_or_path", "{kl}", "--resolution", 2048], "a power of two from 8 to 1024"),
+    ],
+)
+def test_wrong_arguments(models, images, tmp_path, capsys, arguments, message):
+    UNet2DModel(
+        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    ).save_pretrained(tmp_path / "unet")  # fmt: skip
+    save_file({"latents": torch.zeros(2, 3, 8, 8)}, tmp_path / "bad.safetensors")
+    places = {
+        "{unet}": tmp_path / "unet", "{kl}": models["AutoencoderKL"], "{vq}": models["VQModel"],
+        "{bad}": tmp_path / "bad.safetensors",
+    }  # fmt: skip
+    arguments = [
+        *TINY_DECODER, "--train_data_dir", images, "--output_dir", tmp_path / "run",
+        *[places.get(argument, argument) for argument in arguments],
+    ]  # fmt: skip
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        calibrate_decoder.main(parse_args(list(map(str, arguments))))
+    assert message in capsys.readouterr().err + str(raised.value)
+    assert not (tmp_path / "run").exists()

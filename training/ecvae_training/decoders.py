@@ -1,0 +1,211 @@
+"""Autoencoders of diffusers: loaded with a frozen encoder, decoded in one wrapped forward, saved as plain diffusers saves them."""
+
+import json
+import os
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from huggingface_hub import ModelCardData
+from safetensors import SafetensorError, safe_open
+
+from ecvae_diffusers import EnergyModel, LangevinScheduler
+from ecvae_diffusers.cards import CARD_MARKER
+
+
+# What is trained of an autoencoder; all else makes latents, and must go on making those that others are used to.
+TRAINED_PARTS = ("decoder", "post_quant_conv")
+LATENTS = "latents"  # the tensor's name in --latents_file
+
+CARD = """---
+{metadata}
+---
+
+{marker}
+
+# {name} with a calibrated decoder
+
+The decoder was trained on from `{origin}` with energy calibration (Luo et al., ECCV 2024), by `training/calibrate_decoder.py` of
+ecvae-diffusers; the encoder, and so the latents, are as they were. It loads without that package:
+
+```python
+from diffusers import {name}
+
+autoencoder = {name}.from_pretrained("path/or/hub-id")
+```
+
+`energy_model/` and `scheduler/`, where they are there, are for calibrating on, and are not used at test time.
+"""
+
+
+class CalibratedDecoder(torch.nn.Module):
+    """
+    An autoencoder of which decoding is trained. Its forward decodes, so that a process group sees one forward an iteration.
+
+    Args:
+        autoencoder ([`ModelMixin`]): Any with `encode`, `decode` and a `decoder`.
+        origin (`str`): Where it comes from, for its card.
+    """
+
+    def __init__(self, autoencoder: ModelMixin, origin: str):
+        super().__init__()
+        self.autoencoder, self.origin = autoencoder, origin
+        for name, part in autoencoder.named_children():
+            part.requires_grad_(name in TRAINED_PARTS)
+
+    @property
+    def config(self):
+        return self.autoencoder.config
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.autoencoder.enable_gradient_checkpointing()
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) -> images (B, C, H, W) near [-1, 1]."""
+        return self.autoencoder.decode(latents).sample
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> latents (B, C, h, w): of a posterior its mode."""
+        encoded = self.autoencoder.encode(images)
+        if "latent_dist" in encoded:
+            return encoded.latent_dist.mode()
+        return encoded.latents if "latents" in encoded else encoded.latent
+
+
+class SavedDecoder:
+    """
+    What a run saves: the autoencoder's own folder, as plain diffusers writes and reads it, with the energy model and the
+    chain in folders of their own. It has the methods of a pipeline that the training loop calls.
+
+    Args:
+        decoder ([`CalibratedDecoder`]), energy_model, scheduler: What it is made of.
+        card (`str`, *optional*): The text of its card, where there is one already.
+    """
+
+    def __init__(
+        self,
+        decoder: CalibratedDecoder,
+        energy_model: EnergyModel | None,
+        scheduler: LangevinScheduler | None,
+        card: str | None = None,
+    ):
+        self.decoder, self.energy_model, self.scheduler, self.card = decoder, energy_model, scheduler, card
+
+    def set_progress_bar_config(self, **kwargs) -> None:
+        """Nothing: it samples nothing itself."""
+
+    def to(self, device: torch.device) -> "SavedDecoder":
+        self.decoder.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        folder, autoencoder = Path(folder), self.decoder.autoencoder
+        autoencoder.save_pretrained(folder)
+        without_path(folder / "config.json")
+        if self.energy_model is not None:
+            self.energy_model.save_pretrained(folder / "energy_model")
+            self.scheduler.save_pretrained(folder / "scheduler")
+        card = folder / "README.md"
+        if not card.exists() or CARD_MARKER in card.read_text(encoding="utf-8"):
+            card.write_text(self.card or self.new_card(), encoding="utf-8")
+
+    def new_card(self) -> str:
+        name, origin = type(self.decoder.autoencoder).__name__, self.decoder.origin
+        is_folder = Path(origin).exists()
+        data = ModelCardData(
+            library_name="diffusers",
+            tags=["diffusers", "autoencoder", "energy-based-model"],
+            base_model=None if is_folder else origin,
+        )
+        # No path of this machine.
+        origin = Path(origin).name if is_folder else origin
+        return CARD.format(metadata=data.to_yaml(), marker=CARD_MARKER, name=name, origin=origin)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **kwargs) -> "SavedDecoder":
+        """What `save_pretrained` wrote; other arguments are those of the autoencoder's `from_pretrained`."""
+        decoder = CalibratedDecoder(load_autoencoder(folder, **kwargs), str(folder))
+        energy_model = scheduler = None
+        if (Path(folder) / "energy_model").is_dir():
+            energy_model = EnergyModel.from_pretrained(Path(folder) / "energy_model")
+            scheduler = LangevinScheduler.from_pretrained(Path(folder) / "scheduler")
+        return cls(decoder, energy_model, scheduler, (Path(folder) / "README.md").read_text(encoding="utf-8"))
+
+
+def without_path(config_file: Path) -> None:
+    """Take the path that a model was loaded from out of its config."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
+    """
+    The autoencoder of a folder or a Hub id, of whichever class of diffusers its config names; from safetensors only.
+
+    Raises:
+        ValueError: if it can't be loaded, or is none of images.
+    """
+    found = {name: kwargs[name] for name in ("subfolder", "revision") if kwargs.get(name) is not None}
+    refused = f"--pretrained_model_name_or_path {str(name_or_path)!r}"
+    try:
+        class_name = AutoencoderKL.load_config(name_or_path, **found).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{refused} can't be loaded: {error}") from error
+    model_class = getattr(diffusers, str(class_name), None)
+    if model_class is None or not all(hasattr(model_class, name) for name in ("encode", "decode")):
+        raise ValueError(f"{refused} must be an autoencoder of diffusers, but is a {class_name}.")
+    try:
+        return model_class.from_pretrained(name_or_path, use_safetensors=True, low_cpu_mem_usage=False, **found)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{refused} can't be loaded: {error}") from error
+
+
+@torch.no_grad()
+def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]:
+    """
+    The shape of one image's latents.
+
+    Raises:
+        ValueError: if the autoencoder does not take images of `resolution`, or gives others back.
+    """
+    image = torch.zeros(1, decoder.config.in_channels, resolution, resolution)
+    name = type(decoder.autoencoder).__name__
+    decoder.eval()
+    try:
+        latents = decoder.encode(image)
+        shape = tuple(decoder(latents).shape)
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"--resolution {resolution} does not fit {name}: {error}") from error
+    if shape != tuple(image.shape):
+        raise ValueError(
+            f"--resolution {resolution} does not fit {name}, which gives images of {shape[1:]} for {tuple(image.shape[1:])}."
+        )
+    return tuple(latents.shape[1:])
+
+
+def load_latents(path: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """
+    Latents (N, C, h, w) of a safetensors file.
+
+    Raises:
+        ValueError: if it can't be read, or holds none of `shape`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            latents = file.get_tensor(LATENTS).float() if LATENTS in names else None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--latents_file {path!r} can't be read: {error}") from error
+    if latents is None:
+        raise ValueError(f"--latents_file {path!r} must hold a tensor {LATENTS!r}, but holds {names}.")
+    if latents.ndim != 4 or len(latents) == 0 or tuple(latents.shape[1:]) != shape:
+        raise ValueError(
+            f"--latents_file {path!r} must hold latents of shape (N, {', '.join(map(str, shape))}), but they are of "
+            f"{tuple(latents.shape)}."
+        )
+    if not latents.isfinite().all():
+        raise ValueError(f"--latents_file {path!r} holds values that are not finite.")
+    return latents
