@@ -53,11 +53,13 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
     found = [path for path in folder.iterdir() if path.name in TOP_LEVEL or path.suffix in PICTURES]
     if not (folder / CARD).is_file():
         raise ValueError(f"{str(folder)!r} has no {CARD}: save the pipeline again, which writes one.")
-    components = [
-        name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]
-    ]
     # An autoencoder's weights lie in the folder itself.
-    for name in components or ["."]:
+    components = ["."]
+    if (folder / INDEX).is_file():
+        components = [
+            name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]
+        ]
+    for name in components:
         files = sorted(path for path in (folder / name).glob("*") if path.is_file())
         pickles = [path.name for path in files if path.suffix in PICKLES]
         if pickles:

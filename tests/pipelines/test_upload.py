@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from ecvae_diffusers import ECVAEPipeline, upload
+from diffusers import AutoencoderTiny
+
+from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, FlowEC, upload
 from ecvae_diffusers.upload import upload_folder
 
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
@@ -54,6 +56,19 @@ tried("stranger", lambda: upload_folder(folder, "stranger/model"))
 tried("no such user", lambda: upload_folder(folder, "stranger/new"))
 tried("wrong token", lambda: upload_folder(folder, "user/model", token="hf_wrong"))
 tried("name", lambda: upload_folder(folder, "a/b/c"))
+ECFlowPipeline(flow=FlowEC(sample_size=8, in_channels=1, num_levels=1, steps_per_level=1)).save_pretrained(work / "flow")
+autoencoder = AutoencoderTiny(
+    encoder_block_out_channels=(8,), decoder_block_out_channels=(8,), num_encoder_blocks=(1,), num_decoder_blocks=(1,)
+)
+autoencoder.save_pretrained(work / "autoencoder")
+(work / "autoencoder" / "README.md").write_text("A card.")
+(work / "autoencoder" / "training_args.json").write_text("{}")
+tried("flow", lambda: upload_folder(work / "flow", "user/flow"))
+tried("autoencoder", lambda: upload_folder(work / "autoencoder", "user/autoencoder"))
+tried("autoencoder over a pipeline", lambda: upload_folder(work / "autoencoder", "user/flow"))
+tried("pipeline over an autoencoder", lambda: upload_folder(folder, "user/autoencoder"))
+tried("flow again", lambda: ECFlowPipeline.from_pretrained("user/flow"))
+tried("autoencoder again", lambda: AutoencoderTiny.from_pretrained("user/autoencoder"))
 tried("half", lambda: DiffusionPipeline.from_pretrained("user/model", variant="fp16"))
 tried("next", lambda: ECVAEPipeline.from_pretrained("user/model", revision="next"))
 (work / "seen.json").write_text(json.dumps(seen))
@@ -134,6 +149,17 @@ def test_branches(hub, saved):
     assert "error" not in hub.seen["next"]
     published = hub.files("user/model", "next")
     assert {path: published[path] for path in files(saved)} == files(saved)
+
+
+def test_flows_and_autoencoders_are_published_too(hub):
+    """An autoencoder of diffusers is its config, weights and card, and is never laid over a pipeline, or under one."""
+    for name in ("flow", "flow again", "autoencoder", "autoencoder again"):
+        assert "error" not in hub.seen[name], hub.seen[name]
+    weights = "diffusion_pytorch_model.safetensors"
+    assert set(hub.files("user/autoencoder")) - {".gitattributes"} == {"config.json", "README.md", weights}
+    assert hub.files("user/autoencoder")[weights] == (hub.work / "autoencoder" / weights).read_bytes()
+    assert "holds a ECFlowPipeline, which would be lost" in hub.seen["autoencoder over a pipeline"]["error"]
+    assert "holds a AutoencoderTiny, which would be lost" in hub.seen["pipeline over an autoencoder"]["error"]
 
 
 def test_a_name_alone_is_one_of_ones_own(hub):
