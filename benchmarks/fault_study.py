@@ -106,7 +106,9 @@ def table(results: Results) -> str:
         if None in distances:
             lines.append(f"| {name} | no model: {rows[0]['message']} | | | {rollbacks} |")
             continue
-        ratios = ", ".join(f"{row['frechet_distance'] / undisturbed[row['seed']]:.2f}" for row in rows)
+        ratios = ", ".join(
+            f"{row['frechet_distance'] / undisturbed[row['seed']]:.2f}" for row in rows if row["seed"] in undisturbed
+        )
         listed = ", ".join(f"{d:.1f}" for d in distances)
         lines.append(f"| {name} | {listed} | {statistics.median(distances):.1f} | {ratios} | {rollbacks} |")
     return "\n".join(lines)
