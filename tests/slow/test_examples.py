@@ -1,0 +1,30 @@
+"""The examples run from a fresh clone, and print their figure before and after. Slow: `make test-slow`."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from training_runs import SCRIPTS
+
+
+FIGURES = {
+    "image_generator": r"Frechet distance before ([\d.]+), after ([\d.]+)",
+    "text_decoder": r"different ones before (\d+), after (\d+)",
+}
+
+
+def test_all_examples_are_here():
+    assert {path.stem for path in (SCRIPTS / "examples").glob("*.py")} == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_example_prints_before_and_after(name, tmp_path):
+    """A few steps: the two networks are trained apart from the same start, and measured."""
+    command = [sys.executable, str(SCRIPTS / "examples" / f"{name}.py"), "--num_steps", "20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    before, after = re.search(FIGURES[name], result.stdout).groups()
+    assert float(before) != float(after) or float(before) == 0
