@@ -41,6 +41,25 @@ def test_gradient_to_the_samples(shape, dual):
     assert torch.allclose(samples.grad, 2 * dual * (samples - output.targets).detach() / shape[0], rtol=1e-5)
 
 
+def test_another_energy_and_another_distance():
+    """Of one call alone: the chain follows that energy, the constraint is the mean of that distance, with its gradient."""
+    scheduler = drift_only(2, 0.1)
+    own, other = Quadratic(torch.zeros(3)), Quadratic(torch.ones(3))
+    calibrator = EnergyCalibrator(own, scheduler, initial_dual=2.0)
+    samples = randn(5, 3).requires_grad_()
+    expected = EnergyCalibrator(other, scheduler).calibrate(samples).targets
+    output = calibrator.calibrate(samples, energy_model=other, distance=lambda x, end: (x - end).abs().sum(1))
+    assert torch.equal(output.targets, expected)
+    assert output.constraint.item() == pytest.approx((samples - expected).abs().sum(1).mean().item())
+    output.loss.backward()
+    assert torch.allclose(samples.grad, 2.0 * (samples - expected).detach().sign() / 5)
+    assert torch.equal(
+        calibrator.calibrate(samples).targets, EnergyCalibrator(own, scheduler).calibrate(samples).targets
+    )
+    with pytest.raises(ValueError, match="`distance` must give one number a sample"):
+        calibrator.calibrate(samples, distance=lambda x, end: (x - end).abs())
+
+
 @pytest.mark.parametrize("num_steps", [1, 6])
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 12)])
 def test_noise_floor(shape, num_steps):

@@ -209,13 +209,17 @@ class EnergyCalibrator:
         samples: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None,
+        energy_model: Callable | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The energies f(x_k) and the next state x_{k+1}, for each step k of a chain from `samples`."""
+        energy_model, chain_dtype = (
+            (self.energy_model, self.chain_dtype) if energy_model is None else (energy_model, None)
+        )
         initial_sample = sample = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
         drift_scale = self.drift_scale.to(sample.device)
-        with frozen(self.energy_model) if isinstance(self.energy_model, nn.Module) else nullcontext():
+        with frozen(energy_model) if isinstance(energy_model, nn.Module) else nullcontext():
             for timestep in range(len(self.scheduler)):
-                energy, gradient = energy_and_gradient(self.energy_model, sample, self.chain_dtype)
+                energy, gradient = energy_and_gradient(energy_model, sample, chain_dtype)
                 sample = self.scheduler.step(
                     gradient,
                     timestep,
@@ -259,6 +263,8 @@ class EnergyCalibrator:
         samples: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        energy_model: Callable | None = None,
+        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> CalibrationOutput:
         """
         Correct samples by the energy, and measure how far they had to go.
@@ -266,13 +272,20 @@ class EnergyCalibrator:
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
             generator, noise: As for `run_chain`.
+            energy_model (`Callable`, *optional*):
+                The energy of these very samples, where it is another for each batch: that of latents given images, for
+                example. The calibrator's own if not given.
+            distance (`Callable`, *optional*):
+                What the constraint bounds the mean of, instead of the squared error: maps samples and targets (the chain's
+                ends, no gradient) to one number a sample, with gradients. `noise_floor` and `drift` are of the squared error
+                still.
 
         Returns:
             [`CalibrationOutput`]
 
         Raises:
-            ValueError: if `samples` has fewer than two dimensions or none in the batch, or the energy model does not
-                give one energy a sample.
+            ValueError: if `samples` has fewer than two dimensions or none in the batch, or the energy model or the
+                distance does not give one number a sample.
         """
         if samples.ndim < 2 or samples.shape[0] == 0:
             raise ValueError(f"`samples` must have shape (batch_size, ...), but has {tuple(samples.shape)}.")
@@ -280,11 +293,19 @@ class EnergyCalibrator:
         self.dual = self.dual.to(samples.device)
         self.drift_scale = self.drift_scale.to(samples.device)
         energy_samples = None
-        for energy, targets in self._chain(samples, generator, noise):
+        for energy, targets in self._chain(samples, generator, noise, energy_model):
             energy_samples = energy if energy_samples is None else energy_samples
-        constraint = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
+        squared_error = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
+        constraint = squared_error
+        if distance is not None:
+            distances = distance(samples, targets)
+            if distances.numel() != samples.shape[0]:
+                raise ValueError(
+                    f"`distance` must give one number a sample ({samples.shape[0]}), but gave {tuple(distances.shape)}."
+                )
+            constraint = distances.mean()
         noise_floor = constraint.new_tensor(self.num_entries * self.scheduler.noise_variance())
-        drift = self._drift(constraint.detach())
+        drift = self._drift(squared_error.detach())
         return CalibrationOutput(
             loss=self.dual * constraint,
             constraint=constraint.detach(),

@@ -1,0 +1,108 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Chains on an amortised posterior, against a decoder whose posterior is known: a linear one."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from energies import randn, seeded
+
+from ecvae_diffusers import EnergyCalibrator
+from ecvae_diffusers.energy import energy_and_gradient
+from ecvae_diffusers.posterior import PosteriorEnergy, negative_log_posterior, posterior_chain
+
+
+LATENTS, PIXELS, VARIANCE = 3, 8, 0.25
+
+
+def posterior_of(mean: torch.Tensor, std: torch.Tensor) -> DiagonalGaussianDistribution:
+    return DiagonalGaussianDistribution(torch.cat([mean, 2 * std.log()], 1))
+
+
+class LinearDecoder:
+    """G(z) = W z, with orthogonal columns of different lengths: its posterior is Gaussian with a diagonal covariance."""
+
+    def __init__(self):
+        columns = torch.linalg.qr(randn(PIXELS, LATENTS))[0]
+        self.weight = columns * torch.tensor([0.1, 1.0, 5.0])
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents.flatten(1) @ self.weight.T).view(-1, 1, 2, 4)
+
+    def posterior(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
+        variance = 1 / (1 + self.weight.square().sum(0) / VARIANCE)
+        mean = images.flatten(1) @ self.weight * variance / VARIANCE
+        shape = (len(images), LATENTS, 1, 1)
+        return posterior_of(mean.view(shape), variance.sqrt().view(1, -1, 1, 1).expand(shape))
+
+
+def test_gradient_is_that_of_the_log_posterior():
+    """-grad log p(z|x), times sigma for the whitening: (z - mean) / variance of the true posterior."""
+    decoder, images = LinearDecoder(), randn(4, 1, 2, 4)
+    true = decoder.posterior(images)
+    amortised = posterior_of(randn(4, LATENTS, 1, 1, seed=5), torch.full((4, LATENTS, 1, 1), 0.5))
+    energy = PosteriorEnergy(decoder, images, amortised, VARIANCE)
+    whitened = randn(4, LATENTS, 1, 1, seed=6)
+    _, gradient = energy_and_gradient(energy, whitened)
+    latents = energy.unwhiten(whitened)
+    expected = (latents - true.mean) / true.var * amortised.std
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(energy.whiten(latents), whitened, rtol=1e-5, atol=1e-5)
+
+
+def test_the_true_posterior_is_left_as_it_is():
+    """Where q is the posterior, the chain's ends are spread as q is: standard normal but for the order of the step."""
+    decoder, step = LinearDecoder(), 0.05
+    images = randn(1, 1, 2, 4).expand(20_000, -1, -1, -1)
+    energy = PosteriorEnergy(decoder, images, decoder.posterior(images), VARIANCE)
+    calibrator = EnergyCalibrator(energy, posterior_chain(10, step))
+    start = torch.randn(20_000, LATENTS, 1, 1, generator=seeded(0))
+    ends = calibrator.run_chain(start, seeded(1)).flatten(1)
+    # Unadjusted Langevin dynamics of a standard normal has the variance 1 / (1 - a / 2).
+    assert ends.mean(0).abs().max() < 5 / math.sqrt(20_000)
+    assert (ends.var(0) - 1).abs().max() < step / 2 / (1 - step / 2) + 5 * math.sqrt(2 / 20_000)
+
+
+@pytest.mark.parametrize("form", ["squared", "log_prob"])
+def test_which_form_brings_an_amortised_posterior_to_the_true_one(form):
+    """The logarithm does, in mean and spread. The squared distance shrinks it: a sample whose spread is less is nearer to its chain's end."""
+    decoder, images = LinearDecoder(), randn(1, 1, 2, 4).expand(256, -1, -1, -1)
+    true = decoder.posterior(images[:1])
+    shift, log_std = torch.full((1, LATENTS, 1, 1), 0.5), torch.full((1, LATENTS, 1, 1), -0.5)
+    mean = (true.mean + shift * true.std).requires_grad_()
+    log_std = (true.std.log() + log_std).requires_grad_()
+    optimizer = torch.optim.Adam([mean, log_std], lr=0.02)
+    generator = seeded(0)
+    for step in range(400):
+        q = posterior_of(mean.expand(256, -1, -1, -1), log_std.exp().expand(256, -1, -1, -1))
+        energy = PosteriorEnergy(decoder, images, q, VARIANCE)
+        calibrator = EnergyCalibrator(energy, posterior_chain(5, 0.2), tolerance=1.0, initial_dual=1.0)
+        latents = q.mean + q.std * torch.randn(q.mean.shape, generator=generator)
+        distance = negative_log_posterior(q, energy) if form == "log_prob" else None
+        optimizer.zero_grad()
+        calibrator.calibrate(energy.whiten(latents), generator, distance=distance).loss.backward()
+        optimizer.step()
+    ratio = log_std.exp() / true.std
+    if form == "log_prob":
+        assert ((mean - true.mean) / true.std).abs().max() < 0.2
+        assert (ratio - 1).abs().max() < 0.15  # of the order of the step, a = 0.2, wider than the posterior
+    else:
+        assert ratio.max() < 0.5  # and on the way its whitened chain comes to a standstill
+
+
+def test_log_form_is_0_for_samples_of_q_and_its_gradient_that_of_the_log_probability():
+    q = posterior_of(randn(6, LATENTS, 1, 1).requires_grad_(), randn(6, LATENTS, 1, 1, seed=2).exp())
+    energy = PosteriorEnergy(LinearDecoder(), randn(6, 1, 2, 4), q, VARIANCE)
+    targets = randn(6, LATENTS, 1, 1, seed=3)
+    found = negative_log_posterior(q, energy)(targets, targets)
+    latents = energy.unwhiten(targets)
+    normal = torch.distributions.Normal(q.mean, q.std)
+    expected = (-normal.log_prob(latents) - normal.entropy()).flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_variance():
+    q = posterior_of(torch.zeros(1, LATENTS, 1, 1), torch.ones(1, LATENTS, 1, 1))
+    with pytest.raises(ValueError, match="`variance` must be a finite number above 0, but is 0"):
+        PosteriorEnergy(LinearDecoder(), randn(1, 1, 2, 4), q, 0.0)
