@@ -2,7 +2,9 @@
 
 import torch
 
+from ecvae_training.images import center_crop
 from ecvae_training.noise import ChainNoise, StepNoise
+from ecvae_training.observation import crop_at_random
 
 
 CPU = torch.device("cpu")
@@ -31,3 +33,23 @@ def test_draws_depend_on_seed_and_step_alone():
             if other != key:
                 assert torch.corrcoef(torch.stack([values.flatten(), others.flatten()]))[0, 1].abs() < 0.15
     assert abs(draws[0, 0].mean()) < 0.1 and abs(draws[0, 0].std() - 1) < 0.1
+
+
+def test_random_crops_are_squares_of_the_images_and_a_share_a_process():
+    """Each crop is found in its image; two processes crop what one does."""
+    images = torch.arange(8 * 3 * 9 * 12).float().view(8, 3, 9, 12)
+    crops = crop_at_random(images, 4, StepNoise(0, 3, 0, 1, CPU))
+    places = set()
+    for image, crop in zip(images, crops):
+        first = (image[0] == crop[0, 0, 0]).nonzero()[0].tolist()
+        assert torch.equal(image[:, first[0] : first[0] + 4, first[1] : first[1] + 4], crop)
+        places.add(tuple(first))
+    assert len(places) > 4
+    shares = [crop_at_random(images[i * 4 : i * 4 + 4], 4, StepNoise(0, 3, i, 2, CPU)) for i in (0, 1)]
+    assert torch.equal(torch.cat(shares), crops)
+    assert torch.equal(center_crop(images, 4), images[..., 2:6, 4:8])
+
+
+def test_crops_of_everything_are_the_images():
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(crop_at_random(images, 8, StepNoise(0, 0, 0, 1, CPU)), images)
