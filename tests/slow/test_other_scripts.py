@@ -6,7 +6,17 @@ import sys
 
 import pytest
 import torch
-from training_runs import SCRIPTS, TINY_DECODER, TINY_FLOW, metrics, weights, write_autoencoder, write_images
+from diffusers import AutoencoderKL
+from training_runs import (
+    SCRIPTS,
+    TINY_DECODER,
+    TINY_FLOW,
+    metrics,
+    succeed,
+    weights,
+    write_autoencoder,
+    write_images,
+)
 
 
 STEPS = 20
@@ -29,8 +39,8 @@ def script(request, tmp_path_factory) -> tuple[str, list]:
     if request.param == "train_flow":
         return request.param, [*arguments, *TINY_FLOW]
     model = write_autoencoder(folder / "autoencoder")
-    # Another draw of latents than the encodings themselves.
-    return request.param, [*arguments, *TINY_DECODER, "--pretrained_model_name_or_path", model, "--latent_noise", 0.2]
+    own = ["--pretrained_model_name_or_path", model, "--gradient_checkpointing"]
+    return request.param, [*arguments, *TINY_DECODER, *own]
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +70,16 @@ def test_two_ranks_resumed_equal_two_ranks_in_one_run(script, two_ranks, tmp_pat
     run_ranks(2, name, *arguments, "--max_train_steps", STEPS, "--resume_from_checkpoint", "latest")
     expected, found = weights(two_ranks), weights(tmp_path)
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_decoder_is_measured_and_its_best_kept(tmp_path):
+    """Reconstructions are measured; what is kept in `best/` is an autoencoder of diffusers too."""
+    images, model = write_images(tmp_path / "images"), write_autoencoder(tmp_path / "autoencoder")
+    succeed(
+        *TINY_DECODER, "--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir",
+        tmp_path / "run", "--max_train_steps", 3, "--evaluation_steps", 1, "--evaluation_samples", 12,
+        "--early_stopping_patience", 1, "--learning_rate", "1e-9", script=SCRIPTS / "calibrate_decoder.py",
+    )  # fmt: skip
+    AutoencoderKL.from_pretrained(tmp_path / "run" / "best")
+    AutoencoderKL.from_pretrained(tmp_path / "run")
+    assert "from `autoencoder`" in (tmp_path / "run" / "README.md").read_text()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate_restoration
 import PIL.Image
 import pytest
 import torch
@@ -94,7 +95,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
 
 
-def test_wrong_input(run, tmp_path):
+def test_wrong_input(run, tmp_path, capsys):
     needed = ["--pretrained_model_name_or_path", str(run / "model"), "--output_dir", str(tmp_path / "out")]
     for arguments, message in (
         ([*needed, "--image_dir", str(tmp_path / "none")], "--image_dir must be a folder of images"),
@@ -104,8 +105,12 @@ def test_wrong_input(run, tmp_path):
         ([*needed, "--image_dir", str(run / "images"), "--max_images", "0"], "--max_images must be at least 1"),
         ([*needed[:2], "--output_dir", str(run / "out"), "--image_dir", str(run / "images")], "give another folder"),
     ):
-        process = script(*arguments)
-        assert process.returncode != 0 and message in process.stderr and "Traceback" not in process.stderr
+        with pytest.raises((SystemExit, ValueError, OSError)) as raised:
+            evaluate_restoration.main(evaluate_restoration.parse_args(arguments))
+        assert message in capsys.readouterr().err + str(raised.value)
+    # Through the process: one line.
+    process = script(*arguments)
+    assert process.returncode != 0 and message in process.stderr and "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "colorization"])
