@@ -10,7 +10,15 @@ from energies import randn, seeded
 
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.energy import energy_and_gradient
-from ecvae_diffusers.posterior import PosteriorEnergy, negative_log_posterior, posterior_chain
+from ecvae_diffusers.posterior import (
+    FORMS,
+    PosteriorEnergy,
+    negative_log_posterior,
+    optimized_posterior,
+    posterior_chain,
+    stationary_constraint,
+)
+from ecvae_diffusers.variational import likelihood_bounds
 
 
 LATENTS, PIXELS, VARIANCE = 3, 8, 0.25
@@ -102,7 +110,66 @@ def test_log_form_is_0_for_samples_of_q_and_its_gradient_that_of_the_log_probabi
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_wrong_variance():
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("conditioning_weight", [0.0, 3.0])
+def test_stationary_constraint_is_what_a_chain_leaves_where_q_is_the_posterior(form, conditioning_weight):
+    decoder, count = LinearDecoder(), 20_000
+    images = randn(1, 1, 2, 4).expand(count, -1, -1, -1)
+    q = decoder.posterior(images)
+    energy = PosteriorEnergy(decoder, images, q, VARIANCE)
+    scheduler = posterior_chain(5, 0.1, conditioning_weight)
+    calibrator = EnergyCalibrator(None, scheduler, tolerance=1.0)
+    start = torch.randn(count, LATENTS, 1, 1, generator=seeded(0))
+    distance = negative_log_posterior(q, energy) if form == "log_prob" else None
+    found = calibrator.calibrate(start, seeded(1), energy_model=energy, distance=distance).constraint.item()
+    # Of each latent a squared normal number at most 2 wide, halved in the logarithm.
+    noise = 5 * 2 * math.sqrt(2 * LATENTS / count) / (2 if form == "log_prob" else 1)
+    assert abs(found - stationary_constraint(scheduler, LATENTS, form)) < noise
+
+
+def test_a_calibrator_without_an_energy_needs_one_with_the_samples():
+    calibrator = EnergyCalibrator(None, posterior_chain(2), tolerance=1.0)
+    for method in (calibrator.calibrate, calibrator.run_chain):
+        with pytest.raises(ValueError, match="`energy_model` must be given with the samples"):
+            method(randn(2, LATENTS, 1, 1))
+
+
+def test_a_chain_run_before_gives_the_same_constraint():
+    decoder, images = LinearDecoder(), randn(4, 1, 2, 4)
+    energy = PosteriorEnergy(decoder, images, decoder.posterior(images), VARIANCE)
+    calibrator = EnergyCalibrator(None, posterior_chain(3), tolerance=1.0)
+    start = randn(4, LATENTS, 1, 1).requires_grad_()
+    whole = calibrator.calibrate(start, seeded(1), energy_model=energy)
+    ends = calibrator.run_chain(start, seeded(1), energy_model=energy)
+    parts = calibrator.constrain(start, ends)
+    assert torch.equal(whole.targets, ends) and torch.equal(whole.loss, parts.loss)
+    gradients = [torch.autograd.grad(output.loss, start)[0] for output in (whole, parts)]
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+def test_optimized_posterior_comes_to_the_true_one_and_to_the_likelihood_itself():
+    """Of a linear decoder the best q is the posterior, where the evidence lower bound is log p(x)."""
+    decoder, count = LinearDecoder(), 512
+    images = randn(1, 1, 2, 4).expand(count, -1, -1, -1)
+    true = decoder.posterior(images)
+    amortised = posterior_of(true.mean + 0.5 * true.std, 0.6 * true.std)
+    found = optimized_posterior(images, amortised, decoder, VARIANCE, generator=seeded(0))
+    assert ((found.mean - true.mean) / true.std).mean(0).abs().max() < 0.05
+    assert (found.std / true.std).mean(0).sub(1).abs().max() < 0.05
+    bounds = [
+        likelihood_bounds(images[:8], posterior_of(q.mean[:8], q.std[:8]), decoder, 2000, VARIANCE, seeded(1))
+        for q in (true, found, amortised)
+    ]
+    torch.testing.assert_close(bounds[0].elbo, bounds[0].importance_weighted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bounds[1].elbo, bounds[0].elbo, rtol=0, atol=0.1)
+    assert (bounds[2].elbo < bounds[1].elbo - 0.3).all()
+
+
+def test_wrong_values():
+    with pytest.raises(ValueError, match="`form` must be one of 'log_prob', 'squared_error', but is 'squares'"):
+        stationary_constraint(posterior_chain(1), LATENTS, "squares")
     q = posterior_of(torch.zeros(1, LATENTS, 1, 1), torch.ones(1, LATENTS, 1, 1))
+    with pytest.raises(ValueError, match="`num_steps` must be at least 1, but is 0"):
+        optimized_posterior(randn(1, 1, 2, 4), q, LinearDecoder(), VARIANCE, num_steps=0)
     with pytest.raises(ValueError, match="`variance` must be a finite number above 0, but is 0"):
         PosteriorEnergy(LinearDecoder(), randn(1, 1, 2, 4), q, 0.0)

@@ -18,14 +18,14 @@ from ecvae_training.decoders import CalibratedDecoder, SavedDecoder, latent_shap
 from ecvae_training.images import to_range
 from ecvae_training.models import build_energy_model
 from ecvae_training.session import run_script, train
-from ecvae_training.task import evaluating
+from ecvae_training.task import Task, evaluating
 
 
 # Whose encodings tell how far latents spread.
 NUM_SPREAD_IMAGES = 256
 
 
-class DecoderTask:
+class DecoderTask(Task):
     """A foreign decoder as a `Task` of the trainer: its own loss is the squared error, its samples decodings of latents."""
 
     component, headline = "decoder", "reconstruction"
@@ -89,9 +89,6 @@ class DecoderTask:
 
     def build_pipeline(self, generator, energy_model, scheduler):
         return SavedDecoder(generator, energy_model, scheduler)
-
-    def finish(self, generator, feed):
-        """Nothing: plain diffusers knows no more than it did."""
 
 
 def main(args) -> None:

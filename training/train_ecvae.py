@@ -4,26 +4,28 @@
 
 One iteration: one wrapped forward of the autoencoder gives reconstructions and prior samples; the chain on the frozen
 energy model gives the prior samples' targets; the autoencoder steps on the ELBO plus lambda times the constraint; the
-energy model steps on data against the same targets; lambda steps on the constraint. The loop is in
-`ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration` and `ecvae_diffusers.variational`.
+energy model steps on data against the same targets; lambda steps on the constraint. With `--calibration posterior` or
+`both`, a chain on each image's posterior gives targets to the encoder's samples, and the decoder may learn from them. The loop
+is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`, `.variational` and `.posterior`.
 """
 
 import torch
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup, squared_error
-from ecvae_training.ecvae_arguments import parse_args
+from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import build_models, load_pretrained
+from ecvae_training.posterior_step import PosteriorCalibration
 from ecvae_training.session import run_script, train
-from ecvae_training.task import evaluating
+from ecvae_training.task import Task, evaluating
 
 
 # Enough for a mean that is known to a few per cent.
 NUM_VARIANCE_IMAGES = 2048
 
 
-class ECVAETask:
+class ECVAETask(Task):
     """The EC-VAE as a `Task` of the trainer: an ELBO of its own, and samples decoded from the prior."""
 
     component, headline, saved_class = "vae", "reconstruction", "ECVAEPipeline"
@@ -31,21 +33,46 @@ class ECVAETask:
     def __init__(self, args, vae: AutoencoderEC, energy_model: EnergyModel | None):
         self.args, self.generator, self.energy_model = args, vae, energy_model
         self.latent_shape = (vae.config.latent_channels, 1, 1)
+        self.state = PosteriorCalibration(args, vae) if args.calibration in POSTERIOR_CALIBRATIONS else None
 
     def loss(self, network, real, noise, step, with_samples):
         args = self.args
+        posterior_noise = noise.normal(len(real), *self.latent_shape)
+        latents = {}
+        if self.state is not None:
+            energy, ends = self.state.refine(real, posterior_noise, noise, self.accelerator)
+            if args.posterior_decoder_weight > 0:
+                latents["refined"] = energy.unwhiten(ends)
+        if with_samples:
+            latents["prior"] = self.draw(real, noise)
         output = network(
             real,
             sample_posterior=True,
-            posterior_noise=noise.normal(len(real), *self.latent_shape),
-            prior_latents=self.draw(real, noise) if with_samples else None,
+            posterior_noise=posterior_noise,
+            prior_latents=torch.cat(list(latents.values())) if latents else None,
         )
+        decoded = dict(zip(latents, output.prior_sample.chunk(len(latents)))) if latents else {}
         kl_weight = kl_warmup(args.kl_weight, step, args.kl_warmup_steps)
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight, args.free_bits)
+        loss = elbo.loss
         scalars = {"reconstruction": elbo.reconstruction, "kl": elbo.kl}
         scalars["kl_weight"] = elbo.kl.new_tensor(kl_weight)
         scalars["active_units"] = active_units(output.latent_dist.mean)
-        return elbo.loss, output.prior_sample, scalars
+        scalars["posterior_variance"] = output.latent_dist.var.detach().float().mean()
+        if self.state is not None:
+            calibration = self.state.constrain(output.latent_dist, posterior_noise, energy, ends)
+            loss = loss + calibration.loss
+            scalars["posterior_constraint"] = calibration.constraint
+            scalars["posterior_dual"] = self.state.calibrator.dual
+        if "refined" in decoded:
+            error = (decoded["refined"].float() - real).square().flatten(1).sum(1).mean()
+            loss = loss + args.posterior_decoder_weight * error
+            scalars["refined_reconstruction"] = error.detach()
+        return loss, decoded.get("prior"), scalars
+
+    def end_step(self):
+        if self.state is not None:
+            self.state.end_step(self.accelerator)
 
     def draw(self, real, noise):
         return noise.normal(len(real), *self.latent_shape)

@@ -15,14 +15,14 @@ from ecvae_training.flow_arguments import parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import build_models, load_pretrained
 from ecvae_training.session import run_script, train
-from ecvae_training.task import evaluating
+from ecvae_training.task import Task, evaluating
 
 
 # Images that activation normalization takes its statistics of.
 NUM_INITIALIZATION_IMAGES = 256
 
 
-class FlowTask:
+class FlowTask(Task):
     """The flow as a `Task` of the trainer: its own loss is the negative log-likelihood, its samples are of its inverse."""
 
     component, headline, saved_class = "flow", "bits_per_dimension", "ECFlowPipeline"
@@ -56,9 +56,6 @@ class FlowTask:
 
     def build_pipeline(self, generator, energy_model, scheduler):
         return ECFlowPipeline(flow=generator, energy_model=energy_model, scheduler=scheduler)
-
-    def finish(self, generator, feed):
-        """Nothing: a flow's pipeline knows all it needs."""
 
 
 def build_flow(args, feed) -> FlowEC:

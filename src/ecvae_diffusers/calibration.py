@@ -59,7 +59,8 @@ class CalibrationOutput(BaseOutput):
             of a conditioned chain): sqrt(max(C - noise_floor, 0) / D).
         targets (`torch.Tensor`): The calibrated samples x~, float32 or more, no gradient. The energy step takes them as
             its negatives.
-        energy_samples (`torch.Tensor` of shape `(batch_size,)`): Energies of the samples, from the chain's first step.
+        energy_samples (`torch.Tensor` of shape `(batch_size,)`): Energies of the samples, from the chain's first step;
+            `None` from `constrain` where they were not given.
     """
 
     loss: torch.Tensor
@@ -67,7 +68,7 @@ class CalibrationOutput(BaseOutput):
     noise_floor: torch.Tensor
     drift: torch.Tensor
     targets: torch.Tensor
-    energy_samples: torch.Tensor
+    energy_samples: torch.Tensor | None
 
 
 @dataclass
@@ -91,9 +92,10 @@ class EnergyCalibrator:
     Calibrates the samples of any generator with an energy model.
 
     Args:
-        energy_model (`nn.Module` or any callable):
+        energy_model (`nn.Module` or any callable, or `None`):
             f: maps samples (B, ...) to an [`EnergyModelOutput`] or to a tensor of B energies; low = like the data. A
-            module is held still while a chain runs on it.
+            module is held still while a chain runs on it. `None` where the energy is another for each batch, and is given
+            with it.
         scheduler ([`LangevinScheduler`]):
             The chain: its number of steps, drift step, noise and conditioning.
         tolerance (`float` or `"auto"`, *optional*, defaults to `"auto"`):
@@ -146,7 +148,7 @@ class EnergyCalibrator:
 
     def __init__(
         self,
-        energy_model: Callable,
+        energy_model: Callable | None,
         scheduler: LangevinScheduler,
         tolerance: float | str = "auto",
         drift_tolerance: float = HEALTHY_DRIFT,
@@ -215,6 +217,8 @@ class EnergyCalibrator:
         energy_model, chain_dtype = (
             (self.energy_model, self.chain_dtype) if energy_model is None else (energy_model, None)
         )
+        if energy_model is None:
+            raise ValueError("`energy_model` must be given with the samples where the calibrator has none of its own.")
         initial_sample = sample = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
         drift_scale = self.drift_scale.to(sample.device)
         with frozen(energy_model) if isinstance(energy_model, nn.Module) else nullcontext():
@@ -237,6 +241,7 @@ class EnergyCalibrator:
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
         return_trajectory: bool = False,
+        energy_model: Callable | None = None,
     ) -> torch.Tensor:
         """
         The end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
@@ -248,12 +253,13 @@ class EnergyCalibrator:
             noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, or a sequence of one a step, *optional*):
                 The chain's standard normal draws, instead of draws of its own.
             return_trajectory (`bool`, *optional*, defaults to `False`): Whether to return all states, to be looked at.
+            energy_model (`Callable`, *optional*): As for `calibrate`.
 
         Returns:
             `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 where they are), no gradient. With
             `return_trajectory` x_0 to x_K, of shape `(num_steps + 1, batch_size, ...)`.
         """
-        states = [sample for _, sample in self._chain(samples, generator, noise)]
+        states = [sample for _, sample in self._chain(samples, generator, noise, energy_model)]
         if return_trajectory:
             return torch.stack([samples.detach().to(states[0].dtype), *states])
         return states[-1]
@@ -289,12 +295,36 @@ class EnergyCalibrator:
         """
         if samples.ndim < 2 or samples.shape[0] == 0:
             raise ValueError(f"`samples` must have shape (batch_size, ...), but has {tuple(samples.shape)}.")
-        self.num_entries = samples[0].numel()
-        self.dual = self.dual.to(samples.device)
-        self.drift_scale = self.drift_scale.to(samples.device)
         energy_samples = None
         for energy, targets in self._chain(samples, generator, noise, energy_model):
             energy_samples = energy if energy_samples is None else energy_samples
+        return self.constrain(samples, targets, energy_samples, distance)
+
+    def constrain(
+        self,
+        samples: torch.Tensor,
+        targets: torch.Tensor,
+        energy_samples: torch.Tensor | None = None,
+        distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> CalibrationOutput:
+        """
+        What `calibrate` gives, of samples whose chain was run before: by `run_chain`, from the same values without gradients.
+
+        Args:
+            samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
+            targets (`torch.Tensor`): The chain's ends, float32 or more, no gradient.
+            energy_samples (`torch.Tensor` of shape `(batch_size,)`, *optional*): Energies of the samples, to be passed on.
+            distance (`Callable`, *optional*): As for `calibrate`.
+
+        Returns:
+            [`CalibrationOutput`]
+
+        Raises:
+            ValueError: if the distance does not give one number a sample.
+        """
+        self.num_entries = samples[0].numel()
+        self.dual = self.dual.to(samples.device)
+        self.drift_scale = self.drift_scale.to(samples.device)
         squared_error = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
         constraint = squared_error
         if distance is not None:

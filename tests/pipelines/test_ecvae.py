@@ -15,6 +15,7 @@ from diffusers.hooks import apply_group_offloading
 from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.cards import CARD_MARKER
 from ecvae_diffusers.pipelines import pipeline_ecvae
+from ecvae_diffusers.posterior import PosteriorEnergy, posterior_chain
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -230,6 +231,47 @@ def test_reconstruction_draws_from_the_posterior_when_asked(pipe):
     assert torch.equal(drawn, pipe.reconstruct(images, generator=generator(0), **kwargs).images)
     assert not torch.equal(drawn, pipe.reconstruct(images, generator=generator(1), **kwargs).images)
     assert not torch.equal(drawn, pipe.reconstruct(images, output_type="pt").images)
+
+
+def test_refined_reconstructions_descend_to_the_likeliest_latents(pipe):
+    images = random_images()
+
+    def energies(steps: int) -> torch.Tensor:
+        latents = pipe.reconstruct(images, num_refinement_steps=steps, output_type="latent").images
+        error = (pipe.vae.decode(latents).sample - (images * 2 - 1)).square().flatten(1).sum(1)
+        return error / (2 * 0.5) + latents.square().flatten(1).sum(1) / 2
+
+    with torch.no_grad():
+        falling = [energies(steps) for steps in (0, 1, 5, 50)]
+    assert all((b < a).all() for a, b in zip(falling, falling[1:]))
+    assert not pipe.vae.training and all(p.requires_grad for p in pipe.vae.parameters())
+
+
+def test_refined_draws_are_ends_of_a_chain_on_the_posterior(pipe):
+    images, num_steps = random_images(), 4
+    kwargs = {"sample_posterior": True, "num_refinement_steps": num_steps, "variance": 2.0, "output_type": "latent"}
+    found = pipe.reconstruct(images, generator=generator(0), **kwargs).images
+    with torch.no_grad():
+        posterior = pipe.vae.encode(images * 2 - 1).latent_dist
+    draws = generator(0)
+    latents = posterior.sample(generator=draws)
+    energy = PosteriorEnergy(lambda z: pipe.vae.decode(z).sample, images * 2 - 1, posterior, variance=2.0)
+    calibrator = EnergyCalibrator(energy, posterior_chain(num_steps))
+    torch.testing.assert_close(found, energy.unwhiten(calibrator.run_chain(energy.whiten(latents), draws)))
+    assert not torch.equal(found, pipe.reconstruct(images, generator=generator(1), **kwargs).images)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"num_refinement_steps": -1}, "`num_refinement_steps` must be an integer of at least 0, but is -1"),
+        ({"num_refinement_steps": 1.5}, "`num_refinement_steps` must be an integer of at least 0, but is 1.5"),
+        ({"num_refinement_steps": 1, "variance": 0.0}, "`variance` must be a finite number above 0, but is 0.0"),
+    ],
+)
+def test_refinement_of_reconstructions_refuses(pipe, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.reconstruct(random_images(), **wrong)
 
 
 def test_interpolation_goes_from_one_reconstruction_to_the_other(pipe):

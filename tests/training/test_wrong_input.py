@@ -45,6 +45,33 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ),
         ([*GIVEN, "--calibration_tolerance", "some"], "--calibration_tolerance must be 'auto' or a finite number"),
         ([*GIVEN, "--calibration", "posteriors"], "--calibration: invalid choice"),
+        ([*GIVEN, "--posterior_langevin_steps", "0"], "--posterior_langevin_steps must be at least 1, but is 0"),
+        (
+            [*GIVEN, "--posterior_drift_step", "0"],
+            "--posterior_drift_step must be a finite number above 0, but is 0.0",
+        ),
+        ([*GIVEN, "--posterior_tolerance", "0"], "--posterior_tolerance must be 'auto' or a finite number above 0"),
+        ([*GIVEN, "--posterior_constraint", "kl"], "--posterior_constraint: invalid choice"),
+        (
+            [*GIVEN, "--posterior_decoder_weight", "-1"],
+            "--posterior_decoder_weight must be a finite number of at least",
+        ),
+        (
+            [*GIVEN, "--posterior_conditioning_weight", "11"],
+            "--posterior_conditioning_weight must be at most 1 / --posterior_drift_step (10), but is 11.0",
+        ),
+        (
+            [*GIVEN, "--posterior_conditioning_weight", "3"],
+            "--posterior_tolerance must be a number with so high a --posterior_conditioning_weight, but is auto",
+        ),
+        (
+            [*GIVEN, "--initial_posterior_dual", "11"],
+            "--initial_posterior_dual must be from 0 to --max_posterior_dual (10.0), but is 11.0",
+        ),
+        (
+            [*GIVEN, "--calibration", "both", "--kl_weight", "0"],
+            "--kl_weight must be above 0 with --calibration both",
+        ),
         ([*GIVEN, "--initial_dual", "200"], "--initial_dual must be from 0 to --max_dual (100.0), but is 200.0"),
         ([*GIVEN, "--dual_learning_rate", "-1"], "--dual_learning_rate must be a finite number of at least 0"),
         ([*GIVEN, "--adam_beta1", "1"], "--adam_beta1 must be at least 0 and below 1"),

@@ -29,6 +29,19 @@ def check_nonnegative(args: argparse.Namespace, refuse: Callable, names: tuple[s
             refuse(name, "a finite number of at least 0")
 
 
+def check_auto(args: argparse.Namespace, refuse: Callable, name: str, allowed: str, least: float) -> None:
+    """'auto', or a number, which the argument becomes."""
+    if getattr(args, name) == "auto":
+        return
+    try:
+        number = float(getattr(args, name))
+    except ValueError:
+        number = math.nan
+    if not least <= number < math.inf:
+        refuse(name, allowed)
+    setattr(args, name, number)
+
+
 def check_channels(args: argparse.Namespace, refuse: Callable, name: str) -> None:
     """Channels a resolution, down to 4 px at most; 64, 128, 256, 256 and so on if not given."""
     levels, channels = int(math.log2(args.resolution)) - 1, getattr(args, name)
@@ -101,18 +114,8 @@ def check_arguments(
             "--streaming needs --dataset_name, --in_channels and --max_train_steps: it can't look ahead. See "
             "--no-streaming."
         )
-    for name, allowed, least in (
-        ("calibration_tolerance", "'auto' or a finite number above 0", math.ulp(0.0)),
-        ("langevin_drift_step", "'auto' or a finite number of at least 0", 0.0),
-    ):
-        if getattr(args, name) != "auto":
-            try:
-                number = float(getattr(args, name))
-            except ValueError:
-                number = math.nan
-            if not least <= number < math.inf:
-                refuse(name, allowed)
-            setattr(args, name, number)
+    check_auto(args, refuse, "calibration_tolerance", "'auto' or a finite number above 0", math.ulp(0.0))
+    check_auto(args, refuse, "langevin_drift_step", "'auto' or a finite number of at least 0", 0.0)
     if args.calibration_tolerance == "auto" and args.langevin_noise == args.drift_tolerance == 0:
         refuse("drift_tolerance", "above 0 where --langevin_noise is 0 and --calibration_tolerance auto")
     drift_step = largest_drift_step(args)

@@ -1,10 +1,16 @@
 """What the command line of `train_ecvae.py` has of its own."""
 
 import argparse
+import math
 
-from ecvae_training.argument_checks import check_channels, check_integers, check_nonnegative
+from ecvae_diffusers.posterior import FORMS, posterior_chain, stationary_constraint
+from ecvae_training.argument_checks import check_auto, check_channels, check_integers, check_nonnegative
 from ecvae_training.arguments import CommandLine
 from ecvae_training.arguments import parse_args as parse_command_line
+
+
+# Those of `--calibration` that calibrate the encoder's posterior.
+POSTERIOR_CALIBRATIONS = ("posterior", "both")
 
 
 def add_model_arguments(model) -> None:
@@ -45,20 +51,78 @@ def add_loss_arguments(calibration) -> None:
     )
 
 
+def add_posterior_arguments(calibration) -> None:
+    calibration.add_argument(
+        "--posterior_langevin_steps", type=int, default=5, help="Steps of the chain on an image's posterior."
+    )
+    calibration.add_argument(
+        "--posterior_drift_step",
+        type=float,
+        default=0.1,
+        help="Its step a, on latents in the unit of q(z|x)'s standard deviation; its noise is sqrt(2 a).",
+    )
+    calibration.add_argument(
+        "--posterior_conditioning_weight", type=float, default=0.0, help="Its pull towards its start."
+    )
+    calibration.add_argument(
+        "--posterior_constraint",
+        choices=FORMS,
+        default="log_prob",
+        help="What is bounded: -log q of the chain's ends, or their squared distance from its start, which shrinks q.",
+    )
+    calibration.add_argument(
+        "--posterior_tolerance",
+        default="auto",
+        help="The bound; a number, or 'auto': what the chain leaves of it where q is the posterior already.",
+    )
+    calibration.add_argument(
+        "--initial_posterior_dual", type=float, default=1.0, help="The posterior's dual variable at the start."
+    )
+    calibration.add_argument("--max_posterior_dual", type=float, default=10.0, help="Its upper bound.")
+    calibration.add_argument(
+        "--posterior_decoder_weight",
+        type=float,
+        default=1.0,
+        help="Weight of the squared error of images decoded from the chain's ends: the decoder learns from them too. 0: not.",
+    )
+
+
 def check(args: argparse.Namespace, refuse) -> None:
     check_integers(args, refuse, ("latent_channels", "layers_per_block"), least=1)
     check_integers(args, refuse, ("kl_warmup_steps",), least=0)
     check_nonnegative(args, refuse, ("kl_weight", "free_bits"))
     check_channels(args, refuse, "block_out_channels")
+    check_integers(args, refuse, ("posterior_langevin_steps",), least=1)
+    check_nonnegative(args, refuse, ("posterior_conditioning_weight", "posterior_decoder_weight"))
+    for name in ("posterior_drift_step", "max_posterior_dual"):
+        if not 0 < getattr(args, name) < math.inf:
+            refuse(name, "a finite number above 0")
+    if args.posterior_drift_step * args.posterior_conditioning_weight > 1:
+        refuse(
+            "posterior_conditioning_weight", f"at most 1 / --posterior_drift_step ({1 / args.posterior_drift_step:g})"
+        )
+    if not 0 <= args.initial_posterior_dual <= args.max_posterior_dual:
+        refuse("initial_posterior_dual", f"from 0 to --max_posterior_dual ({args.max_posterior_dual})")
+    check_auto(args, refuse, "posterior_tolerance", "'auto' or a finite number above 0", math.ulp(0.0))
+    if args.posterior_tolerance == "auto":
+        chain = posterior_chain(
+            args.posterior_langevin_steps, args.posterior_drift_step, args.posterior_conditioning_weight
+        )
+        # With a strong pull the chain ends nearer to its start than q is wide.
+        if stationary_constraint(chain, args.latent_channels, args.posterior_constraint) <= 0:
+            refuse("posterior_tolerance", "a number with so high a --posterior_conditioning_weight")
+    if args.calibration in POSTERIOR_CALIBRATIONS and args.kl_weight == 0:
+        refuse("kl_weight", f"above 0 with --calibration {args.calibration}: without a prior there is no posterior")
 
 
 SCRIPT = CommandLine(
     description="Train an energy-calibrated VAE on images, with Accelerate: "
     "accelerate launch training/train_ecvae.py --train_data_dir my_images --output_dir my_model --resolution 32",
-    calibrations=("none", "energy"),
-    calibration_help="'none' trains the plain VAE, for comparison.",
+    calibrations=("none", "energy", *POSTERIOR_CALIBRATIONS),
+    calibration_help="What is calibrated: the decoder's samples by an energy model, the encoder's by the posterior itself, or "
+    "both; 'none' trains the plain VAE, for comparison.",
     add_model_arguments=add_model_arguments,
-    add_loss_arguments=add_loss_arguments,
+    add_loss_arguments=lambda group: (add_loss_arguments(group), add_posterior_arguments(group)),
     check=check,
 )
 

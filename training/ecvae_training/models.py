@@ -13,6 +13,8 @@ from ecvae_training.argument_checks import largest_drift_step
 
 
 Networks = tuple[torch.nn.Module | None, EnergyModel | None]
+# Those of `--calibration` that train an energy model.
+ENERGY_CALIBRATIONS = ("energy", "both")
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,7 +49,7 @@ def build_models(
             f"{generator.config.in_channels} channel(s), but the data has {in_channels}: see --in_channels."
         )
     generator = build() if generator is None else generator
-    if args.calibration == "none":
+    if args.calibration not in ENERGY_CALIBRATIONS:
         return generator, None
     return generator, build_energy_model(args, in_channels) if energy_model is None else energy_model
 

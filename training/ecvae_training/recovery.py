@@ -39,20 +39,21 @@ class Recovery:
     Args:
         args: The command line.
         accelerator ([`Accelerator`]): All processes decide the same, on scalars that were averaged over them.
-        generator, energy ([`Trained`]), ema, calibrator: What a state is made of; `None` where there is none.
+        generator, energy ([`Trained`]): The networks; `None` where there is none.
+        parts (`dict`, *optional*): Name -> what else a state is made of, or `None`.
     """
 
     NUMBERS = ("num_rollbacks", "num_breakdowns", "factor", "healthy_since")
 
     def __init__(
-        self, args, accelerator: Accelerator, generator: Trained, energy: Trained | None, ema=None, calibrator=None
+        self, args, accelerator: Accelerator, generator: Trained, energy: Trained | None, parts: dict | None = None
     ):
         self.args, self.accelerator = args, accelerator
         self.output_dir = Path(args.output_dir)
         self.lowered = energy or generator
         pinned = max(GuardLimits.pinned, PINNED_STEPS // args.log_steps)
         self.guard = DivergenceGuard(args.max_dual, GuardLimits(pinned=pinned))
-        parts = {"ema": ema, "calibrator": calibrator, "scaler": accelerator.scaler, "guard": self.guard}
+        parts = {**(parts or {}), "scaler": accelerator.scaler, "guard": self.guard}
         for name, trained in (("generator", generator), ("energy", energy)):
             if trained is not None:
                 parts |= {

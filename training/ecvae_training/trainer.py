@@ -85,11 +85,13 @@ class Trainer:
         if task.energy_model is not None:
             self.energy = build_trained(args, accelerator, task.energy_model, args.energy_learning_rate, num_steps)
             self.calibrator = build_calibrator(args, task.energy_model)
-        self.recovery = Recovery(args, accelerator, self.generator, self.energy, self.ema, self.calibrator)
+        task.prepare(accelerator)
+        own = {"ema": self.ema, "calibrator": self.calibrator, "task": task.state}
+        self.recovery = Recovery(args, accelerator, self.generator, self.energy, own)
         self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
         self.patience = Patience(args.early_stopping_metric, args.early_stopping_patience)
         self.stopwatch = Stopwatch()
-        resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch)
+        resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
 
     @property
@@ -254,6 +256,7 @@ class Trainer:
             self.calibrator.dual_step(constraint)
             if args.langevin_drift_step == "auto":
                 self.calibrator.adapt_drift_step(constraint)
+        self.task.end_step()
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
         scalars |= own

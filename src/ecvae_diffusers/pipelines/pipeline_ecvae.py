@@ -16,6 +16,7 @@ from ..energy import compute_energy, energy_and_gradient, frozen
 from ..hub import write_restoration_code
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
+from ..posterior import PosteriorEnergy, posterior_chain
 from ..schedulers.scheduling_langevin import LangevinScheduler
 from .sampling_inputs import check_generator, check_sampling
 from .self_contained import SelfContained
@@ -271,6 +272,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         self,
         image: PipelineImageInput,
         sample_posterior: bool = False,
+        num_refinement_steps: int = 0,
+        variance: float = 0.5,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
@@ -283,7 +286,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 Images of the model's size: arrays (B, H, W, C) and tensors (B, C, H, W) in [0, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
-            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draw deterministic.
+            num_refinement_steps (`int`, *optional*, defaults to 0):
+                Number of steps, each a decoder pass there and back, by which the latents are brought nearer to the true
+                posterior, -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 but for a constant: of Langevin dynamics from a
+                draw, of gradient descent (towards the likeliest latent) from the mean.
+            variance (`float`, *optional*, defaults to 0.5):
+                s^2 of a pixel, above 0: half of the KL weight that the autoencoder was trained with.
+            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 As for generation; `"latent"` gives the encoding, shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
@@ -292,13 +301,29 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
-            ValueError: if size, channels or range of `image` are not the model's, or a value is not finite.
+            ValueError: if size, channels or range of `image` are not the model's, a value is not finite, or the number of
+                steps or the variance is out of its range.
         """
         self.check_inputs(1, None, None, 1.0, 0, output_type)
+        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
+            raise ValueError(
+                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
+            )
         images = self.prepare_image(image)
         check_generator(generator, images.shape[0])
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        if num_refinement_steps > 0:
+            scheduler = posterior_chain(num_refinement_steps, noise=sample_posterior)
+            energy = PosteriorEnergy(
+                lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
+            )
+            whitened = initial = energy.whiten(latents.float())
+            with frozen(self.vae):
+                for timestep in self.progress_bar(scheduler.timesteps):
+                    gradient = energy_and_gradient(energy, whitened)[1]
+                    whitened = scheduler.step(gradient, timestep, whitened, initial, generator).prev_sample
+            latents = energy.unwhiten(whitened).to(latents.dtype)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
     @torch.no_grad()

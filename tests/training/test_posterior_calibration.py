@@ -1,0 +1,65 @@
+"""`--calibration posterior` and `both`, run as a user runs them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import TINY, metrics, succeed, weights, write_images
+
+from ecvae_diffusers import ECVAEPipeline
+
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "gray")
+
+
+def train(images: Path, output_dir: Path, *arguments) -> list[dict]:
+    succeed("--train_data_dir", images, "--output_dir", output_dir, *TINY, "--log_steps", 1, *arguments)
+    return metrics(output_dir)
+
+
+@pytest.fixture(scope="module")
+def both(images, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("runs") / "both"
+    train(images, output_dir, "--calibration", "both", "--max_train_steps", STEPS)
+    return output_dir
+
+
+def test_both_constraints_have_a_dual_variable_each(both):
+    lines = metrics(both)
+    assert all({"constraint", "dual", "posterior_constraint", "posterior_dual"} <= line.keys() for line in lines)
+    duals = [line["posterior_dual"] for line in lines]
+    assert duals[0] == 1.0 and len(set(duals)) == STEPS and all(0 <= dual <= 10 for dual in duals)
+    # On the way to the posterior, a chain's ends are decoded with a smaller error.
+    assert sum(line["refined_reconstruction"] < line["reconstruction"] for line in lines) > STEPS / 2
+    assert ECVAEPipeline.from_pretrained(both).energy_model is not None
+
+
+def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
+    """The posterior's dual variable is in the checkpoint too."""
+    arguments = ("--calibration", "both", "--checkpointing_steps", STEPS // 2)
+    train(images, tmp_path / "cut", *arguments, "--max_train_steps", STEPS // 2)
+    lines = train(
+        images, tmp_path / "cut", *arguments, "--max_train_steps", STEPS, "--resume_from_checkpoint", "latest"
+    )
+    assert lines[-1]["posterior_dual"] == metrics(both)[-1]["posterior_dual"]
+    whole, cut = weights(both), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_the_posterior_alone_has_no_energy_model(images, tmp_path):
+    """And with the decoder left out and a pinned 0 the run is that without calibration, but for its logs."""
+    off = ("--posterior_decoder_weight", 0, "--initial_posterior_dual", 0, "--posterior_tolerance", "1e9")
+    lines = train(images, tmp_path / "off", "--calibration", "posterior", *off, "--max_train_steps", 1)
+    assert "constraint" not in lines[-1] and "refined_reconstruction" not in lines[-1]
+    pipe = ECVAEPipeline.from_pretrained(tmp_path / "off")
+    assert pipe.energy_model is None and pipe.scheduler is None
+    plain = train(images, tmp_path / "none", "--calibration", "none", "--max_train_steps", 1)
+    for name in ("reconstruction", "kl", "gradient_norm"):
+        assert lines[-1][name] == plain[-1][name]
+    whole, other = weights(tmp_path / "none"), weights(tmp_path / "off")
+    assert whole.keys() == other.keys() and all(torch.equal(whole[key], other[key]) for key in whole)
