@@ -29,7 +29,14 @@ from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features  # noqa: E402
 from ecvae_training.digits import NUM_TRAIN, load_digits, sample_images, train_digit_features, write_digits  # noqa: E402
 from ecvae_training.images import to_range  # noqa: E402
-from ecvae_training.output import ARGUMENTS_FILE, EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, read_metrics  # noqa: E402
+from ecvae_training.output import (  # noqa: E402
+    ARGUMENTS_FILE,
+    EVALUATIONS_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    is_finished,
+    read_metrics,
+)
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "training" / "train_ecvae.py"
@@ -147,22 +154,22 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def train(data, folder: Path, seed: int, num_steps: int, *arguments: str) -> None:
+def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script: Path = SCRIPT) -> None:
     """
-    Run the training script as a user would, alone in its process, or what is left of a run that was cut off.
+    Run a training script as a user would, alone in its process, or what is left of a run that was cut off.
 
     Raises:
         ValueError: if there is a finished run of another length.
     """
     arguments = ("--max_train_steps", str(num_steps), *arguments)
-    if (folder / "model_index.json").is_file():
+    if is_finished(folder):
         found = json.loads((folder / ARGUMENTS_FILE).read_text())["max_train_steps"]
         if found != num_steps:
             raise ValueError(
                 f"--max_train_steps is {num_steps}, but {folder.name} was trained for {found}: see --output_dir."
             )
         return
-    command = [sys.executable, str(SCRIPT), *data.data_arguments, *data.arguments, "--output_dir", str(folder)]
+    command = [sys.executable, str(script), *data.data_arguments, *data.arguments, "--output_dir", str(folder)]
     command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1", *arguments]
     if any(folder.glob("checkpoint-*")):
         command += ["--resume_from_checkpoint", "latest"]

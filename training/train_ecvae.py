@@ -12,6 +12,7 @@ is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration
 import torch
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
+from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup, squared_error
 from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, parse_args
 from ecvae_training.images import to_range
@@ -23,6 +24,8 @@ from ecvae_training.task import Task, evaluating
 
 # Enough for a mean that is known to a few per cent.
 NUM_VARIANCE_IMAGES = 2048
+# What an evaluation while training spends on the bounds on the likelihood of training images.
+NUM_LIKELIHOOD_IMAGES, IMPORTANCE_SAMPLES, AMORTISATION_STEPS = 32, 64, 100
 
 
 class ECVAETask(Task):
@@ -76,6 +79,21 @@ class ECVAETask(Task):
 
     def draw(self, real, noise):
         return noise.normal(len(real), *self.latent_shape)
+
+    def measure(self, generator, images):
+        """The importance-weighted bound, the evidence lower bound and the amortisation gap, in nats an image."""
+        if self.args.kl_weight == 0:
+            return {}  # there is no likelihood that the loss stands for
+        images = to_range(images[:NUM_LIKELIHOOD_IMAGES].to(generator.device))
+        bounds = posterior_bounds(
+            images,
+            generator,
+            IMPORTANCE_SAMPLES,
+            AMORTISATION_STEPS,
+            self.args.kl_weight / 2,
+            batch_size=self.args.train_batch_size,
+        )
+        return {name: values.mean().item() for name, values in bounds.items()}
 
     def latents(self, count, seed):
         return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))

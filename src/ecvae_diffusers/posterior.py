@@ -18,12 +18,17 @@ sigma^2, whose stationary law is the posterior but for terms of the order of a.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .energy import frozen
 from .schedulers.scheduling_langevin import LangevinScheduler
+from .variational import likelihood_bounds
 
 
 # The two forms of the constraint: the squared distance of latents to their chain's ends, or the ends' -log q.
@@ -176,3 +181,61 @@ def optimized_posterior(
     mean = energy.unwhiten(moved.detach())
     log_variance = 2 * energy.std.log() + widened.detach()
     return DiagonalGaussianDistribution(torch.cat([mean, log_variance], dim=1))
+
+
+@dataclass
+class PosteriorBounds(BaseOutput):
+    """
+    Output of `posterior_bounds`: nats an image, shape (B,), float32.
+
+    Args:
+        importance_weighted (`torch.Tensor`): The importance-weighted bound on log p(x).
+        elbo (`torch.Tensor`): The evidence lower bound.
+        amortisation_gap (`torch.Tensor`): How much higher the bound is of the posterior optimised for each image.
+    """
+
+    importance_weighted: torch.Tensor
+    elbo: torch.Tensor
+    amortisation_gap: torch.Tensor
+
+
+def posterior_bounds(
+    images: torch.Tensor,
+    vae: nn.Module,
+    num_samples: int = 500,
+    num_steps: int = 200,
+    variance: float = 0.5,
+    generator: torch.Generator | None = None,
+    batch_size: int = 256,
+) -> PosteriorBounds:
+    """
+    How likely images are, and how much of that the encoder leaves.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
+        vae ([`AutoencoderEC`]): Held still meanwhile.
+        num_samples, variance, generator, batch_size: As for [`~variational.likelihood_bounds`].
+        num_steps (`int`, *optional*, defaults to 200): As for `optimized_posterior`.
+
+    Returns:
+        [`PosteriorBounds`]
+    """
+    generator = torch.Generator(images.device).manual_seed(0) if generator is None else generator
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents).sample
+
+    with frozen(vae):
+        with torch.no_grad():
+            posterior = vae.encode(images).latent_dist
+        state = generator.get_state()
+        bounds = likelihood_bounds(images, posterior, decode, num_samples, variance, generator, batch_size)
+        best = optimized_posterior(images, posterior, decode, variance, num_steps, generator=generator)
+        # The same draws for both, whose noise is then in neither's favour.
+        generator.set_state(state)
+        best_bounds = likelihood_bounds(images, best, decode, num_samples, variance, generator, batch_size)
+    return PosteriorBounds(
+        importance_weighted=bounds.importance_weighted,
+        elbo=bounds.elbo,
+        amortisation_gap=best_bounds.elbo - bounds.elbo,
+    )

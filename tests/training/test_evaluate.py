@@ -134,6 +134,7 @@ def test_figures_are_those_of_the_library(evaluation, files):
     assert set(found) == {"stripes", "noise"} and set(found["noise"]) == {"energy", "error"}
     bounds = evaluation["likelihood"]["measures"]
     assert bounds["elbo"] < bounds["importance_weighted"]
+    assert 0 < bounds["amortisation_gap"] < 100
 
 
 def test_two_processes_give_the_figures_of_one(files, arguments, evaluation):

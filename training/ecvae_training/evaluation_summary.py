@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ecvae_diffusers.metrics import GenerationMetrics, nearest_neighbours, out_of_distribution_auroc
-from ecvae_training.evaluation_work import LIKELIHOOD_VARIANCE, Work
+from ecvae_training.evaluation_work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
 from ecvae_training.images import to_range
 from ecvae_training.output import image_grid
 
@@ -122,6 +122,7 @@ def held_out_measures(work: Work, test: dict[str, torch.Tensor], protocol: dict)
                 "unit": "nats an image, density of images in [-1, 1]",
                 "variance": LIKELIHOOD_VARIANCE,
                 "importance_samples": work.args.importance_samples,
+                "amortisation_steps": AMORTISATION_STEPS,
             },
             "measures": {name: value.double().mean().item() for name, value in bounds.items()},
         }

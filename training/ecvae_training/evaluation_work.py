@@ -10,7 +10,8 @@ from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import reconstruction_metrics
-from ecvae_diffusers.variational import likelihood_bounds, squared_error
+from ecvae_diffusers.posterior import posterior_bounds
+from ecvae_diffusers.variational import squared_error
 from ecvae_training.evaluation import load_features
 from ecvae_training.evaluation_parts import Parts
 from ecvae_training.images import to_range, to_uint8
@@ -20,6 +21,8 @@ PART_SIZE = 250
 LIKELIHOOD_PART_SIZE = 8
 # What the training loss stands for at beta 1.
 LIKELIHOOD_VARIANCE = 0.5
+# By which the posterior of each image is optimised, for the amortisation gap.
+AMORTISATION_STEPS = 200
 LEAST_SIZE_FOR_SSIM = 11
 
 
@@ -169,15 +172,13 @@ class Work:
         return found | {"reconstructed": self.features_of(found["reconstructed"])}
 
     def likelihood_part(self, index: int) -> dict[str, torch.Tensor]:
-        vae, test = self.model.pipeline.vae, self.images["test"][: self.num_likelihood_images]
+        test = self.images["test"][: self.num_likelihood_images]
         images = to_range(self.split(test, index, LIKELIHOOD_PART_SIZE).to(self.device))
-        with torch.no_grad():
-            posterior = vae.encode(images).latent_dist
-        bounds = likelihood_bounds(
+        bounds = posterior_bounds(
             images,
-            posterior,
-            lambda latents: vae.decode(latents).sample,
+            self.model.pipeline.vae,
             self.args.importance_samples,
+            AMORTISATION_STEPS,
             LIKELIHOOD_VARIANCE,
             torch.Generator().manual_seed(index),
             batch_size=max(self.args.batch_size, len(images)),

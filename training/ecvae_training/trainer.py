@@ -352,6 +352,8 @@ class Trainer:
         """Measure, and keep the best pipeline in `best/`."""
         measures = self.evaluation.measure(self.exported, self.output_dir, self.step)
         best = self.patience.is_best(measures, self.step)
+        if self.accelerator.is_main_process:
+            measures |= self.task.measure(self.exported, self.evaluation.reference)
         logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measures.items()))
         if self.accelerator.is_main_process:
             RunLog(self.output_dir / EVALUATIONS_FILE).write(

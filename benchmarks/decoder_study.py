@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Calibration of other people's decoders: `python benchmarks/decoder_study.py --cifar10 DATASET --output_dir STUDY`.
+
+A small `AutoencoderKL` and a small `AutoencoderTiny` of CIFAR-10 (32 px, 256 latent numbers for 3,072) are trained here on the
+squared error; then their decoders are trained on, equal iterations, without calibration and with it. Of 5,000 test images: PSNR of the
+reconstructions, and their Frechet and kernel distance (EfficientNet-Lite0's features) to the originals. `--picture PNG` shows some. Rows that
+STUDY/decoder.jsonl holds already are not made again.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from chain_study import run_folder
+from command_line import positive, whole_number
+from diffusers import AutoencoderKL, AutoencoderTiny
+from study import RememberedFeatures, Results, against, epochs, reference, train, versions
+from tqdm import tqdm
+
+from ecvae_diffusers.metrics import lite0_features, reconstruction_metrics
+from ecvae_training.decoders import CalibratedDecoder
+from ecvae_training.evaluation_data import draw_images, open_source
+from ecvae_training.images import to_range, to_uint8
+from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
+
+
+NUM_TRAIN, NUM_TEST, RESOLUTION, BATCH = 20_000, 5_000, 32, 64
+SCRIPT = Path(__file__).resolve().parents[1] / "training" / "calibrate_decoder.py"
+
+
+def kl() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=8, latent_channels=4, sample_size=RESOLUTION,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+def tiny() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(32, 64, 64), decoder_block_out_channels=(64, 64, 32), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1), latent_channels=4,
+    )  # fmt: skip
+
+
+MODELS = {"AutoencoderKL": kl, "AutoencoderTiny": tiny}
+ENERGY = ["--calibration", "energy"]
+SETTINGS = {
+    "as it was": None,
+    "trained on": ["--calibration", "none"],
+    "calibrated": ENERGY,
+    "calibrated, reconstruction weight 0.3": [*ENERGY, "--reconstruction_weight", "0.3"],
+    "calibrated, reconstruction weight 0.1": [*ENERGY, "--reconstruction_weight", "0.1"],
+    "calibrated, K 1": [*ENERGY, "--langevin_steps", "1"],
+}
+
+
+class Cifar10:
+    """CIFAR-10, its test images' features, and the autoencoders."""
+
+    name = "decoder"
+    arguments = [
+        "--resolution", str(RESOLUTION), "--energy_block_out_channels", "32", "64", "128", "128", "--max_train_samples",
+        str(NUM_TRAIN), "--log_steps", "50", "--save_images_steps", "1000",
+    ]  # fmt: skip
+
+    def __init__(self, folder: Path, dataset: str):
+        self.folder = folder
+        self.data_arguments = ["--dataset_name", dataset]
+
+        def images(split: str, count: int) -> torch.Tensor:
+            return draw_images(open_source("cifar10", dataset, split, None, None, None), count, RESOLUTION, 3, 0, True)
+
+        self.train, self.test = images("train", NUM_TRAIN), images("test", NUM_TEST)
+        features = lite0_features()
+        self.metrics = reference(RememberedFeatures(features, folder / "features"), self.test)
+        self.metrics.features = features
+
+    def pretrained(self, model: str, seed: int, num_steps: int) -> Path:
+        """The autoencoder to begin with, trained on the squared error and a trace of the KL divergence."""
+        folder = self.folder / f"{model}_{seed}"
+        if (folder / "config.json").is_file():
+            return folder
+        torch.manual_seed(seed)
+        network = MODELS[model]().train().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, num_steps)
+        batches = epochs(self.train, BATCH)
+        for _ in tqdm(range(num_steps), desc=f"Training {model}"):
+            real = next(batches)
+            encoded, divergence = network.encode(real), 0.0
+            if "latent_dist" in encoded:
+                latents, divergence = encoded.latent_dist.sample(), 1e-3 * encoded.latent_dist.kl().mean()
+            else:
+                latents = encoded.latents
+            loss = (network.decode(latents).sample - real).square().flatten(1).sum(1).mean() + divergence
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        network.save_pretrained(folder)
+        return folder
+
+
+@torch.no_grad()
+def reconstructions(model: str, folder: Path, images: torch.Tensor) -> torch.Tensor:
+    """uint8, of the mode of the posterior."""
+    loaded = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[model].from_pretrained(folder)
+    decoder = CalibratedDecoder(loaded.eval(), str(folder))
+    return torch.cat([to_uint8(decoder(decoder.encode(to_range(part)))) for part in tqdm(images.split(250))])
+
+
+def measured_row(data: Cifar10, model: str, folder: Path) -> dict:
+    found = reconstructions(model, folder, data.test)
+    row = against(data.metrics, found)
+    row["psnr"] = reconstruction_metrics(found / 255, data.test / 255)["psnr"].mean().item()
+    if (folder / METRICS_FILE).is_file():
+        last = read_metrics(folder / METRICS_FILE)[-1]
+        row |= {key: last[key] for key in ("training_seconds", "dual", "drift") if key in last}
+    return row
+
+
+def table(results: Results) -> str:
+    lines = [
+        "| autoencoder | decoder | Frechet distance, each seed | median | kernel distance | PSNR, dB | mean | lambda |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        for name in SETTINGS:
+            rows = results.of(f"{model}, {name}")
+            if rows:
+                distances = [row["frechet_distance"] for row in rows]
+                lines.append(
+                    f"| {model} | {name} | {', '.join(f'{d:.1f}' for d in distances)} | {statistics.median(distances):.1f} | "
+                    f"{', '.join(format(row['kernel_distance'], '.4f') for row in rows)} | "
+                    f"{', '.join(format(row['psnr'], '.2f') for row in rows)} | {statistics.mean(row['psnr'] for row in rows):.2f} | "
+                    f"{', '.join(format(row['dual'], '.0f') for row in rows if 'dual' in row)} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar10", metavar="DATASET", required=True, help="Hub id or folder")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--pretraining_steps", type=positive, default=3000)
+    parser.add_argument("--max_train_steps", type=positive, default=2000)
+    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
+    parser.add_argument("--picture", type=Path, help="reconstructions of the first seed: a row a setting")
+    args = parser.parse_args()
+    results = Results(args.output_dir / "decoder.jsonl", NUM_TEST)
+
+    def folder_of(model: str, name: str, seed: int) -> Path:
+        if SETTINGS[name] is None:
+            return data.pretrained(model, seed, args.pretraining_steps)
+        return run_folder(args.output_dir, model, name, seed)
+
+    if not args.table or args.picture is not None:
+        data = Cifar10(args.output_dir, args.cifar10)
+    if not args.table:
+        print(f"CIFAR-10, {NUM_TRAIN:,} images; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
+
+        def make(setting: str, seed: int) -> dict:
+            model, _, name = setting.partition(", ")
+            folder = folder_of(model, name, seed)
+            if SETTINGS[name] is not None:
+                start = data.pretrained(model, seed, args.pretraining_steps)
+                own = ["--pretrained_model_name_or_path", str(start), *SETTINGS[name]]
+                train(data, folder, seed, args.max_train_steps, *own, script=SCRIPT)
+            return measured_row(data, model, folder)
+
+        chosen = [f"{model}, {name}" for model in args.models for name in args.settings]
+        results.fill(chosen, args.seeds, make, args.max_train_steps)
+    print(table(results))
+    if args.picture is not None:
+        originals = data.test[:12]
+        rows = [originals]
+        for model in args.models:
+            rows += [reconstructions(model, folder_of(model, n, args.seeds[0]), originals) for n in args.settings]
+        image_grid(to_range(torch.cat(rows)), num_columns=len(originals)).save(args.picture)
+
+
+if __name__ == "__main__":
+    main()
