@@ -5,8 +5,9 @@
 
 import inspect
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.nn as nn
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
@@ -77,6 +79,72 @@ def energy_and_gradient(
         sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
         energy = compute_energy(energy_model, sample, dtype)
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
+
+
+DRIFT_STEP = 0.1
+
+
+class PosteriorEnergy:
+    """
+    U of a batch of images, as a function of whitened latents: an energy for `EnergyCalibrator.calibrate(..., energy_model=)`.
+
+    Args:
+        decode (`Callable`): G: latents (B, d, 1, 1) -> images (B, C, H, W).
+        images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
+        posterior (`DiagonalGaussianDistribution`): q(z|x); its mean and standard deviation are taken as they are now.
+        variance (`float`): s^2 > 0, a pixel.
+
+    Raises:
+        ValueError: if `variance` is not above 0.
+    """
+
+    def __init__(
+        self, decode: Callable, images: torch.Tensor, posterior: DiagonalGaussianDistribution, variance: float
+    ):
+        if not 0 < variance < math.inf:
+            raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
+        self.decode, self.images, self.variance = decode, images, variance
+        self.mean, self.std = posterior.mean.detach().float(), posterior.std.detach().float()
+
+    def whiten(self, latents: torch.Tensor) -> torch.Tensor:
+        """u = (z - m) / sigma, with gradients to z alone."""
+        return (latents - self.mean) / self.std
+
+    def unwhiten(self, whitened: torch.Tensor) -> torch.Tensor:
+        """z = m + sigma u."""
+        return self.mean + self.std * whitened
+
+    def __call__(self, whitened: torch.Tensor) -> torch.Tensor:
+        """U(m + sigma u), one number an image: shape (B,)."""
+        latents = self.unwhiten(whitened)
+        error = (self.decode(latents).float() - self.images.float()).square().flatten(1).sum(1)
+        return error / (2 * self.variance) + latents.square().flatten(1).sum(1) / 2
+
+
+def refine(
+    energy: PosteriorEnergy,
+    whitened: torch.Tensor,
+    steps: Iterable,
+    noise: bool,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """
+    The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U. Written out, because a
+    pipeline on the Hub has no scheduler but the one it was saved with.
+
+    Args:
+        energy ([`PosteriorEnergy`]): U, of a decoder that is held still.
+        whitened (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, float32.
+        steps (`Iterable`): As many as there are to be steps, a progress bar for example.
+        noise (`bool`): Whether to draw it.
+        generator (`torch.Generator` or a list of one an image, *optional*): Draws the noise.
+    """
+    for _ in steps:
+        whitened = whitened - DRIFT_STEP * energy_and_gradient(energy, whitened)[1]
+        if noise:
+            normal = randn_tensor(whitened.shape, generator=generator, device=whitened.device, dtype=whitened.dtype)
+            whitened = whitened + math.sqrt(2 * DRIFT_STEP) * normal
+    return whitened
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
@@ -440,6 +508,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         self,
         image: PipelineImageInput,
         sample_posterior: bool = False,
+        num_refinement_steps: int = 0,
+        variance: float = 0.5,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
@@ -452,7 +522,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 Images of the model's size: arrays (B, H, W, C) and tensors (B, C, H, W) in [0, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
-            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draw deterministic.
+            num_refinement_steps (`int`, *optional*, defaults to 0):
+                Number of steps, each a decoder pass there and back, by which the latents are brought nearer to the true
+                posterior, -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 but for a constant: of Langevin dynamics from a
+                draw, of gradient descent (towards the likeliest latent) from the mean.
+            variance (`float`, *optional*, defaults to 0.5):
+                s^2 of a pixel, above 0: half of the KL weight that the autoencoder was trained with.
+            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 As for generation; `"latent"` gives the encoding, shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
@@ -461,13 +537,26 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
-            ValueError: if size, channels or range of `image` are not the model's, or a value is not finite.
+            ValueError: if size, channels or range of `image` are not the model's, a value is not finite, or the number of
+                steps or the variance is out of its range.
         """
         self.check_inputs(1, None, None, 1.0, 0, output_type)
+        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
+            raise ValueError(
+                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
+            )
         images = self.prepare_image(image)
         check_generator(generator, images.shape[0])
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        if num_refinement_steps > 0:
+            energy = PosteriorEnergy(
+                lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
+            )
+            steps = self.progress_bar(range(num_refinement_steps))
+            with frozen(self.vae):
+                whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
+            latents = energy.unwhiten(whitened).to(latents.dtype)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ sigma^2, whose stationary law is the posterior but for terms of the order of a.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +26,17 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .energy import frozen
+from .energy import energy_and_gradient, frozen
 from .schedulers.scheduling_langevin import LangevinScheduler
 from .variational import likelihood_bounds
 
 
 # The two forms of the constraint: the squared distance of latents to their chain's ends, or the ends' -log q.
 FORMS = ("log_prob", "squared_error")
+
+
+# a, on whitened latents: a tenth of the step that is 1 in a standard normal posterior.
+DRIFT_STEP = 0.1
 
 
 class PosteriorEnergy:
@@ -73,19 +77,44 @@ class PosteriorEnergy:
 
 
 def posterior_chain(
-    num_steps: int, drift_step_size: float = 0.1, conditioning_weight: float = 0.0, noise: bool = True
+    num_steps: int, drift_step_size: float = DRIFT_STEP, conditioning_weight: float = 0.0
 ) -> LangevinScheduler:
     """
     The chain of K steps on whitened latents: with a noise of sqrt(2 a) it leaves the posterior as it is, but for terms of
-    the order of a; without noise it is gradient descent on U. Steps are stable below 2 over the largest curvature of U in u,
-    which is 1 where q is right.
+    the order of a. Steps are stable below 2 over the largest curvature of U in u, which is 1 where q is right.
     """
     return LangevinScheduler(
         num_steps=num_steps,
         drift_step_size=drift_step_size,
-        noise_scale=math.sqrt(2 * drift_step_size) if noise else 0.0,
+        noise_scale=math.sqrt(2 * drift_step_size),
         conditioning_weight=conditioning_weight,
     )
+
+
+def refine(
+    energy: PosteriorEnergy,
+    whitened: torch.Tensor,
+    steps: Iterable,
+    noise: bool,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """
+    The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U. Written out, because a
+    pipeline on the Hub has no scheduler but the one it was saved with.
+
+    Args:
+        energy ([`PosteriorEnergy`]): U, of a decoder that is held still.
+        whitened (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, float32.
+        steps (`Iterable`): As many as there are to be steps, a progress bar for example.
+        noise (`bool`): Whether to draw it.
+        generator (`torch.Generator` or a list of one an image, *optional*): Draws the noise.
+    """
+    for _ in steps:
+        whitened = whitened - DRIFT_STEP * energy_and_gradient(energy, whitened)[1]
+        if noise:
+            normal = randn_tensor(whitened.shape, generator=generator, device=whitened.device, dtype=whitened.dtype)
+            whitened = whitened + math.sqrt(2 * DRIFT_STEP) * normal
+    return whitened
 
 
 def stationary_constraint(scheduler: LangevinScheduler, num_latents: int, form: str) -> float:

@@ -1,4 +1,7 @@
-"""What holds for `train_ecvae.py` with several processes holds for the other training scripts. Slow: `make test-slow`."""
+"""
+What holds for `train_ecvae.py` with several processes holds for the other training scripts, and with posteriors calibrated too.
+Slow: `make test-slow`.
+"""
 
 import os
 import subprocess
@@ -9,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from training_runs import (
     SCRIPTS,
+    TINY,
     TINY_DECODER,
     TINY_FLOW,
     metrics,
@@ -20,7 +24,12 @@ from training_runs import (
 
 
 STEPS = 20
-HEADLINES = {"train_flow": "bits_per_dimension", "calibrate_decoder": "reconstruction"}
+HEADLINES = {
+    "train_flow": ("bits_per_dimension",),
+    "calibrate_decoder": ("reconstruction",),
+    # With posteriors calibrated too.
+    "train_ecvae": ("reconstruction", "kl", "posterior_constraint", "posterior_dual", "refined_reconstruction"),
+}
 
 
 def run_ranks(num_processes: int, name: str, *arguments) -> None:
@@ -38,6 +47,8 @@ def script(request, tmp_path_factory) -> tuple[str, list]:
     arguments = ["--train_data_dir", write_images(folder / "images", count=64), "--log_steps", 1, "--random_flip"]
     if request.param == "train_flow":
         return request.param, [*arguments, *TINY_FLOW]
+    if request.param == "train_ecvae":
+        return request.param, [*arguments, *TINY, "--calibration", "both"]
     model = write_autoencoder(folder / "autoencoder")
     own = ["--pretrained_model_name_or_path", model, "--gradient_checkpointing"]
     return request.param, [*arguments, *TINY_DECODER, *own]
@@ -55,7 +66,7 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(script, two_rank
     name, arguments = script
     run_ranks(1, name, *arguments, "--output_dir", tmp_path, "--max_train_steps", STEPS, "--train_batch_size", 16)
     for a, b in list(zip(metrics(tmp_path), metrics(two_ranks), strict=True))[:10]:
-        for measure in (HEADLINES[name], "constraint", "dual", "gradient_norm", "energy_gradient_norm"):
+        for measure in (*HEADLINES[name], "constraint", "dual", "gradient_norm", "energy_gradient_norm"):
             assert a[measure] == pytest.approx(b[measure], rel=1e-3), (a["step"], measure)
     one, two = weights(tmp_path), weights(two_ranks)
     assert one.keys() == two.keys()

@@ -122,6 +122,19 @@ def training_charts(run: Run) -> list[Chart]:
             healthy=None if math.isnan(units) else (max(1.0, MIN_ACTIVE * units), units),
         ),
         Chart(
+            "variance of the posterior", steps, curves(posterior_variance="q's variance"),
+            "Averaged over images and latent dimensions. 1 is the prior's; a steady fall to 0 is a posterior that shrinks.",
+            log=True,
+        ),
+        Chart(
+            "posterior's constraint", steps, curves(posterior_constraint="constraint"),
+            "What --posterior_tolerance bounds: how far the chains on the images' posteriors lead away from q.",
+        ),
+        Chart(
+            "posterior's dual variable", steps, curves(posterior_dual="dual variable"),
+            "The weight of the posterior's constraint. At its bound the constraint is not kept, whatever the encoder learns.",
+        ),
+        Chart(
             "gradient norms", steps, curves(gradient_norm="generator", energy_gradient_norm="energy model"),
             "Healthy in a steady band. Growth over decades is divergence; an energy model whose norm vanishes is dead.",
             log=True,
@@ -165,6 +178,15 @@ def evaluation_charts(run: Run) -> list[Chart]:
         Chart(
             "precision, recall, density, coverage", steps, shares,
             "Precision and density: how many samples look like data; recall and coverage: how much of the data is met.",
+        ),
+        Chart(
+            "bounds on the likelihood", steps,
+            [Curve(name, series(records, key)) for key, name in (("importance_weighted", "importance-weighted"), ("elbo", "ELBO"))],
+            "Nats an image, of training images. Between the two lies what q leaves of the posterior.",
+        ),
+        Chart(
+            "amortisation gap", steps, [Curve("amortisation gap", series(records, "amortisation_gap"))],
+            "Nats an image: by how much the bound rises where q is optimised for each image. 0 is an encoder that leaves nothing.",
         ),
     ]  # fmt: skip
 

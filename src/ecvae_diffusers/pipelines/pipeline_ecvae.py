@@ -16,7 +16,7 @@ from ..energy import compute_energy, energy_and_gradient, frozen
 from ..hub import write_restoration_code
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
-from ..posterior import PosteriorEnergy, posterior_chain
+from ..posterior import PosteriorEnergy, refine
 from ..schedulers.scheduling_langevin import LangevinScheduler
 from .sampling_inputs import check_generator, check_sampling
 from .self_contained import SelfContained
@@ -314,15 +314,12 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         if num_refinement_steps > 0:
-            scheduler = posterior_chain(num_refinement_steps, noise=sample_posterior)
             energy = PosteriorEnergy(
                 lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
             )
-            whitened = initial = energy.whiten(latents.float())
+            steps = self.progress_bar(range(num_refinement_steps))
             with frozen(self.vae):
-                for timestep in self.progress_bar(scheduler.timesteps):
-                    gradient = energy_and_gradient(energy, whitened)[1]
-                    whitened = scheduler.step(gradient, timestep, whitened, initial, generator).prev_sample
+                whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
             latents = energy.unwhiten(whitened).to(latents.dtype)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
