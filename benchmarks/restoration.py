@@ -3,7 +3,7 @@
 """Zero-shot restoration of held-out images: `python benchmarks/restoration.py --ecvae RUN --vae RUN --output_dir STUDY`.
 
 256 images of the test split (digits; Fashion-MNIST with `--fashion_mnist DATASET`), which neither model was trained on, by the EC-VAE,
-by the same algorithm with the uncalibrated VAE, by A^+ (with noise also the damped A_s, s = sigma^2 over the images' mean square) and by scikit-image's methods, whose weights are the best for these very images. PSNR and SSIM are of the mean of M answers, feature distance
+by the same algorithm with the uncalibrated VAE, by A^+ (with noise also the damped A_s, s = sigma^2 over the images' mean square) and by scikit-image's methods, whose weights are the best for these very images. PSNR and SSIM are of the mean of `--num_restorations` answers, feature distance
 (Frechet, single answers against the clean images) of the first. `--steps` gives the quality at 5 to 100 decoder passes, `--reliability` a picture of
 how many pixels lie within how many standard deviations, M = 16. Rows that STUDY/restoration_<data>.jsonl holds already are not made again.
 """
@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from command_line import positive
 from evaluate_restoration import load, table, task_names
 from study import FashionMNIST, RememberedFeatures, Results, reference, versions
 
@@ -21,7 +22,7 @@ from ecvae_training.images import to_range
 from ecvae_training.restoration_tasks import Task, as_answers, classical, coverage, measures, restore
 
 
-NUM_IMAGES, NOISES, NUM_RESTORATIONS = 256, (0.0, 0.05), 8
+NUM_IMAGES, NOISES = 256, (0.0, 0.05)
 STEPS = (5, 10, 20, 50, 75, 100)
 FACTORS = tuple(i / 10 for i in range(1, 31))
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="ours at 5 to 100 decoder passes")
     parser.add_argument("--reliability", type=Path, help="write this picture, of 16 answers")
     parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--num_restorations", type=positive, default=8, help="M, answers an image")
     args = parser.parse_args()
     name = "digits" if args.fashion_mnist is None else FashionMNIST.name
     images = held_out(args.fashion_mnist)
@@ -92,7 +94,7 @@ def main() -> None:
             kwargs = {"num_inference_steps": int(steps[0].split()[0])} if steps else {}
             if pipeline == "EC-VAE":
                 kwargs["energy_weight"] = args.energy_weight
-            answers = restore(pipelines[pipeline], task, NUM_RESTORATIONS, 64, 0, **kwargs)
+            answers = restore(pipelines[pipeline], task, args.num_restorations, 64, 0, **kwargs)
         return {"noise_std": noise_std, "task": task_name, "method": method} | measures(task, answers, metrics)
 
     methods = (
