@@ -99,15 +99,24 @@ def test_which_form_brings_an_amortised_posterior_to_the_true_one(form):
         assert ratio.max() < 0.5  # and on the way its whitened chain comes to a standstill
 
 
-def test_log_form_is_0_for_samples_of_q_and_its_gradient_that_of_the_log_probability():
-    q = posterior_of(randn(6, LATENTS, 1, 1).requires_grad_(), randn(6, LATENTS, 1, 1, seed=2).exp())
+def test_log_form_is_a_difference_of_log_probabilities_and_0_without_a_move():
+    q = posterior_of(randn(6, LATENTS, 1, 1).requires_grad_(), randn(6, LATENTS, 1, 1, seed=2).exp().requires_grad_())
     energy = PosteriorEnergy(LinearDecoder(), randn(6, 1, 2, 4), q, VARIANCE)
-    targets = randn(6, LATENTS, 1, 1, seed=3)
-    found = negative_log_posterior(q, energy)(targets, targets)
-    latents = energy.unwhiten(targets)
+    distance = negative_log_posterior(q, energy)
+    samples, targets = randn(6, LATENTS, 1, 1, seed=4), randn(6, LATENTS, 1, 1, seed=3)
     normal = torch.distributions.Normal(q.mean, q.std)
-    expected = (-normal.log_prob(latents) - normal.entropy()).flatten(1).sum(1)
+
+    def log_prob(whitened: torch.Tensor) -> torch.Tensor:
+        return normal.log_prob(energy.unwhiten(whitened)).flatten(1).sum(1)
+
+    found, expected = distance(samples, targets), log_prob(samples) - log_prob(targets)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(
+        *(torch.autograd.grad(value.sum(), (q.mean, q.std), retain_graph=True) for value in (found, expected))
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    still = distance(targets, targets)
+    assert (still == 0).all() and (torch.autograd.grad(still.sum(), q.mean)[0] == 0).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

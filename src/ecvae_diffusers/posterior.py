@@ -146,10 +146,18 @@ def stationary_constraint(scheduler: LangevinScheduler, num_latents: int, form: 
 
 
 def negative_log_posterior(posterior: DiagonalGaussianDistribution, energy: PosteriorEnergy) -> Callable:
-    """
-    The other form of the constraint, for `EnergyCalibrator.calibrate(..., distance=)`: -log q(z~|x) less the entropy that q
-    has now, in nats an image, which is 0 in the mean where the ends z~ of the chain are samples of q itself. Unlike the
-    squared distance between a sample and its chain's end, it widens q where the chain's ends lie wider.
+    r"""
+    The other form of the constraint, for `EnergyCalibrator.calibrate(..., distance=)`: by how much less likely under q the
+    chain's ends are than the samples it began at,
+
+    .. math:: \log q(\operatorname{sg}[z_0] | x) - \log q(\operatorname{sg}[\tilde z] | x), \qquad z_0 \sim q,
+
+    in nats an image. Its gradient has the mean of that of -log q(z~|x), since the score of q has none over samples of q; but
+    where the ends lie where the samples lay it has no variance either, as -log q(z~|x) alone has.
+
+    For short chains of small steps it is 0 in the mean where E_q grad U = 0 and E_q u grad U = 1, which is where q has the
+    highest evidence lower bound; the longer the chain, the more q covers the posterior. Unlike the squared distance between a
+    sample and its chain's end, it widens q where the ends lie wider.
 
     Args:
         posterior (`DiagonalGaussianDistribution`): q(z|x), with gradients.
@@ -157,11 +165,11 @@ def negative_log_posterior(posterior: DiagonalGaussianDistribution, energy: Post
     """
 
     def distance(samples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        latents = energy.unwhiten(targets)
-        squared = ((latents - posterior.mean) / posterior.std).square()
-        # log sigma as it is now is in the entropy: it has no value here, but a gradient.
-        widening = 0.5 * posterior.logvar - energy.std.log()
-        return (0.5 * (squared - 1) + widening).flatten(1).sum(1)
+        def squared(whitened: torch.Tensor) -> torch.Tensor:
+            return ((energy.unwhiten(whitened.detach()) - posterior.mean) / posterior.std).square()
+
+        # The logarithm of sigma is in both, and cancels.
+        return 0.5 * (squared(targets) - squared(samples)).flatten(1).sum(1)
 
     return distance
 

@@ -1,11 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""training/evaluate.py as a user runs it: figures that are right, the same of any number of processes, and gone on with."""
+"""training/evaluate.py as a user runs it: figures that are right, and kept. Kills and processes: tests/slow."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from evaluate import parse_args
-from training_runs import write_images
+from evaluation_runs import SMALL, arguments_for, run, write_files
 
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
@@ -24,44 +21,14 @@ from ecvae_training.evaluation_work import EvaluatedModel
 from ecvae_training.images import to_range
 
 
-SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate.py"
-SMALL = [
-    "--num_samples", 300, "--num_reference", 40, "--num_test", 30, "--num_likelihood_images", 10, "--importance_samples", 20,
-    "--batch_size", 20, "--seeds", 0, 1,
-]  # fmt: skip
-ONE_PROCESS = (sys.executable,)
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-def run(*arguments, launcher=ONE_PROCESS) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def files(make_pipeline, tmp_path_factory) -> Path:
-    """A model, training and test images of disks, and stripes, which are something else."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    make_pipeline().save_pretrained(folder / "model")
-    images = [PIL.Image.open(path) for path in sorted(write_images(folder / "all", 80).iterdir())]
-    for i, image in enumerate(images):
-        place = folder / ("train" if i < 48 else "test")
-        place.mkdir(exist_ok=True)
-        image.save(place / f"{i}.png")
-    (folder / "stripes").mkdir()
-    for i in range(12):
-        stripes = np.where((np.mgrid[:16, :16][i % 2] + i) % 4 < 2, 255, 0).astype(np.uint8)
-        PIL.Image.fromarray(stripes).save(folder / "stripes" / f"{i}.png")
-    return folder
+    return write_files(make_pipeline, tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture(scope="module")
 def arguments(files) -> list:
-    return [
-        "--pretrained_model_name_or_path", files / "model", "--train_data_dir", files / "train", "--test_data_dir",
-        files / "test", "--out_of_distribution", f"stripes={files / 'stripes'}", *SMALL,
-    ]  # fmt: skip
+    return arguments_for(files)
 
 
 @pytest.fixture(scope="module")
@@ -135,52 +102,6 @@ def test_figures_are_those_of_the_library(evaluation, files):
     bounds = evaluation["likelihood"]["measures"]
     assert bounds["elbo"] < bounds["importance_weighted"]
     assert 0 < bounds["amortisation_gap"] < 100
-
-
-def test_two_processes_give_the_figures_of_one(files, arguments, evaluation):
-    result = run(*arguments, "--output_dir", files / "two", launcher=TWO_PROCESSES)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads((files / "two" / "evaluation.json").read_text()) == evaluation
-    assert result.stdout.strip() == (files / "table.md").read_text().strip()
-
-
-# Stops, as a kill would, in the middle of the samples.
-KILLED = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import evaluate
-from ecvae_training.evaluation_work import Work
-
-sample_part, made = Work.sample_part, []
-
-def killed(self, latents):
-    if len(made) == 1:
-        os._exit(9)
-    made.append(1)
-    return sample_part(self, latents)
-
-Work.sample_part = killed
-evaluate.main(evaluate.parse_args(sys.argv[2:]))
-"""
-
-
-def test_a_killed_evaluation_goes_on(files, arguments, evaluation):
-    out = files / "killed"
-    command = [sys.executable, "-c", KILLED, str(SCRIPT.parent), *map(str, arguments), "--output_dir", str(out)]
-    assert subprocess.run(command, capture_output=True).returncode == 9
-    kept = {path: path.stat().st_mtime_ns for path in (out / ".parts").glob("*.safetensors")}
-    assert {path.name for path in kept} >= {"real-00000.safetensors", "samples_0-00000.safetensors"}
-    assert not (out / "evaluation.json").exists()
-
-    changed = [{300: 200}.get(argument, argument) for argument in arguments]
-    refused = run(*changed, "--output_dir", out)
-    assert refused.returncode == 1 and "begun with other arguments (num_samples)" in refused.stderr
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-
-    result = run(*arguments, "--output_dir", out)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads((out / "evaluation.json").read_text()) == evaluation
-    assert "real:" not in result.stderr.replace("\r", "\n")  # was there already
 
 
 def test_a_folder_of_generated_images(files, done):

@@ -1,0 +1,46 @@
+"""Evaluations as a user runs them, at toy size: what the tests of training/evaluate.py share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from training_runs import write_images
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "training" / "evaluate.py"
+SMALL = [
+    "--num_samples", 300, "--num_reference", 40, "--num_test", 30, "--num_likelihood_images", 10, "--importance_samples", 20,
+    "--batch_size", 20, "--seeds", 0, 1,
+]  # fmt: skip
+ONE_PROCESS = (sys.executable,)
+
+
+def run(*arguments, launcher=ONE_PROCESS) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def write_files(make_pipeline, folder: Path) -> Path:
+    """A model, training and test images of disks, and stripes, which are something else."""
+    make_pipeline().save_pretrained(folder / "model")
+    images = [PIL.Image.open(path) for path in sorted(write_images(folder / "all", 80).iterdir())]
+    for i, image in enumerate(images):
+        place = folder / ("train" if i < 48 else "test")
+        place.mkdir(exist_ok=True)
+        image.save(place / f"{i}.png")
+    (folder / "stripes").mkdir()
+    for i in range(12):
+        stripes = np.where((np.mgrid[:16, :16][i % 2] + i) % 4 < 2, 255, 0).astype(np.uint8)
+        PIL.Image.fromarray(stripes).save(folder / "stripes" / f"{i}.png")
+    return folder
+
+
+def arguments_for(files: Path) -> list:
+    return [
+        "--pretrained_model_name_or_path", files / "model", "--train_data_dir", files / "train", "--test_data_dir",
+        files / "test", "--out_of_distribution", f"stripes={files / 'stripes'}", *SMALL,
+    ]  # fmt: skip

@@ -1,0 +1,81 @@
+"""An evaluation over two processes, and one that was killed. Slow: `make test-slow`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evaluation_runs import SCRIPT, arguments_for, run, write_files
+
+
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.fixture(scope="module")
+def files(make_pipeline, tmp_path_factory) -> Path:
+    return write_files(make_pipeline, tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def arguments(files) -> list:
+    return arguments_for(files)
+
+
+@pytest.fixture(scope="module")
+def done(files, arguments) -> Path:
+    result = run(*arguments, "--output_dir", files / "one")
+    assert result.returncode == 0, result.stderr[-3000:]
+    (files / "table.md").write_text(result.stdout)
+    return files / "one"
+
+
+@pytest.fixture(scope="module")
+def evaluation(done) -> dict:
+    return json.loads((done / "evaluation.json").read_text())
+
+
+def test_two_processes_give_the_figures_of_one(files, arguments, evaluation):
+    result = run(*arguments, "--output_dir", files / "two", launcher=TWO_PROCESSES)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((files / "two" / "evaluation.json").read_text()) == evaluation
+    assert result.stdout.strip() == (files / "table.md").read_text().strip()
+
+
+# Stops, as a kill would, in the middle of the samples.
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import evaluate
+from ecvae_training.evaluation_work import Work
+
+sample_part, made = Work.sample_part, []
+
+def killed(self, latents):
+    if len(made) == 1:
+        os._exit(9)
+    made.append(1)
+    return sample_part(self, latents)
+
+Work.sample_part = killed
+evaluate.main(evaluate.parse_args(sys.argv[2:]))
+"""
+
+
+def test_a_killed_evaluation_goes_on(files, arguments, evaluation):
+    out = files / "killed"
+    command = [sys.executable, "-c", KILLED, str(SCRIPT.parent), *map(str, arguments), "--output_dir", str(out)]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    kept = {path: path.stat().st_mtime_ns for path in (out / ".parts").glob("*.safetensors")}
+    assert {path.name for path in kept} >= {"real-00000.safetensors", "samples_0-00000.safetensors"}
+    assert not (out / "evaluation.json").exists()
+
+    changed = [{300: 200}.get(argument, argument) for argument in arguments]
+    refused = run(*changed, "--output_dir", out)
+    assert refused.returncode == 1 and "begun with other arguments (num_samples)" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    result = run(*arguments, "--output_dir", out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((out / "evaluation.json").read_text()) == evaluation
+    assert "real:" not in result.stderr.replace("\r", "\n")  # was there already
