@@ -25,11 +25,14 @@ PART = 64  # images at a time
 
 POSTERIOR, BOTH = ["--calibration", "posterior"], ["--calibration", "both"]
 ALONE = ["--posterior_decoder_weight", "0"]
+FIXED = ["--max_posterior_dual", "1", "--posterior_tolerance", "1e-9"]
 SETTINGS = {
     "none": ["--calibration", "none"],
     "posterior": POSTERIOR,
     "posterior, encoder alone": [*POSTERIOR, *ALONE],
     "posterior, decoder alone": [*POSTERIOR, "--initial_posterior_dual", "0", "--posterior_tolerance", "1e9"],
+    "posterior, encoder alone, lambda 1": [*POSTERIOR, *ALONE, *FIXED],
+    "posterior, encoder alone, lambda 1, step 0.02": [*POSTERIOR, *ALONE, *FIXED, "--posterior_drift_step", "0.02"],
     "posterior, squared error": [*POSTERIOR, "--posterior_constraint", "squared_error"],
     "posterior, squared error, encoder alone": [*POSTERIOR, *ALONE, "--posterior_constraint", "squared_error"],
     "posterior, 15 steps": [*POSTERIOR, "--posterior_langevin_steps", "15"],
