@@ -1,6 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """What the studies are made of, at toy size: rows that are not made twice, runs that go on, peers that train."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -183,3 +184,38 @@ def test_the_ddpm_has_as_many_parameters_and_trains(data):
 def test_measures_know_the_data_from_noise(data):
     measures = [data.measure(images) for images in (data.train, torch.zeros_like(data.train))]
     assert measures[0]["frechet_distance"] < 1e-3 < measures[1]["frechet_distance"]
+
+
+@pytest.mark.parametrize(
+    "name, rows, cells",
+    [
+        (
+            "posterior_study",
+            {"posterior_digits": {"setting": "none", "importance_weighted": -165.04, "elbo": -167.0, "num_samples": 50_000,
+                                  "amortisation_gap": 0.42, "frechet_distance": 314.7, "training_seconds": 90.0}},
+            ["| none | -165.04 | -165.04 | -167.00 | 0.42 | 0.42 | 314.7 | 314.7 | 0.060 |"],
+        ),
+        (
+            "flow_study",
+            {"flow_16": {"setting": "flow", "bits_per_dimension": 3.5, "frechet_distance": 200.0, "kernel_distance": 0.2,
+                         "rollbacks": 0, "training_seconds": 300.0, "num_samples": 5_000}},
+            ["| flow | 3.500 | 3.500 | 200.0 | 200.0 | 0.2000 |  |  | 0 | 0.200 |"],
+        ),
+        (
+            "decoder_study",
+            {"decoder": {"setting": "AutoencoderKL, calibrated", "frechet_distance": 50.0, "kernel_distance": 0.05,
+                         "psnr": 24.0, "dual": 12.0, "num_samples": 5_000}},
+            ["| AutoencoderKL | calibrated | 50.0 | 50.0 | 0.0500 | 24.00 | 24.00 | 12 |"],
+        ),
+    ],
+)  # fmt: skip
+def test_tables_of_the_extensions(name, rows, cells, tmp_path, capsys, monkeypatch):
+    """What a study has found is printed without its data being there."""
+    study_script = importlib.import_module(name)
+    ((file, row),) = rows.items()
+    study.Results(tmp_path / f"{file}.jsonl").write([{"seed": 0, "seconds": 1, "iterations": 1500, **row}])
+    data = {"flow_study": ["--fashion_mnist", "nothing"], "decoder_study": ["--cifar10", "nothing"]}.get(name, [])
+    monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path), "--table", *data])
+    study_script.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2:] == cells and printed[0].count("|") == printed[1].count("|") == cells[0].count("|")
