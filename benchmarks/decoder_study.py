@@ -16,7 +16,7 @@ import torch
 from chain_study import run_folder
 from command_line import positive, whole_number
 from diffusers import AutoencoderKL, AutoencoderTiny
-from study import RememberedFeatures, Results, against, epochs, reference, train, versions
+from study import RememberedFeatures, Results, add_device, against, epochs, reference, train, versions
 from tqdm import tqdm
 
 from ecvae_diffusers.metrics import lite0_features, reconstruction_metrics
@@ -40,7 +40,8 @@ def kl() -> AutoencoderKL:
 
 def tiny() -> AutoencoderTiny:
     return AutoencoderTiny(
-        encoder_block_out_channels=(32, 64, 64), decoder_block_out_channels=(64, 64, 32), num_encoder_blocks=(1, 1, 1),
+        # Its levels are joined by convolutions that keep the number of channels.
+        encoder_block_out_channels=(48, 48, 48), decoder_block_out_channels=(48, 48, 48), num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1), latent_channels=4,
     )  # fmt: skip
 
@@ -66,15 +67,15 @@ class Cifar10:
         str(NUM_TRAIN), "--log_steps", "50", "--save_images_steps", "1000",
     ]  # fmt: skip
 
-    def __init__(self, folder: Path, dataset: str):
-        self.folder = folder
+    def __init__(self, folder: Path, dataset: str, device: torch.device):
+        self.folder, self.device = folder, device
         self.data_arguments = ["--dataset_name", dataset]
 
         def images(split: str, count: int) -> torch.Tensor:
             return draw_images(open_source("cifar10", dataset, split, None, None, None), count, RESOLUTION, 3, 0, True)
 
         self.train, self.test = images("train", NUM_TRAIN), images("test", NUM_TEST)
-        features = lite0_features()
+        features = lite0_features().to(device)
         self.metrics = reference(RememberedFeatures(features, folder / "features"), self.test)
         self.metrics.features = features
 
@@ -84,12 +85,12 @@ class Cifar10:
         if (folder / "config.json").is_file():
             return folder
         torch.manual_seed(seed)
-        network = MODELS[model]().train().to(memory_format=torch.channels_last)
+        network = MODELS[model]().train().to(self.device, memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, num_steps)
         batches = epochs(self.train, BATCH)
         for _ in tqdm(range(num_steps), desc=f"Training {model}"):
-            real = next(batches)
+            real = next(batches).to(self.device)
             encoded, divergence = network.encode(real), 0.0
             if "latent_dist" in encoded:
                 latents, divergence = encoded.latent_dist.sample(), 1e-3 * encoded.latent_dist.kl().mean()
@@ -105,15 +106,16 @@ class Cifar10:
 
 
 @torch.no_grad()
-def reconstructions(model: str, folder: Path, images: torch.Tensor) -> torch.Tensor:
+def reconstructions(model: str, folder: Path, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8, of the mode of the posterior."""
     loaded = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[model].from_pretrained(folder)
-    decoder = CalibratedDecoder(loaded.eval(), str(folder))
-    return torch.cat([to_uint8(decoder(decoder.encode(to_range(part)))) for part in tqdm(images.split(250))])
+    decoder = CalibratedDecoder(loaded.eval().to(device), str(folder))
+    parts = (to_range(part.to(device)) for part in tqdm(images.split(250)))
+    return torch.cat([to_uint8(decoder(decoder.encode(part))).cpu() for part in parts])
 
 
 def measured_row(data: Cifar10, model: str, folder: Path) -> dict:
-    found = reconstructions(model, folder, data.test)
+    found = reconstructions(model, folder, data.test, data.device)
     row = against(data.metrics, found)
     row["psnr"] = reconstruction_metrics(found / 255, data.test / 255)["psnr"].mean().item()
     if (folder / METRICS_FILE).is_file():
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
     parser.add_argument("--picture", type=Path, help="reconstructions of the first seed: a row a setting")
+    add_device(parser)
     args = parser.parse_args()
     results = Results(args.output_dir / "decoder.jsonl", NUM_TEST)
 
@@ -161,7 +164,7 @@ def main() -> None:
         return run_folder(args.output_dir, model, name, seed)
 
     if not args.table or args.picture is not None:
-        data = Cifar10(args.output_dir, args.cifar10)
+        data = Cifar10(args.output_dir, args.cifar10, args.device)
     if not args.table:
         print(f"CIFAR-10, {NUM_TRAIN:,} images; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
 
@@ -181,7 +184,8 @@ def main() -> None:
         originals = data.test[:12]
         rows = [originals]
         for model in args.models:
-            rows += [reconstructions(model, folder_of(model, n, args.seeds[0]), originals) for n in args.settings]
+            folders = [folder_of(model, name, args.seeds[0]) for name in args.settings]
+            rows += [reconstructions(model, folder, originals, args.device) for folder in folders]
         image_grid(to_range(torch.cat(rows)), num_columns=len(originals)).save(args.picture)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from chain_study import run_folder
 from command_line import positive, resolution, whole_number
-from study import RememberedFeatures, Results, against, reference, train, versions
+from study import RememberedFeatures, Results, add_device, against, reference, train, versions
 from tqdm import tqdm
 
 from ecvae_diffusers import ECFlowPipeline, FlowEC
@@ -45,7 +45,8 @@ SETTINGS = {
 class FlowData:
     """Fashion-MNIST at a resolution, over EfficientNet-Lite0's features."""
 
-    def __init__(self, folder: Path, dataset: str, size: int):
+    def __init__(self, folder: Path, dataset: str, size: int, device: torch.device):
+        self.device = device
         self.name = f"flow_{size}"
         self.data_arguments = ["--dataset_name", dataset, "--image_column", "image"]
         self.arguments = [
@@ -59,7 +60,7 @@ class FlowData:
             return draw_images(source, count, size, 1, 0, True)
 
         self.test = images("test", NUM_TEST)
-        features = lite0_features()
+        features = lite0_features().to(device)
         remembered = RememberedFeatures(features, folder / "features")
         self.metrics = reference(remembered, images("train", NUM_REFERENCE))
         floor = against(self.metrics, images("test", NUM_SAMPLES))
@@ -75,13 +76,13 @@ def test_bits(flow: FlowEC, images: torch.Tensor) -> float:
     """Bits per dimension of held-out images, the same dequantization for every flow."""
     generator, bits = torch.Generator().manual_seed(0), []
     for part in tqdm(images.split(250), desc="Likelihood"):
-        noise = torch.rand(part.shape, generator=generator)
-        bits.append(bits_per_dimension(flow(dequantize(to_range(part), noise)).log_prob, flow.num_latents))
+        real = dequantize(to_range(part), torch.rand(part.shape, generator=generator)).to(flow.device)
+        bits.append(bits_per_dimension(flow(real).log_prob, flow.num_latents))
     return torch.cat(bits).mean().item()
 
 
 def measured_row(data: FlowData, folder: Path) -> dict:
-    pipeline = ECFlowPipeline.from_pretrained(folder)
+    pipeline = ECFlowPipeline.from_pretrained(folder).to(data.device)
     row = against(data.metrics, sample_images(pipeline, NUM_SAMPLES, seed=1, batch_size=250))
     row["bits_per_dimension"] = test_bits(pipeline.flow.eval(), data.test)
     last = read_metrics(folder / METRICS_FILE)[-1]
@@ -143,10 +144,11 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
     parser.add_argument("--plot", type=Path, help="picture of the trade-off")
+    add_device(parser)
     args = parser.parse_args()
     results = Results(args.output_dir / f"flow_{args.resolution}.jsonl", NUM_SAMPLES)
     if not args.table:
-        data = FlowData(args.output_dir, args.fashion_mnist, args.resolution)
+        data = FlowData(args.output_dir, args.fashion_mnist, args.resolution, args.device)
         print(f"{data.about}; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
 
         def make(name: str, seed: int) -> dict:

@@ -2,8 +2,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """How time and memory of a training iteration grow: `python benchmarks/growth.py --plot growth.png`.
 
-One quantity is varied at a time, the others stay at 32 px, batch 32, K 5, width 16. Each size runs alone in a process of its
-own, for its peak memory; the law that is expected stands beside each table, with the exponent between the last two sizes.
+One quantity is varied at a time, the others stay at 32 px, batch 32, K 5, width 16. On a CPU each size runs alone in a process of
+its own, for its peak memory; the law that is expected stands beside each table, with the exponent between the last two sizes.
 On a CPU malloc keeps freed memory, as in the training script; `--hand_back` shows beside it what an iteration
 takes where it does not. Ranks run the training script on random images, one thread each, and are measured by its own log.
 """
@@ -64,6 +64,9 @@ def measure(
     from training_step import CHANGES, GPU_CHANGES, Arrangement, Iteration, wait
 
     torch.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     ours = Arrangement(**{name: name not in (*GPU_CHANGES, "bf16") for name in CHANGES})
     channels = block_out_channels(resolution, width)
     sizes = {"sample_size": resolution, "in_channels": 3, "block_out_channels": channels}
@@ -79,7 +82,10 @@ def measure(
     return {"ms": 1e3 * statistics.median(seconds), "memory_gib": peak_memory(device)}
 
 
-def in_process(arguments: argparse.Namespace, sizes: dict, hand_back: bool = False) -> dict:
+def measured(arguments: argparse.Namespace, sizes: dict, hand_back: bool = False) -> dict:
+    """One size; on a CPU, whose peak of memory is that of the process, in a process of its own."""
+    if arguments.device.type == "cuda":
+        return measure(arguments.device, arguments.rounds, **sizes)
     command = [sys.executable, __file__, "--device", str(arguments.device), "--rounds", str(arguments.rounds)]
     command += ["--hand_back"] if hand_back else []
     result = subprocess.run([*command, "--one", json.dumps(sizes)], stdout=subprocess.PIPE, text=True, check=True)
@@ -189,15 +195,15 @@ def main() -> None:
         print(f"\n| {name.replace('_', ' ')} | ms an iteration | peak memory of the process, GiB |{more[0]}")
         print(f"|---|---|---|{more[1]}")
         for size in args.sizes or SIZES[name]:
-            row = found[name][size] = in_process(args, {**BASE, name: size})
-            cells = [f"{size}", f"{row['ms']:.0f}", f"{row['memory_gib']:.2f}"]
+            row = found[name][size] = measured(args, {**BASE, name: size})
+            cells = [f"{size}", f"{row['ms']:.4g}", f"{row['memory_gib']:.3g}"]
             if args.hand_back:
-                back = in_process(args, {**BASE, name: size}, hand_back=True)
+                back = measured(args, {**BASE, name: size}, hand_back=True)
                 cells += [f"{back['ms']:.0f}", f"{back['ms'] / row['ms']:.2f}", f"{back['memory_gib']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         print(f"\nExpected: {LAWS[name]}.{exponents(found[name])}", flush=True)
         largest = f"iteration with {name.replace('_', ' ')} {size}"
-        write_figures(args, {largest: f"{row['ms']:.0f} ms, {row['memory_gib']:.2f} GiB"})
+        write_figures(args, {largest: f"{row['ms']:.4g} ms, {row['memory_gib']:.3g} GiB"})
     if args.ranks:
         speeds = ranks(tuple(args.ranks))
         print("\n| ranks, one thread each | images a second | over one rank |\n|---|---|---|")

@@ -33,6 +33,18 @@ SETTINGS = {
     "posterior, decoder alone": [*POSTERIOR, "--initial_posterior_dual", "0", "--posterior_tolerance", "1e9"],
     "posterior, encoder alone, lambda 1": [*POSTERIOR, *ALONE, *FIXED],
     "posterior, encoder alone, lambda 1, step 0.02": [*POSTERIOR, *ALONE, *FIXED, "--posterior_drift_step", "0.02"],
+    "posterior, encoder alone, lambda 10, step 0.02": [
+        *POSTERIOR,
+        *ALONE,
+        "--max_posterior_dual",
+        "10",
+        "--initial_posterior_dual",
+        "10",
+        "--posterior_tolerance",
+        "1e-9",
+        "--posterior_drift_step",
+        "0.02",
+    ],  # fmt: skip
     "posterior, squared error": [*POSTERIOR, "--posterior_constraint", "squared_error"],
     "posterior, squared error, encoder alone": [*POSTERIOR, *ALONE, "--posterior_constraint", "squared_error"],
     "posterior, 15 steps": [*POSTERIOR, "--posterior_langevin_steps", "15"],
@@ -44,11 +56,12 @@ SETTINGS = {
 }
 
 
-def posterior_measures(folder: Path, images: torch.Tensor) -> dict[str, float]:
+def posterior_measures(folder: Path, images: torch.Tensor, device: torch.device) -> dict[str, float]:
     """Means over held-out images, nats an image, of a pixel's variance of 1/2."""
-    vae = ECVAEPipeline.from_pretrained(folder).vae
-    generator = torch.Generator().manual_seed(0)
-    found = [posterior_bounds(part, vae, generator=generator) for part in tqdm(to_range(images).split(PART), "Bounds")]
+    vae = ECVAEPipeline.from_pretrained(folder).vae.to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    parts = tqdm(to_range(images).split(PART), "Bounds")
+    found = [posterior_bounds(part.to(device), vae, generator=generator) for part in parts]
     return {name: torch.cat([bounds[name] for bounds in found]).mean().item() for name in found[0]}
 
 
@@ -88,7 +101,7 @@ def main() -> None:
         def make(name: str, seed: int) -> dict:
             folder = run_folder(args.output_dir, data.name, name, seed)
             train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
-            return trained_row(data, folder) | posterior_measures(folder, images)
+            return trained_row(data, folder) | posterior_measures(folder, images, args.device)
 
         results.fill(args.settings, args.seeds, make, args.max_train_steps)
     print(table(results))

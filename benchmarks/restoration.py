@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from command_line import positive
 from evaluate_restoration import load, table, task_names
-from study import FashionMNIST, RememberedFeatures, Results, reference, versions
+from study import FashionMNIST, RememberedFeatures, Results, add_device, reference, versions
 
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_training.digits import NUM_TRAIN, load_digits, train_digit_features
@@ -66,14 +66,16 @@ def main() -> None:
     parser.add_argument("--reliability", type=Path, help="write this picture, of 16 answers")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--num_restorations", type=positive, default=8, help="M, answers an image")
+    add_device(parser)
     args = parser.parse_args()
     name = "digits" if args.fashion_mnist is None else FashionMNIST.name
     images = held_out(args.fashion_mnist)
-    features = train_digit_features()[0] if args.fashion_mnist is None else lite0_features()
+    features = (train_digit_features()[0] if args.fashion_mnist is None else lite0_features()).to(args.device)
     metrics = reference(RememberedFeatures(features, args.output_dir / "features"), images)
     metrics.features = features
     clean = to_range(images)
-    pipelines = {"EC-VAE": load(args.ecvae, "cpu")} | ({"VAE": load(args.vae, "cpu")} if args.vae else {})
+    paths = {"EC-VAE": args.ecvae} | ({"VAE": args.vae} if args.vae else {})
+    pipelines = {method: load(path, args.device) for method, path in paths.items()}
     results = Results(args.output_dir / f"restoration_{name}.jsonl")
     print(f"{len(clean)} images of {name}; {versions()}", flush=True)
 

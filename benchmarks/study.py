@@ -18,6 +18,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from command_line import device as device_here
 from command_line import positive, whole_number
 from tqdm import tqdm
 
@@ -52,13 +53,14 @@ class Digits:
     learning_rate = 5e-4  # the script's own
     arguments = DIGITS_ARGUMENTS
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
+        self.device = device
         write_digits(folder / "digits")
         self.data_arguments = ["--train_data_dir", str(folder / "digits" / "train")]
         digits = load_digits()[0]
         self.train, held_out = digits[:NUM_TRAIN], digits[NUM_TRAIN:]
         features, accuracy = train_digit_features()
-        self.metrics = reference(features, self.train)
+        self.metrics = reference(features.to(device), self.train)
         drawn = torch.randint(NUM_TRAIN, (self.num_samples,), generator=torch.Generator().manual_seed(0))
         self.about = (
             f"digits; classifier {accuracy:.1%} on held-out digits, whose distance to the training digits is "
@@ -81,9 +83,10 @@ class FashionMNIST:
         "--evaluation_steps", "750", "--log_steps", "50", "--save_images_steps", "1000",
     ]  # fmt: skip
 
-    def __init__(self, folder: Path, data_dir: str):
+    def __init__(self, folder: Path, data_dir: str, device: torch.device | str = "cpu"):
         from datasets import load_dataset
 
+        self.device = device
         self.data_arguments = ["--dataset_name", data_dir, "--image_column", "image"]
 
         def images(split: str) -> torch.Tensor:
@@ -91,7 +94,7 @@ class FashionMNIST:
             return torch.stack([row["image"].view(1, 32, 32) for row in tqdm(rows, desc=f"Reading {split}")])
 
         self.train = images("train")
-        features = lite0_features()
+        features = lite0_features().to(device)
         remembered = RememberedFeatures(features, folder / "features")
         self.metrics = reference(remembered, self.train)
         floor = self.measure(images("test"))
@@ -180,7 +183,7 @@ def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script
 
 def trained_row(data, folder: Path) -> dict:
     """What a run has come to: its samples' measures, and the end of its logs."""
-    pipeline = ECVAEPipeline.from_pretrained(folder)
+    pipeline = ECVAEPipeline.from_pretrained(folder).to(data.device)
     row = data.measure(sample_images(pipeline, data.num_samples, seed=1))
     row["reconstruction_variance"] = pipeline.vae.config.reconstruction_variance
     last = read_metrics(folder / METRICS_FILE)[-1]
@@ -203,7 +206,8 @@ def cosine_to_critic(pipeline: ECVAEPipeline, num_samples: int = 256) -> float:
 
     samples = pipeline(num_samples, generator=torch.Generator().manual_seed(2), output_type="pt").images * 2 - 1
     calibrator = EnergyCalibrator(pipeline.energy_model, pipeline.scheduler)
-    move = calibrator.run_chain(samples, noise=torch.zeros(len(pipeline.scheduler), *samples.shape)) - samples
+    still = samples.new_zeros(len(pipeline.scheduler), *samples.shape)
+    move = calibrator.run_chain(samples, noise=still) - samples
     _, gradient = energy_and_gradient(pipeline.energy_model, samples)
     return torch.cosine_similarity(move.flatten(1), -gradient.flatten(1)).mean().item()
 
@@ -320,6 +324,15 @@ def versions() -> str:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        type=device_here,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where samples and features are computed; training is where Accelerate has it",
+    )
+
+
 def parser(doc: str, settings: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -328,6 +341,7 @@ def parser(doc: str, settings: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings, metavar="NAME")
     parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
+    add_device(parser)
     return parser
 
 
@@ -343,5 +357,5 @@ def open_results(args: argparse.Namespace, study: str) -> Results:
 
 def load_data(args: argparse.Namespace):
     if args.fashion_mnist is not None:
-        return FashionMNIST(args.output_dir, args.fashion_mnist)
-    return Digits(args.output_dir)
+        return FashionMNIST(args.output_dir, args.fashion_mnist, args.device)
+    return Digits(args.output_dir, args.device)

@@ -7,13 +7,14 @@ for the energy model; the energy in training mode, so that spectral normalizatio
 forwards, and with parameter gradients recorded; the pull towards the start as a term of the energy, differentiated with
 it; data and samples through the energy model one after the other; convolution and pooling one after the other; float32
 in contiguous layout; every loss read back at every step. Each line of the table makes ONE of our changes to it; the last
-ones make all. Same networks, batch and K; the arrangements take turns in one process, and the figure is the median over
+ones make all that the training script makes; on a GPU one more compiles them. Same networks, batch and K; the arrangements take turns in one process, and the figure is the median over
 rounds of the ratio of their times.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import gc
 import math
 import platform
 import statistics
@@ -247,20 +248,39 @@ def main() -> None:
     changes = args.changes
     if changes is None:
         changes = [name for name in CHANGES if device.type == "cuda" or name not in GPU_CHANGES]
-    ours = Arrangement(**{name: device.type == "cuda" or name not in GPU_CHANGES for name in CHANGES})
+    ours = Arrangement(**{name: name not in GPU_CHANGES for name in CHANGES})
     whole = {"published": Arrangement(), "ours in fp32": dataclasses.replace(ours, bf16=False), "ours": ours}
 
-    if args.memory_of is not None:
-        iteration = Iteration(whole[args.memory_of], *shape)
+    def peak(which: str) -> float:
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats(device)
+        iteration = Iteration(whole[which], *shape)
         for _ in range(3):
             iteration.step(real)
-        print(peak_memory(device))
+        return peak_memory(device)
+
+    if args.memory_of is not None:
+        print(peak(args.memory_of))
         return
 
     arrangements = {"published": whole["published"]}
     arrangements |= {name.replace("_", " "): Arrangement(**{name: True}) for name in changes}
     arrangements |= whole
-    seconds = times({name: Iteration(made, *shape) for name, made in arrangements.items()}, real, args.rounds)
+    if device.type == "cuda" and "compiled" in changes:
+        arrangements["ours, compiled"] = dataclasses.replace(ours, compiled=True)
+    iterations, refused = {}, {}
+    for name, made in arrangements.items():
+        iteration = Iteration(made, *shape)
+        try:
+            for _ in range(2):  # compiles, where it is compiled
+                iteration.step(real)
+            iterations[name] = iteration
+        except RuntimeError as error:
+            if not made.compiled:
+                raise
+            refused[name] = str(error).strip().splitlines()[0]
+    seconds = times(iterations, real, args.rounds)
     print(
         f"{args.resolution} px, batch {args.batch_size}, K {args.langevin_steps}, channels {args.block_out_channels}, "
         f"weight {args.conditioning_weight:g}, {args.rounds} rounds; {device}, {torch.get_num_threads()} threads, "
@@ -269,18 +289,26 @@ def main() -> None:
     print("| arrangement | ms an iteration (median) | times faster |\n|---|---|---|")
     faster = {}
     for name in arrangements:
+        if name in refused:
+            print(f"| {name} | does not run: {refused[name]} | |")
+            continue
         faster[name] = statistics.median(slow / fast for slow, fast in zip(seconds["published"], seconds[name]))
-        print(f"| {name} | {1e3 * statistics.median(seconds[name]):.0f} | {faster[name]:.2f} |")
-    memory = {which: memory_alone([*sys.argv[1:], "--memory_of", which]) for which in whole}
+        print(f"| {name} | {1e3 * statistics.median(seconds[name]):.4g} | {faster[name]:.2f} |")
+    if device.type == "cuda":
+        iterations.clear()
+        memory = {which: peak(which) for which in whole}
+    else:
+        # The peak is that of a process.
+        memory = {which: memory_alone([*sys.argv[1:], "--memory_of", which]) for which in whole}
     print(
         "Peak memory of a process with one alone: "
         + ", ".join(f"{which} {gib:.2f} GiB" for which, gib in memory.items())
         + "."
     )
-    figures = {f"training iteration, {name}": f"{1e3 * statistics.median(seconds[name]):.0f} ms" for name in whole}
+    shown = [name for name in (*whole, "ours, compiled") if name in seconds]
+    figures = {f"training iteration, {name}": f"{1e3 * statistics.median(seconds[name]):.4g} ms" for name in shown}
     figures |= {
-        f"training iteration, {name}, over published": f"{faster[name]:.2f} times faster"
-        for name in ("ours in fp32", "ours")
+        f"training iteration, {name}, over published": f"{faster[name]:.2f} times faster" for name in shown[1:]
     }
     write_figures(args, figures | {f"peak memory, {name}": f"{gib:.2f} GiB" for name, gib in memory.items()})
 

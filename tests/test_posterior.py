@@ -13,6 +13,7 @@ from ecvae_diffusers.energy import energy_and_gradient
 from ecvae_diffusers.posterior import (
     FORMS,
     PosteriorEnergy,
+    coupled_ends,
     negative_log_posterior,
     optimized_posterior,
     posterior_chain,
@@ -134,6 +135,51 @@ def test_stationary_constraint_is_what_a_chain_leaves_where_q_is_the_posterior(f
     # Of each latent a squared normal number at most 2 wide, halved in the logarithm.
     noise = 5 * 2 * math.sqrt(2 * LATENTS / count) / (2 if form == "log_prob" else 1)
     assert abs(found - stationary_constraint(scheduler, LATENTS, form)) < noise
+
+
+@pytest.mark.parametrize("conditioning_weight", [0.0, 3.0])
+def test_coupled_chains_end_together_where_q_is_the_posterior(conditioning_weight):
+    """Then neither the constraint nor its gradient has any variance: the one is its remainder, the other 0."""
+    decoder, images = LinearDecoder(), randn(6, 1, 2, 4)
+    true = decoder.posterior(images)
+    q = posterior_of(true.mean.clone().requires_grad_(), true.std.clone().requires_grad_())
+    energy = PosteriorEnergy(decoder, images, q, VARIANCE)
+    scheduler = posterior_chain(5, 0.1, conditioning_weight)
+    start, noise = randn(6, LATENTS, 1, 1, seed=1), list(randn(5, 6, LATENTS, 1, 1, seed=2))
+    ends = EnergyCalibrator(None, scheduler, tolerance=1.0).run_chain(start, noise=noise, energy_model=energy)
+    reference = coupled_ends(scheduler, start, noise)
+    torch.testing.assert_close(ends, reference, rtol=1e-4, atol=1e-4)
+    found = negative_log_posterior(q, energy, reference, remainder=0.7)(start, ends)
+    torch.testing.assert_close(found, torch.full((6,), 0.7), rtol=0, atol=1e-3)
+    for gradient in torch.autograd.grad(found.sum(), (q.mean, q.std)):
+        assert (gradient * q.std).abs().max() < 1e-3
+
+
+def test_coupling_changes_the_variance_of_value_and_gradient_but_not_their_mean():
+    decoder, count = LinearDecoder(), 20_000
+    images = randn(1, 1, 2, 4)
+    true = decoder.posterior(images)
+    mean, std = (true.mean + 0.3 * true.std).requires_grad_(), (0.8 * true.std).requires_grad_()
+    shape = (count, -1, -1, -1)
+    q = posterior_of(mean.expand(shape), std.expand(shape))
+    energy = PosteriorEnergy(decoder, images.expand(shape), q, VARIANCE)
+    scheduler = posterior_chain(5, 0.02)
+    start = torch.randn(count, LATENTS, 1, 1, generator=seeded(0))
+    noise = list(torch.randn(5, count, LATENTS, 1, 1, generator=seeded(1)))
+    ends = EnergyCalibrator(None, scheduler, tolerance=1.0).run_chain(start, noise=noise, energy_model=energy)
+    remainder = stationary_constraint(scheduler, LATENTS, "log_prob")
+    forms = (
+        negative_log_posterior(q, energy),
+        negative_log_posterior(q, energy, coupled_ends(scheduler, start, noise), remainder),
+    )
+    values = [form(start, ends) for form in forms]
+    # A gradient a sample, in the unit of q's standard deviation: (u_0 - u~) of the mean alone.
+    plain, coupled = start - ends, coupled_ends(scheduler, start, noise) - ends
+    for first, second in (values, (plain.flatten(1), coupled.flatten(1))):
+        first, second = first.detach(), second.detach()
+        spread = first.std(0) / math.sqrt(count)
+        assert ((first.mean(0) - second.mean(0)).abs() < 5 * spread).all()
+        assert (second.var(0) < 0.2 * first.var(0)).all()
 
 
 def test_a_calibrator_without_an_energy_needs_one_with_the_samples():

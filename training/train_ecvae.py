@@ -43,9 +43,9 @@ class ECVAETask(Task):
         posterior_noise = noise.normal(len(real), *self.latent_shape)
         latents = {}
         if self.state is not None:
-            energy, ends = self.state.refine(real, posterior_noise, noise, self.accelerator)
+            refined = self.state.refine(real, posterior_noise, noise, self.accelerator)
             if args.posterior_decoder_weight > 0:
-                latents["refined"] = energy.unwhiten(ends)
+                latents["refined"] = refined.energy.unwhiten(refined.ends)
         if with_samples:
             latents["prior"] = self.draw(real, noise)
         output = network(
@@ -63,7 +63,7 @@ class ECVAETask(Task):
         scalars["active_units"] = active_units(output.latent_dist.mean)
         scalars["posterior_variance"] = output.latent_dist.var.detach().float().mean()
         if self.state is not None:
-            calibration = self.state.constrain(output.latent_dist, posterior_noise, energy, ends)
+            calibration = self.state.constrain(output.latent_dist, posterior_noise, refined)
             loss = loss + calibration.loss
             scalars["posterior_constraint"] = calibration.constraint
             scalars["posterior_dual"] = self.state.calibrator.dual

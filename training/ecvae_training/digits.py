@@ -58,7 +58,7 @@ class DigitFeatures(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.body(to_range(images))
+        return self.body(to_range(images.to(self.head.weight.device)))
 
 
 def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFeatures, float]:
@@ -105,5 +105,5 @@ def sample_images(pipeline, num_images: int, seed: int, batch_size: int = 500) -
     batches = []
     for start in tqdm(range(0, num_images, batch_size), desc="Sampling"):
         images = pipeline(min(batch_size, num_images - start), generator=generator, output_type="pt").images
-        batches.append((images * 255).round().to(torch.uint8))
+        batches.append((images * 255).round().to(torch.uint8).cpu())
     return torch.cat(batches)

@@ -1,13 +1,35 @@
 """Calibration of the encoder's samples in a step of training: the equations are in `ecvae_diffusers.posterior`."""
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import Accelerator
 
 from ecvae_diffusers import AutoencoderEC, EnergyCalibrator
 from ecvae_diffusers.calibration import CalibrationOutput
 from ecvae_diffusers.energy import frozen
-from ecvae_diffusers.posterior import PosteriorEnergy, negative_log_posterior, posterior_chain, stationary_constraint
-from ecvae_training.noise import ChainNoise, StepNoise
+from ecvae_diffusers.posterior import (
+    PosteriorEnergy,
+    coupled_ends,
+    negative_log_posterior,
+    posterior_chain,
+    stationary_constraint,
+)
+from ecvae_training.noise import StepNoise
+
+
+@dataclass
+class Refined:
+    """
+    Args:
+        energy ([`PosteriorEnergy`]): U of a batch of images.
+        ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents.
+        reference (`torch.Tensor` of shape `(B, d, 1, 1)`): The same chains' ends were q the posterior.
+    """
+
+    energy: PosteriorEnergy
+    ends: torch.Tensor
+    reference: torch.Tensor
 
 
 class PosteriorCalibration:
@@ -22,9 +44,10 @@ class PosteriorCalibration:
         scheduler = posterior_chain(
             args.posterior_langevin_steps, args.posterior_drift_step, args.posterior_conditioning_weight
         )
-        tolerance = args.posterior_tolerance
-        if tolerance == "auto":
-            tolerance = stationary_constraint(scheduler, vae.config.latent_channels, args.posterior_constraint)
+        form, num_latents = args.posterior_constraint, vae.config.latent_channels
+        # What the chain leaves of the constraint where q is the posterior.
+        self.remainder = stationary_constraint(scheduler, num_latents, form)
+        tolerance = self.remainder if args.posterior_tolerance == "auto" else args.posterior_tolerance
         self.calibrator = EnergyCalibrator(
             None,
             scheduler,
@@ -39,7 +62,7 @@ class PosteriorCalibration:
 
     def refine(
         self, real: torch.Tensor, posterior_noise: torch.Tensor, noise: StepNoise, accelerator: Accelerator
-    ) -> tuple[PosteriorEnergy, torch.Tensor]:
+    ) -> Refined:
         """
         Run the chain on images' posteriors, without gradients to a network: before the wrapped pass, which the ends may be
         decoded in.
@@ -48,28 +71,25 @@ class PosteriorCalibration:
             real (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
             posterior_noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, the draws that the wrapped pass samples with.
             noise ([`StepNoise`]): Draws the chain's noise.
-
-        Returns:
-            U, and the chain's ends as whitened latents.
         """
+        scheduler = self.calibrator.scheduler
+        draws = [noise.normal(*posterior_noise.shape) for _ in range(len(scheduler))]
         with frozen(self.vae), accelerator.autocast():
             with torch.no_grad():
                 posterior = self.vae.encode(real).latent_dist
             energy = PosteriorEnergy(
                 lambda latents: self.vae.decode(latents).sample, real, posterior, self.args.kl_weight / 2
             )
-            ends = self.calibrator.run_chain(
-                posterior_noise, noise=ChainNoise(noise, posterior_noise), energy_model=energy
-            )
-        return energy, ends
+            ends = self.calibrator.run_chain(posterior_noise, noise=draws, energy_model=energy)
+        return Refined(energy, ends, coupled_ends(scheduler, posterior_noise, draws))
 
-    def constrain(
-        self, posterior, posterior_noise: torch.Tensor, energy: PosteriorEnergy, ends: torch.Tensor
-    ) -> CalibrationOutput:
+    def constrain(self, posterior, posterior_noise: torch.Tensor, refined: Refined) -> CalibrationOutput:
         """The calibration of q(z|x) with gradients, by the ends of its chain."""
+        energy, distance = refined.energy, None
         samples = energy.whiten(posterior.mean.float() + posterior.std.float() * posterior_noise)
-        distance = negative_log_posterior(posterior, energy) if self.args.posterior_constraint == "log_prob" else None
-        calibration = self.calibrator.constrain(samples, ends, distance=distance)
+        if self.args.posterior_constraint == "log_prob":
+            distance = negative_log_posterior(posterior, energy, refined.reference, self.remainder)
+        calibration = self.calibrator.constrain(samples, refined.ends, distance=distance)
         self.constraint = calibration.constraint + (0.0 if self.constraint is None else self.constraint)
         self.num_batches += 1
         return calibration
