@@ -57,8 +57,9 @@ def reliability(tasks: dict[str, tuple[Task, object]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ecvae", required=True, help="pipeline's folder")
+    parser.add_argument("--ecvae", help="pipeline's folder")
     parser.add_argument("--vae", help="that of the uncalibrated VAE")
+    parser.add_argument("--no_peers", action="store_true", help="leave out A^+ y and scikit-image's methods")
     parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--energy_weight", type=float, default=0.0)
@@ -68,14 +69,16 @@ def main() -> None:
     parser.add_argument("--num_restorations", type=positive, default=8, help="M, answers an image")
     add_device(parser)
     args = parser.parse_args()
+    if args.ecvae is None and (args.vae is None or args.steps or args.reliability is not None):
+        parser.error("--ecvae must be given, or for the rows of the VAE --vae.")
     name = "digits" if args.fashion_mnist is None else FashionMNIST.name
     images = held_out(args.fashion_mnist)
     features = (train_digit_features()[0] if args.fashion_mnist is None else lite0_features()).to(args.device)
     metrics = reference(RememberedFeatures(features, args.output_dir / "features"), images)
     metrics.features = features
     clean = to_range(images)
-    paths = {"EC-VAE": args.ecvae} | ({"VAE": args.vae} if args.vae else {})
-    pipelines = {method: load(path, args.device) for method, path in paths.items()}
+    paths = {"EC-VAE": args.ecvae, "VAE": args.vae}
+    pipelines = {method: load(path, args.device) for method, path in paths.items() if path is not None}
     results = Results(args.output_dir / f"restoration_{name}.jsonl")
     print(f"{len(clean)} images of {name}; {versions()}", flush=True)
 
@@ -100,7 +103,9 @@ def main() -> None:
         return {"noise_std": noise_std, "task": task_name, "method": method} | measures(task, answers, metrics)
 
     methods = (
-        [f"EC-VAE, {steps} steps" for steps in STEPS] if args.steps else ["A^+ y", "A_s y", "classical", *pipelines]
+        [f"EC-VAE, {steps} steps" for steps in STEPS]
+        if args.steps
+        else [*(() if args.no_peers else ("A^+ y", "A_s y", "classical")), *pipelines]
     )
     settings = {
         f"{noise} {task} {method}": (noise, task, method)

@@ -15,7 +15,7 @@ from ecvae_diffusers.operators import (
     SuperResolution,
     gaussian_kernel,
 )
-from ecvae_diffusers.restoration import Canvas, Likelihood, draw, neural_transport
+from ecvae_diffusers.restoration import LEAST_SEEN, Canvas, Likelihood, draw, neural_transport
 
 
 SHAPE = (1, 8, 8)
@@ -82,7 +82,7 @@ def test_curvature_probes_have_the_curvature_for_covariance(operator, noise_std)
 
 
 def test_draws_have_the_conditional_mean_and_covariance(operator):
-    """Of x given z and y in the range of A; the null space is left as the decoder has it."""
+    """Of x given z and y in the range of A; what is measured less well than noise is left as the decoder has it."""
     count = 20_000
     y = operator.A(images(1))
     likelihood = Likelihood(operator, y.expand(count, *y.shape[1:]), NOISE, VARIANCE)
@@ -92,8 +92,10 @@ def test_draws_have_the_conditional_mean_and_covariance(operator):
     gain = VARIANCE * matrix.mT @ torch.linalg.inv(covariance(operator, NOISE))
     mean = x[0].flatten() + gain @ (y.flatten() - matrix @ x[0].flatten())
     torch.testing.assert_close(likelihood.mean(x)[0].flatten(), mean)
-    seen = torch.linalg.pinv(matrix, rtol=1e-8) @ matrix
-    expected = VARIANCE * seen @ (identity - gain @ matrix) @ seen
+    least = LEAST_SEEN * likelihood.damping * torch.eye(len(matrix), dtype=torch.float64)
+    seen = matrix.mT @ torch.linalg.inv(matrix @ matrix.mT + least) @ matrix
+    left, noise = identity - gain @ matrix, NOISE * gain
+    expected = VARIANCE * left @ seen @ seen.mT @ left.mT + noise @ noise.mT
     assert (draws.mean(0) - mean).norm() < 5 * expected.trace().sqrt() / math.sqrt(count)
     found = (draws - mean).mT @ (draws - mean) / count
     assert (found - expected).norm() < 0.06 * expected.norm()

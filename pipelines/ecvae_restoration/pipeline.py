@@ -92,6 +92,13 @@ class Factors(NamedTuple):
     right: torch.Tensor
 
 
+@contextmanager
+def kept_for_gradients() -> Iterator[None]:
+    """What is made here, and kept, serves gradients later, though it is first asked for in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def factorize(matrix: torch.Tensor) -> Factors:
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     return Factors(matrix.double(), left, values, right.mT)
@@ -120,6 +127,9 @@ def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rc
 MAX_ITERATIONS = 1000
 
 
+STAGNATION = 50
+
+
 def cgls(
     A: Callable[[torch.Tensor], torch.Tensor],
     A_adjoint: Callable[[torch.Tensor], torch.Tensor],
@@ -137,7 +147,7 @@ def cgls(
         damping (`float`, *optional*, defaults to 0.0): s, at least 0.
         tolerance (`float`, *optional*, defaults to 1e-10):
             An entry is done where its A^T r - s x is at most so many times A^T y, or its r so many times y, in norm.
-            float32 comes to 1e-6 or so.
+            float32 comes to 1e-6 or so, and stops where it comes no nearer.
         max_iterations (`int`, *optional*, defaults to 1000): Where to stop, with a warning, if some are not done.
 
     Returns:
@@ -153,8 +163,12 @@ def cgls(
     residual, direction = y, A_adjoint(y)
     x, gradient_norm = torch.zeros_like(direction), squares(direction)
     enough_gradient, enough_residual = tolerance**2 * gradient_norm, tolerance**2 * squares(y)
+    least, since = gradient_norm, torch.zeros_like(gradient_norm)
     for _ in range(max_iterations):
         going_on = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
+        if x.dtype == torch.float32:
+            # Below what it can resolve the gradient no longer falls: nothing is gained by going on.
+            going_on &= since < STAGNATION
         if not going_on.any():
             return x
         image = A(direction)
@@ -166,8 +180,10 @@ def cgls(
         before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
         ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
         direction = gradient + each(ratio, direction)
+        since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
+        least = torch.minimum(least, gradient_norm)
     warnings.warn(
-        f"CGLS stopped after {max_iterations} iterations, before it came to a relative residual of {tolerance}."
+        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual came to {tolerance}."
     )
     return x
 
@@ -275,8 +291,9 @@ class LinearOperator(nn.Module):
     def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
         """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
         if image_shape not in self.decompositions:
-            entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
-            self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
+            with kept_for_gradients():
+                entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
+                self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
         column = y.flatten(1)[:, None, :, None]
         solved = inverse(self.decompositions[image_shape], ONE, column, damping, self.rcond)
         return solved.view(len(y), *image_shape)
@@ -503,6 +520,9 @@ SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
 NUM_VARIANCE_PROBES = 32
 
 
+LEAST_SEEN = 0.1
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """
@@ -545,7 +565,7 @@ class Likelihood:
         return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
 
     def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; 0 where y is 0."""
+        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; ||A x|| where y is 0."""
         size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
         difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
         return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
@@ -590,10 +610,11 @@ class Likelihood:
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
         A draw of x given z and y, whose residual is sigma an entry if v is right. What the measurement says nothing
-        of (the null space of A) is left as the decoder has it: there a draw would add noise of v to each pixel.
-        Without noise there is nothing to draw: that is `mean`.
+        of (the null space of A, and what a blur has all but taken away) is left as the decoder has it: there a draw would add
+        noise of v to each pixel. Without noise there is nothing to draw: that is `mean`.
         """
-        seen = self.A_dagger(self.A(math.sqrt(self.model_variance) * draw(x.shape, generator, x)))
+        error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
+        seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
         misfit = self.misfit(x + seen)
         misfit = misfit + self.noise_std * draw(misfit.shape, generator, x)
         return x + seen + self.A_dagger(misfit, self.damping)
@@ -853,6 +874,8 @@ def prepare_mask(
         raise ValueError("`mask_image` is an empty list.")
     if all(isinstance(one, PIL.Image.Image) for one in masks):
         check_sizes("mask_image", [one.size for one in masks])
+        if any(one.mode in ("F", "I") for one in masks):
+            raise ValueError("`mask_image` has a mode whose white is not agreed on: use mask.convert('L') from 0 to 255.")
         transparent = [
             one for one in masks if one.has_transparency_data and one.convert("RGBA").getextrema()[3][0] < 255
         ]
@@ -977,6 +1000,10 @@ ROUNDING_STD = 2 / (255 * math.sqrt(12))
 START_SPREAD = 0.3
 # Root-mean-square of what answers without noise exceed the range of images by, from which on the measurement holds noise.
 LARGEST_EXCESS = 0.1
+# Relative residuals of answers to measurements without noise are below this, or a warning says that they are not.
+LARGEST_RESIDUAL = 1e-5
+# Of `noise_std`, `energy_weight` and measurements: their squares are still numbers in float32.
+LARGEST_VALUE = 1e12
 # What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
 START_DAMPING = 1e-3
 
@@ -1064,8 +1091,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
         for name, value in (("noise_std", noise_std), ("energy_weight", energy_weight)):
-            if value is not None and (not isinstance(value, Real) or not 0 <= value < float("inf")):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value!r}.")
+            if name == "noise_std" and value is None:
+                continue
+            if not isinstance(value, Real) or not 0 <= value <= LARGEST_VALUE:
+                raise ValueError(f"`{name}` must be a number from 0 to {LARGEST_VALUE:g}, but is {value!r}.")
         if energy_weight > 0 and self.energy_model is None:
             raise ValueError("`energy_weight` above 0 needs an energy model, and this pipeline has none.")
         for name, value, allowed in (
@@ -1115,8 +1144,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             y = torch.where(observed, y, 0.0)
             operator = Inpainting(observed)
         operator = as_operator(operator)
-        if not torch.isfinite(y).all():
-            raise ValueError("`image` holds values that are not finite.")
+        if not (y.abs() <= LARGEST_VALUE).all():
+            raise ValueError(f"`image` holds values that are not finite, or beyond {LARGEST_VALUE:g}.")
         try:
             back = operator.A_adjoint(y)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
@@ -1261,11 +1290,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         latents_were_encoded = latents is None and start == "encoding"
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
 
+        # Functions are called in the measurement's precision.
+        dtype = y.dtype if operator.solver_dtype is None else torch.float32
         calls = {"decoder": 0, "encoder": int(latents_were_encoded), "energy model": 0}
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             calls["decoder"] += 1
-            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(dtype)
 
         def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
             calls["energy model"] += 1
@@ -1318,6 +1349,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         returned = answers.clamp(-1, 1)
         if output_type == "pil":
             returned = (returned * 127.5 + 127.5).round() / 127.5 - 1
+        residual = likelihood.relative_residual(answers)
+        if noise_std == 0 and (worst := residual.max().item()) > LARGEST_RESIDUAL:
+            logger.warning(
+                f"`noise_std` is 0, but answers agree with `image` only to a relative {worst:.1g}: it is not in the range of the "
+                "operator (a hole of `Inpainting` that is not 0, for example), or its A^+ was not solved to the end."
+            )
         energy = None
         if self.energy_model is not None:
             calls["energy model"] += 1
@@ -1329,7 +1366,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             images=self.postprocess(answers, output_type),
             mean=self.postprocess(by_measurement.mean(1), output_type),
             std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
-            residual=likelihood.relative_residual(answers),
+            residual=residual,
             residual_output=likelihood.relative_residual(returned),
             energy=energy,
             num_network_calls=sum(calls.values()),

@@ -44,6 +44,8 @@ FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
 # Random signs by which the diagonal of I - A_s A is estimated: operator calls only.
 NUM_VARIANCE_PROBES = 32
+# A draw has no error of the decoder's where the measurement tells less than so many times its noise does.
+LEAST_SEEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Likelihood:
         return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
 
     def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; 0 where y is 0."""
+        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; ||A x|| where y is 0."""
         size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
         difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
         return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
@@ -133,10 +135,11 @@ class Likelihood:
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
         A draw of x given z and y, whose residual is sigma an entry if v is right. What the measurement says nothing
-        of (the null space of A) is left as the decoder has it: there a draw would add noise of v to each pixel.
-        Without noise there is nothing to draw: that is `mean`.
+        of (the null space of A, and what a blur has all but taken away) is left as the decoder has it: there a draw would add
+        noise of v to each pixel. Without noise there is nothing to draw: that is `mean`.
         """
-        seen = self.A_dagger(self.A(math.sqrt(self.model_variance) * draw(x.shape, generator, x)))
+        error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
+        seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
         misfit = self.misfit(x + seen)
         misfit = misfit + self.noise_std * draw(misfit.shape, generator, x)
         return x + seen + self.A_dagger(misfit, self.damping)

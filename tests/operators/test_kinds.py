@@ -259,6 +259,8 @@ WRONG = {
     "ratio": (lambda: CompressedSensing.hadamard(0.0), "`ratio` must be above 0 and at most 1, but is 0.0"),
     "block size": (lambda: CompressedSensing.hadamard(0.5, 6), "`block_size` must be a power of 2, but is 6"),
     "rows": (lambda: CompressedSensing(torch.ones(2, 4)), "`matrix` must have orthonormal rows"),
+    "a matrix that is a list": (lambda: CompressedSensing([[1.0]]), "`matrix` must be a tensor, but is a list"),
+    "blocks of nothing": (lambda: CompressedSensing.orthonormal(0.5, 0), "`block_size` must be at least 1, but is 0"),
     "blocks": (lambda: CompressedSensing.hadamard().A(image()), "Blocks of 8 px must divide the image's 12x16"),
     "no parts": (lambda: Compose([]), "`operators` is empty"),
     "part that is none": (lambda: Compose([SuperResolution(2), "blur"]), "`operator` must be a LinearOperator"),
@@ -279,10 +281,60 @@ def test_cgls_says_when_it_stops():
     y = torch.ones(2, 20, dtype=torch.float64)
     y[1, 1:] = 0  # done in one step
     with pytest.warns(
-        UserWarning, match="CGLS stopped after 3 iterations, before it came to a relative residual of 1e-10"
+        UserWarning, match="CGLS stopped after 3 iterations, before its relative gradient or residual came to 1e-10"
     ):
         x = cgls(lambda x: x @ hard, lambda y: y @ hard, y, max_iterations=3)
     torch.testing.assert_close(x[1], y[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cgls(lambda x: x @ hard, lambda y: y @ hard, y[1:], max_iterations=3)
+
+
+def test_cgls_in_single_precision_stops_where_it_comes_no_nearer():
+    """Long before its last iteration, at what float32 resolves, and without a warning."""
+    calls = []
+    matrix = torch.diag(torch.logspace(0, -2, 20))
+
+    def A(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x @ matrix
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = cgls(A, lambda y: y @ matrix, torch.ones(2, 20), tolerance=1e-12)
+    assert len(calls) < 300
+    torch.testing.assert_close(x @ matrix, torch.ones(2, 20), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SuperResolution(2, "bicubic"),
+        lambda: Blur(motion_kernel(5, 30), "reflect"),
+        lambda: Blur(gaussian_kernel(1.0), "reflect"),
+        lambda: Compose([SuperResolution(2), Blur(gaussian_kernel(0.6), "reflect")]),
+    ],
+)
+def test_what_is_kept_from_inference_mode_serves_gradients(make):
+    operator, x = make(), torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        y = operator.A(x)
+        expected = operator.A_dagger(y).clone()
+    y = operator.A(x).requires_grad_()
+    found = operator.A_dagger(y)
+    found.sum().backward()
+    torch.testing.assert_close(found.detach(), expected.clone())
+    assert y.grad.abs().sum() > 0
+
+
+def test_a_mirrored_blur_is_decomposed_once(monkeypatch):
+    blur, y = Blur(gaussian_kernel(1.0), "reflect"), torch.rand(1, 1, 12, 16)
+    first = blur.A_dagger(y)
+    monkeypatch.setattr("ecvae_diffusers.operators.separable.factorize", lambda matrix: 1 / 0)
+    assert torch.equal(blur.A_dagger(y), first)
+
+
+def test_weights_of_any_kind_are_saved(tmp_path):
+    operator = Colorization(np.array([0.5, 0.25, 0.25], dtype=np.float32))
+    operator.save_pretrained(tmp_path)
+    assert LinearOperator.from_pretrained(tmp_path).weights == (0.5, 0.25, 0.25)

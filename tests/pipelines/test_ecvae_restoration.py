@@ -319,6 +319,75 @@ def test_inference_mode(pipe):
     torch.testing.assert_close(found.clone(), expected)
 
 
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"method": "map"}, {"noise_std": 0.05}, {"start": "prior", "energy_weight": 0.1}]
+)
+def test_functions_in_double_precision(pipe, kwargs):
+    """They are called in the measurement's precision all the way, whatever the networks compute in."""
+    matrix = torch.linalg.qr(torch.randn(256, 64, generator=seeded(), dtype=torch.float64)).Q.mT
+    functions = (lambda x: x.flatten(1) @ matrix.mT, lambda y: (y @ matrix).view(-1, 1, 16, 16))
+    output = restore(pipe, functions[0](images().double()), functions, **kwargs)
+    assert output.images.isfinite().all()
+    if "noise_std" not in kwargs:
+        assert output.residual.max() < 1e-8
+
+
+def test_says_where_answers_do_not_agree_with_the_measurement(pipe, caplog):
+    operator = Inpainting.box(16, 16, 4, 4, 8, 8)
+    damaged = images() + 0.5 * (1 - operator.A(torch.ones(2, 1, 16, 16)))  # the hole is not 0
+    with caplog.at_level("WARNING"):
+        output = restore(pipe, damaged, operator)
+    assert output.residual.max() > 1e-2 and "is not in the range of the operator" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        restore(pipe, operator.A(damaged), operator)
+    assert caplog.text == ""
+
+
+def test_rounding_is_the_noise_of_pictures(pipe):
+    """`noise_std` not given: 2 / (255 sqrt(12)) for a picture, nothing for a tensor."""
+    damaged, rounding = picture(images(1)[0]), 2 / (255 * 12**0.5)
+    found = restore(pipe, damaged, mask_image=box_mask()).images
+    assert torch.equal(found, restore(pipe, damaged, mask_image=box_mask(), noise_std=rounding).images)
+    y = SuperResolution(2).A(images())
+    found = restore(pipe, y, SuperResolution(2)).images
+    assert torch.equal(found, restore(pipe, y, SuperResolution(2), noise_std=0.0).images)
+
+
+def test_two_masks_of_two_images(pipe):
+    other = PIL.Image.new("L", (16, 16), 0)
+    other.paste(255, (0, 0, 8, 16))
+    clean = images(2)
+    masks = [box_mask(), other]
+    output = restore(pipe, [picture(one) for one in clean], mask_image=masks, noise_std=0.0)
+    for image, restored, mask in zip(clean, output.images, masks):
+        kept = torch.from_numpy(np.asarray(mask) == 0)
+        given = ((image + 1) * 127.5).round() / 255
+        torch.testing.assert_close(restored[:, kept], given[:, kept], rtol=0, atol=1e-5)
+        assert (restored[:, ~kept] - given[:, ~kept]).abs().max() > 1e-3
+
+
+def test_tiles_of_a_noisy_measurement(pipe):
+    """Residuals of single answers are those of the noise, those of their mean lie below."""
+    clean, noise_std = images(1, height=24, width=32), 0.1
+    noise = noise_std * torch.randn(clean.shape, generator=seeded(3))
+    # An untrained decoder is off by as much as images are large.
+    settings = {"num_restorations": 8, "energy_weight": 0.1, "reconstruction_variance": clean.square().mean().item()}
+    output = restore(pipe, clean + noise, Denoising(), noise_std=noise_std, **settings)
+    size = (clean + noise).norm() / clean.numel() ** 0.5
+    assert 0.8 < (output.residual * size / noise_std).mean() < 1.2
+    assert ((output.mean * 2 - 1) - clean - noise).square().mean().sqrt() < (output.residual * size).mean()
+    assert output.images.shape == (8, 1, 24, 32) and output.energy.shape == (8,)
+
+
+def test_energies_are_those_of_the_answers(pipe):
+    output = restore(pipe, SuperResolution(2).A(images()), SuperResolution(2), num_restorations=2)
+    with torch.no_grad():
+        expected = pipe.energy_model(output.images * 2 - 1).energy
+    # But for what was clamped.
+    torch.testing.assert_close(output.energy, expected, rtol=0.05, atol=0.05)
+
+
 def test_bf16_networks(pipe):
     pipe.to(torch.bfloat16)
     output = restore(pipe, SuperResolution(2).A(images()), SuperResolution(2))
@@ -331,9 +400,19 @@ WRONG = {
     "no operator": ({"operator": "blur"}, "`operator` must be a LinearOperator"),
     "answers": ({"num_restorations": 0}, "`num_restorations` must be an integer of at least 1, but is 0"),
     "steps": ({"num_inference_steps": 1.5}, "`num_inference_steps` must be an integer of at least 1, but is 1.5"),
-    "negative noise": ({"noise_std": -0.1}, "`noise_std` must be a finite number of at least 0, but is -0.1"),
-    "NaN noise": ({"noise_std": float("nan")}, "`noise_std` must be a finite number"),
-    "energy weight": ({"energy_weight": -1}, "`energy_weight` must be a finite number of at least 0, but is -1"),
+    "negative noise": ({"noise_std": -0.1}, "`noise_std` must be a number from 0 to 1e.12, but is -0.1"),
+    "NaN noise": ({"noise_std": float("nan")}, "`noise_std` must be a number from 0"),
+    "energy weight": ({"energy_weight": -1}, "`energy_weight` must be a number from 0 to 1e.12, but is -1"),
+    "no energy weight": ({"energy_weight": None}, "`energy_weight` must be a number from 0 to 1e.12, but is None"),
+    "too much noise": ({"noise_std": 1e200}, "`noise_std` must be a number from 0 to 1e.12, but is 1e.200"),
+    "too large": (
+        {"image": torch.full((2, 1, 8, 8), 1e20)},
+        "`image` holds values that are not finite, or beyond 1e.12",
+    ),
+    "mask of floats": (
+        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": PIL.Image.new("F", (16, 16), 1.0)},
+        "`mask_image` has a mode whose white is not agreed on",
+    ),
     "method": ({"method": "adam"}, "`method` must be one of langevin, map, but is 'adam'"),
     "start": ({"start": "zeros"}, "`start` must be one of encoding, prior, but is 'zeros'"),
     "output type": ({"output_type": "latent"}, "`output_type` must be one of pil, np, pt, but is 'latent'"),

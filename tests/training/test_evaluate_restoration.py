@@ -132,7 +132,7 @@ def test_tasks(name, noise_std):
         assert errors[1] < 0.5 * errors[0]
     unknown = unknown_pixels(task)
     assert unknown.any() == (name != "denoising" or noise_std > 0)
-    if name == "box_inpainting" and noise_std == 0:
+    if name == "box_inpainting":  # with noise too: the missing ones alone
         assert unknown[0].nonzero().min() >= 4 and unknown[0].nonzero().max() < 12
 
 

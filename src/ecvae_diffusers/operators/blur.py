@@ -124,9 +124,12 @@ class Blur(LinearOperator):
 
     def line_factors(self, part: torch.Tensor, dim: int, size: int) -> separable.Factors:
         """The matrix that blurs one line of `size` pixels, decomposed."""
-        reads = torch.eye(size, dtype=torch.float64)[self.mirrored(dim, size)]
-        matrix = sum(weight * reads[len(part) - 1 - i :][:size] for i, weight in enumerate(part))
-        return separable.factorize(matrix)
+        if (dim, size) not in self.decompositions:
+            with separable.kept_for_gradients():
+                reads = torch.eye(size, dtype=torch.float64)[self.mirrored(dim, size)]
+                matrix = sum(weight * reads[len(part) - 1 - i :][:size] for i, weight in enumerate(part))
+                self.decompositions[dim, size] = separable.factorize(matrix)
+        return self.decompositions[dim, size]
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         # A mirror image has size - 1 pixels.

@@ -21,6 +21,8 @@ class CompressedSensing(LinearOperator):
     row_norm = 1.0
 
     def __init__(self, matrix: torch.Tensor):
+        if not isinstance(matrix, torch.Tensor):
+            raise ValueError(f"`matrix` must be a tensor, but is a {type(matrix).__name__}.")
         block_size = math.isqrt(matrix.shape[-1])
         if matrix.ndim != 2 or block_size**2 != matrix.shape[1]:
             raise ValueError(f"`matrix` must have shape (m, b * b), but has {tuple(matrix.shape)}.")
@@ -57,6 +59,8 @@ class CompressedSensing(LinearOperator):
         cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None
     ) -> "CompressedSensing":
         """Random orthonormal rows (of a QR decomposition of normal draws); arguments as of `hadamard`, any b."""
+        if block_size < 1:
+            raise ValueError(f"`block_size` must be at least 1, but is {block_size}.")
         num_pixels = block_size**2
         draws = torch.randn(num_pixels, cls.num_rows(ratio, num_pixels), dtype=torch.float64, generator=generator)
         return cls(torch.linalg.qr(draws).Q.mT)

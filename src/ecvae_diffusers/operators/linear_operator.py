@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from .separable import Factors, factorize, inverse
+from .separable import Factors, factorize, inverse, kept_for_gradients
 from .solvers import LeastSquares
 
 
@@ -107,8 +107,9 @@ class LinearOperator(nn.Module):
     def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
         """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
         if image_shape not in self.decompositions:
-            entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
-            self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
+            with kept_for_gradients():
+                entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
+                self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
         column = y.flatten(1)[:, None, :, None]
         solved = inverse(self.decompositions[image_shape], ONE, column, damping, self.rcond)
         return solved.view(len(y), *image_shape)

@@ -23,7 +23,8 @@ class Denoising(LinearOperator):
 
 class Inpainting(LinearOperator):
     """
-    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 (middle gray) where nothing was observed.
+    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 where nothing was observed: middle gray in a
+    tensor, black in a picture.
 
     Args:
         mask (`torch.Tensor` of shape `(H, W)`, `(1 or C, H, W)` or `(B, 1 or C, H, W)`):
@@ -101,11 +102,12 @@ class Colorization(LinearOperator):
     """
 
     def __init__(self, weights: tuple[float, ...] = (0.299, 0.587, 0.114)):
-        super().__init__(weights=tuple(weights))
+        weights = tuple(float(weight) for weight in weights)
+        super().__init__(weights=weights)
         self.row_norm = sum(w * w for w in weights)
         if not 0 < self.row_norm < float("inf"):
             raise ValueError(f"`weights` must be finite and not all 0, but are {weights}.")
-        self.weights = tuple(weights)
+        self.weights = weights
 
     def column(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.new_tensor(self.weights).view(1, -1, 1, 1)

@@ -5,6 +5,8 @@ Their singular values are the products of those of :math:`R_h` and :math:`R_w`, 
 two small decompositions.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,13 @@ class Factors(NamedTuple):
     left: torch.Tensor
     values: torch.Tensor
     right: torch.Tensor
+
+
+@contextmanager
+def kept_for_gradients() -> Iterator[None]:
+    """What is made here, and kept, serves gradients later, though it is first asked for in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def factorize(matrix: torch.Tensor) -> Factors:

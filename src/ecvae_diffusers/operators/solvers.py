@@ -13,6 +13,8 @@ import torch
 
 
 MAX_ITERATIONS = 1000
+# In float32: iterations without a smaller gradient after which an entry is as good as it gets.
+STAGNATION = 50
 
 
 def cgls(
@@ -32,7 +34,7 @@ def cgls(
         damping (`float`, *optional*, defaults to 0.0): s, at least 0.
         tolerance (`float`, *optional*, defaults to 1e-10):
             An entry is done where its A^T r - s x is at most so many times A^T y, or its r so many times y, in norm.
-            float32 comes to 1e-6 or so.
+            float32 comes to 1e-6 or so, and stops where it comes no nearer.
         max_iterations (`int`, *optional*, defaults to 1000): Where to stop, with a warning, if some are not done.
 
     Returns:
@@ -48,8 +50,12 @@ def cgls(
     residual, direction = y, A_adjoint(y)
     x, gradient_norm = torch.zeros_like(direction), squares(direction)
     enough_gradient, enough_residual = tolerance**2 * gradient_norm, tolerance**2 * squares(y)
+    least, since = gradient_norm, torch.zeros_like(gradient_norm)
     for _ in range(max_iterations):
         going_on = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
+        if x.dtype == torch.float32:
+            # Below what it can resolve the gradient no longer falls: nothing is gained by going on.
+            going_on &= since < STAGNATION
         if not going_on.any():
             return x
         image = A(direction)
@@ -61,8 +67,10 @@ def cgls(
         before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
         ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
         direction = gradient + each(ratio, direction)
+        since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
+        least = torch.minimum(least, gradient_norm)
     warnings.warn(
-        f"CGLS stopped after {max_iterations} iterations, before it came to a relative residual of {tolerance}."
+        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual came to {tolerance}."
     )
     return x
 

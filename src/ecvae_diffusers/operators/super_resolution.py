@@ -18,9 +18,10 @@ RCOND = 1e-10
 @lru_cache(maxsize=32)
 def bicubic_factors(size: int, scale: int) -> separable.Factors:
     """The matrix that resizes a line of `size` pixels as PIL does (BICUBIC: antialiased, a = -0.5), decomposed."""
-    lines = torch.eye(size, dtype=torch.float64)[None, None]
-    matrix = F.interpolate(lines, (size // scale, size), mode="bicubic", antialias=True, align_corners=False)
-    return separable.factorize(matrix[0, 0])
+    with separable.kept_for_gradients():
+        lines = torch.eye(size, dtype=torch.float64)[None, None]
+        matrix = F.interpolate(lines, (size // scale, size), mode="bicubic", antialias=True, align_corners=False)
+        return separable.factorize(matrix[0, 0])
 
 
 class SuperResolution(LinearOperator):

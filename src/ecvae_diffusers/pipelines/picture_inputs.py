@@ -63,6 +63,10 @@ def prepare_mask(
         raise ValueError("`mask_image` is an empty list.")
     if all(isinstance(one, PIL.Image.Image) for one in masks):
         check_sizes("mask_image", [one.size for one in masks])
+        if any(one.mode in ("F", "I") for one in masks):
+            raise ValueError(
+                "`mask_image` has a mode whose white is not agreed on: use mask.convert('L') from 0 to 255."
+            )
         transparent = [
             one for one in masks if one.has_transparency_data and one.convert("RGBA").getextrema()[3][0] < 255
         ]

@@ -46,6 +46,10 @@ ROUNDING_STD = 2 / (255 * math.sqrt(12))
 START_SPREAD = 0.3
 # Root-mean-square of what answers without noise exceed the range of images by, from which on the measurement holds noise.
 LARGEST_EXCESS = 0.1
+# Relative residuals of answers to measurements without noise are below this, or a warning says that they are not.
+LARGEST_RESIDUAL = 1e-5
+# Of `noise_std`, `energy_weight` and measurements: their squares are still numbers in float32.
+LARGEST_VALUE = 1e12
 # What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
 START_DAMPING = 1e-3
 
@@ -133,8 +137,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
         for name, value in (("noise_std", noise_std), ("energy_weight", energy_weight)):
-            if value is not None and (not isinstance(value, Real) or not 0 <= value < float("inf")):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value!r}.")
+            if name == "noise_std" and value is None:
+                continue
+            if not isinstance(value, Real) or not 0 <= value <= LARGEST_VALUE:
+                raise ValueError(f"`{name}` must be a number from 0 to {LARGEST_VALUE:g}, but is {value!r}.")
         if energy_weight > 0 and self.energy_model is None:
             raise ValueError("`energy_weight` above 0 needs an energy model, and this pipeline has none.")
         for name, value, allowed in (
@@ -184,8 +190,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             y = torch.where(observed, y, 0.0)
             operator = Inpainting(observed)
         operator = as_operator(operator)
-        if not torch.isfinite(y).all():
-            raise ValueError("`image` holds values that are not finite.")
+        if not (y.abs() <= LARGEST_VALUE).all():
+            raise ValueError(f"`image` holds values that are not finite, or beyond {LARGEST_VALUE:g}.")
         try:
             back = operator.A_adjoint(y)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
@@ -330,11 +336,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         latents_were_encoded = latents is None and start == "encoding"
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
 
+        # Functions are called in the measurement's precision.
+        dtype = y.dtype if operator.solver_dtype is None else torch.float32
         calls = {"decoder": 0, "encoder": int(latents_were_encoded), "energy model": 0}
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             calls["decoder"] += 1
-            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(dtype)
 
         def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
             calls["energy model"] += 1
@@ -387,6 +395,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         returned = answers.clamp(-1, 1)
         if output_type == "pil":
             returned = (returned * 127.5 + 127.5).round() / 127.5 - 1
+        residual = likelihood.relative_residual(answers)
+        if noise_std == 0 and (worst := residual.max().item()) > LARGEST_RESIDUAL:
+            logger.warning(
+                f"`noise_std` is 0, but answers agree with `image` only to a relative {worst:.1g}: it is not in the range of the "
+                "operator (a hole of `Inpainting` that is not 0, for example), or its A^+ was not solved to the end."
+            )
         energy = None
         if self.energy_model is not None:
             calls["energy model"] += 1
@@ -398,7 +412,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             images=self.postprocess(answers, output_type),
             mean=self.postprocess(by_measurement.mean(1), output_type),
             std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
-            residual=likelihood.relative_residual(answers),
+            residual=residual,
             residual_output=likelihood.relative_residual(returned),
             energy=energy,
             num_network_calls=sum(calls.values()),
