@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from command_line import positive
-from evaluate_restoration import load, table, task_names
-from study import FashionMNIST, RememberedFeatures, Results, add_device, reference, versions
+from study import FashionMNIST, RememberedFeatures, Results, add_device, reference, versions  # and finds training/
 
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_training.digits import NUM_TRAIN, load_digits, train_digit_features
 from ecvae_training.images import to_range
 from ecvae_training.restoration_tasks import Task, as_answers, classical, coverage, measures, restore
+from evaluate_restoration import load, table, task_names
 
 
 NUM_IMAGES, NOISES = 256, (0.0, 0.05)

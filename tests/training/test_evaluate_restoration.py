@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate_restoration
 import PIL.Image
 import pytest
 import torch
-from evaluate_restoration import task_names
 
+import evaluate_restoration
 from ecvae_training.digits import load_digits
 from ecvae_training.images import to_range
 from ecvae_training.restoration_tasks import (
@@ -25,6 +24,7 @@ from ecvae_training.restoration_tasks import (
     make_operator,
     unknown_pixels,
 )
+from evaluate_restoration import task_names
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate_restoration.py"
