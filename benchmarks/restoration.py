@@ -4,7 +4,7 @@
 
 256 images of the test split (digits; Fashion-MNIST with `--fashion_mnist DATASET`), which neither model was trained on, by the EC-VAE,
 by the same algorithm with the uncalibrated VAE, by A^+ (with noise also the damped A_s, s = sigma^2 over the images' mean square) and by scikit-image's methods, whose weights are the best for these very images. PSNR and SSIM are of the mean of `--num_restorations` answers, feature distance
-(Frechet, single answers against the clean images) of the first. `--steps` gives the quality at 5 to 100 decoder passes, `--reliability` a picture of
+(Frechet, single answers against the clean images) of the first. `--steps` gives the quality at 5 to 100 decoder passes, `--reliability` instead a picture of
 how many pixels lie within how many standard deviations, M = 16. Rows that STUDY/restoration_<data>.jsonl holds already are not made again.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--energy_weight", type=float, default=0.0)
     parser.add_argument("--steps", action="store_true", help="ours at 5 to 100 decoder passes")
-    parser.add_argument("--reliability", type=Path, help="write this picture, of 16 answers")
+    parser.add_argument("--reliability", type=Path, help="write this picture, of 16 answers, instead")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--num_restorations", type=positive, default=8, help="M, answers an image")
     add_device(parser)
@@ -114,10 +114,11 @@ def main() -> None:
         for method in methods
         if noise > 0 or method != "A_s y"
     }
-    results.fill(list(settings), [0], lambda setting, seed: row(*settings[setting]))
-    found = [results.of(setting)[0] for setting in settings]
-    print(table([one for one in found if "psnr" in one]))
-    if args.reliability is not None:
+    if args.reliability is None:
+        results.fill(list(settings), [0], lambda setting, seed: row(*settings[setting]))
+        found = [results.of(setting)[0] for setting in settings]
+        print(table([one for one in found if "psnr" in one]))
+    else:
         kept = {}
         for task_name in all_tasks(0.05):
             task = Task(task_name, clean, 0.05)
