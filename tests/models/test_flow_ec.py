@@ -69,6 +69,17 @@ def test_is_inverted(flow):
         assert (flow.double().encode(flow.decode(drawn))[0] - drawn).abs().max() < 1e-9
 
 
+def test_is_inverted_under_autocast(flow):
+    """The couplings' networks compute in bfloat16, and nothing else does: what is left is where their input, equal up to a
+    rounding of float32, is rounded to the other side."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        latents, log_det = flow.encode(sample_of(flow))
+        error = flow.decode(latents) - sample_of(flow)
+    assert latents.dtype == log_det.dtype == torch.float32
+    assert not torch.equal(latents, flow.encode(sample_of(flow))[0])  # bfloat16 was used
+    assert error.abs().max() < 5e-3 and error.square().mean().sqrt() < 5e-4
+
+
 def test_log_determinant_is_that_of_the_jacobian(flow):
     flow.double()
     for sample in sample_of(flow, 2).double():
@@ -111,6 +122,17 @@ def test_gradients_pass_through_sampling():
             flat[index] = kept
         found = (values[0] - values[1]) / (2 * eps)
         assert abs(found - gradient.view(-1)[index].item()) < 1e-4 * max(1.0, abs(found)), name
+
+
+def test_samples_are_decoded_draws():
+    flow = unsettle(tiny(), images(3, 1, 8))
+    expected = flow.decode(0.7 * latents_of(flow, 4, seed=5))
+    sample = flow.sample(4, seeded(5), temperature=0.7)
+    assert torch.equal(sample, expected) and sample.requires_grad
+    # One generator an image: each is its own, whatever else is drawn.
+    both = flow.sample(2, [seeded(5), seeded(6)])
+    torch.testing.assert_close(both[1:], flow.sample(1, [seeded(6)]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(flow.sample(2, temperature=0)[0], flow.decode(torch.zeros(2, flow.num_latents, 1, 1))[0])
 
 
 def normflows_step(step: FlowStep) -> list[normflows.flows.Flow]:
@@ -227,3 +249,12 @@ def test_wrong_shapes():
         flow.log_prob(images(2, 3, 8))
     with pytest.raises(ValueError, match=r"`latents` must have shape \(batch_size, 64, 1, 1\), not \(2, 64\)"):
         flow.decode(torch.zeros(2, 64))
+
+
+def test_wrong_sampling():
+    flow = tiny()
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, but is 0"):
+        flow.sample(0)
+    for temperature in (-0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match="`temperature` must be a finite number of at least 0, but is"):
+            flow.sample(1, temperature=temperature)

@@ -77,6 +77,19 @@ def test_plain_flow_has_no_energy_model(images, tmp_path):
     assert "constraint" not in metrics(tmp_path / "run")[-1]
 
 
+def test_bf16_computes_something_else_and_no_other_run(images, tmp_path):
+    """Rounding, and nothing beside it: the first step is that of float32 to three digits."""
+    for precision in ("no", "bf16"):
+        train(
+            "--train_data_dir", images, "--output_dir", tmp_path / precision, "--max_train_steps", 2, "--log_steps", 1,
+            "--mixed_precision", precision,
+        )  # fmt: skip
+    plain, half = (metrics(tmp_path / precision) for precision in ("no", "bf16"))
+    for name in ("bits_per_dimension", "sample_spread"):
+        assert half[0][name] == pytest.approx(plain[0][name], rel=1e-2)
+    assert half[1]["gradient_norm"] != plain[1]["gradient_norm"] and half[1]["constraint"] > 0
+
+
 def test_goes_on_from_a_pipeline(finished, images, tmp_path):
     """One step of learning rate almost 0: the weights are still those of the start, not initialized anew."""
     train(

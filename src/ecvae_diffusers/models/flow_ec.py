@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
 
 
 # Bound of what one coupling scales by, e^2 either way: what is not bounded can't be inverted in float32.
@@ -71,8 +72,9 @@ class FlowECOutput(BaseOutput):
             Images of `prior_latents`.
     """
 
+    # All but the first have defaults: Accelerate rebuilds outputs from one mapping under mixed precision.
     log_prob: torch.Tensor
-    latents: torch.Tensor
+    latents: torch.Tensor | None = None
     prior_sample: torch.Tensor | None = None
 
 
@@ -103,6 +105,9 @@ class InvertibleConv(nn.Module):
     """
     A 1x1 convolution by W = P L (U + diag(s)): its determinant is that of s, its inverse two triangular solves (Kingma and
     Dhariwal 2018, section 3.2). It begins as a random rotation.
+
+    Autocast leaves it alone: W and its inverse, each rounded to bfloat16, are not inverse to each other. The couplings' networks
+    may compute with less, since they are given the same input both ways.
     """
 
     def __init__(self, channels: int):
@@ -123,18 +128,20 @@ class InvertibleConv(nn.Module):
         return lower.tril(-1) + identity, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        lower, upper = self.triangles()
-        weight = self.permutation.to(lower.dtype) @ lower @ upper
-        log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
-        return F.conv2d(x, weight[..., None, None].to(x.dtype)), log_det
+        with torch.autocast(x.device.type, enabled=False):
+            lower, upper = self.triangles()
+            weight = self.permutation.to(lower.dtype) @ lower @ upper
+            log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
+            return F.conv2d(x, weight[..., None, None].to(x.dtype)), log_det
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        lower, upper = self.triangles()
-        weight = torch.linalg.solve_triangular(
-            lower, self.permutation.to(lower.dtype).T, upper=False, unitriangular=True
-        )
-        weight = torch.linalg.solve_triangular(upper, weight, upper=True)
-        return F.conv2d(y, weight[..., None, None].to(y.dtype))
+        with torch.autocast(y.device.type, enabled=False):
+            lower, upper = self.triangles()
+            weight = torch.linalg.solve_triangular(
+                lower, self.permutation.to(lower.dtype).T, upper=False, unitriangular=True
+            )
+            weight = torch.linalg.solve_triangular(upper, weight, upper=True)
+            return F.conv2d(y, weight[..., None, None].to(y.dtype))
 
 
 class AffineCoupling(nn.Module):
@@ -400,6 +407,36 @@ class FlowEC(ModelMixin, ConfigMixin):
         for level, part, shape in zip(reversed(self.levels), reversed(parts), reversed(self.latent_shapes)):
             kept = level.inverse(kept, part.unflatten(1, shape))
         return kept
+
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """
+        New images: latents drawn from N(0, `temperature`^2 I), decoded. With gradients to the parameters, as calibration needs
+        them, unless they are turned off around it.
+
+        Args:
+            batch_size (`int`): The number of images, at least 1.
+            generator (`torch.Generator` or a list of one an image, *optional*): Draws the latents.
+            temperature (`float`, *optional*, defaults to 1.0): Standard deviation of the latents, at least 0.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images, around [-1, 1].
+
+        Raises:
+            ValueError: if `batch_size` or `temperature` is outside what is listed above.
+        """
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature}.")
+        shape = (batch_size, self.num_latents, 1, 1)
+        return self.decode(
+            temperature * randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
+        )
 
     def log_prob(self, sample: torch.Tensor) -> torch.Tensor:
         """
