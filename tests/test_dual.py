@@ -83,10 +83,12 @@ def test_fixed_tolerance_needs_no_sample():
         (100.0, 1e6, 100.0),
         (30.0, 1.5, 30.2),  # a larger violation than 1 counts as 1
         (30.0, 1e6, 30.2),
+        (30.0, -0.5, 29.8),  # of a constraint that can be negative, likewise
+        (30.0, -1e6, 29.8),
     ],
 )
 def test_dual_step(initial_dual, constraint, expected, as_tensor):
-    """lambda <- clip(lambda + eta min(C / epsilon - 1, 1), 0, lambda_max) with eta = 0.2, epsilon = 0.5, lambda_max = 100."""
+    """lambda <- clip(lambda + eta clip(C / epsilon - 1, -1, 1), 0, lambda_max), eta = 0.2, epsilon = 0.5, lambda_max = 100."""
     calibrator = EnergyCalibrator(
         tiny_energy_model(), LangevinScheduler(), tolerance=0.5, initial_dual=initial_dual, dual_learning_rate=0.2
     )

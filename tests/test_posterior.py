@@ -11,12 +11,14 @@ from energies import randn, seeded
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.energy import energy_and_gradient
 from ecvae_diffusers.posterior import (
+    DRIFT_STEP,
     FORMS,
     PosteriorEnergy,
     coupled_ends,
     negative_log_posterior,
     optimized_posterior,
     posterior_chain,
+    refine,
     stationary_constraint,
 )
 from ecvae_diffusers.variational import likelihood_bounds
@@ -180,6 +182,44 @@ def test_coupling_changes_the_variance_of_value_and_gradient_but_not_their_mean(
         spread = first.std(0) / math.sqrt(count)
         assert ((first.mean(0) - second.mean(0)).abs() < 5 * spread).all()
         assert (second.var(0) < 0.2 * first.var(0)).all()
+
+
+@pytest.mark.parametrize("width", [1.0, 5.0, 1e3])
+def test_refinement_never_goes_uphill(width):
+    """
+    Of posteriors far wider than the true one, where the chain's own step overshoots: beyond a width of sqrt(2 / a) = 4.5 plain
+    descent ends ever further away. The other images of the batch go as they would alone.
+    """
+    decoder, images = LinearDecoder(), randn(6, 1, 2, 4)
+    true = decoder.posterior(images)
+    widths = torch.ones(6, 1, 1, 1)
+    widths[3:] = width
+    q = posterior_of(true.mean + true.std, widths * true.std)
+    energy = PosteriorEnergy(decoder, images, q, VARIANCE)
+    start = randn(6, LATENTS, 1, 1, seed=3)
+    states = [refine(energy, start, range(steps), noise=False) for steps in range(41)]
+    course = torch.stack([energy(state) for state in states])
+    assert (course.diff(dim=0) <= 0).all()
+    least = energy(energy.whiten(true.mean))  # the mode of a Gaussian is its mean
+    assert (course[-1] - least < 0.05 * (course[0] - least)).all()
+    descent = start
+    for _ in range(40):
+        descent = descent - DRIFT_STEP * energy_and_gradient(energy, descent)[1]
+    torch.testing.assert_close(states[-1][:3], descent[:3], rtol=0, atol=1e-2)
+    if width > math.sqrt(2 / DRIFT_STEP):
+        assert not (energy(descent)[3:] < course[0, 3:]).any()  # what halving is for
+
+
+def test_refinement_stays_where_the_energy_is_no_number():
+    """A decoder that overflows a little away from where it was."""
+    q = posterior_of(torch.zeros(2, LATENTS, 1, 1), torch.ones(2, LATENTS, 1, 1))
+    start = torch.ones(2, LATENTS, 1, 1)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return (latents + (latents.detach() - 1).abs() * math.inf).nan_to_num(nan=0.0, posinf=math.inf)
+
+    found = refine(PosteriorEnergy(decode, torch.zeros(2, LATENTS, 1, 1), q, 0.5), start, range(3), noise=False)
+    assert torch.equal(found, start)
 
 
 def test_a_calibrator_without_an_energy_needs_one_with_the_samples():

@@ -14,9 +14,9 @@ import torch
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup, squared_error
-from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, parse_args
+from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
 from ecvae_training.images import to_range
-from ecvae_training.models import build_models, load_pretrained
+from ecvae_training.models import Networks, build_models, load_pretrained
 from ecvae_training.posterior_step import PosteriorCalibration
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
@@ -39,11 +39,11 @@ class ECVAETask(Task):
         self.state = PosteriorCalibration(args, vae) if args.calibration in POSTERIOR_CALIBRATIONS else None
 
     def loss(self, network, real, noise, step, with_samples):
-        args = self.args
+        args, kl_weight = self.args, kl_warmup(self.args.kl_weight, step, self.args.kl_warmup_steps)
         posterior_noise = noise.normal(len(real), *self.latent_shape)
         latents = {}
         if self.state is not None:
-            refined = self.state.refine(real, posterior_noise, noise, self.accelerator)
+            refined = self.state.refine(real, posterior_noise, noise, kl_weight, self.accelerator)
             if args.posterior_decoder_weight > 0:
                 latents["refined"] = refined.energy.unwhiten(refined.ends)
         if with_samples:
@@ -55,7 +55,6 @@ class ECVAETask(Task):
             prior_latents=torch.cat(list(latents.values())) if latents else None,
         )
         decoded = dict(zip(latents, output.prior_sample.chunk(len(latents)))) if latents else {}
-        kl_weight = kl_warmup(args.kl_weight, step, args.kl_warmup_steps)
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight, args.free_bits)
         loss = elbo.loss
         scalars = {"reconstruction": elbo.reconstruction, "kl": elbo.kl}
@@ -134,7 +133,16 @@ def main(args) -> None:
     def build_task(pretrained, feed) -> ECVAETask:
         return ECVAETask(args, *build_models(args, feed.channels, lambda: build_vae(args, feed.channels), pretrained))
 
-    train(args, lambda: load_pretrained(args, "vae", AutoencoderEC), build_task)
+    def load() -> Networks:
+        vae, energy_model = load_pretrained(args, "vae", AutoencoderEC)
+        if vae is not None and vae.config.norm_type == "batch" and args.calibration in POSTERIOR_CALIBRATIONS:
+            raise ValueError(
+                f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} must have group normalization with "
+                f"--calibration {args.calibration}, but has batch normalization: {WHY_NO_BATCH_NORM}."
+            )
+        return vae, energy_model
+
+    train(args, load, build_task)
 
 
 if __name__ == "__main__":

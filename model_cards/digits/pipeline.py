@@ -129,8 +129,11 @@ def refine(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U. Written out, because a
-    pipeline on the Hub has no scheduler but the one it was saved with.
+    The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U, which never rises. Written
+    out, because a pipeline on the Hub has no scheduler but the one it was saved with.
+
+    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step then lead
+    uphill, and the next one further: in descent such a step is not taken, and those of that image are halved from there on.
 
     Args:
         energy ([`PosteriorEnergy`]): U, of a decoder that is held still.
@@ -139,11 +142,22 @@ def refine(
         noise (`bool`): Whether to draw it.
         generator (`torch.Generator` or a list of one an image, *optional*): Draws the noise.
     """
-    for _ in steps:
-        whitened = whitened - DRIFT_STEP * energy_and_gradient(energy, whitened)[1]
-        if noise:
+    if noise:
+        for _ in steps:
+            whitened = whitened - DRIFT_STEP * energy_and_gradient(energy, whitened)[1]
             normal = randn_tensor(whitened.shape, generator=generator, device=whitened.device, dtype=whitened.dtype)
             whitened = whitened + math.sqrt(2 * DRIFT_STEP) * normal
+        return whitened
+    value, gradient = energy_and_gradient(energy, whitened)
+    step = torch.full_like(whitened[:, :1], DRIFT_STEP)
+    for _ in steps:
+        proposal = whitened - step * gradient
+        new_value, new_gradient = energy_and_gradient(energy, proposal)
+        lower = new_value < value  # and so not where U is no number any more
+        value = torch.where(lower, new_value, value)
+        lower = lower.view(step.shape)
+        whitened, gradient = torch.where(lower, proposal, whitened), torch.where(lower, new_gradient, gradient)
+        step = torch.where(lower, step, step / 2)
     return whitened
 
 

@@ -12,7 +12,8 @@ sample. It is solved primal-dual, with the dual variable (the adaptive weight) l
 
 .. math::
     \text{primal:}\quad & \min_G \; L(G) + \lambda C(G) \\
-    \text{dual:}\quad & \lambda \leftarrow \operatorname{clip}(\lambda + \eta \min(C / \epsilon - 1, 1), 0, \lambda_{\max}) \\
+    \text{dual:}\quad & \lambda \leftarrow \operatorname{clip}(\lambda + \eta \operatorname{clip}(C / \epsilon - 1, -1, 1),
+    0, \lambda_{\max}) \\
     \text{energy:}\quad & \min_f \; \mathbb E f(x_{\text{data}}) - \mathbb E f(\operatorname{sg}[\tilde x])
     + \alpha \, (\mathbb E f(x_{\text{data}})^2 + \mathbb E f(\operatorname{sg}[\tilde x])^2)
 
@@ -380,11 +381,12 @@ class EnergyCalibrator:
     @torch.no_grad()
     def dual_step(self, constraint: torch.Tensor | float) -> None:
         """
-        lambda <- clip(lambda + eta min(C / epsilon - 1, 1), 0, lambda_max).
+        lambda <- clip(lambda + eta clip(C / epsilon - 1, -1, 1), 0, lambda_max).
 
-        From above the violation is at most 1, as it is at least -1 from below. Before the energy model knows anything, C
-        can be many times epsilon whatever the generator does, and lambda would wind up to its bound there and take the
-        rest of a run to come down. Where lambda rests is not changed.
+        Before the energy model knows anything, C can be many times epsilon whatever the generator does, and lambda would
+        wind up to its bound there and take the rest of a run to come down. A squared error is at least 0, and so the
+        violation at least -1; another `distance`, a difference of log-probabilities for example, can be far below 0, and lambda
+        would fall to 0 at once. Where lambda rests is not changed by either.
 
         Args:
             constraint (`torch.Tensor` or `float`):
@@ -392,7 +394,7 @@ class EnergyCalibrator:
                 number.
         """
         violation = torch.as_tensor(constraint / self.resolve_tolerance() - 1.0)
-        dual = self.dual + self.dual_learning_rate * violation.clamp(max=1.0)
+        dual = self.dual + self.dual_learning_rate * violation.clamp(-1.0, 1.0)
         self.dual = dual.clamp(0.0, self.max_dual).to(self.dual.dtype)
 
     @torch.no_grad()

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_ecvae
 from training_runs import TINY, metrics, succeed, weights, write_images
 
-from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
+from ecvae_training.ecvae_arguments import parse_args
 
 
 STEPS = 8
@@ -49,6 +51,44 @@ def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
     assert lines[-1]["posterior_dual"] == metrics(both)[-1]["posterior_dual"]
     whole, cut = weights(both), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_bf16(both, images, tmp_path):
+    """The first step is that of float32, but for rounding; both chains keep their state in float32."""
+    lines = train(
+        images, tmp_path / "bf16", "--calibration", "both", "--max_train_steps", 2, "--mixed_precision", "bf16"
+    )
+    expected = metrics(both)[0]
+    for name in ("reconstruction", "kl", "posterior_constraint", "refined_reconstruction"):
+        assert lines[0][name] == pytest.approx(expected[name], rel=0.05), name
+    assert lines[0]["gradient_norm"] != expected["gradient_norm"]
+
+
+def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
+    """A warm-up that is over at its first step is none; halfway through a longer one the likelihood is another."""
+    arguments = ("--calibration", "posterior", "--max_train_steps", 1)
+    none, over, half = (
+        train(images, tmp_path / name, *arguments, "--kl_weight", weight, "--kl_warmup_steps", steps)[0]
+        for name, weight, steps in (("none", 0.5, 0), ("over", 0.5, 1), ("half", 1.0, 2))
+    )
+    names = ("kl_weight", "posterior_constraint", "refined_reconstruction", "gradient_norm")
+    assert none["kl_weight"] == 0.5
+    assert all(none[name] == over[name] == half[name] for name in names)
+
+
+def test_batch_normalization_is_refused(images, tmp_path, capsys):
+    common = ["--train_data_dir", images, "--output_dir", tmp_path / "run", *TINY, "--calibration", "both"]
+    with pytest.raises(SystemExit):
+        parse_args(list(map(str, [*common, "--norm_type", "batch"])))
+    assert "--norm_type must be group with --calibration both: the chain holds" in capsys.readouterr().err
+    config = {"sample_size": 16, "in_channels": 1, "latent_channels": 4, "block_out_channels": (16, 16)}
+    AutoencoderEC(**config, norm_type="batch").save_pretrained(tmp_path / "batch")
+    args = parse_args(list(map(str, [*common, "--pretrained_model_name_or_path", tmp_path / "batch"])))
+    with pytest.raises(
+        ValueError, match="batch' must have group normalization with --calibration both, but has batch"
+    ):
+        train_ecvae.main(args)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_posterior_alone_has_no_energy_model(images, tmp_path):

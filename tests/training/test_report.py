@@ -17,6 +17,9 @@ import PIL.Image
 import pytest
 from report import Run
 
+from ecvae_training.curves import plot_curves
+from ecvae_training.report_verdict import judge_posterior_dual
+
 
 SCRIPT = Path(__file__).parents[2] / "training" / "report.py"
 ARGUMENTS = {
@@ -245,6 +248,61 @@ def test_plain_vae_has_no_calibration_to_show(tmp_path):
     assert list(page.sections) == ["verdict", "run", "training"]
     assert page.charts() == ["reconstruction", "KL divergence", "active units", "gradient norms", "learning rates"]
     assert page.to_look_at == []
+
+
+def test_a_flow_has_bits_and_a_calibrated_posterior_its_own_curves(tmp_path):
+    """Both in one page, since a run logs what it has."""
+    own = {
+        "posterior_dual": 10.0,
+        "posterior_constraint": 2.0,
+        "refined_reconstruction": 9.0,
+        "bits_per_dimension": 2.0,
+    }
+    names = ("step", "reconstruction", "gradient_norm", "learning_rate")
+    arguments = {"max_posterior_dual": 10.0, "dual_learning_rate": 0.1}
+    run = write_run(tmp_path / "run", 100, arguments, change=lambda one: {name: one[name] for name in names} | own)
+    page = make_page(run)
+    assert page.charts() == [
+        "bits per dimension", "reconstruction", "posterior's constraint", "posterior's dual variable", "gradient norms",
+        "learning rates",
+    ]  # fmt: skip
+    assert any("squared error, of the posterior's chains' ends" in image["alt"] for image in page.images)
+    assert page.to_look_at == ["Posterior"]
+
+
+@pytest.mark.parametrize(
+    "dual, rate, seen",
+    [
+        (10.0, 0.1, "at its upper bound (10) in 100%"),
+        (0.0, 0.1, "at 0 in 100%"),
+        (3.0, 0.1, None),
+        (10.0, 0.0, None),  # a weight that the user chose
+    ],
+)
+def test_a_posterior_pinned_at_a_bound_is_told(tmp_path, dual, rate, seen):
+    arguments = {**ARGUMENTS, "max_posterior_dual": 10.0, "dual_learning_rate": rate}
+    run = write_run(tmp_path / "run", 300, arguments, change=lambda one: one | {"posterior_dual": dual})
+    finding = judge_posterior_dual(Run.read(run))
+    if rate == 0:
+        assert finding is None
+    else:
+        assert finding.healthy == (seen is None) and (seen or "3, inside its bounds 0 and 10") in finding.seen
+
+
+@pytest.mark.parametrize(
+    "names, width",
+    [
+        (("reconstruction", "kl"), 1000),
+        (("bits_per_dimension",), 500),
+        (("reconstruction",), 500),
+        (("reconstruction", "kl", "posterior_constraint", "posterior_dual"), 2000),
+    ],
+)
+def test_curves_of_runs_without_an_energy_model(tmp_path, names, width):
+    """Of an autoencoder, a flow, a foreign decoder, a posterior calibrated alone: a panel each of what they log."""
+    plot_curves([{"step": step, **dict.fromkeys(names, 1 / step)} for step in (1, 2, 3)], tmp_path / "curves.png")
+    with PIL.Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (width, 300)
 
 
 def test_first_logged_step_of_a_run_that_was_killed(tmp_path):

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 
+# What a run without an energy model may have logged: of an autoencoder, a flow, a posterior that is calibrated alone.
+LOSSES = ("reconstruction", "kl", "bits_per_dimension", "posterior_constraint", "posterior_dual")
+
+
 def plot_curves(records: list[dict], path: Path) -> None:
     """
     The dual variable, the constraint against its tolerance, the drift and the energy gap over the iterations; of a run without
-    calibration, reconstruction and KL.
+    an energy model its losses, and the posterior's constraint and dual variable where there are these.
 
     Args:
         records (`list[dict]`): Of `metrics.jsonl`.
@@ -25,10 +29,11 @@ def plot_curves(records: list[dict], path: Path) -> None:
         return [record[name] for record in records]
 
     if not calibrated:
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-        for axis, name in zip(axes, ("reconstruction", "kl")):
+        names = [name for name in LOSSES if name in records[-1]]
+        figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3), layout="constrained", squeeze=False)
+        for axis, name in zip(axes.flat, names):
             axis.plot(steps, values(name))
-            axis.set(title=name, xlabel="iteration")
+            axis.set(title=name.replace("_", " "), xlabel="iteration")
     else:
         figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
         axes[0, 0].plot(steps, values("dual"))

@@ -12,6 +12,10 @@ from ecvae_training.arguments import parse_args as parse_command_line
 # Those of `--calibration` that calibrate the encoder's posterior.
 POSTERIOR_CALIBRATIONS = ("posterior", "both")
 
+WHY_NO_BATCH_NORM = (
+    "the chain holds its networks still, and batch normalization would make them others than those that are trained"
+)
+
 
 def add_model_arguments(model) -> None:
     model.add_argument(
@@ -113,6 +117,8 @@ def check(args: argparse.Namespace, refuse) -> None:
             refuse("posterior_tolerance", "a number with so high a --posterior_conditioning_weight")
     if args.calibration in POSTERIOR_CALIBRATIONS and args.kl_weight == 0:
         refuse("kl_weight", f"above 0 with --calibration {args.calibration}: without a prior there is no posterior")
+    if args.calibration in POSTERIOR_CALIBRATIONS and args.norm_type == "batch":
+        refuse("norm_type", f"group with --calibration {args.calibration}: {WHY_NO_BATCH_NORM}")
 
 
 SCRIPT = CommandLine(

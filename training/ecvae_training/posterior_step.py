@@ -61,7 +61,12 @@ class PosteriorCalibration:
         self.num_batches = 0
 
     def refine(
-        self, real: torch.Tensor, posterior_noise: torch.Tensor, noise: StepNoise, accelerator: Accelerator
+        self,
+        real: torch.Tensor,
+        posterior_noise: torch.Tensor,
+        noise: StepNoise,
+        kl_weight: float,
+        accelerator: Accelerator,
     ) -> Refined:
         """
         Run the chain on images' posteriors, without gradients to a network: before the wrapped pass, which the ends may be
@@ -71,15 +76,14 @@ class PosteriorCalibration:
             real (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
             posterior_noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, the draws that the wrapped pass samples with.
             noise ([`StepNoise`]): Draws the chain's noise.
+            kl_weight (`float`): beta as the loss has it at this step, above 0: half of it is the likelihood's variance.
         """
         scheduler = self.calibrator.scheduler
         draws = [noise.normal(*posterior_noise.shape) for _ in range(len(scheduler))]
         with frozen(self.vae), accelerator.autocast():
             with torch.no_grad():
                 posterior = self.vae.encode(real).latent_dist
-            energy = PosteriorEnergy(
-                lambda latents: self.vae.decode(latents).sample, real, posterior, self.args.kl_weight / 2
-            )
+            energy = PosteriorEnergy(lambda latents: self.vae.decode(latents).sample, real, posterior, kl_weight / 2)
             ends = self.calibrator.run_chain(posterior_noise, noise=draws, energy_model=energy)
         return Refined(energy, ends, coupled_ends(scheduler, posterior_noise, draws))
 

@@ -98,15 +98,22 @@ def gap_chart(run: Run) -> Chart:
 
 def training_charts(run: Run) -> list[Chart]:
     records, steps = run.metrics, series(run.metrics, "step")
-    units = run.argument("latent_channels")
+    units, max_dual = run.argument("latent_channels"), run.argument("max_posterior_dual")
 
     def curves(**labels: str) -> list[Curve]:
         return [Curve(label, series(records, name)) for name, label in labels.items()]
 
     return [
         Chart(
-            "reconstruction", steps, curves(reconstruction="squared error"),
-            "Summed over an image. It falls, ever more slowly; a lasting rise says that calibration weighs too much.",
+            "bits per dimension", steps, curves(bits_per_dimension="bits"),
+            "What a flow's density makes an entry of an 8-bit image cost. It falls, ever more slowly; a lasting rise says that "
+            "calibration weighs too much.",
+        ),
+        Chart(
+            "reconstruction", steps,
+            curves(reconstruction="squared error", refined_reconstruction="of the posterior's chains' ends"),
+            "Summed over an image. It falls, ever more slowly; a lasting rise says that calibration weighs too much. Ends of "
+            "chains on the posterior are to lie below samples of q, or near them.",
             log=True,
         ),
         Chart(
@@ -133,6 +140,7 @@ def training_charts(run: Run) -> list[Chart]:
         Chart(
             "posterior's dual variable", steps, curves(posterior_dual="dual variable"),
             "The weight of the posterior's constraint. At its bound the constraint is not kept, whatever the encoder learns.",
+            bounds=() if math.isnan(max_dual) else (0, max_dual),
         ),
         Chart(
             "gradient norms", steps, curves(gradient_norm="generator", energy_gradient_norm="energy model"),

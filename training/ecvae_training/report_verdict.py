@@ -142,29 +142,48 @@ def judge_finite(run: Run) -> Finding:
     )
 
 
-def judge_dual(run: Run) -> Finding | None:
-    dual, bound = run.last("dual"), run.argument("max_dual")
+def judge_bounds(run: Run, name: str, bound: float, title: str, at_zero: str, at_bound: str) -> Finding | None:
+    """Of a dual variable whether it is at 0 or at its upper bound, and what to try at each."""
+    dual = run.last(name)
     if len(dual) == 0 or run.argument("dual_learning_rate") == 0:  # then lambda is a weight that the user chose
         return None
-    at_top, at_zero = (dual >= (1 - AT_BOUND) * bound).mean(), (dual <= AT_BOUND).mean()
-    remedy = (
-        "The constraint is kept without any weight: a larger --langevin_drift_step or a smaller --drift_tolerance."
-    )
+    top, zero = (dual >= (1 - AT_BOUND) * bound).mean(), (dual <= AT_BOUND).mean()
     seen = f"{dual[-1]:.4g}, inside its bounds 0 and {bound:g}"
-    if at_zero > 0.5:
-        seen = f"at 0 in {at_zero:.0%} of these steps"
-    if at_top > 0.5:
-        seen = f"at its upper bound ({bound:g}) in {at_top:.0%} of these steps"
-        remedy = (
-            "Let the chain move less (a smaller --langevin_drift_step) or allow it more "
-            "(--drift_tolerance); lower --energy_learning_rate if the energy gap is wide; then raise --max_dual."
-        )
+    if zero > 0.5:
+        seen = f"at 0 in {zero:.0%} of these steps"
+    if top > 0.5:
+        seen = f"at its upper bound ({bound:g}) in {top:.0%} of these steps"
     return Finding(
-        "Dual variable λ",
-        max(at_top, at_zero) <= 0.5,
+        title,
+        max(top, zero) <= 0.5,
         seen,
         "λ is the weight of the calibration. It finds its own value between its bounds; at a bound it no longer steers.",
-        remedy,
+        at_bound if top > 0.5 else at_zero,
+    )
+
+
+def judge_dual(run: Run) -> Finding | None:
+    return judge_bounds(
+        run,
+        "dual",
+        run.argument("max_dual"),
+        "Dual variable λ",
+        "The constraint is kept without any weight: a larger --langevin_drift_step or a smaller --drift_tolerance.",
+        "Let the chain move less (a smaller --langevin_drift_step) or allow it more "
+        "(--drift_tolerance); lower --energy_learning_rate if the energy gap is wide; then raise --max_dual.",
+    )
+
+
+def judge_posterior_dual(run: Run) -> Finding | None:
+    return judge_bounds(
+        run,
+        "posterior_dual",
+        run.argument("max_posterior_dual"),
+        "Posterior's λ",
+        "The constraint is kept without any weight: a lower --posterior_tolerance.",
+        "A Gaussian with independent latents is not the posterior itself, and may never keep the bound 'auto', which asks for "
+        "that: then λ is a fixed weight, --max_posterior_dual. Give --posterior_tolerance a number a little below the "
+        "constraint that was reached, or a smaller --posterior_drift_step.",
     )
 
 
@@ -297,7 +316,8 @@ def judge_events(run: Run) -> Finding:
 
 
 JUDGES = (
-    judge_finite, judge_dual, judge_constraint, judge_drift, judge_gap, judge_energy_model, judge_samples, judge_active_units, judge_events,
+    judge_finite, judge_dual, judge_posterior_dual, judge_constraint, judge_drift, judge_gap, judge_energy_model, judge_samples,
+    judge_active_units, judge_events,
 )  # fmt: skip
 
 
