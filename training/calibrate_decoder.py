@@ -8,13 +8,22 @@ plus lambda times the constraint, and the energy model on data against the same 
 diffusers. The loop is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`.
 """
 
+from pathlib import Path
+
 import torch
 
 from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.upload import CONFIG
 from ecvae_diffusers.variational import squared_error
 from ecvae_training.decoder_arguments import parse_args
-from ecvae_training.decoders import CalibratedDecoder, SavedDecoder, latent_shape, load_autoencoder, load_latents
+from ecvae_training.decoders import (
+    CalibratedDecoder,
+    SavedDecoder,
+    latent_shape,
+    load_autoencoder,
+    load_energy_model,
+    load_latents,
+)
 from ecvae_training.images import to_range
 from ecvae_training.models import build_energy_model
 from ecvae_training.session import run_script, train
@@ -36,8 +45,12 @@ class DecoderTask(Task):
         self.args, self.generator, self.energy_model, self.feed, self.given = args, decoder, energy_model, feed, given
         self.saved_class = type(decoder.autoencoder).__name__
         self.noise_scale = 0.0
-        if args.latent_noise > 0:
-            self.noise_scale = args.latent_noise * self.encodings(NUM_SPREAD_IMAGES).std().item()
+
+    def prepare(self, accelerator):
+        """On the device, where the autoencoder is by now: 256 encodings on a CPU take minutes at the sizes of photographs."""
+        super().prepare(accelerator)
+        if self.args.latent_noise > 0:
+            self.noise_scale = self.args.latent_noise * self.encodings(NUM_SPREAD_IMAGES).std().item()
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder is in evaluation mode always: it is not trained."""
@@ -107,11 +120,17 @@ def main(args) -> None:
     shape = latent_shape(decoder, args.resolution)
     given = load_latents(args.latents_file, shape) if args.latents_file is not None else None
 
-    def build_task(_, feed) -> DecoderTask:
-        energy_model = build_energy_model(args, feed.channels) if args.calibration == "energy" else None
+    def load() -> EnergyModel | None:
+        if args.calibration == "none":
+            return None
+        return load_energy_model(Path(path, args.subfolder or "", "energy_model"), args.resolution, channels)
+
+    def build_task(energy_model, feed) -> DecoderTask:
+        if energy_model is None and args.calibration == "energy":
+            energy_model = build_energy_model(args, feed.channels)
         return DecoderTask(args, decoder.train(), energy_model, feed, given)
 
-    train(args, lambda: None, build_task, published=CONFIG)
+    train(args, load, build_task, published=CONFIG)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ from pathlib import Path
 import calibrate_decoder
 import pytest
 import torch
-from diffusers import AutoencoderTiny, UNet2DModel, VQModel
+from accelerate import Accelerator
+from diffusers import AutoencoderOobleck, AutoencoderTiny, ConsistencyDecoderVAE, UNet2DModel, VQModel
 from safetensors.torch import load_file, save_file
 from training_runs import SCRIPTS, TINY_DECODER, metrics, run, succeed, weights, write_autoencoder, write_images
 
 from ecvae_training.decoder_arguments import parse_args
+from ecvae_training.decoders import CalibratedDecoder, load_autoencoder, load_energy_model
+from ecvae_training.feeds import build_feed
 
 
 SCRIPT = SCRIPTS / "calibrate_decoder.py"
@@ -140,6 +143,17 @@ def test_noise_on_latents_changes_what_is_calibrated(models, images, tmp_path):
     assert first[0.0]["sample_spread"] != pytest.approx(first[0.5]["sample_spread"], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", list(FROZEN))
+def test_bf16(models, images, tmp_path, name):
+    calibrate(
+        "--pretrained_model_name_or_path", models[name], "--train_data_dir", images, "--output_dir", tmp_path,
+        "--mixed_precision", "bf16", "--latent_noise", 0.1, "--max_train_steps", 2, "--log_steps", 1,
+        "--overwrite_output_dir",
+    )  # fmt: skip
+    assert all(line["constraint"] > 0 and line["reconstruction"] > 0 for line in metrics(tmp_path))
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path).values())
+
+
 def test_latents_of_a_file(models, images, tmp_path):
     latents = torch.randn(12, 4, 8, 8)
     save_file({"latents": latents}, tmp_path / "latents.safetensors")
@@ -161,12 +175,53 @@ def test_random_crops_of_larger_images(models, images, tmp_path):
 
 
 def test_goes_on_from_what_it_saved(finished, images, tmp_path):
+    """The energy model too: one step of rates almost 0 leaves both as they were, whatever the command line would make anew."""
+    start = finished["VQModel"]
+    calibrate(
+        "--pretrained_model_name_or_path", start, "--train_data_dir", images, "--output_dir", tmp_path / "run",
+        "--max_train_steps", 1, "--learning_rate", "1e-12", "--energy_learning_rate", "1e-12", "--no-use_ema",
+        "--energy_block_out_channels", 8, 8,
+    )  # fmt: skip
+    VQModel.from_pretrained(tmp_path / "run")
+    before, after = weights(start), weights(tmp_path / "run")
+    assert before.keys() == after.keys()
+    # All but the vectors of power iterations, which turn at each step.
+    learnt = [key for key in before if not key.endswith(("_u", "_v"))]
+    assert any(key.startswith("energy_model/") for key in learnt)
+    for key in learnt:
+        torch.testing.assert_close(after[key], before[key], rtol=1e-6, atol=1e-6)
+
+
+def test_an_energy_model_of_other_images_is_not_gone_on_with(finished, images, tmp_path, caplog):
+    """Nor is it looked for without calibration."""
+    folder = finished["VQModel"] / "energy_model"
+    Accelerator(cpu=True)
+    with caplog.at_level("INFO"):
+        for resolution, channels in ((32, 3), (16, 1)):
+            assert load_energy_model(folder, resolution, channels) is None
+            assert "EnergyModel of 3 channel(s) and 16 px, which does not fit" in caplog.text
+            caplog.clear()
+        assert load_energy_model(folder.parent / "scheduler", 16, 3) is None  # no model's folder
+    assert load_energy_model(folder, 16, 3).training
     calibrate(
         "--pretrained_model_name_or_path", finished["VQModel"], "--train_data_dir", images, "--output_dir",
         tmp_path / "run", "--max_train_steps", 1, "--calibration", "none",
     )  # fmt: skip
     assert not (tmp_path / "run" / "energy_model").exists()
-    VQModel.from_pretrained(tmp_path / "run")
+
+
+def test_the_spread_of_latents_is_measured_when_the_decoder_is_on_its_device(models, images, tmp_path):
+    args = parse_args(
+        list(map(str, [*TINY_DECODER, "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir",
+        images, "--output_dir", tmp_path / "run", "--latent_noise", 0.5, "--in_channels", 3]))
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True)
+    feed = build_feed(args, accelerator)
+    decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
+    task = calibrate_decoder.DecoderTask(args, decoder, None, feed, None)
+    assert task.noise_scale == 0
+    task.prepare(accelerator)
+    assert task.noise_scale == pytest.approx(0.5 * task.encodings(24).std().item()) and task.noise_scale > 0
 
 
 def test_features_that_do_not_fit_are_refused_before_training(models, images, tmp_path):
@@ -178,6 +233,28 @@ def test_features_that_do_not_fit_are_refused_before_training(models, images, tm
     )  # fmt: skip
     assert result.returncode == 1 and "--evaluation_features 'digits' doesn't fit the data" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_autoencoders_of_audio_or_with_a_diffusion_decoder_are_refused(tmp_path):
+    blocks = {
+        "encoder_block_out_channels": (8, 8), "encoder_down_block_types": ("DownEncoderBlock2D",) * 2,
+        "decoder_block_out_channels": (32, 32), "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+        "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+    }  # fmt: skip
+    models = (
+        AutoencoderOobleck(
+            encoder_hidden_size=8, downsampling_ratios=[2, 4], channel_multiples=[1, 2], decoder_channels=8,
+            decoder_input_channels=4,
+        ),
+        ConsistencyDecoderVAE(**blocks, encoder_norm_num_groups=4),
+    )  # fmt: skip
+    for model in models:
+        name = type(model).__name__
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(
+            ValueError, match=f"must be an autoencoder of images that decodes in one pass .* is a {name}"
+        ):
+            load_autoencoder(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from ecvae_training.arguments import parse_args as parse_command_line
 def add_model_arguments(model) -> None:
     model.add_argument(
         "--pretrained_model_name_or_path",
-        help="The autoencoder, an AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers: folder or Hub id.",
+        help="The autoencoder, an AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers: folder or Hub id. Where a run "
+        "has saved its energy model in that folder, this one goes on from it if it is for such images; its arguments are its.",
     )
     model.add_argument("--subfolder", help="Where it lies in a pipeline: vae.")
     model.add_argument("--revision", help="Branch, tag or commit of the Hub id.")

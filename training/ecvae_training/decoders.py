@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, ModelMixin
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from ecvae_diffusers import EnergyModel, LangevinScheduler
 from ecvae_diffusers.cards import CARD_MARKER
 
+
+logger = get_logger(__name__)
 
 # What is trained of an autoencoder; all else makes latents, and must go on making those that others are used to.
 TRAINED_PARTS = ("decoder", "post_quant_conv")
@@ -146,7 +149,7 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
     The autoencoder of a folder or a Hub id, of whichever class of diffusers its config names; from safetensors only.
 
     Raises:
-        ValueError: if it can't be loaded, or is none of images.
+        ValueError: if it can't be loaded, or is none of images with a decoder of one pass.
     """
     found = {name: kwargs[name] for name in ("subfolder", "revision") if kwargs.get(name) is not None}
     refused = f"--pretrained_model_name_or_path {str(name_or_path)!r}"
@@ -158,9 +161,41 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
     if model_class is None or not all(hasattr(model_class, name) for name in ("encode", "decode")):
         raise ValueError(f"{refused} must be an autoencoder of diffusers, but is a {class_name}.")
     try:
-        return model_class.from_pretrained(name_or_path, use_safetensors=True, low_cpu_mem_usage=False, **found)
+        model = model_class.from_pretrained(name_or_path, use_safetensors=True, low_cpu_mem_usage=False, **found)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
+    # Those of audio have no channels of images, and one that decodes by diffusion no decoder of one pass.
+    if "in_channels" not in model.config or not isinstance(getattr(model, "decoder", None), torch.nn.Module):
+        raise ValueError(
+            f"{refused} must be an autoencoder of images that decodes in one pass (AutoencoderKL, AutoencoderTiny, VQModel), "
+            f"but is a {class_name}."
+        )
+    return model
+
+
+def load_energy_model(folder: Path, resolution: int, in_channels: int) -> EnergyModel | None:
+    """
+    The energy model that an earlier run has saved beside its decoder, ready to train; `None` where there is none, or one for other
+    images.
+
+    Raises:
+        ValueError: if it fits and can't be loaded.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        config = EnergyModel.load_config(folder)
+        found = tuple(config.get(name) for name in ("_class_name", "sample_size", "in_channels"))
+        if found != (EnergyModel.__name__, resolution, in_channels):
+            logger.info(
+                f"{str(folder)!r} is a {found[0]} of {found[2]} channel(s) and {found[1]} px, which does not fit: the energy "
+                "model is a new one."
+            )
+            return None
+        # `from_pretrained` gives networks in evaluation mode.
+        return EnergyModel.from_pretrained(folder, low_cpu_mem_usage=False).train()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--pretrained_model_name_or_path: {str(folder)!r} can't be loaded: {error}") from error
 
 
 @torch.no_grad()
