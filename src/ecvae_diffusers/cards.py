@@ -16,6 +16,8 @@ CARD_MARKER = (
     "<!-- Written by ecvae_diffusers on saving, and again at each saving: take this line out to keep your changes. -->"
 )
 TEMPLATE = "model_cards/template.md"
+# What the snippets load until it is known where the model will lie.
+LOCATION = "path/or/hub-id"
 # What a card with an evaluation must say beside its figures, and what it may.
 REQUIRED_DETAILS = {
     "title": "what the model makes, in a few words",
@@ -25,6 +27,12 @@ REQUIRED_DETAILS = {
 }
 OPTIONAL_DETAILS = {"description", "intended_use", "training", "tags"}
 REQUIRED_DATA, OPTIONAL_DATA = {"name", "license"}, {"id", "description"}
+# All others are text.
+KINDS = {
+    "data": (dict, REQUIRED_DETAILS["data"]),
+    "training": (dict, "names with what they were"),
+    "tags": (list, "a list of texts"),
+}
 RESULTS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 TITLES = {
     "elbo": "ELBO",
@@ -40,7 +48,7 @@ def check_details(details: dict[str, Any]) -> None:
     What `publish.py --details` gives: title, license, data and known failures, and more if wanted.
 
     Raises:
-        ValueError: naming a field that is missing, empty or unknown.
+        ValueError: naming a field that is missing, empty, unknown or of another kind than it must be.
     """
     if not isinstance(details, dict):
         raise ValueError(f"the details of a card must be fields with values, but are {details!r}.")
@@ -51,12 +59,24 @@ def check_details(details: dict[str, Any]) -> None:
     if unknown:
         allowed = ", ".join([*REQUIRED_DETAILS, *sorted(OPTIONAL_DETAILS)])
         raise ValueError(f"the card's field `{sorted(unknown)[0]}` is unknown: it may have {allowed}.")
+    for name, value in details.items():
+        kind, meaning = KINDS.get(name, (str, "text"))
+        if not isinstance(value, kind) or kind is list and not all(isinstance(one, str) for one in value):
+            raise ValueError(f"the card's field `{name}` must be {meaning}, but is {value!r}.")
     data = details["data"]
-    if not isinstance(data, dict) or data.keys() - REQUIRED_DATA - OPTIONAL_DATA:
-        raise ValueError(f"the card's field `data` must have {REQUIRED_DETAILS['data']}, but is {data!r}.")
+    if data.keys() - REQUIRED_DATA - OPTIONAL_DATA:
+        raise ValueError(f"the card's field `data` must be {REQUIRED_DETAILS['data']}, but is {data!r}.")
     for name in sorted(REQUIRED_DATA):
         if not data.get(name):
             raise ValueError(f"the card's field `data.{name}` is missing.")
+    for name, value in data.items():
+        if not isinstance(value, str):
+            raise ValueError(f"the card's field `data.{name}` must be text, but is {value!r}.")
+
+
+def with_location(card: str, location: str) -> str:
+    """A card of ours whose snippets load from `location`, where they named no place; any other, as it is."""
+    return card.replace(f'"{LOCATION}"', f'"{location}"') if CARD_MARKER in card else card
 
 
 def figure(value: float | None) -> str:
@@ -83,7 +103,10 @@ def evaluation_table(evaluation: dict) -> str:
             measures = evaluation[section]["measures"]
             for name, value in measures.items():
                 if name == "kernel_distance":
-                    rows.append((prefix + title_of(name), value, f"{measures[name + '_std']:.2g} over subsets", of))
+                    spread = f"{measures[name + '_std']:.2g} over subsets"
+                    rows.append(
+                        (prefix + title_of(name), value, spread, of + first_ones(protocol, protocol["num_images"]))
+                    )
                 elif name != "kernel_distance_std":
                     rows.append((prefix + title_of(name), value, "", of))
     if "out_of_distribution" in evaluation:
@@ -97,20 +120,29 @@ def evaluation_table(evaluation: dict) -> str:
     return "\n".join(["| measure | value | spread | of |", "|---|---|---|---|", *lines])
 
 
+def first_ones(protocol: dict, *counts: int) -> str:
+    """Of which images all measures but the Frechet distance are, where there are more than can be compared in pairs."""
+    most = protocol.get("most_images_in_pairs")
+    return f", the first {most:,} of each" if most is not None and max(counts) > most else ""
+
+
 def generation_rows(evaluation: dict) -> list[tuple]:
     generation = evaluation["generation"]
-    reference, measures = generation["protocol"]["reference"], generation["measures"]
+    protocol, measures = generation["protocol"], generation["measures"]
+    reference = protocol["reference"]
     of = (
-        f"{generation['protocol']['num_samples']:,} samples against {reference['num_images']:,} of {reference['data']} "
+        f"{protocol['num_samples']:,} samples against {reference['num_images']:,} of {reference['data']} "
         f"({reference['split']}), {evaluation['protocol']['features']}"
     )
+    in_pairs = first_ones(protocol, protocol["num_samples"], reference["num_images"])
     rows = []
     for name in RESULTS:
         measure = measures[name]
         spread = [] if measure["std"] is None else [f"{measure['std']:.2g} over {len(measure['values'])} seeds"]
         if name == "kernel_distance":
             spread.append(f"{measures['kernel_distance_std']['mean']:.2g} over subsets")
-        rows.append((title_of(name), measure["mean"], ", ".join(spread), of))
+        in_full = of if name == "frechet_distance" else of + in_pairs
+        rows.append((title_of(name), measure["mean"], ", ".join(spread), in_full))
     if "why_no_frechet_distance" in generation:
         rows.append(("no Frechet distance", None, "", generation["why_no_frechet_distance"]))
     return rows
@@ -120,7 +152,8 @@ def floor_rows(evaluation: dict) -> list[tuple]:
     """What held-out images get in the place of samples."""
     if "floor" not in evaluation:
         return []
-    compared, measures = evaluation["floor"]["protocol"]["compared"], evaluation["floor"]["measures"]
+    protocol, measures = evaluation["floor"]["protocol"], evaluation["floor"]["measures"]
+    compared = protocol["compared"]
     of = f"{compared['num_images']:,} of {compared['data']} ({compared['split']}) in the place of samples"
     return [
         ("Frechet distance, floor", measures["frechet_distance"], "", of),
@@ -128,13 +161,16 @@ def floor_rows(evaluation: dict) -> list[tuple]:
             "kernel distance, floor",
             measures["kernel_distance"],
             f"{measures['kernel_distance_std']:.2g} over subsets",
-            of,
+            of + first_ones(protocol, compared["num_images"], protocol["reference"]["num_images"]),
         ),
     ]
 
 
 def baseline_rows(evaluation: dict) -> list[dict]:
-    """Distances of another model, and how many times ours they are; `publish.py --baseline` adds it to the evaluation."""
+    """
+    Distances of another model, and how many times ours they are; `publish.py --baseline` adds it to the evaluation. Beside the
+    AUROC of our energy that of the other's reconstruction error, which a model without an energy has too.
+    """
     rows = []
     for name in ("frechet_distance", "kernel_distance"):
         ours = evaluation["generation"]["measures"][name]["mean"]
@@ -148,7 +184,24 @@ def baseline_rows(evaluation: dict) -> list[dict]:
                 "ratio": ratio and f"{ratio:.1f}",
             }
         )
+    for name, (ours, theirs) in auroc_pairs(evaluation).items():
+        title = f"AUROC by which {name} is told apart: by the energy here, by the reconstruction error there"
+        rows.append({"title": title, "ours": figure(ours), "theirs": figure(theirs), "ratio": None})
     return rows
+
+
+def auroc_pairs(evaluation: dict) -> dict[str, tuple[float, float]]:
+    """AUROC of our energy and of the baseline's reconstruction error, where both tell the same sets apart."""
+    ours, theirs = (one.get("out_of_distribution") for one in (evaluation, evaluation["baseline"]))
+    if ours is None or theirs is None or ours["protocol"]["inside"] != theirs["protocol"]["inside"]:
+        return {}
+    return {
+        name: (scores["energy"], theirs["measures"][name]["error"])
+        for name, scores in ours["measures"].items()
+        if "energy" in scores
+        and name in theirs["measures"]
+        and ours["protocol"]["outside"][name] == theirs["protocol"]["outside"][name]
+    }
 
 
 def eval_results(evaluation: dict, details: dict[str, Any]) -> list[EvalResult]:
@@ -181,6 +234,7 @@ def model_facts(pipeline: DiffusionPipeline) -> dict[str, Any]:
         "in_channels": model.config.in_channels,
         "num_latents": model.num_latents if is_flow else model.config.latent_channels,
         "num_generator_parameters": sum(p.numel() for p in generator.parameters()),
+        "has_energy_model": pipeline.energy_model is not None,
         "restores": not is_flow and model.config.reconstruction_variance is not None,
     }
 
@@ -190,7 +244,7 @@ def write_card(
     save_directory: str | os.PathLike,
     evaluation: dict | None = None,
     details: dict[str, Any] | None = None,
-    location: str = "path/or/hub-id",
+    location: str = LOCATION,
     pictures: dict[str, str] | None = None,
 ) -> None:
     """
@@ -212,18 +266,21 @@ def write_card(
         raise ValueError("a card with an evaluation needs `details`: title, license, data and known failures.")
     if details is not None:
         check_details(details)
-    if path.exists() and CARD_MARKER not in path.read_text(encoding="utf-8"):
+    if path.exists() and CARD_MARKER.encode() not in path.read_bytes():
         return
     stated, facts = details or {}, model_facts(pipeline)
+    kind = "Normalizing flow" if facts["is_flow"] else "VAE"
+    kind = type(pipeline).__name__ if facts["has_energy_model"] else kind
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=[
             "diffusers",
-            "ecvae",
-            "energy-based-model",
+            # Without an energy model it may be the plain model that others are compared with.
+            *(["ecvae", "energy-based-model"] if facts["has_energy_model"] else []),
             "unconditional-image-generation",
-            *(["normalizing-flow"] if facts["is_flow"] else ["image-restoration"]),
+            *(["normalizing-flow"] if facts["is_flow"] else []),
+            *(["image-restoration"] if facts["restores"] else []),
             *stated.get("tags", []),
         ],
         license=stated.get("license"),
@@ -235,7 +292,7 @@ def write_card(
         data,
         template_path=str(packaged_file(TEMPLATE)),
         card_marker=CARD_MARKER,
-        title=stated.get("title", f"{type(pipeline).__name__}, {facts['sample_size']} px"),
+        title=stated.get("title", f"{kind}, {facts['sample_size']} px"),
         details=stated,
         location=location,
         pictures=pictures or {},
@@ -244,7 +301,6 @@ def write_card(
         evaluation_table=evaluation_table(evaluation) if evaluation is not None else None,
         baseline_rows=baseline_rows(evaluation) if evaluation is not None and "baseline" in evaluation else None,
         pipeline_class=type(pipeline).__name__,
-        has_energy_model=pipeline.energy_model is not None,
         **facts,
     )
     path.write_text(str(card) + "\n", encoding="utf-8")

@@ -36,12 +36,17 @@ def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
     SHA-256 of a pipeline's weights, rounded to half precision: the same for a model and its `fp16` variant, so that figures
     can be told to be of these weights.
     """
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return fingerprint({name: module.state_dict() for name, module in modules.items()})
+
+
+def fingerprint(weights: dict[str, dict[str, torch.Tensor]]) -> str:
+    """That of `weights_fingerprint`, of the tensors of each component."""
     digest = hashlib.sha256()
-    for component, module in sorted(pipeline.components.items()):
-        if isinstance(module, torch.nn.Module):
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{component}.{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
+    for component, tensors in sorted(weights.items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{component}.{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -23,12 +23,17 @@ SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
 
 def translate_model_index(config: dict, components: set[str], pipelines: set[str]) -> dict:
     """The `model_index.json` of a self-contained folder of ours, in terms of this package; any other, as it is."""
-    class_name = config.get("_class_name")
-    if not isinstance(class_name, list) or class_name[-1] not in pipelines:
+
+    def named(value) -> str | None:
+        # Anybody's file may come by here, such as one with an empty list, or with lists in lists.
+        return value[-1] if isinstance(value, list) and value and isinstance(value[-1], str) else None
+
+    class_name = named(config.get("_class_name")) if isinstance(config, dict) else None
+    if class_name not in pipelines:
         return config
-    translated = {**config, "_class_name": class_name[-1]}
+    translated = {**config, "_class_name": class_name}
     for name, value in config.items():
-        if name != "_class_name" and isinstance(value, list) and value[-1] in components:
+        if name != "_class_name" and named(value) in components:
             translated[name] = [LIBRARY, value[-1]]
     return translated
 

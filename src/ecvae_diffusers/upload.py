@@ -14,18 +14,21 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.models import autoencoders
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
-from .cards import CARD_MARKER
+from .cards import CARD_MARKER, with_location
+from .hub import fingerprint
 
 
 INDEX = "model_index.json"
 CONFIG = "config.json"  # of a model alone, which is an autoencoder
 CARD = "README.md"
+EVALUATION = "evaluation.json"
 # Of the folder itself; a training run's other files stay at home.
-TOP_LEVEL = {INDEX, CONFIG, CARD, "pipeline.py", "restoration.py", "evaluation.json", "LICENSE"}
+TOP_LEVEL = {INDEX, CONFIG, CARD, "pipeline.py", "restoration.py", EVALUATION, "LICENSE"}
 PICTURES = {".png"}
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 COMPONENT_FILES = {".json", ".py", ".safetensors"}
@@ -46,19 +49,14 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
 
     Raises:
         ValueError: if the folder holds no pipeline of ours and no autoencoder, no card, a component without weights, a pickle among the
-            weights, weights that can't be read, or a text that names a path of this machine.
+            weights, weights that can't be read or are not finite, an evaluation of other weights, or a text that names a path of this
+            machine.
     """
     folder = Path(folder).resolve()
-    index = read_index(folder)
+    components = component_folders(folder)
     found = [path for path in folder.iterdir() if path.name in TOP_LEVEL or path.suffix in PICTURES]
     if not (folder / CARD).is_file():
         raise ValueError(f"{str(folder)!r} has no {CARD}: save the pipeline again, which writes one.")
-    # An autoencoder's weights lie in the folder itself.
-    components = ["."]
-    if (folder / INDEX).is_file():
-        components = [
-            name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]
-        ]
     for name in components:
         files = sorted(path for path in (folder / name).glob("*") if path.is_file())
         pickles = [path.name for path in files if path.suffix in PICKLES]
@@ -74,9 +72,48 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
             check_safetensors(path)
         found += [path for path in files if path.suffix in COMPONENT_FILES] if name != "." else weights
     for path in found:
-        if path.suffix not in (".safetensors", *PICTURES):
+        if path.is_file() and path.suffix not in (".safetensors", *PICTURES):
             check_text(path, folder)
+    evaluation = folder / EVALUATION
+    if evaluation.is_file() and evaluated_weights(evaluation.read_bytes()) != folder_fingerprint(folder):
+        raise ValueError(
+            f"{str(evaluation)!r} must be an evaluation of the weights that lie beside it, but is not: evaluate this model, or "
+            "take the file out."
+        )
     return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def component_folders(folder: Path) -> list[str]:
+    """The sub-folders of a pipeline's components. An autoencoder's weights lie in the folder itself."""
+    index = read_index(folder)
+    if not (folder / INDEX).is_file():
+        return ["."]
+    return [name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]]
+
+
+def folder_fingerprint(folder: str | os.PathLike) -> str:
+    """`hub.weights_fingerprint` of a saved pipeline's files: of the full weights, where a variant lies beside them."""
+    weights = {}
+    for name in component_folders(Path(folder)):
+        files = sorted((Path(folder) / name).glob("*.safetensors"))
+        chosen = [path for path in files if not is_variant(path.name)] or files
+        if chosen:  # a scheduler has none
+            weights[name] = {key: tensor for path in chosen for key, tensor in load_file(path).items()}
+    return fingerprint(weights)
+
+
+def is_variant(name: str) -> bool:
+    """Whether a file of weights is one of a variant, such as `diffusion_pytorch_model.fp16.safetensors`."""
+    return "." in Path(name).name.removesuffix(".safetensors")
+
+
+def evaluated_weights(content: bytes) -> str | None:
+    """The fingerprint of the weights that an `evaluation.json` is of; `None` where it is of none."""
+    try:
+        evaluation = json.loads(content)
+    except ValueError:
+        return None
+    return evaluation.get("weights") if isinstance(evaluation, dict) else None
 
 
 def read_index(folder: Path) -> dict:
@@ -88,10 +125,21 @@ def read_index(folder: Path) -> dict:
         raise ValueError(f"{str(folder)!r} holds no pipeline: its {name} can't be read ({error}).") from error
     if not is_publishable(name, index):
         raise ValueError(
-            f"{str(folder)!r} holds a {class_name(index)}, but only {', '.join(sorted(OUR_PIPELINES))} and autoencoders of "
+            f"{str(folder)!r} holds {held_class(name, index)}, but only {', '.join(sorted(OUR_PIPELINES))} and autoencoders of "
             "diffusers are published."
         )
+    if name == INDEX:
+        check_components(str(folder), index)
     return index
+
+
+def check_components(where: str, index: dict) -> None:
+    """Raises `ValueError` if an index names a component by anything but a library and a class."""
+    for name, value in index.items():
+        if isinstance(value, list) and not (
+            len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
+        ):
+            raise ValueError(f"{where!r}: `{name}` of its {INDEX} must be a library and a class, but is {value!r}.")
 
 
 def is_publishable(name: str, index: dict) -> bool:
@@ -101,23 +149,36 @@ def is_publishable(name: str, index: dict) -> bool:
     return hasattr(getattr(autoencoders, str(class_name(index)), None), "decode")
 
 
-def class_name(index: dict) -> str | None:
-    name = index.get("_class_name")
-    return name[-1] if isinstance(name, list) and name else name
+def class_name(index) -> str | None:
+    """The class that an index, or a config, names; `None` if it names none."""
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    name = name[-1] if isinstance(name, list) and name else name
+    return name if isinstance(name, str) else None
+
+
+def held_class(name: str, index) -> str:
+    """In words, for an error, what an index, or a config, is of."""
+    found = class_name(index)
+    return f"a {found}" if found is not None else f"a {name} that names no class"
 
 
 def check_safetensors(path: Path) -> None:
-    """Raises `ValueError` if a file is cut off or is no safetensors, which its header tells."""
+    """Raises `ValueError` if a file is cut off or is no safetensors, which its header tells, or holds NaN or infinity."""
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
+    if broken:
+        raise ValueError(f"{str(path)!r} must hold finite weights only, but {broken[0]!r} has some that are not.")
 
 
 def check_text(path: Path, folder: Path) -> None:
     """Raises `ValueError` if a text names the folder that it lies in, or the user's own one."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} must be text in UTF-8, but is not: {error}.") from error
     for private in {str(folder), str(Path.home())} - {"/"}:
         # Not as a part of a longer name.
         if re.search(re.escape(private) + r"(?![\w.-])", text):
@@ -138,7 +199,9 @@ def upload_folder(
 ) -> str:
     """
     Publish a saved pipeline, or an autoencoder, as one commit. A repository that is not there is created; in one that is, files of the same name
-    are replaced (earlier commits keep them), but a card that somebody has edited stays.
+    are replaced (earlier commits keep them), but a card that somebody has edited stays. So does one with figures, where the
+    `evaluation.json` that is there is of the weights that come, or they are a variant beside those it is of; it is removed
+    where other weights come. The card that is published loads from the repository, where that of the folder names no place.
 
     Args:
         folder (`str`): Of `save_pretrained`.
@@ -156,20 +219,33 @@ def upload_folder(
         ValueError: if the folder may not be published (see `files_to_publish`), or the repository's name is wrong.
         UploadError: if the Hub can't be reached after three tries, refuses, or the repository holds something else.
     """
-    files = files_to_publish(folder)
-    api, repo_id, card_is_edited = open_repository(
+    folder, files = Path(folder), files_to_publish(folder)
+    api, repo_id, there = open_repository(
         repo_id, token=token, private=private, revision=revision, name=INDEX if INDEX in files else CONFIG
     )
-    if card_is_edited:
-        files = [name for name in files if name != CARD]
+    card_stays = CARD in there and CARD_MARKER.encode() not in there[CARD]
+    removed = []
+    if EVALUATION in there and EVALUATION not in files:
+        only_variant = all(is_variant(name) for name in files if name.endswith(".safetensors"))
+        if only_variant or evaluated_weights(there[EVALUATION]) == folder_fingerprint(folder):
+            card_stays = CARD in there
+        else:
+            removed = [EVALUATION]
+    contents: dict[str, Path | bytes] = {name: folder / name for name in files}
+    contents[CARD] = with_location((folder / CARD).read_text(encoding="utf-8"), repo_id).encode()
+    if card_stays:
+        del contents[CARD]
 
     def commit():
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
+        return api.create_commit(
+            repo_id,
+            # Made anew at each try: the client takes none twice.
+            [
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+                *(CommitOperationDelete(name) for name in removed),
+            ],
             revision=revision,
-            allow_patterns=files,
-            commit_message=commit_message or "Upload an energy-calibrated model",
+            commit_message=commit_message or "Upload a model of ecvae-diffusers",
             create_pr=create_pr,
         )
 
@@ -184,7 +260,7 @@ def open_repository(
     private: bool | None = None,
     revision: str | None = None,
     name: str = INDEX,
-) -> tuple[HfApi, str, bool]:
+) -> tuple[HfApi, str, dict[str, bytes]]:
     """
     Make sure that a pipeline can be published under a name, and create the repository and the branch if they are not there.
     A training run asks at its start, so that hours later nothing is refused.
@@ -194,13 +270,14 @@ def open_repository(
         name (`str`, *optional*): `"config.json"` for an autoencoder, instead of a pipeline's `"model_index.json"`.
 
     Returns:
-        The client, the repository's full name, and whether somebody has edited the card in it.
+        The client, the repository's full name, and the card and the evaluation in it, as far as they are there.
 
     Raises:
         ValueError: if the name is no repository's.
         UploadError: if the Hub can't be reached, refuses, or the repository holds something else.
     """
-    api = HfApi(token=token)
+    # One that was read from a file ends in a line break, which the client would refuse in an error that quotes it.
+    api = HfApi(token=token.strip() if isinstance(token, str) else token)
 
     def ask(what: str, call: Callable):
         return attempt(what, repo_id, api, call)
@@ -209,22 +286,25 @@ def open_repository(
     if revision not in (None, "main"):
         ask("create a branch in", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
-    def read(file: str) -> str:
-        return Path(ask("read", lambda: api.hf_hub_download(repo_id, file, revision=revision))).read_text(
-            encoding="utf-8"
-        )
+    def read(file: str) -> bytes:
+        return Path(ask("read", lambda: api.hf_hub_download(repo_id, file, revision=revision))).read_bytes()
 
     there = ask("read", lambda: api.list_repo_files(repo_id, revision=revision))
     held = next((file for file in (INDEX, CONFIG) if file in there), None)
     if held is not None:
-        index = json.loads(read(held))
+        try:
+            index = json.loads(read(held))
+        except ValueError as error:
+            raise UploadError(f"{repo_id!r} holds a {held} that is no JSON ({error}): choose another name.") from error
         # An autoencoder in a pipeline's folder, or the other way round, would be half of each.
         if held != name or not is_publishable(held, index):
-            raise UploadError(f"{repo_id!r} holds a {class_name(index)}, which would be lost: choose another name.")
+            raise UploadError(
+                f"{repo_id!r} holds {held_class(held, index)}, which would be lost: choose another name."
+            )
     elif set(there) - HUB_FILES:
         found = sorted(set(there) - HUB_FILES)[0]
         raise UploadError(f"{repo_id!r} holds other files, such as {found!r}: choose another name.")
-    return api, repo_id, CARD in there and CARD_MARKER not in read(CARD)
+    return api, repo_id, {file: read(file) for file in (CARD, EVALUATION) if file in there}
 
 
 def attempt(what: str, repo_id: str, api: HfApi, call: Callable):
@@ -237,7 +317,9 @@ def attempt(what: str, repo_id: str, api: HfApi, call: Callable):
         except Exception as error:
             if wait is None or not may_pass(error):
                 if isinstance(error, HfHubHTTPError) or is_transport_error(error):
-                    raise UploadError(explanation(error, what, repo_id, api.endpoint)) from error
+                    # A cause that quotes the token would stand in the traceback.
+                    cause = None if "Bearer" in str(error) else error
+                    raise UploadError(explanation(error, what, repo_id, api.endpoint)) from cause
                 raise
             time.sleep(wait)
 
@@ -260,9 +342,10 @@ def explanation(error: Exception, what: str, repo_id: str, endpoint: str) -> str
         return f"the Hub does not know the token (401): `hf auth login`, or set HF_TOKEN to a token that may write {repo_id!r}."
     if status == 403:
         return f"the token may not {what} {repo_id!r} (403): use one with write access, or choose a name of your own."
+    message = re.sub(r"Bearer [^'\"]*", "Bearer (hidden)", str(error))
     if status is not None:
-        return f"the Hub could not {what} {repo_id!r}: {error}"
-    return f"the Hub at {endpoint} can't be reached, {len(WAITS) + 1} times: {error}"
+        return f"the Hub could not {what} {repo_id!r}: {message}"
+    return f"the Hub at {endpoint} can't be reached, {len(WAITS) + 1} times: {message}"
 
 
 def upload_arguments(save_directory: str | os.PathLike, kwargs: dict) -> dict | None:
@@ -286,7 +369,8 @@ def push_to_hub(
     revision: str | None = None,
 ) -> str:
     """
-    Save the pipeline and publish it on the Hub: components, code and card. A card that somebody has edited there stays.
+    Save the pipeline and publish it on the Hub: components, code and card. A card that somebody has edited there stays, and one
+    with figures as long as they are of the same weights, see [`~upload.upload_folder`].
 
     Args:
         repo_id (`str`): `"user/name"`, or a name alone for one's own.

@@ -231,7 +231,10 @@ def test_a_pushed_pipeline_is_self_contained(with_package, hub, saved, reference
     assert "error" not in case, case["error"]
     assert case["images"] == sample(reference).tolist()
     pushed, expected = hub.files("user/pushed"), files(saved)
+    # The card alone says where it is.
+    card = expected.pop("README.md").replace(b'"path/or/hub-id"', b'"user/pushed"')
     assert {path: pushed[path] for path in expected} == expected
+    assert pushed["README.md"] == card and b'from_pretrained("user/pushed")' in card
 
 
 def test_the_client_used_only_what_the_server_knows(with_package, without_package, hub):
@@ -396,11 +399,25 @@ def sample_ddpm(pipe: DDPMPipeline):
         {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]},
         {"_class_name": ["pipeline", "SomebodysPipeline"], "vae": ["autoencoder_ec", "AutoencoderEC"]},
         {"sample_size": 16},
+        {"_class_name": []},
+        {"_class_name": [["ECVAEPipeline"]]},
+        [],
     ],
 )
 def test_the_index_of_another_pipeline_is_left_as_it_is(config, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(config))
     assert DiffusionPipeline._dict_from_json_file(tmp_path / "model_index.json") == config
+
+
+@pytest.mark.parametrize("value", [[], [["autoencoder_ec", "AutoencoderEC"]], [None, None]])
+def test_what_names_no_component_is_left_as_it_is(value, tmp_path):
+    index = {"_class_name": ["pipeline", "ECVAEPipeline"], "vae": ["old", "AutoencoderEC"], "energy_model": value}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert DiffusionPipeline._dict_from_json_file(tmp_path / "model_index.json") == {
+        "_class_name": "ECVAEPipeline",
+        "vae": ["ecvae_diffusers", "AutoencoderEC"],
+        "energy_model": value,
+    }
 
 
 # The generated file and the wheel
@@ -435,5 +452,5 @@ def test_the_wheel_holds_all_that_saving_needs(tmp_path):
     site, folder = tmp_path / "site", tmp_path / "saved"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", site, wheel)
     run(sys.executable, "-c", INSTALLED, site, folder, env={**os.environ, "PYTHONPATH": str(site)})
-    assert "# ECVAEPipeline, 16 px" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "# VAE, 16 px" in (folder / "README.md").read_text(encoding="utf-8")
     assert (folder / "pipeline.py").read_bytes() == (ROOT / "pipelines" / "ecvae" / "pipeline.py").read_bytes()

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.cards import CARD_MARKER
-from ecvae_diffusers.upload import UploadError, files_to_publish, upload_arguments
+from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.upload import UploadError, files_to_publish, folder_fingerprint, upload_arguments
 
 
 CLIENT = """
-import json, os, sys
+import json, os, sys, traceback
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def tried(name, call):
     try:
         seen[name] = {"url": str(call())}
     except Exception as error:
-        seen[name] = {"error": f"{type(error).__name__}: {error}"}
+        seen[name] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
 pipe = ECVAEPipeline.from_pretrained(folder)
@@ -50,11 +51,13 @@ tried("own name", lambda: upload_folder(folder, "short"))
 tried("saved", lambda: pipe.to(torch.float32).save_pretrained(work / "saved", push_to_hub=True, repo_id="user/saved", private=False))
 tried("retried", lambda: upload_folder(folder, "user/retried"))
 tried("card", lambda: upload_folder(folder, "user/edited"))
-for taken in ("ddpm", "data"):
+for taken in ("ddpm", "data", "cut", "list", "nested"):
     tried(taken, lambda: upload_folder(folder, f"user/{taken}"))
 tried("stranger", lambda: upload_folder(folder, "stranger/model"))
 tried("no such user", lambda: upload_folder(folder, "stranger/new"))
 tried("wrong token", lambda: upload_folder(folder, "user/model", token="hf_wrong"))
+tried("token of a file", lambda: upload_folder(folder, "user/token", token="hf_token\\n"))
+tried("token in two lines", lambda: upload_folder(folder, "user/token", token="hf_wrong\\nhf_wrong"))
 tried("name", lambda: upload_folder(folder, "a/b/c"))
 ECFlowPipeline(flow=FlowEC(sample_size=8, in_channels=1, num_levels=1, steps_per_level=1)).save_pretrained(work / "flow")
 autoencoder = AutoencoderTiny(
@@ -69,6 +72,13 @@ tried("autoencoder over a pipeline", lambda: upload_folder(work / "autoencoder",
 tried("pipeline over an autoencoder", lambda: upload_folder(folder, "user/autoencoder"))
 tried("flow again", lambda: ECFlowPipeline.from_pretrained("user/flow"))
 tried("autoencoder again", lambda: AutoencoderTiny.from_pretrained("user/autoencoder"))
+evaluated = ECVAEPipeline.from_pretrained(folder)
+tried("figures, the same weights", lambda: evaluated.push_to_hub("user/figures"))
+tried("figures, variant", lambda: evaluated.to(torch.float16).push_to_hub("user/figures", variant="fp16"))
+evaluated.to(torch.float32).vae.decoder.requires_grad_(False)
+next(evaluated.vae.decoder.parameters()).add_(1)
+tried("figures, variant of others", lambda: evaluated.push_to_hub("user/figures", variant="other"))
+tried("figures, new weights", lambda: evaluated.push_to_hub("user/figures"))
 tried("half", lambda: DiffusionPipeline.from_pretrained("user/model", variant="fp16"))
 tried("next", lambda: ECVAEPipeline.from_pretrained("user/model", revision="next"))
 (work / "seen.json").write_text(json.dumps(seen))
@@ -87,8 +97,18 @@ except upload.UploadError as error:
 """
 
 
+FIGURES = f"{CARD_MARKER}\n| Frechet distance | 1.0 |\n".encode()
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def files_at(folder: Path, repo_id: str) -> dict[str, bytes]:
+    """Those of a folder as they are published: the card loads from the repository."""
+    found = files(folder)
+    assert b'from_pretrained("path/or/hub-id")' in found["README.md"]
+    return found | {"README.md": found["README.md"].replace(b"path/or/hub-id", repo_id.encode())}
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +124,17 @@ def hub(saved, tmp_path_factory):
     with HubServer() as server:
         server.commit("user/ddpm", {"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
         server.commit("user/data", {"train.csv": b"1,2"})
-        edited = {"model_index.json": b'{"_class_name": ["pipeline", "ECVAEPipeline"]}', "README.md": b"My own words."}
+        # Not UTF-8.
+        edited = {
+            "model_index.json": b'{"_class_name": ["pipeline", "ECVAEPipeline"]}',
+            "README.md": b"My own words: \xe9.",
+        }
         server.commit("user/edited", edited)
+        server.commit("user/cut", {"model_index.json": b'{"_class_name": '})
+        server.commit("user/list", {"model_index.json": b"[]"})
+        server.commit("user/nested", {"model_index.json": b'{"_class_name": [["ECVAEPipeline"]]}'})
+        evaluation = json.dumps({"weights": folder_fingerprint(saved)}).encode()
+        server.commit("user/figures", {**files(saved), "README.md": FIGURES, "evaluation.json": evaluation})
         server.commit("stranger/model", files(saved))
         server.failures = {("commit", "user/retried"): [500, 503]}
         before = files(saved)
@@ -124,7 +153,7 @@ def hub(saved, tmp_path_factory):
 def test_what_is_published_is_the_folder(hub, saved):
     assert "commit/" in hub.seen["first"]["url"]
     first = list(hub.repositories["user/model"].values())[1]
-    assert {path: first[path] for path in files(saved)} == files(saved)
+    assert {path: first[path] for path in files(saved)} == files_at(saved, "user/model")
     assert hub.private["user/model"] is True
 
 
@@ -148,7 +177,7 @@ def test_branches(hub, saved):
     assert "error" not in hub.seen["branch"] and "error" not in hub.seen["branch again"]
     assert "error" not in hub.seen["next"]
     published = hub.files("user/model", "next")
-    assert {path: published[path] for path in files(saved)} == files(saved)
+    assert {path: published[path] for path in files(saved)} == files_at(saved, "user/model")
 
 
 def test_flows_and_autoencoders_are_published_too(hub):
@@ -163,32 +192,51 @@ def test_flows_and_autoencoders_are_published_too(hub):
 
 
 def test_a_name_alone_is_one_of_ones_own(hub):
-    assert "error" not in hub.seen["own name"] and "user/short" in hub.repositories
+    assert "error" not in hub.seen["own name"]
+    assert b'from_pretrained("user/short")' in hub.files("user/short")["README.md"]
 
 
 def test_saving_publishes_what_it_saved(hub):
     assert hub.seen["saved"] == {"url": "None"} and hub.private["user/saved"] is False
     published = hub.files("user/saved")
-    saved = files(hub.work / "saved")
+    saved = files_at(hub.work / "saved", "user/saved")
     assert {path: published[path] for path in saved} == saved
 
 
 def test_a_failed_upload_is_tried_again(hub, saved):
     assert "error" not in hub.seen["retried"] and hub.failures == {("commit", "user/retried"): []}
     published = hub.files("user/retried")
-    assert {path: published[path] for path in files(saved)} == files(saved)
+    assert {path: published[path] for path in files(saved)} == files_at(saved, "user/retried")
 
 
 def test_an_edited_card_stays(hub, saved):
     published = hub.files("user/edited")
-    assert published["README.md"] == b"My own words."
+    assert published["README.md"] == b"My own words: \xe9."
     assert published["pipeline.py"] == files(saved)["pipeline.py"]
+
+
+def test_figures_stay_as_long_as_they_are_of_the_weights(hub, saved):
+    for name in ("the same weights", "variant", "variant of others", "new weights"):
+        assert "error" not in hub.seen[f"figures, {name}"], hub.seen[f"figures, {name}"]
+    *before, after = hub.repositories["user/figures"].values()
+    assert len(before) == 4
+    for commit in before:
+        assert commit["README.md"] == FIGURES and "evaluation.json" in commit
+        weights = "vae/diffusion_pytorch_model.safetensors"
+        assert commit[weights] == files(saved)[weights]
+    assert "vae/diffusion_pytorch_model.fp16.safetensors" in before[2]
+    assert "evaluation.json" not in after
+    assert FIGURES not in after["README.md"] and b'from_pretrained("user/figures")' in after["README.md"]
 
 
 @pytest.mark.parametrize(
     "case, message",
     [
         ("ddpm", "UploadError: 'user/ddpm' holds a DDPMPipeline, which would be lost: choose another name."),
+        ("cut", "UploadError: 'user/cut' holds a model_index.json that is no JSON ("),
+        ("list", "UploadError: 'user/list' holds a model_index.json that names no class, which would be lost"),
+        ("nested", "UploadError: 'user/nested' holds a model_index.json that names no class, which would be lost"),
+        ("token in two lines", "UploadError: the Hub at http"),
         ("data", "UploadError: 'user/data' holds other files, such as 'train.csv': choose another name."),
         ("stranger", "UploadError: the token may not write to 'stranger/model' (403): use one with write access"),
         ("no such user", "UploadError: the token may not create 'stranger/new' (403)"),
@@ -206,6 +254,9 @@ def test_what_others_have_there_stays(hub, saved):
 
 
 def test_no_token_in_any_output_and_nothing_unknown_asked(hub):
+    assert "error" not in hub.seen["token of a file"], hub.seen["token of a file"]
+    # Tracebacks are seen too.
+    assert "Bearer (hidden)" in hub.seen["token in two lines"]["error"]
     assert "hf_token" not in hub.output and "hf_wrong" not in json.dumps(hub.seen)
     assert hub.unknown_requests == []
 
@@ -245,6 +296,15 @@ def test_a_run_folder_publishes_its_pipeline_alone(saved, tmp_path):
         (lambda folder: (folder / "vae" / "pytorch_model.bin").write_bytes(b""), "holds pytorch_model.bin, a pickle"),
         (lambda folder: cut(folder / "vae" / "diffusion_pytorch_model.safetensors"), "is damaged"),
         (lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "'vae' has no weights"),
+        (lambda folder: change(folder, float("nan")), "must hold finite weights only, but '.*' has some that are not"),
+        (lambda folder: change(folder, float("inf")), "must hold finite weights only"),
+        (lambda folder: (evaluate(folder), change(folder, 1.0)), "evaluation.json' must be an evaluation of the weights"),
+        (lambda folder: (folder / "evaluation.json").write_text("[]"), "must be an evaluation of the weights"),
+        (lambda folder: (folder / "evaluation.json").write_text("{"), "must be an evaluation of the weights"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "holds a model_index.json that names no class"),
+        (lambda folder: name_component(folder, []), r"`vae` of its model_index.json must be a library and a class, but is \[\]"),
+        (lambda folder: name_component(folder, [["a", "b"]]), "`vae` of its model_index.json must be a library and a class"),
+        (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "README.md' must be text in UTF-8"),
         (lambda folder: (folder / "README.md").unlink(), "has no README.md"),
         (lambda folder: (folder / "README.md").write_text(f"made in {Path.home()}"), "a path of this machine"),
         (lambda folder: (folder / "README.md").write_text(f"see {folder}"), "a path of this machine"),
@@ -261,6 +321,36 @@ def test_what_may_not_be_published(harm, message, saved, tmp_path):
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
+
+
+def change(folder: Path, value: float) -> None:
+    """One weight."""
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights[min(weights)].view(-1)[0] = value
+    save_file(weights, path)
+
+
+def evaluate(folder: Path) -> None:
+    (folder / "evaluation.json").write_text(json.dumps({"weights": folder_fingerprint(folder)}))
+
+
+def name_component(folder: Path, value) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "vae": value}))
+
+
+def test_an_evaluation_of_the_weights_beside_it_is_published(saved, tmp_path):
+    """Its fingerprint is the pipeline's, in full and in half precision, which may lie beside each other."""
+    folder = copy(saved, tmp_path / "run")
+    pipe = ECVAEPipeline.from_pretrained(folder)
+    assert folder_fingerprint(folder) == weights_fingerprint(pipe)
+    evaluate(folder)
+    pipe.to(torch.float16).save_pretrained(folder, variant="fp16")
+    assert {"evaluation.json", "vae/diffusion_pytorch_model.fp16.safetensors"} <= set(files_to_publish(folder))
+    for path in folder.glob("*/diffusion_pytorch_model.safetensors"):
+        path.unlink()
+    assert "evaluation.json" in files_to_publish(folder)
 
 
 def test_a_home_of_another_name_is_no_path_of_this_machine(saved, tmp_path):
