@@ -8,6 +8,7 @@ where it was when it is started again with the same arguments.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_samples", "num_reference", "num_test", "importance_samples", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
+    if args.resolution is not None and args.resolution < 1:
+        parser.error(f"--resolution must be at least 1, but is {args.resolution}.")
     if args.num_likelihood_images < 0:
         parser.error(f"--num_likelihood_images must be at least 0, but is {args.num_likelihood_images}.")
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0:
@@ -113,12 +116,13 @@ def main(args: argparse.Namespace) -> None:
         if args.resolution not in (None, resolution):
             raise ValueError(f"--resolution must be the model's ({resolution}), but is {args.resolution}.")
     else:
-        from ecvae_training.data import GRAY_MODES, open_image
+        from ecvae_training.data import open_image
 
         generated = open_source("generated_image_dir", args.generated_image_dir, "train", None, None, None)
         with open_image(generated[0]["image"]) as first:
-            resolution, channels = args.resolution or min(first.size), 1 if first.mode in GRAY_MODES else 3
-        images["generated"] = draw_images(generated, None, resolution, channels, 0, main_process)
+            resolution = args.resolution or min(first.size)
+        images["generated"] = draw_images(generated, None, resolution, None, 0, main_process)
+        channels = images["generated"].shape[1]
     source = args.train_data_dir or args.dataset_name
     draw(
         "real",
@@ -146,7 +150,8 @@ def main(args: argparse.Namespace) -> None:
 
     identity = {name: value for name, value in vars(args).items() if name not in ("output_dir", "cache_dir")}
     identity |= {"weights": model.fingerprint if model is not None else None}
-    identity |= {f"images of {name}": len(some) for name, some in images.items()}
+    # Others may lie under the same path by now.
+    identity |= {f"images of {name}": hashlib.sha256(some.numpy()).hexdigest() for name, some in images.items()}
     parts = Parts(output_dir / PARTS_FOLDER, accelerator, identity)
     work = Work(args, accelerator, model, images, parts)
     work.do()

@@ -275,6 +275,8 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
     assert out_of_distribution_auroc(1000 * inside, 1000 * outside) == out_of_distribution_auroc(inside, outside)
     assert out_of_distribution_auroc(inside, inside) == pytest.approx(0.5)
     assert out_of_distribution_auroc(torch.zeros(3), torch.ones(2)) == 1
+    # A share of pairs, where a sum of float32 areas comes to 1.0000001.
+    assert out_of_distribution_auroc(torch.arange(297.0), torch.arange(297.0, 1297.0)) == 1
 
 
 @pytest.mark.parametrize("scores", [torch.tensor([]), torch.tensor([1.0, float("nan")])])

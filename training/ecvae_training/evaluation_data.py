@@ -11,16 +11,27 @@ def open_source(
     argument: str, source: str, split: str, config_name: str | None, image_column: str | None, cache_dir: str | None
 ):
     """
-    A folder of images, or a split of a data set (Hub id or folder), as one column `image` of undecoded images.
+    A folder of images, or a split of a data set (Hub id or folder), as one column `image` of undecoded images. `config_name`
+    and `image_column` are those of `--dataset_name`: other data has its own.
 
     Raises:
         ValueError: naming `argument`, if it can't be loaded, or its column of images can't be told.
     """
     datasets = import_datasets()
-    files = find_images(Path(source), None) if Path(source).is_dir() else []
+    # A folder that is a data set holds its splits: listed, each of them would be all of it.
+    is_images = argument != "dataset_name" and Path(source).is_dir()
+    files = find_images(Path(source), None) if is_images else []
     if files:
         dataset = datasets.Dataset.from_dict({"image": [str(path) for path in files]})
         column = "image"
+    elif argument == "out_of_distribution":
+        dataset = load_split(source, None, cache_dir, split, argument=argument)
+        columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if len(columns) != 1:
+            raise ValueError(
+                f"--out_of_distribution {source!r} must have one column of images, but has {columns}: give a folder of images."
+            )
+        column = columns[0]
     else:
         dataset = load_split(source, config_name, cache_dir, split, argument=argument)
         column = find_image_column(dataset.features, source, image_column)
@@ -30,9 +41,12 @@ def open_source(
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def draw_images(dataset, count: int | None, resolution: int, channels: int, seed: int, progress: bool) -> torch.Tensor:
+def draw_images(
+    dataset, count: int | None, resolution: int, channels: int | None, seed: int, progress: bool
+) -> torch.Tensor:
     """
-    uint8 images (N, C, H, W): all, or `count` drawn at random, the same ones for a seed.
+    uint8 images (N, C, H, W): all, or `count` drawn at random, the same ones for a seed. `channels` of `None` are 1 where every
+    image is gray, else 3.
 
     Raises:
         ValueError: if one of them can't be read.

