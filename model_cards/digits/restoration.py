@@ -425,7 +425,8 @@ def as_operator(operator: Any) -> LinearOperator:
 
 class Inpainting(LinearOperator):
     """
-    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 (middle gray) where nothing was observed.
+    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 where nothing was observed: middle gray in a
+    tensor, black in a picture.
 
     Args:
         mask (`torch.Tensor` of shape `(H, W)`, `(1 or C, H, W)` or `(B, 1 or C, H, W)`):
@@ -875,7 +876,9 @@ def prepare_mask(
     if all(isinstance(one, PIL.Image.Image) for one in masks):
         check_sizes("mask_image", [one.size for one in masks])
         if any(one.mode in ("F", "I") for one in masks):
-            raise ValueError("`mask_image` has a mode whose white is not agreed on: use mask.convert('L') from 0 to 255.")
+            raise ValueError(
+                "`mask_image` has a mode whose white is not agreed on: use mask.convert('L') from 0 to 255."
+            )
         transparent = [
             one for one in masks if one.has_transparency_data and one.convert("RGBA").getextrema()[3][0] < 255
         ]
@@ -1025,6 +1028,7 @@ class ECVAERestorationOutput(BaseOutput):
         residual (`torch.Tensor` of shape `(B * M,)`):
             ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
         residual_output (`torch.Tensor` of shape `(B * M,)`): The same of what `images` holds, clamped and rounded.
+        residual_mean (`torch.Tensor` of shape `(B,)`): As `residual`, of `mean` before it is clamped.
         energy (`torch.Tensor` of shape `(B * M,)`, *optional*): The energy model's, mean over tiles; low = like training data.
         num_network_calls (`int`): Passes through a network, for each answer (and tile): decoder, encoder, energy model.
     """
@@ -1034,6 +1038,7 @@ class ECVAERestorationOutput(BaseOutput):
     std: np.ndarray | torch.Tensor
     residual: torch.Tensor
     residual_output: torch.Tensor
+    residual_mean: torch.Tensor
     energy: torch.Tensor | None
     num_network_calls: int
 
@@ -1362,14 +1367,16 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 energy = (
                     compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
                 )
+        mean = by_measurement.mean(1)
         output = ECVAERestorationOutput(
             images=self.postprocess(answers, output_type),
-            mean=self.postprocess(by_measurement.mean(1), output_type),
+            mean=self.postprocess(mean, output_type),
             std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
             residual=residual,
             residual_output=likelihood.relative_residual(returned),
             energy=energy,
             num_network_calls=sum(calls.values()),
+            residual_mean=Likelihood(operator, y, noise_std, variance).relative_residual(mean),
         )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()

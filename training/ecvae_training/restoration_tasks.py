@@ -117,7 +117,7 @@ class Answers:
         mean (`torch.Tensor` of shape `(N, C, H, W)`): The mean of its answers.
         std (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Standard deviation of each pixel.
         residual (`float`, *optional*): ||A x - y|| an entry of y, root mean square over single answers.
-        residual_of_mean (`float`, *optional*): The same of `mean`.
+        residual_of_mean (`float`, *optional*): The same of `mean`; both of float images, before they are clamped.
         largest_relative_residual (`float`, *optional*): Of any single answer, as a float image.
         num_network_calls (`int`, *optional*): An answer.
         seconds (`float`, *optional*): An image, all its answers.
@@ -139,7 +139,7 @@ def restore(
     """The pipeline's answers to all measurements; `kwargs` are its own arguments."""
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
-    outputs, squares, worst = [], 0.0, 0.0
+    outputs, squares, mean_squares, worst = [], 0.0, 0.0, 0.0
     for y in task.measured.split(batch_size):
         output = pipeline(
             y,
@@ -152,6 +152,7 @@ def restore(
         )
         residual = output.residual.view(-1, num_restorations)[:, 0].cpu()
         squares += (residual * y.flatten(1).norm(dim=1)).square().sum().item()
+        mean_squares += (output.residual_mean.cpu() * y.flatten(1).norm(dim=1)).square().sum().item()
         worst = max(worst, output.residual.max().item())
         outputs.append((output.images[::num_restorations], output.mean, output.std))
     single, mean, std = (torch.cat(part).cpu() for part in zip(*outputs))
@@ -161,7 +162,7 @@ def restore(
         mean=mean,
         std=2 * std,
         residual=(squares / task.measured.numel()) ** 0.5,
-        residual_of_mean=(task.operator.A(mean) - task.measured).square().mean().sqrt().item(),
+        residual_of_mean=(mean_squares / task.measured.numel()) ** 0.5,
         largest_relative_residual=worst,
         num_network_calls=output.num_network_calls,
         seconds=(time.perf_counter() - started) / len(task.clean),

@@ -71,6 +71,7 @@ class ECVAERestorationOutput(BaseOutput):
         residual (`torch.Tensor` of shape `(B * M,)`):
             ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
         residual_output (`torch.Tensor` of shape `(B * M,)`): The same of what `images` holds, clamped and rounded.
+        residual_mean (`torch.Tensor` of shape `(B,)`): As `residual`, of `mean` before it is clamped.
         energy (`torch.Tensor` of shape `(B * M,)`, *optional*): The energy model's, mean over tiles; low = like training data.
         num_network_calls (`int`): Passes through a network, for each answer (and tile): decoder, encoder, energy model.
     """
@@ -80,6 +81,7 @@ class ECVAERestorationOutput(BaseOutput):
     std: np.ndarray | torch.Tensor
     residual: torch.Tensor
     residual_output: torch.Tensor
+    residual_mean: torch.Tensor
     energy: torch.Tensor | None
     num_network_calls: int
 
@@ -408,14 +410,16 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 energy = (
                     compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
                 )
+        mean = by_measurement.mean(1)
         output = ECVAERestorationOutput(
             images=self.postprocess(answers, output_type),
-            mean=self.postprocess(by_measurement.mean(1), output_type),
+            mean=self.postprocess(mean, output_type),
             std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
             residual=residual,
             residual_output=likelihood.relative_residual(returned),
             energy=energy,
             num_network_calls=sum(calls.values()),
+            residual_mean=Likelihood(operator, y, noise_std, variance).relative_residual(mean),
         )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
