@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="ours at 5 to 100 decoder passes")
     parser.add_argument("--reliability", type=Path, help="write this picture, of 16 answers, instead")
     parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--noise_std", type=float, nargs="+", choices=NOISES, default=list(NOISES))
     parser.add_argument("--num_restorations", type=positive, default=8, help="M, answers an image")
     add_device(parser)
     args = parser.parse_args()
@@ -109,7 +110,7 @@ def main() -> None:
     )
     settings = {
         f"{noise} {task} {method}": (noise, task, method)
-        for noise in NOISES
+        for noise in args.noise_std
         for task in all_tasks(noise)
         for method in methods
         if noise > 0 or method != "A_s y"
