@@ -345,6 +345,12 @@ def test_says_where_answers_do_not_agree_with_the_measurement(pipe, caplog):
     assert caplog.text == ""
 
 
+def test_progress_is_shown(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    restore(pipe, SuperResolution(2).A(images()), SuperResolution(2))
+    assert f"{STEPS}/{STEPS}" in capsys.readouterr().err
+
+
 def test_rounding_is_the_noise_of_pictures(pipe):
     """`noise_std` not given: 2 / (255 sqrt(12)) for a picture, nothing for a tensor."""
     damaged, rounding = picture(images(1)[0]), 2 / (255 * 12**0.5)
