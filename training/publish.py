@@ -3,7 +3,8 @@
 """Make a model's folder ready for the Hub, and upload it: `python training/publish.py RUN --evaluation EVALUATION --details FILE`.
 
 The folder holds weights, code, `evaluation.json`, pictures and a card with the evaluation's figures, which must be of these
-very weights. `--output_dir` keeps it, `--hub_model_id` uploads it. The token is that of `hf auth login` or HF_TOKEN.
+very weights. A flow, or an autoencoder with a calibrated decoder, is published as it is, without an evaluation.
+`--output_dir` keeps the folder, `--hub_model_id` uploads it. The token is that of `hf auth login` or HF_TOKEN.
 """
 
 import argparse
@@ -17,21 +18,23 @@ import torch
 import yaml
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.cards import CARD_MARKER, check_details, write_card
+from ecvae_diffusers.cards import CARD_MARKER, LOCATION, check_details, with_location, write_card
 from ecvae_diffusers.hub import weights_fingerprint
-from ecvae_diffusers.upload import UploadError, files_to_publish, upload_folder
+from ecvae_diffusers.upload import CARD, PICTURES, UploadError, class_name, files_to_publish, read_index, upload_folder
 from ecvae_training.curves import plot_curves
 from ecvae_training.evaluation_parts import write_atomically
 from ecvae_training.output import ARGUMENTS_FILE, METRICS_FILE, read_metrics
 
 
 EVALUATION_FILE = "evaluation.json"
+SECTIONS = ("weights", "protocol", "generation")  # of every evaluation
 CAPTIONS = {
     "samples.png": "Samples, the first ones of the first seed",
     "neighbours.png": "Each sample (left) beside the training images nearest to it in features",
     "curves.png": "Curves of training",
 }
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Not bfloat16, which rounds weights so that their fingerprint is no more that of the evaluation.
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -77,9 +80,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def read_evaluation(argument: str, folder: str) -> dict:
     path = Path(folder) / EVALUATION_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"--{argument} {folder!r} holds no {EVALUATION_FILE} that can be read: {error}") from error
+    missing = [name for name in SECTIONS if not isinstance(evaluation, dict) or name not in evaluation]
+    if missing:
+        raise ValueError(
+            f"--{argument} {folder!r} must hold an {EVALUATION_FILE} of evaluate.py, but it has no {missing[0]!r}."
+        )
+    return evaluation
 
 
 def read_details(path: str) -> dict:
@@ -138,8 +147,37 @@ def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> dict:
     return evaluation
 
 
+def card_location(args: argparse.Namespace) -> str:
+    """What the card's snippets load: never an absolute path, which is of this machine."""
+    if args.location is not None:
+        return args.location
+    if args.hub_model_id is not None:
+        # A name alone is one's own: the upload learns whose.
+        return args.hub_model_id if "/" in args.hub_model_id else LOCATION
+    return Path(args.output_dir).name if Path(args.output_dir).is_absolute() else args.output_dir
+
+
+def copy_as_it_is(args: argparse.Namespace, held: str, folder: Path) -> None:
+    """A model that evaluate.py does not measure: its own files, and its own card, with the place that it goes to."""
+    for argument, is_given in (("evaluation", args.evaluation is not None), ("dtype", args.dtype != "float32")):
+        if is_given:
+            raise ValueError(
+                f"--{argument} must be left out of {held}, which is published as it is: it is for an ECVAEPipeline."
+            )
+    for name in files_to_publish(args.model):
+        if not (folder / name).exists():  # an edited card
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(Path(args.model) / name, folder / name)
+    card = (folder / CARD).read_text(encoding="utf-8")
+    (folder / CARD).write_text(with_location(card, card_location(args)), encoding="utf-8")
+
+
 def write_folder(args: argparse.Namespace, folder: Path) -> None:
     """Everything that is published."""
+    held = class_name(read_index(Path(args.model)))
+    if held != "ECVAEPipeline":
+        copy_as_it_is(args, f"a {held}", folder)
+        return
     pipeline = ECVAEPipeline.from_pretrained(args.model)
     fingerprint = weights_fingerprint(pipeline)
     details = read_details(args.details) if args.details is not None else None
@@ -167,9 +205,10 @@ def write_folder(args: argparse.Namespace, folder: Path) -> None:
             **details.get("training", {}),
             **{name.replace("_", " "): v for name, v in stated.items()},
         }
+        if "use_ema" in trained:
+            details["training"]["averaged weights (EMA)"] = "yes" if trained["use_ema"] else "no"
     pictures = {name: caption for name, caption in CAPTIONS.items() if (folder / name).is_file()}
-    location = args.location or args.hub_model_id or args.output_dir
-    write_card(pipeline, folder, evaluation, details, location, pictures)
+    write_card(pipeline, folder, evaluation, details, card_location(args), pictures)
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -187,6 +226,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir) if args.output_dir is not None else None
+    own: list[str] = []
     if output_dir is not None and output_dir.exists() and any(output_dir.iterdir()):
         # An earlier one, and nothing else, may be replaced: what is published is all that is in it.
         known = set(files_to_publish(output_dir))
@@ -195,17 +235,22 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--output_dir {args.output_dir!r} holds other files, such as {sorted(found - known)[0]!r}."
             )
+        # What somebody has laid beside it; all else is of the earlier model.
+        own = [name for name in known if name == "LICENSE" or (Path(name).suffix in PICTURES and name not in CAPTIONS)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
         if output_dir is not None and (output_dir / "README.md").is_file():
-            card = (output_dir / "README.md").read_text(encoding="utf-8")
-            if CARD_MARKER not in card:
+            card = (output_dir / "README.md").read_bytes()
+            if CARD_MARKER.encode() not in card:
                 print(
                     f"{output_dir / 'README.md'} was edited and stays as it is: compare its figures with {EVALUATION_FILE}."
                 )
-                (folder / "README.md").write_text(card, encoding="utf-8")
+                (folder / "README.md").write_bytes(card)
         write_folder(args, folder)
+        for name in own:
+            if not (folder / name).exists():
+                shutil.copyfile(output_dir / name, folder / name)
         files_to_publish(folder)
         if output_dir is not None:
             replace_folder(folder, output_dir)

@@ -13,12 +13,12 @@ import torch
 import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from publish import parse_args
+from publish import main, parse_args
 from safetensors.torch import load_file
-from training_runs import SCRIPT, TINY, write_images
+from training_runs import SCRIPT, TINY, write_autoencoder, write_images
 
-from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.cards import CARD_MARKER, check_details, figure, write_card
+from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline, FlowEC
+from ecvae_diffusers.cards import CARD_MARKER, baseline_rows, check_details, figure, write_card
 
 
 TRAINING = SCRIPT.parent
@@ -112,6 +112,7 @@ def test_a_run_is_pushed_at_its_end(hub, work):
     log = (work / "train0.log").read_text()
     assert "Published: " in log and "hf_token" not in log
     assert "hf_token" not in (work / "run0" / "training_args.json").read_text()
+    assert b'from_pretrained("user/trained")' in files["README.md"]
 
 
 def test_what_is_uploaded_is_what_is_kept(hub, work):
@@ -150,7 +151,7 @@ def test_figures_of_the_card_are_those_of_its_evaluation(work):
     assert evaluation["training_seeds"]["published"] == "0"
     assert [run["seed"] for run in evaluation["training_seeds"]["runs"]] == ["0", "1"]
     assert "Two steps of training: noise." in card.text and "licence CC0" in card.text
-    assert "seed: 0" in card.text and "max train steps: 2" in card.text
+    assert "seed: 0" in card.text and "max train steps: 2" in card.text and "averaged weights (EMA): yes" in card.text
     for name in ("samples.png", "neighbours.png", "curves.png"):
         assert f"]({name})" in card.text and (work / "card" / name).is_file()
 
@@ -180,11 +181,68 @@ def test_published_again_in_the_same_place(hub, work, environment):
     assert local(work / "card") == before
 
 
+def test_what_lies_beside_an_earlier_one_stays(work, tmp_path):
+    """An absolute folder is not named in the card: it is of this machine."""
+    card = tmp_path / "card"
+    listed = [
+        work / "run0",
+        "--evaluation",
+        work / "evaluation0",
+        "--details",
+        work / "details.yaml",
+        "--output_dir",
+        card,
+    ]
+    main(parse_args(list(map(str, listed))))
+    assert 'from_pretrained("card")' in (card / "README.md").read_text()
+    (card / "LICENSE").write_text("Mine.")
+    (card / "teaser.png").write_bytes(b"mine")
+    # Without an evaluation its file and pictures are gone, and nothing else.
+    before = set(local(card))
+    main(parse_args([str(work / "run0"), "--output_dir", str(card)]))
+    assert before - set(local(card)) == {"evaluation.json", "samples.png", "neighbours.png"}
+    assert (card / "LICENSE").read_text() == "Mine." and (card / "teaser.png").read_bytes() == b"mine"
+
+
+def test_flows_and_autoencoders_are_published_as_they_are(hub, work, environment, tmp_path):
+    flow, autoencoder = tmp_path / "flow", tmp_path / "autoencoder"
+    ECFlowPipeline(flow=FlowEC(sample_size=8, in_channels=1, num_levels=1, steps_per_level=1)).save_pretrained(flow)
+    write_autoencoder(autoencoder)
+    (autoencoder / "README.md").write_text(f'{CARD_MARKER}\nAutoencoderKL.from_pretrained("path/or/hub-id")\n')
+    (autoencoder / "metrics.jsonl").write_text("")
+    succeed("publish.py", flow, "--hub_model_id", "user/a-flow", environment=environment)
+    succeed(
+        "publish.py", autoencoder, "--hub_model_id", "decoder", "--output_dir", tmp_path / "kept", environment=environment
+    )  # fmt: skip
+    for name, folder in (("user/a-flow", flow), ("user/decoder", autoencoder)):
+        expected = {path: content for path, content in local(folder).items() if path != "metrics.jsonl"}
+        expected["README.md"] = expected["README.md"].replace(b"path/or/hub-id", name.encode())
+        assert b"path/or" not in expected["README.md"] and published(hub, name) == expected
+    assert set(local(tmp_path / "kept")) == set(published(hub, "user/decoder"))
+
+
+@pytest.mark.parametrize(
+    "listed, argument", [(["--dtype", "float16"], "dtype"), (["--evaluation", "e", "--details", "d"], "evaluation")]
+)
+def test_a_restoration_pipeline_stays_one(listed, argument, make_pipeline, tmp_path):
+    """Its components would load as an ECVAEPipeline too."""
+    model, card = tmp_path / "model", tmp_path / "card"
+    ECVAERestorationPipeline(vae=make_pipeline().vae).save_pretrained(model)
+    with pytest.raises(ValueError, match=f"--{argument} must be left out of a ECVAERestorationPipeline"):
+        main(parse_args([str(model), *listed, "--output_dir", str(card)]))
+    assert not card.exists()
+    main(parse_args([str(model), "--output_dir", str(card)]))
+    assert json.loads((card / "model_index.json").read_text())["_class_name"][1] == "ECVAERestorationPipeline"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"--evaluation": "evaluation1"}, "is not of the weights of"),
         ({"--evaluation": "images"}, "holds no evaluation.json that can be read"),
+        ({"--evaluation": "list"}, "must hold an evaluation.json of evaluate.py, but it has no 'weights'"),
+        ({"--baseline": "other=part"}, "must hold an evaluation.json of evaluate.py, but it has no 'generation'"),
+        ({"--details": "untrained.yaml"}, "field `training` must be names with what they were, but is None"),
         ({"--details": "untitled.yaml"}, "untitled.yaml': the card's field `title` is missing"),
         ({"--details": "broken.yaml"}, "can't be read"),
         ({"--training_seeds": "1=evaluation1"}, "--training_seeds must hold this model once, but holds it 0 times"),
@@ -194,6 +252,10 @@ def test_published_again_in_the_same_place(hub, work, environment):
 def test_refused_in_one_line_with_nothing_written(change, message, work, environment, tmp_path):
     (work / "untitled.yaml").write_text(yaml.safe_dump({k: v for k, v in DETAILS.items() if k != "title"}))
     (work / "broken.yaml").write_text("title: [")
+    (work / "untrained.yaml").write_text(yaml.safe_dump({**DETAILS, "training": None}))
+    for name, content in (("list", []), ("part", {"weights": None, "protocol": {}})):
+        (work / name).mkdir(exist_ok=True)
+        (work / name / "evaluation.json").write_text(json.dumps(content))
     fewer = json.loads((work / "evaluation1" / "evaluation.json").read_text())
     fewer["generation"]["protocol"]["num_samples"] = 5
     (work / "fewer").mkdir(exist_ok=True)
@@ -217,6 +279,7 @@ def test_refused_in_one_line_with_nothing_written(change, message, work, environ
     [
         ([], "--output_dir or --hub_model_id must say where the model goes"),
         (["--output_dir", "x", "--details", "d"], "--evaluation and --details must be given together"),
+        (["--output_dir", "x", "--dtype", "bfloat16"], "invalid choice: 'bfloat16' (choose from"),
         (["--output_dir", "x", "--baseline", "a=b"], "--baseline and --training_seeds need --evaluation"),
         (
             ["--output_dir", "x", "--evaluation", "e", "--details", "d", "--baseline", "b"],
@@ -249,9 +312,10 @@ def test_a_model_that_could_not_be_uploaded_is_saved(hub, work, environment, tmp
     )  # fmt: skip
     assert result.returncode == 1
     assert "the token may not write to 'user/unlucky' (403)" in result.stderr
-    assert f"The model is saved: training/publish.py {tmp_path / 'unlucky'} uploads it." in result.stderr
+    advice = re.search(r"The model is saved: training/(publish.py .*) uploads it\.", result.stderr)[1]
+    assert advice == f"publish.py {tmp_path / 'unlucky'} --hub_model_id unlucky"
     ECVAEPipeline.from_pretrained(tmp_path / "unlucky")
-    succeed("publish.py", tmp_path / "unlucky", "--hub_model_id", "user/unlucky", environment=environment)
+    succeed(*advice.split(), environment=environment)
     assert "model_index.json" in published(hub, "user/unlucky")
 
 
@@ -267,13 +331,52 @@ def test_a_card_lacks_nothing(name):
     [
         ({**DETAILS, "author": "me"}, "field `author` is unknown"),
         ({**DETAILS, "data": {"name": "x"}}, "field `data.license` is missing"),
-        ({**DETAILS, "data": "digits"}, "field `data` must have `name` and `license`"),
+        ({**DETAILS, "data": "digits"}, "field `data` must be `name` and `license`"),
+        ({**DETAILS, "data": {**DETAILS["data"], "id": None}}, "field `data.id` must be text, but is None"),
+        ({**DETAILS, "training": "a week"}, "field `training` must be names with what they were, but is 'a week'"),
+        ({**DETAILS, "training": None}, "field `training` must be names with what they were, but is None"),
+        ({**DETAILS, "tags": "faces"}, "field `tags` must be a list of texts, but is 'faces'"),
+        ({**DETAILS, "tags": None}, "field `tags` must be a list of texts, but is None"),
+        ({**DETAILS, "tags": [1]}, r"field `tags` must be a list of texts, but is \[1\]"),
+        ({**DETAILS, "license": ["mit"]}, "field `license` must be text"),
         ([], "must be fields with values"),
     ],
 )
 def test_details_that_are_none(details, message):
     with pytest.raises(ValueError, match=message):
         check_details(details)
+
+
+@pytest.mark.parametrize("with_energy", [True, False])
+def test_a_card_says_what_the_model_is(with_energy, make_pipeline, tmp_path):
+    """Of a plain VAE not that it is calibrated, and of one without a variance, which restoration needs, no restoration."""
+    pipe = make_pipeline(with_energy=with_energy)
+    for variance in (None, 0.1):
+        pipe.vae.register_to_config(reconstruction_variance=variance)
+        write_card(pipe, tmp_path)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert ("energy-calibrated" in card.text) == ("EC-VAE" in card.text) == with_energy
+        assert ("ecvae" in card.data.tags) == ("energy-based-model" in card.data.tags) == with_energy
+        assert ("image-restoration" in card.data.tags) == ("restored" in card.text) == (variance is not None)
+        write_card(ECVAERestorationPipeline(vae=pipe.vae), tmp_path)
+        assert ("mask_image=mask" in ModelCard.load(tmp_path / "README.md").text) == (variance is not None)
+
+
+def test_beside_the_energy_stands_what_the_plain_model_tells_apart(pipe, work, tmp_path):
+    """Its reconstruction error on the same sets: elsewhere than on these it says nothing of them."""
+    evaluation = json.loads((work / "evaluation0" / "evaluation.json").read_text())
+    protocol = {"inside": {"data": "disks", "num_images": 9}, "outside": {"noise": 5, "stripes": 7}}
+    measures = {"noise": {"energy": 0.75, "error": 0.5}, "stripes": {"energy": 0.25, "error": 0.5}}
+    evaluation["out_of_distribution"] = {"protocol": protocol, "measures": measures}
+    other = {"protocol": {**protocol, "outside": {"noise": 5, "stripes": 8}}, "measures": {}}
+    other["measures"] = {"noise": {"error": 0.875}, "stripes": {"error": 1.0}}
+    evaluation["baseline"] = {**evaluation, "name": "a VAE", "out_of_distribution": other}
+    write_card(pipe, tmp_path, evaluation, DETAILS)
+    row = "| AUROC by which noise is told apart: by the energy here, by the reconstruction error there | 0.75 | 0.875 |  |"
+    card = (tmp_path / "README.md").read_text()
+    assert row in card and "stripes is told apart" not in card
+    del evaluation["baseline"]["out_of_distribution"]
+    assert len(baseline_rows(evaluation)) == 2
 
 
 def test_a_card_with_figures_needs_details(pipe, work, tmp_path):

@@ -80,7 +80,10 @@ def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) ->
     try:
         main(args)
     except UploadError as error:
-        what_to_do = f" The model is saved: training/publish.py {args.output_dir} uploads it."
+        where = f"--hub_model_id {args.hub_model_id or Path(args.output_dir).resolve().name}"
+        where += " --hub_private_repo" if args.hub_private_repo else ""
+        where += f" --hub_revision {args.hub_revision}" if args.hub_revision is not None else ""
+        what_to_do = f" The model is saved: training/publish.py {args.output_dir} {where} uploads it."
         what_to_do = what_to_do if is_finished(Path(args.output_dir)) else ""
         sys.exit(f"{name}: error: --push_to_hub: {error}{what_to_do}")
     except (ValueError, ImportError, FloatingPointError, SavingFailed) as error:
