@@ -2,6 +2,7 @@
 """The models that the repository carries: their cards say what their evaluations say, and their snippets run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from ecvae_diffusers.upload import files_to_publish
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/model_index.json"))
 MOST_BYTES, MOST_BYTES_IN_ALL = 4 * 2**20, 16 * 2**20
+# Colour takes wider networks.
+MOST_BYTES_OF = {"cifar10": 8 * 2**20}
 
 
 def size(folder: Path) -> int:
@@ -29,7 +32,8 @@ def size(folder: Path) -> int:
 
 def test_there_are_models_and_they_are_small():
     assert FOLDERS
-    assert all(size(folder) <= MOST_BYTES for folder in FOLDERS)
+    for folder in FOLDERS:
+        assert size(folder) <= MOST_BYTES_OF.get(folder.name, MOST_BYTES), folder.name
     assert sum(map(size, FOLDERS)) <= MOST_BYTES_IN_ALL
 
 
@@ -77,6 +81,19 @@ def test_the_snippets_run(folder):
     blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     code = "\n".join(blocks) + "\nassert len(images) == 16 and len(restored) == 4\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_first_snippet_of_the_readme_runs_without_a_network(tmp_path):
+    """From any place: the model's folder is all that it needs."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code = next(block for block in blocks if "model_cards/digits" in block)
+    code = code.replace("model_cards/digits", str(ROOT / "model_cards" / "digits"))
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nassert len(images) == 16 and images[0].size == (16, 16)"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 
 
