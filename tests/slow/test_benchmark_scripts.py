@@ -17,7 +17,9 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in L
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, str(FOLDER / script), "--help"]
     output = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
     assert output.returncode == 0, output.stderr
