@@ -10,6 +10,7 @@ from training_runs import SCRIPTS
 
 
 FIGURES = {
+    "audio_decoder": r"Frechet distance before ([\d.]+), after ([\d.]+)",
     "image_generator": r"Frechet distance before ([\d.]+), after ([\d.]+)",
     "text_decoder": r"different ones before (\d+), after (\d+)",
 }

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Calibrate a decoder of audio, in one dimension: `python training/examples/audio_decoder.py`.
+
+The data is synthetic, made here: plucked tones of 0.13 s at 2 kHz, of any pitch of an octave, with four partials and an
+envelope each. A VAE of waveforms learns them by squared error, and what its decoder makes of prior samples is too quiet, and between two
+pitches. The energy model sees a waveform as an ear does, by the logarithm of its short-time spectrum, through which the chain
+moves the waveform itself. The same network, seed, batches and steps with calibration beside it: the Frechet distance of 5,000
+prior samples to other tones, over such spectra, before and after.
+"""
+
+import argparse
+import math
+import wave
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
+
+from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
+
+
+RATE, LENGTH, NUM_PARTIALS, WINDOW = 2000, 256, 4, 64
+LATENTS, BATCH, NUM_SAMPLES = 16, 32, 5_000
+
+
+def tones(count: int, seed: int) -> torch.Tensor:
+    """Waveforms (N, 1, 256) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, columns: int = 1) -> torch.Tensor:
+        return low + (high - low) * torch.rand(count, columns, 1, generator=generator)
+
+    time, partial = torch.arange(LENGTH) / RATE, torch.arange(1, NUM_PARTIALS + 1).view(1, -1, 1)
+    pitch = 110 * 2 ** uniform(0, 1)
+    # Of a bright tone high partials are as loud as low ones; they die away sooner.
+    loudness = partial ** -uniform(0.5, 3) * uniform(0.3, 1, NUM_PARTIALS)
+    decay = (-time * uniform(5, 40) * partial.sqrt()).exp()
+    attack = 1 - (-time / uniform(0.001, 0.01)).exp()
+    waves = (loudness * decay * (2 * math.pi * pitch * partial * time).sin()).sum(1, keepdim=True) * attack
+    return 0.9 * waves / waves.abs().amax(2, keepdim=True)
+
+
+def spectra(waveforms: torch.Tensor, hop: int) -> torch.Tensor:
+    """The logarithm of loudness in 33 bands of 31 Hz every `hop` samples, flat; what is 43 dB below a full tone is silence."""
+    found = torch.stft(waveforms.squeeze(1), WINDOW, hop, window=torch.hann_window(WINDOW), return_complex=True)
+    return 0.5 * (torch.view_as_real(found).square().sum(-1) + 0.01).log().flatten(1)
+
+
+def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features."""
+    a, b = a.double(), b.double()
+    covariances = a.T.cov(), b.T.cov()
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots
+    return distance.item()
+
+
+class AudioVAE(nn.Module):
+    """Waveforms (B, 1, 256) -> latents (B, 16) -> waveforms."""
+
+    def __init__(self, width: int = 256):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Flatten(), nn.Linear(LENGTH, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, 2 * LATENTS),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Linear(LATENTS, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, LENGTH),
+            nn.Unflatten(1, (1, LENGTH)),
+        )  # fmt: skip
+
+    def loss(self, real: torch.Tensor) -> torch.Tensor:
+        """Squared error, summed over a waveform, and KL divergence in nats."""
+        mean, log_variance = self.encoder(real).chunk(2, dim=1)
+        waveforms = self.decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+        error = (waveforms - real).square().flatten(1).sum(1)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        return (error + divergence).mean()
+
+
+class AudioEnergyModel(nn.Module):
+    """Waveforms (B, 1, 256) -> energies (B, 1), by way of spectra at 9 moments."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.layers = nn.Sequential(
+            spectral_norm(nn.Linear((WINDOW // 2 + 1) * 9, width)), nn.LeakyReLU(0.2),
+            spectral_norm(nn.Linear(width, width)), nn.LeakyReLU(0.2), spectral_norm(nn.Linear(width, 1)),
+        )  # fmt: skip
+
+    def forward(self, waveforms: torch.Tensor) -> torch.Tensor:
+        return self.layers(spectra(waveforms, hop=32))
+
+
+def train(data: torch.Tensor, num_steps: int, calibrated: bool, seed: int) -> AudioVAE:
+    torch.manual_seed(seed)
+    vae, energy_model = AudioVAE(), AudioEnergyModel()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    energy_optimizer = torch.optim.Adam(energy_model.parameters(), lr=5e-4, betas=(0.0, 0.9))
+    # The default is a grey level of images; this is a sixteenth of these waveforms' root mean square.
+    calibrator = EnergyCalibrator(
+        energy_model, LangevinScheduler(num_steps=5, drift_step_size=0.2), drift_tolerance=0.02
+    )
+    for _ in tqdm(range(num_steps), desc="calibrated" if calibrated else "VAE alone"):
+        real = data[torch.randint(len(data), (BATCH,))]
+        loss = vae.loss(real)
+        latents = torch.randn(BATCH, LATENTS)
+        if calibrated:
+            calibration = calibrator.calibrate(vae.decoder(latents))
+            loss = loss + calibration.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if calibrated:
+            energy_optimizer.zero_grad()
+            calibrator.energy_loss(real, calibration.targets).loss.backward()
+            energy_optimizer.step()
+            calibrator.dual_step(calibration.constraint)
+            calibrator.adapt_drift_step(calibration.constraint)
+    return vae.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num_steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="WAV file: samples of the VAE alone, then calibrated ones")
+    args = parser.parse_args()
+    data, others = tones(20_000, seed=1), spectra(tones(NUM_SAMPLES, seed=2), hop=64)
+    found, loudness, heard = {}, {}, []
+    for name, calibrated in (("before", False), ("after", True)):
+        vae = train(data, args.num_steps, calibrated, args.seed)
+        with torch.no_grad():
+            latents = torch.randn(NUM_SAMPLES, LATENTS, generator=torch.Generator().manual_seed(args.seed))
+            samples = vae.decoder(latents)
+        found[name] = frechet_distance(spectra(samples, hop=64), others)
+        loudness[name] = (samples.square().mean() / data.square().mean()).sqrt().item()
+        heard.append(samples[:16].flatten())
+    floor = frechet_distance(spectra(data[:NUM_SAMPLES], hop=64), others)
+    print("Frechet distance " + ", ".join(f"{name} {distance:.1f}" for name, distance in found.items()))
+    print(f"of training tones to the same others {floor:.1f}")
+    print("loudness over the data's " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in loudness.items()))
+    if args.output is not None:
+        with wave.open(str(args.output), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(RATE)
+            file.writeframes((torch.cat(heard).clamp(-1, 1) * 32767).short().numpy().tobytes())
+
+
+if __name__ == "__main__":
+    main()
