@@ -35,7 +35,7 @@ def test_both_constraints_have_a_dual_variable_each(both):
     lines = metrics(both)
     assert all({"constraint", "dual", "posterior_constraint", "posterior_dual"} <= line.keys() for line in lines)
     duals = [line["posterior_dual"] for line in lines]
-    assert duals[0] == 1.0 and len(set(duals)) == STEPS and all(0 <= dual <= 10 for dual in duals)
+    assert duals[0] == 1.0 and all(a != b for a, b in zip(duals, duals[1:])) and all(0 <= dual <= 10 for dual in duals)
     # On the way to the posterior, a chain's ends are decoded with a smaller error.
     assert sum(line["refined_reconstruction"] < line["reconstruction"] for line in lines) > STEPS / 2
     assert ECVAEPipeline.from_pretrained(both).energy_model is not None
@@ -59,21 +59,42 @@ def test_bf16(both, images, tmp_path):
         images, tmp_path / "bf16", "--calibration", "both", "--max_train_steps", 2, "--mixed_precision", "bf16"
     )
     expected = metrics(both)[0]
-    for name in ("reconstruction", "kl", "posterior_constraint", "refined_reconstruction"):
+    for name in ("reconstruction", "kl", "refined_reconstruction"):
         assert lines[0][name] == pytest.approx(expected[name], rel=0.05), name
+    # A small difference of large ones.
+    assert lines[0]["posterior_constraint"] == pytest.approx(expected["posterior_constraint"], rel=0.2)
     assert lines[0]["gradient_norm"] != expected["gradient_norm"]
 
 
 def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
-    """A warm-up that is over at its first step is none; halfway through a longer one the likelihood is another."""
+    """A warm-up that is over at its first step is none; halfway through a longer one beta is half, and the chain's step too."""
     arguments = ("--calibration", "posterior", "--max_train_steps", 1)
     none, over, half = (
-        train(images, tmp_path / name, *arguments, "--kl_weight", weight, "--kl_warmup_steps", steps)[0]
-        for name, weight, steps in (("none", 0.5, 0), ("over", 0.5, 1), ("half", 1.0, 2))
+        train(
+            images,
+            tmp_path / name,
+            *arguments,
+            "--kl_weight",
+            weight,
+            "--kl_warmup_steps",
+            steps,
+            "--posterior_drift_step",
+            drift_step,
+        )[0]
+        for name, weight, steps, drift_step in (("none", 0.5, 0, 0.1), ("over", 0.5, 1, 0.1), ("half", 1.0, 2, 0.2))
     )
-    names = ("kl_weight", "posterior_constraint", "refined_reconstruction", "gradient_norm")
+    names = ("kl_weight", "posterior_constraint", "posterior_dual", "refined_reconstruction", "gradient_norm")
     assert none["kl_weight"] == 0.5
     assert all(none[name] == over[name] == half[name] for name in names)
+
+
+def test_the_chain_does_not_run_away_while_beta_is_small(images, tmp_path):
+    """At a thousandth of beta the likelihood is a thousand times as sharp: a whole step would move latents by hundreds of sigma."""
+    arguments = ("--calibration", "posterior", "--max_train_steps", 3, "--kl_warmup_steps", 3000)
+    lines = train(images, tmp_path / "run", *arguments)
+    assert lines[0]["kl_weight"] == pytest.approx(1 / 3000)
+    assert all(line["posterior_constraint"] < 100 for line in lines)
+    assert all(line["refined_reconstruction"] < 1.05 * line["reconstruction"] for line in lines)
 
 
 def test_batch_normalization_is_refused(images, tmp_path, capsys):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from ecvae_diffusers import AutoencoderEC, EnergyCalibrator
+from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.calibration import CalibrationOutput
 from ecvae_diffusers.energy import frozen
 from ecvae_diffusers.posterior import (
@@ -41,12 +41,7 @@ class PosteriorCalibration:
 
     def __init__(self, args, vae: AutoencoderEC):
         self.args, self.vae = args, vae
-        scheduler = posterior_chain(
-            args.posterior_langevin_steps, args.posterior_drift_step, args.posterior_conditioning_weight
-        )
-        form, num_latents = args.posterior_constraint, vae.config.latent_channels
-        # What the chain leaves of the constraint where q is the posterior.
-        self.remainder = stationary_constraint(scheduler, num_latents, form)
+        scheduler, self.remainder = self.chain(args.kl_weight)
         tolerance = self.remainder if args.posterior_tolerance == "auto" else args.posterior_tolerance
         self.calibrator = EnergyCalibrator(
             None,
@@ -59,6 +54,16 @@ class PosteriorCalibration:
         # The mean of the constraint over the batches of a step.
         self.constraint: torch.Tensor | None = None
         self.num_batches = 0
+
+    def chain(self, kl_weight: float) -> tuple[LangevinScheduler, float]:
+        """
+        The chain at a step's beta, and what it leaves of the constraint where q is the posterior. The likelihood is the sharper
+        the smaller beta is, and a whole step would lead far beyond it: while beta warms up, a does too.
+        """
+        args = self.args
+        drift_step = args.posterior_drift_step * (kl_weight / args.kl_weight)
+        scheduler = posterior_chain(args.posterior_langevin_steps, drift_step, args.posterior_conditioning_weight)
+        return scheduler, stationary_constraint(scheduler, self.vae.config.latent_channels, args.posterior_constraint)
 
     def refine(
         self,
@@ -78,7 +83,11 @@ class PosteriorCalibration:
             noise ([`StepNoise`]): Draws the chain's noise.
             kl_weight (`float`): beta as the loss has it at this step, above 0: half of it is the likelihood's variance.
         """
-        scheduler = self.calibrator.scheduler
+        scheduler, self.remainder = self.chain(kl_weight)
+        self.calibrator.scheduler = scheduler
+        # With a pull there may be no such bound at this step size, though there is one at the whole.
+        if self.args.posterior_tolerance == "auto" and self.remainder > 0:
+            self.calibrator.tolerance = self.remainder
         draws = [noise.normal(*posterior_noise.shape) for _ in range(len(scheduler))]
         with frozen(self.vae), accelerator.autocast():
             with torch.no_grad():
