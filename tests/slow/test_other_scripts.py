@@ -1,11 +1,12 @@
 """
-What holds for `train_ecvae.py` with several processes holds for the other training scripts, and with posteriors calibrated too.
-Slow: `make test-slow`.
+What holds for `train_ecvae.py` with several processes and accumulation holds for the other training scripts, and with posteriors
+calibrated too. Slow: `make test-slow`.
 """
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from training_runs import (
     write_images,
 )
 
+from ecvae_training.output import read_metrics
+
 
 STEPS = 20
 HEADLINES = {
@@ -32,10 +35,10 @@ HEADLINES = {
 }
 
 
-def run_ranks(num_processes: int, name: str, *arguments) -> None:
+def run_ranks(num_processes: int, file: Path, *arguments) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    command += [str(file), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -58,13 +61,23 @@ def script(request, tmp_path_factory) -> tuple[str, list]:
 def two_ranks(script, tmp_path_factory):
     name, arguments = script
     output_dir = tmp_path_factory.mktemp("runs") / "two"
-    run_ranks(2, name, *arguments, "--output_dir", output_dir, "--max_train_steps", STEPS)
+    run_ranks(2, SCRIPTS / f"{name}.py", *arguments, "--output_dir", output_dir, "--max_train_steps", STEPS)
     return output_dir
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batch(script, two_ranks, tmp_path):
     name, arguments = script
-    run_ranks(1, name, *arguments, "--output_dir", tmp_path, "--max_train_steps", STEPS, "--train_batch_size", 16)
+    run_ranks(
+        1,
+        SCRIPTS / f"{name}.py",
+        *arguments,
+        "--output_dir",
+        tmp_path,
+        "--max_train_steps",
+        STEPS,
+        "--train_batch_size",
+        16,
+    )
     for a, b in list(zip(metrics(tmp_path), metrics(two_ranks), strict=True))[:10]:
         for measure in (*HEADLINES[name], "constraint", "dual", "gradient_norm", "energy_gradient_norm"):
             assert a[measure] == pytest.approx(b[measure], rel=1e-3), (a["step"], measure)
@@ -77,10 +90,81 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(script, two_rank
 def test_two_ranks_resumed_equal_two_ranks_in_one_run(script, two_ranks, tmp_path):
     name, arguments = script
     arguments = [*arguments, "--output_dir", tmp_path, "--checkpointing_steps", STEPS // 2]
-    run_ranks(2, name, *arguments, "--max_train_steps", STEPS // 2)
-    run_ranks(2, name, *arguments, "--max_train_steps", STEPS, "--resume_from_checkpoint", "latest")
+    run_ranks(2, SCRIPTS / f"{name}.py", *arguments, "--max_train_steps", STEPS // 2)
+    run_ranks(2, SCRIPTS / f"{name}.py", *arguments, "--max_train_steps", STEPS, "--resume_from_checkpoint", "latest")
     expected, found = weights(two_ranks), weights(tmp_path)
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+PARAMETERS = """
+import importlib, pathlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+script = importlib.import_module(sys.argv[2])
+from accelerate import Accelerator
+
+kept = []
+prepare = Accelerator.prepare
+
+def remember(self, *parts):
+    prepared = prepare(self, *parts)
+    kept.extend(part for part in prepared if isinstance(part, torch.nn.Module))
+    return prepared
+
+Accelerator.prepare = remember
+end = Accelerator.end_training
+
+def compare(self):
+    # At the end of training, each rank's tensors against those of rank 0, bit for bit.
+    for module in kept:
+        for name, tensor in list(module.named_parameters()) + list(module.named_buffers()):
+            first = tensor.detach().clone()
+            torch.distributed.broadcast(first, 0)
+            assert torch.equal(first, tensor), f"rank {self.process_index}: {name}"
+    # A file each: what two ranks print may come out in one line.
+    pathlib.Path(__file__).with_name(f"agreed-{self.process_index}").write_text(str(len(kept)))
+    end(self)
+
+Accelerator.end_training = compare
+script.main(script.parse_args(sys.argv[3:]))
+"""
+
+
+def test_ranks_keep_bit_equal_parameters(script, tmp_path):
+    name, arguments = script
+    (tmp_path / "compare.py").write_text(PARAMETERS)
+    arguments = [SCRIPTS, name, *arguments, "--output_dir", tmp_path / "out", "--max_train_steps", STEPS]
+    run_ranks(2, tmp_path / "compare.py", *arguments)
+    assert [(tmp_path / f"agreed-{rank}").read_text() for rank in range(2)] == ["2", "2"]
+
+
+def test_accumulation_cut_in_two_equals_a_run_in_one(script, tmp_path):
+    """64 images make 8 batches an epoch; three a step, so that the cut lies within an epoch and the run goes over its end."""
+    name, arguments = script
+    arguments = [*arguments, "--gradient_accumulation_steps", 3, "--max_grad_norm", 50, "--checkpointing_steps", 2]
+    file = SCRIPTS / f"{name}.py"
+    succeed(*arguments, "--output_dir", tmp_path / "whole", "--max_train_steps", 4, script=file)
+    succeed(*arguments, "--output_dir", tmp_path / "cut", "--max_train_steps", 2, script=file)
+    resume = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    succeed(*arguments, "--output_dir", tmp_path / "cut", *resume, script=file)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    duals = [[line.get("dual"), line.get("posterior_dual")] for line in metrics(tmp_path / "whole")]
+    assert duals == [[line.get("dual"), line.get("posterior_dual")] for line in metrics(tmp_path / "cut")]
+
+
+def test_two_ranks_measure_what_one_process_does(script, tmp_path):
+    """What is sampled or reconstructed is shared out; bounds on the likelihood are the main process's."""
+    name, arguments = script
+    arguments = [*arguments, "--max_train_steps", 2, "--evaluation_steps", 2, "--evaluation_samples", 21]
+    run_ranks(1, SCRIPTS / f"{name}.py", *arguments, "--output_dir", tmp_path / "one", "--train_batch_size", 16)
+    run_ranks(2, SCRIPTS / f"{name}.py", *arguments, "--output_dir", tmp_path / "two")
+    (one,), (two,) = (read_metrics(tmp_path / folder / "evaluations.jsonl") for folder in ("one", "two"))
+    assert one.pop("kernel_distance_std") < 1e-6 and two.pop("kernel_distance_std") < 1e-6  # one subset of 21
+    assert one.pop("features") == two.pop("features")
+    assert ("amortisation_gap" in one) == (name == "train_ecvae")
+    # Of a hundred steps of Adam, which make more of a rounding.
+    assert one.pop("amortisation_gap", 0) == pytest.approx(two.pop("amortisation_gap", 0), abs=0.1)
+    assert one == pytest.approx(two, rel=1e-2, abs=1e-3)
 
 
 def test_a_decoder_is_measured_and_its_best_kept(tmp_path):

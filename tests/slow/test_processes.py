@@ -74,53 +74,6 @@ def test_two_ranks_resumed_equal_two_ranks_in_one_run(two_ranks, data, tmp_path)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-PARAMETERS = """
-import pathlib, sys, torch
-sys.path.insert(0, sys.argv[1])
-import train_ecvae
-from accelerate import Accelerator
-
-kept = []
-prepare = Accelerator.prepare
-
-def remember(self, *parts):
-    prepared = prepare(self, *parts)
-    kept.extend(part for part in prepared if isinstance(part, torch.nn.Module))
-    return prepared
-
-Accelerator.prepare = remember
-end = Accelerator.end_training
-
-def compare(self):
-    # At the end of training, each rank's tensors against those of rank 0, bit for bit.
-    for module in kept:
-        for name, tensor in list(module.named_parameters()) + list(module.named_buffers()):
-            first = tensor.detach().clone()
-            torch.distributed.broadcast(first, 0)
-            assert torch.equal(first, tensor), f"rank {self.process_index}: {name}"
-    # A file each: what two ranks print may come out in one line.
-    pathlib.Path(__file__).with_name(f"agreed-{self.process_index}").write_text(str(len(kept)))
-    end(self)
-
-Accelerator.end_training = compare
-train_ecvae.main(train_ecvae.parse_args(sys.argv[2:]))
-"""
-
-
-def test_ranks_keep_bit_equal_parameters(data, tmp_path):
-    script = tmp_path / "compare.py"
-    script.write_text(PARAMETERS)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    arguments = [SCRIPT.parent, "--train_data_dir", data, "--output_dir", tmp_path / "out", *TINY]
-    result = subprocess.run(
-        [*command, *map(str, arguments), "--max_train_steps", str(STEPS)],
-        capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert [(tmp_path / f"agreed-{rank}").read_text() for rank in range(2)] == ["2", "2"]
-
-
 def test_two_nodes_of_one_rank_equal_two_ranks(two_ranks, data, tmp_path):
     """As on two machines: two launchers that meet at an address, here on loopback."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
