@@ -29,10 +29,10 @@ PARTS = [
     # What needs no compiling first: Inductor took over two minutes for the networks of one iteration.
     ("training_step.py", ["--rounds", "10", "--changes", *PLAIN_CHANGES], [*SMALL, "--langevin_steps", "2", "--changes", "bf16"], 50),
     ("limit.py", [], [*SMALL, "--langevin_steps", "2"], 50),
-    ("precision.py", [], [], 50),
+    ("precision.py", [], [], 70),
     ("sampling.py", ["--batch_sizes", "1", "64", "256", "--peer_batch_sizes", "1", "64"], QUICK, 120),
     ("sampling.py", ["--overhead", "--batch_sizes", "1", "64"], ["--small", "--overhead", "--pairs", "2", "--batch_sizes", "1", "2"], 50),
-    ("growth.py", ["--rounds", "5"], ["--rounds", "1", "--quantities", "width", "--sizes", "4", "8"], 60),
+    ("growth.py", ["--rounds", "5"], ["--rounds", "1", "--quantities", "width", "--sizes", "4", "8"], 40),
     ("training_step.py", ["--rounds", "10", "--changes", "compiled"], [*SMALL, "--langevin_steps", "2", "--changes"], 210),
 ]  # fmt: skip
 
