@@ -21,7 +21,7 @@ ONE_PROCESS = (sys.executable,)
 def run(*arguments, launcher=ONE_PROCESS) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*launcher, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def write_files(make_pipeline, folder: Path) -> Path:

@@ -47,9 +47,10 @@ def write_autoencoder(folder: Path) -> Path:
 
 
 def run(*arguments, launcher=(sys.executable,), environment=(), script=SCRIPT) -> subprocess.CompletedProcess:
+    # The limit is for what hangs: a busy machine takes several times what an idle one does.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **dict(environment)}
     command = [*launcher, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
@@ -100,7 +101,7 @@ def run_with_fault(
         "--max_train_steps", 24, "--log_steps", 2, "--healthy_state_steps", 4, *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=900)
 
 
 def metrics(output_dir: Path) -> list[dict]:

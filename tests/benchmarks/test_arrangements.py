@@ -76,7 +76,7 @@ def test_every_change_is_timed_and_remembered(tmp_path):
         "--langevin_steps", 2, "--rounds", 1,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+    output = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=600)
     assert output.returncode == 0, output.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines() if line.startswith("| ")][1:]
     names = [name.replace("_", " ") for name in CHANGES if name != "compiled"]
@@ -113,7 +113,7 @@ def test_recorded_convolutions_are_those_of_the_formula():
 def test_a_table_is_printed(script, arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = list(map(str, [sys.executable, BENCHMARKS / script, *arguments]))
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert output.returncode == 0, output.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines() if line.startswith("| ")]
     columns = len(rows[0])
@@ -162,7 +162,7 @@ WRONG = [
 def test_wrong_arguments_are_refused_before_anything_is_measured(script, arguments, message, tmp_path):
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=tmp_path)
     assert output.returncode == 2 and message in output.stderr, output.stderr[-2000:]
     assert not output.stdout and not any(tmp_path.iterdir())
 
@@ -172,7 +172,7 @@ def test_peak_memory_is_the_own_one():
     held = torch.ones(2**27)  # half a GiB
     code = "import torch; from ecvae_training.observation import peak_memory; print(peak_memory(torch.device('cpu')))"
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.with_name("training"))}
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=environment)
     alone = float(output.stdout)
     held = held + 1
     assert peak_memory(torch.device("cpu")) > alone + 0.5 and 0.05 < alone < 1
@@ -181,6 +181,6 @@ def test_peak_memory_is_the_own_one():
 def test_growth_of_a_size_is_measured_in_a_process_of_its_own():
     sizes = {"resolution": 16, "batch_size": 2, "langevin_steps": 1, "width": 8}
     command = [sys.executable, str(BENCHMARKS / "growth.py"), "--rounds", "1", "--one", json.dumps(sizes)]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
     found = json.loads(output.stdout.strip().splitlines()[-1])
     assert found["ms"] > 0 and 0.05 < found["memory_gib"] < 4

@@ -26,7 +26,7 @@ PEERS = {
 def run(output: Path, *arguments: str) -> list[dict]:
     command = [sys.executable, str(SCRIPT), "--small", "--output", str(output), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     # A line a row, below the heading, the columns' names and the rule.

@@ -143,7 +143,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     script.write_text(SHARDED)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     sharded = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("VALUES"))[7:])
     metrics = GenerationMetrics(pixel_features(), num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)

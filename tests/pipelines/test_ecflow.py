@@ -101,7 +101,7 @@ def test_loads_with_the_package_and_without(pipe, tmp_path):
         assert torch.equal(loaded(batch_size=2, generator=generator(), output_type="pt").images, expected)
     assert ECFlowPipeline.from_pretrained(tmp_path, energy_model=None).energy_model is None
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=0, atol=1e-6)

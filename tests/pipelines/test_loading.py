@@ -148,7 +148,7 @@ assert torch.equal(*images)
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None, check: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

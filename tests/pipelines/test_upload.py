@@ -140,7 +140,7 @@ def hub(saved, tmp_path_factory):
         before = files(saved)
         command = [sys.executable, "-c", CLIENT, str(saved), str(work)]
         done = subprocess.run(
-            command, env=server.environment(work / "home"), capture_output=True, text=True, timeout=300
+            command, env=server.environment(work / "home"), capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
         server.seen = json.loads((work / "seen.json").read_text())
@@ -265,7 +265,7 @@ def test_an_unreachable_hub(saved, tmp_path):
     with HubServer() as server:
         environment = server.environment(tmp_path / "home")
     done = subprocess.run(
-        [sys.executable, "-c", UNREACHABLE, str(saved)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", UNREACHABLE, str(saved)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"the Hub at {server.url} can't be reached, 3 times: ")

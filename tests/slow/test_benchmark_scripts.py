@@ -21,6 +21,6 @@ def test_help(script, tmp_path):
         "OMP_NUM_THREADS": "1"
     }
     command = [sys.executable, str(FOLDER / script), "--help"]
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
     assert output.returncode == 0, output.stderr
     assert "usage: " + script in output.stdout

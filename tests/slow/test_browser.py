@@ -82,7 +82,7 @@ def run_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(run_folder) -> Path:
     command = [sys.executable, str(SCRIPT.with_name("report.py")), str(run_folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return run_folder / "report.html"
 
@@ -93,7 +93,7 @@ def browse(browser: str, page: Path, profile: Path, *arguments: str) -> subproce
         f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=20000", *arguments,
         page.as_uri(),
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 

@@ -91,7 +91,7 @@ def test_two_nodes_of_one_rank_equal_two_ranks(two_ranks, data, tmp_path):
     ]  # fmt: skip
     try:
         for node in nodes:
-            _, errors = node.communicate(timeout=200)
+            _, errors = node.communicate(timeout=600)
             assert node.returncode == 0, errors[-3000:]
     finally:
         for node in nodes:

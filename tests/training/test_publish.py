@@ -40,7 +40,7 @@ torch.save(pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output
 def run(script: str, *arguments, environment: dict) -> subprocess.CompletedProcess:
     command = [sys.executable, str(TRAINING / script), *map(str, arguments)]
     environment = {**environment, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
@@ -131,7 +131,7 @@ def test_the_published_model_is_the_trained_one_in_half_precision(work):
 
 def test_loads_by_id_without_a_word_of_the_package(work, environment, tmp_path):
     command = [sys.executable, "-c", LOADED, "user/published", str(tmp_path / "images.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     pipe = ECVAEPipeline.from_pretrained(work / "card")
     images = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
@@ -162,7 +162,7 @@ def test_the_snippets_of_the_card_run(work, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert len(blocks) == 3
     code = "\n".join(blocks).replace("user/published", str(work / "card")) + "\nassert len(restored) == 4\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -31,7 +31,7 @@ ARGUMENTS = {
 def report(*arguments) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def record(step: int, rng: np.random.Generator) -> dict:
