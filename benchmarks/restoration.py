@@ -18,7 +18,7 @@ from study import FashionMNIST, RememberedFeatures, Results, add_device, referen
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_training.digits import NUM_TRAIN, load_digits, train_digit_features
 from ecvae_training.images import to_range
-from ecvae_training.restoration_tasks import Task, as_answers, classical, coverage, measures, restore
+from ecvae_training.restoration_tasks import Task, as_answers, classical, coverage, measures, restore, unknown_pixels
 from evaluate_restoration import load, table, task_names
 
 
@@ -37,7 +37,7 @@ def held_out(dataset: str | None) -> torch.Tensor:
     return torch.stack([row["image"].view(1, 32, 32) for row in rows])
 
 
-def reliability(tasks: dict[str, tuple[Task, object]], path: Path) -> None:
+def reliability(found: dict[tuple[str, float], list[float]], path: Path) -> None:
     """The share of unknown pixels within so many standard deviations, against that of a normal distribution."""
     import matplotlib
 
@@ -47,8 +47,10 @@ def reliability(tasks: dict[str, tuple[Task, object]], path: Path) -> None:
     normal = torch.special.erf(torch.tensor(FACTORS) / 2**0.5)
     figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
-    for name, (task, answers) in tasks.items():
-        axis.plot(normal, coverage(task, answers, FACTORS), label=name.replace("_", " "))
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in found))}
+    for (name, noise_std), shares in found.items():
+        label = name.replace("_", " ") + (f", noise {noise_std}" if noise_std else "")
+        axis.plot(normal, shares, label=label, color=colors[name], linestyle="-" if noise_std else "--")
     axis.set(xlabel="share expected of a normal distribution", ylabel="share of pixels found")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=90)
@@ -120,14 +122,18 @@ def main() -> None:
         found = [results.of(setting)[0] for setting in settings]
         print(table([one for one in found if "psnr" in one]))
     else:
-        kept = {}
-        for task_name in all_tasks(0.05):
-            task = Task(task_name, clean, 0.05)
-            kept[task_name] = (task, restore(pipelines["EC-VAE"], task, 16, 32, 0, energy_weight=args.energy_weight))
-            print(
-                f"{task_name}: {coverage(*kept[task_name], (2.0,))[0]:.1%} within two standard deviations", flush=True
-            )
-        reliability(kept, args.reliability)
+        found = {}
+        for noise_std in args.noise_std:
+            for task_name in all_tasks(noise_std):
+                task = Task(task_name, clean, noise_std)
+                if not unknown_pixels(task).any():
+                    continue
+                answers = restore(pipelines["EC-VAE"], task, 16, 32, 0, energy_weight=args.energy_weight)
+                found[task_name, noise_std] = coverage(task, answers, FACTORS)
+                share = found[task_name, noise_std][FACTORS.index(2.0)]
+                print(f"{task_name}, noise {noise_std}: {share:.1%} within two standard deviations", flush=True)
+                # After each task: the study is long.
+                reliability(found, args.reliability)
 
 
 if __name__ == "__main__":

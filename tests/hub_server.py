@@ -30,7 +30,13 @@ ROUTES = [
     ("POST", r"/api/validate-yaml", "validate"),
     ("POST", rf"/api/models/{ID}/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)", "commit"),
+    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
+    ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
+    ("GET", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_get"),
+    ("HEAD", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_get"),
 ]
+# What the Hub keeps as large files (LFS), whatever their size: uploaded and downloaded from another address than the rest.
+LARGE_FILES = (".safetensors", ".png", ".bin", ".pt", ".pkl")
 
 
 class HubError(Exception):
@@ -62,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.hub.unknown_requests.append(f"{self.command} {path}")
         self.answer(b"", status=404)
 
-    do_GET = do_HEAD = do_POST = do_request
+    do_GET = do_HEAD = do_POST = do_PUT = do_request
 
     def answer(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -101,8 +107,39 @@ class Handler(BaseHTTPRequestHandler):
         sha, files = self.at(id, revision)
         if path not in files:
             raise HubError(404, "EntryNotFound")
-        etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
-        self.answer(files[path], headers={"X-Repo-Commit": sha, "ETag": etag})
+        if not path.endswith(LARGE_FILES):
+            etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
+            self.answer(files[path], headers={"X-Repo-Commit": sha, "ETag": etag})
+            return
+        oid = self.server.hub.keep_large_file(files[path])
+        linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(files[path]))}
+        headers = {"X-Repo-Commit": sha, "Location": f"{self.server.hub.store_url}/lfs/{oid}", **linked}
+        self.answer(b"", status=302, headers=headers)
+
+    def lfs_batch(self, id: str) -> None:
+        self.require_write_access(id)
+        request = json.loads(self.body)
+        if request["operation"] != "upload" or "basic" not in request["transfers"]:
+            raise HubError(422, "BadRequest")
+        objects = []
+        for one in request["objects"]:
+            answer = {"oid": one["oid"], "size": one["size"]}
+            # No actions: it is there already.
+            if one["oid"] not in self.server.hub.large_files:
+                answer["actions"] = {"upload": {"href": f"{self.server.hub.store_url}/lfs/{one['oid']}"}}
+            objects.append(answer)
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, oid: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            raise HubError(400, "BadRequest")
+        self.server.hub.keep_large_file(self.body)
+        self.answer(b"")
+
+    def lfs_get(self, oid: str) -> None:
+        if oid not in self.server.hub.large_files:
+            raise HubError(404, "EntryNotFound")
+        self.answer(self.server.hub.large_files[oid], headers={"ETag": f'"{oid}"'})
 
     def info(self, id: str, revision: str | None) -> None:
         sha, files = self.at(id, revision)
@@ -111,7 +148,17 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, id: str, revision: str) -> None:
         _, files = self.at(id, revision)
         entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            {
+                "type": "file",
+                "path": path,
+                "size": len(content),
+                "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+                **(
+                    {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
+                    if path.endswith(LARGE_FILES)
+                    else {}
+                ),
+            }
             for path, content in sorted(files.items())
         ]
         self.answer_json(entries)
@@ -141,7 +188,12 @@ class Handler(BaseHTTPRequestHandler):
         self.require_write_access(id)
         self.at(id, revision)
         files = [
-            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(LARGE_FILES) else "regular",
+                "shouldIgnore": False,
+                "oid": None,
+            }
             for file in json.loads(self.body)["files"]
         ]
         self.answer_json({"files": files})
@@ -153,6 +205,11 @@ class Handler(BaseHTTPRequestHandler):
             operation = json.loads(line)
             if operation["key"] == "file":
                 files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+            elif operation["key"] == "lfsFile":
+                oid = operation["value"]["oid"]
+                if oid not in self.server.hub.large_files:
+                    raise HubError(400, "BadRequest")  # it was never uploaded
+                files[operation["value"]["path"]] = self.server.hub.large_files[oid]
             elif operation["key"] == "deletedFile":
                 del files[operation["value"]["path"]]
         sha = self.server.hub.commit(id, files, revision)
@@ -163,7 +220,8 @@ class HubServer:
     """
     The server, from `__enter__` to `__exit__`; `repositories` maps an id to its commits, oldest first. A token belongs to
     one of `users`, who writes to repositories of that name. `failures` are the statuses that the next
-    calls of an action on a repository get.
+    calls of an action on a repository (of no repository: `None`) get. `large_files` are those of all repositories, by their
+    SHA-256.
     """
 
     def __init__(self):
@@ -171,7 +229,8 @@ class HubServer:
         self.heads: dict[str, dict[str, str]] = {}
         self.private: dict[str, bool] = {}
         self.users = {"hf_token": "user"}
-        self.failures: dict[tuple[str, str], list[int]] = {}
+        self.failures: dict[tuple[str, str | None], list[int]] = {}
+        self.large_files: dict[str, bytes] = {}
         self.unknown_requests: list[str] = []
 
     def __enter__(self) -> "HubServer":
@@ -179,12 +238,19 @@ class HubServer:
         self.server.daemon_threads = True
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        # Another host, as with the Hub: the client treats redirects to it in another way.
+        self.store_url = f"http://localhost:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def keep_large_file(self, content: bytes) -> str:
+        oid = hashlib.sha256(content).hexdigest()
+        self.large_files[oid] = content
+        return oid
 
     def commit(self, id: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Make `files` the content of a repository's branch, neither of which need exist yet; returns the commit id."""
@@ -213,5 +279,5 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }

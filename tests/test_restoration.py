@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from ecvae_diffusers.model_error import colored
 from ecvae_diffusers.operators import (
     Blur,
     Compose,
@@ -100,11 +101,28 @@ def test_draws_have_the_conditional_mean_and_covariance(operator):
     found = (draws - mean).mT @ (draws - mean) / count
     assert (found - expected).norm() < 0.06 * expected.norm()
     # Each pixel's variance, with that of the null space; exact where I - A_s A is diagonal.
-    variance = likelihood.variance(x[:1]).flatten()
+    variance = Likelihood(operator, y, NOISE, VARIANCE).variance(x[:1]).flatten()
     conditional = (VARIANCE * (identity - gain @ matrix)).diagonal()
     exact = isinstance(operator, Inpainting)
     assert (variance - conditional).abs().max() < (1e-12 if exact else 0.5 * VARIANCE)
     assert (variance - conditional).mean().abs() < (1e-12 if exact else 0.1 * VARIANCE)
+
+
+def test_the_variance_knows_the_spectrum_of_the_model_s_error(operator):
+    """It is that of the error of x^, for images whose distance from the decoder's is drawn of that spectrum."""
+    count, spectrum = 20_000, [8.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.1]
+    clean = images(1, seed=3).expand(count, *SHAPE)
+    white = torch.randn(count, *SHAPE, generator=seeded(), dtype=torch.float64)
+    decoded = clean + math.sqrt(VARIANCE) * colored(white, spectrum)
+    y = operator.A(clean)
+    y = y + NOISE * torch.randn(y.shape, generator=seeded(1), dtype=torch.float64)
+    error = (Likelihood(operator, y, NOISE, VARIANCE).mean(decoded) - clean).square().mean(0)
+    variance = Likelihood(operator, y[:1], NOISE, VARIANCE, 1, spectrum).variance(clean[:1])[0]
+    assert variance.mean().item() == pytest.approx(error.mean().item(), rel=0.1)
+    assert (variance - error).abs().max() < 0.6 * VARIANCE
+    # Smooth errors are largely seen by an operator that averages, so that less of them is left open.
+    if isinstance(operator, SuperResolution):
+        assert variance.mean() < 0.9 * Likelihood(operator, y[:1], NOISE, VARIANCE).variance(clean[:1]).mean()
 
 
 def test_projection_is_the_derivative_of_the_restored_image(operator):

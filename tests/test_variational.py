@@ -10,7 +10,6 @@ from ecvae_diffusers.variational import (
     kl_per_dimension,
     kl_warmup,
     likelihood_bounds,
-    squared_error,
 )
 
 
@@ -70,14 +69,6 @@ def test_kl_warmup_rises_in_equal_parts_to_the_weight_and_stays():
     weights = [kl_warmup(2.0, step, 4) for step in range(6)]
     assert weights == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     assert kl_warmup(2.0, 0, 0) == 2.0
-
-
-def test_squared_error_is_one_number_an_image():
-    images = torch.zeros(2, 3, 4, 4)
-    reconstructions = torch.stack([torch.full((3, 4, 4), 0.5), torch.zeros(3, 4, 4)]).to(torch.bfloat16)
-    reconstructions[1, 0, 0, 0] = 1
-    expected = torch.tensor([0.25, 1 / 48])
-    assert torch.allclose(squared_error(images, reconstructions), expected)
 
 
 def linear_model(dimensions: int = 3, pixels: int = 16, variance: float = 0.5):

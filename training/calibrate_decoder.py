@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ecvae_diffusers import EnergyModel
+from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.upload import CONFIG
-from ecvae_diffusers.variational import squared_error
 from ecvae_training.decoder_arguments import parse_args
 from ecvae_training.decoders import (
     CalibratedDecoder,

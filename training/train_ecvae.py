@@ -12,8 +12,9 @@ is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration
 import torch
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
+from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.posterior import posterior_bounds
-from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup, squared_error
+from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup
 from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import Networks, build_models, load_pretrained
@@ -109,12 +110,16 @@ class ECVAETask(Task):
         return ECVAEPipeline(vae=generator, energy_model=energy_model, scheduler=scheduler)
 
     def finish(self, generator, feed):
-        """Write the mean squared error of reconstructions from the posterior mean into the autoencoder's config."""
-        images, total = feed.reference(NUM_VARIANCE_IMAGES), 0.0
+        """Write the error of reconstructions from the posterior mean, its square and spectrum, into the autoencoder's config."""
+        images, power = feed.reference(NUM_VARIANCE_IMAGES), 0.0
         for batch in images.split(self.args.train_batch_size):
             batch = to_range(batch.to(generator.device))
-            total += squared_error(batch, self.reconstruct(generator, batch)).sum().item()
-        generator.eval().register_to_config(reconstruction_variance=total / len(images))
+            power = power + len(batch) / len(images) * error_power(batch, self.reconstruct(generator, batch)).cpu()
+        width = images.shape[-1]
+        generator.eval().register_to_config(
+            reconstruction_variance=mean_over_frequencies(power, width).item(),
+            reconstruction_spectrum=spectrum_of(power, width),
+        )
 
 
 def build_vae(args, in_channels: int) -> AutoencoderEC:

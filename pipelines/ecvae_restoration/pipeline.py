@@ -494,6 +494,61 @@ class Inpainting(LinearOperator):
         return tuple(image_shape)
 
 
+HIGHEST_FREQUENCY = math.sqrt(0.5)
+
+
+def radii(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+    """Of the frequencies of `torch.fft.rfft2`, in cycles a pixel: (H, W // 2 + 1), float64."""
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=device)
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64, device=device)
+    return torch.hypot(vertical[:, None], horizontal[None])
+
+
+def neighbours(height: int, width: int, num_bands: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The band below each frequency, and how much the one above it counts, from 0 to 1."""
+    place = radii(height, width, device) / HIGHEST_FREQUENCY * (num_bands - 1)
+    below = place.floor().long().clamp(max=max(num_bands - 2, 0))
+    return below, (place - below).clamp(0, 1)
+
+
+def multiplicity(height: int, width: int, device=None) -> torch.Tensor:
+    """How many of all frequencies each one of `rfft2` stands for, 2 but for the columns that are their own mirror image: (H, W // 2 + 1)."""
+    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device=device)
+    count[0] = 1
+    if width % 2 == 0:
+        count[-1] = 1
+    return count.expand(height, -1)
+
+
+def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
+    count = multiplicity(values.shape[0], width, values.device)
+    return (values * count).sum() / count.sum()
+
+
+def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """S at the frequencies of `rfft2`, by its values at the bands: (H, W // 2 + 1)."""
+    if len(spectrum) == 1:
+        return spectrum.expand(height, width // 2 + 1)
+    below, above = neighbours(height, width, len(spectrum), spectrum.device)
+    return (1 - above) * spectrum[below] + above * spectrum[below + 1]
+
+
+def colored(white: torch.Tensor, spectrum: list[float] | None) -> torch.Tensor:
+    """
+    C^(1/2) applied to images: of independent entries of variance 1 it makes such as the model's error, variance 1 a pixel too.
+
+    Args:
+        white (`torch.Tensor` of shape `(B, C, H, W)`):.
+        spectrum (`list[float]`, *optional*): S at its bands; not given, C is the identity.
+    """
+    if spectrum is None:
+        return white
+    height, width = white.shape[-2:]
+    values = at_frequencies(torch.tensor(spectrum, dtype=torch.float64), height, width)
+    gain = (values / mean_over_frequencies(values, width)).sqrt().to(white)
+    return torch.fft.irfft2(torch.fft.rfft2(white) * gain, s=(height, width))
+
+
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -518,7 +573,7 @@ FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
 
 
-NUM_VARIANCE_PROBES = 32
+NUM_VARIANCE_PROBES = 64
 
 
 LEAST_SEEN = 0.1
@@ -538,6 +593,8 @@ class Likelihood:
         noise_std (`float`): sigma, in the unit of y.
         model_variance (`float`): v, above 0.
         num_answers (`int`): M.
+        error_spectrum (`list[float]`, *optional*):
+            Of the model's error, by which `variance` knows it better than as v I (`model_error.py`).
     """
 
     operator: LinearOperator
@@ -545,6 +602,7 @@ class Likelihood:
     noise_std: float
     model_variance: float
     num_answers: int = 1
+    error_spectrum: list[float] | None = None
 
     @property
     def damping(self) -> float:
@@ -621,18 +679,28 @@ class Likelihood:
         return x + seen + self.A_dagger(misfit, self.damping)
 
     def variance(self, like: torch.Tensor) -> torch.Tensor:
-        """
-        Of each pixel given z and y: v times the diagonal of I - A_s A, (B, C, H, W), estimated by random signs (exact
-        where I - A_s A is diagonal, as for a mask).
+        r"""
+        Of each pixel x given z and y, (B, C, H, W): the error of the mean x^ is (I - A_s A) e - A_s n, where the model's error e
+        has covariance v C (`model_error.py`), so this is the diagonal of
+
+        .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
+
+        which for C = I is v (I - A_s A). Estimated by random signs (exact where A_s A is diagonal and C = I).
         """
         total = torch.zeros_like(like)
-        signs_generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+
+        def signs(entries: torch.Tensor) -> torch.Tensor:
+            drawn = torch.randint(2, entries.shape[1:], generator=generator).to(entries) * 2 - 1
+            return drawn.expand_as(entries)
+
         for _ in range(NUM_VARIANCE_PROBES):
-            signs = torch.randint(2, like.shape[1:], generator=signs_generator).to(like) * 2 - 1
-            signs = signs.expand_as(like)
-            back = self.operator.A_dagger(self.operator.A(signs), self.damping)
-            total += signs * (signs - back)
-        return self.model_variance * (total / NUM_VARIANCE_PROBES).clamp(0, 1)
+            error = math.sqrt(self.model_variance) * colored(signs(like), self.error_spectrum)
+            total += (error - self.operator.A_dagger(self.operator.A(error), self.damping)).square()
+            if self.noise_std > 0:
+                noise = self.noise_std * signs(self.y.to(like.dtype))
+                total += self.operator.A_dagger(noise, self.damping).square()
+        return total / NUM_VARIANCE_PROBES
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
@@ -1290,7 +1358,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
 
-        likelihood = Likelihood(operator, y, noise_std, variance, num_restorations)
+        spectrum = self.vae.config.reconstruction_spectrum
+        likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
         latents_were_encoded = latents is None and start == "encoding"
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents)

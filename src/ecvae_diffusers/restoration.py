@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .model_error import colored
 from .operators.linear_operator import LinearOperator
 
 
@@ -42,8 +43,8 @@ NUM_CURVATURE_PROBES = 6
 # Of the first and the last Langevin step, in units of the inverse curvature: long ones find their way, and short ones are exact.
 FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
-# Random signs by which the diagonal of I - A_s A is estimated: operator calls only.
-NUM_VARIANCE_PROBES = 32
+# Random signs by which a pixel's variance is estimated: operator calls only.
+NUM_VARIANCE_PROBES = 64
 # A draw has no error of the decoder's where the measurement tells less than so many times its noise does.
 LEAST_SEEN = 0.1
 
@@ -62,6 +63,8 @@ class Likelihood:
         noise_std (`float`): sigma, in the unit of y.
         model_variance (`float`): v, above 0.
         num_answers (`int`): M.
+        error_spectrum (`list[float]`, *optional*):
+            Of the model's error, by which `variance` knows it better than as v I (`model_error.py`).
     """
 
     operator: LinearOperator
@@ -69,6 +72,7 @@ class Likelihood:
     noise_std: float
     model_variance: float
     num_answers: int = 1
+    error_spectrum: list[float] | None = None
 
     @property
     def damping(self) -> float:
@@ -145,18 +149,28 @@ class Likelihood:
         return x + seen + self.A_dagger(misfit, self.damping)
 
     def variance(self, like: torch.Tensor) -> torch.Tensor:
-        """
-        Of each pixel given z and y: v times the diagonal of I - A_s A, (B, C, H, W), estimated by random signs (exact
-        where I - A_s A is diagonal, as for a mask).
+        r"""
+        Of each pixel x given z and y, (B, C, H, W): the error of the mean x^ is (I - A_s A) e - A_s n, where the model's error e
+        has covariance v C (`model_error.py`), so this is the diagonal of
+
+        .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
+
+        which for C = I is v (I - A_s A). Estimated by random signs (exact where A_s A is diagonal and C = I).
         """
         total = torch.zeros_like(like)
-        signs_generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+
+        def signs(entries: torch.Tensor) -> torch.Tensor:
+            drawn = torch.randint(2, entries.shape[1:], generator=generator).to(entries) * 2 - 1
+            return drawn.expand_as(entries)
+
         for _ in range(NUM_VARIANCE_PROBES):
-            signs = torch.randint(2, like.shape[1:], generator=signs_generator).to(like) * 2 - 1
-            signs = signs.expand_as(like)
-            back = self.operator.A_dagger(self.operator.A(signs), self.damping)
-            total += signs * (signs - back)
-        return self.model_variance * (total / NUM_VARIANCE_PROBES).clamp(0, 1)
+            error = math.sqrt(self.model_variance) * colored(signs(like), self.error_spectrum)
+            total += (error - self.operator.A_dagger(self.operator.A(error), self.damping)).square()
+            if self.noise_std > 0:
+                noise = self.noise_std * signs(self.y.to(like.dtype))
+                total += self.operator.A_dagger(noise, self.damping).square()
+        return total / NUM_VARIANCE_PROBES
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:

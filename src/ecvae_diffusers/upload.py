@@ -4,6 +4,7 @@
 The token comes from `hf auth login`, or from the environment variable `HF_TOKEN`, unless one is given.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -201,7 +202,7 @@ def upload_folder(
     Publish a saved pipeline, or an autoencoder, as one commit. A repository that is not there is created; in one that is, files of the same name
     are replaced (earlier commits keep them), but a card that somebody has edited stays. So does one with figures, where the
     `evaluation.json` that is there is of the weights that come, or they are a variant beside those it is of; it is removed
-    where other weights come. The card that is published loads from the repository, where that of the folder names no place.
+    where other weights come, and so are variants of the weights before. The card that is published loads from the repository, where that of the folder names no place.
 
     Args:
         folder (`str`): Of `save_pretrained`.
@@ -231,6 +232,7 @@ def upload_folder(
             card_stays = CARD in there
         else:
             removed = [EVALUATION]
+    removed += attempt("read", repo_id, api, lambda: stale_variants(api, repo_id, revision, folder, files))
     contents: dict[str, Path | bytes] = {name: folder / name for name in files}
     contents[CARD] = with_location((folder / CARD).read_text(encoding="utf-8"), repo_id).encode()
     if card_stays:
@@ -251,6 +253,26 @@ def upload_folder(
 
     made = attempt("write to", repo_id, api, commit)
     return made.pr_url or made.commit_url
+
+
+def stale_variants(api: HfApi, repo_id: str, revision: str | None, folder: Path, files: list[str]) -> list[str]:
+    """Variants in a repository that would stand beside other full weights than before: all, a model's parts belong together."""
+    there = {
+        entry.path: entry
+        for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
+        if entry.path.endswith(".safetensors")
+    }
+
+    def changes(name: str) -> bool:
+        content, entry = (folder / name).read_bytes(), there[name]
+        if entry.lfs is not None:
+            return hashlib.sha256(content).hexdigest() != entry.lfs.sha256
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != entry.blob_id
+
+    coming = [name for name in files if name.endswith(".safetensors") and not is_variant(name)]
+    if not any(name in there and changes(name) for name in coming):
+        return []
+    return [name for name in there if is_variant(name) and name not in files]
 
 
 def open_repository(

@@ -86,20 +86,6 @@ def kl_warmup(kl_weight: float, step: int, num_steps: int) -> float:
     return kl_weight * min(1.0, (step + 1) / max(num_steps, 1))
 
 
-def squared_error(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """
-    Mean squared error a pixel of each image, in the images' unit: its mean over data is an autoencoder's
-    `reconstruction_variance`, the error that restoration allows the model itself.
-
-    Args:
-        images, reconstructions (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, float32.
-    """
-    return (reconstructions.float() - images.float()).square().flatten(1).mean(1)
-
-
 def active_units(posterior_mean: torch.Tensor) -> torch.Tensor:
     """
     Number of latent dimensions whose posterior mean varies over the data, by more than 0.01 in variance.

@@ -325,9 +325,10 @@ def test_tiling_is_refused(vae):
 
 def test_reconstruction_variance_is_saved(vae, tmp_path):
     assert vae.config.reconstruction_variance is None
-    vae.register_to_config(reconstruction_variance=0.0123)
+    vae.register_to_config(reconstruction_variance=0.0123, reconstruction_spectrum=[2.0, 0.5, 0.0])
     vae.save_pretrained(tmp_path)
-    assert AutoencoderEC.from_pretrained(tmp_path).config.reconstruction_variance == 0.0123
+    config = AutoencoderEC.from_pretrained(tmp_path).config
+    assert config.reconstruction_variance == 0.0123 and config.reconstruction_spectrum == [2.0, 0.5, 0.0]
 
 
 # Refusals

@@ -19,7 +19,7 @@ from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, FlowEC
 from ecvae_diffusers.cards import evaluation_table
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
-from ecvae_diffusers.variational import squared_error
+from ecvae_diffusers.model_error import squared_error
 from ecvae_training.evaluation_data import draw_images, open_source
 from ecvae_training.evaluation_parts import Parts
 from ecvae_training.evaluation_summary import compare, over_seeds

@@ -13,6 +13,7 @@ import torch
 from training_runs import TINY, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
+from ecvae_diffusers.model_error import spectrum_of
 from ecvae_training.models import load_pretrained
 
 
@@ -58,7 +59,10 @@ def test_writes_the_reconstruction_variance_it_has(finished, images):
     files = [PIL.Image.open(path) for path in sorted(images.iterdir())]
     real = pipeline.prepare_image(files)
     restored = pipeline.reconstruct(files, output_type="pt").images * 2 - 1
-    assert pipeline.vae.config.reconstruction_variance == pytest.approx((real - restored).square().mean().item(), 1e-4)
+    config = pipeline.vae.config
+    assert config.reconstruction_variance == pytest.approx((real - restored).square().mean().item(), 1e-4)
+    power = torch.fft.rfft2((real - restored).double(), norm="ortho").abs().square().mean((0, 1))
+    assert config.reconstruction_spectrum == pytest.approx(spectrum_of(power, real.shape[-1]), rel=1e-3, abs=1e-4)
 
 
 def test_metrics_grids_and_checkpoints(finished):

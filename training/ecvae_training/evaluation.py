@@ -58,9 +58,9 @@ class Evaluation:
 
         self.args, self.accelerator, self.task = args, accelerator, task
         self.reference = feed.reference(args.evaluation_samples)
-        if len(self.reference) <= NUM_NEIGHBOURS:
+        if len(self.reference) < NUM_NEIGHBOURS + 2:
             raise ValueError(
-                f"--evaluation_steps needs more than {NUM_NEIGHBOURS} images, but there are {len(self.reference)}."
+                f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} images, but there are {len(self.reference)}."
             )
         features = load_features(args.evaluation_features, accelerator.device)
         try:

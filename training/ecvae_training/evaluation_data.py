@@ -45,13 +45,14 @@ def draw_images(
     dataset, count: int | None, resolution: int, channels: int | None, seed: int, progress: bool
 ) -> torch.Tensor:
     """
-    uint8 images (N, C, H, W): all, or `count` drawn at random, the same ones for a seed. `channels` of `None` are 1 where every
-    image is gray, else 3.
+    uint8 images (N, C, H, W): all, or `count` drawn at random, the same ones in the same order for a seed. The order is random in any
+    case: data are often sorted by class, and some measures take the first of these images. `channels` of `None` are 1 where every image is
+    gray, else 3.
 
     Raises:
         ValueError: if one of them can't be read.
     """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    chosen = dataset.select(sorted(order[:count].tolist()))
+    chosen = dataset.select(order[:count].tolist())
     images = ImageDataset(chosen, resolution, channels, progress=progress)
     return images.__getitems__(list(range(len(images))))

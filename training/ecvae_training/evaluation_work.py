@@ -11,9 +11,9 @@ from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import reconstruction_metrics
+from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.upload import INDEX, check_components, class_name, held_class
-from ecvae_diffusers.variational import squared_error
 from ecvae_training.evaluation import load_features
 from ecvae_training.evaluation_parts import Parts
 from ecvae_training.images import to_range, to_uint8

@@ -118,7 +118,7 @@ class GenerationMetrics:
             `recall`, `density`, `coverage`, `num_real` and `num_generated` (images of the Frechet distance).
 
         Raises:
-            ValueError: if a set has no more images than `num_neighbours`.
+            ValueError: if a set has fewer images than `num_neighbours` + 2.
         """
         if self.frechet is None:
             raise ValueError("`compute` needs images: call `update` with real and with generated ones first.")
@@ -126,9 +126,10 @@ class GenerationMetrics:
         with self.frechet.sync_context(distributed_available=torch.distributed.is_initialized):
             counts = [int(self.frechet.real_features_num_samples), int(self.frechet.fake_features_num_samples)]
         real, generated = self.kept.compute()
-        if min(len(real), len(generated)) <= self.num_neighbours:
+        # An image is not its own neighbour, and `prdc` asks for one more than it takes.
+        if min(len(real), len(generated)) < self.num_neighbours + 2:
             raise ValueError(
-                f"There must be more than {self.num_neighbours} images of each kind (`num_neighbours`), but there are "
+                f"There must be at least {self.num_neighbours + 2} images of each kind (`num_neighbours` + 2), but there are "
                 f"{len(real)} real and {len(generated)} generated ones."
             )
         return {

@@ -232,6 +232,9 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         reconstruction_variance (`float`, *optional*):
             Mean squared error a pixel of the reconstructions, in the unit of images in [-1, 1]; training measures it
             and writes it here. Restoration uses it as the model's own error.
+        reconstruction_spectrum (`list[float]`, *optional*):
+            Over which frequencies that error spreads (its mean is 1; see `model_error.py`), which training measures too.
+            Restoration needs it to say what the model leaves open; not given, all frequencies have the same.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -254,6 +257,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         norm_num_groups: int = 8,
         act_fn: str = "silu",
         reconstruction_variance: float | None = None,
+        reconstruction_spectrum: list[float] | None = None,
     ):
         super().__init__()
         if sample_size not in (8, 16, 32, 64, 128, 256):
@@ -273,6 +277,15 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`layers_per_block` must be at least 1, but is {layers_per_block}.")
         if norm_type not in ("group", "batch"):
             raise ValueError(f"`norm_type` must be 'group' or 'batch', but is {norm_type!r}.")
+        if reconstruction_spectrum is not None and (
+            not len(reconstruction_spectrum)
+            or not min(reconstruction_spectrum) >= 0
+            or not 0 < sum(reconstruction_spectrum) < math.inf
+        ):
+            raise ValueError(
+                "`reconstruction_spectrum` must hold finite numbers of at least 0, not all of them 0, but is "
+                f"{reconstruction_spectrum}."
+            )
         if norm_num_groups < 1:
             raise ValueError(f"`norm_num_groups` must be at least 1, but is {norm_num_groups}.")
 

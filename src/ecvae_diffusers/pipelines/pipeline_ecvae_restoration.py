@@ -333,7 +333,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
 
-        likelihood = Likelihood(operator, y, noise_std, variance, num_restorations)
+        spectrum = self.vae.config.reconstruction_spectrum
+        likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
         latents_were_encoded = latents is None and start == "encoding"
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
