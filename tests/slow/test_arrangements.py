@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The arrangements that training_step.py times compute the same thing, and limit.py counts what is computed."""
+"""The arrangements that training_step.py times compute the same thing, and limit.py counts what is computed. Slow: `make test-slow`."""
 
 import copy
 import json
