@@ -211,7 +211,8 @@ class Handler(BaseHTTPRequestHandler):
                     raise HubError(400, "BadRequest")  # it was never uploaded
                 files[operation["value"]["path"]] = self.server.hub.large_files[oid]
             elif operation["key"] == "deletedFile":
-                del files[operation["value"]["path"]]
+                if files.pop(operation["value"]["path"], None) is None:
+                    raise HubError(400, "BadRequest")
         sha = self.server.hub.commit(id, files, revision)
         self.answer_json({"commitOid": sha, "commitUrl": f"{self.server.hub.url}/{id}/commit/{sha}"})
 

@@ -67,6 +67,12 @@ def test_coloring_is_symmetric_and_its_covariance_the_same_everywhere():
     assert covariance[0, 1] > 0.5  # neighbours' errors are alike
 
 
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_no_spectrum_of_no_error(value):
+    with pytest.raises(ValueError, match="`power` must be finite, and not 0 everywhere"):
+        spectrum_of(torch.full((8, 5), value, dtype=torch.float64), 8)
+
+
 def test_without_a_spectrum_errors_stay_as_they_are():
     images = white(2, 3, 5, 4)
     assert colored(images, None) is images

@@ -120,6 +120,8 @@ def test_the_variance_knows_the_spectrum_of_the_model_s_error(operator):
     variance = Likelihood(operator, y[:1], NOISE, VARIANCE, 1, spectrum).variance(clean[:1])[0]
     assert variance.mean().item() == pytest.approx(error.mean().item(), rel=0.1)
     assert (variance - error).abs().max() < 0.6 * VARIANCE
+    if isinstance(operator, Inpainting):  # it has a say in no pixel's own variance
+        torch.testing.assert_close(variance, Likelihood(operator, y[:1], NOISE, VARIANCE).variance(clean[:1])[0])
     # Smooth errors are largely seen by an operator that averages, so that less of them is left open.
     if isinstance(operator, SuperResolution):
         assert variance.mean() < 0.9 * Likelihood(operator, y[:1], NOISE, VARIANCE).variance(clean[:1]).mean()

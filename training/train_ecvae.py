@@ -9,6 +9,8 @@ energy model steps on data against the same targets; lambda steps on the constra
 is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`, `.variational` and `.posterior`.
 """
 
+import math
+
 import torch
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
@@ -114,11 +116,13 @@ class ECVAETask(Task):
         images, power = feed.reference(NUM_VARIANCE_IMAGES), 0.0
         for batch in images.split(self.args.train_batch_size):
             batch = to_range(batch.to(generator.device))
-            power = power + len(batch) / len(images) * error_power(batch, self.reconstruct(generator, batch)).cpu()
+            power = power + len(batch) / len(images) * error_power(batch, self.reconstruct(generator, batch))
         width = images.shape[-1]
+        variance = mean_over_frequencies(power, width).item()
         generator.eval().register_to_config(
-            reconstruction_variance=mean_over_frequencies(power, width).item(),
-            reconstruction_spectrum=spectrum_of(power, width),
+            reconstruction_variance=variance,
+            # An autoencoder that makes no error, or one that is no number, has no spectrum of it.
+            reconstruction_spectrum=spectrum_of(power, width) if 0 < variance < math.inf else None,
         )
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 r"""Zero-shot restoration: what images the decoder G holds for likely, given a measurement y = A x + n, n ~ N(0, sigma^2 I).
 
-The model's own error is that of its reconstructions: given its latents an image is :math:`x \sim N(G(z), v I)`, so that
+The model's own error is that of its reconstructions: given its latents an image is taken for :math:`x \sim N(G(z), v I)`, so that
 
 .. math:: y \mid z \sim N(A G(z),\; v A A^T + \sigma^2 I).
 
@@ -43,7 +43,7 @@ NUM_CURVATURE_PROBES = 6
 # Of the first and the last Langevin step, in units of the inverse curvature: long ones find their way, and short ones are exact.
 FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
-# Random signs by which a pixel's variance is estimated: operator calls only.
+# Draws by which a pixel's variance is estimated: operator calls only.
 NUM_VARIANCE_PROBES = 64
 # A draw has no error of the decoder's where the measurement tells less than so many times its noise does.
 LEAST_SEEN = 0.1
@@ -155,22 +155,32 @@ class Likelihood:
 
         .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
 
-        which for C = I is v (I - A_s A). Estimated by random signs (exact where A_s A is diagonal and C = I).
+        which for C = I is v (I - A_s A). Where A^T A is diagonal it does not depend on C, and is exact; else it is estimated by 64
+        draws with random signs for entries, within about 9% of the standard deviation of a pixel.
         """
-        total = torch.zeros_like(like)
+        if self.operator.is_diagonal:
+            seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
+            return self.model_variance * (1 - seen)
+        # The maps of all images are the same where the operator is: one stands for all.
+        count = 1 if self.operator.is_the_same_for_all_images else len(like)
+        entries, measured = like[:count], self.y[:count].to(like.dtype)
         generator = torch.Generator().manual_seed(0)
 
-        def signs(entries: torch.Tensor) -> torch.Tensor:
-            drawn = torch.randint(2, entries.shape[1:], generator=generator).to(entries) * 2 - 1
-            return drawn.expand_as(entries)
+        def signs(tensor: torch.Tensor) -> torch.Tensor:
+            drawn = torch.randint(2, tensor.shape[1:], generator=generator).to(tensor) * 2 - 1
+            return drawn.expand_as(tensor)
 
+        total = torch.zeros_like(entries)
         for _ in range(NUM_VARIANCE_PROBES):
-            error = math.sqrt(self.model_variance) * colored(signs(like), self.error_spectrum)
-            total += (error - self.operator.A_dagger(self.operator.A(error), self.damping)).square()
+            error = math.sqrt(self.model_variance) * colored(signs(entries), self.error_spectrum)
+            misfit = self.operator.A(error)
             if self.noise_std > 0:
-                noise = self.noise_std * signs(self.y.to(like.dtype))
-                total += self.operator.A_dagger(noise, self.damping).square()
-        return total / NUM_VARIANCE_PROBES
+                misfit = misfit + self.noise_std * signs(measured)
+            total += (error - self.operator.A_dagger(misfit, self.damping)).square()
+        variance = total / NUM_VARIANCE_PROBES
+        if self.error_spectrum is None:
+            variance = variance.clamp(max=self.model_variance)  # which the exact one never exceeds
+        return variance.expand_as(like)
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:

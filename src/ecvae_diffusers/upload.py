@@ -15,6 +15,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.models import autoencoders
+from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 from .cards import CARD_MARKER, with_location
 from .hub import fingerprint
 
+
+logger = logging.get_logger(__name__)
 
 INDEX = "model_index.json"
 CONFIG = "config.json"  # of a model alone, which is an autoencoder
@@ -101,6 +104,14 @@ def folder_fingerprint(folder: str | os.PathLike) -> str:
         if chosen:  # a scheduler has none
             weights[name] = {key: tensor for path in chosen for key, tensor in load_file(path).items()}
     return fingerprint(weights)
+
+
+# What diffusers calls a model's weights, whole or in shards, and those of a variant of them.
+SHARD = r"(-\d{5}-of-\d{5})?"
+FULL_WEIGHTS = re.compile(rf"diffusion_pytorch_model{SHARD}\.safetensors")
+VARIANT_WEIGHTS = re.compile(
+    rf"diffusion_pytorch_model\.\w+{SHARD}\.safetensors|diffusion_pytorch_model\.safetensors\.index\.\w+\.json"
+)
 
 
 def is_variant(name: str) -> bool:
@@ -202,7 +213,7 @@ def upload_folder(
     Publish a saved pipeline, or an autoencoder, as one commit. A repository that is not there is created; in one that is, files of the same name
     are replaced (earlier commits keep them), but a card that somebody has edited stays. So does one with figures, where the
     `evaluation.json` that is there is of the weights that come, or they are a variant beside those it is of; it is removed
-    where other weights come, and so are variants of the weights before. The card that is published loads from the repository, where that of the folder names no place.
+    where other weights come, and so are variants of those before (a warning names them). The card that is published loads from the repository, where that of the folder names no place.
 
     Args:
         folder (`str`): Of `save_pretrained`.
@@ -226,13 +237,20 @@ def upload_folder(
     )
     card_stays = CARD in there and CARD_MARKER.encode() not in there[CARD]
     removed = []
+    are_those_evaluated = EVALUATION in there and evaluated_weights(there[EVALUATION]) == folder_fingerprint(folder)
     if EVALUATION in there and EVALUATION not in files:
         only_variant = all(is_variant(name) for name in files if name.endswith(".safetensors"))
-        if only_variant or evaluated_weights(there[EVALUATION]) == folder_fingerprint(folder):
+        if only_variant or are_those_evaluated:
             card_stays = CARD in there
         else:
             removed = [EVALUATION]
-    removed += attempt("read", repo_id, api, lambda: stale_variants(api, repo_id, revision, folder, files))
+    if not are_those_evaluated:
+        stale = attempt("read", repo_id, api, lambda: stale_variants(api, repo_id, revision, folder))
+        removed += [name for name in stale if name not in files]
+        if removed:
+            logger.warning(
+                f"Removed from {repo_id!r}, since they are of the weights before (earlier commits keep them): {', '.join(removed)}."
+            )
     contents: dict[str, Path | bytes] = {name: folder / name for name in files}
     contents[CARD] = with_location((folder / CARD).read_text(encoding="utf-8"), repo_id).encode()
     if card_stays:
@@ -255,24 +273,32 @@ def upload_folder(
     return made.pr_url or made.commit_url
 
 
-def stale_variants(api: HfApi, repo_id: str, revision: str | None, folder: Path, files: list[str]) -> list[str]:
-    """Variants in a repository that would stand beside other full weights than before: all, a model's parts belong together."""
-    there = {
-        entry.path: entry
-        for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
-        if entry.path.endswith(".safetensors")
-    }
+def stale_variants(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> list[str]:
+    """
+    The variants in a repository (such as `vae/diffusion_pytorch_model.fp16.safetensors`) where full weights come that are
+    others than those beside them. All of them: a model's parts belong together.
+    """
+    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)}
 
-    def changes(name: str) -> bool:
-        content, entry = (folder / name).read_bytes(), there[name]
-        if entry.lfs is not None:
-            return hashlib.sha256(content).hexdigest() != entry.lfs.sha256
+    def changes(file: Path, entry) -> bool:
+        if file.stat().st_size != entry.size:
+            return True
+        with open(file, "rb") as opened:
+            if entry.lfs is not None:
+                return hashlib.file_digest(opened, "sha256").hexdigest() != entry.lfs.sha256
+            content = opened.read()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != entry.blob_id
 
-    coming = [name for name in files if name.endswith(".safetensors") and not is_variant(name)]
-    if not any(name in there and changes(name) for name in coming):
-        return []
-    return [name for name in there if is_variant(name) and name not in files]
+    changed, variants = False, []
+    for name in component_folders(folder):
+        prefix = "" if name == "." else f"{name}/"
+        held = {path.removeprefix(prefix): entry for path, entry in there.items() if path.startswith(prefix)}
+        before = {file for file in held if FULL_WEIGHTS.fullmatch(file)}
+        coming = {path.name for path in (folder / name).glob("*") if FULL_WEIGHTS.fullmatch(path.name)}
+        if before and coming:
+            changed |= before != coming or any(changes(folder / name / file, held[file]) for file in coming)
+        variants += [prefix + file for file in held if VARIANT_WEIGHTS.fullmatch(file)]
+    return variants if changed else []
 
 
 def open_repository(
@@ -398,7 +424,9 @@ def push_to_hub(
         repo_id (`str`): `"user/name"`, or a name alone for one's own.
         commit_message, private, token, create_pr, revision: As for [`~upload.upload_folder`].
         safe_serialization (`bool`, *optional*, defaults to `True`): Weights are safetensors only.
-        variant (`str`, *optional*): Such as `"fp16"`: files of that name beside those that are there.
+        variant (`str`, *optional*):
+            Such as `"fp16"`: files of that name beside those that are there. Push full weights first: when others come, variants
+            of those before are removed.
 
     Returns:
         `str`: URL of the commit, or of the pull request.

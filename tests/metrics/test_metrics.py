@@ -158,10 +158,12 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
 
 def test_too_few_images_are_refused():
     metrics = GenerationMetrics(pixel_features(), num_neighbours=5)
-    metrics.update(images(5, 0), real=True)
+    metrics.update(images(6, 0), real=True)
     metrics.update(images(50, 1), real=False)
-    with pytest.raises(ValueError, match="more than 5 images of each kind.*5 real and 50 generated"):
+    with pytest.raises(ValueError, match="at least 7 images of each kind.*6 real and 50 generated"):
         metrics.compute()
+    metrics.update(images(1, 2), real=True)
+    assert 0 <= metrics.compute()["coverage"] <= 1
     with pytest.raises(ValueError, match="`num_neighbours` must be at least 1, but is 0"):
         GenerationMetrics(pixel_features(), num_neighbours=0)
 

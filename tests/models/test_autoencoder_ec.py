@@ -323,7 +323,7 @@ def test_tiling_is_refused(vae):
 # What training writes into the config
 
 
-def test_reconstruction_variance_is_saved(vae, tmp_path):
+def test_the_reconstruction_error_is_saved(vae, tmp_path):
     assert vae.config.reconstruction_variance is None
     vae.register_to_config(reconstruction_variance=0.0123, reconstruction_spectrum=[2.0, 0.5, 0.0])
     vae.save_pretrained(tmp_path)
@@ -348,6 +348,10 @@ def test_reconstruction_variance_is_saved(vae, tmp_path):
         ({"block_out_channels": ()}, "block_out_channels"),
         ({"block_out_channels": (8, 0)}, "block_out_channels"),
         ({"layers_per_block": 0}, "layers_per_block"),
+        *(
+            ({"reconstruction_spectrum": value}, "reconstruction_spectrum")
+            for value in ([], 1.0, [0.0], [1, -1], ["1"], [float("nan")])
+        ),
         ({"norm_type": "layer"}, "norm_type"),
         ({"norm_num_groups": 0}, "norm_num_groups"),
         ({"act_fn": "sine"}, "activation function sine"),

@@ -77,8 +77,9 @@ tried("figures, the same weights", lambda: evaluated.push_to_hub("user/figures")
 tried("figures, variant", lambda: evaluated.to(torch.float16).push_to_hub("user/figures", variant="fp16"))
 evaluated.to(torch.float32).vae.decoder.requires_grad_(False)
 next(evaluated.vae.decoder.parameters()).add_(1)
-tried("figures, variant of others", lambda: evaluated.push_to_hub("user/figures", variant="other"))
 tried("figures, new weights", lambda: evaluated.push_to_hub("user/figures"))
+tried("figures, variant of others", lambda: evaluated.push_to_hub("user/figures", variant="other"))
+tried("figures, new weights again", lambda: evaluated.push_to_hub("user/figures"))
 tried("half", lambda: DiffusionPipeline.from_pretrained("user/model", variant="fp16"))
 tried("next", lambda: ECVAEPipeline.from_pretrained("user/model", revision="next"))
 (work / "seen.json").write_text(json.dumps(seen))
@@ -134,7 +135,8 @@ def hub(saved, tmp_path_factory):
         server.commit("user/list", {"model_index.json": b"[]"})
         server.commit("user/nested", {"model_index.json": b'{"_class_name": [["ECVAEPipeline"]]}'})
         evaluation = json.dumps({"weights": folder_fingerprint(saved)}).encode()
-        server.commit("user/figures", {**files(saved), "README.md": FIGURES, "evaluation.json": evaluation})
+        figures = {"README.md": FIGURES, "evaluation.json": evaluation, "vae/style.v2.safetensors": b"of somebody"}
+        server.commit("user/figures", {**files(saved), **figures})
         server.commit("stranger/model", files(saved))
         # A large file's upload is tried again by the client itself, the commit by us.
         server.failures = {("commit", "user/retried"): [500, 503], ("lfs_put", None): [503]}
@@ -217,18 +219,21 @@ def test_an_edited_card_stays(hub, saved):
 
 
 def test_figures_stay_as_long_as_they_are_of_the_weights(hub, saved):
-    for name in ("the same weights", "variant", "variant of others", "new weights"):
+    for name in ("the same weights", "variant", "new weights", "variant of others", "new weights again"):
         assert "error" not in hub.seen[f"figures, {name}"], hub.seen[f"figures, {name}"]
-    *before, after = hub.repositories["user/figures"].values()
-    assert len(before) == 4
+    *before, after, _, again = hub.repositories["user/figures"].values()
+    assert len(before) == 3
     for commit in before:
         assert commit["README.md"] == FIGURES and "evaluation.json" in commit
         weights = "vae/diffusion_pytorch_model.safetensors"
         assert commit[weights] == files(saved)[weights]
     assert "vae/diffusion_pytorch_model.fp16.safetensors" in before[2]
     assert "evaluation.json" not in after
-    # They were of the weights before.
-    assert not any(name.endswith((".fp16.safetensors", ".other.safetensors")) for name in after)
+    # A variant of the weights before goes, and is named; one of these stays, and what is no variant.
+    assert not any(name.endswith(".fp16.safetensors") for name in after)
+    assert "Removed from 'user/figures'" in hub.output and "vae/diffusion_pytorch_model.fp16.safetensors" in hub.output
+    assert "vae/diffusion_pytorch_model.other.safetensors" in again
+    assert "vae/style.v2.safetensors" in after
     assert FIGURES not in after["README.md"] and b'from_pretrained("user/figures")' in after["README.md"]
 
 

@@ -106,10 +106,10 @@ def test_no_path_of_this_machine(done, files):
 def test_figures_are_those_of_the_library(evaluation, files):
     """Computed again, without parts."""
     model = EvaluatedModel(str(files / "model"), None, torch.device("cpu"))
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:40].sort().values
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:40]
     real, test = (
         read(files / "train")[order],
-        read(files / "test")[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:30].sort().values],
+        read(files / "test")[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:30]],
     )
     features = lite0_features()
     for seed, found in zip((0, 1), evaluation["generation"]["measures"]["kernel_distance"]["values"]):
@@ -298,3 +298,14 @@ def test_a_finished_evaluation_is_kept(done, arguments, capsys):
         parse_args([*map(str, arguments), "--output_dir", str(done)])
     assert "holds an evaluation.json: give another folder" in capsys.readouterr().err
     assert (done / "evaluation.json").read_bytes() == before
+
+
+def test_images_are_drawn_in_random_order(tmp_path):
+    """Data are often sorted by class; the same seed draws the same images in the same order."""
+    for level in range(40):
+        PIL.Image.new("L", (16, 16), 6 * level).save(tmp_path / f"{level:02d}.png")
+    dataset = open_source("test_data_dir", str(tmp_path), "test", None, None, None)
+    levels = draw_images(dataset, None, 16, 1, 0, False)[:, 0, 0, 0] // 6
+    assert levels.tolist() != sorted(levels.tolist()) == list(range(40))
+    few = draw_images(dataset, 10, 16, 1, 0, False)[:, 0, 0, 0] // 6
+    assert few.tolist() == levels[:10].tolist()

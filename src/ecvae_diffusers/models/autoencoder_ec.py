@@ -277,14 +277,14 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`layers_per_block` must be at least 1, but is {layers_per_block}.")
         if norm_type not in ("group", "batch"):
             raise ValueError(f"`norm_type` must be 'group' or 'batch', but is {norm_type!r}.")
-        if reconstruction_spectrum is not None and (
-            not len(reconstruction_spectrum)
-            or not min(reconstruction_spectrum) >= 0
-            or not 0 < sum(reconstruction_spectrum) < math.inf
+        if reconstruction_spectrum is not None and not (
+            isinstance(reconstruction_spectrum, (list, tuple))
+            and all(isinstance(value, (int, float)) and value >= 0 for value in reconstruction_spectrum)
+            and 0 < sum(reconstruction_spectrum) < math.inf
         ):
             raise ValueError(
-                "`reconstruction_spectrum` must hold finite numbers of at least 0, not all of them 0, but is "
-                f"{reconstruction_spectrum}."
+                "`reconstruction_spectrum` must be a list of finite numbers of at least 0, not all of them 0, but is "
+                f"{reconstruction_spectrum!r}."
             )
         if norm_num_groups < 1:
             raise ValueError(f"`norm_num_groups` must be at least 1, but is {norm_num_groups}.")

@@ -48,6 +48,8 @@ class LinearOperator(nn.Module):
     rcond: float = 0.0
     # Whether every image of a batch is measured alike.
     is_the_same_for_all_images: bool = True
+    # Whether A^T A is diagonal: each entry of a measurement is one of the image's.
+    is_diagonal: bool = False
 
     def __init__(self, **arguments: Any):
         super().__init__()

@@ -10,6 +10,7 @@ class Denoising(LinearOperator):
     """A x = x: all there is to undo is noise."""
 
     row_norm = 1.0
+    is_diagonal = True
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -32,6 +33,7 @@ class Inpainting(LinearOperator):
     """
 
     row_norm = 1.0
+    is_diagonal = True
 
     def __init__(self, mask: torch.Tensor):
         if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4) or mask.numel() == 0:

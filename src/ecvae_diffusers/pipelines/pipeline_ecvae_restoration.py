@@ -299,7 +299,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             tile_overlap (`int`, *optional*): Pixels that tiles of a larger image share, a quarter of a tile if not given.
             reconstruction_variance (`float`, *optional*):
                 v: mean squared error of the model's reconstructions, a pixel of images in [-1, 1]. What training measured if not
-                given.
+                given; how it spreads over frequencies is that in any case.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one an answer (B * M), to make restoration deterministic.
             latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*): Where to start instead.
@@ -333,7 +333,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
 
-        spectrum = self.vae.config.reconstruction_spectrum
+        spectrum = self.vae.config.get("reconstruction_spectrum")  # not in a repository of earlier code
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
         latents_were_encoded = latents is None and start == "encoding"
