@@ -1,0 +1,259 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""The energy-based model of EC-VAE: one scalar an image, low where the image is like the data.
+
+.. math::
+    p(x) \propto \exp(-f(x) / \tau)
+
+The network gives the raw energy f. The temperature never divides it (f / tau overflows in half precision); it is part
+of the Langevin drift step instead: see [`LangevinScheduler`].
+
+This file imports only torch and diffusers, so that it can travel to the Hub beside its weights.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.activations import get_activation
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch.nn.utils.parametrizations import spectral_norm as apply_spectral_norm
+
+
+@dataclass
+class EnergyModelOutput(BaseOutput):
+    """
+    Output of [`EnergyModel`].
+
+    Args:
+        energy (`torch.Tensor` of shape `(batch_size,)`, float32):
+            The energy f(x) of each image; low = like the data. Only differences mean anything.
+    """
+
+    energy: torch.Tensor
+
+
+def get_energy_activation(act_fn: str) -> nn.Module:
+    return nn.LeakyReLU(0.2) if act_fn == "leaky_relu" else get_activation(act_fn)
+
+
+class EnergyResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut, then a halving of the resolution by average pooling.
+
+    No normalization of activations: one over the batch would make an image's energy depend on its neighbours in the batch,
+    and with it the gradient that the Langevin chain follows.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, downsample: bool, act_fn: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.act = get_energy_activation(act_fn)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.downsample = downsample
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.act(self.conv1(self.act(hidden_states)))
+        if not self.downsample:
+            return self.shortcut(hidden_states) + self.conv2(residual)
+        # Pooling commutes with a 1x1 convolution; before it, it costs a quarter.
+        return self.shortcut(F.avg_pool2d(hidden_states, 2)) + pooled_conv(self.conv2, residual)
+
+
+def pooled_conv(conv: nn.Conv2d, sample: torch.Tensor) -> torch.Tensor:
+    """
+    `F.avg_pool2d(conv(sample), 2)` of a 3x3 convolution with padding 1, as the one 4x4 convolution of stride 2 that it
+    is: each of the four positions pooled shifts the kernel by a pixel. 16 multiplications in the place of 36.
+    """
+    weight = conv.weight
+    weight = sum(F.pad(weight, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)) / 4
+    return F.conv2d(sample, weight, conv.bias, stride=2, padding=1)
+
+
+def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    `block` for one pass under gradient checkpointing. In training mode spectral norm takes a power iteration at each
+    call, so that the second call, in backward, would differentiate other weights than the first one used; evaluation
+    mode gives the same ones.
+    """
+    called = False
+
+    def call(hidden_states: torch.Tensor) -> torch.Tensor:
+        nonlocal called
+        training = block.training
+        block.train(training and not called)
+        called = True
+        try:
+            return block(hidden_states)
+        finally:
+            block.train(training)
+
+    return call
+
+
+class EnergyNetwork(nn.Module):
+    """The energy at one scale: image (B, C, H, W) -> (B,)."""
+
+    def __init__(
+        self,
+        sample_size: int,
+        in_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        act_fn: str,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        channels = block_out_channels[0]
+        for i, out_channels in enumerate(block_out_channels):
+            for j in range(layers_per_block):
+                downsample = j == layers_per_block - 1 and i < len(block_out_channels) - 1
+                self.blocks.append(EnergyResidualBlock(channels, out_channels, downsample, act_fn))
+                channels = out_channels
+        self.act_out = get_energy_activation(act_fn)
+        self.conv_out = nn.Conv2d(channels, 1, sample_size >> (len(block_out_channels) - 1))
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(sample)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(recomputable(block), hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        return self.conv_out(self.act_out(hidden_states)).flatten()
+
+
+class EnergyModel(ModelMixin, ConfigMixin):
+    r"""
+    A residual convolutional network f(x) that gives one energy an image.
+
+    This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for
+    all models (such as downloading or saving). Construct it with keyword arguments only.
+
+    Parameters:
+        sample_size (`int`, *optional*, defaults to `32`):
+            Height and width of the images, in pixels: a power of two of at least 8.
+        in_channels (`int`, *optional*, defaults to `3`): Number of image channels.
+        block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
+            Channels at each resolution, from `sample_size` down by halves to at least 4 px.
+        layers_per_block (`int`, *optional*, defaults to `1`): Number of residual blocks at each resolution.
+        num_scales (`int`, *optional*, defaults to `1`):
+            With more than one, the energy is the sum over copies of the network that see the image at full, half,
+            quarter ... size; each copy drops the first entries of `block_out_channels`.
+        act_fn (`str`, *optional*, defaults to `"leaky_relu"`):
+            Activation function: `"leaky_relu"` (slope 0.2), `"silu"`, `"gelu"`, `"relu"` or `"mish"`. Under spectral
+            norm, one of slope near 1 keeps the energy's gradient alive through the layers: see
+            `benchmarks/RESULTS.md`.
+        spectral_norm (`bool`, *optional*, defaults to `True`):
+            Whether to divide every weight by its largest singular value (Miyato et al. 2018), which bounds the
+            energy's slope and with it the drift of the chain.
+
+    Raises:
+        ValueError: if an argument is outside what is listed above.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["EnergyResidualBlock"]
+    _repeated_blocks = ["EnergyResidualBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 256),
+        layers_per_block: int = 1,
+        num_scales: int = 1,
+        act_fn: str = "leaky_relu",
+        spectral_norm: bool = True,
+    ):
+        super().__init__()
+        if sample_size < 8 or sample_size & (sample_size - 1):
+            raise ValueError(f"`sample_size` must be a power of two of at least 8, but is {sample_size}.")
+        if in_channels < 1:
+            raise ValueError(f"`in_channels` must be at least 1, but is {in_channels}.")
+        if len(block_out_channels) < 1 or min(block_out_channels) < 1:
+            raise ValueError(f"`block_out_channels` must hold positive numbers, but is {tuple(block_out_channels)}.")
+        if sample_size >> (len(block_out_channels) - 1) < 4:
+            raise ValueError(
+                f"`block_out_channels` has {len(block_out_channels)} entries, which would end below 4 px: at "
+                f"`sample_size` {sample_size} at most {int(math.log2(sample_size)) - 1} are allowed."
+            )
+        if layers_per_block < 1:
+            raise ValueError(f"`layers_per_block` must be at least 1, but is {layers_per_block}.")
+        if not 1 <= num_scales <= len(block_out_channels):
+            raise ValueError(
+                f"`num_scales` must be from 1 to the number of resolutions ({len(block_out_channels)}), but is "
+                f"{num_scales}."
+            )
+        self.networks = nn.ModuleList(
+            EnergyNetwork(sample_size >> scale, in_channels, block_out_channels[scale:], layers_per_block, act_fn)
+            for scale in range(num_scales)
+        )
+        if spectral_norm:
+            for module in self.networks.modules():
+                if isinstance(module, nn.Conv2d):
+                    apply_spectral_norm(module)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
+        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
+        unknown = sorted(name for name in rest if not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
+            )
+        return init_dict, unused_kwargs, rest
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`ModelMixin.from_pretrained`], from safetensors only, and whole or not at all.
+
+        Raises:
+            ValueError: if `use_safetensors` is False, or weights are missing from the file.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are not whole: "
+                f"{sorted(info['missing_keys'])[:3]} are missing."
+            )
+        return (model, info) if wants_info else model
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> EnergyModelOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`EnergyModelOutput`] instead of a plain tuple.
+
+        Returns:
+            [`EnergyModelOutput`] with one float32 energy an image, shape `(batch_size,)`.
+
+        Raises:
+            ValueError: if `sample` has another number of channels, height or width.
+        """
+        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
+            raise ValueError(
+                f"`sample` must have shape (batch_size, {', '.join(map(str, expected))}), not {tuple(sample.shape)}."
+            )
+        energy = 0.0
+        for scale, network in enumerate(self.networks):
+            scaled = F.avg_pool2d(sample, 2**scale) if scale > 0 else sample
+            energy = energy + network(scaled).float()
+        if not return_dict:
+            return (energy,)
+        return EnergyModelOutput(energy=energy)

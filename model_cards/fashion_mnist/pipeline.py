@@ -1,0 +1,636 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
+# Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+"""One-step image generation with an energy-calibrated VAE."""
+
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn as nn
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.utils import parametrize
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """
+    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
+    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
+    `requires_grad` of every part are restored.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """
+    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
+    A module is given samples in the precision of its parameters; with `dtype` it computes in that one, by autocast.
+    """
+    if isinstance(energy_model, nn.Module):
+        parameter = next(energy_model.parameters(), sample)
+        sample = sample.to(parameter.dtype)
+    if dtype is None:
+        output = energy_model(sample)
+    else:
+        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
+            output = type(energy_model).forward(energy_model, sample)
+    energy = getattr(output, "energy", output)
+    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
+        found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
+        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
+    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
+
+
+def energy_and_gradient(
+    energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No
+    graph is kept. `dtype` as for `compute_energy`.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # A tensor of inference mode can't carry gradients, a copy of it can.
+        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
+        energy = compute_energy(energy_model, sample, dtype)
+        return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
+
+
+DRIFT_STEP = 0.1
+
+
+class PosteriorEnergy:
+    """
+    U of a batch of images, as a function of whitened latents: an energy for `EnergyCalibrator.calibrate(..., energy_model=)`.
+
+    Args:
+        decode (`Callable`): G: latents (B, d, 1, 1) -> images (B, C, H, W).
+        images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
+        posterior (`DiagonalGaussianDistribution`): q(z|x); its mean and standard deviation are taken as they are now.
+        variance (`float`): s^2 > 0, a pixel.
+
+    Raises:
+        ValueError: if `variance` is not above 0.
+    """
+
+    def __init__(
+        self, decode: Callable, images: torch.Tensor, posterior: DiagonalGaussianDistribution, variance: float
+    ):
+        if not 0 < variance < math.inf:
+            raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
+        self.decode, self.images, self.variance = decode, images, variance
+        self.mean, self.std = posterior.mean.detach().float(), posterior.std.detach().float()
+
+    def whiten(self, latents: torch.Tensor) -> torch.Tensor:
+        """u = (z - m) / sigma, with gradients to z alone."""
+        return (latents - self.mean) / self.std
+
+    def unwhiten(self, whitened: torch.Tensor) -> torch.Tensor:
+        """z = m + sigma u."""
+        return self.mean + self.std * whitened
+
+    def __call__(self, whitened: torch.Tensor) -> torch.Tensor:
+        """U(m + sigma u), one number an image: shape (B,)."""
+        latents = self.unwhiten(whitened)
+        error = (self.decode(latents).float() - self.images.float()).square().flatten(1).sum(1)
+        return error / (2 * self.variance) + latents.square().flatten(1).sum(1) / 2
+
+
+def refine(
+    energy: PosteriorEnergy,
+    whitened: torch.Tensor,
+    steps: Iterable,
+    noise: bool,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """
+    The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U, which never rises. Written
+    out, because a pipeline on the Hub has no scheduler but the one it was saved with.
+
+    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step then lead
+    uphill, and the next one further: in descent such a step is not taken, and those of that image are halved from there on.
+
+    Args:
+        energy ([`PosteriorEnergy`]): U, of a decoder that is held still.
+        whitened (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, float32.
+        steps (`Iterable`): As many as there are to be steps, a progress bar for example.
+        noise (`bool`): Whether to draw it.
+        generator (`torch.Generator` or a list of one an image, *optional*): Draws the noise.
+    """
+    if noise:
+        for _ in steps:
+            whitened = whitened - DRIFT_STEP * energy_and_gradient(energy, whitened)[1]
+            normal = randn_tensor(whitened.shape, generator=generator, device=whitened.device, dtype=whitened.dtype)
+            whitened = whitened + math.sqrt(2 * DRIFT_STEP) * normal
+        return whitened
+    value, gradient = energy_and_gradient(energy, whitened)
+    step = torch.full_like(whitened[:, :1], DRIFT_STEP)
+    for _ in steps:
+        proposal = whitened - step * gradient
+        new_value, new_gradient = energy_and_gradient(energy, proposal)
+        lower = new_value < value  # and so not where U is no number any more
+        value = torch.where(lower, new_value, value)
+        lower = lower.view(step.shape)
+        whitened, gradient = torch.where(lower, proposal, whitened), torch.where(lower, new_gradient, gradient)
+        step = torch.where(lower, step, step / 2)
+    return whitened
+
+
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(not isinstance(one, torch.Generator | None) for one in generators):
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
+
+
+def check_sampling(
+    batch_size: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    num_latents: int,
+    temperature: float,
+    output_type: str,
+) -> None:
+    """
+    Raises:
+        ValueError: naming the argument, its value and what is allowed. `latents` are (batch_size, num_latents, 1, 1).
+    """
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
+    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    if latents is not None:
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` must be a tensor, but is {type(latents)}.")
+        if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != (num_latents, 1, 1):
+            raise ValueError(
+                f"`latents` must have shape (batch_size, {num_latents}, 1, 1), not {tuple(latents.shape)}."
+            )
+        if batch_size not in (1, latents.shape[0]):
+            raise ValueError(f"`batch_size` is {batch_size}, but `latents` holds {latents.shape[0]}.")
+        if temperature != 1.0:
+            raise ValueError("`latents` are decoded as they are: scale them yourself, and leave `temperature` at 1.")
+        if not torch.isfinite(latents).all():
+            raise ValueError("`latents` holds values that are not finite.")
+        batch_size = latents.shape[0]
+    check_generator(generator, batch_size)
+
+
+def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
+    """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
+    return {
+        name: type(component)
+        for name, component in pipeline.components.items()
+        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
+    }
+
+
+def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
+    """
+    The text of a `model_index.json` that names the code files in the folder: a list as `_class_name`, a file stem as
+    the library of each component of ours. Without `_name_or_path`, which would leak a path of the writer's machine.
+    """
+    index = json.loads(model_index)
+    index.pop("_name_or_path", None)
+    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    for name, component_class in travelling_components(pipeline).items():
+        index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
+    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    save_directory = Path(save_directory)
+    save_directory.mkdir(parents=True, exist_ok=True)
+    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
+    for name, component in pipeline.components.items():
+        if type(component).__module__.split(".")[0] not in known:
+            warnings.warn(
+                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
+                "loads only where that module can be imported."
+            )
+    (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
+    for name, component_class in travelling_components(pipeline).items():
+        source = Path(inspect.getfile(component_class))
+        (save_directory / name).mkdir(exist_ok=True)
+        (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        for config_file in (save_directory / name).glob("*config.json"):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class SelfContained:
+    """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+        """
+        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
+        [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if `safe_serialization` is False: weights are safetensors only.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        return self_contained_index(self, super().to_json_string())
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
+        write_code_files(self, save_directory, Path(__file__).read_text(encoding="utf-8"))
+        super().save_config(save_directory, **kwargs)
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers import DiffusionPipeline
+
+        >>> pipe = DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)  # doctest: +SKIP
+        >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images  # doctest: +SKIP
+        >>> images[0].save("sample.png")  # doctest: +SKIP
+        ```
+"""
+
+PipelineImageInput = (
+    PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
+)
+
+# On a CPU so many bytes of the decoder's widest activations are computed at a time: beyond, they outgrow the cache, and
+# each buffer is fetched from the system anew, which made batches of 256 up to 2.5 times slower.
+CPU_PART_BYTES = 8 * 2**20
+
+# Modes of PIL that go into a model's channels without loss.
+PIL_MODES = {1: ("L", {"1", "L"}), 3: ("RGB", {"1", "L", "P", "RGB"}), 4: ("RGBA", {"1", "L", "P", "RGB", "RGBA"})}
+
+
+class ECVAEPipeline(SelfContained, DiffusionPipeline):
+    r"""
+    Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass an image.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Parameters:
+        vae ([`AutoencoderEC`]):
+            The autoencoder whose decoder makes images of latents drawn from N(0, I).
+        energy_model ([`EnergyModel`], *optional*):
+            The energy model that calibrated it. Needed by `score` and `num_refinement_steps` only.
+        scheduler ([`LangevinScheduler`], *optional*):
+            The chain it was calibrated with. Needed by `num_refinement_steps` only.
+    """
+
+    model_cpu_offload_seq = "vae->energy_model"
+    _optional_components = ["energy_model", "scheduler"]
+
+    def __init__(
+        self,
+        vae,
+        energy_model=None,
+        scheduler=None,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        temperature: float,
+        num_refinement_steps: int,
+        output_type: str,
+    ) -> None:
+        num_latents = self.vae.config.latent_channels
+        check_sampling(batch_size, generator, latents, num_latents, temperature, output_type)
+        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
+            raise ValueError(
+                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
+            )
+        if num_refinement_steps > 0 and (self.energy_model is None or self.scheduler is None):
+            raise ValueError(
+                "`num_refinement_steps` above 0 needs an energy model and a scheduler, and this pipeline has not both. "
+                "Load it without `energy_model=None`, or pass them to the constructor."
+            )
+        if output_type == "latent" and num_refinement_steps > 0:
+            raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
+
+    def latents_placement(self) -> tuple[torch.device, torch.dtype]:
+        """
+        Where and as what the decoder takes its latents. Both are those of the layer that reads them, unless a hook
+        (offloading, layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all
+        modules five times to find that there is none, which takes as long as half a pass of a small decoder.
+        """
+        conv_in = self.vae.decoder.conv_in
+        # A hook that reaches this layer sits on it or on a module around it.
+        modules = (self.vae, self.vae.decoder, conv_in)
+        if any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook")):
+            return self._execution_device, self.vae.dtype
+        return conv_in.weight.device, conv_in.weight.dtype
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1]; on a CPU a large batch in parts."""
+        part = len(latents)
+        if latents.device.type == "cpu":
+            config = self.vae.config
+            widest = config.block_out_channels[0] * config.sample_size**2 * latents.element_size()
+            part = max(1, CPU_PART_BYTES // widest)
+        if part >= len(latents):
+            return self.vae.decode(latents, return_dict=False)[0]
+        return torch.cat([self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)])
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        temperature: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        device, dtype = self.latents_placement()
+        if latents is not None:
+            return latents.to(device=device, dtype=dtype)
+        shape = (batch_size, self.vae.config.latent_channels, 1, 1)
+        return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+    def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
+        """
+        Check images and bring them to the model's range: PIL, numpy (B, H, W, C) or tensors (B, C, H, W) in [0, 1]
+        become a tensor in [-1, 1].
+
+        Raises:
+            ValueError: if size, channels or range are not the model's, or a value is not finite.
+        """
+        size, channels = self.vae.config.sample_size, self.vae.config.in_channels
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if not images:
+            raise ValueError("`image` is an empty list.")
+        if not any(
+            all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)
+        ):
+            raise ValueError(
+                "`image` must be a PIL image, a numpy array, a tensor, or a list of one of these, but holds "
+                f"{sorted({type(one).__name__ for one in images})}."
+            )
+        image = images if isinstance(image, list | tuple) else image
+        if isinstance(images[0], PIL.Image.Image):
+            mode, accepted = PIL_MODES[channels]
+            for one in images:
+                if one.mode not in accepted:
+                    raise ValueError(
+                        f"`image` has mode {one.mode}, but the model takes {mode}: use image.convert({mode!r})."
+                    )
+                if one.size != (size, size):
+                    raise ValueError(f"`image` must be {size}x{size} px, but is {one.size[0]}x{one.size[1]}.")
+            image = [one.convert(mode) for one in images]
+        elif len({tuple(one.shape) for one in images}) > 1:
+            raise ValueError(f"`image` must hold one shape, but holds {sorted({tuple(one.shape) for one in images})}.")
+        elif isinstance(images[0], np.ndarray) and images[0].ndim == 2:
+            image = [one[..., None] for one in images]
+        elif isinstance(images[0], torch.Tensor) and images[0].ndim == 2:
+            image = [one[None] for one in images]
+        images = self.image_processor.preprocess(image)
+        if images.shape[0] == 0 or tuple(images.shape[1:]) != (channels, size, size):
+            raise ValueError(
+                f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
+                "(batch, channels, height, width)."
+            )
+        if not torch.isfinite(images).all():
+            raise ValueError("`image` holds values that are not finite.")
+        # A little beyond is rounding, of a resize or a half-precision picture.
+        if images.min() < -1e-3 or images.max() > 1 + 1e-3:
+            raise ValueError(
+                f"`image` must have values in [0, 1], but they go from {images.min():.4g} to {images.max():.4g}."
+            )
+        images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
+        return self.image_processor.normalize(images)
+
+    def refine(
+        self,
+        sample: torch.Tensor,
+        num_refinement_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Run the calibrating chain on images in [-1, 1]: the correction that training teaches the decoder."""
+        dtype = sample.dtype
+        initial_sample = sample = sample.float()
+        # A scheduler of its own: the pipeline's may be that of a calibrator, whose chain has another length.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_refinement_steps)
+        with frozen(self.energy_model):
+            for timestep in self.progress_bar(range(num_refinement_steps)):
+                gradient = energy_and_gradient(self.energy_model, sample)[1]
+                sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
+        return sample.to(dtype)
+
+    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Images in [-1, 1] to `output_type`. At once: asked to denormalize, the processor goes image by image."""
+        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        num_refinement_steps: int = 0,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        The call function to the pipeline for generation: one decoder pass, and no other network.
+
+        Args:
+            batch_size (`int`, *optional*, defaults to 1):
+                The number of images to generate.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or a list of one an image, to make generation deterministic.
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
+                Latents to decode as they are, instead of draws from N(0, I).
+            temperature (`float`, *optional*, defaults to 1.0):
+                Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
+            num_refinement_steps (`int`, *optional*, defaults to 0):
+                Number of Langevin steps on the energy model after decoding. For comparison: calibration makes the
+                decoder do without.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
+                `"latent"`, the latents themselves, not decoded.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`:
+                If `return_dict` is `True`, [`~pipelines.ImagePipelineOutput`] is returned, otherwise a `tuple` is
+                returned where the first element is a list with the generated images.
+
+        Raises:
+            ValueError: if an argument is outside what is listed above.
+        """
+        self.check_inputs(batch_size, generator, latents, temperature, num_refinement_steps, output_type)
+        latents = self.prepare_latents(batch_size, temperature, generator, latents)
+        if output_type == "latent":
+            image = latents
+        else:
+            image = self.decode(latents)
+            if num_refinement_steps > 0:
+                image = self.refine(image, num_refinement_steps, generator)
+            image = self.postprocess(image, output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (image,)
+        return ImagePipelineOutput(images=image)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: PipelineImageInput,
+        sample_posterior: bool = False,
+        num_refinement_steps: int = 0,
+        variance: float = 0.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Encode images and decode them again.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                Images of the model's size: arrays (B, H, W, C) and tensors (B, C, H, W) in [0, 1].
+            sample_posterior (`bool`, *optional*, defaults to `False`):
+                Whether to decode a draw from the posterior instead of its mean.
+            num_refinement_steps (`int`, *optional*, defaults to 0):
+                Number of steps, each a decoder pass there and back, by which the latents are brought nearer to the true
+                posterior, -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 but for a constant: of Langevin dynamics from a
+                draw, of gradient descent (towards the likeliest latent) from the mean.
+            variance (`float`, *optional*, defaults to 0.5):
+                s^2 of a pixel, above 0: half of the KL weight that the autoencoder was trained with.
+            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draws deterministic.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                As for generation; `"latent"` gives the encoding, shape `(batch_size, latent_channels, 1, 1)`.
+            return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`
+
+        Raises:
+            ValueError: if size, channels or range of `image` are not the model's, a value is not finite, or the number of
+                steps or the variance is out of its range.
+        """
+        self.check_inputs(1, None, None, 1.0, 0, output_type)
+        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
+            raise ValueError(
+                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
+            )
+        images = self.prepare_image(image)
+        check_generator(generator, images.shape[0])
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        if num_refinement_steps > 0:
+            energy = PosteriorEnergy(
+                lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
+            )
+            steps = self.progress_bar(range(num_refinement_steps))
+            with frozen(self.vae):
+                whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
+            latents = energy.unwhiten(whitened).to(latents.dtype)
+        return self(latents=latents, output_type=output_type, return_dict=return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a: PipelineImageInput,
+        image_b: PipelineImageInput,
+        num_steps: int = 8,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Decode the straight line between the encodings of two images.
+
+        Args:
+            image_a, image_b (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                B images each, as for `reconstruct`.
+            num_steps (`int`, *optional*, defaults to 8):
+                Number of images from a to b, both ends' reconstructions included; at least 2.
+            output_type (`str`, *optional*, defaults to `"pil"`): As for generation.
+            return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple` with B * `num_steps` images, pair by pair.
+
+        Raises:
+            ValueError: if there are fewer than 2 steps, the numbers of images differ, or an image does not fit.
+        """
+        if not isinstance(num_steps, Integral) or num_steps < 2:
+            raise ValueError(f"`num_steps` must be an integer of at least 2, but is {num_steps!r}.")
+        ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
+        if ends[0].shape != ends[1].shape:
+            raise ValueError(f"`image_a` holds {ends[0].shape[0]} image(s) and `image_b` {ends[1].shape[0]}.")
+        weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
+        latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
+        return self(latents=latents, output_type=output_type, return_dict=return_dict)
+
+    @torch.no_grad()
+    def score(self, image: PipelineImageInput) -> torch.Tensor:
+        """
+        The energy of images: low = like the training data. Only differences mean anything.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                B images of the model's size, as for `reconstruct`.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`, float32.
+
+        Raises:
+            ValueError: if the pipeline has no energy model, or an image does not fit.
+        """
+        if self.energy_model is None:
+            raise ValueError("`score` needs an energy model, and this pipeline was loaded or made without one.")
+        sample = self.prepare_image(image).to(self.energy_model.dtype)
+        with frozen(self.energy_model):
+            energy = compute_energy(self.energy_model, sample)
+        self.maybe_free_model_hooks()
+        return energy
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """As for every pipeline of ours, and the code by which the same components restore pictures."""
+        super().save_config(save_directory, **kwargs)

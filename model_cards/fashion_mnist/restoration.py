@@ -1,0 +1,1466 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
+# Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+"""Zero-shot restoration of damaged or incomplete images with an energy-calibrated VAE."""
+
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import safetensors.torch
+import torch
+import torch.nn as nn
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.utils import parametrize
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """
+    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
+    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
+    `requires_grad` of every part are restored.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """
+    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
+    A module is given samples in the precision of its parameters; with `dtype` it computes in that one, by autocast.
+    """
+    if isinstance(energy_model, nn.Module):
+        parameter = next(energy_model.parameters(), sample)
+        sample = sample.to(parameter.dtype)
+    if dtype is None:
+        output = energy_model(sample)
+    else:
+        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
+            output = type(energy_model).forward(energy_model, sample)
+    energy = getattr(output, "energy", output)
+    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
+        found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
+        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
+    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
+
+
+def energy_and_gradient(
+    energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No
+    graph is kept. `dtype` as for `compute_energy`.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # A tensor of inference mode can't carry gradients, a copy of it can.
+        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
+        energy = compute_energy(energy_model, sample, dtype)
+        return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
+
+
+class Factors(NamedTuple):
+    """A matrix (m, n) and its singular value decomposition U diag(s) V^T, float64 on the CPU."""
+
+    matrix: torch.Tensor
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+
+
+@contextmanager
+def kept_for_gradients() -> Iterator[None]:
+    """What is made here, and kept, serves gradients later, though it is first asked for in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def factorize(matrix: torch.Tensor) -> Factors:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return Factors(matrix.double(), left, values, right.mT)
+
+
+def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`rows` X `columns`^T for each channel of (B, C, H, W)."""
+    return rows.to(x) @ x @ columns.to(x).mT
+
+
+def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
+    """
+    A_s y for `damping` s above 0; for 0 A^+ y, which leaves out singular values up to `rcond` times the largest.
+    In float64 where the device has it: products of small singular values are divided by.
+    """
+    exact = y if y.device.type == "mps" else y.double()
+    values = torch.outer(rows.values, columns.values).to(exact)
+    if damping > 0:
+        factors = values / (values.square() + damping)
+    else:
+        factors = torch.where(values > rcond * values.max(), 1 / values.clamp(min=1e-300), 0.0)
+    spectrum = apply(rows.left.mT, columns.left.mT, exact) * factors
+    return apply(rows.right, columns.right, spectrum).to(y.dtype)
+
+
+MAX_ITERATIONS = 1000
+
+
+STAGNATION = 50
+
+
+def cgls(
+    A: Callable[[torch.Tensor], torch.Tensor],
+    A_adjoint: Callable[[torch.Tensor], torch.Tensor],
+    y: torch.Tensor,
+    damping: float = 0.0,
+    tolerance: float = 1e-10,
+    max_iterations: int = MAX_ITERATIONS,
+) -> torch.Tensor:
+    """
+    Solve for each entry of a batch by itself (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
+
+    Args:
+        A, A_adjoint (`Callable`): A linear map of batches (B, ...), and its adjoint.
+        y (`torch.Tensor` of shape `(B, ...)`): Right-hand sides, float32 or float64.
+        damping (`float`, *optional*, defaults to 0.0): s, at least 0.
+        tolerance (`float`, *optional*, defaults to 1e-10):
+            An entry is done where its A^T r - s x is at most so many times A^T y, or its r so many times y, in norm.
+            float32 comes to 1e-6 or so, and stops where it comes no nearer.
+        max_iterations (`int`, *optional*, defaults to 1000): Where to stop, with a warning, if some are not done.
+
+    Returns:
+        `torch.Tensor` of shape `(B, ...)`: x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0.
+    """
+
+    def squares(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten(1).square().sum(1)
+
+    def each(factor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return factor.view(-1, *[1] * (tensor.ndim - 1)) * tensor
+
+    residual, direction = y, A_adjoint(y)
+    x, gradient_norm = torch.zeros_like(direction), squares(direction)
+    enough_gradient, enough_residual = tolerance**2 * gradient_norm, tolerance**2 * squares(y)
+    least, since = gradient_norm, torch.zeros_like(gradient_norm)
+    for _ in range(max_iterations):
+        going_on = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
+        if x.dtype == torch.float32:
+            # Below what it can resolve the gradient no longer falls: nothing is gained by going on.
+            going_on &= since < STAGNATION
+        if not going_on.any():
+            return x
+        image = A(direction)
+        curvature = squares(image) + damping * squares(direction)
+        # An entry that is done stays where it is: its direction may be 0.
+        step = torch.where(going_on, gradient_norm / curvature.where(going_on, torch.ones_like(curvature)), 0.0)
+        x, residual = x + each(step, direction), residual - each(step, image)
+        gradient = A_adjoint(residual) - damping * x
+        before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
+        ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
+        direction = gradient + each(ratio, direction)
+        since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
+        least = torch.minimum(least, gradient_norm)
+    warnings.warn(
+        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual came to {tolerance}."
+    )
+    return x
+
+
+class LeastSquares(torch.autograd.Function):
+    """
+    [`cgls`] as a linear map of y that can be differentiated, without a graph of its iterations: the adjoint of
+    (A^T A + s I)^{-1} A^T is (A A^T + s I)^{-1} A, the same problem with A^T in the place of A.
+    """
+
+    @staticmethod
+    def forward(ctx, y, A, A_adjoint, damping, tolerance):
+        ctx.problem = (A, A_adjoint, damping, tolerance)
+        return cgls(A, A_adjoint, y, damping, tolerance)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        A, A_adjoint, *settings = ctx.problem
+        return LeastSquares.apply(gradient, A_adjoint, A, *settings), None, None, None, None
+
+
+CONFIG_FILE, TENSORS_FILE = "operator_config.json", "operator.safetensors"
+
+
+ONE = factorize(torch.ones(1, 1))
+
+
+class LinearOperator(nn.Module):
+    """
+    A linear measurement of images. All methods take batches, any device and floating dtype, and are differentiable.
+
+    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes its constructor's arguments on to this one, which
+    makes buffers of tensors and keeps the rest for the config. If A A^T = c I on the range of A, it says so by
+    `row_norm` = c, and needs no more; else it may have a closed form of `A_dagger`.
+
+    Images are in [-1, 1] here: a measurement is y = A x of such x.
+    """
+
+    # By this `as_operator` knows one, also of another copy of this class: a pipeline from the Hub brings its own.
+    is_linear_operator = True
+    # c, where A A^T is c times the projection on the range of A; None where it is not.
+    row_norm: float | None = None
+    # What CGLS computes in. None: in the measurement's own dtype.
+    solver_dtype: torch.dtype | None = torch.float64
+    # Singular values up to so many times the largest are left out of A^+.
+    rcond: float = 0.0
+    # Whether every image of a batch is measured alike.
+    is_the_same_for_all_images: bool = True
+    # Whether A^T A is diagonal: each entry of a measurement is one of the image's.
+    is_diagonal: bool = False
+
+    def __init__(self, **arguments: Any):
+        super().__init__()
+        self._arguments = arguments
+        self.decompositions: dict[tuple[int, ...], Factors] = {}
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(name, value)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        """Measure images (B, C, H, W), as float32 or float64."""
+        raise NotImplementedError
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """The adjoint (transpose) of `A`: measurements (B, ...) to images (B, C, H, W)."""
+        raise NotImplementedError
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """
+        Args:
+            image_shape (`tuple[int]`): (C, H, W) of an image.
+
+        Returns:
+            `tuple[int]`: The shape of one image's measurement.
+
+        Raises:
+            ValueError: if the operator does not take such images.
+        """
+        raise NotImplementedError
+
+    def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        """
+        The pseudo-inverse A^+ y: of all x whose A x comes nearest to y, the one of least norm.
+
+        Args:
+            y (`torch.Tensor` of shape `(B, ...)`): Measurements.
+            damping (`float`, *optional*, defaults to 0.0):
+                s, at least 0: above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
+
+        Raises:
+            ValueError: if `damping` is below 0 or not finite.
+
+        Where there is no closed form it is solved by CGLS from 0, in float64 where the device has it: to a relative
+        residual of 1e-10 for measurements in float64, 1e-8 in float32 (1e-6 where it is computed in float32).
+        """
+        check_damping(damping)
+        if self.row_norm is not None:
+            return self.A_adjoint(y) / (self.row_norm + damping)
+        return self.solve(y, damping)
+
+    def solve(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        """`A_dagger` by CGLS, whether or not there is a closed form."""
+        dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
+        tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
+        return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
+
+    def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
+        """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        if image_shape not in self.decompositions:
+            with kept_for_gradients():
+                entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
+                self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
+        column = y.flatten(1)[:, None, :, None]
+        solved = inverse(self.decompositions[image_shape], ONE, column, damping, self.rcond)
+        return solved.view(len(y), *image_shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.A(x)
+
+    def extra_repr(self) -> str:
+        plain = {k: v for k, v in self._arguments.items() if isinstance(v, int | float | str | tuple | None)}
+        return ", ".join(f"{name}={value!r}" for name, value in plain.items())
+
+    def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
+        """The constructor's arguments as JSON can hold them; tensors go to `tensors`, by a name that stands for them."""
+        config: dict[str, Any] = {"_class_name": type(self).__name__}
+        for name, value in self._arguments.items():
+            if isinstance(value, torch.Tensor):
+                # A copy: safetensors does not save two names of one tensor, such as a mask that two parts share.
+                tensors[prefix + name] = getattr(self, name).contiguous().clone()
+                value = {"tensor": prefix + name}
+            elif isinstance(value, list):
+                value = [part.to_config(tensors, f"{prefix}{name}.{i}.") for i, part in enumerate(value)]
+            config[name] = value
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> "LinearOperator":
+        """
+        Build the operator that `to_config` described, of whichever class.
+
+        Raises:
+            ValueError: if the class is not known: that of an operator of your own must have been imported.
+        """
+        config = dict(config)
+        name, kinds = config.pop("_class_name", None), {kind.__name__: kind for kind in subclasses(LinearOperator)}
+        if name not in kinds:
+            raise ValueError(f"`_class_name` must be one of {', '.join(sorted(kinds))}, but is {name!r}.")
+        for key, value in config.items():
+            if isinstance(value, dict):
+                config[key] = tensors[value["tensor"]]
+            elif isinstance(value, list) and value and isinstance(value[0], dict):
+                config[key] = [cls.from_config(part, tensors) for part in value]
+            elif isinstance(value, list):
+                config[key] = tuple(value)
+        return kinds[name](**config)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `operator_config.json`, and the tensors of masks and kernels as `operator.safetensors`."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        config = self.to_config(tensors)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, folder / TENSORS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path) -> "LinearOperator":
+        """
+        Read what `save_pretrained` wrote.
+
+        Raises:
+            OSError: if a file is missing.
+            ValueError: if the class is not known.
+        """
+        folder = Path(save_directory)
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return cls.from_config(config, safetensors.torch.load_file(folder / TENSORS_FILE))
+
+
+class FunctionOperator(LinearOperator):
+    """
+    An operator of two functions, or of anybody's object that has them: A^+ is solved for.
+
+    Args:
+        A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
+        A_adjoint (`Callable`): Its adjoint.
+
+    It is not saved: a config can't hold functions. The functions are called in the dtype of what is restored or solved for:
+    float32, or float64 where the measurement is.
+    """
+
+    solver_dtype = None
+    is_the_same_for_all_images = False  # as far as we know
+
+    def __init__(self, A: Callable[[torch.Tensor], torch.Tensor], A_adjoint: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.functions = (A, A_adjoint)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        return self.functions[0](x)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return self.functions[1](y)
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
+
+    def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
+        raise ValueError("An operator made of functions can't be saved: there is no config of a function.")
+
+
+def check_damping(damping: float) -> None:
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"`damping` must be a finite number of at least 0, but is {damping}.")
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind}.union(*map(subclasses, kind.__subclasses__())) if kind.__subclasses__() else {kind}
+
+
+def as_operator(operator: Any) -> LinearOperator:
+    """
+    An operator of whatever serves as one: a [`LinearOperator`]; an object with `A` and `A_adjoint`, such as a
+    `LinearPhysics` of deepinv; or a pair of functions (A, A_adjoint).
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if getattr(operator, "is_linear_operator", False):
+        return operator
+    if callable(getattr(operator, "A", None)) and callable(getattr(operator, "A_adjoint", None)):
+        return FunctionOperator(operator.A, operator.A_adjoint)
+    if isinstance(operator, tuple | list) and len(operator) == 2 and all(map(callable, operator)):
+        return FunctionOperator(*operator)
+    raise ValueError(
+        "`operator` must be a LinearOperator, an object with methods `A` and `A_adjoint`, or a pair of such functions, "
+        f"but is {operator!r}."
+    )
+
+
+class Inpainting(LinearOperator):
+    """
+    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 where nothing was observed: middle gray in a
+    tensor, black in a picture.
+
+    Args:
+        mask (`torch.Tensor` of shape `(H, W)`, `(1 or C, H, W)` or `(B, 1 or C, H, W)`):
+            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has a mask for each image.
+    """
+
+    row_norm = 1.0
+    is_diagonal = True
+
+    def __init__(self, mask: torch.Tensor):
+        if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4) or mask.numel() == 0:
+            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else mask
+            raise ValueError(f"`mask` must be a tensor of shape (H, W), (C, H, W) or (B, C, H, W), but is {shape!r}.")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("`mask` must hold 0 (missing) and 1 (observed) only.")
+        super().__init__(mask=mask.bool())
+        self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
+
+    @classmethod
+    def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
+        """Images of `height` x `width` of which a box is missing, whose first row and column are `top` and `left`."""
+        fits = top + box_height <= height and left + box_width <= width
+        if min(top, left, box_height, box_width) < 0 or not fits:
+            raise ValueError(
+                f"The box of {box_height}x{box_width} at ({top}, {left}) does not lie in an image of {height}x{width}."
+            )
+        mask = torch.ones(height, width, dtype=torch.bool)
+        mask[top : top + box_height, left : left + box_width] = False
+        return cls(mask)
+
+    @classmethod
+    def random(
+        cls,
+        height: int,
+        width: int,
+        observed: float,
+        generator: torch.Generator | None = None,
+        num_masks: int | None = None,
+    ) -> "Inpainting":
+        """
+        Each pixel is observed with probability `observed`, by itself; all its channels or none. `num_masks` makes a
+        batch of as many masks.
+        """
+        if not 0 <= observed <= 1:
+            raise ValueError(f"`observed` must be from 0 to 1, but is {observed}.")
+        shape = (height, width) if num_masks is None else (num_masks, 1, height, width)
+        return cls(torch.rand(shape, generator=generator) < observed)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask.ndim == 4 and len(self.mask) not in (1, len(x)):
+            raise ValueError(f"`mask` is one of {len(self.mask)} images, but there are {len(x)}.")
+        self.measurement_shape(tuple(x.shape[1:]))
+        return x * self.mask.to(x)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return self.A(y)
+
+    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        mask_shape = tuple(self.mask.shape[-3:])
+        if mask_shape[-2:] != tuple(image_shape[-2:]) or (
+            len(mask_shape) == 3 and mask_shape[0] not in (1, image_shape[0])
+        ):
+            raise ValueError(
+                f"`mask` has shape {tuple(self.mask.shape)}, and does not fit images of {tuple(image_shape)}."
+            )
+        return tuple(image_shape)
+
+
+HIGHEST_FREQUENCY = math.sqrt(0.5)
+
+
+def bands_around(
+    height: int, width: int, num_bands: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The band below each frequency of `torch.fft.rfft2`, and how much the one above it counts, from 0 to 1: (H, W // 2 + 1)."""
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=device)
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64, device=device)
+    radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles a pixel
+    place = radius / HIGHEST_FREQUENCY * (num_bands - 1)
+    below = place.floor().long().clamp(max=max(num_bands - 2, 0))
+    return below, (place - below).clamp(0, 1)
+
+
+def multiplicity(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+    """
+    How many of all frequencies each one of `rfft2` stands for: 2, but for the columns that are their own mirror image, 1. Shape
+    (H, W // 2 + 1).
+    """
+    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device=device)
+    count[0] = 1
+    if width % 2 == 0:
+        count[-1] = 1
+    return count.expand(height, -1)
+
+
+def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Of values at the frequencies of `rfft2`, each of which counts as often as it stands for."""
+    count = multiplicity(values.shape[0], width, values.device)
+    return (values * count).sum() / count.sum()
+
+
+def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """S at the frequencies of `rfft2`, by its values at the bands: (H, W // 2 + 1)."""
+    if len(spectrum) == 1:
+        return spectrum.expand(height, width // 2 + 1)
+    below, above = bands_around(height, width, len(spectrum), spectrum.device)
+    return (1 - above) * spectrum[below] + above * spectrum[below + 1]
+
+
+def colored(white: torch.Tensor, spectrum: list[float] | None) -> torch.Tensor:
+    """
+    C^(1/2) applied to images: of independent entries of variance 1 it makes such as the model's error, variance 1 a pixel too.
+
+    Args:
+        white (`torch.Tensor` of shape `(B, C, H, W)`): Images.
+        spectrum (`list[float]`, *optional*): S at its bands; not given, C is the identity.
+    """
+    if spectrum is None:
+        return white
+    height, width = white.shape[-2:]
+    values = at_frequencies(torch.tensor(spectrum, dtype=torch.float64), height, width)
+    gain = (values / mean_over_frequencies(values, width)).sqrt().to(white)
+    return torch.fft.irfft2(torch.fft.rfft2(white) * gain, s=(height, width))
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+ENOUGH_RESIDUAL = 1e-6
+
+
+CUTOFF_LEVELS = (1e-4, 1e-5, 1e-6, 1e-7)
+
+
+DESCENT_SHARE = 0.4
+
+
+DESCENT_RATE, DESCENT_BETAS = 0.4, (0.8, 0.9)
+
+
+NUM_CURVATURE_PROBES = 6
+
+
+FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
+
+
+SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
+
+
+NUM_VARIANCE_PROBES = 64
+
+
+LEAST_SEEN = 0.1
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """
+    p(y | z) of measurements (B, ...), for M answers each.
+
+    Images and latents of answers are measurement-major, (B * M, ...): the answers to one measurement stand together. The
+    operator is called with batches of B, the answers one after the other: it may have a mask for each of its images.
+
+    Args:
+        operator ([`LinearOperator`]): A.
+        y (`torch.Tensor` of shape `(B, ...)`): Measurements of images in [-1, 1].
+        noise_std (`float`): sigma, in the unit of y.
+        model_variance (`float`): v, above 0.
+        num_answers (`int`): M.
+        error_spectrum (`list[float]`, *optional*):
+            Of the model's error, by which `variance` knows it better than as v I (`model_error.py`).
+    """
+
+    operator: LinearOperator
+    y: torch.Tensor
+    noise_std: float
+    model_variance: float
+    num_answers: int = 1
+    error_spectrum: list[float] | None = None
+
+    @property
+    def damping(self) -> float:
+        """s = sigma^2 / v."""
+        return self.noise_std**2 / self.model_variance
+
+    def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+        answers = tensor.unflatten(0, (-1, self.num_answers))
+        return torch.stack([function(answers[:, m]) for m in range(self.num_answers)], dim=1).flatten(0, 1)
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        return self.each_answer(self.operator.A, x)
+
+    def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
+        return self.each_answer(lambda y: self.operator.A_dagger(y, damping), y)
+
+    def misfit(self, x: torch.Tensor) -> torch.Tensor:
+        """r = y - A x."""
+        return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
+
+    def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
+        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; ||A x|| where y is 0."""
+        size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
+        difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
+        return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
+
+    def gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Of -log p(y | z) with respect to x = G(z): -A_s r / v."""
+        return -self.A_dagger(self.misfit(x), self.damping) / self.model_variance
+
+    def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """
+        A draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images: with J the decoder's Jacobian, the mean of
+        (J^T g)^2 is the diagonal of the Gauss-Newton curvature of -log p(y | z).
+        """
+        noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
+        if self.noise_std > 0:
+            noise = noise + self.noise_std * draw(noise.shape, generator, like)
+        return self.A_dagger(noise, self.damping) / self.model_variance
+
+    def project(self, g: torch.Tensor) -> torch.Tensor:
+        """(I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        return g - self.A_dagger(self.A(g), self.damping)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
+        blur's A^+ leaves out is added with less and less damping, in float64.
+        """
+        restored = x + self.A_dagger(self.misfit(x), self.damping)
+        for level in CUTOFF_LEVELS if self.noise_std == 0 else ():
+            if (self.relative_residual(restored) <= ENOUGH_RESIDUAL).all():
+                break
+            exact = self.exact(restored)
+            size = self.A(exact).norm() / exact.norm().clamp(min=1e-30)
+            rest = self.A_dagger(self.misfit(exact), (level * size.item()) ** 2)
+            restored = (exact + rest).to(x.dtype)
+        return restored
+
+    def exact(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In float64, where the device and the operator have it."""
+        return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
+
+    def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """
+        A draw of x given z and y, whose residual is sigma an entry if v is right. What the measurement says nothing
+        of (the null space of A, and what a blur has all but taken away) is left as the decoder has it: there a draw would add
+        noise of v to each pixel. Without noise there is nothing to draw: that is `mean`.
+        """
+        error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
+        seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
+        misfit = self.misfit(x + seen)
+        misfit = misfit + self.noise_std * draw(misfit.shape, generator, x)
+        return x + seen + self.A_dagger(misfit, self.damping)
+
+    def variance(self, like: torch.Tensor) -> torch.Tensor:
+        r"""
+        Of each pixel x given z and y, (B, C, H, W): the error of the mean x^ is (I - A_s A) e - A_s n, where the model's error e
+        has covariance v C (`model_error.py`), so this is the diagonal of
+
+        .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
+
+        which for C = I is v (I - A_s A). Where A^T A is diagonal it does not depend on C, and is exact; else it is estimated by 64
+        draws with random signs for entries, within about 9% of the standard deviation of a pixel.
+        """
+        if self.operator.is_diagonal:
+            seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
+            return self.model_variance * (1 - seen)
+        # The maps of all images are the same where the operator is: one stands for all.
+        count = 1 if self.operator.is_the_same_for_all_images else len(like)
+        entries, measured = like[:count], self.y[:count].to(like.dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def signs(tensor: torch.Tensor) -> torch.Tensor:
+            drawn = torch.randint(2, tensor.shape[1:], generator=generator).to(tensor) * 2 - 1
+            return drawn.expand_as(tensor)
+
+        total = torch.zeros_like(entries)
+        for _ in range(NUM_VARIANCE_PROBES):
+            error = math.sqrt(self.model_variance) * colored(signs(entries), self.error_spectrum)
+            misfit = self.operator.A(error)
+            if self.noise_std > 0:
+                misfit = misfit + self.noise_std * signs(measured)
+            total += (error - self.operator.A_dagger(misfit, self.damping)).square()
+        variance = total / NUM_VARIANCE_PROBES
+        if self.error_spectrum is None:
+            variance = variance.clamp(max=self.model_variance)  # which the exact one never exceeds
+        return variance.expand_as(like)
+
+
+def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal draws; of a list of generators each makes the same number of entries, such as an answer's tiles."""
+    if isinstance(generator, list):
+        part = (shape[0] // len(generator), *shape[1:])
+        return torch.cat(
+            [randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generator]
+        )
+    return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+
+
+class Canvas:
+    """
+    Images of any size, made of overlapping tiles of the model's: one tile where the sizes are equal.
+
+    Args:
+        height, width (`int`): Of the image, each at least `tile_size`.
+        tile_size (`int`): Height and width of a tile.
+        overlap (`int`): Pixels that neighbours share at least.
+    """
+
+    def __init__(self, height: int, width: int, tile_size: int, overlap: int):
+        self.height, self.width, self.tile_size = height, width, tile_size
+        self.corners = [
+            (top, left)
+            for top in self.starts(height, tile_size, overlap)
+            for left in self.starts(width, tile_size, overlap)
+        ]
+        # A tile counts the less the nearer its border is, except at the image's own.
+        ramp = (
+            torch.arange(tile_size)
+            .add(0.5)
+            .minimum(torch.arange(tile_size).add(0.5).flip(0))
+            .clamp(max=max(overlap, 1))
+        )
+        weight = torch.outer(ramp, ramp)
+        total = torch.zeros(height, width)
+        for top, left in self.corners:
+            total[top : top + tile_size, left : left + tile_size] += weight
+        self.weights = torch.stack(
+            [weight / total[top : top + tile_size, left : left + tile_size] for top, left in self.corners]
+        ).unsqueeze(1)
+
+    @staticmethod
+    def starts(size: int, tile_size: int, overlap: int) -> list[int]:
+        """First pixels of tiles that are spread evenly."""
+        count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
+        return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) to their tiles (N * T, C, S, S)."""
+        size = self.tile_size
+        tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
+        return torch.stack(tiles, dim=1).flatten(0, 1)
+
+    def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
+        """The adjoint of `split`: where tiles overlap, their sum."""
+        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
+        x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
+        for index, (top, left) in enumerate(self.corners):
+            x[..., top : top + size, left : left + size] += tiles[:, index]
+        return x
+
+    def join(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
+        return self.split_adjoint(self.weigh(tiles))
+
+    def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tiles by their weights in the image, which sum up to 1 in each pixel."""
+        return (tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)).flatten(0, 1)
+
+    def join_adjoint(self, x: torch.Tensor) -> torch.Tensor:
+        """The adjoint of `join`: by it gradients of images become those of tiles."""
+        return self.weigh(self.split(x))
+
+
+def neural_transport(
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    likelihood: Likelihood,
+    canvas: Canvas,
+    latents: torch.Tensor,
+    num_steps: int,
+    method: str = "langevin",
+    energy_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    energy_weight: float = 0.0,
+    generator: Generators = None,
+    on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Latents that explain a measurement: draws from e^{-U}, or points where U is lowest.
+
+    `"langevin"` first goes downhill (Adam), estimates the diagonal of the curvature of U there, h, and then takes Langevin
+    steps z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` goes downhill
+    all the way, with a rate that comes down to 0 (a cosine).
+
+    Args:
+        decode (`Callable`): G, of latents (N, ...) to tiles (N, C, S, S) in float32, differentiable.
+        likelihood ([`Likelihood`]): Of B measurements with M answers.
+        canvas ([`Canvas`]): Of T tiles.
+        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Where to start.
+        num_steps (`int`): Decoder passes in all.
+        method (`str`, *optional*, defaults to `"langevin"`): Or `"map"`.
+        energy_gradient (`Callable`, *optional*): The gradient of f, of tiles, in their shape.
+        energy_weight (`float`, *optional*, defaults to 0.0): w, at least 0.
+        generator (`torch.Generator` or a list of one an answer, *optional*): Makes the draws deterministic.
+        on_step (`Callable`, *optional*): Called with the number of the step and the latents; gives the latents to go on with.
+
+    Returns:
+        `torch.Tensor` of the shape of `latents`.
+    """
+    num_probes = min(NUM_CURVATURE_PROBES, num_steps // 5) if method == "langevin" else 0
+    num_descents = num_steps if method == "map" else max(1, round(DESCENT_SHARE * num_steps))
+    num_tiles = len(canvas)
+
+    def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """J^T of what `gradient_of` makes of the tiles."""
+        with torch.inference_mode(False), torch.enable_grad():
+            # A tensor of inference mode can't carry gradients, a copy of it can.
+            latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
+            tiles = decode(latents)
+            return torch.autograd.grad(tiles, latents, gradient_of(tiles.detach()))[0]
+
+    def tile_gradient(tiles: torch.Tensor) -> torch.Tensor:
+        x = canvas.join(tiles)
+        gradient = likelihood.gradient(x)
+        if energy_weight > 0:
+            restored = x - likelihood.model_variance * gradient  # x^ = G + A_s r
+            along = canvas.split_adjoint(energy_gradient(canvas.split(restored)))
+            gradient = gradient + energy_weight * likelihood.project(along)
+        gradient = canvas.join_adjoint(gradient)
+        if num_tiles > 1:
+            # Tiles that share pixels have each the model's error of the image that they are part of. The mean itself moves
+            # with them, but the weighted differences to it sum up to 0.
+            gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
+        return gradient
+
+    def gradient(latents: torch.Tensor) -> torch.Tensor:
+        return pull_back(latents, tile_gradient) + latents
+
+    def step_done(step: int, latents: torch.Tensor) -> torch.Tensor:
+        return latents if on_step is None else on_step(step, latents)
+
+    first, second = torch.zeros_like(latents), torch.zeros_like(latents)
+    beta1, beta2 = DESCENT_BETAS
+    for step in range(num_descents):
+        slope = gradient(latents)
+        first, second = torch.lerp(slope, first, beta1), torch.lerp(slope.square(), second, beta2)
+        direction = first / (1 - beta1 ** (step + 1)) / ((second / (1 - beta2 ** (step + 1))).sqrt() + 1e-8)
+        left = 0.5 * (1 + math.cos(math.pi * step / num_descents))
+        rate = DESCENT_RATE * (left if method == "map" else 0.1 + 0.9 * left)
+        latents = step_done(step, latents - rate * direction)
+    if method == "map":
+        return latents
+
+    curvature = torch.zeros_like(latents)
+    for probe in range(num_probes):
+
+        def probe_gradient(tiles: torch.Tensor) -> torch.Tensor:
+            return canvas.join_adjoint(likelihood.curvature_probe(canvas.join(tiles), generator))
+
+        curvature += pull_back(latents, probe_gradient).square() / num_probes
+        latents = step_done(num_descents + probe, latents)
+    # The answers to one measurement lie near each other, so they share their estimate.
+    shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
+    estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
+    # Few probes may take a curvature for far too small, and steps would grow without bound. The square of the gradient, whose
+    # mean along a stationary chain is the curvature too, then does not let them.
+    square = estimate
+    start = num_descents + num_probes
+    for step in range(start, num_steps):
+        done = (step - start) / max(1, num_steps - 1 - start)
+        size = FIRST_LANGEVIN_STEP + done * (LAST_LANGEVIN_STEP - FIRST_LANGEVIN_STEP)
+        slope, noise = gradient(latents), draw(latents.shape, generator, latents)
+        square = torch.lerp(slope.square(), square, SQUARE_DECAY)
+        bound = torch.maximum(square, slope.square() / SQUARE_LIMIT) / SQUARE_LIMIT
+        variance = 1 / torch.maximum(estimate, bound)
+        # With this noise a step is exact where U is quadratic and the curvature is right.
+        spread = (variance * (1 - (1 - size) ** 2)).sqrt()
+        latents = step_done(step, latents - size * variance * slope + spread * noise)
+    return latents
+
+
+Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
+
+
+def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
+    if len(set(sizes)) > 1:
+        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
+
+
+def prepare_picture(image: Images, processor: VaeImageProcessor) -> tuple[torch.Tensor, bool]:
+    """A tensor as it is, or a picture (PIL or numpy) as a tensor (B, C, H, W) in [0, 1]; and whether it is one."""
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if not images:
+        raise ValueError("`image` is an empty list.")
+    if all(isinstance(one, torch.Tensor) for one in images):
+        check_sizes("image", [tuple(one.shape) for one in images])
+        tensor = torch.stack(images) if isinstance(image, list | tuple) else image
+        if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
+            raise ValueError(
+                "`image` as a tensor must be a floating-point measurement of shape (batch, ...), but is "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}."
+            )
+        return tensor, False
+    if all(isinstance(one, PIL.Image.Image) for one in images):
+        sizes = {(one.size, one.mode) for one in images}
+        if len(sizes) > 1:
+            raise ValueError(f"`image` must hold pictures of one size and mode, but holds {sorted(sizes)}.")
+        mode = images[0].mode
+        if mode not in ("1", "L", "P", "RGB", "RGBA"):
+            raise ValueError(f"`image` has mode {mode}: use image.convert('RGB') or image.convert('L').")
+        image = [one.convert({"1": "L", "P": "RGB"}.get(mode, mode)) for one in images]
+    elif all(isinstance(one, np.ndarray) for one in images):
+        check_sizes("image", [one.shape for one in images])
+        if images[0].ndim == 2:
+            image = [one[..., None] for one in images]
+    else:
+        kinds = sorted({type(one).__name__ for one in images})
+        raise ValueError(f"`image` must be PIL images, numpy arrays or a tensor, but holds {kinds}.")
+    picture = processor.preprocess(image).float()
+    finite = picture[picture.isfinite()]
+    if len(finite) and (finite.min() < -1e-3 or finite.max() > 1 + 1e-3):
+        raise ValueError(
+            f"`image` as a picture must have values in [0, 1], but they go from {finite.min():.4g} to "
+            f"{finite.max():.4g}."
+        )
+    return picture, True
+
+
+def prepare_mask(
+    mask_image: Images, processor: VaeImageProcessor, batch_size: int, height: int, width: int
+) -> torch.Tensor:
+    """Which pixels were observed, (1 or B, 1, H, W): those where the mask is black."""
+    masks = list(mask_image) if isinstance(mask_image, list | tuple) else [mask_image]
+    if not masks:
+        raise ValueError("`mask_image` is an empty list.")
+    if all(isinstance(one, PIL.Image.Image) for one in masks):
+        check_sizes("mask_image", [one.size for one in masks])
+        if any(one.mode in ("F", "I") for one in masks):
+            raise ValueError(
+                "`mask_image` has a mode whose white is not agreed on: use mask.convert('L') from 0 to 255."
+            )
+        transparent = [
+            one for one in masks if one.has_transparency_data and one.convert("RGBA").getextrema()[3][0] < 255
+        ]
+        if transparent:
+            raise ValueError(
+                f"`mask_image` has mode {transparent[0].mode} with transparent pixels: give a mask in black and white, such as "
+                "mask.getchannel('A') or mask.convert('L')."
+            )
+    elif all(isinstance(one, np.ndarray | torch.Tensor) for one in masks):
+        check_sizes("mask_image", [tuple(one.shape) for one in masks])
+        if not all(bool(((one >= 0) & (one <= 1)).all()) for one in masks):
+            raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
+    else:
+        kinds = sorted({type(one).__name__ for one in masks})
+        raise ValueError(f"`mask_image` must be PIL images, numpy arrays or a tensor, but holds {kinds}.")
+    mask = processor.preprocess(mask_image)
+    if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (height, width):
+        raise ValueError(
+            f"`mask_image` must have one channel and the image's {height}x{width} px, but has shape "
+            f"{tuple(mask.shape)} (batch, channels, height, width)."
+        )
+    if mask.shape[0] not in (1, batch_size):
+        raise ValueError(f"`mask_image` must be one or {batch_size}, as many as images, but is {mask.shape[0]}.")
+    return mask < 0.5
+
+
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if any(not isinstance(one, torch.Generator | None) for one in generators):
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
+
+
+def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
+    """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
+    return {
+        name: type(component)
+        for name, component in pipeline.components.items()
+        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
+    }
+
+
+def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
+    """
+    The text of a `model_index.json` that names the code files in the folder: a list as `_class_name`, a file stem as
+    the library of each component of ours. Without `_name_or_path`, which would leak a path of the writer's machine.
+    """
+    index = json.loads(model_index)
+    index.pop("_name_or_path", None)
+    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    for name, component_class in travelling_components(pipeline).items():
+        index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
+    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    save_directory = Path(save_directory)
+    save_directory.mkdir(parents=True, exist_ok=True)
+    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
+    for name, component in pipeline.components.items():
+        if type(component).__module__.split(".")[0] not in known:
+            warnings.warn(
+                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
+                "loads only where that module can be imported."
+            )
+    (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
+    for name, component_class in travelling_components(pipeline).items():
+        source = Path(inspect.getfile(component_class))
+        (save_directory / name).mkdir(exist_ok=True)
+        (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        for config_file in (save_directory / name).glob("*config.json"):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class SelfContained:
+    """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+        """
+        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
+        [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if `safe_serialization` is False: weights are safetensors only.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        return self_contained_index(self, super().to_json_string())
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
+        write_code_files(self, save_directory, Path(__file__).read_text(encoding="utf-8"))
+        super().save_config(save_directory, **kwargs)
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from PIL import Image
+        >>> from diffusers import DiffusionPipeline
+
+        >>> pipe = DiffusionPipeline.from_pretrained(
+        ...     "path/or/hub-id", custom_pipeline="restoration", trust_remote_code=True
+        ... )  # doctest: +SKIP
+        >>> output = pipe(Image.open("damaged.png"), mask_image=Image.open("mask.png"))  # doctest: +SKIP
+        >>> output.images[0].save("restored.png")  # doctest: +SKIP
+        ```
+"""
+
+logger = logging.get_logger(__name__)
+
+# Standard deviation of rounding to 8 bits, of values in [-1, 1].
+ROUNDING_STD = 2 / (255 * math.sqrt(12))
+# Spread, in standard deviations of the prior, of the answers' starts around the encoding of A^+ y.
+START_SPREAD = 0.3
+# Root-mean-square of what answers without noise exceed the range of images by, from which on the measurement holds noise.
+LARGEST_EXCESS = 0.1
+# Relative residuals of answers to measurements without noise are below this, or a warning says that they are not.
+LARGEST_RESIDUAL = 1e-5
+# Of `noise_std`, `energy_weight` and measurements: their squares are still numbers in float32.
+LARGEST_VALUE = 1e12
+# What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
+START_DAMPING = 1e-3
+
+
+@dataclass
+class ECVAERestorationOutput(BaseOutput):
+    """
+    Output of restoration: M answers to each of B measurements, measurement-major (the answers to one stand together).
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            B * M answers. Without noise each agrees with its measurement; with noise it is a draw, whose residual is that of
+            the noise.
+        mean (as `images`): The mean of the answers to each measurement, B images, without the draws' noise.
+        std (`np.ndarray` of shape `(B, H, W, C)`, or `torch.Tensor` `(B, C, H, W)` for `output_type="pt"`):
+            Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers,
+            and the error that the model makes even where it knows the latents. Of a single answer there is no spread: ask for
+            several (8, say) where `std` matters.
+        residual (`torch.Tensor` of shape `(B * M,)`):
+            ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
+        residual_output (`torch.Tensor` of shape `(B * M,)`): The same of what `images` holds, clamped and rounded.
+        residual_mean (`torch.Tensor` of shape `(B,)`): As `residual`, of `mean` before it is clamped.
+        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): The energy model's, mean over tiles; low = like training data.
+        num_network_calls (`int`): Passes through a network, for each answer (and tile): decoder, encoder, energy model.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    mean: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    std: np.ndarray | torch.Tensor
+    residual: torch.Tensor
+    residual_output: torch.Tensor
+    residual_mean: torch.Tensor
+    energy: torch.Tensor | None
+    num_network_calls: int
+
+
+class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
+    r"""
+    Pipeline for inverse problems y = A x + n with a known linear A: inpainting, super-resolution, deblurring, colorization,
+    denoising, compressed sensing and any other operator, by a model that was never trained for the task.
+
+    Loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Larger images than
+    the model's are restored in overlapping tiles.
+
+    Parameters:
+        vae ([`AutoencoderEC`]): Its decoder is the prior: images of latents from N(0, I).
+        energy_model ([`EnergyModel`], *optional*): Tells how much like the training data an answer is.
+        scheduler ([`LangevinScheduler`], *optional*): Not used; kept, so that the folder stays whole.
+    """
+
+    model_cpu_offload_seq = "vae->energy_model"
+    _optional_components = ["energy_model", "scheduler"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae,
+        energy_model=None,
+        scheduler=None,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+        self.mask_processor = VaeImageProcessor(
+            do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+
+    def check_inputs(
+        self,
+        operator: Any,
+        mask_image: Images | None,
+        noise_std: float | None,
+        num_restorations: int,
+        num_inference_steps: int,
+        method: str,
+        energy_weight: float,
+        start: str,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        if (operator is None) == (mask_image is None):
+            raise ValueError(
+                "What was measured must be given by either `operator` or `mask_image`, but "
+                + ("neither was given." if operator is None else "both were given.")
+            )
+        for name, value in (("num_restorations", num_restorations), ("num_inference_steps", num_inference_steps)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+        for name, value in (("noise_std", noise_std), ("energy_weight", energy_weight)):
+            if name == "noise_std" and value is None:
+                continue
+            if not isinstance(value, Real) or not 0 <= value <= LARGEST_VALUE:
+                raise ValueError(f"`{name}` must be a number from 0 to {LARGEST_VALUE:g}, but is {value!r}.")
+        if energy_weight > 0 and self.energy_model is None:
+            raise ValueError("`energy_weight` above 0 needs an energy model, and this pipeline has none.")
+        for name, value, allowed in (
+            ("method", method, ("langevin", "map")),
+            ("start", start, ("encoding", "prior")),
+            ("output_type", output_type, ("pil", "np", "pt")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {value!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, but holds {unknown}."
+            )
+
+    def model_variance(self, reconstruction_variance: float | None) -> float:
+        variance = (
+            self.vae.config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
+        )
+        if variance is None:
+            raise ValueError(
+                "`reconstruction_variance` is not in the autoencoder's config, where training writes it: give the mean "
+                "squared error of its reconstructions, a pixel of images in [-1, 1]."
+            )
+        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
+            raise ValueError(f"`reconstruction_variance` must be a finite number above 0, but is {variance!r}.")
+        return float(variance)
+
+    def prepare_measurement(
+        self, image: Images, operator: Any, mask_image: Images | None, height: int | None, width: int | None
+    ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
+        """
+        The operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
+        """
+        y, is_picture = prepare_picture(image, self.image_processor)
+        y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
+        channels, size = self.vae.config.in_channels, self.vae.config.sample_size
+        if mask_image is not None:
+            if y.ndim != 4 or y.shape[1] not in (1, channels):
+                raise ValueError(
+                    f"`image` must have the model's {channels} channel(s), but has shape {tuple(y.shape)} (batch, channels, "
+                    "height, width)."
+                )
+            y = y.expand(-1, channels, -1, -1)
+            observed = prepare_mask(mask_image, self.mask_processor, y.shape[0], *y.shape[-2:]).to(y.device)
+            # Whatever stands in the picture where it is to be repainted, even values that are not finite.
+            y = torch.where(observed, y, 0.0)
+            operator = Inpainting(observed)
+        operator = as_operator(operator)
+        if not (y.abs() <= LARGEST_VALUE).all():
+            raise ValueError(f"`image` holds values that are not finite, or beyond {LARGEST_VALUE:g}.")
+        try:
+            back = operator.A_adjoint(y)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"`image` of shape {tuple(y.shape)} and {y.dtype} is no measurement by the operator {operator}: {error}"
+            ) from error
+        if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
+            raise ValueError(
+                f"`image` was measured of images of shape {tuple(back.shape[1:])} (channels, height, width) by the operator, "
+                f"but the model makes images of {channels} channel(s) and at least {size}x{size} px."
+            )
+        for name, given, found in (("height", height, back.shape[2]), ("width", width, back.shape[3])):
+            if given is not None and given != found:
+                raise ValueError(f"`{name}` is {given}, but the measurement is one of images of {name} {found}.")
+        measured = operator.A(torch.ones_like(back) if is_picture else back)
+        if measured.shape != y.shape:
+            raise ValueError(
+                f"`image` has shape {tuple(y.shape)}, but the operator makes {tuple(measured.shape)} of images of "
+                f"{tuple(back.shape)}."
+            )
+        if is_picture:
+            # A picture p is what A makes of an image in [0, 1]; of the same image in [-1, 1] it makes 2 p - A 1.
+            y = 2 * y - measured
+        return operator, y, is_picture, tuple(back.shape[2:])
+
+    def prepare_latents(
+        self,
+        likelihood: Likelihood,
+        canvas: Canvas,
+        start: str,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        count = len(likelihood.y) * likelihood.num_answers
+        shape = (count * len(canvas), self.vae.config.latent_channels, 1, 1)
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape or not latents.isfinite().all():
+                found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else latents
+                raise ValueError(f"`latents` must be finite, of shape {shape}, but is {found}.")
+            return latents.to(device=self._execution_device, dtype=torch.float32)
+        noise = draw(shape, generator, likelihood.y)
+        if start == "prior":
+            return noise
+        guess = likelihood.operator.A_dagger(likelihood.y, max(likelihood.damping, START_DAMPING)).float().clamp(-1, 1)
+        encoded = self.vae.encode(canvas.split(guess).to(self.vae.dtype)).latent_dist.mode().float()
+        encoded = (
+            encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0).flatten(0, 1)
+        )
+        return encoded + START_SPREAD * noise
+
+    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image: Images,
+        operator: Any = None,
+        mask_image: Images | None = None,
+        noise_std: float | None = None,
+        num_restorations: int = 1,
+        num_inference_steps: int = 75,
+        method: str = "langevin",
+        energy_weight: float = 0.0,
+        start: str = "encoding",
+        height: int | None = None,
+        width: int | None = None,
+        tile_overlap: int | None = None,
+        reconstruction_variance: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ECVAERestorationOutput | tuple:
+        r"""
+        The call function to the pipeline for restoration.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                The MEASUREMENT: what there is, never a clean image. A picture (PIL, or numpy (B, H, W, C) in [0, 1]) is what the
+                operator makes of an image in [0, 1]; a tensor (B, ...) is y = A x of an image x in [-1, 1].
+            operator ([`~operators.LinearOperator`], an object with `A` and `A_adjoint`, or a pair of functions, *optional*):
+                What was measured. Called with batches of B.
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
+                Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one an image.
+            noise_std (`float`, *optional*):
+                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. If not given, that of rounding
+                to 8 bits (0.0023) for pictures, 0 for tensors.
+            num_restorations (`int`, *optional*, defaults to 1):
+                M: answers to each measurement. They differ in what was not measured, and `std` needs several.
+            num_inference_steps (`int`, *optional*, defaults to 75):
+                Decoder passes (each with one back) that search latents; one more makes the answer.
+            method (`str`, *optional*, defaults to `"langevin"`):
+                `"langevin"` draws answers from the posterior, `"map"` gives the likeliest latents near each start.
+            energy_weight (`float`, *optional*, defaults to 0.0):
+                w: how much the energy of an answer counts.
+            start (`str`, *optional*, defaults to `"encoding"`):
+                Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
+            height, width (`int`, *optional*): Of the image, where it should be checked: the operator's adjoint knows it.
+            tile_overlap (`int`, *optional*): Pixels that tiles of a larger image share, a quarter of a tile if not given.
+            reconstruction_variance (`float`, *optional*):
+                v: mean squared error of the model's reconstructions, a pixel of images in [-1, 1]. What training measured if not
+                given; how it spreads over frequencies is that in any case.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or a list of one an answer (B * M), to make restoration deterministic.
+            latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*): Where to start instead.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1].
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, step, {"latents": latents})` after each step; may return new latents in a dict.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors the callback is given.
+
+        Examples:
+
+        Returns:
+            [`ECVAERestorationOutput`] or `tuple`
+
+        Raises:
+            ValueError: if an argument is outside what is listed above, or sizes do not fit.
+        """
+        self.check_inputs(
+            operator, mask_image, noise_std, num_restorations, num_inference_steps, method, energy_weight, start, output_type,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        variance = self.model_variance(reconstruction_variance)
+        operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image, height, width)
+        count = len(y) * num_restorations
+        check_generator(generator, count, of="answers")
+        size = self.vae.config.sample_size
+        overlap = size // 4 if tile_overlap is None else tile_overlap
+        if not isinstance(overlap, Integral) or not 0 <= overlap < size:
+            raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
+        noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
+
+        spectrum = self.vae.config.get("reconstruction_spectrum")  # not in a repository of earlier code
+        likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
+        canvas = Canvas(height, width, size, overlap)
+        latents_were_encoded = latents is None and start == "encoding"
+        latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
+
+        # Functions are called in the measurement's precision.
+        dtype = y.dtype if operator.solver_dtype is None else torch.float32
+        calls = {"decoder": 0, "encoder": int(latents_were_encoded), "energy model": 0}
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            calls["decoder"] += 1
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(dtype)
+
+        def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
+            calls["energy model"] += 1
+            return energy_and_gradient(self.energy_model, tiles)[1]
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+
+            def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
+                progress_bar.update()
+                if callback_on_step_end is None:
+                    return latents
+                given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                returned = callback_on_step_end(self, step, step, given)
+                return latents if returned is None else returned.pop("latents", latents)
+
+            with frozen(self.vae):
+                search = (
+                    decode,
+                    likelihood,
+                    canvas,
+                    latents,
+                    num_inference_steps,
+                    method,
+                    energy_gradient,
+                    energy_weight,
+                )
+                if energy_weight > 0:
+                    with frozen(self.energy_model):
+                        latents = neural_transport(*search, generator, on_step)
+                else:
+                    latents = neural_transport(*search, generator, on_step)
+                decoded = canvas.join(decode(latents))
+
+        center = likelihood.mean(decoded)
+        if (
+            noise_std == 0
+            and (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS
+        ):
+            logger.warning(
+                f"`noise_std` is 0, but answers that agree with `image` to the last digit leave the range of images, [-1, 1], by "
+                f"{excess:.2g} (root mean square): it holds noise, that A^+ blows up. Give its `noise_std`; rounding to 8 bits has "
+                f"{ROUNDING_STD:.2g}."
+            )
+        answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
+        by_measurement = center.unflatten(0, (-1, num_restorations))
+        spread = (
+            by_measurement.var(dim=1, correction=1) if num_restorations > 1 else torch.zeros_like(by_measurement[:, 0])
+        )
+        std = (spread + likelihood.variance(by_measurement[:, 0])).sqrt() / 2
+        returned = answers.clamp(-1, 1)
+        if output_type == "pil":
+            returned = (returned * 127.5 + 127.5).round() / 127.5 - 1
+        residual = likelihood.relative_residual(answers)
+        if noise_std == 0 and (worst := residual.max().item()) > LARGEST_RESIDUAL:
+            logger.warning(
+                f"`noise_std` is 0, but answers agree with `image` only to a relative {worst:.1g}: it is not in the range of the "
+                "operator (a hole of `Inpainting` that is not 0, for example), or its A^+ was not solved to the end."
+            )
+        energy = None
+        if self.energy_model is not None:
+            calls["energy model"] += 1
+            with frozen(self.energy_model):
+                energy = (
+                    compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
+                )
+        mean = by_measurement.mean(1)
+        output = ECVAERestorationOutput(
+            images=self.postprocess(answers, output_type),
+            mean=self.postprocess(mean, output_type),
+            std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
+            residual=residual,
+            residual_output=likelihood.relative_residual(returned),
+            energy=energy,
+            num_network_calls=sum(calls.values()),
+            residual_mean=Likelihood(operator, y, noise_std, variance).relative_residual(mean),
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()

@@ -1,0 +1,197 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""One step of unadjusted Langevin dynamics on a conditional energy, for images or latents.
+
+.. math::
+    x_{k+1} = x_k - a \nabla f(x_k) - c_k (x_k - x_0) + b \, n_k, \qquad n_k \sim \mathcal N(0, I), \quad
+    c_k = a \, w \, (K - 1 - k) / K
+
+with the drift step a (`drift_step_size`), the noise scale b (`noise_scale`), the conditioning weight w
+(`conditioning_weight`) and K steps (`num_steps`). The temperature of the energy stands in a. The chain samples
+exp(-f) at temperature 1 where b = sqrt(2 a); short calibration chains use far less noise, and follow the drift.
+
+This file imports only torch and diffusers, so that it can travel to the Hub beside its config.
+"""
+
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class LangevinSchedulerOutput(BaseOutput):
+    """
+    Output of [`LangevinScheduler.step`].
+
+    Args:
+        prev_sample (`torch.Tensor`): The next sample of the chain, in the shape and dtype of the one given.
+    """
+
+    prev_sample: torch.Tensor
+
+
+class LangevinScheduler(SchedulerMixin, ConfigMixin):
+    """
+    Langevin dynamics towards low energy, from a sample that it may be conditioned on.
+
+    This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
+    methods the library implements for all schedulers such as loading and saving.
+
+    Parameters:
+        num_steps (`int`, *optional*, defaults to `5`):
+            The length K of the chain, at least 1.
+        drift_step_size (`float`, *optional*, defaults to `0.2`):
+            The step a on the energy's gradient, at least 0. In units of the sample squared over energy.
+        noise_scale (`float`, *optional*, defaults to `1e-3`):
+            The standard deviation b of the noise added at each step, at least 0. In units of the sample.
+        conditioning_weight (`float`, *optional*, defaults to `0.0`):
+            Strength w of the pull towards the initial sample, from 0 to 1 / a; it fades to 0 at the last step.
+        max_gradient_norm (`float`, *optional*):
+            If given, each sample's energy gradient is scaled down to at most this Euclidean norm.
+
+    Raises:
+        ValueError: if an argument is outside what is listed above.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_steps: int = 5,
+        drift_step_size: float = 0.2,
+        noise_scale: float = 1e-3,
+        conditioning_weight: float = 0.0,
+        max_gradient_norm: float | None = None,
+    ):
+        for name, value in (
+            ("drift_step_size", drift_step_size),
+            ("noise_scale", noise_scale),
+            ("conditioning_weight", conditioning_weight),
+        ):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
+        if max_gradient_norm is not None and not 0 < max_gradient_norm < float("inf"):
+            raise ValueError(f"`max_gradient_norm` must be None or a number above 0, but is {max_gradient_norm}.")
+        if drift_step_size * conditioning_weight > 1:
+            raise ValueError(
+                "`drift_step_size` times `conditioning_weight` must be at most 1, or the pull overshoots the initial "
+                f"sample, but is {drift_step_size} * {conditioning_weight}."
+            )
+        # Standard deviation of the noise that a chain starts from, as pipelines ask of any scheduler: a Langevin
+        # chain starts from a sample, which it takes as it is.
+        self.init_noise_sigma = 1.0
+        self.set_timesteps(num_steps)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
+        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
+        unknown = sorted(name for name in rest if not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
+            )
+        return init_dict, unused_kwargs, rest
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
+        """
+        Set the length of the chain.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number K of steps, at least 1. `config.num_steps` if not given.
+            device (`str` or `torch.device`, *optional*): The device of `timesteps`.
+
+        Raises:
+            ValueError: if there would be no step.
+        """
+        num_inference_steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
+        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
+            raise ValueError(
+                f"The number of Langevin steps must be an integer of at least 1, but is {num_inference_steps}."
+            )
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.arange(num_inference_steps, device=device)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Return `sample` as it is: the energy model takes the chain's samples unscaled."""
+        return sample
+
+    def conditioning_coefficient(self, timestep: int) -> float:
+        """The pull c_k = a w (K - 1 - k) / K of step k towards the initial sample."""
+        remaining = (self.num_inference_steps - 1 - timestep) / self.num_inference_steps
+        return self.config.drift_step_size * self.config.conditioning_weight * remaining
+
+    def noise_variance(self) -> float:
+        """
+        Variance an entry that the noise alone gives the end of the chain: K b^2 without conditioning; a pull c_k takes
+        the share 1 - (1 - c_k)^2 of what has gathered. Times the number of entries, it is the noise floor of the
+        squared distance between the two ends of a chain.
+        """
+        variance = 0.0
+        for timestep in range(self.num_inference_steps):
+            variance *= (1.0 - self.conditioning_coefficient(timestep)) ** 2
+            variance += self.config.noise_scale**2
+        return variance
+
+    def step(
+        self,
+        energy_gradient: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        initial_sample: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        drift_scale: float | torch.Tensor = 1.0,
+        return_dict: bool = True,
+    ) -> LangevinSchedulerOutput | tuple[torch.Tensor]:
+        """
+        Take one step of the chain.
+
+        Args:
+            energy_gradient (`torch.Tensor`): The gradient of the raw energy f at `sample`, in its shape.
+            timestep (`int`): The step k, from 0 to K - 1.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): The current sample x_k.
+            initial_sample (`torch.Tensor`, *optional*):
+                The start x_0 of the chain. Needed where `conditioning_weight` is above 0.
+            generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
+            noise (`torch.Tensor`, *optional*): The standard normal draws n_k to use instead of drawing them.
+            drift_scale (`float` or `torch.Tensor` of no dimension, *optional*, defaults to 1.0):
+                Multiplies the step on the energy gradient, for a caller that adapts it.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`LangevinSchedulerOutput`] instead of a plain tuple.
+
+        Returns:
+            [`LangevinSchedulerOutput`] or a tuple with the next sample.
+
+        Raises:
+            ValueError: if `timestep` is not one of the chain, or `initial_sample` is needed and missing.
+        """
+        timestep = int(timestep)
+        if not 0 <= timestep < self.num_inference_steps:
+            raise ValueError(f"`timestep` must be from 0 to {self.num_inference_steps - 1}, but is {timestep}.")
+        if self.config.max_gradient_norm is not None:
+            norm = torch.linalg.vector_norm(energy_gradient.flatten(1).float(), dim=1)
+            scale = (self.config.max_gradient_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+            energy_gradient = energy_gradient * scale.view(-1, *[1] * (sample.ndim - 1)).to(energy_gradient.dtype)
+
+        prev_sample = sample - self.config.drift_step_size * drift_scale * energy_gradient.to(sample.dtype)
+        if self.config.conditioning_weight > 0:
+            if initial_sample is None:
+                raise ValueError("`initial_sample` is needed where `conditioning_weight` is above 0.")
+            prev_sample = prev_sample - self.conditioning_coefficient(timestep) * (sample - initial_sample)
+        if self.config.noise_scale > 0:
+            if noise is None:
+                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            prev_sample = prev_sample + self.config.noise_scale * noise.to(sample.dtype)
+
+        if not return_dict:
+            return (prev_sample,)
+        return LangevinSchedulerOutput(prev_sample=prev_sample)
+
+    def __len__(self) -> int:
+        return self.num_inference_steps

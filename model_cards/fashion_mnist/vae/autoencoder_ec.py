@@ -1,0 +1,439 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+r"""The variational autoencoder of EC-VAE: a convolutional encoder and a decoder that makes an image in one pass.
+
+.. math::
+    q(z \mid x) = \mathcal N(\mu(x), \operatorname{diag} \sigma^2(x)), \qquad x = G(z), \quad z \sim \mathcal N(0, I)
+
+This file imports only torch and diffusers, so that it can travel to the Hub beside its weights.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.activations import get_activation
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+# Below this resolution a decoder block's receptive field covers the image anyway, so excitation would add nothing.
+SKIP_EXCITATION_MIN_SIZE = 128
+
+
+@dataclass
+class AutoencoderECOutput(BaseOutput):
+    """
+    Output of [`AutoencoderEC`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            The reconstruction, in [-1, 1].
+        latent_dist (`DiagonalGaussianDistribution`):
+            The posterior q(z|x), whose mean and log-variance have shape `(batch_size, latent_channels, 1, 1)`.
+        prior_sample (`torch.Tensor` of shape `(num_prior_samples, num_channels, height, width)`, *optional*):
+            The images that the decoder makes of `prior_latents`, in [-1, 1]. `None` where none were asked for.
+    """
+
+    # All but the first have defaults: Accelerate rebuilds outputs from one mapping under mixed precision.
+    sample: torch.Tensor
+    latent_dist: DiagonalGaussianDistribution | None = None
+    prior_sample: torch.Tensor | None = None
+
+
+def get_norm(norm_type: str, channels: int, num_groups: int) -> nn.Module:
+    if norm_type == "batch":
+        return nn.BatchNorm2d(channels)
+    # At least four channels a group: with one, group normalization would be instance normalization.
+    return nn.GroupNorm(math.gcd(num_groups, channels, max(channels // 4, 1)), channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two pre-activated 3x3 convolutions beside a shortcut, at one resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_type: str, norm_num_groups: int, act_fn: str):
+        super().__init__()
+        self.norm1 = get_norm(norm_type, in_channels, norm_num_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = get_norm(norm_type, out_channels, norm_num_groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.act = get_activation(act_fn)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(self.act(self.norm1(hidden_states)))
+        residual = self.conv2(self.act(self.norm2(residual)))
+        return self.shortcut(hidden_states) + residual
+
+
+class GatedUpsample(nn.Module):
+    """A convolution whose second half of channels gates the first, beside a shortcut, and their sum at twice the
+    resolution.
+
+    Upsampling is bilinear and comes last, where it costs least. Neighbours of a nearest-neighbour upsampling share all of
+    their input, and a transposed convolution gives neighbours different numbers of inputs: both leave a grid that an
+    energy model finds first, and that the decoder then spends its training on.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_type: str, norm_num_groups: int, act_fn: str):
+        super().__init__()
+        self.norm = get_norm(norm_type, in_channels, norm_num_groups)
+        self.act = get_activation(act_fn)
+        self.conv = nn.Conv2d(in_channels, 2 * out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = F.glu(self.conv(self.act(self.norm(hidden_states))), dim=1)
+        return F.interpolate(self.shortcut(hidden_states) + residual, scale_factor=2.0, mode="bilinear")
+
+
+class SkipLayerExcitation(nn.Module):
+    """Channel gates for a high resolution, computed from a low one (Liu et al. 2021, arXiv 2101.04775, section 3.1)."""
+
+    def __init__(self, low_channels: int, high_channels: int, act_fn: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(low_channels, high_channels, 4)
+        self.act = get_activation(act_fn)
+        self.conv2 = nn.Conv2d(high_channels, high_channels, 1)
+
+    def forward(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        gate = self.conv2(self.act(self.conv1(F.adaptive_avg_pool2d(low, 4))))
+        return high * torch.sigmoid(gate)
+
+
+class ECEncoder(nn.Module):
+    """Image (B, C, H, W) -> moments (B, 2d, 1, 1)."""
+
+    def __init__(
+        self,
+        sample_size: int,
+        in_channels: int,
+        latent_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        norm_type: str,
+        norm_num_groups: int,
+        act_fn: str,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        channels = block_out_channels[0]
+        for i, out_channels in enumerate(block_out_channels):
+            layers = [nn.Conv2d(channels, channels, 4, stride=2, padding=1)] if i > 0 else []
+            for _ in range(layers_per_block):
+                layers.append(ResidualBlock(channels, out_channels, norm_type, norm_num_groups, act_fn))
+                channels = out_channels
+            self.blocks.append(nn.Sequential(*layers))
+        self.norm_out = get_norm(norm_type, channels, norm_num_groups)
+        self.act_out = get_activation(act_fn)
+        # A kernel as large as the last feature map: a linear layer on it, in 4-D.
+        self.conv_out = nn.Conv2d(channels, 2 * latent_channels, sample_size >> (len(block_out_channels) - 1))
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(sample)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        return self.conv_out(self.act_out(self.norm_out(hidden_states)))
+
+
+class ECDecoder(nn.Module):
+    """Latents (B, d, 1, 1) -> image (B, C, H, W) in [-1, 1]."""
+
+    def __init__(
+        self,
+        sample_size: int,
+        out_channels: int,
+        latent_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        norm_type: str,
+        norm_num_groups: int,
+        act_fn: str,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        reversed_channels = list(reversed(block_out_channels))
+        size = sample_size >> (len(block_out_channels) - 1)
+        self.conv_in = nn.ConvTranspose2d(latent_channels, reversed_channels[0], size)
+        self.blocks = nn.ModuleList()
+        self.excitations = nn.ModuleDict()
+        channels, channels_at = reversed_channels[0], {}
+        for i, block_channels in enumerate(reversed_channels):
+            layers = []
+            if i > 0:
+                layers.append(GatedUpsample(channels, block_channels, norm_type, norm_num_groups, act_fn))
+                size *= 2
+            layers += [
+                ResidualBlock(block_channels, block_channels, norm_type, norm_num_groups, act_fn)
+                for _ in range(layers_per_block)
+            ]
+            self.blocks.append(nn.Sequential(*layers))
+            channels = channels_at[size] = block_channels
+            if size >= SKIP_EXCITATION_MIN_SIZE and size // 16 in channels_at:
+                self.excitations[str(i)] = SkipLayerExcitation(channels_at[size // 16], channels, act_fn)
+        self.norm_out = get_norm(norm_type, channels, norm_num_groups)
+        self.act_out = get_activation(act_fn)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(latents)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+            if str(i) in self.excitations:
+                # Four doublings below: 16 times fewer pixels a side.
+                hidden_states = self.excitations[str(i)](outputs[i - 4], hidden_states)
+            outputs.append(hidden_states if self.excitations else None)
+        return torch.tanh(self.conv_out(self.act_out(self.norm_out(hidden_states))))
+
+
+class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    The variational autoencoder of EC-VAE (Luo et al., ECCV 2024, arXiv 2311.04071): a convolutional encoder, and a
+    decoder that is also the generator: it maps a latent vector from N(0, I) to an image in one pass.
+
+    This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for
+    all models (such as downloading or saving). Construct it with keyword arguments only: positional ones are lost by
+    `from_config`.
+
+    Parameters:
+        sample_size (`int`, *optional*, defaults to `32`):
+            Height and width of the images, in pixels: 8, 16, 32, 64, 128 or 256.
+        in_channels (`int`, *optional*, defaults to `3`):
+            Number of image channels: 1 (gray), 3 (RGB) or 4 (RGBA).
+        latent_channels (`int`, *optional*, defaults to `128`):
+            The dimension d of the latent vector. Latents have shape `(batch_size, latent_channels, 1, 1)`.
+        block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
+            Channels at each resolution: the first entry at `sample_size`, each further one at half the size of the
+            one before. The last resolution must be at least 4 px; a linear layer joins it to the latents.
+        layers_per_block (`int`, *optional*, defaults to `1`):
+            Number of residual blocks at each resolution.
+        norm_type (`str`, *optional*, defaults to `"group"`):
+            `"group"` or `"batch"`. Batch normalization sees posterior and prior batches in turn, and its running
+            statistics then fit neither: see `benchmarks/RESULTS.md` for what that costs.
+        norm_num_groups (`int`, *optional*, defaults to `8`):
+            Upper bound on the number of groups of group normalization. Fewer are used where there would otherwise be
+            less than four channels a group, or groups of unequal size.
+        act_fn (`str`, *optional*, defaults to `"silu"`):
+            Activation function: `"silu"`, `"gelu"`, `"relu"` or `"mish"`.
+        reconstruction_variance (`float`, *optional*):
+            Mean squared error a pixel of the reconstructions, in the unit of images in [-1, 1]; training measures it
+            and writes it here. Restoration uses it as the model's own error.
+        reconstruction_spectrum (`list[float]`, *optional*):
+            Over which frequencies that error spreads (its mean is 1; see `model_error.py`), which training measures too.
+            Restoration needs it to say what the model leaves open; not given, all frequencies have the same.
+
+    Raises:
+        ValueError: if an argument is outside what is listed above.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualBlock", "GatedUpsample", "SkipLayerExcitation"]
+    _repeated_blocks = ["ResidualBlock", "GatedUpsample"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        latent_channels: int = 128,
+        block_out_channels: tuple[int, ...] = (64, 128, 256, 256),
+        layers_per_block: int = 1,
+        norm_type: str = "group",
+        norm_num_groups: int = 8,
+        act_fn: str = "silu",
+        reconstruction_variance: float | None = None,
+        reconstruction_spectrum: list[float] | None = None,
+    ):
+        super().__init__()
+        if sample_size not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"`sample_size` must be a power of two from 8 to 256, but is {sample_size}.")
+        if in_channels not in (1, 3, 4):
+            raise ValueError(f"`in_channels` must be 1, 3 or 4, but is {in_channels}.")
+        if latent_channels < 1:
+            raise ValueError(f"`latent_channels` must be at least 1, but is {latent_channels}.")
+        if len(block_out_channels) < 1 or min(block_out_channels) < 1:
+            raise ValueError(f"`block_out_channels` must hold positive numbers, but is {tuple(block_out_channels)}.")
+        if sample_size >> (len(block_out_channels) - 1) < 4:
+            raise ValueError(
+                f"`block_out_channels` has {len(block_out_channels)} entries, which would end below 4 px: at "
+                f"`sample_size` {sample_size} at most {int(math.log2(sample_size)) - 1} are allowed."
+            )
+        if layers_per_block < 1:
+            raise ValueError(f"`layers_per_block` must be at least 1, but is {layers_per_block}.")
+        if norm_type not in ("group", "batch"):
+            raise ValueError(f"`norm_type` must be 'group' or 'batch', but is {norm_type!r}.")
+        if reconstruction_spectrum is not None and not (
+            isinstance(reconstruction_spectrum, (list, tuple))
+            and all(isinstance(value, (int, float)) and value >= 0 for value in reconstruction_spectrum)
+            and 0 < sum(reconstruction_spectrum) < math.inf
+        ):
+            raise ValueError(
+                "`reconstruction_spectrum` must be a list of finite numbers of at least 0, not all of them 0, but is "
+                f"{reconstruction_spectrum!r}."
+            )
+        if norm_num_groups < 1:
+            raise ValueError(f"`norm_num_groups` must be at least 1, but is {norm_num_groups}.")
+
+        self.encoder = ECEncoder(
+            sample_size, in_channels, latent_channels, block_out_channels, layers_per_block, norm_type,
+            norm_num_groups, act_fn,
+        )  # fmt: skip
+        self.decoder = ECDecoder(
+            sample_size, in_channels, latent_channels, block_out_channels, layers_per_block, norm_type,
+            norm_num_groups, act_fn,
+        )  # fmt: skip
+        self.use_slicing = False
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
+        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
+        unknown = sorted(name for name in rest if not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
+            )
+        return init_dict, unused_kwargs, rest
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        As [`ModelMixin.from_pretrained`], from safetensors only, and whole or not at all.
+
+        Raises:
+            ValueError: if `use_safetensors` is False, or weights are missing from the file.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are not whole: "
+                f"{sorted(info['missing_keys'])[:3]} are missing."
+            )
+        return (model, info) if wants_info else model
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """
+        Encode images into their posterior.
+
+        Args:
+            x (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`AutoencoderKLOutput`] instead of a plain tuple.
+
+        Returns:
+            [`AutoencoderKLOutput`] whose `latent_dist` has moments of shape `(batch_size, latent_channels, 1, 1)`.
+
+        Raises:
+            ValueError: if `x` has another number of channels, height or width.
+        """
+        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"`x` must have shape (batch_size, {', '.join(map(str, expected))}), not {tuple(x.shape)}."
+            )
+        if self.use_slicing and x.shape[0] > 1:
+            moments = torch.cat([self.encoder(x_slice) for x_slice in x.split(1)])
+        else:
+            moments = self.encoder(x)
+        if torch.is_autocast_enabled(x.device.type):
+            moments = moments.float()  # the KL divergence is a sum of small differences
+        posterior = DiagonalGaussianDistribution(moments)
+        if not return_dict:
+            return (posterior,)
+        return AutoencoderKLOutput(latent_dist=posterior)
+
+    @apply_forward_hook
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Make images of latents, in one pass.
+
+        Args:
+            z (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`): Latents; N(0, I) gives new images.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`DecoderOutput`] instead of a plain tuple.
+
+        Returns:
+            [`DecoderOutput`] whose `sample` has shape `(batch_size, in_channels, sample_size, sample_size)`, in
+            [-1, 1].
+
+        Raises:
+            ValueError: if `z` has another shape.
+        """
+        if z.ndim != 4 or tuple(z.shape[1:]) != (self.config.latent_channels, 1, 1):
+            raise ValueError(
+                f"`z` must have shape (batch_size, {self.config.latent_channels}, 1, 1), not {tuple(z.shape)}."
+            )
+        if self.use_slicing and z.shape[0] > 1:
+            sample = torch.cat([self.decoder(z_slice) for z_slice in z.split(1)])
+        else:
+            sample = self.decoder(z)
+        if not return_dict:
+            return (sample,)
+        return DecoderOutput(sample=sample)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        prior_latents: torch.Tensor | None = None,
+        posterior_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> AutoencoderECOutput | tuple:
+        """
+        Reconstruct images and, in the same pass, make new ones: all that a training step needs, so that gradients are
+        synchronised over processes (only a wrapped `forward` is).
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            sample_posterior (`bool`, *optional*, defaults to `False`):
+                Whether to draw z from q(z|x) (reparameterised) instead of taking its mean.
+            prior_latents (`torch.Tensor` of shape `(num_prior_samples, latent_channels, 1, 1)`, *optional*):
+                Draws from N(0, I) to decode too.
+            posterior_noise (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
+                The standard normal draws to sample the posterior with. Drawn from `generator` where not given.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`AutoencoderECOutput`] instead of a plain tuple.
+            generator (`torch.Generator`, *optional*): Makes the posterior's draws deterministic.
+
+        Returns:
+            [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)` with `prior_sample` behind where asked for.
+        """
+        posterior = self.encode(sample).latent_dist
+        if not sample_posterior:
+            z = posterior.mode()
+        elif posterior_noise is not None:
+            z = posterior.mean + posterior.std * posterior_noise.to(posterior.mean)
+        else:
+            z = posterior.sample(generator=generator)
+        if prior_latents is None:
+            reconstruction, prior_sample = self.decode(z).sample, None
+        else:
+            # One pass over both: half the kernel launches, and every parameter is touched exactly once.
+            images = self.decode(torch.cat([z, prior_latents.to(z)])).sample
+            reconstruction, prior_sample = images.split([z.shape[0], prior_latents.shape[0]])
+        if not return_dict:
+            return (reconstruction, posterior) + (() if prior_sample is None else (prior_sample,))
+        return AutoencoderECOutput(sample=reconstruction, latent_dist=posterior, prior_sample=prior_sample)
