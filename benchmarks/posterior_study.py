@@ -25,32 +25,19 @@ PART = 64  # images at a time
 
 POSTERIOR, BOTH = ["--calibration", "posterior"], ["--calibration", "both"]
 ALONE = ["--posterior_decoder_weight", "0"]
-FIXED = ["--max_posterior_dual", "1", "--posterior_tolerance", "1e-9"]
+# One chain, of five steps, for encoder and decoder.
+LONG = ["--posterior_langevin_steps", "5", "--posterior_drift_step", "0.1", "--posterior_decoder_langevin_steps", "0"]
+LONG += ["--initial_posterior_dual", "1", "--max_posterior_dual", "10"]
 SETTINGS = {
     "none": ["--calibration", "none"],
     "posterior": POSTERIOR,
     "posterior, encoder alone": [*POSTERIOR, *ALONE],
     "posterior, decoder alone": [*POSTERIOR, "--initial_posterior_dual", "0", "--posterior_tolerance", "1e9"],
-    "posterior, encoder alone, lambda 1": [*POSTERIOR, *ALONE, *FIXED],
-    "posterior, encoder alone, lambda 1, step 0.02": [*POSTERIOR, *ALONE, *FIXED, "--posterior_drift_step", "0.02"],
-    "posterior, encoder alone, lambda 10, step 0.02": [
-        *POSTERIOR,
-        *ALONE,
-        "--max_posterior_dual",
-        "10",
-        "--initial_posterior_dual",
-        "10",
-        "--posterior_tolerance",
-        "1e-9",
-        "--posterior_drift_step",
-        "0.02",
-    ],  # fmt: skip
-    "posterior, squared error": [*POSTERIOR, "--posterior_constraint", "squared_error"],
-    "posterior, squared error, encoder alone": [*POSTERIOR, *ALONE, "--posterior_constraint", "squared_error"],
-    "posterior, 15 steps": [*POSTERIOR, "--posterior_langevin_steps", "15"],
-    "posterior, 1 step": [*POSTERIOR, "--posterior_langevin_steps", "1"],
-    "posterior, step 0.03": [*POSTERIOR, "--posterior_drift_step", "0.03"],
-    "posterior, step 0.3": [*POSTERIOR, "--posterior_drift_step", "0.3"],
+    "posterior, one long chain": [*POSTERIOR, *LONG],
+    "posterior, one long chain, encoder alone": [*POSTERIOR, *LONG, *ALONE],
+    "posterior, one long chain, squared error": [*POSTERIOR, *LONG, "--posterior_constraint", "squared_error"],
+    "posterior, decoder 15 steps": [*POSTERIOR, "--posterior_decoder_langevin_steps", "15"],
+    "posterior, lambda 100": [*POSTERIOR, "--initial_posterior_dual", "100", "--max_posterior_dual", "100"],
     "energy": ["--calibration", "energy"],
     "both": BOTH,
 }

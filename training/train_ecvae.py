@@ -47,8 +47,8 @@ class ECVAETask(Task):
         latents = {}
         if self.state is not None:
             refined = self.state.refine(real, posterior_noise, noise, kl_weight, self.accelerator)
-            if args.posterior_decoder_weight > 0:
-                latents["refined"] = refined.energy.unwhiten(refined.ends)
+            if refined.latents is not None:
+                latents["refined"] = refined.latents
         if with_samples:
             latents["prior"] = self.draw(real, noise)
         output = network(

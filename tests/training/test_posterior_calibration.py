@@ -12,6 +12,9 @@ from ecvae_training.ecvae_arguments import parse_args
 
 
 STEPS = 8
+# A chain that moves latents far, and a dual variable that is free to move.
+LONG = ("--posterior_langevin_steps", 5, "--posterior_drift_step", 0.1)
+LONG += ("--initial_posterior_dual", 1, "--max_posterior_dual", 10)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def train(images: Path, output_dir: Path, *arguments) -> list[dict]:
 @pytest.fixture(scope="module")
 def both(images, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("runs") / "both"
-    train(images, output_dir, "--calibration", "both", "--max_train_steps", STEPS)
+    train(images, output_dir, "--calibration", "both", *LONG, "--max_train_steps", STEPS)
     return output_dir
 
 
@@ -43,7 +46,7 @@ def test_both_constraints_have_a_dual_variable_each(both):
 
 def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
     """The posterior's dual variable is in the checkpoint too."""
-    arguments = ("--calibration", "both", "--checkpointing_steps", STEPS // 2)
+    arguments = ("--calibration", "both", *LONG, "--checkpointing_steps", STEPS // 2)
     train(images, tmp_path / "cut", *arguments, "--max_train_steps", STEPS // 2)
     lines = train(
         images, tmp_path / "cut", *arguments, "--max_train_steps", STEPS, "--resume_from_checkpoint", "latest"
@@ -56,7 +59,7 @@ def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
 def test_bf16(both, images, tmp_path):
     """The first step is that of float32, but for rounding; both chains keep their state in float32."""
     lines = train(
-        images, tmp_path / "bf16", "--calibration", "both", "--max_train_steps", 2, "--mixed_precision", "bf16"
+        images, tmp_path / "bf16", "--calibration", "both", *LONG, "--max_train_steps", 2, "--mixed_precision", "bf16"
     )
     expected = metrics(both)[0]
     for name in ("reconstruction", "kl", "refined_reconstruction"):
@@ -80,12 +83,22 @@ def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
             steps,
             "--posterior_drift_step",
             drift_step,
+            "--posterior_decoder_drift_step",
+            drift_step,
         )[0]
         for name, weight, steps, drift_step in (("none", 0.5, 0, 0.1), ("over", 0.5, 1, 0.1), ("half", 1.0, 2, 0.2))
     )
     names = ("kl_weight", "posterior_constraint", "posterior_dual", "refined_reconstruction", "gradient_norm")
     assert none["kl_weight"] == 0.5
     assert all(none[name] == over[name] == half[name] for name in names)
+
+
+def test_the_decoder_learns_from_further_steps(images, tmp_path):
+    """The encoder from what is before them."""
+    arguments = ("--calibration", "posterior", "--max_train_steps", 1, "--posterior_decoder_langevin_steps")
+    near, far = (train(images, tmp_path / str(steps), *arguments, steps)[0] for steps in (0, 5))
+    assert far["refined_reconstruction"] < near["refined_reconstruction"] < near["reconstruction"]
+    assert near["posterior_constraint"] == far["posterior_constraint"]
 
 
 def test_the_chain_does_not_run_away_while_beta_is_small(images, tmp_path):

@@ -289,6 +289,12 @@ def test_a_posterior_pinned_at_a_bound_is_told(tmp_path, dual, rate, seen):
         assert finding.healthy == (seen is None) and (seen or "3, inside its bounds 0 and 10") in finding.seen
 
 
+def test_a_posterior_s_weight_that_begins_at_its_bound_is_meant_so(tmp_path):
+    arguments = {**ARGUMENTS, "initial_posterior_dual": 10.0, "max_posterior_dual": 10.0, "dual_learning_rate": 0.1}
+    run = write_run(tmp_path / "run", 300, arguments, change=lambda one: one | {"posterior_dual": 10.0})
+    assert judge_posterior_dual(Run.read(run)) is None
+
+
 @pytest.mark.parametrize(
     "names, width",
     [

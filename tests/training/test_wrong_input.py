@@ -57,16 +57,24 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
             "--posterior_decoder_weight must be a finite number of at least",
         ),
         (
-            [*GIVEN, "--posterior_conditioning_weight", "11"],
-            "--posterior_conditioning_weight must be at most 1 / --posterior_drift_step (10), but is 11.0",
+            [*GIVEN, "--posterior_conditioning_weight", "101"],
+            "--posterior_conditioning_weight must be at most 1 / --posterior_drift_step (100), but is 101.0",
         ),
         (
-            [*GIVEN, "--posterior_conditioning_weight", "3"],
+            [
+                *GIVEN,
+                "--posterior_conditioning_weight",
+                "3",
+                "--posterior_langevin_steps",
+                "5",
+                "--posterior_drift_step",
+                "0.1",
+            ],
             "--posterior_tolerance must be a number with so high a --posterior_conditioning_weight, but is auto",
         ),
         (
-            [*GIVEN, "--initial_posterior_dual", "11"],
-            "--initial_posterior_dual must be from 0 to --max_posterior_dual (10.0), but is 11.0",
+            [*GIVEN, "--initial_posterior_dual", "1001"],
+            "--initial_posterior_dual must be from 0 to --max_posterior_dual (1000.0), but is 1001.0",
         ),
         (
             [*GIVEN, "--calibration", "both", "--kl_weight", "0"],

@@ -57,12 +57,15 @@ def add_loss_arguments(calibration) -> None:
 
 def add_posterior_arguments(calibration) -> None:
     calibration.add_argument(
-        "--posterior_langevin_steps", type=int, default=5, help="Steps of the chain on an image's posterior."
+        "--posterior_langevin_steps",
+        type=int,
+        default=1,
+        help="Steps of the chain on an image's posterior that the encoder learns from.",
     )
     calibration.add_argument(
         "--posterior_drift_step",
         type=float,
-        default=0.1,
+        default=0.01,
         help="Its step a, on latents in the unit of q(z|x)'s standard deviation; its noise is sqrt(2 a).",
     )
     calibration.add_argument(
@@ -80,14 +83,21 @@ def add_posterior_arguments(calibration) -> None:
         help="The bound; a number, or 'auto': what the chain leaves of it where q is the posterior already.",
     )
     calibration.add_argument(
-        "--initial_posterior_dual", type=float, default=1.0, help="The posterior's dual variable at the start."
+        "--initial_posterior_dual", type=float, default=1000.0, help="The posterior's dual variable at the start."
     )
-    calibration.add_argument("--max_posterior_dual", type=float, default=10.0, help="Its upper bound.")
+    calibration.add_argument("--max_posterior_dual", type=float, default=1000.0, help="Its upper bound.")
+    calibration.add_argument(
+        "--posterior_decoder_langevin_steps",
+        type=int,
+        default=5,
+        help="Further steps, from the end of that chain, to where the decoder learns from. 0: it learns from that end.",
+    )
+    calibration.add_argument("--posterior_decoder_drift_step", type=float, default=0.1, help="Their step a.")
     calibration.add_argument(
         "--posterior_decoder_weight",
         type=float,
         default=1.0,
-        help="Weight of the squared error of images decoded from the chain's ends: the decoder learns from them too. 0: not.",
+        help="Weight of the squared error of images decoded from where the further steps end. 0: the encoder learns alone.",
     )
 
 
@@ -97,8 +107,9 @@ def check(args: argparse.Namespace, refuse) -> None:
     check_nonnegative(args, refuse, ("kl_weight", "free_bits"))
     check_channels(args, refuse, "block_out_channels")
     check_integers(args, refuse, ("posterior_langevin_steps",), least=1)
+    check_integers(args, refuse, ("posterior_decoder_langevin_steps",), least=0)
     check_nonnegative(args, refuse, ("posterior_conditioning_weight", "posterior_decoder_weight"))
-    for name in ("posterior_drift_step", "max_posterior_dual"):
+    for name in ("posterior_drift_step", "posterior_decoder_drift_step", "max_posterior_dual"):
         if not 0 < getattr(args, name) < math.inf:
             refuse(name, "a finite number above 0")
     if args.posterior_drift_step * args.posterior_conditioning_weight > 1:

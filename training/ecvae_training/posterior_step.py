@@ -23,13 +23,16 @@ class Refined:
     """
     Args:
         energy ([`PosteriorEnergy`]): U of a batch of images.
-        ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents.
+        ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents: the encoder's targets.
         reference (`torch.Tensor` of shape `(B, d, 1, 1)`): The same chains' ends were q the posterior.
+        latents (`torch.Tensor` of shape `(B, d, 1, 1)`, *optional*): Where they are after further steps, not whitened: what the
+            decoder learns from, if it does.
     """
 
     energy: PosteriorEnergy
     ends: torch.Tensor
     reference: torch.Tensor
+    latents: torch.Tensor | None
 
 
 class PosteriorCalibration:
@@ -74,8 +77,8 @@ class PosteriorCalibration:
         accelerator: Accelerator,
     ) -> Refined:
         """
-        Run the chain on images' posteriors, without gradients to a network: before the wrapped pass, which the ends may be
-        decoded in.
+        Run the chain on images' posteriors, without gradients to a network: before the wrapped pass, in which the latents for the
+        decoder are decoded.
 
         Args:
             real (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
@@ -94,7 +97,21 @@ class PosteriorCalibration:
                 posterior = self.vae.encode(real).latent_dist
             energy = PosteriorEnergy(lambda latents: self.vae.decode(latents).sample, real, posterior, kl_weight / 2)
             ends = self.calibrator.run_chain(posterior_noise, noise=draws, energy_model=energy)
-        return Refined(energy, ends, coupled_ends(scheduler, posterior_noise, draws))
+            latents = self.go_on(energy, ends, kl_weight, noise) if self.args.posterior_decoder_weight > 0 else None
+        return Refined(energy, ends, coupled_ends(scheduler, posterior_noise, draws), latents)
+
+    def go_on(self, energy: PosteriorEnergy, ends: torch.Tensor, kl_weight: float, noise: StepNoise) -> torch.Tensor:
+        """
+        Latents for the decoder. A few small steps give the encoder the gradient of its bound with little noise, but lead
+        nowhere; larger ones lead to the posterior, and their noise would drown what the encoder is to hear.
+        """
+        args = self.args
+        if args.posterior_decoder_langevin_steps > 0:
+            drift_step = args.posterior_decoder_drift_step * (kl_weight / args.kl_weight)
+            chain = posterior_chain(args.posterior_decoder_langevin_steps, drift_step)
+            draws = [noise.normal(*ends.shape) for _ in range(len(chain))]
+            ends = EnergyCalibrator(None, chain).run_chain(ends, noise=draws, energy_model=energy)
+        return energy.unwhiten(ends)
 
     def constrain(self, posterior, posterior_noise: torch.Tensor, refined: Refined) -> CalibrationOutput:
         """The calibration of q(z|x) with gradients, by the ends of its chain."""

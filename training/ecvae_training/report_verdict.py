@@ -175,6 +175,9 @@ def judge_dual(run: Run) -> Finding | None:
 
 
 def judge_posterior_dual(run: Run) -> Finding | None:
+    # Where it begins at its bound, as by default, it is meant as a fixed weight.
+    if run.argument("initial_posterior_dual") == run.argument("max_posterior_dual"):
+        return None
     return judge_bounds(
         run,
         "posterior_dual",
