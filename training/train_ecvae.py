@@ -27,8 +27,9 @@ from ecvae_training.task import Task, evaluating
 
 # Enough for a mean that is known to a few per cent.
 NUM_VARIANCE_IMAGES = 2048
-# What an evaluation while training spends on the bounds on the likelihood of training images.
-NUM_LIKELIHOOD_IMAGES, IMPORTANCE_SAMPLES, AMORTISATION_STEPS = 32, 64, 100
+# What an evaluation while training spends on the bounds on the likelihood of training images: one for so many of
+# --evaluation_samples, since an image costs some hundred passes through the decoder.
+SAMPLES_PER_LIKELIHOOD_IMAGE, NUM_LIKELIHOOD_IMAGES, IMPORTANCE_SAMPLES, AMORTISATION_STEPS = 64, 32, 64, 100
 
 
 class ECVAETask(Task):
@@ -86,7 +87,8 @@ class ECVAETask(Task):
         """The importance-weighted bound, the evidence lower bound and the amortisation gap, in nats an image."""
         if self.args.kl_weight == 0:
             return {}  # there is no likelihood that the loss stands for
-        images = to_range(images[:NUM_LIKELIHOOD_IMAGES].to(generator.device))
+        count = max(1, min(NUM_LIKELIHOOD_IMAGES, self.args.evaluation_samples // SAMPLES_PER_LIKELIHOOD_IMAGE))
+        images = to_range(images[:count].to(generator.device))
         bounds = posterior_bounds(
             images,
             generator,
