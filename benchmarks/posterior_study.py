@@ -36,6 +36,8 @@ SETTINGS = {
     "posterior, one long chain": [*POSTERIOR, *LONG],
     "posterior, one long chain, encoder alone": [*POSTERIOR, *LONG, *ALONE],
     "posterior, one long chain, squared error": [*POSTERIOR, *LONG, "--posterior_constraint", "squared_error"],
+    "posterior, data alone": [*POSTERIOR, "--no-posterior_generated_images"],
+    "posterior, decoder weight 1": [*POSTERIOR, "--posterior_decoder_weight", "1"],
     "posterior, decoder 15 steps": [*POSTERIOR, "--posterior_decoder_langevin_steps", "15"],
     "posterior, lambda 100": [*POSTERIOR, "--initial_posterior_dual", "100", "--max_posterior_dual", "100"],
     "energy": ["--calibration", "energy"],

@@ -15,6 +15,7 @@ from ecvae_diffusers.posterior import (
     FORMS,
     PosteriorEnergy,
     coupled_ends,
+    generated_images,
     negative_log_posterior,
     optimized_posterior,
     posterior_chain,
@@ -60,6 +61,34 @@ def test_gradient_is_that_of_the_log_posterior():
     expected = (latents - true.mean) / true.var * amortised.std
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(energy.whiten(latents), whitened, rtol=1e-5, atol=1e-5)
+
+
+def test_generated_images_are_draws_of_the_model():
+    """Of x ~ p(x) and the true posterior x' ~ p(x) too, with covariance W W^T + s^2 I, and other images than x."""
+    decoder, count = LinearDecoder(), 200_000
+    decoder.weight, variance = decoder.weight / 50, VARIANCE / 2500  # so that nothing is clipped
+    shape = (count, LATENTS, 1, 1)
+    images = decoder(randn(*shape)) + variance**0.5 * randn(count, 1, 2, 4, seed=1)
+    precision = 1 + decoder.weight.square().sum(0) / variance
+    mean = images.flatten(1) @ decoder.weight / variance / precision
+    q = posterior_of(mean.view(shape), precision.rsqrt().view(1, -1, 1, 1).expand(shape))
+    found = generated_images(images, q, decoder, randn(*shape, seed=2), randn(*shape, seed=3)).flatten(1)
+    expected = decoder.weight @ decoder.weight.T + variance * torch.eye(PIXELS)
+    torch.testing.assert_close(found.T @ found / count, expected, rtol=0.02, atol=2e-5)
+    decoded = decoder(randn(*shape, seed=3)).flatten(1)  # G(z'), which the residual knows nothing of
+    residual = found - decoded
+    assert (residual.T @ decoded / count).abs().max() < 2e-5
+    torch.testing.assert_close(residual.T @ residual / count, variance * torch.eye(PIXELS), rtol=0.02, atol=1e-6)
+
+
+def test_generated_images_are_clipped_as_data_are():
+    images = randn(4, 1, 2, 4).clamp(-1, 1)
+    q = posterior_of(torch.zeros(4, LATENTS, 1, 1), torch.ones(4, LATENTS, 1, 1))
+    found = generated_images(images, q, LinearDecoder(), randn(4, LATENTS, 1, 1), randn(4, LATENTS, 1, 1, seed=1))
+    assert found.abs().max() == 1
+    # Where z' = z nothing is exchanged.
+    same = randn(4, LATENTS, 1, 1, seed=2)
+    torch.testing.assert_close(generated_images(images, q, LinearDecoder(), same, same), images, rtol=1e-5, atol=1e-5)
 
 
 def test_the_true_posterior_is_left_as_it_is():

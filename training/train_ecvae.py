@@ -45,9 +45,10 @@ class ECVAETask(Task):
     def loss(self, network, real, noise, step, with_samples):
         args, kl_weight = self.args, kl_warmup(self.args.kl_weight, step, self.args.kl_warmup_steps)
         posterior_noise = noise.normal(len(real), *self.latent_shape)
-        latents = {}
+        latents, generated = {}, None
         if self.state is not None:
             refined = self.state.refine(real, posterior_noise, noise, kl_weight, self.accelerator)
+            generated = refined.generated
             if refined.latents is not None:
                 latents["refined"] = refined.latents
         if with_samples:
@@ -57,6 +58,7 @@ class ECVAETask(Task):
             sample_posterior=True,
             posterior_noise=posterior_noise,
             prior_latents=torch.cat(list(latents.values())) if latents else None,
+            extra_sample=generated,
         )
         decoded = dict(zip(latents, output.prior_sample.chunk(len(latents)))) if latents else {}
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight, args.free_bits)
@@ -66,7 +68,7 @@ class ECVAETask(Task):
         scalars["active_units"] = active_units(output.latent_dist.mean)
         scalars["posterior_variance"] = output.latent_dist.var.detach().float().mean()
         if self.state is not None:
-            calibration = self.state.constrain(output.latent_dist, posterior_noise, refined)
+            calibration = self.state.constrain(output, refined)
             loss = loss + calibration.loss
             scalars["posterior_constraint"] = calibration.constraint
             scalars["posterior_dual"] = self.state.calibrator.dual

@@ -218,6 +218,36 @@ def negative_log_posterior(
     return distance
 
 
+@torch.no_grad()
+def generated_images(
+    images: torch.Tensor,
+    posterior: DiagonalGaussianDistribution,
+    decode: Callable,
+    noise: torch.Tensor,
+    prior: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Images of the model's own, with real residuals: x' = G(z') + x - G(z), with z' ~ N(0, I) and z ~ q(z|x).
+
+    Were q the posterior and the model right, x - G(z) would be the likelihood's noise, independent of z, and x' a draw of
+    the model. An encoder knows the images it is trained on better than others; these are other images at every step, whose
+    posteriors a chain can correct as it does those of data: it needs no label but the image.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
+        posterior (`DiagonalGaussianDistribution`): q(z|x), latents (B, d, 1, 1).
+        decode (`Callable`): G: latents (B, d, 1, 1) -> images.
+        noise (`torch.Tensor` of shape `(B, d, 1, 1)`): The standard normal draws that z is made of.
+        prior (`torch.Tensor` of shape `(B, d, 1, 1)`): z'.
+
+    Returns:
+        `torch.Tensor` of the shape of `images`, clipped to [-1, 1], no gradient.
+    """
+    decoded = decode(torch.cat([posterior.mean + posterior.std * noise, prior.to(posterior.mean)])).to(images.dtype)
+    own, generated = decoded.chunk(2)
+    return (generated + images - own).clamp(-1, 1)
+
+
 @torch.enable_grad()
 def optimized_posterior(
     images: torch.Tensor,

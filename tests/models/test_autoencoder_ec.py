@@ -208,6 +208,20 @@ def test_forward_is_encode_and_decode(vae, sample_posterior, num_prior_samples):
             assert torch.allclose(output.prior_sample, vae.decode(prior).sample, atol=1e-5)
 
 
+def test_extra_images_are_encoded_and_nothing_else(vae):
+    sample, extra = images(3), images(2, seed=5)
+    with torch.no_grad():
+        alone, output = vae(sample), vae(sample, extra_sample=extra)
+        as_tuple = vae(sample, extra_sample=extra, prior_latents=latents(2), return_dict=False)
+    torch.testing.assert_close(output.sample, alone.sample, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.latent_dist.mean, alone.latent_dist.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.extra_latent_dist.mean, vae.encode(extra).latent_dist.mean, rtol=1e-5, atol=1e-5)
+    assert alone.extra_latent_dist is None and output.prior_sample is None
+    assert (
+        len(as_tuple) == 4 and len(as_tuple[2]) == 2 and torch.equal(as_tuple[3].mean, output.extra_latent_dist.mean)
+    )
+
+
 def test_generator_makes_the_posterior_reproducible(vae):
     sample = images(3)
     with torch.no_grad():

@@ -101,6 +101,19 @@ def test_the_decoder_learns_from_further_steps(images, tmp_path):
     assert near["posterior_constraint"] == far["posterior_constraint"]
 
 
+def test_the_encoder_learns_from_generated_images_too(images, tmp_path):
+    """And nothing else does: the error of data and of its chain's ends, before the first step, is that without them."""
+    arguments = ("--calibration", "posterior", "--max_train_steps", 2)
+    lines = train(images, tmp_path / "with", *arguments)
+    without = train(images, tmp_path / "without", *arguments, "--no-posterior_generated_images")
+    for name in ("reconstruction", "kl"):
+        assert lines[0][name] == pytest.approx(without[0][name], rel=1e-5)
+    assert lines[0]["posterior_constraint"] != without[0]["posterior_constraint"]
+    with_, without = weights(tmp_path / "with"), weights(tmp_path / "without")
+    encoder = [key for key in with_ if "encoder" in key and not torch.equal(with_[key], without[key])]
+    assert encoder
+
+
 def test_the_chain_does_not_run_away_while_beta_is_small(images, tmp_path):
     """At a thousandth of beta the likelihood is a thousand times as sharp: a whole step would move latents by hundreds of sigma."""
     arguments = ("--calibration", "posterior", "--max_train_steps", 3, "--kl_warmup_steps", 3000)
@@ -128,6 +141,7 @@ def test_batch_normalization_is_refused(images, tmp_path, capsys):
 def test_the_posterior_alone_has_no_energy_model(images, tmp_path):
     """And with the decoder left out and a pinned 0 the run is that without calibration, but for its logs."""
     off = ("--posterior_decoder_weight", 0, "--initial_posterior_dual", 0, "--posterior_tolerance", "1e9")
+    off += ("--no-posterior_generated_images",)
     lines = train(images, tmp_path / "off", "--calibration", "posterior", *off, "--max_train_steps", 1)
     assert "constraint" not in lines[-1] and "refined_reconstruction" not in lines[-1]
     pipe = ECVAEPipeline.from_pretrained(tmp_path / "off")

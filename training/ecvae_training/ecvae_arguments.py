@@ -87,6 +87,12 @@ def add_posterior_arguments(calibration) -> None:
     )
     calibration.add_argument("--max_posterior_dual", type=float, default=1000.0, help="Its upper bound.")
     calibration.add_argument(
+        "--posterior_generated_images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Whether the encoder learns from as many images that the decoder makes, too: those of data are few.",
+    )
+    calibration.add_argument(
         "--posterior_decoder_langevin_steps",
         type=int,
         default=5,
@@ -96,7 +102,7 @@ def add_posterior_arguments(calibration) -> None:
     calibration.add_argument(
         "--posterior_decoder_weight",
         type=float,
-        default=1.0,
+        default=0.3,
         help="Weight of the squared error of images decoded from where the further steps end. 0: the encoder learns alone.",
     )
 

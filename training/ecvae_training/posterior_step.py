@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.calibration import CalibrationOutput
 from ecvae_diffusers.energy import frozen
+from ecvae_diffusers.models.autoencoder_ec import AutoencoderECOutput
 from ecvae_diffusers.posterior import (
     PosteriorEnergy,
     coupled_ends,
+    generated_images,
     negative_log_posterior,
     posterior_chain,
     stationary_constraint,
@@ -22,16 +25,20 @@ from ecvae_training.noise import StepNoise
 class Refined:
     """
     Args:
-        energy ([`PosteriorEnergy`]): U of a batch of images.
+        energy ([`PosteriorEnergy`]): U of a batch of images, and of generated ones behind them, if there are.
+        noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0.
         ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents: the encoder's targets.
         reference (`torch.Tensor` of shape `(B, d, 1, 1)`): The same chains' ends were q the posterior.
-        latents (`torch.Tensor` of shape `(B, d, 1, 1)`, *optional*): Where they are after further steps, not whitened: what the
-            decoder learns from, if it does.
+        generated (`torch.Tensor` of shape `(b, C, H, W)`, *optional*): The generated images.
+        latents (`torch.Tensor` of shape `(b, d, 1, 1)`, *optional*): Where those of data are after further steps, not whitened:
+            what the decoder learns from, if it does.
     """
 
     energy: PosteriorEnergy
+    noise: torch.Tensor
     ends: torch.Tensor
     reference: torch.Tensor
+    generated: torch.Tensor | None
     latents: torch.Tensor | None
 
 
@@ -91,14 +98,39 @@ class PosteriorCalibration:
         # With a pull there may be no such bound at this step size, though there is one at the whole.
         if self.args.posterior_tolerance == "auto" and self.remainder > 0:
             self.calibrator.tolerance = self.remainder
-        draws = [noise.normal(*posterior_noise.shape) for _ in range(len(scheduler))]
+        variance, count, latents = kl_weight / 2, len(real), None
         with frozen(self.vae), accelerator.autocast():
-            with torch.no_grad():
-                posterior = self.vae.encode(real).latent_dist
-            energy = PosteriorEnergy(lambda latents: self.vae.decode(latents).sample, real, posterior, kl_weight / 2)
-            ends = self.calibrator.run_chain(posterior_noise, noise=draws, energy_model=energy)
-            latents = self.go_on(energy, ends, kl_weight, noise) if self.args.posterior_decoder_weight > 0 else None
-        return Refined(energy, ends, coupled_ends(scheduler, posterior_noise, draws), latents)
+            posterior, generated = self.encode(real, noise)
+            images, num_parts = (real, 1) if generated is None else (torch.cat([real, generated]), 2)
+
+            def normal(num_parts: int = num_parts) -> list[torch.Tensor]:
+                # For data and generated images apart: each process takes its share of either.
+                return [noise.normal(*posterior_noise.shape) for _ in range(num_parts)]
+
+            start = torch.cat([posterior_noise, *normal(num_parts - 1)])
+            draws = [torch.cat(normal()) for _ in range(len(scheduler))]
+            energy = PosteriorEnergy(self.decode, images, posterior, variance)
+            ends = self.calibrator.run_chain(start, noise=draws, energy_model=energy)
+            if self.args.posterior_decoder_weight > 0:
+                of_data = DiagonalGaussianDistribution(posterior.parameters[:count])
+                latents = self.go_on(
+                    PosteriorEnergy(self.decode, real, of_data, variance), ends[:count], kl_weight, noise
+                )
+        return Refined(energy, start, ends, coupled_ends(scheduler, start, draws), generated, latents)
+
+    @torch.no_grad()
+    def encode(self, real: torch.Tensor, noise: StepNoise) -> tuple[DiagonalGaussianDistribution, torch.Tensor | None]:
+        """q(z|x) of images and, behind them, of as many that the model makes of its own; and these, if there are."""
+        posterior = self.vae.encode(real).latent_dist
+        if not self.args.posterior_generated_images:
+            return posterior, None
+        own, prior = (noise.normal(*posterior.mean.shape) for _ in range(2))
+        generated = generated_images(real, posterior, self.decode, own, prior)
+        moments = [posterior.parameters, self.vae.encode(generated).latent_dist.parameters]
+        return DiagonalGaussianDistribution(torch.cat(moments)), generated
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents).sample
 
     def go_on(self, energy: PosteriorEnergy, ends: torch.Tensor, kl_weight: float, noise: StepNoise) -> torch.Tensor:
         """
@@ -113,10 +145,13 @@ class PosteriorCalibration:
             ends = EnergyCalibrator(None, chain).run_chain(ends, noise=draws, energy_model=energy)
         return energy.unwhiten(ends)
 
-    def constrain(self, posterior, posterior_noise: torch.Tensor, refined: Refined) -> CalibrationOutput:
-        """The calibration of q(z|x) with gradients, by the ends of its chain."""
-        energy, distance = refined.energy, None
-        samples = energy.whiten(posterior.mean.float() + posterior.std.float() * posterior_noise)
+    def constrain(self, output: AutoencoderECOutput, refined: Refined) -> CalibrationOutput:
+        """The calibration of q(z|x) with gradients, that of generated images too, by the ends of its chain."""
+        energy, distance, posterior = refined.energy, None, output.latent_dist
+        if refined.generated is not None:
+            parts = [posterior.parameters, output.extra_latent_dist.parameters]
+            posterior = DiagonalGaussianDistribution(torch.cat(parts))
+        samples = energy.whiten(posterior.mean.float() + posterior.std.float() * refined.noise)
         if self.args.posterior_constraint == "log_prob":
             distance = negative_log_posterior(posterior, energy, refined.reference, self.remainder)
         calibration = self.calibrator.constrain(samples, refined.ends, distance=distance)
