@@ -26,13 +26,13 @@ from ecvae_training.images import to_range, to_uint8
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
 
 
-NUM_TRAIN, NUM_TEST, RESOLUTION, BATCH = 20_000, 5_000, 32, 64
+NUM_TRAIN, NUM_TEST, RESOLUTION, BATCH = 20_000, 5_000, 32, 32
 SCRIPT = Path(__file__).resolve().parents[1] / "training" / "calibrate_decoder.py"
 
 
 def kl() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1,
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=1,
         up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=8, latent_channels=4, sample_size=RESOLUTION,
         mid_block_add_attention=False,
     )  # fmt: skip
@@ -41,7 +41,7 @@ def kl() -> AutoencoderKL:
 def tiny() -> AutoencoderTiny:
     return AutoencoderTiny(
         # Its levels are joined by convolutions that keep the number of channels.
-        encoder_block_out_channels=(48, 48, 48), decoder_block_out_channels=(48, 48, 48), num_encoder_blocks=(1, 1, 1),
+        encoder_block_out_channels=(32, 32, 32), decoder_block_out_channels=(32, 32, 32), num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(1, 1, 1), latent_channels=4,
     )  # fmt: skip
 
@@ -63,8 +63,8 @@ class Cifar10:
 
     name = "decoder"
     arguments = [
-        "--resolution", str(RESOLUTION), "--energy_block_out_channels", "32", "64", "128", "128", "--max_train_samples",
-        str(NUM_TRAIN), "--log_steps", "50", "--save_images_steps", "1000",
+        "--resolution", str(RESOLUTION), "--energy_block_out_channels", "16", "32", "64", "128", "--max_train_samples",
+        str(NUM_TRAIN), "--train_batch_size", str(BATCH), "--mixed_precision", "bf16", "--log_steps", "50", "--save_images_steps", "1000",
     ]  # fmt: skip
 
     def __init__(self, folder: Path, dataset: str, device: torch.device):
@@ -91,12 +91,14 @@ class Cifar10:
         batches = epochs(self.train, BATCH)
         for _ in tqdm(range(num_steps), desc=f"Training {model}"):
             real = next(batches).to(self.device)
-            encoded, divergence = network.encode(real), 0.0
-            if "latent_dist" in encoded:
-                latents, divergence = encoded.latent_dist.sample(), 1e-3 * encoded.latent_dist.kl().mean()
-            else:
-                latents = encoded.latents
-            loss = (network.decode(latents).sample - real).square().flatten(1).sum(1).mean() + divergence
+            with torch.autocast(self.device.type, torch.bfloat16):
+                encoded, divergence = network.encode(real), 0.0
+                if "latent_dist" in encoded:
+                    latents, divergence = encoded.latent_dist.sample(), 1e-3 * encoded.latent_dist.kl().float().mean()
+                else:
+                    latents = encoded.latents
+                decoded = network.decode(latents).sample.float()
+            loss = (decoded - real).square().flatten(1).sum(1).mean() + divergence
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -147,8 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", metavar="DATASET", required=True, help="Hub id or folder")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--pretraining_steps", type=positive, default=3000)
-    parser.add_argument("--max_train_steps", type=positive, default=2000)
+    parser.add_argument("--pretraining_steps", type=positive, default=2000)
+    parser.add_argument("--max_train_steps", type=positive, default=1500)
     parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")

@@ -20,7 +20,7 @@ def test_networks_optimizers_and_calibration(images, tmp_path):
         "--layers_per_block", 2, "--energy_block_out_channels", 8, 16, 16, "--no-energy_spectral_norm",
         "--energy_act_fn", "silu", "--langevin_steps", 3, "--langevin_drift_step", 0.3, "--langevin_noise", 0.01,
         "--calibration_tolerance", 0.5, "--initial_dual", 3, "--max_dual", 4, "--dual_learning_rate", 5,
-        "--adam_beta1", 0.5, "--adam_beta2", 0.95, "--adam_epsilon", 1e-6, "--adam_weight_decay", 0.01,
+        "--adam_beta1", 0.5, "--adam_beta2", 0.95, "--energy_adam_beta1", 0.1, "--adam_epsilon", 1e-6, "--adam_weight_decay", 0.01,
         "--learning_rate", 1e-3, "--energy_learning_rate", 2e-3, "--ema_max_decay", 0.5, "--divergence_guard",
         "--dataloader_num_workers", 1, "--checkpointing_steps", 6, "--kl_weight", 0.5,
     )  # fmt: skip
@@ -37,9 +37,9 @@ def test_networks_optimizers_and_calibration(images, tmp_path):
         assert record["noise_floor"] == pytest.approx(256 * 3 * 0.01**2)
         assert 0 <= record["dual"] <= 4 and record["learning_rate"] == 1e-3 and record["energy_learning_rate"] == 2e-3
     assert records[0]["dual"] == pytest.approx(min(4, max(0, 3 + 5 * (records[0]["constraint"] / 0.5 - 1))), rel=1e-4)
-    for file in ("optimizer.bin", "optimizer_1.bin"):
+    for file, betas in (("optimizer.bin", (0.5, 0.95)), ("optimizer_1.bin", (0.1, 0.9))):
         (group,) = torch.load(tmp_path / "checkpoint-6" / file, weights_only=True)["param_groups"]
-        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.5, 0.95), 1e-6, 0.01)
+        assert (group["betas"], group["eps"], group["weight_decay"]) == (betas, 1e-6, 0.01)
 
 
 def test_the_average_forgets_at_its_decay(images, tmp_path):

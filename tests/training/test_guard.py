@@ -164,7 +164,7 @@ def recovery(tmp_path):
     args = parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path), "--lr_scheduler", "constant"])
     accelerator = Accelerator(cpu=True)
     networks = [torch.nn.Linear(2, 2) for _ in range(2)]
-    generator, energy = (build_trained(args, accelerator, network, 1e-3, 100) for network in networks)
+    generator, energy = (build_trained(args, accelerator, network, 1e-3, (0.0, 0.9), 100) for network in networks)
     return Recovery(args, accelerator, generator, energy)
 
 
@@ -192,7 +192,7 @@ def test_the_rate_recovers_from_a_passing_fault_and_stays_down_else(recovery):
 
 def test_a_lowered_rate_follows_its_schedule(tmp_path):
     args = parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path), "--lr_scheduler", "linear"])
-    trained = build_trained(args, Accelerator(cpu=True), torch.nn.Linear(2, 2), 1e-3, 10)
+    trained = build_trained(args, Accelerator(cpu=True), torch.nn.Linear(2, 2), 1e-3, (0.0, 0.9), 10)
     for step in range(1, 5):
         trained.optimizer.step()
         trained.lr_scheduler.step()

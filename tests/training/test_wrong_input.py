@@ -83,6 +83,7 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ([*GIVEN, "--initial_dual", "200"], "--initial_dual must be from 0 to --max_dual (100.0), but is 200.0"),
         ([*GIVEN, "--dual_learning_rate", "-1"], "--dual_learning_rate must be a finite number of at least 0"),
         ([*GIVEN, "--adam_beta1", "1"], "--adam_beta1 must be at least 0 and below 1"),
+        ([*GIVEN, "--energy_adam_beta2", "-0.1"], "--energy_adam_beta2 must be at least 0 and below 1, but is -0.1"),
         ([*GIVEN, "--ema_max_decay", "1.5"], "--ema_max_decay must be at least 0 and below 1"),
         ([*GIVEN, "--seed", "-1"], "--seed must be from 0 to 4294967295, but is -1"),
         ([*GIVEN, "--train_batch_size", "0"], "--train_batch_size must be at least 1"),

@@ -133,7 +133,7 @@ def check_arguments(
         "drift_tolerance",
     )  # fmt: skip
     check_nonnegative(args, refuse, nonnegative)
-    for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+    for name in ("adam_beta1", "adam_beta2", "energy_adam_beta1", "energy_adam_beta2", "ema_max_decay"):
         if not 0 <= getattr(args, name) < 1:
             refuse(name, "at least 0 and below 1")
     if not 0 <= args.initial_dual <= args.max_dual:

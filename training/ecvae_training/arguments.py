@@ -235,8 +235,9 @@ def add_training_arguments(training) -> None:
         "depends on the number of steps, a run cut in two differs from a run in one unless --max_train_steps is equal.",
     )
     training.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up steps of the schedule.")
-    training.add_argument("--adam_beta1", type=float, default=0.0, help="Of both Adam optimizers.")
-    training.add_argument("--adam_beta2", type=float, default=0.9, help="Of both Adam optimizers.")
+    for name, what in (("adam", "what is trained beside the energy model"), ("energy_adam", "the energy model")):
+        training.add_argument(f"--{name}_beta1", type=float, default=0.0, help=f"Of the Adam of {what}.")
+        training.add_argument(f"--{name}_beta2", type=float, default=0.9, help=f"Of the Adam of {what}.")
     training.add_argument("--adam_epsilon", type=float, default=1e-8, help="Of both Adam optimizers.")
     training.add_argument("--adam_weight_decay", type=float, default=0.0, help="Of both optimizers (AdamW).")
     training.add_argument(

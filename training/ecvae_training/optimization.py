@@ -25,11 +25,13 @@ class Trained:
             group["lr"] = base * rule(schedule.last_epoch)
 
 
-def build_trained(args, accelerator: Accelerator, network, learning_rate: float, num_steps: int) -> Trained:
+def build_trained(
+    args, accelerator: Accelerator, network, learning_rate: float, betas: tuple[float, float], num_steps: int
+) -> Trained:
     """Adam and the schedule of the command line for what of a network is trained, wrapped by Accelerate."""
     options = {
         "lr": learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
+        "betas": betas,
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }

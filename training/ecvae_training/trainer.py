@@ -81,9 +81,14 @@ class Trainer:
         # Before `prepare`, so that its modules carry no wrapper into the saved average.
         if args.use_ema:
             self.ema = moving_average(task.generator, args.ema_max_decay).to(accelerator.device)
-        self.generator = build_trained(args, accelerator, task.generator, args.learning_rate, num_steps)
+        self.generator = build_trained(
+            args, accelerator, task.generator, args.learning_rate, (args.adam_beta1, args.adam_beta2), num_steps
+        )
         if task.energy_model is not None:
-            self.energy = build_trained(args, accelerator, task.energy_model, args.energy_learning_rate, num_steps)
+            self.energy = build_trained(
+                args, accelerator, task.energy_model, args.energy_learning_rate,
+                (args.energy_adam_beta1, args.energy_adam_beta2), num_steps,
+            )  # fmt: skip
             self.calibrator = build_calibrator(args, task.energy_model)
         task.prepare(accelerator)
         own = {"ema": self.ema, "calibrator": self.calibrator, "task": task.state}
