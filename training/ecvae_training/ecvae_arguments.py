@@ -102,7 +102,7 @@ def add_posterior_arguments(calibration) -> None:
     calibration.add_argument(
         "--posterior_decoder_weight",
         type=float,
-        default=0.3,
+        default=0.1,
         help="Weight of the squared error of images decoded from where the further steps end. 0: the encoder learns alone.",
     )
 
