@@ -20,6 +20,8 @@ from ecvae_training.task import Task, evaluating
 
 # Images that activation normalization takes its statistics of.
 NUM_INITIALIZATION_IMAGES = 256
+# How far outside the range of images a sample may lie and still be learned from.
+FAR = 10.0
 
 
 class FlowTask(Task):
@@ -48,7 +50,7 @@ class FlowTask(Task):
 
     def sample(self, generator, latents):
         with evaluating(generator):
-            return generator.decode(latents).float()
+            return within_range(generator.decode(latents).float())
 
     def reconstruct(self, generator, images):
         """There and back: what differs is rounding."""
@@ -62,10 +64,12 @@ class FlowTask(Task):
 def within_range(samples: torch.Tensor) -> torch.Tensor:
     """
     Samples as they are shown, in [-1, 1], with the gradients of what they are. Nothing holds a flow to that range; early in training
-    single samples can lie at 1e5, and an energy model that has seen them tells no images apart any more.
+    single samples can lie at 1e5, and an energy model that has seen them tells no images apart any more. The inverse is as
+    steep there as they are far, so that one of them would drown all others: what is not within ten times the range has no gradient.
     """
     found = samples.detach()
-    return found.clamp(-1, 1) + (samples - found)
+    near = found.flatten(1).abs().amax(1).view(-1, 1, 1, 1) <= FAR
+    return found.nan_to_num().clamp(-1, 1) + torch.where(near, samples - found, 0.0)
 
 
 def build_flow(args, feed) -> FlowEC:

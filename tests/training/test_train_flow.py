@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_flow
 from training_runs import SCRIPTS, TINY_FLOW, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import ECFlowPipeline
@@ -29,7 +30,7 @@ def finished(images, tmp_path_factory) -> Path:
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
     train(
         "--train_data_dir", images, "--output_dir", output_dir, "--max_train_steps", 12, "--log_steps", 1,
-        "--checkpointing_steps", 4, launcher=launcher,
+        "--checkpointing_steps", 4, "--lr_scheduler", "constant", "--lr_warmup_steps", 0, launcher=launcher,
     )  # fmt: skip
     return output_dir
 
@@ -49,6 +50,18 @@ def test_a_flow_learns_its_data(finished):
     assert lines[-1]["dual"] != lines[0]["dual"]
 
 
+def test_samples_are_calibrated_as_they_are_shown():
+    """Clipped, with the gradient of what they are: a pixel that is out of range is pulled back by what it is shown as."""
+    near, far = [-9.0, -1.5, 0.25, 3.0], [-1e5, 0.5, 0.25, float("inf")]
+    samples = torch.tensor([near, far]).view(2, 1, 2, 2).requires_grad_()
+    shown = train_flow.within_range(samples)
+    assert torch.equal(shown, torch.tensor([[-1.0, -1.0, 0.25, 1.0], [-1.0, 0.5, 0.25, 1.0]]).view(2, 1, 2, 2))
+    target = torch.tensor([-1.0, -0.5, 0.0, 0.5]).view(1, 1, 2, 2)
+    (shown - target).square().sum().backward()
+    assert torch.equal(samples.grad[0], 2 * (shown - target).detach()[0])
+    assert torch.equal(samples.grad[1], torch.zeros(1, 2, 2))
+
+
 def test_a_run_cut_in_two_equals_a_run_in_one(finished, images, tmp_path):
     common = [
         "--train_data_dir",
@@ -59,6 +72,10 @@ def test_a_run_cut_in_two_equals_a_run_in_one(finished, images, tmp_path):
         1,
         "--checkpointing_steps",
         4,
+        "--lr_scheduler",
+        "constant",
+        "--lr_warmup_steps",
+        0,
     ]
     train(*common, "--max_train_steps", 8)
     train(*common, "--max_train_steps", 12, "--resume_from_checkpoint", "latest")
