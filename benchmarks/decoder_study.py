@@ -94,7 +94,7 @@ class Cifar10:
             with torch.autocast(self.device.type, torch.bfloat16):
                 encoded, divergence = network.encode(real), 0.0
                 if "latent_dist" in encoded:
-                    latents, divergence = encoded.latent_dist.sample(), 1e-3 * encoded.latent_dist.kl().float().mean()
+                    latents, divergence = encoded.latent_dist.sample(), 1e-3 * encoded.latent_dist.kl().mean()
                 else:
                     latents = encoded.latents
                 decoded = network.decode(latents).sample.float()

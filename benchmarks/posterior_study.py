@@ -36,7 +36,15 @@ SETTINGS = {
     "posterior, one long chain": [*POSTERIOR, *LONG],
     "posterior, one long chain, encoder alone": [*POSTERIOR, *LONG, *ALONE],
     "posterior, one long chain, squared error": [*POSTERIOR, *LONG, "--posterior_constraint", "squared_error"],
-    "posterior, data alone": [*POSTERIOR, "--no-posterior_generated_images"],
+    # The weight of data is what it is beside as many generated images.
+    "posterior, data alone": [
+        *POSTERIOR,
+        "--no-posterior_generated_images",
+        "--initial_posterior_dual",
+        "500",
+        "--max_posterior_dual",
+        "500",
+    ],  # fmt: skip
     "posterior, decoder weight 1": [*POSTERIOR, "--posterior_decoder_weight", "1"],
     "posterior, decoder 15 steps": [*POSTERIOR, "--posterior_decoder_langevin_steps", "15"],
     "posterior, lambda 100": [*POSTERIOR, "--initial_posterior_dual", "100", "--max_posterior_dual", "100"],

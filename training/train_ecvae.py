@@ -5,8 +5,9 @@
 One iteration: one wrapped forward of the autoencoder gives reconstructions and prior samples; the chain on the frozen
 energy model gives the prior samples' targets; the autoencoder steps on the ELBO plus lambda times the constraint; the
 energy model steps on data against the same targets; lambda steps on the constraint. With `--calibration posterior` or
-`both`, a chain on each image's posterior gives targets to the encoder's samples, and the decoder may learn from them. The loop
-is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`, `.variational` and `.posterior`.
+`both`, a chain on the posterior of each image, and of as many that the model makes, gives targets to the encoder's samples, and
+the decoder may learn from data's. The loop is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`,
+`.variational` and `.posterior`.
 """
 
 import math

@@ -10,7 +10,7 @@ samples; these are calibrated as those of `train_ecvae.py` are. The loop is in `
 import torch
 
 from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
-from ecvae_diffusers.models import bits_per_dimension, dequantize
+from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
 from ecvae_training.flow_arguments import parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import build_models, load_pretrained
@@ -20,8 +20,6 @@ from ecvae_training.task import Task, evaluating
 
 # Images that activation normalization takes its statistics of.
 NUM_INITIALIZATION_IMAGES = 256
-# How far outside the range of images a sample may lie and still be learned from.
-FAR = 10.0
 
 
 class FlowTask(Task):
@@ -39,8 +37,11 @@ class FlowTask(Task):
             prior_latents=self.draw(real, noise) if with_samples else None,
         )
         bits = bits_per_dimension(output.log_prob.detach(), self.generator.num_latents)
-        samples = within_range(output.prior_sample) if with_samples else None
-        return -output.log_prob.mean(), samples, {"bits_per_dimension": bits.mean()}
+        scalars, samples = {"bits_per_dimension": bits.mean()}, None
+        if with_samples:
+            samples, is_far = as_shown(output.prior_sample)
+            scalars["far_samples"] = is_far.float().mean()
+        return -output.log_prob.mean(), samples, scalars
 
     def draw(self, real, noise):
         return noise.normal(len(real), *self.latent_shape)
@@ -50,7 +51,7 @@ class FlowTask(Task):
 
     def sample(self, generator, latents):
         with evaluating(generator):
-            return within_range(generator.decode(latents).float())
+            return generator.decode(latents).float().clamp(-1, 1)
 
     def reconstruct(self, generator, images):
         """There and back: what differs is rounding."""
@@ -59,17 +60,6 @@ class FlowTask(Task):
 
     def build_pipeline(self, generator, energy_model, scheduler):
         return ECFlowPipeline(flow=generator, energy_model=energy_model, scheduler=scheduler)
-
-
-def within_range(samples: torch.Tensor) -> torch.Tensor:
-    """
-    Samples as they are shown, in [-1, 1], with the gradients of what they are. Nothing holds a flow to that range; early in training
-    single samples can lie at 1e5, and an energy model that has seen them tells no images apart any more. The inverse is as
-    steep there as they are far, so that one of them would drown all others: what is not within ten times the range has no gradient.
-    """
-    found = samples.detach()
-    near = found.flatten(1).abs().amax(1).view(-1, 1, 1, 1) <= FAR
-    return found.nan_to_num().clamp(-1, 1) + torch.where(near, samples - found, 0.0)
 
 
 def build_flow(args, feed) -> FlowEC:

@@ -132,8 +132,8 @@ def refine(
     The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U, which never rises. Written
     out, because a pipeline on the Hub has no scheduler but the one it was saved with.
 
-    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step then lead
-    uphill, and the next one further: in descent such a step is not taken, and those of that image are halved from there on.
+    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step lead uphill: in
+    descent such a step is not taken, and those of that image are halved from there on.
 
     Args:
         energy ([`PosteriorEnergy`]): U, of a decoder that is held still.

@@ -34,7 +34,6 @@ from .variational import likelihood_bounds
 # The two forms of the constraint: the squared distance of latents to their chain's ends, or the ends' -log q.
 FORMS = ("log_prob", "squared_error")
 
-
 # a, on whitened latents: a tenth of the step that is 1 in a standard normal posterior.
 DRIFT_STEP = 0.1
 
@@ -102,8 +101,8 @@ def refine(
     The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U, which never rises. Written
     out, because a pipeline on the Hub has no scheduler but the one it was saved with.
 
-    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step then lead
-    uphill, and the next one further: in descent such a step is not taken, and those of that image are halved from there on.
+    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step lead uphill: in
+    descent such a step is not taken, and those of that image are halved from there on.
 
     Args:
         energy ([`PosteriorEnergy`]): U, of a decoder that is held still.
@@ -229,9 +228,8 @@ def generated_images(
     """
     Images of the model's own, with real residuals: x' = G(z') + x - G(z), with z' ~ N(0, I) and z ~ q(z|x).
 
-    Were q the posterior and the model right, x - G(z) would be the likelihood's noise, independent of z, and x' a draw of
-    the model. An encoder knows the images it is trained on better than others; these are other images at every step, whose
-    posteriors a chain can correct as it does those of data: it needs no label but the image.
+    Were q the posterior and the model right, x - G(z) would be the likelihood's noise, and x' a draw of the model: other
+    images at every step, for an encoder that knows its training images better than others.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].

@@ -9,7 +9,7 @@ import torch
 from model_tests import ModelTests, images, seeded, unsettle
 
 from ecvae_diffusers import FlowEC
-from ecvae_diffusers.models.flow_ec import MAX_LOG_SCALE, FlowStep, bits_per_dimension, dequantize
+from ecvae_diffusers.models.flow_ec import MAX_LOG_SCALE, FlowStep, as_shown, bits_per_dimension, dequantize
 
 
 CONFIGS = {
@@ -258,3 +258,35 @@ def test_wrong_sampling():
     for temperature in (-0.5, math.inf, math.nan):
         with pytest.raises(ValueError, match="`temperature` must be a finite number of at least 0, but is"):
             flow.sample(1, temperature=temperature)
+
+
+def test_samples_are_calibrated_as_they_are_shown():
+    """Clipped, with the gradient of what they are: an entry that is out of range is pulled back by what it is shown as."""
+    samples = torch.tensor([[-9.0, -1.5, 0.25, 3.0], [-1e5, 0.5, 0.25, 1.0]]).view(2, 1, 2, 2).requires_grad_()
+    shown, is_far = as_shown(samples)
+    assert torch.equal(shown, torch.tensor([[-1.0, -1.0, 0.25, 1.0], [-1.0, 0.5, 0.25, 1.0]]).view(2, 1, 2, 2))
+    assert is_far.tolist() == [False, True]
+    target = torch.tensor([-1.0, -0.5, 0.0, 0.5]).view(1, 1, 2, 2)
+    (shown - target).square().sum().backward()
+    assert torch.equal(samples.grad[0], 2 * (shown - target).detach()[0])
+    assert torch.equal(samples.grad[1], torch.zeros(1, 2, 2))
+    assert as_shown(torch.full((1, 1, 2, 2), math.nan))[0].isnan().all()  # nothing is hidden
+
+
+def test_a_sample_that_is_far_away_moves_no_parameter(flow):
+    """Though the inverse's Jacobian is enormous there."""
+    latents = flow.encode(sample_of(flow, 4))[0].detach()
+    far = torch.cat([latents, 1e4 * latents_of(flow, 2, seed=1)])
+
+    def gradients(latents: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        flow.zero_grad()
+        shown, is_far = as_shown(flow.decode(latents))
+        shown.square().sum().backward()
+        return [parameter.grad.clone() for parameter in flow.parameters() if parameter.grad is not None], is_far
+
+    expected, none = gradients(latents)
+    found, is_far = gradients(far)
+    assert not none.any() and is_far.tolist() == 4 * [False] + 2 * [True]
+    assert len(expected) == len(found) and any(gradient.abs().max() > 1e-3 for gradient in expected)
+    for a, b in zip(expected, found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -27,6 +27,9 @@ from ecvae_training.output import read_metrics
 
 
 STEPS = 20
+# A posterior's chain that moves latents far, and a dual variable that is free to move.
+MOVING = ("--posterior_langevin_steps", 5, "--posterior_drift_step", 0.1)
+MOVING += ("--initial_posterior_dual", 1, "--max_posterior_dual", 10)
 HEADLINES = {
     "train_flow": ("bits_per_dimension",),
     "calibrate_decoder": ("reconstruction",),
@@ -51,7 +54,7 @@ def script(request, tmp_path_factory) -> tuple[str, list]:
     if request.param == "train_flow":
         return request.param, [*arguments, *TINY_FLOW]
     if request.param == "train_ecvae":
-        return request.param, [*arguments, *TINY, "--calibration", "both"]
+        return request.param, [*arguments, *TINY, "--calibration", "both", *MOVING]
     model = write_autoencoder(folder / "autoencoder")
     own = ["--pretrained_model_name_or_path", model, "--gradient_checkpointing"]
     return request.param, [*arguments, *TINY_DECODER, *own]

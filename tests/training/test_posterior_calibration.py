@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import train_ecvae
+from accelerate import Accelerator
 from training_runs import TINY, metrics, succeed, weights, write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
+from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
 from ecvae_training.ecvae_arguments import parse_args
+from ecvae_training.noise import StepNoise
+from ecvae_training.posterior_step import PosteriorCalibration
 
 
 STEPS = 8
@@ -57,7 +61,7 @@ def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
 
 
 def test_bf16(both, images, tmp_path):
-    """The first step is that of float32, but for rounding; both chains keep their state in float32."""
+    """The first step is that of float32, but for rounding; all chains keep their state in float32."""
     lines = train(
         images, tmp_path / "bf16", "--calibration", "both", *LONG, "--max_train_steps", 2, "--mixed_precision", "bf16"
     )
@@ -101,17 +105,39 @@ def test_the_decoder_learns_from_further_steps(images, tmp_path):
     assert near["posterior_constraint"] == far["posterior_constraint"]
 
 
-def test_the_encoder_learns_from_generated_images_too(images, tmp_path):
-    """And nothing else does: the error of data and of its chain's ends, before the first step, is that without them."""
-    arguments = ("--calibration", "posterior", "--max_train_steps", 2)
-    lines = train(images, tmp_path / "with", *arguments)
-    without = train(images, tmp_path / "without", *arguments, "--no-posterior_generated_images")
-    for name in ("reconstruction", "kl"):
-        assert lines[0][name] == pytest.approx(without[0][name], rel=1e-5)
-    assert lines[0]["posterior_constraint"] != without[0]["posterior_constraint"]
-    with_, without = weights(tmp_path / "with"), weights(tmp_path / "without")
-    encoder = [key for key in with_ if "encoder" in key and not torch.equal(with_[key], without[key])]
-    assert encoder
+def test_the_encoder_learns_from_generated_images_too(tmp_path):
+    """Their constraint counts as that of data does; it moves the encoder, and neither the decoder nor the images."""
+    common = ["--train_data_dir", "images", "--output_dir", tmp_path, *TINY, "--calibration", "posterior"]
+    torch.manual_seed(0)
+    vae = AutoencoderEC(sample_size=16, in_channels=1, latent_channels=4, block_out_channels=(16, 16))
+    real, start = torch.rand(6, 1, 16, 16) * 2 - 1, torch.randn(6, 4, 1, 1)
+
+    def constrained(*arguments) -> tuple:
+        state = PosteriorCalibration(parse_args(list(map(str, [*common, *arguments]))), vae)
+        refined = state.refine(real, start, StepNoise(0, 1, 0, 1, torch.device("cpu")), 1.0, Accelerator(cpu=True))
+        vae.zero_grad()
+        output = vae(real, True, posterior_noise=start, extra_sample=refined.generated)
+        posteriors = [output.latent_dist] + ([output.extra_latent_dist] if refined.generated is not None else [])
+        for posterior in posteriors:
+            posterior.parameters.retain_grad()
+        calibration = state.constrain(output, refined)
+        calibration.loss.backward()
+        return refined, calibration, [posterior.parameters.grad for posterior in posteriors]
+
+    refined, calibration, (of_data, of_generated) = constrained()
+    assert refined.generated.shape == real.shape and not refined.generated.requires_grad
+    assert (refined.generated - real).abs().mean() > 0.1
+    assert len(refined.ends) == len(refined.noise) == 12 and len(refined.latents) == 6
+    assert torch.equal(refined.noise[:6], start) and not torch.equal(refined.noise[6:], start)
+    assert of_data.abs().max() > 0 and of_generated.abs().max() > 0
+    assert all(p.grad is None or not p.grad.any() for p in vae.decoder.parameters())
+    assert any(p.grad.any() for p in vae.encoder.parameters())
+    # -log q of the ends under its own q, less that of the reference, over both halves.
+    u = 0.5 * (refined.ends.square() - refined.reference.square()).flatten(1).sum(1)
+    remainder = stationary_constraint(posterior_chain(1, 0.01), 4, "log_prob")
+    torch.testing.assert_close(calibration.constraint, u.mean() + remainder, rtol=1e-3, atol=1e-5)
+    refined, _, gradients = constrained("--no-posterior_generated_images")
+    assert refined.generated is None and len(refined.ends) == 6 and len(gradients) == 1
 
 
 def test_the_chain_does_not_run_away_while_beta_is_small(images, tmp_path):

@@ -293,6 +293,8 @@ def test_a_posterior_s_weight_that_begins_at_its_bound_is_meant_so(tmp_path):
     arguments = {**ARGUMENTS, "initial_posterior_dual": 10.0, "max_posterior_dual": 10.0, "dual_learning_rate": 0.1}
     run = write_run(tmp_path / "run", 300, arguments, change=lambda one: one | {"posterior_dual": 10.0})
     assert judge_posterior_dual(Run.read(run)) is None
+    run = write_run(tmp_path / "left", 300, arguments, change=lambda one: one | {"posterior_dual": 0.0})
+    assert "--posterior_tolerance" in judge_posterior_dual(Run.read(run)).advice
 
 
 @pytest.mark.parametrize(

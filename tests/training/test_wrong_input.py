@@ -53,6 +53,14 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ([*GIVEN, "--posterior_tolerance", "0"], "--posterior_tolerance must be 'auto' or a finite number above 0"),
         ([*GIVEN, "--posterior_constraint", "kl"], "--posterior_constraint: invalid choice"),
         (
+            [*GIVEN, "--posterior_decoder_langevin_steps", "-1"],
+            "--posterior_decoder_langevin_steps must be at least 0, but is -1",
+        ),
+        (
+            [*GIVEN, "--posterior_decoder_drift_step", "0"],
+            "--posterior_decoder_drift_step must be a finite number above 0, but is 0.0",
+        ),
+        (
             [*GIVEN, "--posterior_decoder_weight", "-1"],
             "--posterior_decoder_weight must be a finite number of at least",
         ),

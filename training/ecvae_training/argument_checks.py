@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 # What --langevin_drift_step auto spreads over the chain: its K steps are of 1 / K at most.
 TOTAL_DRIFT_STEP = 1.0
+# Of a script whose schedule warms up by default.
+DEFAULT_WARMUP_STEPS = 100
 
 
 def largest_drift_step(args: argparse.Namespace) -> float:
@@ -84,6 +86,8 @@ def check_arguments(
         "shuffle_buffer_size", "evaluation_steps", "early_stopping_patience", "healthy_state_steps",
     )  # fmt: skip
     check_integers(args, refuse, positive_integers, least=1)
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = 0 if args.lr_scheduler == "constant" else DEFAULT_WARMUP_STEPS
     check_integers(args, refuse, ("dataloader_num_workers", "lr_warmup_steps", "max_rollbacks"), least=0)
     if not 0 <= args.seed < 2**32:
         refuse("seed", "from 0 to 4294967295")

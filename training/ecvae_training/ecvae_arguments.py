@@ -69,7 +69,10 @@ def add_posterior_arguments(calibration) -> None:
         help="Its step a, on latents in the unit of q(z|x)'s standard deviation; its noise is sqrt(2 a).",
     )
     calibration.add_argument(
-        "--posterior_conditioning_weight", type=float, default=0.0, help="Its pull towards its start."
+        "--posterior_conditioning_weight",
+        type=float,
+        default=0.0,
+        help="Its pull towards its start; the last step has none.",
     )
     calibration.add_argument(
         "--posterior_constraint",
@@ -83,7 +86,11 @@ def add_posterior_arguments(calibration) -> None:
         help="The bound; a number, or 'auto': what the chain leaves of it where q is the posterior already.",
     )
     calibration.add_argument(
-        "--initial_posterior_dual", type=float, default=1000.0, help="The posterior's dual variable at the start."
+        "--initial_posterior_dual",
+        type=float,
+        default=1000.0,
+        help="The posterior's dual variable at the start. The default is for log_prob and --kl_weight 1: in proportion for "
+        "another, and a twentieth for squared_error, whose gradient is so much larger.",
     )
     calibration.add_argument("--max_posterior_dual", type=float, default=1000.0, help="Its upper bound.")
     calibration.add_argument(

@@ -41,7 +41,7 @@ SCRIPT = CommandLine(
     defaults={
         "learning_rate": 3e-3,
         "lr_scheduler": "constant_with_warmup",
-        "lr_warmup_steps": 100,
+        "lr_warmup_steps": None,  # 100, of a schedule that warms up
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
         "max_grad_norm": 100.0,

@@ -25,7 +25,7 @@ from ecvae_training.noise import StepNoise
 class Refined:
     """
     Args:
-        energy ([`PosteriorEnergy`]): U of a batch of images, and of generated ones behind them, if there are.
+        energy ([`PosteriorEnergy`]): U of a batch of b images, and of as many generated ones behind them, if there are: B is b or 2b.
         noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0.
         ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents: the encoder's targets.
         reference (`torch.Tensor` of shape `(B, d, 1, 1)`): The same chains' ends were q the posterior.
@@ -100,26 +100,28 @@ class PosteriorCalibration:
             self.calibrator.tolerance = self.remainder
         variance, count, latents = kl_weight / 2, len(real), None
         with frozen(self.vae), accelerator.autocast():
-            posterior, generated = self.encode(real, noise)
+            posterior, generated = self.posteriors(real, noise)
             images, num_parts = (real, 1) if generated is None else (torch.cat([real, generated]), 2)
 
-            def normal(num_parts: int = num_parts) -> list[torch.Tensor]:
+            def normal(num_parts: int) -> list[torch.Tensor]:
                 # For data and generated images apart: each process takes its share of either.
                 return [noise.normal(*posterior_noise.shape) for _ in range(num_parts)]
 
             start = torch.cat([posterior_noise, *normal(num_parts - 1)])
-            draws = [torch.cat(normal()) for _ in range(len(scheduler))]
+            draws = [torch.cat(normal(num_parts)) for _ in range(len(scheduler))]
             energy = PosteriorEnergy(self.decode, images, posterior, variance)
             ends = self.calibrator.run_chain(start, noise=draws, energy_model=energy)
             if self.args.posterior_decoder_weight > 0:
                 of_data = DiagonalGaussianDistribution(posterior.parameters[:count])
-                latents = self.go_on(
+                latents = self.decoder_latents(
                     PosteriorEnergy(self.decode, real, of_data, variance), ends[:count], kl_weight, noise
                 )
         return Refined(energy, start, ends, coupled_ends(scheduler, start, draws), generated, latents)
 
     @torch.no_grad()
-    def encode(self, real: torch.Tensor, noise: StepNoise) -> tuple[DiagonalGaussianDistribution, torch.Tensor | None]:
+    def posteriors(
+        self, real: torch.Tensor, noise: StepNoise
+    ) -> tuple[DiagonalGaussianDistribution, torch.Tensor | None]:
         """q(z|x) of images and, behind them, of as many that the model makes of its own; and these, if there are."""
         posterior = self.vae.encode(real).latent_dist
         if not self.args.posterior_generated_images:
@@ -132,9 +134,11 @@ class PosteriorCalibration:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(latents).sample
 
-    def go_on(self, energy: PosteriorEnergy, ends: torch.Tensor, kl_weight: float, noise: StepNoise) -> torch.Tensor:
+    def decoder_latents(
+        self, energy: PosteriorEnergy, ends: torch.Tensor, kl_weight: float, noise: StepNoise
+    ) -> torch.Tensor:
         """
-        Latents for the decoder. A few small steps give the encoder the gradient of its bound with little noise, but lead
+        Where further steps lead. A few small steps give the encoder the gradient of its bound with little noise, but lead
         nowhere; larger ones lead to the posterior, and their noise would drown what the encoder is to hear.
         """
         args = self.args

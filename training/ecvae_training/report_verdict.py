@@ -175,8 +175,9 @@ def judge_dual(run: Run) -> Finding | None:
 
 
 def judge_posterior_dual(run: Run) -> Finding | None:
-    # Where it begins at its bound, as by default, it is meant as a fixed weight.
-    if run.argument("initial_posterior_dual") == run.argument("max_posterior_dual"):
+    # Where it begins at its bound, as by default, and is there still, it is meant as a fixed weight.
+    bound = run.argument("max_posterior_dual")
+    if run.argument("initial_posterior_dual") == bound and run.median("posterior_dual") > 0.99 * bound:
         return None
     return judge_bounds(
         run,

@@ -38,12 +38,15 @@ class AutoencoderECOutput(BaseOutput):
             The posterior q(z|x), whose mean and log-variance have shape `(batch_size, latent_channels, 1, 1)`.
         prior_sample (`torch.Tensor` of shape `(num_prior_samples, num_channels, height, width)`, *optional*):
             The images that the decoder makes of `prior_latents`, in [-1, 1]. `None` where none were asked for.
+        extra_latent_dist (`DiagonalGaussianDistribution`, *optional*):
+            The posterior of `extra_sample`. `None` where none was given.
     """
 
     # All but the first have defaults: Accelerate rebuilds outputs from one mapping under mixed precision.
     sample: torch.Tensor
     latent_dist: DiagonalGaussianDistribution | None = None
     prior_sample: torch.Tensor | None = None
+    extra_latent_dist: DiagonalGaussianDistribution | None = None
 
 
 def get_norm(norm_type: str, channels: int, num_groups: int) -> nn.Module:
@@ -401,6 +404,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         posterior_noise: torch.Tensor | None = None,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
+        extra_sample: torch.Tensor | None = None,
     ) -> AutoencoderECOutput | tuple:
         """
         Reconstruct images and, in the same pass, make new ones: all that a training step needs, so that gradients are
@@ -417,11 +421,22 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`AutoencoderECOutput`] instead of a plain tuple.
             generator (`torch.Generator`, *optional*): Makes the posterior's draws deterministic.
+            extra_sample (`torch.Tensor` of shape `(num_extra, in_channels, sample_size, sample_size)`, *optional*):
+                Images in [-1, 1] to encode too, and not to reconstruct.
 
         Returns:
-            [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)` with `prior_sample` behind where asked for.
+            [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)` with `prior_sample` and `extra_latent_dist` behind where
+            asked for.
         """
-        posterior = self.encode(sample).latent_dist
+        extra_posterior = None
+        if extra_sample is None:
+            posterior = self.encode(sample).latent_dist
+        else:
+            # One pass over both, as below.
+            moments = self.encode(torch.cat([sample, extra_sample.to(sample)])).latent_dist.parameters
+            posterior, extra_posterior = map(
+                DiagonalGaussianDistribution, moments.split([sample.shape[0], extra_sample.shape[0]])
+            )
         if not sample_posterior:
             z = posterior.mode()
         elif posterior_noise is not None:
@@ -435,5 +450,8 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             images = self.decode(torch.cat([z, prior_latents.to(z)])).sample
             reconstruction, prior_sample = images.split([z.shape[0], prior_latents.shape[0]])
         if not return_dict:
-            return (reconstruction, posterior) + (() if prior_sample is None else (prior_sample,))
-        return AutoencoderECOutput(sample=reconstruction, latent_dist=posterior, prior_sample=prior_sample)
+            asked_for = tuple(part for part in (prior_sample, extra_posterior) if part is not None)
+            return (reconstruction, posterior) + asked_for
+        return AutoencoderECOutput(
+            sample=reconstruction, latent_dist=posterior, prior_sample=prior_sample, extra_latent_dist=extra_posterior
+        )

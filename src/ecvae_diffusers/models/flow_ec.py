@@ -26,6 +26,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # Bound of what one coupling scales by, e^2 either way: what is not bounded can't be inverted in float32.
 MAX_LOG_SCALE = 2.0
+# Largest entry of a sample that a generator learns from; images lie in [-1, 1].
+MAX_ENTRY = 10.0
 # Levels of an 8-bit image, each of width 2 / 256 in [-1, 1].
 NUM_LEVELS = 256
 
@@ -53,6 +55,26 @@ def bits_per_dimension(log_prob: torch.Tensor, num_entries: int) -> torch.Tensor
         num_entries (`int`): D, pixels times channels.
     """
     return -log_prob / (num_entries * math.log(2)) + math.log2(NUM_LEVELS / 2)
+
+
+def as_shown(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Samples as they are shown, clipped to [-1, 1], with the gradients of what they are: an entry that is out of range is
+    pulled back by what it is shown as.
+
+    Nothing holds a flow to that range; early in training single samples lie at 1e5, and an energy model that has seen them
+    tells no images apart any more. The inverse is as steep there as they are far, so that one of them would drown all others:
+    a sample with an entry beyond 10 has no gradient. (One that is not finite makes gradients that are not, which training sees.)
+
+    Args:
+        samples (`torch.Tensor` of shape `(B, C, H, W)`): F^-1(u).
+
+    Returns:
+        The samples to calibrate, and of each whether it is too far away to have a gradient, shape (B,).
+    """
+    found = samples.detach()
+    is_far = found.flatten(1).abs().amax(1) > MAX_ENTRY
+    return found.clamp(-1, 1) + torch.where(is_far.view(-1, 1, 1, 1), 0.0, samples - found), is_far
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
