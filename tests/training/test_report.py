@@ -294,7 +294,7 @@ def test_a_posterior_s_weight_that_begins_at_its_bound_is_meant_so(tmp_path):
     run = write_run(tmp_path / "run", 300, arguments, change=lambda one: one | {"posterior_dual": 10.0})
     assert judge_posterior_dual(Run.read(run)) is None
     run = write_run(tmp_path / "left", 300, arguments, change=lambda one: one | {"posterior_dual": 0.0})
-    assert "--posterior_tolerance" in judge_posterior_dual(Run.read(run)).advice
+    assert "--posterior_tolerance" in judge_posterior_dual(Run.read(run)).remedy
 
 
 @pytest.mark.parametrize(
