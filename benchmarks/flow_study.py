@@ -42,15 +42,7 @@ SETTINGS = {
     **{f"lambda {value:g}": dual(value) for value in (10, 100, 300, 1000)},
     # How the plain flow learns best: what is calibrated must not be a flow that has hardly begun to learn.
     **{f"flow, learning rate {rate}": [*PLAIN, "--learning_rate", rate] for rate in ("5e-4", "3e-3", "2e-2")},
-    "flow, without averages or clipping": [
-        *PLAIN,
-        "--adam_beta1",
-        "0",
-        "--adam_beta2",
-        "0.9",
-        "--max_grad_norm",
-        "1e9",
-    ],
+    "flow, without averages or clipping": [*PLAIN, *"--adam_beta1 0 --adam_beta2 0.9 --max_grad_norm 1e9".split()],
 }
 
 

@@ -28,6 +28,7 @@ ALONE = ["--posterior_decoder_weight", "0"]
 # One chain, of five steps, for encoder and decoder.
 LONG = ["--posterior_langevin_steps", "5", "--posterior_drift_step", "0.1", "--posterior_decoder_langevin_steps", "0"]
 LONG += ["--initial_posterior_dual", "1", "--max_posterior_dual", "10"]
+LAMBDA_500 = ["--initial_posterior_dual", "500", "--max_posterior_dual", "500"]
 SETTINGS = {
     "none": ["--calibration", "none"],
     "posterior": POSTERIOR,
@@ -37,14 +38,7 @@ SETTINGS = {
     "posterior, one long chain, encoder alone": [*POSTERIOR, *LONG, *ALONE],
     "posterior, one long chain, squared error": [*POSTERIOR, *LONG, "--posterior_constraint", "squared_error"],
     # The weight of data is what it is beside as many generated images.
-    "posterior, data alone": [
-        *POSTERIOR,
-        "--no-posterior_generated_images",
-        "--initial_posterior_dual",
-        "500",
-        "--max_posterior_dual",
-        "500",
-    ],  # fmt: skip
+    "posterior, data alone": [*POSTERIOR, "--no-posterior_generated_images", *LAMBDA_500],
     "posterior, decoder weight 1": [*POSTERIOR, "--posterior_decoder_weight", "1"],
     "posterior, decoder 15 steps": [*POSTERIOR, "--posterior_decoder_langevin_steps", "15"],
     "posterior, lambda 100": [*POSTERIOR, "--initial_posterior_dual", "100", "--max_posterior_dual", "100"],
