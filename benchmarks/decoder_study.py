@@ -16,7 +16,7 @@ import torch
 from chain_study import run_folder
 from command_line import positive, whole_number
 from diffusers import AutoencoderKL, AutoencoderTiny
-from study import RememberedFeatures, Results, add_device, against, epochs, reference, train, versions
+from study import RememberedFeatures, Results, add_device, against, epochs, precision, reference, train, versions
 from tqdm import tqdm
 
 from ecvae_diffusers.metrics import lite0_features, reconstruction_metrics
@@ -26,7 +26,7 @@ from ecvae_training.images import to_range, to_uint8
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
 
 
-NUM_TRAIN, NUM_TEST, RESOLUTION, BATCH = 20_000, 5_000, 32, 32
+NUM_TRAIN, NUM_TEST, RESOLUTION = 20_000, 5_000, 32
 SCRIPT = Path(__file__).resolve().parents[1] / "training" / "calibrate_decoder.py"
 
 
@@ -47,14 +47,15 @@ def tiny() -> AutoencoderTiny:
 
 
 MODELS = {"AutoencoderKL": kl, "AutoencoderTiny": tiny}
-ENERGY = ["--calibration", "energy"]
+ENERGY, K_1 = ["--calibration", "energy"], ["--langevin_steps", "1"]
+WEIGHT_3 = ["--reconstruction_weight", "3"]
 SETTINGS = {
     "as it was": None,
     "trained on": ["--calibration", "none"],
     "calibrated": ENERGY,
-    "calibrated, reconstruction weight 0.3": [*ENERGY, "--reconstruction_weight", "0.3"],
-    "calibrated, reconstruction weight 0.1": [*ENERGY, "--reconstruction_weight", "0.1"],
-    "calibrated, K 1": [*ENERGY, "--langevin_steps", "1"],
+    "calibrated, reconstruction weight 3": [*ENERGY, *WEIGHT_3],
+    "calibrated, K 1": [*ENERGY, *K_1],
+    "calibrated, K 1, reconstruction weight 3": [*ENERGY, *K_1, *WEIGHT_3],
 }
 
 
@@ -63,12 +64,16 @@ class Cifar10:
 
     name = "decoder"
     arguments = [
-        "--resolution", str(RESOLUTION), "--energy_block_out_channels", "16", "32", "64", "128", "--max_train_samples",
-        str(NUM_TRAIN), "--train_batch_size", str(BATCH), "--mixed_precision", "bf16", "--log_steps", "50", "--save_images_steps", "1000",
+        "--resolution", str(RESOLUTION), "--max_train_samples", str(NUM_TRAIN), "--learning_rate", "5e-4",
+        "--lr_scheduler", "cosine", "--log_steps", "50", "--save_images_steps", "1000",
     ]  # fmt: skip
 
-    def __init__(self, folder: Path, dataset: str, device: torch.device):
+    def __init__(self, folder: Path, dataset: str, batch_size: int, energy_channels: int, device: torch.device):
         self.folder, self.device = folder, device
+        channels = [str(factor * energy_channels) for factor in (1, 2, 4, 8)]
+        self.arguments = [*self.arguments, *precision(device), "--train_batch_size", str(batch_size)]
+        self.arguments += ["--energy_block_out_channels", *channels]
+        self.batch_size = batch_size
         self.data_arguments = ["--dataset_name", dataset]
 
         def images(split: str, count: int) -> torch.Tensor:
@@ -88,10 +93,10 @@ class Cifar10:
         network = MODELS[model]().train().to(self.device, memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, num_steps)
-        batches = epochs(self.train, BATCH)
+        batches = epochs(self.train, self.batch_size)
         for _ in tqdm(range(num_steps), desc=f"Training {model}"):
             real = next(batches).to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cpu"):
                 encoded, divergence = network.encode(real), 0.0
                 if "latent_dist" in encoded:
                     latents, divergence = encoded.latent_dist.sample(), 1e-3 * encoded.latent_dist.kl().mean()
@@ -151,6 +156,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pretraining_steps", type=positive, default=2000)
     parser.add_argument("--max_train_steps", type=positive, default=1500)
+    parser.add_argument("--train_batch_size", type=positive, default=32, help="of all that is trained here")
+    parser.add_argument(
+        "--energy_channels", type=positive, default=16, help="of the energy model's first level; doubled at each"
+    )
     parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
@@ -166,7 +175,7 @@ def main() -> None:
         return run_folder(args.output_dir, model, name, seed)
 
     if not args.table or args.picture is not None:
-        data = Cifar10(args.output_dir, args.cifar10, args.device)
+        data = Cifar10(args.output_dir, args.cifar10, args.train_batch_size, args.energy_channels, args.device)
     if not args.table:
         print(f"CIFAR-10, {NUM_TRAIN:,} images; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
 
