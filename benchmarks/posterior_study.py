@@ -94,7 +94,8 @@ def main() -> None:
             train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
             return trained_row(data, folder) | posterior_measures(folder, images, args.device)
 
-        results.fill(args.settings, args.seeds, make, args.max_train_steps)
+        arguments = {name: [*data.arguments, *SETTINGS[name]] for name in args.settings}
+        results.fill(args.settings, args.seeds, make, args.max_train_steps, arguments)
     print(table(results))
 
 

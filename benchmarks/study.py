@@ -289,12 +289,19 @@ class Results:
         seeds: list[int],
         make: Callable[[str, int], dict],
         iterations: int | None = None,
+        arguments: dict[str, list[str]] | None = None,
     ) -> None:
         """
         Make the rows that are missing.
 
+        Args:
+            settings, seeds: A row each.
+            make (`Callable`): Setting and seed -> what a row holds.
+            iterations (`int`, *optional*): Of every row.
+            arguments (`dict`, *optional*): Those of each setting's command line, which its rows keep.
+
         Raises:
-            ValueError: if a row is there that is of another number of `iterations`.
+            ValueError: if a row is there that is of another number of `iterations` or other `arguments`.
         """
         for seed in seeds:
             for name in settings:
@@ -305,6 +312,12 @@ class Results:
                             f"--max_train_steps is {iterations}, but {self.path.name} holds {name!r} after "
                             f"{row['iterations']}: choose another --output_dir."
                         )
+                    wanted = None if arguments is None else arguments[name]
+                    if wanted is not None and row.get("arguments", wanted) != wanted:
+                        raise ValueError(
+                            f"{name!r} is {' '.join(wanted)}, but {self.path.name} holds it with "
+                            f"{' '.join(row['arguments'])}: choose another --output_dir."
+                        )
                 if any(map(self.is_current, there)):
                     continue
                 started = time.time()
@@ -314,6 +327,8 @@ class Results:
                 row["num_samples"] = self.num_samples
                 if iterations is not None:
                     row["iterations"] = iterations
+                if arguments is not None:
+                    row["arguments"] = arguments[name]
                 # As the file is by now: another study may have written to it.
                 self.write([other for other in self.rows() if other not in there] + [row])
                 print(json.dumps(row), flush=True)

@@ -56,7 +56,7 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
 
 
 def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
-    """Of another length they are refused, of another number of samples measured anew; half a line is no row."""
+    """Of another length or other arguments they are refused, of another number of samples measured anew; half a line is no row."""
     path = tmp_path / "rows.jsonl"
     results = study.Results(path, num_samples=32)
     for count in (16, 32, 32):
@@ -65,6 +65,14 @@ def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
     assert [row["frechet_distance"] for row in results.rows()] == [32.0]
     with pytest.raises(ValueError, match="--max_train_steps is 9, but rows.jsonl holds 'a' after 8"):
         results.fill(["a"], [0], lambda name, seed: {}, iterations=9)
+
+    def make(name: str, seed: int) -> dict:
+        return {"num_generated": 32}
+
+    results.fill(["c"], [0], make, arguments={"c": ["--kl_weight", "1"]})
+    with pytest.raises(ValueError, match="'c' is --kl_weight 2, but rows.jsonl holds it with --kl_weight 1"):
+        results.fill(["c"], [0], make, arguments={"c": ["--kl_weight", "2"]})
+    results.write([row for row in results.rows() if row["setting"] != "c"])
     with open(path, "a") as file:
         file.write('{"setting": "b", "se')
     results.fill(["b"], [0], lambda name, seed: {"num_generated": 32}, iterations=8)
