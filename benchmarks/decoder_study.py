@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--cifar10", metavar="DATASET", required=True, help="Hub id or folder")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pretraining_steps", type=positive, default=2000)
-    parser.add_argument("--max_train_steps", type=positive, default=1500)
+    parser.add_argument("--max_train_steps", type=positive, default=3000)
     parser.add_argument("--train_batch_size", type=positive, default=32, help="of all that is trained here")
     parser.add_argument(
         "--energy_channels", type=positive, default=16, help="of the energy model's first level; doubled at each"

@@ -26,7 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # Bound of what one coupling scales by, e^2 either way: what is not bounded can't be inverted in float32.
 MAX_LOG_SCALE = 2.0
-# Largest entry of a sample that a generator learns from; images lie in [-1, 1].
+# Largest entry of a sample that a generator learns from with its whole gradient; images lie in [-1, 1].
 MAX_ENTRY = 10.0
 # Levels of an 8-bit image, each of width 2 / 256 in [-1, 1].
 NUM_LEVELS = 256
@@ -57,24 +57,42 @@ def bits_per_dimension(log_prob: torch.Tensor, num_entries: int) -> torch.Tensor
     return -log_prob / (num_entries * math.log(2)) + math.log2(NUM_LEVELS / 2)
 
 
+class AsShown(torch.autograd.Function):
+    """`as_shown`: clipping, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, samples: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        shown = samples.clamp(-1, 1)
+        ctx.save_for_backward(samples - shown, weight)
+        return shown
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        excess, weight = ctx.saved_tensors
+        # A descent step leads an entry against its gradient: outward where the signs differ.
+        return torch.where(gradient * excess < 0, 0.0, gradient * weight), None
+
+
 def as_shown(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Samples as they are shown, clipped to [-1, 1], with the gradients of what they are: an entry that is out of range is
-    pulled back by what it is shown as.
+    pulled back by what it is shown as, but never pushed further out. Pushed it would be without end, because what it is shown
+    as does not change: wherever data lie at the end of the range, as a black background does, and the energy falls beyond it.
 
-    Nothing holds a flow to that range; early in training single samples lie at 1e5, and an energy model that has seen them
-    tells no images apart any more. The inverse is as steep there as they are far, so that one of them would drown all others:
-    a sample with an entry beyond 10 has no gradient. (One that is not finite makes gradients that are not, which training sees.)
+    Nothing else holds a flow to that range; early in training single samples lie at 1e5, and an energy model that has seen
+    them tells no images apart any more. The inverse is about as steep there as they are far, so that one of them would drown
+    all others: the gradient of a sample whose largest entry m is beyond 10 is multiplied by 10 / m. Without any, a flow that
+    has learned to make them is never told.
 
     Args:
         samples (`torch.Tensor` of shape `(B, C, H, W)`): F^-1(u).
 
     Returns:
-        The samples to calibrate, and of each whether it is too far away to have a gradient, shape (B,).
+        The samples to calibrate, and of each whether it is so far away, shape (B,).
     """
-    found = samples.detach()
-    is_far = found.flatten(1).abs().amax(1) > MAX_ENTRY
-    return found.clamp(-1, 1) + torch.where(is_far.view(-1, 1, 1, 1), 0.0, samples - found), is_far
+    largest = samples.detach().flatten(1).abs().amax(1)
+    weight = (MAX_ENTRY / largest).clamp(max=1).view(-1, 1, 1, 1)
+    return AsShown.apply(samples, weight), largest > MAX_ENTRY
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
