@@ -3,12 +3,14 @@
 """Calibration of other people's decoders: `python benchmarks/decoder_study.py --cifar10 DATASET --output_dir STUDY`.
 
 A small `AutoencoderKL` and a small `AutoencoderTiny` of CIFAR-10 (32 px, 4 latent channels at an eighth of the resolution, 64 numbers
-for 3,072, as the autoencoders of Stable Diffusion have it) are trained here on the squared error; then their decoders are trained on, equal iterations, without calibration and with it. Of 5,000 test images: PSNR of the
-reconstructions, and their Frechet and kernel distance (EfficientNet-Lite0's features) to the originals. `--picture PNG` shows some. Rows that
+for 3,072, as the autoencoders of Stable Diffusion have it) are trained here on the squared error; then their decoders are
+trained on, equal iterations, without calibration and with it. Of 5,000 test images: PSNR of the reconstructions, and their
+Frechet and kernel distance (EfficientNet-Lite0's features) to the originals. `--picture PNG` shows some. Rows that
 STUDY/decoder.jsonl holds already are not made again.
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
 
 
 NUM_TRAIN, NUM_TEST, RESOLUTION = 20_000, 5_000, 32
+PRETRAINING_FILE = "pretraining.json"
 SCRIPT = Path(__file__).resolve().parents[1] / "training" / "calibrate_decoder.py"
 
 
@@ -47,7 +50,7 @@ def tiny() -> AutoencoderTiny:
 
 
 MODELS = {"AutoencoderKL": kl, "AutoencoderTiny": tiny}
-# Two scales and this weight had more of the distance for less of the PSNR than one scale and 1 (RESULTS.md).
+# Two scales did better than one (docs/generators.md); how much PSNR this weight costs is in RESULTS.md.
 ENERGY = ["--calibration", "energy", "--energy_num_scales", "2", "--reconstruction_weight"]
 K_1 = ["--langevin_steps", "1"]
 SETTINGS = {
@@ -87,7 +90,12 @@ class Cifar10:
     def pretrained(self, model: str, seed: int, num_steps: int) -> Path:
         """The autoencoder to begin with, trained on the squared error and a trace of the KL divergence."""
         folder = self.folder / f"{model}_{seed}"
-        if (folder / "config.json").is_file():
+        wanted = {"num_steps": num_steps, "batch_size": self.batch_size, "network": repr(MODELS[model]())}
+        if (folder / PRETRAINING_FILE).is_file():
+            if json.loads((folder / PRETRAINING_FILE).read_text()) != wanted:
+                raise ValueError(
+                    f"{folder.name} is of another network, or otherwise trained: choose another --output_dir."
+                )
             return folder
         torch.manual_seed(seed)
         network = MODELS[model]().train().to(self.device, memory_format=torch.channels_last)
@@ -109,6 +117,7 @@ class Cifar10:
             optimizer.step()
             schedule.step()
         network.save_pretrained(folder)
+        (folder / PRETRAINING_FILE).write_text(json.dumps(wanted))  # the last: a folder without it is not finished
         return folder
 
 

@@ -168,11 +168,18 @@ def end_with_parent() -> None:
 
 def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script: Path = SCRIPT) -> None:
     """
-    Run a training script as a user would, alone in its process, or what is left of a run that was cut off.
+    Run a training script as a user would, alone in its process, or what is left of a run that was cut off. Its arguments are
+    kept beside its folder.
 
     Raises:
-        ValueError: if there is a finished run of another length.
+        ValueError: if there is a finished run of another length, or one of other arguments.
     """
+    beside = folder.parent / f"{folder.name}.arguments.json"
+    own = [*data.arguments, *arguments]
+    if folder.is_dir() and beside.is_file() and (found := json.loads(beside.read_text())) != own:
+        raise ValueError(f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir.")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(json.dumps(own))
     arguments = ("--max_train_steps", str(num_steps), *arguments)
     if is_finished(folder):
         found = json.loads((folder / ARGUMENTS_FILE).read_text())["max_train_steps"]
@@ -301,7 +308,8 @@ class Results:
             arguments (`dict`, *optional*): Those of each setting's command line, which its rows keep.
 
         Raises:
-            ValueError: if a row is there that is of another number of `iterations` or other `arguments`.
+            ValueError: if a row is there that is of another number of `iterations` or other `arguments`. Rows that have
+                none, of before they were kept, are taken as they are.
         """
         for seed in seeds:
             for name in settings:

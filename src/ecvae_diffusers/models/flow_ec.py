@@ -81,8 +81,9 @@ def as_shown(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Nothing else holds a flow to that range; early in training single samples lie at 1e5, and an energy model that has seen
     them tells no images apart any more. The inverse is about as steep there as they are far, so that one of them would drown
-    all others: the gradient of a sample whose largest entry m is beyond 10 is multiplied by 10 / m. Without any, a flow that
-    has learned to make them is never told.
+    all others: the gradient of a sample whose largest entry m is beyond 10 is multiplied by 10 / m. Without any
+    gradient a flow that has learned to make them would never be told. A sample with an infinite entry has none; what is no
+    number stays so.
 
     Args:
         samples (`torch.Tensor` of shape `(B, C, H, W)`): F^-1(u).
