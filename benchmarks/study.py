@@ -175,7 +175,8 @@ def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script
         ValueError: if there is a finished run of another length, or one of other arguments.
     """
     beside = folder.parent / f"{folder.name}.arguments.json"
-    own = [*data.arguments, *arguments]
+    # But for paths, so that a study which was moved is the same one.
+    own = [argument for argument in (*data.arguments, *arguments) if os.sep not in argument]
     if folder.is_dir() and beside.is_file() and (found := json.loads(beside.read_text())) != own:
         raise ValueError(f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir.")
     beside.parent.mkdir(parents=True, exist_ok=True)
