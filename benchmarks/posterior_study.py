@@ -29,6 +29,7 @@ ALONE = ["--posterior_decoder_weight", "0"]
 LONG = ["--posterior_langevin_steps", "5", "--posterior_drift_step", "0.1", "--posterior_decoder_langevin_steps", "0"]
 LONG += ["--initial_posterior_dual", "1", "--max_posterior_dual", "10"]
 LAMBDA_500 = ["--initial_posterior_dual", "500", "--max_posterior_dual", "500"]
+FEW = ["--max_train_samples", "2000"]
 SETTINGS = {
     "none": ["--calibration", "none"],
     "posterior": POSTERIOR,
@@ -44,6 +45,9 @@ SETTINGS = {
     "posterior, lambda 100": [*POSTERIOR, "--initial_posterior_dual", "100", "--max_posterior_dual", "100"],
     "energy": ["--calibration", "energy"],
     "both": BOTH,
+    # Few images, each seen often: where an encoder knows those it was trained on better than others.
+    "none, 2,000 images": ["--calibration", "none", *FEW],
+    "posterior, 2,000 images": [*POSTERIOR, *FEW],
 }
 
 

@@ -10,7 +10,8 @@ import torch
 from model_tests import ModelTests, images, seeded, unsettle
 
 from ecvae_diffusers import FlowEC
-from ecvae_diffusers.models.flow_ec import MAX_LOG_SCALE, FlowStep, as_shown, bits_per_dimension, dequantize
+from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
+from ecvae_diffusers.models.flow_ec import MAX_LOG_SCALE, FlowStep
 
 
 CONFIGS = {
@@ -89,6 +90,23 @@ def test_log_determinant_is_that_of_the_jacobian(flow):
         )
         _, log_det = flow.encode(sample[None])
         assert abs(log_det.item() - torch.linalg.slogdet(jacobian)[1].item()) < 1e-9
+
+
+def test_each_transform_is_inverted_with_its_determinant(flow):
+    """Of the inverse it is the negative, wherever it is taken: what hooks and compilers see is `forward`, both ways."""
+    flow = flow.double()
+    step = flow.levels[0].blocks[0]
+    x = torch.randn(3, step.norm.bias.shape[1], 4, 4, generator=seeded(3)).double()
+    for transform in (step.norm, step.conv, step.coupling, step):
+        y, log_det = transform(x)
+        again, inverse_log_det = transform(y, inverse=True)
+        torch.testing.assert_close(again, x)
+        torch.testing.assert_close(inverse_log_det, -log_det)
+    level, images = flow.levels[0], sample_of(flow).double()
+    again, nothing, inverse_log_det = level(*level(images)[:2], inverse=True)
+    assert nothing is None
+    torch.testing.assert_close(again, images)
+    torch.testing.assert_close(inverse_log_det, -level(images)[2])
 
 
 def test_log_prob_is_the_normal_density_times_the_determinant(flow):
@@ -254,9 +272,15 @@ def test_wrong_shapes():
 
 def test_wrong_sampling():
     flow = tiny()
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1, but is 0"):
-        flow.sample(0)
-    for temperature in (-0.5, math.inf, math.nan):
+    for batch_size in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"`batch_size` must be an integer of at least 1, but is {batch_size}"):
+            flow.sample(batch_size)
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"`generator` is a list of {count}, but `batch_size` is 2"):
+            flow.sample(2, [seeded(i) for i in range(count)])
+    with pytest.raises(ValueError, match="`generator` must be a torch.Generator or a list of them, but is 0"):
+        flow.sample(1, 0)
+    for temperature in (-0.5, math.inf, math.nan, "1"):
         with pytest.raises(ValueError, match="`temperature` must be a finite number of at least 0, but is"):
             flow.sample(1, temperature=temperature)
 

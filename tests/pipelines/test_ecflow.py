@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -74,6 +75,47 @@ def test_a_generator_an_image(pipe):
     for seed in range(2):
         alone = pipe(generator=[generator(seed)], output_type="pt").images
         torch.testing.assert_close(both[seed : seed + 1], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offloading_onloads_all_that_sampling_needs(pipe, offload_type):
+    """Noted is what the hooks bring, since here the device that they bring it to is the one that it is on."""
+    expected = pipe(batch_size=2, generator=generator(), output_type="pt").images
+    pipe.flow.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1
+    )
+    brought = set()
+    for name, module in pipe.flow.named_modules():
+        if hasattr(module, "_diffusers_hook"):
+            group = module._diffusers_hook.get_hook("group_offloading").group
+            onload = group.onload_
+            tensors = [p for m in group.modules for p in m.parameters()] + list(group.parameters)
+
+            def note(onload=onload, tensors=tensors):
+                brought.update(map(id, tensors))
+                return onload()
+
+            group.onload_ = note
+    assert torch.equal(pipe(batch_size=2, generator=generator(), output_type="pt").images, expected)
+    assert [name for name, p in pipe.flow.named_parameters() if id(p) not in brought] == []
+
+
+def test_sequential_offloading_gives_the_same_images(pipe):
+    """Accelerate keeps the weights on "meta" between the passes of each module."""
+    expected = pipe(batch_size=2, generator=generator(), output_type="pt").images
+    accelerate.cpu_offload(pipe.flow, execution_device=torch.device("cpu"))
+    assert {p.device.type for p in pipe.flow.parameters()} == {"meta"}
+    images = pipe(batch_size=2, generator=generator(), output_type="pt").images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def test_a_flow_whose_weights_are_stored_in_8_bits_computes_in_16(pipe):
+    expected = pipe(batch_size=2, generator=generator(), output_type="pt").images
+    pipe.flow.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert pipe.flow.levels[0].blocks[0].coupling.net[0].weight.dtype == torch.float8_e4m3fn
+    images = pipe(batch_size=2, generator=generator(), output_type="pt").images
+    assert images.dtype == torch.bfloat16
+    torch.testing.assert_close(images.float(), expected, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ r"""A normalizing flow for images: a map of images to standard normal latents th
 
 F is multi-scale (Dinh et al. 2017, arXiv 1605.08803, section 3.6) and made of Glow's steps (Kingma and Dhariwal 2018, arXiv
 1807.03039): activation normalization, an invertible 1x1 convolution, an affine coupling. Each transform gives its output
-and the logarithm of its Jacobian's determinant, an image at a time, and has an `inverse`.
+and the logarithm of its Jacobian's determinant, an image at a time, and with `inverse=True` those of its inverse: both ways
+lead through `forward`, where diffusers and Accelerate hook in what moves weights, casts and compiles them.
 
 This file imports only torch and diffusers, so that it can travel to the Hub beside its config.
 """
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn as nn
@@ -26,74 +28,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # Bound of what one coupling scales by, e^2 either way: what is not bounded can't be inverted in float32.
 MAX_LOG_SCALE = 2.0
-# Largest entry of a sample that a generator learns from with its whole gradient; images lie in [-1, 1].
-MAX_ENTRY = 10.0
-# Levels of an 8-bit image, each of width 2 / 256 in [-1, 1].
-NUM_LEVELS = 256
-
-
-def dequantize(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """
-    8-bit images as draws from a density on [-1, 1): each level k becomes (k + u) / 128 - 1 with u uniform in [0, 1)
-    (Theis et al. 2016, arXiv 1511.01844, section 3.1).
-
-    Args:
-        images (`torch.Tensor` of shape `(B, C, H, W)`): Levels, in [-1, 1]: k / 127.5 - 1.
-        noise (`torch.Tensor`, of the same shape): u.
-    """
-    levels = ((images.float() + 1.0) * 127.5).round()
-    return (levels + noise) * (2.0 / NUM_LEVELS) - 1.0
-
-
-def bits_per_dimension(log_prob: torch.Tensor, num_entries: int) -> torch.Tensor:
-    """
-    What an 8-bit image costs, in bits an entry: -log p / (D ln 2) + log2(256 / 2), for the density of dequantized images
-    in [-1, 1). A bound from above on the discrete images' own.
-
-    Args:
-        log_prob (`torch.Tensor` of shape `(B,)`): Nats an image.
-        num_entries (`int`): D, pixels times channels.
-    """
-    return -log_prob / (num_entries * math.log(2)) + math.log2(NUM_LEVELS / 2)
-
-
-class AsShown(torch.autograd.Function):
-    """`as_shown`: clipping, with a gradient of its own."""
-
-    @staticmethod
-    def forward(ctx, samples: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        shown = samples.clamp(-1, 1)
-        ctx.save_for_backward(samples - shown, weight)
-        return shown
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        excess, weight = ctx.saved_tensors
-        # A descent step leads an entry against its gradient: outward where the signs differ.
-        return torch.where(gradient * excess < 0, 0.0, gradient * weight), None
-
-
-def as_shown(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Samples as they are shown, clipped to [-1, 1], with the gradients of what they are: an entry that is out of range is
-    pulled back by what it is shown as, but never pushed further out. Pushed it would be without end, because what it is shown
-    as does not change: wherever data lie at the end of the range, as a black background does, and the energy falls beyond it.
-
-    Nothing else holds a flow to that range; early in training single samples lie at 1e5, and an energy model that has seen
-    them tells no images apart any more. The inverse is about as steep there as they are far, so that one of them would drown
-    all others: the gradient of a sample whose largest entry m is beyond 10 is multiplied by 10 / m. Without any
-    gradient a flow that has learned to make them would never be told. A sample with an infinite entry has none; what is no
-    number stays so.
-
-    Args:
-        samples (`torch.Tensor` of shape `(B, C, H, W)`): F^-1(u).
-
-    Returns:
-        The samples to calibrate, and of each whether it is so far away, shape (B,).
-    """
-    largest = samples.detach().flatten(1).abs().amax(1)
-    weight = (MAX_ENTRY / largest).clamp(max=1).view(-1, 1, 1, 1)
-    return AsShown.apply(samples, weight), largest > MAX_ENTRY
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -132,14 +66,13 @@ class ActNorm(nn.Module):
         self.bias.copy_(-x.mean((0, 2, 3), keepdim=True))
         self.log_scale.copy_(-x.std((0, 2, 3), correction=0, keepdim=True).clamp(min=1e-3).log())
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (x + self.bias) * self.log_scale.exp(), self.log_det(x)
-
-    def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        return y * (-self.log_scale).exp() - self.bias
-
-    def log_det(self, x: torch.Tensor) -> torch.Tensor:
-        return (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
+    def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
+        # In the precision of what comes: layerwise casting leaves these two as they are stored.
+        bias, log_scale = self.bias.to(x.dtype), self.log_scale.to(x.dtype)
+        if inverse:
+            return x * (-log_scale).exp() - bias, -log_det
+        return (x + bias) * log_scale.exp(), log_det
 
 
 class InvertibleConv(nn.Module):
@@ -168,21 +101,17 @@ class InvertibleConv(nn.Module):
         identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
         return lower.tril(-1) + identity, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             lower, upper = self.triangles()
-            weight = self.permutation.to(lower.dtype) @ lower @ upper
             log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
+            permutation = self.permutation.to(lower.dtype)
+            if inverse:
+                weight = torch.linalg.solve_triangular(lower, permutation.T, upper=False, unitriangular=True)
+                weight, log_det = torch.linalg.solve_triangular(upper, weight, upper=True), -log_det
+            else:
+                weight = permutation @ lower @ upper
             return F.conv2d(x, weight[..., None, None].to(x.dtype)), log_det
-
-    def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(y.device.type, enabled=False):
-            lower, upper = self.triangles()
-            weight = torch.linalg.solve_triangular(
-                lower, self.permutation.to(lower.dtype).T, upper=False, unitriangular=True
-            )
-            weight = torch.linalg.solve_triangular(upper, weight, upper=True)
-            return F.conv2d(y, weight[..., None, None].to(y.dtype))
 
 
 class AffineCoupling(nn.Module):
@@ -208,17 +137,13 @@ class AffineCoupling(nn.Module):
         shift, raw = self.net(kept).to(kept.dtype).chunk(2, dim=1)
         return shift, MAX_LOG_SCALE * torch.tanh(raw / MAX_LOG_SCALE)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         kept, changed = x[:, : self.kept_channels], x[:, self.kept_channels :]
         shift, log_scale = self.shift_and_log_scale(kept)
-        return torch.cat([kept, (changed + shift) * log_scale.exp()], dim=1), at_least_float32(log_scale).flatten(
-            1
-        ).sum(1)
-
-    def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        kept, changed = y[:, : self.kept_channels], y[:, self.kept_channels :]
-        shift, log_scale = self.shift_and_log_scale(kept)
-        return torch.cat([kept, changed * (-log_scale).exp() - shift], dim=1)
+        log_det = at_least_float32(log_scale).flatten(1).sum(1)
+        if inverse:
+            return torch.cat([kept, changed * (-log_scale).exp() - shift], dim=1), -log_det
+        return torch.cat([kept, (changed + shift) * log_scale.exp()], dim=1), log_det
 
 
 class FlowStep(nn.Module):
@@ -231,15 +156,12 @@ class FlowStep(nn.Module):
         self.conv = InvertibleConv(channels)
         self.coupling = AffineCoupling(kept, channels - kept, hidden_channels)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total = 0.0
-        for transform in (self.norm, self.conv, self.coupling):
-            x, log_det = transform(x)
+    def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        transforms, total = (self.norm, self.conv, self.coupling), 0.0
+        for transform in reversed(transforms) if inverse else transforms:
+            x, log_det = transform(x, inverse)
             total = total + log_det
         return x, total
-
-    def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        return self.norm.inverse(self.conv.inverse(self.coupling.inverse(y)))
 
 
 class FlowLevel(nn.Module):
@@ -257,28 +179,34 @@ class FlowLevel(nn.Module):
         # What goes is normalized by what stays: a coupling whose second half is let go.
         self.split = None if is_last else AffineCoupling(channels // 2, channels - channels // 2, hidden_channels)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """What goes on, the latents that go, and the log-determinant."""
-        x, total = F.pixel_unshuffle(x, 2), 0.0
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, log_det = self._gradient_checkpointing_func(block, x)
-            else:
-                x, log_det = block(x)
-            total = total + log_det
+    def forward(
+        self, x: torch.Tensor | None, gone: torch.Tensor | None = None, inverse: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """
+        Images -> what goes on (`None` of the last level), the latents that go, and the log-determinant; with `inverse` what
+        went on and what is `gone` -> images, `None`, and the inverse's log-determinant.
+        """
+        if inverse:
+            y, total = gone, 0.0
+            if x is not None:
+                y, total = self.split(torch.cat([x, gone], dim=1), inverse)
+            y, log_det = self.steps(y, inverse)
+            return F.pixel_shuffle(y, 2), None, total + log_det
+        x, total = self.steps(F.pixel_unshuffle(x, 2), inverse)
         if self.split is None:
             return None, x, total
         x, log_det = self.split(x)
         return x[:, : self.kept_channels], x[:, self.kept_channels :], total + log_det
 
-    def inverse(self, kept: torch.Tensor | None, gone: torch.Tensor) -> torch.Tensor:
-        y = gone if kept is None else self.split.inverse(torch.cat([kept, gone], dim=1))
-        for block in reversed(self.blocks):
+    def steps(self, x: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        total = 0.0
+        for block in reversed(self.blocks) if inverse else self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                y = self._gradient_checkpointing_func(block.inverse, y)
+                x, log_det = self._gradient_checkpointing_func(block, x, inverse)
             else:
-                y = block.inverse(y)
-        return F.pixel_shuffle(y, 2)
+                x, log_det = block(x, inverse)
+            total = total + log_det
+        return x, total
 
 
 class FlowEC(ModelMixin, ConfigMixin):
@@ -446,7 +374,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         parts = latents.flatten(1).split([math.prod(shape) for shape in self.latent_shapes], dim=1)
         kept = None
         for level, part, shape in zip(reversed(self.levels), reversed(parts), reversed(self.latent_shapes)):
-            kept = level.inverse(kept, part.unflatten(1, shape))
+            kept, _, _ = level(kept, part.unflatten(1, shape), inverse=True)
         return kept
 
     def sample(
@@ -468,12 +396,18 @@ class FlowEC(ModelMixin, ConfigMixin):
             `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images, around [-1, 1].
 
         Raises:
-            ValueError: if `batch_size` or `temperature` is outside what is listed above.
+            ValueError: if `batch_size` or `temperature` is outside what is listed above, or `generator` is a list of another
+                length than `batch_size`.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature}.")
+        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
+        if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
+        generators = generator if isinstance(generator, list) else [generator]
+        if any(not isinstance(one, torch.Generator | None) for one in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}.")
         shape = (batch_size, self.num_latents, 1, 1)
         return self.decode(
             temperature * randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
