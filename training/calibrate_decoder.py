@@ -8,11 +8,10 @@ plus lambda times the constraint, and the energy model on data against the same 
 diffusers. The loop is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`.
 """
 
-from pathlib import Path
-
 import torch
 
 from ecvae_diffusers import EnergyModel
+from ecvae_diffusers.hub import fingerprint
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.upload import CONFIG
 from ecvae_training.decoder_arguments import parse_args
@@ -37,7 +36,7 @@ NUM_SPREAD_IMAGES = 256
 class DecoderTask(Task):
     """A foreign decoder as a `Task` of the trainer: its own loss is the squared error, its samples decodings of latents."""
 
-    component, headline = "decoder", "reconstruction"
+    component, headline, published = "decoder", "reconstruction", CONFIG
 
     def __init__(
         self, args, decoder: CalibratedDecoder, energy_model: EnergyModel | None, feed, given: torch.Tensor | None
@@ -45,6 +44,15 @@ class DecoderTask(Task):
         self.args, self.generator, self.energy_model, self.feed, self.given = args, decoder, energy_model, feed, given
         self.saved_class = type(decoder.autoencoder).__name__
         self.noise_scale = 0.0
+        self.last_encoded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def launch(self):
+        latents = None if self.given is None else fingerprint({"latents": {"latents": self.given}})
+        return {
+            "autoencoder": self.saved_class,
+            "encoder": self.generator.encoder_fingerprint(),
+            "latents": latents,
+        }
 
     def prepare(self, accelerator):
         """On the device, where the autoencoder is by now: 256 encodings on a CPU take minutes at the sizes of photographs."""
@@ -56,6 +64,13 @@ class DecoderTask(Task):
         """The encoder is in evaluation mode always: it is not trained."""
         with evaluating(self.generator):
             return self.generator.encode(images)
+
+    def encode_batch(self, real: torch.Tensor) -> torch.Tensor:
+        """Once a batch, which both `loss` and `draw` are given, in the precision of training."""
+        if self.last_encoded is None or self.last_encoded[0] is not real:
+            with self.accelerator.autocast():
+                self.last_encoded = (real, self.encode(real).float())
+        return self.last_encoded[1]
 
     def encodings(self, count: int) -> torch.Tensor:
         """Of the feed's images that are looked at, on the CPU."""
@@ -70,11 +85,11 @@ class DecoderTask(Task):
         if self.given is not None:
             rows = (noise.uniform(len(real)).cpu() * len(self.given)).long()
             return self.given[rows].to(real.device)
-        encodings = self.encode(real)
+        encodings = self.encode_batch(real)
         return self.changed(encodings, noise.normal(*encodings.shape)) if self.noise_scale > 0 else encodings
 
     def loss(self, network, real, noise, step, with_samples):
-        encodings = self.encode(real)
+        encodings = self.encode_batch(real)
         if not with_samples:
             decoded, samples = network(encodings), None
         elif self.given is None and self.noise_scale == 0:
@@ -92,6 +107,15 @@ class DecoderTask(Task):
         encodings = self.encodings(count)
         return self.changed(encodings, torch.randn(encodings.shape, generator=generator))
 
+    def measure(self, generator, images):
+        """PSNR of reconstructions, the mean over images."""
+        device, found = next(generator.parameters()).device, []
+        for part in images.split(self.args.train_batch_size):
+            originals = to_range(part.to(device))
+            error = squared_error(originals, self.reconstruct(generator, originals).clamp(-1, 1))
+            found.append(-10 * (error / 4).log10().cpu())  # the range is 2
+        return {"psnr": torch.cat(found).mean().item()}
+
     def sample(self, generator, latents):
         with evaluating(generator):
             return generator(latents).float()
@@ -106,7 +130,7 @@ class DecoderTask(Task):
 
 def main(args) -> None:
     path = args.pretrained_model_name_or_path
-    autoencoder = load_autoencoder(path, subfolder=args.subfolder, revision=args.revision)
+    autoencoder = load_autoencoder(path, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
     decoder = CalibratedDecoder(autoencoder, path)
     if args.gradient_checkpointing and not autoencoder._supports_gradient_checkpointing:
         raise ValueError(f"--gradient_checkpointing must not be given: {type(autoencoder).__name__} does not have it.")
@@ -123,14 +147,14 @@ def main(args) -> None:
     def load() -> EnergyModel | None:
         if args.calibration == "none":
             return None
-        return load_energy_model(Path(path, args.subfolder or "", "energy_model"), args.resolution, channels)
+        return load_energy_model(path, args.resolution, channels, args.subfolder, args.revision)
 
     def build_task(energy_model, feed) -> DecoderTask:
         if energy_model is None and args.calibration == "energy":
             energy_model = build_energy_model(args, feed.channels)
         return DecoderTask(args, decoder.train(), energy_model, feed, given)
 
-    train(args, load, build_task, published=CONFIG)
+    train(args, load, build_task, DecoderTask)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,24 @@ from ecvae_training.report_verdict import Run, number, verdict_html
 
 
 CHAIN_NOTE = (
-    "One row an image. From left to right: the prior sample G(z), each step of the chain, and where it moved (end minus "
+    "One row an image. From left to right: the sample, each step of the chain, and where it moved (end minus "
     "start, magnified, grey = nowhere). Healthy: changes too small to see. The last column is what the energy model still "
     "objects to: once a run has settled it has little form, and while it learns that of strokes and outlines."
 )
+# Of each `Task.component` and `--calibration`.
+KINDS = {
+    "vae": {
+        "none": "Plain VAE, no calibration", "energy": "Energy-calibrated", "posterior": "VAE with a calibrated posterior",
+        "both": "Energy-calibrated, with a calibrated posterior",
+    },
+    "flow": {"none": "Plain flow, no calibration", "energy": "Energy-calibrated flow"},
+    "decoder": {"none": "Decoder trained on, no calibration", "energy": "Energy-calibrated decoder"},
+}  # fmt: skip
+SAMPLES_NOTES = {
+    "vae": "One pass through the decoder, from the same latents at each step.",
+    "flow": "One pass through the flow's inverse, from the same latents at each step.",
+    "decoder": "Decodings of the same latents at each step: what is calibrated.",
+}
 FACTS = (
     "dataset_name", "train_data_dir", "resolution", "latent_channels", "train_batch_size", "seed", "calibration",
     "kl_weight", "langevin_steps", "langevin_drift_step", "langevin_noise", "calibration_tolerance", "drift_tolerance",
@@ -105,12 +119,14 @@ def report_html(run: Run) -> str:
     energies = histograms_html(run.energies)
     if energies:
         energies = (
-            "<p>Data (filled), prior samples and calibrated samples (lines), relative to the data's mean. Healthy: the "
+            "<p>Data (filled), samples and calibrated samples (lines), relative to the data's mean. Healthy: the "
             "three come to lie on one another.</p>" + energies
         )
     name = run.folder.resolve().name
     calibration = run.arguments.get("calibration")
-    kind = {"none": "Plain VAE, no calibration", "energy": "Energy-calibrated"}.get(calibration, "Training run")
+    # Folders of before it was written down are of autoencoders.
+    component = run.arguments.get("component", "vae")
+    kind = KINDS.get(component, {}).get(calibration, "Training run")
     lines = ". Dotted vertical lines are events of the guard" if run.events else ""
     intro = (
         f"<p>{kind}. Green: the healthy range, where there is one{lines}. Axes that are not logarithmic leave out what the "
@@ -120,7 +136,7 @@ def report_html(run: Run) -> str:
         "Verdict": verdict_html(run),
         "Run": facts_html(run),
         "Samples": over_time_html(
-            run, "samples", "Grid of samples", "One pass through the decoder, from the same latents at each step."
+            run, "samples", "Grid of samples", SAMPLES_NOTES.get(component, SAMPLES_NOTES["vae"])
         ),
         "Calibration": charts_html(calibration_charts(run), run.events),
         "Energies": energies,

@@ -156,7 +156,7 @@ def main(args) -> None:
             )
         return vae, energy_model
 
-    train(args, load, build_task)
+    train(args, load, build_task, ECVAETask)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,17 @@ class FlowTask(Task):
     def draw(self, real, noise):
         return noise.normal(len(real), *self.latent_shape)
 
+    @torch.no_grad()
+    def measure(self, generator, images):
+        """Bits per dimension, with the same dequantization at each evaluation."""
+        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(self.args.seed))
+        device, bits = next(generator.parameters()).device, []
+        with evaluating(generator):
+            for part, own in zip(*(x.split(self.args.train_batch_size) for x in (images, noise))):
+                log_prob = generator.log_prob(dequantize(to_range(part), own).to(device))
+                bits.append(bits_per_dimension(log_prob, self.generator.num_latents).cpu())
+        return {"bits_per_dimension": torch.cat(bits).mean().item()}
+
     def latents(self, count, seed):
         return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
 
@@ -80,7 +91,7 @@ def main(args) -> None:
     def build_task(pretrained, feed) -> FlowTask:
         return FlowTask(args, *build_models(args, feed.channels, lambda: build_flow(args, feed), pretrained))
 
-    train(args, lambda: load_pretrained(args, "flow", FlowEC), build_task)
+    train(args, lambda: load_pretrained(args, "flow", FlowEC), build_task, FlowTask)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,12 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dt
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
 
 
+def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of inference mode can't be computed with where gradients are taken, a copy of it can."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
+
+
 def energy_and_gradient(
     energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,8 +81,7 @@ def energy_and_gradient(
     graph is kept. `dtype` as for `compute_energy`.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        # A tensor of inference mode can't carry gradients, a copy of it can.
-        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
+        sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample, dtype)
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 
@@ -103,8 +108,9 @@ class PosteriorEnergy:
     ):
         if not 0 < variance < math.inf:
             raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
-        self.decode, self.images, self.variance = decode, images, variance
-        self.mean, self.std = posterior.mean.detach().float(), posterior.std.detach().float()
+        self.decode, self.variance, self.images = decode, variance, out_of_inference_mode(images)
+        moments = (posterior.mean, posterior.std)
+        self.mean, self.std = (out_of_inference_mode(moment.detach().float()) for moment in moments)
 
     def whiten(self, latents: torch.Tensor) -> torch.Tensor:
         """u = (z - m) / sigma, with gradients to z alone."""
@@ -559,6 +565,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             raise ValueError(
                 f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
             )
+        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
+            raise ValueError(f"`variance` must be a finite number above 0, but is {variance!r}.")
         images = self.prepare_image(image)
         check_generator(generator, images.shape[0])
         posterior = self.vae.encode(images).latent_dist

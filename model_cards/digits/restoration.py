@@ -69,6 +69,12 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dt
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
 
 
+def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of inference mode can't be computed with where gradients are taken, a copy of it can."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
+
+
 def energy_and_gradient(
     energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +83,7 @@ def energy_and_gradient(
     graph is kept. `dtype` as for `compute_energy`.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        # A tensor of inference mode can't carry gradients, a copy of it can.
-        sample = (sample.clone() if sample.is_inference() else sample.detach()).requires_grad_()
+        sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample, dtype)
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 

@@ -26,7 +26,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .energy import energy_and_gradient, frozen
+from .energy import energy_and_gradient, frozen, out_of_inference_mode
 from .schedulers.scheduling_langevin import LangevinScheduler
 from .variational import likelihood_bounds
 
@@ -57,8 +57,9 @@ class PosteriorEnergy:
     ):
         if not 0 < variance < math.inf:
             raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
-        self.decode, self.images, self.variance = decode, images, variance
-        self.mean, self.std = posterior.mean.detach().float(), posterior.std.detach().float()
+        self.decode, self.variance, self.images = decode, variance, out_of_inference_mode(images)
+        moments = (posterior.mean, posterior.std)
+        self.mean, self.std = (out_of_inference_mode(moment.detach().float()) for moment in moments)
 
     def whiten(self, latents: torch.Tensor) -> torch.Tensor:
         """u = (z - m) / sigma, with gradients to z alone."""

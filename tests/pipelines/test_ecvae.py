@@ -247,6 +247,15 @@ def test_refined_reconstructions_descend_to_the_likeliest_latents(pipe):
     assert not pipe.vae.training and all(p.requires_grad for p in pipe.vae.parameters())
 
 
+@pytest.mark.parametrize("sample_posterior", [False, True])
+def test_refinement_of_reconstructions_in_inference_mode(pipe, sample_posterior):
+    kwargs = {"num_refinement_steps": 3, "sample_posterior": sample_posterior, "output_type": "pt"}
+    expected = pipe.reconstruct(random_images(), generator=generator(), **kwargs).images
+    with torch.inference_mode():
+        found = pipe.reconstruct(random_images(), generator=generator(), **kwargs).images
+    torch.testing.assert_close(found, expected)
+
+
 def test_refined_draws_are_ends_of_a_chain_on_the_posterior(pipe):
     images, num_steps = random_images(), 4
     kwargs = {"sample_posterior": True, "num_refinement_steps": num_steps, "variance": 2.0, "output_type": "latent"}
@@ -267,6 +276,8 @@ def test_refined_draws_are_ends_of_a_chain_on_the_posterior(pipe):
         ({"num_refinement_steps": -1}, "`num_refinement_steps` must be an integer of at least 0, but is -1"),
         ({"num_refinement_steps": 1.5}, "`num_refinement_steps` must be an integer of at least 0, but is 1.5"),
         ({"num_refinement_steps": 1, "variance": 0.0}, "`variance` must be a finite number above 0, but is 0.0"),
+        ({"variance": -1}, "`variance` must be a finite number above 0, but is -1"),
+        ({"variance": "0.5"}, "`variance` must be a finite number above 0, but is '0.5'"),
     ],
 )
 def test_refinement_of_reconstructions_refuses(pipe, wrong, message):

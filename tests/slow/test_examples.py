@@ -21,6 +21,19 @@ def test_all_examples_are_here():
 
 
 @pytest.mark.parametrize("name", list(FIGURES))
+def test_what_an_example_can_not_do_is_said_before_it_trains(name, tmp_path):
+    wrong = [(["--num_steps", "-3"], "--num_steps must be at least 1, but is -3")]
+    if name != "text_decoder":
+        wrong.append(
+            (["--output", str(tmp_path / "gone" / "x.png")], "--output must be a file in a folder that is there")
+        )
+    for arguments, message in wrong:
+        command = [sys.executable, str(SCRIPTS / "examples" / f"{name}.py"), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
 def test_example_prints_before_and_after(name, tmp_path):
     """A few steps: the two networks are trained apart from the same start, and measured."""
     command = [sys.executable, str(SCRIPTS / "examples" / f"{name}.py"), "--num_steps", "20"]

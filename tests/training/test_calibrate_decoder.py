@@ -6,16 +6,28 @@ import sys
 from pathlib import Path
 
 import calibrate_decoder
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderOobleck, AutoencoderTiny, ConsistencyDecoderVAE, UNet2DModel, VQModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderOobleck,
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.torch import load_file, save_file
 from training_runs import SCRIPTS, TINY_DECODER, metrics, run, succeed, weights, write_autoencoder, write_images
 
+from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_training.decoder_arguments import parse_args
-from ecvae_training.decoders import CalibratedDecoder, load_autoencoder, load_energy_model
+from ecvae_training.decoders import CalibratedDecoder, latent_shape, load_autoencoder, load_energy_model
 from ecvae_training.feeds import build_feed
+from ecvae_training.noise import StepNoise
 
 
 SCRIPT = SCRIPTS / "calibrate_decoder.py"
@@ -194,14 +206,16 @@ def test_goes_on_from_what_it_saved(finished, images, tmp_path):
 
 def test_an_energy_model_of_other_images_is_not_gone_on_with(finished, images, tmp_path, caplog):
     """Nor is it looked for without calibration."""
-    folder = finished["VQModel"] / "energy_model"
+    folder = finished["VQModel"]
     Accelerator(cpu=True)
     with caplog.at_level("INFO"):
         for resolution, channels in ((32, 3), (16, 1)):
             assert load_energy_model(folder, resolution, channels) is None
             assert "EnergyModel of 3 channel(s) and 16 px, which does not fit" in caplog.text
             caplog.clear()
-        assert load_energy_model(folder.parent / "scheduler", 16, 3) is None  # no model's folder
+        assert load_energy_model(folder / "samples", 16, 3) is None
+        assert "has no energy model beside it: it is a new one" in caplog.text
+        assert load_energy_model(folder.parent, 16, 3, subfolder="VQModel").training
     assert load_energy_model(folder, 16, 3).training
     calibrate(
         "--pretrained_model_name_or_path", finished["VQModel"], "--train_data_dir", images, "--output_dir",
@@ -257,6 +271,162 @@ def test_autoencoders_of_audio_or_with_a_diffusion_decoder_are_refused(tmp_path)
             load_autoencoder(tmp_path / name)
 
 
+def broken_copy(folder: Path, to: Path, change) -> Path:
+    """The autoencoder of `folder` with other weights or another config, which `change` makes of them."""
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    to.mkdir()
+    change(tensors, config)
+    save_file(tensors, to / "diffusion_pytorch_model.safetensors")
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def without_encoder(tensors, config):
+    for name in [name for name in tensors if name.startswith("encoder.")]:
+        del tensors[name]
+
+
+def not_a_number(tensors, config):
+    tensors["decoder.conv_out.bias"][0] = torch.nan
+
+
+def of_other_sizes(tensors, config):
+    config["block_out_channels"] = [32, 32]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without_encoder, r"is not whole: \['encoder\."),
+        (not_a_number, "holds weights that are not finite: decoder.conv_out.bias"),
+        (of_other_sizes, "can't be loaded: .*size"),
+    ],
+)
+def test_weights_that_are_not_whole_not_finite_or_not_of_the_config_are_refused(models, tmp_path, change, message):
+    broken = broken_copy(models["AutoencoderKL"], tmp_path / "broken", change)
+    with pytest.raises(ValueError, match=f"(?s)--pretrained_model_name_or_path .*{message}"):
+        load_autoencoder(broken)
+
+
+def test_two_channels_are_refused(tmp_path):
+    AutoencoderKL(in_channels=2, out_channels=2, block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be of 1, 3 or 4 channels, but has 2"):
+        load_autoencoder(tmp_path)
+
+
+def test_a_variant_is_calibrated_in_float32(models, images, tmp_path):
+    model = AutoencoderTiny.from_pretrained(models["AutoencoderTiny"], dtype=torch.float16)
+    model.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(ValueError, match="can't be loaded"):
+        load_autoencoder(tmp_path / "half")
+    calibrate(
+        "--pretrained_model_name_or_path", tmp_path / "half", "--variant", "fp16", "--train_data_dir", images,
+        "--output_dir", tmp_path / "run", "--max_train_steps", 1,
+    )  # fmt: skip
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_parts_that_decoding_does_not_use_are_frozen(tmp_path):
+    """Several processes wait for a gradient of each parameter that has one: this one reads masks, which no one gives it."""
+    model = AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, down_block_out_channels=(8, 8), layers_per_down_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, up_block_out_channels=(8, 8), layers_per_up_block=1,
+        norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    decoder = CalibratedDecoder(model, "here")
+    shape = latent_shape(decoder, 16)
+    decoder(torch.randn(2, *shape)).square().sum().backward()
+    trained = [name for name, parameter in decoder.named_parameters() if parameter.requires_grad]
+    assert trained and all(decoder.get_parameter(name).grad is not None for name in trained)
+    assert not any("condition_encoder" in name for name in trained)
+    assert all(name.split(".")[1] in ("decoder", "post_quant_conv") for name in trained)
+
+
+def test_the_encoder_runs_once_a_step(models, images, tmp_path):
+    arguments = [
+        *TINY_DECODER, "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir", images,
+        "--output_dir", tmp_path / "run", "--latent_noise", 0.5, "--num_chains", 2, "--in_channels", 3,
+    ]  # fmt: skip
+    args, accelerator = parse_args(list(map(str, arguments))), Accelerator(cpu=True)
+    decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
+    task = calibrate_decoder.DecoderTask(args, decoder, None, build_feed(args, accelerator), None)
+    task.prepare(accelerator)
+    calls = []
+    decoder.autoencoder.encoder.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(2):
+        real = torch.rand(4, 3, 16, 16) * 2 - 1
+        noise = StepNoise(0, step, 0, 1, accelerator.device)
+        calls.clear()
+        task.loss(decoder, real, noise, step, with_samples=True)
+        again = task.draw(real, noise)
+        assert len(calls) == 1
+        assert again.shape == task.encode_batch(real).shape and not torch.equal(again, task.encode_batch(real))
+        torch.testing.assert_close(task.encode_batch(real), decoder.encode(real))
+
+
+def test_nothing_of_the_model_that_a_run_starts_from_is_lost(models, images, tmp_path):
+    """Though it may replace the folder."""
+    common = ["--train_data_dir", images, "--output_dir", tmp_path / "run", "--max_train_steps", 1]
+    calibrate(*common, "--pretrained_model_name_or_path", models["AutoencoderTiny"])
+    before = weights(tmp_path / "run")
+    result = run(
+        *TINY_DECODER, *common, "--pretrained_model_name_or_path", tmp_path / "run", "--overwrite_output_dir",
+        script=SCRIPT,
+    )  # fmt: skip
+    assert result.returncode == 1 and "must not lie in --output_dir" in result.stderr
+    after = weights(tmp_path / "run")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_another_encoder_is_not_gone_on_with(models, images, tmp_path):
+    common = ["--train_data_dir", images, "--output_dir", tmp_path / "run", "--checkpointing_steps", 1]
+    calibrate(*common, "--pretrained_model_name_or_path", models["AutoencoderKL"], "--max_train_steps", 1)
+
+    def other(tensors, config):
+        tensors["encoder.conv_in.bias"] += 1
+
+    for start in (broken_copy(models["AutoencoderKL"], tmp_path / "other", other), models["VQModel"]):
+        result = run(
+            *TINY_DECODER, *common, "--pretrained_model_name_or_path", start, "--max_train_steps", 2,
+            "--resume_from_checkpoint", "latest", script=SCRIPT,
+        )  # fmt: skip
+        assert result.returncode == 1 and "these differ: " in result.stderr and "encoder (was" in result.stderr
+
+
+def test_few_latents_can_not_be_evaluated_which_is_said_before_training(models, images, tmp_path):
+    save_file({"latents": torch.zeros(3, 4, 8, 8)}, tmp_path / "latents.safetensors")
+    result = run(
+        *TINY_DECODER, "--pretrained_model_name_or_path", models["AutoencoderKL"], "--train_data_dir", images,
+        "--output_dir", tmp_path / "run", "--latents_file", tmp_path / "latents.safetensors", "--evaluation_steps", 1,
+        "--evaluation_samples", 12, script=SCRIPT,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "needs at least 7 latents, but there are 3: see --evaluation_samples and --latents_file" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_have_the_reconstructions_psnr_and_the_card_of_no_calibration_claims_none(
+    models, images, tmp_path
+):
+    calibrate(
+        "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir", images, "--output_dir",
+        tmp_path, "--max_train_steps", 1, "--calibration", "none", "--evaluation_steps", 1, "--evaluation_samples", 12,
+        "--overwrite_output_dir", "--no-use_ema",
+    )  # fmt: skip
+    [found] = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    model = AutoencoderTiny.from_pretrained(tmp_path)
+    files = sorted(images.glob("*.png"))
+    arrays = [np.asarray(PIL.Image.open(path).convert("RGB")) for path in files]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        decoded = model.decode(model.encode(pixels).latents).sample.clamp(-1, 1)
+    psnr = reconstruction_metrics(decoded / 2 + 0.5, pixels / 2 + 0.5)["psnr"]
+    assert psnr.min() < found["psnr"] < psnr.max()  # of some of these images
+    card = (tmp_path / "README.md").read_text()
+    assert "with a further trained decoder" in card and "with energy" not in card and "energy-based" not in card
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -277,6 +447,10 @@ def test_autoencoders_of_audio_or_with_a_diffusion_decoder_are_refused(tmp_path)
             "--latent_noise must be 0 with --latents_file",
         ),
         (["--pretrained_model_name_or_path", "{kl}", "--latents_file", "none"], "--latents_file 'none' can't be read"),
+        (
+            ["--pretrained_model_name_or_path", "{kl}", "--calibration", "none", "--reconstruction_weight", 0],
+            "--reconstruction_weight must be above 0 with --calibration none",
+        ),
         (["--pretrained_model_name_or_path", "{kl}", "--latent_noise", -1], "--latent_noise must be a finite number"),
         (["--pretrained_model_name_or_path", "{kl}", "--image_size", 8], "--image_size must be at least --resolution"),
         (["--pretrained_model_name_or_path", "{kl}", "--resolution", 2048], "a power of two from 8 to 1024"),

@@ -11,6 +11,7 @@ from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.output import (
     RunLog,
     check_output_dir,
+    check_pretrained_stays,
     check_resumed_arguments,
     clear_run,
     find_checkpoint,
@@ -182,21 +183,44 @@ def test_foreign_output_folder_is_refused_and_stays(tmp_path):
         assert [(path.name, path.read_text()) for path in out.iterdir()] == [("thesis.txt", "years of work")]
 
 
+def test_what_a_run_starts_from_must_not_lie_where_it_writes(tmp_path):
+    """It would be removed before the first step."""
+    run, link = tmp_path / "run", tmp_path / "link"
+    (run / "checkpoint-2" / "pipeline").mkdir(parents=True)
+    link.symlink_to(run)
+    for path in (run, run / "checkpoint-2" / "pipeline", link / "checkpoint-2"):
+        with pytest.raises(ValueError, match="--pretrained_model_name_or_path .* must not lie in --output_dir"):
+            check_pretrained_stays(run, str(path))
+    check_pretrained_stays(run, str(tmp_path))
+    check_pretrained_stays(tmp_path / "other", str(run))
+    check_pretrained_stays(run, "me/run")
+
+
+def test_the_run_of_another_script_is_neither_replaced_nor_gone_on_with(tmp_path):
+    (tmp_path / "training_args.json").write_text('{"component": "vae"}')
+    for resume in (False, True):
+        check_output_dir(tmp_path, overwrite=True, resume=resume, component="vae")
+        with pytest.raises(ValueError, match=r"of another script \(of a vae, not of a flow\): choose another folder"):
+            check_output_dir(tmp_path, overwrite=True, resume=resume, component="flow")
+
+
 def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "training_args.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a training run: replace it with --overwrite_output_dir"):
-        check_output_dir(tmp_path, overwrite=False, resume=False)
-    check_output_dir(tmp_path, overwrite=True, resume=False)
-    check_output_dir(tmp_path, overwrite=False, resume=True)  # cut off before its first checkpoint: starts at 0
+        check_output_dir(tmp_path, overwrite=False, resume=False, component="vae")
+    check_output_dir(tmp_path, overwrite=True, resume=False, component="vae")
+    check_output_dir(
+        tmp_path, overwrite=False, resume=True, component="vae"
+    )  # cut off before its first checkpoint: starts at 0
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match="finds no checkpoint in .* but a finished or best model"):
-        check_output_dir(tmp_path, overwrite=False, resume=True)
+        check_output_dir(tmp_path, overwrite=False, resume=True, component="vae")
     (tmp_path / "checkpoint-10").mkdir()
-    check_output_dir(tmp_path, overwrite=False, resume=True)
+    check_output_dir(tmp_path, overwrite=False, resume=True, component="vae")
     with pytest.raises(ValueError, match="holds a training run: go on with --resume_from_checkpoint latest"):
-        check_output_dir(tmp_path, overwrite=False, resume=False)
+        check_output_dir(tmp_path, overwrite=False, resume=False, component="vae")
     with pytest.raises(ValueError, match="must be a folder"):
-        check_output_dir(tmp_path / "training_args.json", overwrite=True, resume=False)
+        check_output_dir(tmp_path / "training_args.json", overwrite=True, resume=False, component="vae")
 
 
 def test_unknown_checkpoint_is_named_with_those_there_are(tmp_path):

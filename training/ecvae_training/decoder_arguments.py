@@ -15,6 +15,7 @@ def add_model_arguments(model) -> None:
     )
     model.add_argument("--subfolder", help="Where it lies in a pipeline: vae.")
     model.add_argument("--revision", help="Branch, tag or commit of the Hub id.")
+    model.add_argument("--variant", help="Of its weights, such as fp16. What is trained and saved is in float32.")
 
 
 def add_loss_arguments(calibration) -> None:
@@ -43,6 +44,8 @@ def check(args: argparse.Namespace, refuse) -> None:
     if args.pretrained_model_name_or_path is None:
         refuse("pretrained_model_name_or_path", "given: the autoencoder whose decoder is to be calibrated")
     check_nonnegative(args, refuse, ("reconstruction_weight", "latent_noise"))
+    if args.reconstruction_weight == 0 and args.calibration == "none":
+        refuse("reconstruction_weight", "above 0 with --calibration none: nothing would be trained")
     if args.latents_file is not None and args.latent_noise > 0:
         refuse("latent_noise", "0 with --latents_file")
 

@@ -13,12 +13,15 @@ from safetensors import SafetensorError, safe_open
 
 from ecvae_diffusers import EnergyModel, LangevinScheduler
 from ecvae_diffusers.cards import CARD_MARKER
+from ecvae_diffusers.hub import fingerprint
+from ecvae_training.models import check_finite_weights
 
 
 logger = get_logger(__name__)
 
 # What is trained of an autoencoder; all else makes latents, and must go on making those that others are used to.
 TRAINED_PARTS = ("decoder", "post_quant_conv")
+PROBED_LATENTS = 8  # rows and columns
 LATENTS = "latents"  # the tensor's name in --latents_file
 
 CARD = """---
@@ -27,9 +30,9 @@ CARD = """---
 
 {marker}
 
-# {name} with a calibrated decoder
+# {name} with a {what} decoder
 
-The decoder was trained on from `{origin}` with energy calibration (Luo et al., ECCV 2024), by `training/calibrate_decoder.py` of
+The decoder was trained on from `{origin}` {how}, by `training/calibrate_decoder.py` of
 ecvae-diffusers; the encoder, and so the latents, are as they were. It loads without that package:
 
 ```python
@@ -37,9 +40,10 @@ from diffusers import {name}
 
 autoencoder = {name}.from_pretrained("path/or/hub-id")
 ```
-
-`energy_model/` and `scheduler/`, where they are there, are for calibrating on, and are not used at test time.
 """
+CALIBRATED = "with energy calibration (Luo et al., ECCV 2024)"
+NOT_CALIBRATED = "on its squared error, without calibration"
+CALIBRATING_ON = "\n`energy_model/` and `scheduler/` are for calibrating on, and are not used at test time.\n"
 
 
 class CalibratedDecoder(torch.nn.Module):
@@ -60,6 +64,11 @@ class CalibratedDecoder(torch.nn.Module):
     @property
     def config(self):
         return self.autoencoder.config
+
+    def encoder_fingerprint(self) -> str:
+        """Of what is not trained, and so of what latents mean."""
+        weights = self.autoencoder.state_dict().items()
+        return fingerprint({"encoder": {k: v for k, v in weights if k.split(".")[0] not in TRAINED_PARTS}})
 
     def enable_gradient_checkpointing(self) -> None:
         self.autoencoder.enable_gradient_checkpointing()
@@ -119,12 +128,21 @@ class SavedDecoder:
         is_folder = Path(origin).exists()
         data = ModelCardData(
             library_name="diffusers",
-            tags=["diffusers", "autoencoder", "energy-based-model"],
+            tags=["diffusers", "autoencoder"] + (["energy-based-model"] if self.energy_model is not None else []),
             base_model=None if is_folder else origin,
         )
         # No path of this machine.
         origin = Path(origin).name if is_folder else origin
-        return CARD.format(metadata=data.to_yaml(), marker=CARD_MARKER, name=name, origin=origin)
+        is_calibrated = self.energy_model is not None
+        card = CARD.format(
+            metadata=data.to_yaml(),
+            marker=CARD_MARKER,
+            name=name,
+            origin=origin,
+            what="calibrated" if is_calibrated else "further trained",
+            how=CALIBRATED if is_calibrated else NOT_CALIBRATED,
+        )
+        return card + (CALIBRATING_ON if is_calibrated else "")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **kwargs) -> "SavedDecoder":
@@ -148,54 +166,89 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
     """
     The autoencoder of a folder or a Hub id, of whichever class of diffusers its config names; from safetensors only.
 
+    Args:
+        name_or_path (`str`): The folder or Hub id.
+        subfolder, revision, variant (`str`, *optional*): As for `from_pretrained`.
+
     Raises:
-        ValueError: if it can't be loaded, or is none of images with a decoder of one pass.
+        ValueError: if it can't be loaded, its weights are not whole or not finite, or it is none of images with a decoder of one
+            pass.
     """
-    found = {name: kwargs[name] for name in ("subfolder", "revision") if kwargs.get(name) is not None}
+    found = {name: kwargs[name] for name in ("subfolder", "revision", "variant") if kwargs.get(name) is not None}
     refused = f"--pretrained_model_name_or_path {str(name_or_path)!r}"
     try:
-        class_name = AutoencoderKL.load_config(name_or_path, **found).get("_class_name")
+        config_place = {name: value for name, value in found.items() if name != "variant"}
+        class_name = AutoencoderKL.load_config(name_or_path, **config_place).get("_class_name")
     except (OSError, ValueError) as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     model_class = getattr(diffusers, str(class_name), None)
     if model_class is None or not all(hasattr(model_class, name) for name in ("encode", "decode")):
         raise ValueError(f"{refused} must be an autoencoder of diffusers, but is a {class_name}.")
     try:
-        model = model_class.from_pretrained(name_or_path, use_safetensors=True, low_cpu_mem_usage=False, **found)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, info = model_class.from_pretrained(
+            name_or_path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **found
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # weights of other sizes are a RuntimeError
         raise ValueError(f"{refused} can't be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(f"{refused} is not whole: {sorted(info['missing_keys'])[:3]} are missing from its weights.")
+    check_finite_weights(model, refused)
     # Those of audio have no channels of images, and one that decodes by diffusion no decoder of one pass.
     if "in_channels" not in model.config or not isinstance(getattr(model, "decoder", None), torch.nn.Module):
         raise ValueError(
             f"{refused} must be an autoencoder of images that decodes in one pass (AutoencoderKL, AutoencoderTiny, VQModel), "
             f"but is a {class_name}."
         )
+    if model.config.in_channels not in (1, 3, 4):
+        raise ValueError(f"{refused} must be of 1, 3 or 4 channels, but has {model.config.in_channels}.")
     return model
 
 
-def load_energy_model(folder: Path, resolution: int, in_channels: int) -> EnergyModel | None:
+def load_energy_model(
+    name_or_path: str | os.PathLike,
+    resolution: int,
+    in_channels: int,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> EnergyModel | None:
     """
-    The energy model that an earlier run has saved beside its decoder, ready to train; `None` where there is none, or one for other
-    images.
+    The energy model that an earlier run has saved beside its decoder, ready to train; `None`, and a line in the log, where there
+    is none, or one for other images.
+
+    Args:
+        name_or_path (`str`): The decoder's folder or Hub id.
+        resolution, in_channels (`int`): Of the images that it is to be for.
+        subfolder, revision (`str`, *optional*): Where the decoder lies.
 
     Raises:
         ValueError: if it fits and can't be loaded.
     """
-    if not (folder / "config.json").is_file():
+    inside = "/".join(filter(None, (subfolder, "energy_model")))
+    place, where = name_or_path, {"subfolder": inside, "revision": revision}
+    if Path(name_or_path).is_dir():
+        # With a subfolder diffusers would take the weights of the folder itself, the decoder's, where there are some.
+        place, where = Path(name_or_path, inside), {}
+    try:
+        config = EnergyModel.load_config(place, **where)
+    except OSError as error:
+        if not where and (place / "config.json").is_file():
+            raise ValueError(f"--pretrained_model_name_or_path: {str(place)!r} can't be loaded: {error}") from error
+        logger.info(f"{str(name_or_path)!r} has no energy model beside it: it is a new one.")
         return None
     try:
-        config = EnergyModel.load_config(folder)
         found = tuple(config.get(name) for name in ("_class_name", "sample_size", "in_channels"))
         if found != (EnergyModel.__name__, resolution, in_channels):
             logger.info(
-                f"{str(folder)!r} is a {found[0]} of {found[2]} channel(s) and {found[1]} px, which does not fit: the energy "
-                "model is a new one."
+                f"The energy model of {str(name_or_path)!r} is a {found[0]} of {found[2]} channel(s) and {found[1]} px, "
+                "which does not fit: it is a new one."
             )
             return None
         # `from_pretrained` gives networks in evaluation mode.
-        return EnergyModel.from_pretrained(folder, low_cpu_mem_usage=False).train()
+        return EnergyModel.from_pretrained(place, low_cpu_mem_usage=False, **where).train()
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--pretrained_model_name_or_path: {str(folder)!r} can't be loaded: {error}") from error
+        raise ValueError(
+            f"--pretrained_model_name_or_path: the energy model of {str(name_or_path)!r} can't be loaded: {error}"
+        ) from error
 
 
 @torch.no_grad()
@@ -214,11 +267,25 @@ def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]
         shape = tuple(decoder(latents).shape)
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"--resolution {resolution} does not fit {name}: {error}") from error
+    freeze_unused(decoder, latents)
     if shape != tuple(image.shape):
         raise ValueError(
             f"--resolution {resolution} does not fit {name}, which gives images of {shape[1:]} for {tuple(image.shape[1:])}."
         )
     return tuple(latents.shape[1:])
+
+
+@torch.enable_grad()
+def freeze_unused(decoder: CalibratedDecoder, latents: torch.Tensor) -> None:
+    """
+    Freeze what decoding does not come by, such as the part of `AutoencoderAsymmetricKL` that reads a mask: data parallel training
+    waits for a gradient of each parameter.
+    """
+    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    # A corner will do: it is the same way through the network.
+    decoded = decoder(latents[..., :PROBED_LATENTS, :PROBED_LATENTS])
+    for parameter, gradient in zip(trained, torch.autograd.grad(decoded.sum(), trained, allow_unused=True)):
+        parameter.requires_grad_(gradient is not None)
 
 
 def load_latents(path: str, shape: tuple[int, ...]) -> torch.Tensor:

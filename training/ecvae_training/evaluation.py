@@ -73,7 +73,13 @@ class Evaluation:
         limit = MAX_KEPT_FEATURES // accelerator.num_processes
         # Of which images the metrics keep features, in their order.
         self.kept_reference = torch.cat([p[:limit] for p in self.reference.tensor_split(accelerator.num_processes)])
-        self.latents = self.share(task.latents(args.evaluation_samples, args.seed + 1))
+        latents = task.latents(args.evaluation_samples, args.seed + 1)
+        if len(latents) < NUM_NEIGHBOURS + 2:
+            raise ValueError(
+                f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} latents, but there are {len(latents)}: see "
+                "--evaluation_samples and --latents_file."
+            )
+        self.latents = self.share(latents)
 
     def share(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]

@@ -86,7 +86,7 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
         model_class (`type`): Its class.
 
     Raises:
-        ValueError: if it can't be loaded, holds no such model, or one for another resolution.
+        ValueError: if it can't be loaded, holds no such model, one for another resolution, or weights that are not finite.
     """
     name_or_path, name = args.pretrained_model_name_or_path, model_class.__name__
     if name_or_path is None:
@@ -118,8 +118,21 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
         raise ValueError(
             f"{refused} is for images of {model.config.sample_size} px, but --resolution is {args.resolution}."
         )
+    for network in (model, energy_model):
+        if network is not None:
+            check_finite_weights(network, refused)
     # `from_pretrained` gives networks in evaluation mode.
     return model.train(), energy_model.train() if energy_model is not None else None
+
+
+def check_finite_weights(network: torch.nn.Module, what: str) -> None:
+    """
+    Raises:
+        ValueError: if a weight is not finite, from which nothing can be learned. `what` names the argument and its value.
+    """
+    broken = [name for name, weight in network.state_dict().items() if not weight.isfinite().all()]
+    if broken:
+        raise ValueError(f"{what} holds weights that are not finite: {', '.join(broken[:3])}.")
 
 
 def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:

@@ -30,16 +30,19 @@ RUN_FILES = {
 # Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.
 FREE_ON_RESUME = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
-    "pretrained_model_name_or_path", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
+    "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
     "checkpoints_total_limit", "log_steps", "save_images_steps", "config", "report_to", "tracker_project_name",
     "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_state_steps", "healthy_states",
     "divergence_guard", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 
 
-def check_output_dir(output_dir: Path, overwrite: bool, resume: bool) -> None:
+def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component: str) -> None:
     """
     Refuse an output folder that would lose something.
+
+    Args:
+        component (`str`): The [`Task`]'s, which tells the scripts' runs apart.
 
     Raises:
         ValueError: if it is a file, a folder that this script did not write, or one with a run in it that is neither
@@ -55,6 +58,15 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool) -> None:
         raise ValueError(
             f"--output_dir {str(output_dir)!r} holds files that are not of a training run: choose another folder."
         )
+    try:
+        found = json.loads((output_dir / ARGUMENTS_FILE).read_text()).get("component", component)
+    except json.JSONDecodeError:
+        found = component  # `check_resumed_arguments` says so where the file is needed
+    if found != component:
+        raise ValueError(
+            f"--output_dir {str(output_dir)!r} holds the training run of another script (of a {found}, not of a "
+            f"{component}): choose another folder."
+        )
     go_on = "go on with --resume_from_checkpoint latest, " if checkpoints(output_dir) else ""
     if not (overwrite or resume):
         raise ValueError(
@@ -66,6 +78,19 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool) -> None:
         raise ValueError(
             f"--resume_from_checkpoint finds no checkpoint in {str(output_dir)!r}, but a finished or best "
             "model, which a new run would replace: use --overwrite_output_dir, or choose another folder."
+        )
+
+
+def check_pretrained_stays(output_dir: Path, name_or_path: str) -> None:
+    """
+    Raises:
+        ValueError: if a run in `output_dir` would remove, as it begins, what it starts from.
+    """
+    path = Path(name_or_path)
+    if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name_or_path!r} must not lie in --output_dir {str(output_dir)!r}, which the "
+            "new run replaces: choose another --output_dir."
         )
 
 

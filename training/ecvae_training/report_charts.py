@@ -159,7 +159,7 @@ def training_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "images a second", steps, curves(images_per_second="images a second"),
-            "Since the start, the last resumption or the last rollback; evaluations and pictures count as time.",
+            "Since the start, the last resumption or the last rollback; the time of evaluations, pictures and checkpoints is left out.",
         ),
         Chart(
             "peak memory", steps, curves(peak_memory_gib="GiB"),
@@ -186,6 +186,15 @@ def evaluation_charts(run: Run) -> list[Chart]:
         Chart(
             "precision, recall, density, coverage", steps, shares,
             "Precision and density: how many samples look like data; recall and coverage: how much of the data is met.",
+        ),
+        Chart(
+            "bits per dimension of training images", steps,
+            [Curve("bits", series(records, "bits_per_dimension"))],
+            "A flow's cost of an 8-bit image, in bits an entry.",
+        ),
+        Chart(
+            "PSNR of reconstructions", steps, [Curve("dB", series(records, "psnr"))],
+            "dB, of training images. What a calibrated decoder gives up for detail.",
         ),
         Chart(
             "bounds on the likelihood", steps,

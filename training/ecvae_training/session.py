@@ -9,11 +9,18 @@ from typing import Any
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
-from ecvae_diffusers.upload import INDEX, UploadError, open_repository, upload_folder
+from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
 from ecvae_training.checkpoints import SavingFailed
 from ecvae_training.feeds import build_feed
 from ecvae_training.launch import build_accelerator
-from ecvae_training.output import check_output_dir, check_resumed_arguments, checkpoints, find_checkpoint, is_finished
+from ecvae_training.output import (
+    check_output_dir,
+    check_pretrained_stays,
+    check_resumed_arguments,
+    checkpoints,
+    find_checkpoint,
+    is_finished,
+)
 from ecvae_training.task import Task
 from ecvae_training.trainer import Stopped, Trainer
 
@@ -22,7 +29,7 @@ logger = get_logger(__name__)
 
 
 def train(
-    args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, Any], Task], published: str = INDEX
+    args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, Any], Task], task_class: type[Task]
 ) -> None:
     """
     One run, from its checked command line to its saved, and perhaps published, pipeline.
@@ -32,7 +39,7 @@ def train(
         load (`Callable`): What the run starts from, such as pretrained networks. Called before the data is opened, which
             can take minutes, since what is wrong with it is told in seconds.
         build_task (`Callable`): The task, of what `load` gave and of the feed. All that it draws depends on `--seed` alone.
-        published (`str`, *optional*): The file that tells what a folder of this script holds.
+        task_class (`type`): Its class.
 
     Raises:
         Stopped: if the run ended before its last step.
@@ -40,14 +47,19 @@ def train(
         UploadError: if publishing failed; the model is saved.
     """
     output_dir = Path(args.output_dir)
-    check_output_dir(output_dir, args.overwrite_output_dir, args.resume_from_checkpoint is not None)
+    resume = args.resume_from_checkpoint is not None
+    check_output_dir(output_dir, args.overwrite_output_dir, resume, task_class.component)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         check_resumed_arguments(output_dir, vars(args))
+    elif args.pretrained_model_name_or_path is not None:
+        check_pretrained_stays(output_dir, args.pretrained_model_name_or_path)
     accelerator = build_accelerator(args)
     repository = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
-        open_repository(repository, private=args.hub_private_repo, revision=args.hub_revision, name=published)
+        open_repository(
+            repository, private=args.hub_private_repo, revision=args.hub_revision, name=task_class.published
+        )
 
     # Opened, checked and decoded before anything is written.
     loaded = load()

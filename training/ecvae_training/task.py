@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from ecvae_diffusers import LangevinScheduler
+from ecvae_diffusers.upload import INDEX
 from ecvae_training.noise import StepNoise
 
 
@@ -32,11 +33,16 @@ class Task(ABC):
     component: str  # the generator's name in the pipeline
     headline: str  # the scalar of `loss` that the progress bar shows
     saved_class: str  # loads what is saved
+    published = INDEX  # the file that tells what a saved folder holds
     state = None  # what a checkpoint must hold beside the networks: anything with `state_dict` and `load_state_dict`
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Once, before the first step: the processes and the precision that the task computes with."""
         self.accelerator = accelerator
+
+    def launch(self) -> dict:
+        """What a run that is gone on with must have in common with what it was, beside its arguments and data."""
+        return {}
 
     @abstractmethod
     def loss(

@@ -107,6 +107,7 @@ class Trainer:
             "num_images": self.feed.num_images,
             "channels": self.feed.channels,
             "mixed_precision": self.accelerator.mixed_precision,
+            **self.task.launch(),
         }
 
     @property
@@ -197,7 +198,7 @@ class Trainer:
                 clear_run(output_dir)
             remove_leftovers(output_dir)
             cut_run(output_dir, self.step)
-            write_arguments(output_dir, {**vars(args), "launch": self.launch})
+            write_arguments(output_dir, {**vars(args), "component": self.task.component, "launch": self.launch})
             images = self.feed.reference(NUM_ENERGIES)
             self.observer = Observer(
                 output_dir, self.task, images, args.seed, self.accelerator.device, args.train_batch_size
@@ -335,9 +336,11 @@ class Trainer:
             rates = "--learning_rate"
             if self.energy is not None:
                 rates = "--energy_learning_rate, --energy_spectral_norm, a higher --energy_regularization"
+            # That of step 0 was taken unseen.
+            saved = f"The healthy state of step {self.step}" if self.step > 0 else "What the run began with"
             raise Stopped(
-                f"stopped at step {broke_at} after {self.args.max_rollbacks} rollbacks: {'; '.join(alarms)}. The healthy "
-                f"state of step {self.step} is saved. Try a lower {rates}, --max_grad_norm, or fp32, and go on from it "
+                f"stopped at step {broke_at} after {self.args.max_rollbacks} rollbacks: {'; '.join(alarms)}. "
+                f"{saved} is saved. Try a lower {rates}, --max_grad_norm, or fp32, and go on from it "
                 f"with --pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
             )
         self.progress.n = self.step

@@ -129,6 +129,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="WAV file: samples of the VAE alone, then calibrated ones")
     args = parser.parse_args()
+    if args.num_steps < 1:
+        parser.error(f"--num_steps must be at least 1, but is {args.num_steps}.")
+    if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
+        parser.error(f"--output must be a file in a folder that is there, but is {str(args.output)!r}.")
     data, others = tones(20_000, seed=1), spectra(tones(NUM_SAMPLES, seed=2), hop=64)
     found, loudness, heard = {}, {}, []
     for name, calibrated in (("before", False), ("after", True)):

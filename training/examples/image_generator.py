@@ -78,6 +78,10 @@ def main() -> None:
         "--output", type=Path, help="picture: samples of the own loss alone, left, and calibrated, right"
     )
     args = parser.parse_args()
+    if args.num_steps < 1:
+        parser.error(f"--num_steps must be at least 1, but is {args.num_steps}.")
+    if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
+        parser.error(f"--output must be a file in a folder that is there, but is {str(args.output)!r}.")
     images = load_digits()[0][:NUM_TRAIN]
     features, _ = train_digit_features()
     found, grids = {}, []

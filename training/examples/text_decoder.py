@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.num_steps < 1:
+        parser.error(f"--num_steps must be at least 1, but is {args.num_steps}.")
     data = one_hot([date(day) for day in range(NUM_DAYS)])
     found = {}
     for name, calibrated in (("before", False), ("after", True)):

@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """One-step image generation with an energy-calibrated VAE."""
 
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +309,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             raise ValueError(
                 f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
             )
+        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
+            raise ValueError(f"`variance` must be a finite number above 0, but is {variance!r}.")
         images = self.prepare_image(image)
         check_generator(generator, images.shape[0])
         posterior = self.vae.encode(images).latent_dist
