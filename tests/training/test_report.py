@@ -250,6 +250,26 @@ def test_plain_vae_has_no_calibration_to_show(tmp_path):
     assert page.to_look_at == []
 
 
+@pytest.mark.parametrize(
+    "component, calibration, kind, samples",
+    [
+        (None, "none", "Plain VAE, no calibration", "One pass through the decoder"),
+        ("flow", "none", "Plain flow, no calibration", "One pass through the flow's inverse"),
+        ("flow", "energy", "Energy-calibrated flow", "One pass through the flow's inverse"),
+        ("decoder", "energy", "Energy-calibrated decoder", "Decodings of the same latents"),
+        ("vae", "posterior", "VAE with a calibrated posterior", "One pass through the decoder"),
+    ],
+)
+def test_the_page_says_what_was_trained(tmp_path, component, calibration, kind, samples):
+    arguments = {"calibration": calibration} | ({} if component is None else {"component": component})
+    run = write_run(tmp_path / "run", 100, arguments)
+    write_pictures(run, ("samples",), range(100, 101))
+    make_page(run)
+    page = (run / "report.html").read_text()
+    assert re.search(r"<p>([^<]*)\. Green: the healthy range", page)[1] == kind
+    assert samples in page
+
+
 def test_a_flow_has_bits_and_a_calibrated_posterior_its_own_curves(tmp_path):
     """Both in one page, since a run logs what it has."""
     own = {

@@ -1,13 +1,17 @@
 """`train_flow.py`, run as a user runs it. What it shares with `train_ecvae.py` is tested there, but for going on."""
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from training_runs import SCRIPTS, TINY_FLOW, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import ECFlowPipeline
+from ecvae_diffusers.models import bits_per_dimension, dequantize
 
 
 SCRIPT = SCRIPTS / "train_flow.py"
@@ -68,6 +72,21 @@ def test_a_run_cut_in_two_equals_a_run_in_one(finished, images, tmp_path):
     assert whole.keys() == cut.keys() and any(key.startswith("flow/") for key in whole)
     for key in whole:
         assert torch.equal(whole[key], cut[key]), key
+
+
+def test_evaluations_have_the_bits_of_what_would_be_saved(images, tmp_path):
+    train(
+        "--train_data_dir", images, "--output_dir", tmp_path / "run", "--max_train_steps", 1, "--calibration", "none",
+        "--evaluation_steps", 1, "--evaluation_samples", 24, "--no-use_ema",
+    )  # fmt: skip
+    [found] = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    pixels = np.stack([np.asarray(PIL.Image.open(path)) for path in sorted(images.glob("*.png"))])
+    real = torch.from_numpy(pixels)[:, None] / 127.5 - 1
+    flow = ECFlowPipeline.from_pretrained(tmp_path / "run").flow
+    with torch.no_grad():
+        noise = torch.rand(real.shape, generator=torch.Generator().manual_seed(0))
+        bits = bits_per_dimension(flow.log_prob(dequantize(real, noise)), flow.num_latents).mean().item()
+    assert found["bits_per_dimension"] == pytest.approx(bits, rel=1e-2)  # of other noise, and no other images
 
 
 def test_plain_flow_has_no_energy_model(images, tmp_path):
