@@ -58,7 +58,7 @@ SETTINGS = {
     "trained on": ["--calibration", "none"],
     "calibrated": [*ENERGY, "2.5"],
     "calibrated, K 1": [*ENERGY, "2.5", *K_1],
-    **{f"calibrated, K 1, reconstruction weight {w}": [*ENERGY, w, *K_1] for w in ("1", "2", "3", "6")},
+    **{f"calibrated, K 1, reconstruction weight {w}": [*ENERGY, w, *K_1] for w in ("1", "2", "3", "4", "6")},
 }
 
 
