@@ -109,11 +109,14 @@ class DecoderTask(Task):
 
     def measure(self, generator, images):
         """PSNR of reconstructions, the mean over images."""
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
         device, found = next(generator.parameters()).device, []
         for part in images.split(self.args.train_batch_size):
             originals = to_range(part.to(device))
-            error = squared_error(originals, self.reconstruct(generator, originals).clamp(-1, 1))
-            found.append(-10 * (error / 4).log10().cpu())  # the range is 2
+            decoded = self.reconstruct(generator, originals).clamp(-1, 1)
+            psnr = peak_signal_noise_ratio(decoded, originals, data_range=2.0, reduction="none", dim=(1, 2, 3))
+            found.append(psnr.cpu())
         return {"psnr": torch.cat(found).mean().item()}
 
     def sample(self, generator, latents):

@@ -46,7 +46,6 @@ class FlowTask(Task):
     def draw(self, real, noise):
         return noise.normal(len(real), *self.latent_shape)
 
-    @torch.no_grad()
     def measure(self, generator, images):
         """Bits per dimension, with the same dequantization at each evaluation."""
         noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(self.args.seed))

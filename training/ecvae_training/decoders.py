@@ -233,7 +233,9 @@ def load_energy_model(
     except OSError as error:
         if not where and (place / "config.json").is_file():
             raise ValueError(f"--pretrained_model_name_or_path: {str(place)!r} can't be loaded: {error}") from error
-        logger.info(f"{str(name_or_path)!r} has no energy model beside it: it is a new one.")
+        # Of a Hub id it may be the network that failed.
+        why = f" ({str(error).splitlines()[0]})" if where else ""
+        logger.info(f"{str(name_or_path)!r} has no energy model beside it{why}: it is a new one.")
         return None
     try:
         found = tuple(config.get(name) for name in ("_class_name", "sample_size", "in_channels"))
@@ -265,9 +267,9 @@ def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]
     try:
         latents = decoder.encode(image)
         shape = tuple(decoder(latents).shape)
+        freeze_unused(decoder, latents)
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"--resolution {resolution} does not fit {name}: {error}") from error
-    freeze_unused(decoder, latents)
     if shape != tuple(image.shape):
         raise ValueError(
             f"--resolution {resolution} does not fit {name}, which gives images of {shape[1:]} for {tuple(image.shape[1:])}."
