@@ -205,9 +205,9 @@ def test_measures_know_the_data_from_noise(data):
         ),
         (
             "flow_study",
-            {"flow_16": {"setting": "flow", "bits_per_dimension": 3.5, "frechet_distance": 200.0, "kernel_distance": 0.2,
+            {"flow_16": {"setting": "trained on", "bits_per_dimension": 3.5, "frechet_distance": 200.0, "kernel_distance": 0.2,
                          "rollbacks": 0, "training_seconds": 300.0, "num_samples": 5_000}},
-            ["| flow | 3.500 | 3.500 | 200.0 | 200.0 | 0.2000 |  |  | 0 | 0.200 |"],
+            ["| trained on | 3.500 | 3.500 | 200.0 | 200.0 | 0.2000 |  |  | 0 | 0.200 |"],
         ),
         (
             "decoder_study",

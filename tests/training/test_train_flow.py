@@ -149,3 +149,14 @@ def test_an_autoencoder_is_no_flow(images, tmp_path):
         "--pretrained_model_name_or_path", tmp_path / "vae", script=SCRIPT,
     )  # fmt: skip
     assert result.returncode == 1 and "holds no FlowEC" in result.stderr
+
+
+def test_a_flow_that_has_learned_is_calibrated_at_a_lower_rate(finished, images, tmp_path):
+    """3e-3 of a new flow and 5e-4 of one that is gone on with, of which an argument is above."""
+    common = ("--train_data_dir", images, "--max_train_steps", 1, "--log_steps", 1, "--lr_scheduler", "constant")
+    start = ("--pretrained_model_name_or_path", finished)
+    rates = []
+    for name, arguments in (("new", ()), ("gone_on", start), ("given", (*start, "--learning_rate", 1e-4))):
+        train(*common, "--output_dir", tmp_path / name, *arguments)
+        rates.append(metrics(tmp_path / name)[0]["learning_rate"])
+    assert rates == [3e-3, 5e-4, 1e-4]

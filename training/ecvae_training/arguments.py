@@ -32,6 +32,7 @@ class CommandLine:
         check (`Callable`): Checks them, as `check(args, refuse)`: `refuse(name, allowed)` ends the script.
         max_resolution (`int`): The largest `--resolution`, a power of two.
         defaults (`dict`): Its own defaults of arguments that all have.
+        fill_defaults (`Callable`): Sets, as `fill_defaults(args)`, those of them that depend on other arguments.
     """
 
     description: str
@@ -42,6 +43,7 @@ class CommandLine:
     check: Callable
     max_resolution: int = 256
     defaults: dict = field(default_factory=dict)
+    fill_defaults: Callable = lambda args: None
 
 
 def build_parser(script: CommandLine) -> argparse.ArgumentParser:
@@ -396,5 +398,6 @@ def parse_args(script: CommandLine, argv: list[str] | None = None) -> argparse.N
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     path = parser.parse_args(argv).config
     args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
+    script.fill_defaults(args)
     check_arguments(parser, args, script.check, script.max_resolution)
     return args
