@@ -35,6 +35,26 @@ def watched(count: int = 60) -> DivergenceGuard:
     return guard
 
 
+@pytest.mark.parametrize("name", DivergenceGuard.GRADIENTS)
+def test_a_clipped_gradient_is_divergence_only_where_it_lasts(name):
+    """A single one moves the weights no further than any other; without clipping the first is an alarm."""
+    enormous = {name: 1e9}
+    for clips, expected in ((False, [True] * 5), (True, [False] * 4 + [True])):
+        guard = DivergenceGuard(100.0, clips_gradients=clips)
+        for i in range(60):
+            guard.observe(healthy(i))
+        assert [bool(guard.observe(healthy(i, **enormous))[0]) for i in range(5)] == expected
+        # One that is back in range starts the count anew, and the count is part of the state.
+        assert guard.observe(healthy(0)) == ([], [])
+        for i in range(4):
+            guard.observe(healthy(i, **enormous))
+        resumed = DivergenceGuard(100.0, clips_gradients=clips)
+        resumed.load_state_dict(guard.state_dict())
+        alarms, _ = resumed.observe(healthy(0, **enormous))
+        assert len(alarms) == 1 and alarms[0].startswith(f"{name} 1e+09 is far outside")
+        assert resumed.observe(healthy(0, **{name: math.inf}))[0] == [f"{name} not finite"]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_seen_at_once(value):
     alarms, _ = DivergenceGuard(100.0).observe(healthy(0, constraint_max=value))

@@ -31,7 +31,7 @@ class GuardLimits:
             fixed lambda. An alarm is given once: if a lower rate does not bring lambda down, nothing that the guard does will.
         min_spread: Samples are dead where their spread over the batch is less than this share of the data's.
         min_gradient: The energy model is dead where its gradient norm is less than this share of its running median.
-        dead: Observations in a row with dead samples, or a dead energy model.
+        dead: Observations in a row with dead samples, a dead energy model, or gradients far outside where they are clipped.
     """
 
     warmup: int = 20
@@ -51,20 +51,28 @@ class DivergenceGuard:
     The energy gap (calibrated samples minus data), reconstruction or bits per dimension, and the largest gradient norms and constraint since the
     last logged step are held against their own running ranges, `dual` against `max_dual`, `sample_spread` against
     `data_spread`.
+
+    Args:
+        max_dual (`float`): Upper bound of lambda.
+        limits (`GuardLimits`): What counts as divergence.
+        clips_gradients (`bool`): Whether the norms are before clipping. A single one that is far outside, as likelihoods of
+            normalizing flows have them, then moves the weights no further than any other, and only lasting ones are divergence.
     """
 
+    GRADIENTS = ("gradient_norm_max", "energy_gradient_norm_max")
     RANGED = (
         "energy_gap", "gradient_norm_max", "energy_gradient_norm_max", "reconstruction", "bits_per_dimension",
         "constraint_max",
     )  # fmt: skip
 
-    COUNTERS = ("observations", "spreadless", "gradientless")
+    COUNTERS = ("observations", "spreadless", "gradientless", "clipped")
 
-    def __init__(self, max_dual: float, limits: GuardLimits = GuardLimits()):
+    def __init__(self, max_dual: float, limits: GuardLimits = GuardLimits(), clips_gradients: bool = False):
         self.max_dual = max_dual
         self.limits = limits
+        self.clips_gradients = clips_gradients
         self.history = {name: collections.deque(maxlen=limits.window) for name in self.RANGED}
-        self.observations = self.spreadless = self.gradientless = 0
+        self.observations = self.spreadless = self.gradientless = self.clipped = 0
         self.pinned_ratios: list[float] = []
         self.has_been_pinned = False
 
@@ -86,7 +94,12 @@ class DivergenceGuard:
             self.gradientless = self.gradientless + 1 if norm < self.limits.min_gradient * median else 0
             if self.gradientless >= self.limits.dead:
                 alarms.append(f"the energy model is dead (gradient norm {norm:.4g}, running median {median:.4g})")
-        alarms += [found for name in self.RANGED if (found := self.outside(name, scalars.get(name)))]
+        found = {name: said for name in self.RANGED if (said := self.outside(name, scalars.get(name)))}
+        gradients = [found.pop(name) for name in self.GRADIENTS if name in found]
+        self.clipped = self.clipped + 1 if gradients and self.clips_gradients else 0
+        if not self.clips_gradients or self.clipped >= self.limits.dead:
+            alarms += gradients
+        alarms += found.values()
         warnings = []
         if scalars.get("dual", -1.0) < self.max_dual:
             self.pinned_ratios = []

@@ -52,7 +52,7 @@ class Recovery:
         self.output_dir = Path(args.output_dir)
         self.lowered = energy or generator
         pinned = max(GuardLimits.pinned, PINNED_STEPS // args.log_steps)
-        self.guard = DivergenceGuard(args.max_dual, GuardLimits(pinned=pinned))
+        self.guard = DivergenceGuard(args.max_dual, GuardLimits(pinned=pinned), args.max_grad_norm is not None)
         parts = {**(parts or {}), "scaler": accelerator.scaler, "guard": self.guard}
         for name, trained in (("generator", generator), ("energy", energy)):
             if trained is not None:
