@@ -45,6 +45,7 @@ SETTINGS = {
     **{f"calibrated, lambda {value:g}": dual(value) for value in (10, 100, 200)},
     # An energy model at two scales, as the decoders' study has it, and one that learns four times as fast.
     "calibrated, two scales": ["--energy_num_scales", "2"],
+    "calibrated, lambda 200, two scales": [*dual(200), "--energy_num_scales", "2"],
     "calibrated, energy's rate 2e-3": ["--energy_learning_rate", "2e-3"],
 }
 # What begins anew, for as many iterations in all, at the rate that is best for likelihood (docs/flows.md: why it is not that of calibration).
@@ -114,7 +115,7 @@ def table(results: Results) -> str:
             continue
 
         def listed(key: str, form: str, rows: list[dict] = rows) -> str:
-            return ", ".join(format(row[key], form) if key in row else "" for row in rows)
+            return ", ".join(format(row[key], form) for row in rows if key in row)
 
         distance = statistics.median(row["frechet_distance"] for row in rows)
         seconds = statistics.median(row["training_seconds"] / row["iterations"] for row in rows)

@@ -2,12 +2,14 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Train an energy-calibrated normalizing flow on images: `accelerate launch training/train_flow.py --help`.
 
-One iteration: one wrapped forward of the flow gives the likelihood of dequantized images and, through its inverse, prior
+Likelihood is learned first, with `--calibration none`; a run from there (`--pretrained_model_name_or_path`) calibrates: see
+docs/flows.md. One iteration: one wrapped forward of the flow gives the likelihood of dequantized images and, through its inverse, prior
 samples; these are calibrated as those of `train_ecvae.py` are. The loop is in `ecvae_training/trainer.py`, the equations in
 `ecvae_diffusers.calibration` and `ecvae_diffusers.models.flow_ec`.
 """
 
 import torch
+from accelerate.logging import get_logger
 
 from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
 from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
@@ -17,6 +19,8 @@ from ecvae_training.models import build_models, load_pretrained
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
 
+
+logger = get_logger(__name__)
 
 # Images that activation normalization takes its statistics of.
 NUM_INITIALIZATION_IMAGES = 256
@@ -88,6 +92,11 @@ def build_flow(args, feed) -> FlowEC:
 
 def main(args) -> None:
     def build_task(pretrained, feed) -> FlowTask:
+        if pretrained[0] is None and args.calibration != "none" and args.resume_from_checkpoint is None:
+            logger.warning(
+                "A new flow is calibrated from its first step. Better samples come of one that has learned likelihood first: train "
+                "it with --calibration none, and go on from there with --pretrained_model_name_or_path (docs/flows.md)."
+            )
         return FlowTask(args, *build_models(args, feed.channels, lambda: build_flow(args, feed), pretrained))
 
     train(args, lambda: load_pretrained(args, "flow", FlowEC), build_task, FlowTask)

@@ -155,8 +155,9 @@ def test_a_flow_that_has_learned_is_calibrated_at_a_lower_rate(finished, images,
     """3e-3 of a new flow and 5e-4 of one that is gone on with, of which an argument is above."""
     common = ("--train_data_dir", images, "--max_train_steps", 1, "--log_steps", 1, "--lr_scheduler", "constant")
     start = ("--pretrained_model_name_or_path", finished)
-    rates = []
+    rates, warned = [], []
     for name, arguments in (("new", ()), ("gone_on", start), ("given", (*start, "--learning_rate", 1e-4))):
-        train(*common, "--output_dir", tmp_path / name, *arguments)
+        log = train(*common, "--output_dir", tmp_path / name, *arguments).stderr
         rates.append(metrics(tmp_path / name)[0]["learning_rate"])
-    assert rates == [3e-3, 5e-4, 1e-4]
+        warned.append("A new flow is calibrated from its first step" in log)
+    assert rates == [3e-3, 5e-4, 1e-4] and warned == [True, False, False]
