@@ -35,24 +35,40 @@ def watched(count: int = 60) -> DivergenceGuard:
     return guard
 
 
+CLIPPED = {"gradient_norm_max": 100.0, "energy_gradient_norm_max": 30.0}  # at or near what they usually are
+
+
 @pytest.mark.parametrize("name", DivergenceGuard.GRADIENTS)
 def test_a_clipped_gradient_is_divergence_only_where_it_lasts(name):
-    """A single one moves the weights no further than any other; without clipping the first is an alarm."""
+    """
+    A single one moves the weights no further than others do. Without clipping, or where what is left after it is far outside itself,
+    the first is an alarm.
+    """
     enormous = {name: 1e9}
-    for clips, expected in ((False, [True] * 5), (True, [False] * 4 + [True])):
-        guard = DivergenceGuard(100.0, clips_gradients=clips)
+    lasting = [False] * 4 + [True]
+    for max_norm, expected in ((None, [True] * 5), (1e6, [True] * 5), (CLIPPED[name], lasting)):
+        guard = DivergenceGuard(100.0, max_grad_norm=max_norm)
         for i in range(60):
             guard.observe(healthy(i))
         assert [bool(guard.observe(healthy(i, **enormous))[0]) for i in range(5)] == expected
+        assert guard.doubtful == (5 if expected is lasting else 0)
         # One that is back in range starts the count anew, and the count is part of the state.
-        assert guard.observe(healthy(0)) == ([], [])
+        assert guard.observe(healthy(0)) == ([], []) and guard.doubtful == 0
         for i in range(4):
             guard.observe(healthy(i, **enormous))
-        resumed = DivergenceGuard(100.0, clips_gradients=clips)
+        resumed = DivergenceGuard(100.0, max_grad_norm=max_norm)
         resumed.load_state_dict(guard.state_dict())
         alarms, _ = resumed.observe(healthy(0, **enormous))
         assert len(alarms) == 1 and alarms[0].startswith(f"{name} 1e+09 is far outside")
         assert resumed.observe(healthy(0, **{name: math.inf}))[0] == [f"{name} not finite"]
+
+
+def test_clipped_gradients_are_counted_a_network():
+    guard = DivergenceGuard(100.0, max_grad_norm=30.0)
+    for i in range(60):
+        guard.observe(healthy(i))
+    for i in range(20):  # now one, now the other
+        assert guard.observe(healthy(i, **{DivergenceGuard.GRADIENTS[i % 2]: 1e9})) == ([], [])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -113,8 +129,8 @@ def test_a_norm_that_loss_scaling_left_out_is_no_divergence():
 
 def test_dead_samples():
     guard, limits = watched(), GuardLimits()
-    seen = [guard.observe(healthy(i, sample_spread=0.02))[0] for i in range(limits.dead)]
-    assert seen[:-1] == [[]] * (limits.dead - 1) and "samples are all alike" in seen[-1][0]
+    seen = [guard.observe(healthy(i, sample_spread=0.02))[0] for i in range(limits.lasting)]
+    assert seen[:-1] == [[]] * (limits.lasting - 1) and "samples are all alike" in seen[-1][0]
     new = DivergenceGuard(100.0)  # a decoder that has learned nothing yet gives one image only
     assert all(new.observe(healthy(i, sample_spread=0.0)) == ([], []) for i in range(limits.warmup))
 
@@ -122,8 +138,8 @@ def test_dead_samples():
 def test_a_dead_energy_model():
     """One with spectral normalization doesn't explode: its gradient vanishes, and stays away."""
     guard, limits = watched(), GuardLimits()
-    seen = [guard.observe(healthy(i, energy_gradient_norm_max=0.02))[0] for i in range(limits.dead)]
-    assert seen[:-1] == [[]] * (limits.dead - 1) and "the energy model is dead" in seen[-1][0]
+    seen = [guard.observe(healthy(i, energy_gradient_norm_max=0.02))[0] for i in range(limits.lasting)]
+    assert seen[:-1] == [[]] * (limits.lasting - 1) and "the energy model is dead" in seen[-1][0]
     guard = watched()  # one step with hardly a gradient is chance
     seen = [guard.observe(healthy(i, energy_gradient_norm_max=0.02 if i % 4 else 3.0))[0] for i in range(20)]
     assert seen == [[]] * 20
@@ -208,6 +224,39 @@ def test_the_rate_recovers_from_a_passing_fault_and_stays_down_else(recovery):
         assert rate(recovery) == pytest.approx(1e-3 / 2 ** (breakdowns - 1))
     kinds = [event["kind"] for event in read_metrics(recovery.output_dir / "events.jsonl")]
     assert kinds == ["rollback"] * 3 + ["recovery"] + ["rollback"] * 2
+
+
+LASTING = [
+    ({"gradient_norm_max": 1e6}, "gradient_norm_max 1e+06 is far outside"),
+    ({"energy_gradient_norm_max": 1e-6}, "the energy model is dead"),
+    ({"sample_spread": 0.0}, "samples are all alike"),
+]
+
+
+@pytest.mark.parametrize("log_steps", [1, 10, 50, 100])
+@pytest.mark.parametrize("fault, said", LASTING)
+def test_no_state_of_a_fault_that_is_seen_late_is_healthy(tmp_path, fault, said, log_steps):
+    """What is an alarm when it has lasted is gone back from to before it began, in one step, however seldom is logged."""
+    arguments = ["--lr_scheduler", "constant", "--max_grad_norm", 100, "--log_steps", log_steps, "--max_rollbacks", 3]
+    args = parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path), *map(str, arguments)])
+    networks = [torch.nn.Linear(2, 2) for _ in range(2)]
+    accelerator = Accelerator(cpu=True)
+    generator, energy = (build_trained(args, accelerator, network, 1e-3, (0.0, 0.9), 100) for network in networks)
+    recovery = Recovery(args, accelerator, generator, energy)
+    begun, step, went_back, found = 60 * log_steps + 100, 0, [], []
+    while not went_back or len(went_back) < 4:  # it stays until the run is given up
+        step += log_steps
+        broken = step > begun
+        networks[0].bias.data.fill_(1.0 if broken else 0.0)
+        if alarms := recovery.judge(step, healthy(step, **(fault if broken else {}))):
+            found += alarms
+            step, _ = recovery.roll_back(step, alarms)
+            went_back.append(step)
+            assert networks[0].bias.eq(0).all() and recovery.guard.doubtful == 0
+        else:
+            recovery.keep_healthy(step)
+    assert all(step <= begun for step in went_back) and went_back[0] > begun - 100 - log_steps
+    assert all(alarm.startswith(said) for alarm in found)
 
 
 def test_a_lowered_rate_follows_its_schedule(tmp_path):

@@ -31,7 +31,8 @@ class GuardLimits:
             fixed lambda. An alarm is given once: if a lower rate does not bring lambda down, nothing that the guard does will.
         min_spread: Samples are dead where their spread over the batch is less than this share of the data's.
         min_gradient: The energy model is dead where its gradient norm is less than this share of its running median.
-        dead: Observations in a row with dead samples, a dead energy model, or gradients far outside where they are clipped.
+        lasting: Observations in a row from which dead samples, a dead energy model, or gradients that clipping brings back into
+            their range, are divergence. Fewer are chance.
     """
 
     warmup: int = 20
@@ -41,7 +42,7 @@ class GuardLimits:
     runaway: float = 10.0
     min_spread: float = 0.05
     min_gradient: float = 0.1
-    dead: int = 5
+    lasting: int = 5
 
 
 class DivergenceGuard:
@@ -55,8 +56,9 @@ class DivergenceGuard:
     Args:
         max_dual (`float`): Upper bound of lambda.
         limits (`GuardLimits`): What counts as divergence.
-        clips_gradients (`bool`): Whether the norms are before clipping. A single one that is far outside, as likelihoods of
-            normalizing flows have them, then moves the weights no further than any other, and only lasting ones are divergence.
+        max_grad_norm (`float`, *optional*): What gradients are clipped to; the norms are those before. Where the clipped norm is within
+            the range, a single one that is far outside, as likelihoods of normalizing flows have them, moves the weights no further than
+            others do, and only lasting ones are divergence.
     """
 
     GRADIENTS = ("gradient_norm_max", "energy_gradient_norm_max")
@@ -65,16 +67,28 @@ class DivergenceGuard:
         "constraint_max",
     )  # fmt: skip
 
-    COUNTERS = ("observations", "spreadless", "gradientless", "clipped")
+    SAMPLES, ENERGY_MODEL = "samples", "energy_model"
 
-    def __init__(self, max_dual: float, limits: GuardLimits = GuardLimits(), clips_gradients: bool = False):
+    def __init__(self, max_dual: float, limits: GuardLimits = GuardLimits(), max_grad_norm: float | None = None):
         self.max_dual = max_dual
         self.limits = limits
-        self.clips_gradients = clips_gradients
+        self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         self.history = {name: collections.deque(maxlen=limits.window) for name in self.RANGED}
-        self.observations = self.spreadless = self.gradientless = self.clipped = 0
+        self.observations = 0
+        # Observations in a row, until now, of what is divergence if it lasts.
+        self.doubts = dict.fromkeys((self.SAMPLES, self.ENERGY_MODEL, *self.GRADIENTS), 0)
         self.pinned_ratios: list[float] = []
         self.has_been_pinned = False
+
+    @property
+    def doubtful(self) -> int:
+        """Observations in a row, until now, with something that may be divergence: the run is not held to be healthy at them."""
+        return max(self.doubts.values())
+
+    def lasts(self, name: str, seen: bool) -> bool:
+        """Count one of the doubts; whether it has lasted."""
+        self.doubts[name] = self.doubts[name] + 1 if seen else 0
+        return self.doubts[name] >= self.limits.lasting
 
     def observe(self, scalars: dict[str, float]) -> tuple[list[str], list[str]]:
         """
@@ -91,15 +105,21 @@ class DivergenceGuard:
         history, norm = self.history["energy_gradient_norm_max"], scalars.get("energy_gradient_norm_max")
         if norm is not None and len(history) >= self.limits.warmup:
             median = statistics.median(history)
-            self.gradientless = self.gradientless + 1 if norm < self.limits.min_gradient * median else 0
-            if self.gradientless >= self.limits.dead:
+            if self.lasts(self.ENERGY_MODEL, norm < self.limits.min_gradient * median):
                 alarms.append(f"the energy model is dead (gradient norm {norm:.4g}, running median {median:.4g})")
-        found = {name: said for name in self.RANGED if (said := self.outside(name, scalars.get(name)))}
-        gradients = [found.pop(name) for name in self.GRADIENTS if name in found]
-        self.clipped = self.clipped + 1 if gradients and self.clips_gradients else 0
-        if not self.clips_gradients or self.clipped >= self.limits.dead:
-            alarms += gradients
-        alarms += found.values()
+        for name in self.RANGED:
+            value = scalars.get(name)
+            if value is None:
+                continue
+            said = self.outside(name, value)
+            if name in self.GRADIENTS:
+                is_clipped = said is not None and self.outside(name, min(value, self.max_grad_norm)) is None
+                if not self.lasts(name, is_clipped) and is_clipped:
+                    continue
+            if said is not None:
+                alarms.append(said)
+            else:
+                self.history[name].append(value)
         warnings = []
         if scalars.get("dual", -1.0) < self.max_dual:
             self.pinned_ratios = []
@@ -119,38 +139,38 @@ class DivergenceGuard:
         # Without calibration no samples are made while training.
         spread = scalars.get("sample_spread", math.inf)
         dead = spread < self.limits.min_spread * scalars["data_spread"]
-        self.spreadless = self.spreadless + 1 if dead and self.observations > self.limits.warmup else 0
-        if self.spreadless >= self.limits.dead:
+        if self.lasts(self.SAMPLES, dead and self.observations > self.limits.warmup):
             alarms.append(
                 f"samples are all alike (spread over a batch {spread:.4g}, data {scalars['data_spread']:.4g})"
             )
         return alarms, warnings
 
-    def outside(self, name: str, value: float | None) -> str | None:
-        """What to say of a value that is far outside its running range, which it is else added to."""
-        if value is None:
-            return None
+    def outside(self, name: str, value: float) -> str | None:
+        """What to say of a value that is far outside its running range."""
         history = self.history[name]
-        if len(history) >= self.limits.warmup:
-            deciles = statistics.quantiles(history, n=10)
-            median = statistics.median(history)
-            width = max(deciles[-1] - deciles[0], 0.5 * abs(median), 1e-8)
-            # Only growth in size is divergence: a gradient that vanishes is convergence.
-            if abs(value) > abs(median) and abs(value - median) > self.limits.range_factor * width:
-                return f"{name} {value:.4g} is far outside its running range ({deciles[0]:.4g} to {deciles[-1]:.4g})"
-        history.append(value)
-        return None
+        if len(history) < self.limits.warmup:
+            return None
+        deciles = statistics.quantiles(history, n=10)
+        median = statistics.median(history)
+        width = max(deciles[-1] - deciles[0], 0.5 * abs(median), 1e-8)
+        # Only growth in size is divergence: a gradient that vanishes is convergence.
+        if abs(value) <= abs(median) or abs(value - median) <= self.limits.range_factor * width:
+            return None
+        return f"{name} {value:.4g} is far outside its running range ({deciles[0]:.4g} to {deciles[-1]:.4g})"
 
     def state_dict(self) -> dict:
-        counters = {name: getattr(self, name) for name in self.COUNTERS}
-        history = {name: list(values) for name, values in self.history.items()}
-        return {"history": history, "pinned_ratios": list(self.pinned_ratios), **counters}
+        return {
+            "history": {name: list(values) for name, values in self.history.items()},
+            "pinned_ratios": list(self.pinned_ratios),
+            "observations": self.observations,
+            "doubts": dict(self.doubts),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         for name, values in state_dict["history"].items():
             self.history[name] = collections.deque(values, maxlen=self.limits.window)
-        for name in ("pinned_ratios", *self.COUNTERS):
-            setattr(self, name, state_dict[name])
+        self.pinned_ratios, self.observations = list(state_dict["pinned_ratios"]), state_dict["observations"]
+        self.doubts = dict(state_dict["doubts"])
 
 
 class HealthyStates:

@@ -52,7 +52,7 @@ class Recovery:
         self.output_dir = Path(args.output_dir)
         self.lowered = energy or generator
         pinned = max(GuardLimits.pinned, PINNED_STEPS // args.log_steps)
-        self.guard = DivergenceGuard(args.max_dual, GuardLimits(pinned=pinned), args.max_grad_norm is not None)
+        self.guard = DivergenceGuard(args.max_dual, GuardLimits(pinned=pinned), args.max_grad_norm)
         parts = {**(parts or {}), "scaler": accelerator.scaler, "guard": self.guard}
         for name, trained in (("generator", generator), ("energy", energy)):
             if trained is not None:
@@ -112,8 +112,8 @@ class Recovery:
         return {k: v for k, v in values.items() if "gradient_norm" not in k or math.isfinite(v)}
 
     def keep_healthy(self, step: int) -> None:
-        """No alarm: keep this state if it is time to, and raise a lowered rate again."""
-        if not self.args.divergence_guard:
+        """No alarm: keep this state if it is time to, and raise a lowered rate again. Not while the guard doubts."""
+        if not self.args.divergence_guard or self.guard.doubtful:
             return
         every = self.args.healthy_state_steps
         ceiling = 0.5 ** max(self.num_breakdowns - 1, 0)
@@ -133,7 +133,8 @@ class Recovery:
         """
         seen = "; ".join(alarms)
         was_healthy = self.healthy.was_healthy
-        to_step = self.healthy.restore(step)
+        # As of the first step that the guard doubted: what lasts is an alarm only when it has.
+        to_step = self.healthy.restore(step - max(self.guard.doubtful - 1, 0) * self.args.log_steps)
         # Where lambda was at its bound already, it is to have its time again.
         self.guard.pinned_ratios = []
         self.peaks.clear()
