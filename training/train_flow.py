@@ -8,6 +8,8 @@ samples; these are calibrated as those of `train_ecvae.py` are. The loop is in `
 `ecvae_diffusers.calibration` and `ecvae_diffusers.models.flow_ec`.
 """
 
+from pathlib import Path
+
 import torch
 from accelerate.logging import get_logger
 
@@ -16,6 +18,7 @@ from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
 from ecvae_training.flow_arguments import parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import build_models, load_pretrained
+from ecvae_training.output import find_checkpoint
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
 
@@ -92,10 +95,12 @@ def build_flow(args, feed) -> FlowEC:
 
 def main(args) -> None:
     def build_task(pretrained, feed) -> FlowTask:
-        if pretrained[0] is None and args.calibration != "none" and args.resume_from_checkpoint is None:
+        is_new = pretrained[0] is None and find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint) is None
+        if is_new and args.calibration != "none":
             logger.warning(
-                "A new flow is calibrated from its first step. Better samples come of one that has learned likelihood first: train "
-                "it with --calibration none, and go on from there with --pretrained_model_name_or_path (docs/flows.md)."
+                "A new flow is calibrated from its first step, which at 32 px harmed most of those that were measured. One that has "
+                "learned likelihood first is safer: train it with --calibration none, and go on from there with "
+                "--pretrained_model_name_or_path (docs/flows.md)."
             )
         return FlowTask(args, *build_models(args, feed.channels, lambda: build_flow(args, feed), pretrained))
 

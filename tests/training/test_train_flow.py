@@ -160,4 +160,23 @@ def test_a_flow_that_has_learned_is_calibrated_at_a_lower_rate(finished, images,
         log = train(*common, "--output_dir", tmp_path / name, *arguments).stderr
         rates.append(metrics(tmp_path / name)[0]["learning_rate"])
         warned.append("A new flow is calibrated from its first step" in log)
-    assert rates == [3e-3, 5e-4, 1e-4] and warned == [True, False, False]
+    plain = train(*common, "--output_dir", tmp_path / "plain", "--calibration", "none").stderr
+    warned.append("A new flow is calibrated from its first step" in plain)
+    assert rates == [3e-3, 5e-4, 1e-4] and warned == [True, False, False, False]
+
+
+def test_a_run_is_gone_on_with_at_its_own_rate(finished, images, tmp_path):
+    """Without the argument that its default came from: the weights are the checkpoint's."""
+    out = tmp_path / "run"
+    common = ("--train_data_dir", images, "--output_dir", out, "--checkpointing_steps", 2, "--log_steps", 1)
+    train(*common, "--max_train_steps", 2, "--pretrained_model_name_or_path", finished)
+    resumed = train(*common, "--max_train_steps", 4, "--resume_from_checkpoint", "latest").stderr
+    assert metrics(out)[-1]["step"] == 4 and "A new flow is calibrated" not in resumed
+    assert json.loads((out / "training_args.json").read_text())["learning_rate"] == 5e-4
+    # One that is given must be the run's.
+    arguments = ("--max_train_steps", 6, "--resume_from_checkpoint", "latest", "--learning_rate", 1e-3)
+    result = run(*common, *TINY_FLOW, *arguments, script=SCRIPT)
+    assert result.returncode == 1 and "--learning_rate (was 0.0005, is 0.001)" in result.stderr
+    # Where there is no checkpoint, it is a new run after all.
+    new = ("--train_data_dir", images, "--output_dir", tmp_path / "new", "--max_train_steps", 1)
+    assert "A new flow is calibrated" in train(*new, "--resume_from_checkpoint", "latest").stderr

@@ -54,14 +54,18 @@ def check_channels(args: argparse.Namespace, refuse: Callable, name: str) -> Non
 
 
 def check_arguments(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, check_own: Callable, max_resolution: int
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    fill_defaults: Callable,
+    check_own: Callable,
+    max_resolution: int,
 ) -> None:
     """
     Fill in the defaults that depend on other arguments. Exits, with a message that names the argument, its value and
     what is allowed, at the first that is wrong.
 
     Args:
-        check_own (`Callable`), max_resolution (`int`): The script's own, see `CommandLine`.
+        fill_defaults (`Callable`), check_own (`Callable`), max_resolution (`int`): The script's own, see `CommandLine`.
     """
 
     def refuse(name: str, allowed: str) -> None:
@@ -69,6 +73,7 @@ def check_arguments(
 
     if args.output_dir is None:
         parser.error("--output_dir must be given.")
+    fill_defaults(args)
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("one of --dataset_name and --train_data_dir must be given, and not both.")
     if args.num_epochs is not None and args.max_train_steps is not None:

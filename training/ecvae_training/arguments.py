@@ -398,6 +398,5 @@ def parse_args(script: CommandLine, argv: list[str] | None = None) -> argparse.N
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     path = parser.parse_args(argv).config
     args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
-    script.fill_defaults(args)
-    check_arguments(parser, args, script.check, script.max_resolution)
+    check_arguments(parser, args, script.fill_defaults, script.check, script.max_resolution)
     return args

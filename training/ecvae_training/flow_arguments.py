@@ -2,10 +2,12 @@
 
 import argparse
 import math
+from pathlib import Path
 
 from ecvae_training.argument_checks import check_integers
 from ecvae_training.arguments import CommandLine
 from ecvae_training.arguments import parse_args as parse_command_line
+from ecvae_training.output import argument_of_run
 
 
 def add_model_arguments(model) -> None:
@@ -25,9 +27,12 @@ def add_loss_arguments(calibration) -> None:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """
-    The rate at which likelihood is learned soonest is too high beside an energy model, whose rate is a tenth of it: a flow
-    that is calibrated at it from the start finds patterns that the energy model does not see yet (docs/flows.md).
+    The learning rate: that of the run which is gone on with, the high one at which likelihood is learned in good time, or the energy model's
+    own where a flow that has learned it is calibrated. A flow that is calibrated at the high one from its first step may find patterns that the energy
+    model does not see yet (docs/flows.md).
     """
+    if args.learning_rate is None and args.resume_from_checkpoint is not None:
+        args.learning_rate = argument_of_run(Path(args.output_dir), "learning_rate")
     if args.learning_rate is None:
         args.learning_rate = 3e-3 if args.pretrained_model_name_or_path is None else 5e-4
 

@@ -133,6 +133,14 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
         raise ValueError(f"--resume_from_checkpoint goes on with the run's own arguments, but these differ: {listed}.")
 
 
+def argument_of_run(output_dir: Path, name: str):
+    """An argument that a run in this folder was started with; `None` where there is none, or none that can be read."""
+    try:
+        return json.loads((output_dir / ARGUMENTS_FILE).read_text()).get(name)
+    except (OSError, ValueError):
+        return None  # `check_resumed_arguments` says what is wrong with it
+
+
 def check_resumed_launch(output_dir: Path, launch: dict) -> None:
     """
     Refuse to go on with a run on other data, or launched in another way, than its checkpoint was made with.
