@@ -9,6 +9,7 @@ how far the chain is from a critic: the cosine between its move without noise an
 
 from pathlib import Path
 
+from command_line import new_file
 from study import (
     Results,
     data_name,
@@ -103,7 +104,9 @@ def run_folder(output_dir: Path, data_name: str, name: str, seed: int) -> Path:
 
 def main() -> None:
     made = parser(__doc__, list(SETTINGS))
-    made.add_argument("--plot", type=Path, help="picture of distance against iterations and time, for --fashion_mnist")
+    made.add_argument(
+        "--plot", type=new_file, help="picture of distance against iterations and time, for --fashion_mnist"
+    )
     args = made.parse_args()
     if args.plot is not None and args.fashion_mnist is None:
         made.error("--plot needs --fashion_mnist: runs on digits measure nothing while they train.")

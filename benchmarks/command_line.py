@@ -34,6 +34,14 @@ def resolution(text: str) -> int:
     return int(text)
 
 
+def new_file(text: str) -> Path:
+    """A file that can be written: found out before the work that it is to show."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that is there, but is {text}")
+    return path
+
+
 def device(text: str) -> torch.device:
     """A device that can be computed on, here and now."""
     try:

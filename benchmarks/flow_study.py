@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from chain_study import run_folder
-from command_line import positive, resolution, whole_number
+from command_line import new_file, positive, resolution, whole_number
 from study import RememberedFeatures, Results, add_device, against, precision, reference, train, versions
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from ecvae_diffusers.models import bits_per_dimension, dequantize
 from ecvae_training.digits import sample_images
 from ecvae_training.evaluation_data import draw_images, open_source
 from ecvae_training.images import to_range
-from ecvae_training.output import EVENTS_FILE, METRICS_FILE, image_grid, read_metrics
+from ecvae_training.output import EVENTS_FILE, METRICS_FILE, image_grid, is_finished, read_metrics
 
 
 NUM_REFERENCE, NUM_TEST, NUM_SAMPLES = 10_000, 2_000, 5_000
@@ -166,11 +166,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
-    parser.add_argument("--plot", type=Path, help="picture of the trade-off")
-    parser.add_argument("--picture", type=Path, help="samples of the same latents, first seed: a block a setting")
+    parser.add_argument("--plot", type=new_file, help="picture of the trade-off")
+    parser.add_argument("--picture", type=new_file, help="samples of the same latents, first seed: a block a setting")
     add_device(parser)
     args = parser.parse_args()
     results = Results(args.output_dir / f"flow_{args.resolution}.jsonl", NUM_SAMPLES)
+    folders = [run_folder(args.output_dir, f"flow_{args.resolution}", name, args.seeds[0]) for name in args.settings]
+    if args.table and args.plot is not None and not results.rows():
+        parser.error(f"--plot needs rows, but there are none in {results.path}.")
     if not args.table:
         data = FlowData(args.output_dir, args.fashion_mnist, args.resolution, args.device)
         print(f"{data.about}; arguments {' '.join(data.arguments)}; {versions()}", flush=True)
@@ -178,26 +181,30 @@ def main() -> None:
         def make(name: str, seed: int) -> dict:
             folder = run_folder(args.output_dir, data.name, name, seed)
             if name in FROM_THE_START:
-                steps = args.pretraining_steps + args.max_train_steps
-                train(data, folder, seed, steps, *data.size, *FROM_THE_START[name], script=SCRIPT)
+                train(data, folder, seed, iterations[name], *data.size, *FROM_THE_START[name], script=SCRIPT)
                 return measured_row(data, folder)
             start = run_folder(args.output_dir, data.name, "as it was", seed)
-            train(data, start, seed, args.pretraining_steps, *data.size, *PLAIN, *LIKELIHOOD_RATE, script=SCRIPT)
+            own = [*data.size, *PLAIN, *LIKELIHOOD_RATE]
+            train(data, start, seed, args.pretraining_steps, *own, script=SCRIPT, steps="--pretraining_steps")
             if SETTINGS[name] is not None:
                 own = ["--pretrained_model_name_or_path", str(start), *SETTINGS[name]]
                 train(data, folder, seed, args.max_train_steps, *own, script=SCRIPT)
             return measured_row(data, folder)
 
-        pretraining = ["--pretraining_steps", str(args.pretraining_steps), *data.size, *data.arguments]
-        arguments = {name: [*pretraining, *((SETTINGS | FROM_THE_START)[name] or [])] for name in args.settings}
-        results.fill(args.settings, args.seeds, make, args.max_train_steps, arguments)
+        iterations = dict.fromkeys(SETTINGS, args.max_train_steps)
+        iterations |= dict.fromkeys(FROM_THE_START, args.pretraining_steps + args.max_train_steps)
+        iterations["as it was"] = args.pretraining_steps
+        common = [*data.size, *data.arguments]
+        pretraining = ["--pretraining_steps", str(args.pretraining_steps), *PLAIN, *LIKELIHOOD_RATE]
+        arguments = {name: [*common, *pretraining, *(SETTINGS[name] or [])] for name in SETTINGS}
+        arguments |= {name: [*common, *FROM_THE_START[name]] for name in FROM_THE_START}
+        results.fill(args.settings, args.seeds, make, iterations, arguments)
     print(table(results))
     if args.plot is not None:
         plot(results, args.plot)
     if args.picture is not None:
-        folders = [
-            run_folder(args.output_dir, f"flow_{args.resolution}", name, args.seeds[0]) for name in args.settings
-        ]
+        if missing := [folder.name for folder in folders if not is_finished(folder)]:
+            parser.error(f"--picture needs the flows of --settings, but there is no {', '.join(missing)}.")
         picture(folders, args.picture)
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -166,28 +168,53 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script: Path = SCRIPT) -> None:
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One study at a time: a run that another study is at, which both go on from, is waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another study, which is at {path.stem}.", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def train(
+    data,
+    folder: Path,
+    seed: int,
+    num_steps: int,
+    *arguments: str,
+    script: Path = SCRIPT,
+    steps: str = "--max_train_steps",
+) -> None:
     """
     Run a training script as a user would, alone in its process, or what is left of a run that was cut off. Its arguments are
-    kept beside its folder.
+    kept beside its folder. `steps` is the study's argument that `num_steps` is of.
 
     Raises:
         ValueError: if there is a finished run of another length, or one of other arguments.
     """
+    with alone(folder.parent / f"{folder.name}.lock"):
+        train_alone(data, folder, seed, num_steps, arguments, script, steps)
+
+
+def train_alone(
+    data, folder: Path, seed: int, num_steps: int, arguments: tuple[str, ...], script: Path, steps: str
+) -> None:
     beside = folder.parent / f"{folder.name}.arguments.json"
     # But for paths, so that a study which was moved is the same one.
     own = [argument for argument in (*data.arguments, *arguments) if os.sep not in argument]
     if folder.is_dir() and beside.is_file() and (found := json.loads(beside.read_text())) != own:
         raise ValueError(f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir.")
-    beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(json.dumps(own))
     arguments = ("--max_train_steps", str(num_steps), *arguments)
     if is_finished(folder):
         found = json.loads((folder / ARGUMENTS_FILE).read_text())["max_train_steps"]
         if found != num_steps:
-            raise ValueError(
-                f"--max_train_steps is {num_steps}, but {folder.name} was trained for {found}: see --output_dir."
-            )
+            raise ValueError(f"{steps} is {num_steps}, but {folder.name} was trained for {found}: see --output_dir.")
         return
     command = [sys.executable, str(script), *data.data_arguments, *data.arguments, "--output_dir", str(folder)]
     command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1", *arguments]
@@ -296,7 +323,7 @@ class Results:
         settings: list[str],
         seeds: list[int],
         make: Callable[[str, int], dict],
-        iterations: int | None = None,
+        iterations: int | dict[str, int] | None = None,
         arguments: dict[str, list[str]] | None = None,
     ) -> None:
         """
@@ -305,7 +332,7 @@ class Results:
         Args:
             settings, seeds: A row each.
             make (`Callable`): Setting and seed -> what a row holds.
-            iterations (`int`, *optional*): Of every row.
+            iterations (`int` or `dict`, *optional*): Of every row, or of each setting's.
             arguments (`dict`, *optional*): Those of each setting's command line, which its rows keep.
 
         Raises:
@@ -315,10 +342,11 @@ class Results:
         for seed in seeds:
             for name in settings:
                 there = [row for row in self.rows() if row["setting"] == name and row["seed"] == seed]
+                length = iterations[name] if isinstance(iterations, dict) else iterations
                 for row in there:
-                    if iterations is not None and row.get("iterations", iterations) != iterations:
+                    if length is not None and row.get("iterations", length) != length:
                         raise ValueError(
-                            f"--max_train_steps is {iterations}, but {self.path.name} holds {name!r} after "
+                            f"{name!r} is of {length} iterations, but {self.path.name} holds it after "
                             f"{row['iterations']}: choose another --output_dir."
                         )
                     wanted = None if arguments is None else arguments[name]
@@ -334,8 +362,8 @@ class Results:
                 # A row may have seconds of its own, such as those of one image.
                 row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row}
                 row["num_samples"] = self.num_samples
-                if iterations is not None:
-                    row["iterations"] = iterations
+                if length is not None:
+                    row["iterations"] = length
                 if arguments is not None:
                     row["arguments"] = arguments[name]
                 # As the file is by now: another study may have written to it.

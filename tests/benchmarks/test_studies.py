@@ -63,8 +63,8 @@ def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
         row = {"num_generated": count, "frechet_distance": float(count)}
         study.Results(path, num_samples=count).fill(["a"], [0], lambda name, seed, row=row: row, iterations=8)
     assert [row["frechet_distance"] for row in results.rows()] == [32.0]
-    with pytest.raises(ValueError, match="--max_train_steps is 9, but rows.jsonl holds 'a' after 8"):
-        results.fill(["a"], [0], lambda name, seed: {}, iterations=9)
+    with pytest.raises(ValueError, match="'a' is of 9 iterations, but rows.jsonl holds it after 8"):
+        results.fill(["a"], [0], lambda name, seed: {}, iterations={"a": 9, "b": 8})
 
     def make(name: str, seed: int) -> dict:
         return {"num_generated": 32}
@@ -108,8 +108,8 @@ def test_a_finished_run_is_not_trained_again_and_a_cut_one_goes_on(data, trained
     study.train(data, trained, 0, 8)
     assert (trained / "model_index.json").stat().st_mtime_ns == written
 
-    with pytest.raises(ValueError, match="--max_train_steps is 9, but run was trained for 8"):
-        study.train(data, trained, 0, 9)
+    with pytest.raises(ValueError, match="--pretraining_steps is 9, but run was trained for 8"):
+        study.train(data, trained, 0, 9, steps="--pretraining_steps")
 
     arguments = [8, "--checkpointing_steps", "4"]
     study.train(data, tmp_path / "run", 0, *arguments)
@@ -118,6 +118,23 @@ def test_a_finished_run_is_not_trained_again_and_a_cut_one_goes_on(data, trained
     study.train(data, tmp_path / "run", 0, *arguments)
     # Saved from its last checkpoint: the steps before it are those of the first time.
     assert metrics(tmp_path / "run") == first and (tmp_path / "run" / "model_index.json").is_file()
+
+
+def test_a_run_that_another_study_is_at_is_waited_for(data, tmp_path):
+    """Not removed as one that was cut off: rows of two studies may go on from the same run."""
+    code = (
+        "import sys, time, study; from pathlib import Path\n"
+        "with study.alone(Path(sys.argv[1])):\n"
+        "    print('held', flush=True); time.sleep(4); Path(sys.argv[2]).touch()"
+    )
+    folder, ended = tmp_path / "runs" / "run", tmp_path / "ended"
+    environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parent)}
+    command = [sys.executable, "-c", code, str(tmp_path / "runs" / "run.lock"), str(ended)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(subprocess.CalledProcessError):
+            study.train(data, folder, 0, 1, "--no_such_argument")
+        assert ended.is_file()
 
 
 def test_row_and_curve_of_a_run(data, trained, tmp_path):
@@ -226,4 +243,15 @@ def test_tables_of_the_extensions(name, rows, cells, tmp_path, capsys, monkeypat
     monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path), "--table", *data])
     study_script.main()
     printed = capsys.readouterr().out.splitlines()
+    if name == "flow_study":  # pictures of what is not there are refused
+        for argument, said in (
+            ("--picture", "there is no trained-on_0"),
+            ("--plot", "must be a file in a folder that is there"),
+        ):
+            path = tmp_path / ("no" if argument == "--plot" else ".") / "a.png"
+            more = [argument, str(path), "--settings", "trained on"]
+            monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path), "--table", *data, *more])
+            with pytest.raises(SystemExit):
+                study_script.main()
+            assert said in capsys.readouterr().err
     assert printed[2:] == cells and printed[0].count("|") == printed[1].count("|") == cells[0].count("|")
