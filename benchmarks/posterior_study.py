@@ -30,6 +30,7 @@ LONG = ["--posterior_langevin_steps", "5", "--posterior_drift_step", "0.1", "--p
 LONG += ["--initial_posterior_dual", "1", "--max_posterior_dual", "10"]
 LAMBDA_500 = ["--initial_posterior_dual", "500", "--max_posterior_dual", "500"]
 FEW = ["--max_train_samples", "2000"]
+AVERAGING = ["--adam_beta1", "0.9", "--adam_beta2", "0.999"]
 SETTINGS = {
     "none": ["--calibration", "none"],
     "posterior": POSTERIOR,
@@ -48,6 +49,9 @@ SETTINGS = {
     # Few images, each seen often: where an encoder knows those it was trained on better than others.
     "none, 2,000 images": ["--calibration", "none", *FEW],
     "posterior, 2,000 images": [*POSTERIOR, *FEW],
+    # The Adam that suits likelihood, not an energy model's opponent.
+    "none, averaging Adam": ["--calibration", "none", *AVERAGING],
+    "posterior, averaging Adam": [*POSTERIOR, *AVERAGING],
 }
 
 
