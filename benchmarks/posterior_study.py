@@ -4,7 +4,8 @@
 
 Each row trains the demo's networks (or Fashion-MNIST's) with one `--calibration`, equal iterations, and measures on held-out images
 the evidence lower bound, the importance-weighted one of 500 samples and the amortisation gap (q optimised for each image in 200 steps, less
-the encoder's), and of prior samples the Frechet distance. Rows that STUDY/posterior_<data>.jsonl holds already are not made again.
+the encoder's), and of prior samples the Frechet distance. Rows "..., then the encoder" go on from such a run for `--encoder_steps` with
+its decoder held still; "none, as long" has as many iterations in all. Rows that STUDY/posterior_<data>.jsonl holds already are not made again.
 """
 
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from chain_study import run_folder
+from command_line import positive
 from restoration import held_out
 from study import Results, load_data, open_results, parser, train, trained_row, versions
 from tqdm import tqdm
@@ -55,6 +57,17 @@ SETTINGS = {
 }
 
 
+# A short second run, of the encoder alone: the run that it goes on from, and its own `--calibration`.
+ENCODER_ALONE = ["--freeze_decoder", *AVERAGING, "--lr_scheduler", "cosine"]
+THEN_THE_ENCODER = {
+    "none, then the encoder": ("none", "none"),
+    "posterior, then the encoder": ("posterior", "posterior"),
+    "energy, then the encoder": ("energy", "posterior"),
+}
+AS_LONG = "none, as long"
+NAMES = [*SETTINGS, AS_LONG, *THEN_THE_ENCODER]
+
+
 def posterior_measures(folder: Path, images: torch.Tensor, device: torch.device) -> dict[str, float]:
     """Means over held-out images, nats an image, of a pixel's variance of 1/2."""
     vae = ECVAEPipeline.from_pretrained(folder).vae.to(device)
@@ -69,7 +82,7 @@ def table(results: Results) -> str:
         "| calibration | importance-weighted bound | mean | ELBO | amortisation gap | mean | Frechet distance | median | s an iteration |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in SETTINGS:
+    for name in NAMES:
         rows = results.of(name)
         if not rows:
             continue
@@ -90,7 +103,9 @@ def table(results: Results) -> str:
 
 
 def main() -> None:
-    args = parser(__doc__, list(SETTINGS)).parse_args()
+    made = parser(__doc__, NAMES)
+    made.add_argument("--encoder_steps", type=positive, default=150, help="of the encoder alone")
+    args = made.parse_args()
     results = open_results(args, "posterior")
     if not args.table:
         data = load_data(args)
@@ -99,11 +114,25 @@ def main() -> None:
 
         def make(name: str, seed: int) -> dict:
             folder = run_folder(args.output_dir, data.name, name, seed)
-            train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
+            if name in THEN_THE_ENCODER:
+                start = run_folder(args.output_dir, data.name, first := THEN_THE_ENCODER[name][0], seed)
+                train(data, start, seed, args.max_train_steps, *SETTINGS[first])
+                own = ["--pretrained_model_name_or_path", str(start), *then_the_encoder(name)]
+                train(data, folder, seed, args.encoder_steps, *own, steps="--encoder_steps")
+            else:
+                train(data, folder, seed, iterations[name], *SETTINGS["none" if name == AS_LONG else name])
             return trained_row(data, folder) | posterior_measures(folder, images, args.device)
 
-        arguments = {name: [*data.arguments, *SETTINGS[name]] for name in args.settings}
-        results.fill(args.settings, args.seeds, make, args.max_train_steps, arguments)
+        def then_the_encoder(name: str) -> list[str]:
+            return ["--calibration", THEN_THE_ENCODER[name][1], *ENCODER_ALONE]
+
+        arguments = {name: [*data.arguments, *own] for name, own in SETTINGS.items()}
+        arguments |= {AS_LONG: arguments["none"]}
+        for name, (first, _) in THEN_THE_ENCODER.items():
+            arguments[name] = [*arguments[first], "--encoder_steps", str(args.encoder_steps), *then_the_encoder(name)]
+        iterations = dict.fromkeys(SETTINGS, args.max_train_steps)
+        iterations |= dict.fromkeys([AS_LONG, *THEN_THE_ENCODER], args.max_train_steps + args.encoder_steps)
+        results.fill(args.settings, args.seeds, make, iterations, arguments)
     print(table(results))
 
 

@@ -20,7 +20,7 @@ from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup
 from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
 from ecvae_training.images import to_range
-from ecvae_training.models import Networks, build_models, load_pretrained
+from ecvae_training.models import Networks, build_models, load_companions, load_pretrained
 from ecvae_training.posterior_step import PosteriorCalibration
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
@@ -38,8 +38,11 @@ class ECVAETask(Task):
 
     component, headline, saved_class = "vae", "reconstruction", "ECVAEPipeline"
 
-    def __init__(self, args, vae: AutoencoderEC, energy_model: EnergyModel | None):
-        self.args, self.generator, self.energy_model = args, vae, energy_model
+    def __init__(self, args, vae: AutoencoderEC, energy_model: EnergyModel | None, companions: dict | None = None):
+        """`companions`: what a frozen decoder is saved with, see `load_companions`."""
+        self.args, self.generator, self.energy_model, self.companions = args, vae, energy_model, companions
+        if args.freeze_decoder:
+            vae.decoder.requires_grad_(False)
         self.latent_shape = (vae.config.latent_channels, 1, 1)
         self.state = PosteriorCalibration(args, vae) if args.calibration in POSTERIOR_CALIBRATIONS else None
 
@@ -114,6 +117,8 @@ class ECVAETask(Task):
             return generator.decode(generator.encode(images).latent_dist.mean).sample.float()
 
     def build_pipeline(self, generator, energy_model, scheduler):
+        if self.companions is not None:
+            return ECVAEPipeline(vae=generator, **self.companions)
         return ECVAEPipeline(vae=generator, energy_model=energy_model, scheduler=scheduler)
 
     def finish(self, generator, feed):
@@ -145,15 +150,20 @@ def build_vae(args, in_channels: int) -> AutoencoderEC:
 
 def main(args) -> None:
     def build_task(pretrained, feed) -> ECVAETask:
-        return ECVAETask(args, *build_models(args, feed.channels, lambda: build_vae(args, feed.channels), pretrained))
+        models = build_models(args, feed.channels, lambda: build_vae(args, feed.channels), pretrained)
+        return ECVAETask(args, *models, load_companions(args) if args.freeze_decoder else None)
 
     def load() -> Networks:
         vae, energy_model = load_pretrained(args, "vae", AutoencoderEC)
-        if vae is not None and vae.config.norm_type == "batch" and args.calibration in POSTERIOR_CALIBRATIONS:
-            raise ValueError(
-                f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} must have group normalization with "
-                f"--calibration {args.calibration}, but has batch normalization: {WHY_NO_BATCH_NORM}."
-            )
+        if vae is not None and vae.config.norm_type == "batch":
+            needs_group, why = f"--calibration {args.calibration}", WHY_NO_BATCH_NORM
+            if args.freeze_decoder:
+                needs_group, why = "--freeze_decoder", "statistics of the batches would change the decoder"
+            if args.freeze_decoder or args.calibration in POSTERIOR_CALIBRATIONS:
+                raise ValueError(
+                    f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} must have group normalization with "
+                    f"{needs_group}, but has batch normalization: {why}."
+                )
         return vae, energy_model
 
     train(args, load, build_task, ECVAETask)

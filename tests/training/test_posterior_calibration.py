@@ -60,6 +60,31 @@ def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+@pytest.mark.parametrize("calibration", ["none", "posterior"])
+def test_the_encoder_of_a_decoder_that_is_there(both, images, tmp_path, calibration):
+    """Bit for bit the decoder, and so every sample; its energy model and chain stay with it; and a run is cut as any other."""
+    start = ("--pretrained_model_name_or_path", both, "--freeze_decoder", "--calibration", calibration)
+    common = (*start, "--checkpointing_steps", 2)
+    train(images, tmp_path / "whole", *common, "--max_train_steps", 4)
+    train(images, tmp_path / "cut", *common, "--max_train_steps", 2)
+    train(images, tmp_path / "cut", *common, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    before, after, cut = weights(both), weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(after[key], cut[key]) for key in after)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith("vae/encoder.") for key in changed)
+    old, new = (ECVAEPipeline.from_pretrained(folder) for folder in (both, tmp_path / "whole"))
+    for name in ("energy_model/config.json", "scheduler/scheduler_config.json"):
+        assert (both / name).read_text() == (tmp_path / "whole" / name).read_text()
+    kept = new.energy_model.state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in old.energy_model.state_dict().items())
+    samples = [pipe(4, generator=torch.Generator().manual_seed(0), output_type="np").images for pipe in (old, new)]
+    assert (samples[0] == samples[1]).all()
+    # An autoencoder alone has nothing beside it.
+    arguments = ("--pretrained_model_name_or_path", both / "vae", *start[2:], "--max_train_steps", 1)
+    train(images, tmp_path / "alone", *arguments)
+    assert ECVAEPipeline.from_pretrained(tmp_path / "alone").energy_model is None
+
+
 def test_bf16(both, images, tmp_path):
     """The first step is that of float32, but for rounding; all chains keep their state in float32."""
     lines = train(
@@ -161,6 +186,16 @@ def test_batch_normalization_is_refused(images, tmp_path, capsys):
         ValueError, match="batch' must have group normalization with --calibration both, but has batch"
     ):
         train_ecvae.main(args)
+    frozen = [
+        *common,
+        "--pretrained_model_name_or_path",
+        tmp_path / "batch",
+        "--freeze_decoder",
+        "--calibration",
+        "none",
+    ]
+    with pytest.raises(ValueError, match="batch' must have group normalization with --freeze_decoder, but has batch"):
+        train_ecvae.main(parse_args(list(map(str, frozen))))
     assert not (tmp_path / "run").exists()
 
 

@@ -62,6 +62,27 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
             "--posterior_decoder_drift_step must be a finite number above 0, but is 0.0",
         ),
         (
+            [*GIVEN, "--freeze_decoder", "--calibration", "posterior"],
+            "--pretrained_model_name_or_path must be given with --freeze_decoder, also where a run is gone on with, but is None",
+        ),
+        (
+            [*GIVEN, "--freeze_decoder", "--pretrained_model_name_or_path", "x"],
+            "--calibration must be none or posterior with --freeze_decoder: an energy model calibrates the decoder, but is energy",
+        ),
+        (
+            [
+                *GIVEN,
+                "--freeze_decoder",
+                "--pretrained_model_name_or_path",
+                "x",
+                "--calibration",
+                "posterior",
+                "--posterior_decoder_weight",
+                "0.1",
+            ],
+            "--posterior_decoder_weight must be 0 with --freeze_decoder, but is 0.1",
+        ),
+        (
             [*GIVEN, "--posterior_decoder_weight", "-1"],
             "--posterior_decoder_weight must be a finite number of at least",
         ),

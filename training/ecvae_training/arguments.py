@@ -46,10 +46,15 @@ class CommandLine:
     fill_defaults: Callable = lambda args: None
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """With the defaults, but for those that are none or depend on other arguments."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser(script: CommandLine) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=script.description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=script.description, formatter_class=HelpFormatter)
     parser.add_argument(
         "--config",
         help="YAML file of arguments, as those in training/configs; what the command line gives goes before it.",

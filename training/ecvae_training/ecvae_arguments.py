@@ -22,6 +22,12 @@ def add_model_arguments(model) -> None:
         "--pretrained_model_name_or_path",
         help="Go on from the weights of this pipeline or AutoencoderEC (folder or Hub id); the model arguments are its.",
     )
+    model.add_argument(
+        "--freeze_decoder",
+        action="store_true",
+        help="Train the encoder alone: the decoder of --pretrained_model_name_or_path stays as it is, and with it every sample. Its "
+        "energy model is saved beside it again. With --calibration none or posterior.",
+    )
     model.add_argument("--latent_channels", type=int, default=128, help="Dimension of the latent vector.")
     model.add_argument(
         "--block_out_channels",
@@ -109,9 +115,14 @@ def add_posterior_arguments(calibration) -> None:
     calibration.add_argument(
         "--posterior_decoder_weight",
         type=float,
-        default=0.1,
-        help="Weight of the squared error of images decoded from where the further steps end. 0: the encoder learns alone.",
+        help="Weight of the squared error of images decoded from where the further steps end. 0: what the decoder learns from is the "
+        "encoder's samples alone. 0.1 if not given, 0 with --freeze_decoder.",
     )
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    if args.posterior_decoder_weight is None:
+        args.posterior_decoder_weight = 0.0 if args.freeze_decoder else 0.1
 
 
 def check(args: argparse.Namespace, refuse) -> None:
@@ -119,6 +130,12 @@ def check(args: argparse.Namespace, refuse) -> None:
     check_integers(args, refuse, ("kl_warmup_steps",), least=0)
     check_nonnegative(args, refuse, ("kl_weight", "free_bits"))
     check_channels(args, refuse, "block_out_channels")
+    if args.freeze_decoder and args.pretrained_model_name_or_path is None:
+        refuse("pretrained_model_name_or_path", "given with --freeze_decoder, also where a run is gone on with")
+    if args.freeze_decoder and args.calibration not in ("none", "posterior"):
+        refuse("calibration", "none or posterior with --freeze_decoder: an energy model calibrates the decoder")
+    if args.freeze_decoder and args.posterior_decoder_weight > 0:
+        refuse("posterior_decoder_weight", "0 with --freeze_decoder")
     check_integers(args, refuse, ("posterior_langevin_steps",), least=1)
     check_integers(args, refuse, ("posterior_decoder_langevin_steps",), least=0)
     check_nonnegative(args, refuse, ("posterior_conditioning_weight", "posterior_decoder_weight"))
@@ -154,6 +171,7 @@ SCRIPT = CommandLine(
     add_model_arguments=add_model_arguments,
     add_loss_arguments=lambda group: (add_loss_arguments(group), add_posterior_arguments(group)),
     check=check,
+    fill_defaults=fill_defaults,
 )
 
 

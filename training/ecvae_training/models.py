@@ -125,6 +125,19 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
     return model.train(), energy_model.train() if energy_model is not None else None
 
 
+def load_companions(args: argparse.Namespace) -> dict:
+    """
+    What the saved pipeline of `--pretrained_model_name_or_path` has beside its autoencoder: an energy model and a chain, or
+    nothing. They still fit a decoder that has not changed.
+    """
+    try:
+        DiffusionPipeline.load_config(args.pretrained_model_name_or_path)
+    except OSError:
+        return {}  # an autoencoder alone
+    components = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path).components
+    return {name: components.get(name) for name in ("energy_model", "scheduler")}
+
+
 def check_finite_weights(network: torch.nn.Module, what: str) -> None:
     """
     Raises:
