@@ -9,7 +9,7 @@ how far the chain is from a critic: the cosine between its move without noise an
 
 from pathlib import Path
 
-from command_line import new_file
+from command_line import picture_file
 from study import (
     Results,
     data_name,
@@ -105,7 +105,7 @@ def run_folder(output_dir: Path, data_name: str, name: str, seed: int) -> Path:
 def main() -> None:
     made = parser(__doc__, list(SETTINGS))
     made.add_argument(
-        "--plot", type=new_file, help="picture of distance against iterations and time, for --fashion_mnist"
+        "--plot", type=picture_file, help="picture of distance against iterations and time, for --fashion_mnist"
     )
     args = made.parse_args()
     if args.plot is not None and args.fashion_mnist is None:

@@ -34,11 +34,15 @@ def resolution(text: str) -> int:
     return int(text)
 
 
-def new_file(text: str) -> Path:
-    """A file that can be written: found out before the work that it is to show."""
+def picture_file(text: str) -> Path:
+    """A PNG file to write, in a folder that is made: found out before the work that it is to show."""
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that is there, but is {text}")
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file that ends in .png, but is {text}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be in a folder that can be made, but is {text}: {error}") from error
     return path
 
 

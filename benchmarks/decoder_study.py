@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from chain_study import run_folder
-from command_line import new_file, positive, whole_number
+from command_line import picture_file, positive, whole_number
 from diffusers import AutoencoderKL, AutoencoderTiny
 from study import RememberedFeatures, Results, add_device, against, epochs, precision, reference, train, versions
 from tqdm import tqdm
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
-    parser.add_argument("--picture", type=new_file, help="reconstructions of the first seed: a row a setting")
+    parser.add_argument("--picture", type=picture_file, help="reconstructions of the first seed: a row a setting")
     add_device(parser)
     args = parser.parse_args()
     results = Results(args.output_dir / "decoder.jsonl", NUM_TEST)

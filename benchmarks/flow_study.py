@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from chain_study import run_folder
-from command_line import new_file, positive, resolution, whole_number
+from command_line import picture_file, positive, resolution, whole_number
 from study import RememberedFeatures, Results, add_device, against, precision, reference, train, versions
 from tqdm import tqdm
 
@@ -166,8 +166,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
-    parser.add_argument("--plot", type=new_file, help="picture of the trade-off")
-    parser.add_argument("--picture", type=new_file, help="samples of the same latents, first seed: a block a setting")
+    parser.add_argument("--plot", type=picture_file, help="picture of the trade-off")
+    parser.add_argument(
+        "--picture", type=picture_file, help="samples of the same latents, first seed: a block a setting"
+    )
     add_device(parser)
     args = parser.parse_args()
     results = Results(args.output_dir / f"flow_{args.resolution}.jsonl", NUM_SAMPLES)
@@ -181,7 +183,9 @@ def main() -> None:
         def make(name: str, seed: int) -> dict:
             folder = run_folder(args.output_dir, data.name, name, seed)
             if name in FROM_THE_START:
-                train(data, folder, seed, iterations[name], *data.size, *FROM_THE_START[name], script=SCRIPT)
+                steps = "--pretraining_steps + --max_train_steps"
+                own = [*data.size, *FROM_THE_START[name]]
+                train(data, folder, seed, iterations[name], *own, script=SCRIPT, steps=steps)
                 return measured_row(data, folder)
             start = run_folder(args.output_dir, data.name, "as it was", seed)
             own = [*data.size, *PLAIN, *LIKELIHOOD_RATE]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from command_line import add_figures, new_file, positive, write_figures
+from command_line import add_figures, picture_file, positive, write_figures
 from command_line import device as device_here
 
 
@@ -169,7 +169,7 @@ def main() -> None:
         "--ranks", type=positive, nargs="*", default=[], help="numbers of processes, on this machine's CPU"
     )
     parser.add_argument("--hand_back", action="store_true", help="a column more: malloc hands freed memory back")
-    parser.add_argument("--plot", type=new_file)
+    parser.add_argument("--plot", type=picture_file)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     add_figures(parser)
     args = parser.parse_args()

@@ -68,6 +68,11 @@ AS_LONG = "none, as long"
 NAMES = [*SETTINGS, AS_LONG, *THEN_THE_ENCODER]
 
 
+def then_the_encoder(name: str) -> list[str]:
+    """The arguments of a second run."""
+    return ["--calibration", THEN_THE_ENCODER[name][1], *ENCODER_ALONE]
+
+
 def posterior_measures(folder: Path, images: torch.Tensor, device: torch.device) -> dict[str, float]:
     """Means over held-out images, nats an image, of a pixel's variance of 1/2."""
     vae = ECVAEPipeline.from_pretrained(folder).vae.to(device)
@@ -93,7 +98,7 @@ def table(results: Results) -> str:
         def mean(key: str, rows: list[dict] = rows) -> str:
             return f"{statistics.mean(row[key] for row in rows):.2f}"
 
-        seconds = statistics.median(row["training_seconds"] / row["iterations"] for row in rows)
+        seconds = statistics.median(row["training_seconds"] / row.get("step", row["iterations"]) for row in rows)
         lines.append(
             f"| {name} | {listed('importance_weighted', 2)} | {mean('importance_weighted')} | {mean('elbo')} | "
             f"{listed('amortisation_gap', 2)} | {mean('amortisation_gap')} | {listed('frechet_distance', 1)} | "
@@ -119,12 +124,12 @@ def main() -> None:
                 train(data, start, seed, args.max_train_steps, *SETTINGS[first])
                 own = ["--pretrained_model_name_or_path", str(start), *then_the_encoder(name)]
                 train(data, folder, seed, args.encoder_steps, *own, steps="--encoder_steps")
+            elif name == AS_LONG:
+                steps = "--max_train_steps + --encoder_steps"
+                train(data, folder, seed, iterations[name], *SETTINGS["none"], steps=steps)
             else:
-                train(data, folder, seed, iterations[name], *SETTINGS["none" if name == AS_LONG else name])
+                train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
             return trained_row(data, folder) | posterior_measures(folder, images, args.device)
-
-        def then_the_encoder(name: str) -> list[str]:
-            return ["--calibration", THEN_THE_ENCODER[name][1], *ENCODER_ALONE]
 
         arguments = {name: [*data.arguments, *own] for name, own in SETTINGS.items()}
         arguments |= {AS_LONG: arguments["none"]}

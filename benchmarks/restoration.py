@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from command_line import new_file, positive
+from command_line import picture_file, positive
 from study import FashionMNIST, RememberedFeatures, Results, add_device, reference, versions  # and finds training/
 
 from ecvae_diffusers.metrics import lite0_features
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--energy_weight", type=float, default=0.0)
     parser.add_argument("--steps", action="store_true", help="ours at 5 to 100 decoder passes")
-    parser.add_argument("--reliability", type=new_file, help="write this picture, of 16 answers, instead")
+    parser.add_argument("--reliability", type=picture_file, help="write this picture, of 16 answers, instead")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--noise_std", type=float, nargs="+", choices=NOISES, default=list(NOISES))
     parser.add_argument("--num_restorations", type=positive, default=8, help="M, answers an image")

@@ -169,8 +169,11 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One study at a time: a run that another study is at, which both go on from, is waited for."""
+def alone(path: Path) -> Iterator[int]:
+    """
+    One study at a time: a run that another study is at, which both go on from, is waited for. Gives the lock's descriptor: a
+    child that has it keeps the lock for as long as it lives.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
         try:
@@ -178,7 +181,7 @@ def alone(path: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"Waiting for another study, which is at {path.stem}.", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()
 
 
 def train(
@@ -197,13 +200,14 @@ def train(
     Raises:
         ValueError: if there is a finished run of another length, or one of other arguments.
     """
-    with alone(folder.parent / f"{folder.name}.lock"):
-        train_alone(data, folder, seed, num_steps, arguments, script, steps)
+    with alone(folder.parent / f"{folder.name}.lock") as lock:
+        train_alone(data, folder, seed, num_steps, arguments, script, steps, lock)
 
 
 def train_alone(
-    data, folder: Path, seed: int, num_steps: int, arguments: tuple[str, ...], script: Path, steps: str
+    data, folder: Path, seed: int, num_steps: int, arguments: tuple[str, ...], script: Path, steps: str, lock: int
 ) -> None:
+    """`train`, where no other study is at the run."""
     beside = folder.parent / f"{folder.name}.arguments.json"
     # But for paths, so that a study which was moved is the same one.
     own = [argument for argument in (*data.arguments, *arguments) if os.sep not in argument]
@@ -222,7 +226,7 @@ def train_alone(
         command += ["--resume_from_checkpoint", "latest"]
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run(command, check=True, preexec_fn=end_with_parent)
+    subprocess.run(command, check=True, preexec_fn=end_with_parent, pass_fds=[lock])
 
 
 def trained_row(data, folder: Path) -> dict:
@@ -231,7 +235,7 @@ def trained_row(data, folder: Path) -> dict:
     row = data.measure(sample_images(pipeline, data.num_samples, seed=1))
     row["reconstruction_variance"] = pipeline.vae.config.reconstruction_variance
     last = read_metrics(folder / METRICS_FILE)[-1]
-    wanted = ("training_seconds", "dual", "drift", "constraint", "tolerance", "langevin_drift_step")
+    wanted = ("step", "training_seconds", "dual", "drift", "constraint", "tolerance", "langevin_drift_step")
     row |= {key: last[key] for key in wanted if key in last}
     events = folder / EVENTS_FILE
     row["rollbacks"] = sum(event["kind"] == "rollback" for event in read_metrics(events)) if events.is_file() else 0
@@ -346,8 +350,8 @@ class Results:
                 for row in there:
                     if length is not None and row.get("iterations", length) != length:
                         raise ValueError(
-                            f"{name!r} is of {length} iterations, but {self.path.name} holds it after "
-                            f"{row['iterations']}: choose another --output_dir."
+                            f"{name!r} is to be of {length} iterations, but {self.path.name} holds it after "
+                            f"{row['iterations']}: see --max_train_steps, or choose another --output_dir."
                         )
                     wanted = None if arguments is None else arguments[name]
                     if wanted is not None and row.get("arguments", wanted) != wanted:
@@ -366,8 +370,10 @@ class Results:
                     row["iterations"] = length
                 if arguments is not None:
                     row["arguments"] = arguments[name]
-                # As the file is by now: another study may have written to it.
-                self.write([other for other in self.rows() if other not in there] + [row])
+                # As the file is by now: another study may have written to it, or have made the same row.
+                with alone(self.path.with_suffix(".lock")):
+                    others = [other for other in self.rows() if (other["setting"], other["seed"]) != (name, seed)]
+                    self.write([*others, row])
                 print(json.dumps(row), flush=True)
 
     def of(self, name: str) -> list[dict]:

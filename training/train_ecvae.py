@@ -11,6 +11,7 @@ the decoder may learn from data's. The loop is in `ecvae_training/trainer.py`, t
 """
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup
 from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import Networks, build_models, load_companions, load_pretrained
+from ecvae_training.output import find_checkpoint
 from ecvae_training.posterior_step import PosteriorCalibration
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
@@ -39,8 +41,9 @@ class ECVAETask(Task):
     component, headline, saved_class = "vae", "reconstruction", "ECVAEPipeline"
 
     def __init__(self, args, vae: AutoencoderEC, energy_model: EnergyModel | None, companions: dict | None = None):
-        """`companions`: what a frozen decoder is saved with, see `load_companions`."""
+        """`companions`: what a decoder that is held still is saved with, see `load_companions`."""
         self.args, self.generator, self.energy_model, self.companions = args, vae, energy_model, companions
+        self.samples_change = not args.freeze_decoder
         if args.freeze_decoder:
             vae.decoder.requires_grad_(False)
         self.latent_shape = (vae.config.latent_channels, 1, 1)
@@ -149,11 +152,12 @@ def build_vae(args, in_channels: int) -> AutoencoderEC:
 
 
 def main(args) -> None:
-    def build_task(pretrained, feed) -> ECVAETask:
+    def build_task(loaded, feed) -> ECVAETask:
+        pretrained, companions = loaded
         models = build_models(args, feed.channels, lambda: build_vae(args, feed.channels), pretrained)
-        return ECVAETask(args, *models, load_companions(args) if args.freeze_decoder else None)
+        return ECVAETask(args, *models, companions)
 
-    def load() -> Networks:
+    def load() -> tuple[Networks, dict | None]:
         vae, energy_model = load_pretrained(args, "vae", AutoencoderEC)
         if vae is not None and vae.config.norm_type == "batch":
             needs_group, why = f"--calibration {args.calibration}", WHY_NO_BATCH_NORM
@@ -164,7 +168,13 @@ def main(args) -> None:
                     f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} must have group normalization with "
                     f"{needs_group}, but has batch normalization: {why}."
                 )
-        return vae, energy_model
+        companions = None
+        if args.freeze_decoder:
+            # The decoder of a run that is gone on with is its checkpoint's, whatever the path is by now.
+            checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
+            source = args.pretrained_model_name_or_path if checkpoint is None else checkpoint / "pipeline"
+            companions = load_companions(source, AutoencoderEC)
+        return (vae, energy_model), companions
 
     train(args, load, build_task, ECVAETask)
 

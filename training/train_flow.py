@@ -98,7 +98,7 @@ def main(args) -> None:
         is_new = pretrained[0] is None and find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint) is None
         if is_new and args.calibration != "none":
             logger.warning(
-                "A new flow is calibrated from its first step, which at 32 px harmed most of those that were measured. One that has "
+                "A new flow is calibrated from its first step, which at 32 px harmed two of the three that were measured. One that has "
                 "learned likelihood first is safer: train it with --calibration none, and go on from there with "
                 "--pretrained_model_name_or_path (docs/flows.md)."
             )

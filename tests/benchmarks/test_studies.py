@@ -63,7 +63,7 @@ def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
         row = {"num_generated": count, "frechet_distance": float(count)}
         study.Results(path, num_samples=count).fill(["a"], [0], lambda name, seed, row=row: row, iterations=8)
     assert [row["frechet_distance"] for row in results.rows()] == [32.0]
-    with pytest.raises(ValueError, match="'a' is of 9 iterations, but rows.jsonl holds it after 8"):
+    with pytest.raises(ValueError, match="'a' is to be of 9 iterations, but rows.jsonl holds it after 8"):
         results.fill(["a"], [0], lambda name, seed: {}, iterations={"a": 9, "b": 8})
 
     def make(name: str, seed: int) -> dict:
@@ -246,9 +246,9 @@ def test_tables_of_the_extensions(name, rows, cells, tmp_path, capsys, monkeypat
     if name == "flow_study":  # pictures of what is not there are refused
         for argument, said in (
             ("--picture", "there is no trained-on_0"),
-            ("--plot", "must be a file in a folder that is there"),
+            ("--plot", "must be a file that ends in .png"),
         ):
-            path = tmp_path / ("no" if argument == "--plot" else ".") / "a.png"
+            path = tmp_path / ("a.picture" if argument == "--plot" else "a.png")
             more = [argument, str(path), "--settings", "trained on"]
             monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path), "--table", *data, *more])
             with pytest.raises(SystemExit):

@@ -88,6 +88,8 @@ def test_the_command_line_goes_before_the_config(write):
 def test_flags_of_a_config(write):
     args = parse_args(["--config", write("random_flip: true\nenergy_spectral_norm: false\nuse_ema: true"), *GIVEN])
     assert (args.random_flip, args.energy_spectral_norm, args.use_ema) == (True, False, True)
+    args = parse_args(["--config", write("push_to_hub: false\nfreeze_decoder: false"), *GIVEN])  # which have no --no-
+    assert args.push_to_hub is args.freeze_decoder is False
     args = parse_args(["--config", write("random_flip: false\nmax_grad_norm: null"), *GIVEN])
     assert args.random_flip is False and args.max_grad_norm is None
     args = parse_args(["--config", write("random_flip: false"), "--random_flip", *GIVEN])

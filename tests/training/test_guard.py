@@ -11,7 +11,7 @@ from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.guard import DivergenceGuard, GuardLimits, HealthyStates
 from ecvae_training.optimization import build_trained
 from ecvae_training.output import read_metrics
-from ecvae_training.recovery import Recovery
+from ecvae_training.recovery import CONFIRMATIONS, Recovery
 
 
 HEALTHY = {
@@ -67,8 +67,29 @@ def test_clipped_gradients_are_counted_a_network():
     guard = DivergenceGuard(100.0, max_grad_norm=30.0)
     for i in range(60):
         guard.observe(healthy(i))
-    for i in range(20):  # now one, now the other
+    for i in range(9):  # now one, now the other
         assert guard.observe(healthy(i, **{DivergenceGuard.GRADIENTS[i % 2]: 1e9})) == ([], [])
+    alarms, _ = guard.observe(healthy(9, **{DivergenceGuard.GRADIENTS[1]: 1e9}))
+    assert alarms == ["something was doubtful at each of 10 logged steps, lastly energy_gradient_norm_max"]
+
+
+def test_a_run_that_was_resumed_amid_doubts_can_go_back(recovery):
+    """The state that it resumes from is all that there is, and is given its time."""
+    fault = {"sample_spread": 0.0}
+    for i in range(60):
+        assert recovery.judge(10 * i, healthy(i)) == []
+    for i in range(3):
+        assert recovery.judge(600 + 10 * i, healthy(i, **fault)) == []
+    other = Recovery(recovery.args, recovery.accelerator, *recovery.networks)
+    other.load_state_dict(recovery.state_dict())
+    other.keep_healthy(620)
+    for _ in range(2):
+        steps = 0
+        while not (alarms := other.judge(630 + 10 * steps, healthy(steps, **fault))):
+            other.keep_healthy(630 + 10 * steps)
+            steps += 1
+        assert other.roll_back(630 + 10 * steps, alarms) == (620, True) and other.guard.doubtful == 0
+    assert steps == 4  # the second time five observations again, not the two that were left
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -201,7 +222,9 @@ def recovery(tmp_path):
     accelerator = Accelerator(cpu=True)
     networks = [torch.nn.Linear(2, 2) for _ in range(2)]
     generator, energy = (build_trained(args, accelerator, network, 1e-3, (0.0, 0.9), 100) for network in networks)
-    return Recovery(args, accelerator, generator, energy)
+    made = Recovery(args, accelerator, generator, energy)
+    made.networks = generator, energy
+    return made
 
 
 def rate(recovery) -> float:
@@ -238,6 +261,7 @@ LASTING = [
 def test_no_state_of_a_fault_that_is_seen_late_is_healthy(tmp_path, fault, said, log_steps):
     """What is an alarm when it has lasted is gone back from to before it began, in one step, however seldom is logged."""
     arguments = ["--lr_scheduler", "constant", "--max_grad_norm", 100, "--log_steps", log_steps, "--max_rollbacks", 3]
+    arguments += ["--healthy_state_steps", min(log_steps, 100), "--healthy_states", 12]
     args = parse_args(["--train_data_dir", "x", "--output_dir", str(tmp_path), *map(str, arguments)])
     networks = [torch.nn.Linear(2, 2) for _ in range(2)]
     accelerator = Accelerator(cpu=True)
@@ -255,7 +279,9 @@ def test_no_state_of_a_fault_that_is_seen_late_is_healthy(tmp_path, fault, said,
             assert networks[0].bias.eq(0).all() and recovery.guard.doubtful == 0
         else:
             recovery.keep_healthy(step)
-    assert all(step <= begun for step in went_back) and went_back[0] > begun - 100 - log_steps
+    assert all(step <= begun for step in went_back) and went_back[0] > begun - 100 - 2 * log_steps
+    # As of the first observation that was doubtful.
+    assert went_back[0] <= begun + log_steps - CONFIRMATIONS * log_steps
     assert all(alarm.startswith(said) for alarm in found)
 
 

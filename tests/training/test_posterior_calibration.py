@@ -1,17 +1,20 @@
 """`--calibration posterior` and `both`, run as a user runs them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import train_ecvae
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from training_runs import TINY, metrics, succeed, weights, write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
 from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.noise import StepNoise
+from ecvae_training.output import read_metrics
 from ecvae_training.posterior_step import PosteriorCalibration
 
 
@@ -79,6 +82,24 @@ def test_the_encoder_of_a_decoder_that_is_there(both, images, tmp_path, calibrat
     assert all(torch.equal(value, kept[key]) for key, value in old.energy_model.state_dict().items())
     samples = [pipe(4, generator=torch.Generator().manual_seed(0), output_type="np").images for pipe in (old, new)]
     assert (samples[0] == samples[1]).all()
+    # A run that is gone on with has the energy model of its own decoder, whatever else it is given.
+    other = tmp_path / "other"
+    shutil.copytree(both, other)
+    path = other / "energy_model" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(path).items()}, path)
+    (tmp_path / "cut" / "model_index.json").unlink()
+    again = ("--pretrained_model_name_or_path", other, *common[2:], "--max_train_steps", 4)
+    train(images, tmp_path / "cut", *again, "--resume_from_checkpoint", "latest")
+    found = ECVAEPipeline.from_pretrained(tmp_path / "cut").energy_model.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in kept.items())
+    # Samples stay as they are, and so there is no best step among those that evaluate them.
+    arguments = (*start, "--evaluation_steps", 1, "--evaluation_samples", 12, "--evaluation_features", "digits")
+    train(images, tmp_path / "evaluated", *arguments, "--max_train_steps", 2)
+    evaluations = read_metrics(tmp_path / "evaluated" / "evaluations.jsonl")
+    assert (
+        len({row["frechet_distance"] for row in evaluations}) == 1 and len({row["elbo"] for row in evaluations}) == 2
+    )
+    assert not (tmp_path / "evaluated" / "best").exists()
     # An autoencoder alone has nothing beside it.
     arguments = ("--pretrained_model_name_or_path", both / "vae", *start[2:], "--max_train_steps", 1)
     train(images, tmp_path / "alone", *arguments)

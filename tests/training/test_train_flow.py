@@ -1,6 +1,7 @@
 """`train_flow.py`, run as a user runs it. What it shares with `train_ecvae.py` is tested there, but for going on."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from training_runs import SCRIPTS, TINY_FLOW, metrics, run, succeed, weights, wr
 
 from ecvae_diffusers import ECFlowPipeline
 from ecvae_diffusers.models import bits_per_dimension, dequantize
+from ecvae_training.flow_arguments import parse_args
 
 
 SCRIPT = SCRIPTS / "train_flow.py"
@@ -173,10 +175,14 @@ def test_a_run_is_gone_on_with_at_its_own_rate(finished, images, tmp_path):
     resumed = train(*common, "--max_train_steps", 4, "--resume_from_checkpoint", "latest").stderr
     assert metrics(out)[-1]["step"] == 4 and "A new flow is calibrated" not in resumed
     assert json.loads((out / "training_args.json").read_text())["learning_rate"] == 5e-4
+    new_run = ("--train_data_dir", images, "--resume_from_checkpoint", "latest")
     # One that is given must be the run's.
     arguments = ("--max_train_steps", 6, "--resume_from_checkpoint", "latest", "--learning_rate", 1e-3)
     result = run(*common, *TINY_FLOW, *arguments, script=SCRIPT)
     assert result.returncode == 1 and "--learning_rate (was 0.0005, is 0.001)" in result.stderr
-    # Where there is no checkpoint, it is a new run after all.
+    # Where there is no checkpoint, it is a new run after all: also where one was cut off before its first.
+    (tmp_path / "cut").mkdir()
+    shutil.copy(out / "training_args.json", tmp_path / "cut")
+    assert parse_args([*map(str, (*new_run, "--output_dir", tmp_path / "cut"))]).learning_rate == 3e-3
     new = ("--train_data_dir", images, "--output_dir", tmp_path / "new", "--max_train_steps", 1)
     assert "A new flow is calibrated" in train(*new, "--resume_from_checkpoint", "latest").stderr

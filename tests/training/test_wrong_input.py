@@ -83,6 +83,21 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
             "--posterior_decoder_weight must be 0 with --freeze_decoder, but is 0.1",
         ),
         (
+            [
+                *GIVEN,
+                "--freeze_decoder",
+                "--pretrained_model_name_or_path",
+                "x",
+                "--calibration",
+                "none",
+                "--evaluation_steps",
+                "5",
+                "--early_stopping_patience",
+                "2",
+            ],
+            "--early_stopping_patience must be left out with --freeze_decoder",
+        ),
+        (
             [*GIVEN, "--posterior_decoder_weight", "-1"],
             "--posterior_decoder_weight must be a finite number of at least",
         ),

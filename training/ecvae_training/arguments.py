@@ -384,7 +384,10 @@ def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]
         if actions[name].nargs == 0:
             if not isinstance(value, bool):
                 parser.error(f"--config {path!r}: {name} must be true or false, but is {value!r}.")
-            arguments.append(f"--{name}" if value else f"--no-{name}")
+            if value:
+                arguments.append(f"--{name}")
+            elif f"--no-{name}" in actions[name].option_strings:
+                arguments.append(f"--no-{name}")
         elif actions[name].nargs == "+":
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         elif isinstance(value, (bool, list, dict)):

@@ -121,6 +121,7 @@ def add_posterior_arguments(calibration) -> None:
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
+    """The weight of what the decoder learns from its further steps: a decoder that is held still learns nothing."""
     if args.posterior_decoder_weight is None:
         args.posterior_decoder_weight = 0.0 if args.freeze_decoder else 0.1
 
@@ -136,6 +137,11 @@ def check(args: argparse.Namespace, refuse) -> None:
         refuse("calibration", "none or posterior with --freeze_decoder: an energy model calibrates the decoder")
     if args.freeze_decoder and args.posterior_decoder_weight > 0:
         refuse("posterior_decoder_weight", "0 with --freeze_decoder")
+    if args.freeze_decoder and args.early_stopping_patience is not None:
+        refuse(
+            "early_stopping_patience",
+            "left out with --freeze_decoder: what decides is measured of samples, which stay as they are",
+        )
     check_integers(args, refuse, ("posterior_langevin_steps",), least=1)
     check_integers(args, refuse, ("posterior_decoder_langevin_steps",), least=0)
     check_nonnegative(args, refuse, ("posterior_conditioning_weight", "posterior_decoder_weight"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from ecvae_training.argument_checks import check_integers
 from ecvae_training.arguments import CommandLine
 from ecvae_training.arguments import parse_args as parse_command_line
-from ecvae_training.output import argument_of_run
+from ecvae_training.output import argument_of_run, checkpoints
 
 
 def add_model_arguments(model) -> None:
@@ -31,7 +31,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     own where a flow that has learned it is calibrated. A flow that is calibrated at the high one from its first step may find patterns that the energy
     model does not see yet (docs/flows.md).
     """
-    if args.learning_rate is None and args.resume_from_checkpoint is not None:
+    if args.learning_rate is None and args.resume_from_checkpoint is not None and checkpoints(Path(args.output_dir)):
         args.learning_rate = argument_of_run(Path(args.output_dir), "learning_rate")
     if args.learning_rate is None:
         args.learning_rate = 3e-3 if args.pretrained_model_name_or_path is None else 5e-4

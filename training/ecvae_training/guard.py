@@ -32,7 +32,7 @@ class GuardLimits:
         min_spread: Samples are dead where their spread over the batch is less than this share of the data's.
         min_gradient: The energy model is dead where its gradient norm is less than this share of its running median.
         lasting: Observations in a row from which dead samples, a dead energy model, or gradients that clipping brings back into
-            their range, are divergence. Fewer are chance.
+            their range, are divergence. Fewer are chance. Twice as many where they take turns.
     """
 
     warmup: int = 20
@@ -77,18 +77,19 @@ class DivergenceGuard:
         self.observations = 0
         # Observations in a row, until now, of what is divergence if it lasts.
         self.doubts = dict.fromkeys((self.SAMPLES, self.ENERGY_MODEL, *self.GRADIENTS), 0)
+        # Those with any of it: the run is not held to be healthy at them.
+        self.doubtful = 0
         self.pinned_ratios: list[float] = []
         self.has_been_pinned = False
-
-    @property
-    def doubtful(self) -> int:
-        """Observations in a row, until now, with something that may be divergence: the run is not held to be healthy at them."""
-        return max(self.doubts.values())
 
     def lasts(self, name: str, seen: bool) -> bool:
         """Count one of the doubts; whether it has lasted."""
         self.doubts[name] = self.doubts[name] + 1 if seen else 0
         return self.doubts[name] >= self.limits.lasting
+
+    def forget_doubts(self) -> None:
+        """Where a run goes back, they are counted anew."""
+        self.doubts, self.doubtful = dict.fromkeys(self.doubts, 0), 0
 
     def observe(self, scalars: dict[str, float]) -> tuple[list[str], list[str]]:
         """
@@ -143,6 +144,12 @@ class DivergenceGuard:
             alarms.append(
                 f"samples are all alike (spread over a batch {spread:.4g}, data {scalars['data_spread']:.4g})"
             )
+        doubts = [name for name, count in self.doubts.items() if count]
+        self.doubtful = self.doubtful + 1 if doubts else 0
+        if not alarms and self.doubtful >= 2 * self.limits.lasting:
+            alarms.append(
+                f"something was doubtful at each of {self.doubtful} logged steps, lastly {', '.join(doubts)}"
+            )
         return alarms, warnings
 
     def outside(self, name: str, value: float) -> str | None:
@@ -164,13 +171,16 @@ class DivergenceGuard:
             "pinned_ratios": list(self.pinned_ratios),
             "observations": self.observations,
             "doubts": dict(self.doubts),
+            "doubtful": self.doubtful,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         for name, values in state_dict["history"].items():
             self.history[name] = collections.deque(values, maxlen=self.limits.window)
         self.pinned_ratios, self.observations = list(state_dict["pinned_ratios"]), state_dict["observations"]
-        self.doubts = dict(state_dict["doubts"])
+        # Runs of before these were kept have none.
+        self.doubts |= state_dict.get("doubts", {})
+        self.doubtful = state_dict.get("doubtful", 0)
 
 
 class HealthyStates:

@@ -98,11 +98,7 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
         )
     energy_model = None
     try:
-        try:
-            is_pipeline = bool(DiffusionPipeline.load_config(name_or_path))
-        except OSError:
-            is_pipeline = False
-        if is_pipeline:
+        if is_pipeline(name_or_path):
             pipeline = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False)
             model, energy_model = getattr(pipeline, component, None), getattr(pipeline, "energy_model", None)
         else:
@@ -125,16 +121,29 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
     return model.train(), energy_model.train() if energy_model is not None else None
 
 
-def load_companions(args: argparse.Namespace) -> dict:
+def is_pipeline(name_or_path: str | Path) -> bool:
+    """Whether a pipeline can be read there."""
+    try:
+        return bool(DiffusionPipeline.load_config(name_or_path))
+    except OSError:
+        return False
+
+
+def load_companions(name_or_path: str | Path, model_class: type) -> dict:
     """
-    What the saved pipeline of `--pretrained_model_name_or_path` has beside its autoencoder: an energy model and a chain, or
-    nothing. They still fit a decoder that has not changed.
+    What a saved pipeline has beside its autoencoder: an energy model and a chain, or nothing, as an autoencoder alone has. They
+    still fit a decoder that has not changed.
+
+    Raises:
+        ValueError: if there is neither a pipeline nor an autoencoder, or it can't be loaded.
     """
     try:
-        DiffusionPipeline.load_config(args.pretrained_model_name_or_path)
-    except OSError:
-        return {}  # an autoencoder alone
-    components = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path).components
+        if not is_pipeline(name_or_path):
+            model_class.load_config(name_or_path)
+            return {}
+        components = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False).components
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"the energy model of {str(name_or_path)!r} can't be loaded: {error}") from error
     return {name: components.get(name) for name in ("energy_model", "scheduler")}
 
 

@@ -137,7 +137,7 @@ def argument_of_run(output_dir: Path, name: str):
     """An argument that a run in this folder was started with; `None` where there is none, or none that can be read."""
     try:
         return json.loads((output_dir / ARGUMENTS_FILE).read_text()).get(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return None  # `check_resumed_arguments` says what is wrong with it
 
 

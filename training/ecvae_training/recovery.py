@@ -112,8 +112,8 @@ class Recovery:
         return {k: v for k, v in values.items() if "gradient_norm" not in k or math.isfinite(v)}
 
     def keep_healthy(self, step: int) -> None:
-        """No alarm: keep this state if it is time to, and raise a lowered rate again. Not while the guard doubts."""
-        if not self.args.divergence_guard or self.guard.doubtful:
+        """No alarm: keep this state if it is time to, and raise a lowered rate again. Not while the guard doubts, but for a first one."""
+        if not self.args.divergence_guard or (self.guard.doubtful and self.healthy.states):
             return
         every = self.args.healthy_state_steps
         ceiling = 0.5 ** max(self.num_breakdowns - 1, 0)
@@ -135,8 +135,9 @@ class Recovery:
         was_healthy = self.healthy.was_healthy
         # As of the first step that the guard doubted: what lasts is an alarm only when it has.
         to_step = self.healthy.restore(step - max(self.guard.doubtful - 1, 0) * self.args.log_steps)
-        # Where lambda was at its bound already, it is to have its time again.
+        # Where lambda was at its bound already, it is to have its time again; and a run that was resumed amid doubts has no other state.
         self.guard.pinned_ratios = []
+        self.guard.forget_doubts()
         self.peaks.clear()
         if self.num_rollbacks == self.args.max_rollbacks:
             self.lowered.scale_learning_rate(self.factor)

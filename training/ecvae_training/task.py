@@ -34,6 +34,7 @@ class Task(ABC):
     headline: str  # the scalar of `loss` that the progress bar shows
     saved_class: str  # loads what is saved
     published = INDEX  # the file that tells what a saved folder holds
+    samples_change = True  # whether training changes samples, of which the best evaluation is chosen
     state = None  # what a checkpoint must hold beside the networks: anything with `state_dict` and `load_state_dict`
 
     def prepare(self, accelerator: Accelerator) -> None:

@@ -359,7 +359,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure, and keep the best pipeline in `best/`."""
         measures = self.evaluation.measure(self.exported, self.output_dir, self.step)
-        best = self.patience.is_best(measures, self.step)
+        best = self.patience.is_best(measures, self.step) and self.task.samples_change
         if self.accelerator.is_main_process:
             measures |= self.task.measure(self.exported, self.evaluation.reference)
         logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measures.items()))
