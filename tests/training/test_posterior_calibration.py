@@ -63,47 +63,52 @@ def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def encoder_alone(start: Path, calibration: str) -> tuple:
+    return ("--pretrained_model_name_or_path", start, "--freeze_decoder", "--calibration", calibration)
+
+
 @pytest.mark.parametrize("calibration", ["none", "posterior"])
 def test_the_encoder_of_a_decoder_that_is_there(both, images, tmp_path, calibration):
-    """Bit for bit the decoder, and so every sample; its energy model and chain stay with it; and a run is cut as any other."""
-    start = ("--pretrained_model_name_or_path", both, "--freeze_decoder", "--calibration", calibration)
-    common = (*start, "--checkpointing_steps", 2)
-    train(images, tmp_path / "whole", *common, "--max_train_steps", 4)
-    train(images, tmp_path / "cut", *common, "--max_train_steps", 2)
-    train(images, tmp_path / "cut", *common, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
-    before, after, cut = weights(both), weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(after[key], cut[key]) for key in after)
+    """Bit for bit the decoder, and so every sample; its energy model and chain stay with it."""
+    train(images, tmp_path / "whole", *encoder_alone(both, calibration), "--max_train_steps", 2)
+    before, after = weights(both), weights(tmp_path / "whole")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith("vae/encoder.") for key in changed)
-    old, new = (ECVAEPipeline.from_pretrained(folder) for folder in (both, tmp_path / "whole"))
     for name in ("energy_model/config.json", "scheduler/scheduler_config.json"):
         assert (both / name).read_text() == (tmp_path / "whole" / name).read_text()
+    old, new = (ECVAEPipeline.from_pretrained(folder) for folder in (both, tmp_path / "whole"))
     kept = new.energy_model.state_dict()
     assert all(torch.equal(value, kept[key]) for key, value in old.energy_model.state_dict().items())
     samples = [pipe(4, generator=torch.Generator().manual_seed(0), output_type="np").images for pipe in (old, new)]
     assert (samples[0] == samples[1]).all()
-    # A run that is gone on with has the energy model of its own decoder, whatever else it is given.
+
+
+def test_an_encoder_is_gone_on_with_beside_its_own_decoder(both, images, tmp_path):
+    """As any run; and with the energy model of its own decoder, whatever else it is given by then."""
+    arguments = ("--checkpointing_steps", 2, "--max_train_steps", 4)
+    train(images, tmp_path / "whole", *encoder_alone(both, "posterior"), *arguments)
+    train(images, tmp_path / "cut", *encoder_alone(both, "posterior"), *arguments[:2], "--max_train_steps", 2)
     other = tmp_path / "other"
     shutil.copytree(both, other)
     path = other / "energy_model" / "diffusion_pytorch_model.safetensors"
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
-    (tmp_path / "cut" / "model_index.json").unlink()
-    again = ("--pretrained_model_name_or_path", other, *common[2:], "--max_train_steps", 4)
-    train(images, tmp_path / "cut", *again, "--resume_from_checkpoint", "latest")
-    found = ECVAEPipeline.from_pretrained(tmp_path / "cut").energy_model.state_dict()
-    assert all(torch.equal(value, found[key]) for key, value in kept.items())
-    # Samples stay as they are, and so there is no best step among those that evaluate them.
-    arguments = (*start, "--evaluation_steps", 1, "--evaluation_samples", 12, "--evaluation_features", "digits")
-    train(images, tmp_path / "evaluated", *arguments, "--max_train_steps", 2)
-    evaluations = read_metrics(tmp_path / "evaluated" / "evaluations.jsonl")
+    resumed = (*arguments, "--resume_from_checkpoint", "latest")
+    train(images, tmp_path / "cut", *encoder_alone(other, "posterior"), *resumed)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert any(key.startswith("energy_model/") for key in whole)
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_evaluations_of_an_encoder_alone(both, images, tmp_path):
+    """Samples stay as they are, and so none of its steps is the best. An autoencoder alone has nothing beside it."""
+    arguments = ("--evaluation_steps", 1, "--evaluation_samples", 12, "--evaluation_features", "digits")
+    train(images, tmp_path / "run", *encoder_alone(both / "vae", "none"), *arguments, "--max_train_steps", 2)
+    evaluations = read_metrics(tmp_path / "run" / "evaluations.jsonl")
     assert (
         len({row["frechet_distance"] for row in evaluations}) == 1 and len({row["elbo"] for row in evaluations}) == 2
     )
-    assert not (tmp_path / "evaluated" / "best").exists()
-    # An autoencoder alone has nothing beside it.
-    arguments = ("--pretrained_model_name_or_path", both / "vae", *start[2:], "--max_train_steps", 1)
-    train(images, tmp_path / "alone", *arguments)
-    assert ECVAEPipeline.from_pretrained(tmp_path / "alone").energy_model is None
+    assert not (tmp_path / "run" / "best").exists()
+    assert ECVAEPipeline.from_pretrained(tmp_path / "run").energy_model is None
 
 
 def test_bf16(both, images, tmp_path):
