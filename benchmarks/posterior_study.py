@@ -5,7 +5,7 @@
 Each row trains the demo's networks (or Fashion-MNIST's) with one `--calibration`, equal iterations, and measures on held-out images
 the evidence lower bound, the importance-weighted one of 500 samples and the amortisation gap (q optimised for each image in 200 steps, less
 the encoder's), and of prior samples the Frechet distance. Rows "..., then the encoder" go on from such a run for `--encoder_steps` with
-its decoder held still; "none, as long" has as many iterations in all. Rows that STUDY/posterior_<data>.jsonl holds already are not made again.
+its decoder held still; "..., as long" have as many iterations in all. Rows that STUDY/posterior_<data>.jsonl holds already are not made again.
 """
 
 import statistics
@@ -63,9 +63,12 @@ THEN_THE_ENCODER = {
     "none, then the encoder": ("none", "none"),
     "posterior, then the encoder": ("posterior", "posterior"),
     "energy, then the encoder": ("energy", "posterior"),
+    "none, averaging Adam, then the encoder": ("none, averaging Adam", "none"),
+    "posterior, averaging Adam, then the encoder": ("posterior, averaging Adam", "posterior"),
 }
-AS_LONG = "none, as long"
-NAMES = [*SETTINGS, AS_LONG, *THEN_THE_ENCODER]
+# What has as many iterations in all: the setting that goes on.
+AS_LONG = {f"{name}, as long": name for name in ("none", "none, averaging Adam")}
+NAMES = [*SETTINGS, *AS_LONG, *THEN_THE_ENCODER]
 
 
 def then_the_encoder(name: str) -> list[str]:
@@ -124,19 +127,19 @@ def main() -> None:
                 train(data, start, seed, args.max_train_steps, *SETTINGS[first])
                 own = ["--pretrained_model_name_or_path", str(start), *then_the_encoder(name)]
                 train(data, folder, seed, args.encoder_steps, *own, steps="--encoder_steps")
-            elif name == AS_LONG:
+            elif name in AS_LONG:
                 steps = "--max_train_steps + --encoder_steps"
-                train(data, folder, seed, iterations[name], *SETTINGS["none"], steps=steps)
+                train(data, folder, seed, iterations[name], *SETTINGS[AS_LONG[name]], steps=steps)
             else:
                 train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
             return trained_row(data, folder) | posterior_measures(folder, images, args.device)
 
         arguments = {name: [*data.arguments, *own] for name, own in SETTINGS.items()}
-        arguments |= {AS_LONG: arguments["none"]}
+        arguments |= {name: arguments[longer] for name, longer in AS_LONG.items()}
         for name, (first, _) in THEN_THE_ENCODER.items():
             arguments[name] = [*arguments[first], "--encoder_steps", str(args.encoder_steps), *then_the_encoder(name)]
         iterations = dict.fromkeys(SETTINGS, args.max_train_steps)
-        iterations |= dict.fromkeys([AS_LONG, *THEN_THE_ENCODER], args.max_train_steps + args.encoder_steps)
+        iterations |= dict.fromkeys([*AS_LONG, *THEN_THE_ENCODER], args.max_train_steps + args.encoder_steps)
         results.fill(args.settings, args.seeds, make, iterations, arguments)
     print(table(results))
 
