@@ -448,6 +448,12 @@ def test_evaluations_have_the_reconstructions_psnr_and_the_card_of_no_calibratio
         ),
         (["--pretrained_model_name_or_path", "{kl}", "--latents_file", "none"], "--latents_file 'none' can't be read"),
         (
+            ["--pretrained_model_name_or_path", "{kl}", "--latents_file", "{kl}"],
+            "must be a safetensors file, but is a folder",
+        ),
+        # The folder itself holds an autoencoder, which it is not.
+        (["--pretrained_model_name_or_path", "{kl}", "--subfolder", "vae"], "has no folder --subfolder 'vae'"),
+        (
             ["--pretrained_model_name_or_path", "{kl}", "--calibration", "none", "--reconstruction_weight", 0],
             "--reconstruction_weight must be above 0 with --calibration none",
         ),

@@ -156,6 +156,39 @@ def test_the_decoder_learns_from_further_steps(images, tmp_path):
     assert near["posterior_constraint"] == far["posterior_constraint"]
 
 
+def test_the_squared_error_shrinks_the_posterior(images, tmp_path):
+    """Its gradient is the energy's alone: q is narrower after a few steps than with the other form, from the same start."""
+    arguments = ("--calibration", "posterior", "--max_train_steps", 10, "--posterior_decoder_weight", 0)
+    arguments += ("--posterior_langevin_steps", 5, "--posterior_drift_step", 0.1)
+    arguments += ("--initial_posterior_dual", 10, "--max_posterior_dual", 10)
+    lines = {
+        form: train(images, tmp_path / form, *arguments, "--posterior_constraint", form)
+        for form in ("log_prob", "squared_error")
+    }
+    squared, other = lines["squared_error"], lines["log_prob"]
+    assert squared[0]["posterior_variance"] == other[0]["posterior_variance"]
+    assert squared[-1]["posterior_variance"] < 0.5 * other[-1]["posterior_variance"]
+    # A squared distance, and so never below 0.
+    assert min(line["posterior_constraint"] for line in squared) > 0
+    assert squared[0]["posterior_constraint"] != other[0]["posterior_constraint"]
+
+
+@pytest.mark.parametrize(
+    "arguments, duals",
+    [
+        ([], (1000, 1000)),
+        (["--kl_weight", 0.1], (100, 100)),
+        (["--posterior_constraint", "squared_error", "--kl_weight", 2], (100, 100)),
+        (["--initial_posterior_dual", 3], (3, 1000)),
+        (["--max_posterior_dual", 3], (3, 3)),
+        (["--kl_weight", 0, "--calibration", "energy"], (1000, 1000)),
+    ],
+)
+def test_the_dual_variable_is_in_proportion_to_the_loss(arguments, duals):
+    args = parse_args(["--train_data_dir", "images", "--output_dir", "run", *map(str, arguments)])
+    assert (args.initial_posterior_dual, args.max_posterior_dual) == pytest.approx(duals)
+
+
 def test_the_encoder_learns_from_generated_images_too(tmp_path):
     """Their constraint counts as that of data does; it moves the encoder, and neither the decoder nor the images."""
     common = ["--train_data_dir", "images", "--output_dir", tmp_path, *TINY, "--calibration", "posterior"]

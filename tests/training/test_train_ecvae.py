@@ -153,6 +153,11 @@ def test_goes_on_from_a_pipeline_and_from_an_autoencoder(finished, images, tmp_p
         load(finished / "energy_model")
     with pytest.raises(ValueError, match="is a checkpoint: give the pipeline in it"):
         load(finished / "checkpoint-8")
+    shutil.copytree(finished / "vae", tmp_path / "other_sizes")
+    config = json.loads((finished / "vae" / "config.json").read_text())
+    (tmp_path / "other_sizes" / "config.json").write_text(json.dumps(config | {"latent_channels": 3}))
+    with pytest.raises(ValueError, match="(?s)other_sizes' can't be loaded: .*size mismatch"):
+        load(tmp_path / "other_sizes")
     for key in start:
         if "_u" in key or "_v" in key:  # spectral norm's vectors turn at each step, whatever the rate
             continue
@@ -249,9 +254,10 @@ def test_a_run_is_gone_on_with_on_its_own_data(finished, images, tmp_path):
     assert result.returncode == 1 and "--mixed_precision (was None, is bf16)" in result.stderr
 
 
-def test_arguments_that_can_not_be_read_are_named(tmp_path):
+@pytest.mark.parametrize("held, message", [("", "can't be read"), ("[1]", "holds no arguments")])
+def test_arguments_that_can_not_be_read_are_named(tmp_path, held, message):
     (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "training_args.json").write_text("")
+    (tmp_path / "training_args.json").write_text(held)
     result = run("--train_data_dir", "x", "--output_dir", tmp_path, *TINY, "--resume_from_checkpoint", "latest")
-    assert result.returncode == 1 and "training_args.json' can't be read" in result.stderr
+    assert result.returncode == 1 and f"training_args.json' {message}" in result.stderr
     assert "Traceback" not in result.stderr

@@ -180,6 +180,13 @@ def test_a_run_is_gone_on_with_at_its_own_rate(finished, images, tmp_path):
     arguments = ("--max_train_steps", 6, "--resume_from_checkpoint", "latest", "--learning_rate", 1e-3)
     result = run(*common, *TINY_FLOW, *arguments, script=SCRIPT)
     assert result.returncode == 1 and "--learning_rate (was 0.0005, is 0.001)" in result.stderr
+    # Of a file that was edited by hand it is named, whatever it has become.
+    shutil.copytree(out, tmp_path / "edited")
+    edited = json.loads((out / "training_args.json").read_text()) | {"learning_rate": "fast"}
+    (tmp_path / "edited" / "training_args.json").write_text(json.dumps(edited))
+    arguments = ("--output_dir", tmp_path / "edited", "--resume_from_checkpoint", "latest")
+    result = run("--train_data_dir", images, *TINY_FLOW, *arguments, script=SCRIPT)
+    assert result.returncode == 1 and "--learning_rate (was fast, is 0.003)" in result.stderr
     # Where there is no checkpoint, it is a new run after all: also where one was cut off before its first.
     (tmp_path / "cut").mkdir()
     shutil.copy(out / "training_args.json", tmp_path / "cut")

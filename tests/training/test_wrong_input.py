@@ -49,7 +49,7 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ([*GIVEN, "--posterior_langevin_steps", "0"], "--posterior_langevin_steps must be at least 1, but is 0"),
         (
             [*GIVEN, "--posterior_drift_step", "0"],
-            "--posterior_drift_step must be a finite number above 0, but is 0.0",
+            "--posterior_drift_step must be above 0 and below 2, but is 0.0",
         ),
         ([*GIVEN, "--posterior_tolerance", "0"], "--posterior_tolerance must be 'auto' or a finite number above 0"),
         ([*GIVEN, "--posterior_constraint", "kl"], "--posterior_constraint: invalid choice"),
@@ -59,7 +59,15 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ),
         (
             [*GIVEN, "--posterior_decoder_drift_step", "0"],
-            "--posterior_decoder_drift_step must be a finite number above 0, but is 0.0",
+            "--posterior_decoder_drift_step must be above 0 and below 2, but is 0.0",
+        ),
+        (
+            [*GIVEN, "--calibration", "energy", "--posterior_drift_step", "1e200"],
+            "--posterior_drift_step must be above 0 and below 2, but is 1e+200",
+        ),
+        (
+            [*GIVEN, "--posterior_drift_step", "1.5", "--posterior_conditioning_weight", "0.5"],
+            "--posterior_conditioning_weight must be at most 0.333333 at --posterior_drift_step 1.5, but is 0.5",
         ),
         (
             [*GIVEN, "--freeze_decoder", "--calibration", "posterior"],
@@ -103,7 +111,7 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
         ),
         (
             [*GIVEN, "--posterior_conditioning_weight", "101"],
-            "--posterior_conditioning_weight must be at most 1 / --posterior_drift_step (100), but is 101.0",
+            "--posterior_conditioning_weight must be at most 100 at --posterior_drift_step 0.01, but is 101.0",
         ),
         (
             [

@@ -171,11 +171,17 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         subfolder, revision, variant (`str`, *optional*): As for `from_pretrained`.
 
     Raises:
-        ValueError: if it can't be loaded, its weights are not whole or not finite, or it is none of images with a decoder of one
-            pass.
+        ValueError: if there is no such subfolder, it can't be loaded, its weights are not whole or not finite, or it is none of images
+            with a decoder of one pass.
     """
     found = {name: kwargs[name] for name in ("subfolder", "revision", "variant") if kwargs.get(name) is not None}
     refused = f"--pretrained_model_name_or_path {str(name_or_path)!r}"
+    if Path(name_or_path).is_dir() and "subfolder" in found:
+        # diffusers would take the weights of the folder itself where there are some.
+        if not (place := Path(name_or_path, found["subfolder"])).is_dir():
+            raise ValueError(f"{refused} has no folder --subfolder {found['subfolder']!r}.")
+        name_or_path = place
+        del found["subfolder"]
     try:
         config_place = {name: value for name, value in found.items() if name != "variant"}
         class_name = AutoencoderKL.load_config(name_or_path, **config_place).get("_class_name")
@@ -297,6 +303,8 @@ def load_latents(path: str, shape: tuple[int, ...]) -> torch.Tensor:
     Raises:
         ValueError: if it can't be read, or holds none of `shape`.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"--latents_file {path!r} must be a safetensors file, but is a folder.")
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

@@ -94,11 +94,14 @@ def add_posterior_arguments(calibration) -> None:
     calibration.add_argument(
         "--initial_posterior_dual",
         type=float,
-        default=1000.0,
-        help="The posterior's dual variable at the start. The default is for log_prob and --kl_weight 1: in proportion for "
-        "another, and a twentieth for squared_error, whose gradient is so much larger.",
+        help="The posterior's dual variable at the start. Its upper bound if not given.",
     )
-    calibration.add_argument("--max_posterior_dual", type=float, default=1000.0, help="Its upper bound.")
+    calibration.add_argument(
+        "--max_posterior_dual",
+        type=float,
+        help="Its upper bound. If not given 1000 times --kl_weight, with which the rest of the loss grows, and a twentieth of that with "
+        "squared_error, whose gradient is so much larger.",
+    )
     calibration.add_argument(
         "--posterior_generated_images",
         action=argparse.BooleanOptionalAction,
@@ -120,8 +123,20 @@ def add_posterior_arguments(calibration) -> None:
     )
 
 
+# lambda_z at --kl_weight 1: a step of 0.01 moves latents by a hundredth of what there is to move.
+POSTERIOR_DUAL = {"log_prob": 1000.0, "squared_error": 50.0}
+
+
 def fill_defaults(args: argparse.Namespace) -> None:
-    """The weight of what the decoder learns from its further steps: a decoder that is held still learns nothing."""
+    """
+    The weight of what the decoder learns from its further steps, since a decoder that is held still learns nothing, and lambda_z, which is
+    a fixed weight by default: C is in nats, and the rest of the loss beta times that.
+    """
+    if args.max_posterior_dual is None:
+        beta = args.kl_weight if 0 < args.kl_weight < math.inf else 1.0  # `check` says what is wrong with another
+        args.max_posterior_dual = POSTERIOR_DUAL[args.posterior_constraint] * beta
+    if args.initial_posterior_dual is None:
+        args.initial_posterior_dual = args.max_posterior_dual
     if args.posterior_decoder_weight is None:
         args.posterior_decoder_weight = 0.0 if args.freeze_decoder else 0.1
 
@@ -145,13 +160,16 @@ def check(args: argparse.Namespace, refuse) -> None:
     check_integers(args, refuse, ("posterior_langevin_steps",), least=1)
     check_integers(args, refuse, ("posterior_decoder_langevin_steps",), least=0)
     check_nonnegative(args, refuse, ("posterior_conditioning_weight", "posterior_decoder_weight"))
-    for name in ("posterior_drift_step", "posterior_decoder_drift_step", "max_posterior_dual"):
-        if not 0 < getattr(args, name) < math.inf:
-            refuse(name, "a finite number above 0")
-    if args.posterior_drift_step * args.posterior_conditioning_weight > 1:
-        refuse(
-            "posterior_conditioning_weight", f"at most 1 / --posterior_drift_step ({1 / args.posterior_drift_step:g})"
-        )
+    if not 0 < args.max_posterior_dual < math.inf:
+        refuse("max_posterior_dual", "a finite number above 0")
+    for name in ("posterior_drift_step", "posterior_decoder_drift_step"):
+        # Of a posterior that q has right the curvature in whitened latents is 1: chains of larger steps run away.
+        if not 0 < getattr(args, name) < 2:
+            refuse(name, "above 0 and below 2")
+    a = args.posterior_drift_step
+    # The pull leads to the start at most, and pull and drift together no further beyond the minimum than they began before it.
+    if args.posterior_conditioning_weight > (most := min(1 / a, 2 / a - 1)):
+        refuse("posterior_conditioning_weight", f"at most {most:g} at --posterior_drift_step {a:g}")
     if not 0 <= args.initial_posterior_dual <= args.max_posterior_dual:
         refuse("initial_posterior_dual", f"from 0 to --max_posterior_dual ({args.max_posterior_dual})")
     check_auto(args, refuse, "posterior_tolerance", "'auto' or a finite number above 0", math.ulp(0.0))

@@ -32,7 +32,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
     model does not see yet (docs/flows.md).
     """
     if args.learning_rate is None and args.resume_from_checkpoint is not None and checkpoints(Path(args.output_dir)):
-        args.learning_rate = argument_of_run(Path(args.output_dir), "learning_rate")
+        rate = argument_of_run(Path(args.output_dir), "learning_rate")
+        args.learning_rate = rate if isinstance(rate, float) else None  # of a file edited by hand it may be anything
     if args.learning_rate is None:
         args.learning_rate = 3e-3 if args.pretrained_model_name_or_path is None else 5e-4
 

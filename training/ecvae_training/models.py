@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
@@ -15,6 +16,8 @@ from ecvae_training.argument_checks import largest_drift_step
 Networks = tuple[torch.nn.Module | None, EnergyModel | None]
 # Those of `--calibration` that train an energy model.
 ENERGY_CALIBRATIONS = ("energy", "both")
+# Of a folder without networks, of another class, and of weights of other sizes or damaged ones.
+LOADING_ERRORS = (OSError, ValueError, AttributeError, RuntimeError, SafetensorError)
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,7 +109,7 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
             if class_name != name:
                 raise ValueError(f"it is a {class_name}, not a pipeline and not {name}.")
             model = model_class.from_pretrained(name_or_path, low_cpu_mem_usage=False)
-    except (OSError, ValueError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     if not isinstance(model, model_class):
         raise ValueError(f"{refused} holds no {name}.")
@@ -142,7 +145,7 @@ def load_companions(name_or_path: str | Path, model_class: type) -> dict:
             model_class.load_config(name_or_path)
             return {}
         components = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False).components
-    except (OSError, ValueError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"the energy model of {str(name_or_path)!r} can't be loaded: {error}") from error
     return {name: components.get(name) for name in ("energy_model", "scheduler")}
 

