@@ -126,7 +126,7 @@ def test_bf16(both, images, tmp_path):
 
 def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
     """A warm-up that is over at its first step is none; halfway through a longer one beta is half, and the chain's step too."""
-    arguments = ("--calibration", "posterior", "--max_train_steps", 1)
+    arguments = ("--calibration", "posterior", "--max_train_steps", 1, "--max_posterior_dual", 1000)
     none, over, half = (
         train(
             images,
