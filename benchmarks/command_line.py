@@ -6,6 +6,7 @@ by which gpu.py makes one table of many benchmarks.
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 positive = whole_number(1)
+
+
+def positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, but is {text}")
+    return value
 
 
 def resolution(text: str) -> int:
