@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from training_runs import (
     SCRIPTS,
     TINY,
@@ -60,6 +61,16 @@ def script(request, tmp_path_factory) -> tuple[str, list]:
     return request.param, [*arguments, *TINY_DECODER, *own]
 
 
+def check_two_ranks_equal_one_process(one: Path, two: Path, measures: tuple[str, ...]) -> None:
+    for a, b in list(zip(metrics(one), metrics(two), strict=True))[:10]:
+        for measure in measures:
+            assert a[measure] == pytest.approx(b[measure], rel=1e-3), (a["step"], measure)
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    difference = torch.cat([(first[key] - second[key]).float().flatten() for key in first]).norm()
+    assert difference <= 0.01 * torch.cat([value.float().flatten() for value in first.values()]).norm()
+
+
 @pytest.fixture(scope="module")
 def two_ranks(script, tmp_path_factory):
     name, arguments = script
@@ -81,13 +92,38 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(script, two_rank
         "--train_batch_size",
         16,
     )
-    for a, b in list(zip(metrics(tmp_path), metrics(two_ranks), strict=True))[:10]:
-        for measure in (*HEADLINES[name], "constraint", "dual", "gradient_norm", "energy_gradient_norm"):
-            assert a[measure] == pytest.approx(b[measure], rel=1e-3), (a["step"], measure)
-    one, two = weights(tmp_path), weights(two_ranks)
-    assert one.keys() == two.keys()
-    difference = torch.cat([(one[key] - two[key]).float().flatten() for key in one]).norm()
-    assert difference <= 0.01 * torch.cat([value.float().flatten() for value in one.values()]).norm()
+    measures = (*HEADLINES[name], "constraint", "dual", "gradient_norm", "energy_gradient_norm")
+    check_two_ranks_equal_one_process(tmp_path, two_ranks, measures)
+
+
+CALIBRATED = ("reconstruction", "constraint", "dual", "gradient_norm", "energy_gradient_norm")
+
+
+@pytest.mark.parametrize("kind", ["noise on latents", "latents of a file", "the encoder alone"])
+def test_two_ranks_equal_one_process_with_other_latents(kind, tmp_path):
+    """What is drawn of latents is shared out by rank, and a decoder that is held still is the same on each."""
+    images = write_images(tmp_path / "images", count=64)
+    file, measures = SCRIPTS / "calibrate_decoder.py", CALIBRATED
+    if kind == "the encoder alone":
+        succeed(*TINY, "--train_data_dir", images, "--output_dir", tmp_path / "model", "--max_train_steps", 2)
+        file, measures = (
+            SCRIPTS / "train_ecvae.py",
+            ("reconstruction", "kl", "posterior_constraint", "posterior_dual", "gradient_norm"),
+        )
+        own = [*TINY, "--calibration", "posterior", "--freeze_decoder", *MOVING]
+    else:
+        write_autoencoder(tmp_path / "model")
+        save_file(
+            {"latents": torch.randn(50, 4, 8, 8, generator=torch.Generator().manual_seed(0))},
+            tmp_path / "latents.safetensors",
+        )
+        changed = ["--latents_file", tmp_path / "latents.safetensors"]
+        own = [*TINY_DECODER, *(changed if kind == "latents of a file" else ["--latent_noise", 0.5])]
+    own += ["--pretrained_model_name_or_path", tmp_path / "model", "--train_data_dir", images, "--log_steps", 1]
+    own += ["--max_train_steps", 10]
+    run_ranks(1, file, *own, "--output_dir", tmp_path / "one", "--train_batch_size", 16)
+    run_ranks(2, file, *own, "--output_dir", tmp_path / "two")
+    check_two_ranks_equal_one_process(tmp_path / "one", tmp_path / "two", measures)
 
 
 def test_two_ranks_resumed_equal_two_ranks_in_one_run(script, two_ranks, tmp_path):

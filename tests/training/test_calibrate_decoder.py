@@ -119,6 +119,18 @@ def test_the_encoder_stays_and_the_decoder_learns(finished, models, name):
     assert all(line["constraint"] > 0 for line in lines)
 
 
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderTiny"])
+def test_gradient_checkpointing_changes_nothing_but_memory(finished, models, images, tmp_path, name):
+    calibrate(
+        "--pretrained_model_name_or_path", models[name], "--train_data_dir", images, "--output_dir", tmp_path / "run",
+        "--max_train_steps", 8, "--log_steps", 1, "--learning_rate", "1e-3", "--gradient_checkpointing",
+    )  # fmt: skip
+    found, expected = weights(tmp_path / "run"), weights(finished[name])
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
 def test_the_folder_holds_what_calibrating_on_needs_and_no_path(finished, models):
     folder = finished["AutoencoderKL"]
     assert {"energy_model", "scheduler", "samples", "chain", "reconstructions"} <= {p.name for p in folder.iterdir()}

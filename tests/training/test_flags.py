@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from training_runs import TINY, metrics, run, succeed, write_images
+from training_runs import SCRIPTS, TINY, TINY_DECODER, metrics, run, succeed, write_autoencoder, write_images
 
 from ecvae_diffusers import ECVAEPipeline
 
@@ -82,14 +82,28 @@ def test_a_configuration_of_a_data_set(tmp_path):
     assert "Traceback" not in result.stderr and not (tmp_path / "none").exists()
 
 
-def test_a_stream_is_trained_on(tmp_path):
+def write_stream(folder):
+    """40 pictures in two files."""
     columns = datasets.Features({"image": datasets.Image()})
     rng = np.random.default_rng(0)
-    (tmp_path / "data").mkdir()
+    folder.mkdir()
     for part in range(2):
         pictures = [rng.integers(0, 256, (20, 24, 3), dtype=np.uint8) for _ in range(20)]
-        data = datasets.Dataset.from_dict({"image": pictures}, features=columns)
-        data.to_parquet(tmp_path / "data" / f"train-{part}.parquet")
+        datasets.Dataset.from_dict({"image": pictures}, features=columns).to_parquet(folder / f"train-{part}.parquet")
+
+
+def test_a_decoder_is_calibrated_on_a_stream_in_its_own_channels(tmp_path):
+    write_stream(tmp_path / "data")
+    succeed(
+        *TINY_DECODER, "--pretrained_model_name_or_path", write_autoencoder(tmp_path / "model"), "--dataset_name",
+        tmp_path / "data", "--streaming", "--output_dir", tmp_path / "out", "--max_train_steps", 2, "--log_steps", 1,
+        script=SCRIPTS / "calibrate_decoder.py",
+    )  # fmt: skip
+    assert [record["step"] for record in metrics(tmp_path / "out")] == [1, 2]
+
+
+def test_a_stream_is_trained_on(tmp_path):
+    write_stream(tmp_path / "data")
     arguments = [
         "--dataset_name", tmp_path / "data", "--streaming", "--shuffle_buffer_size", 12, "--in_channels", 3, *TINY,
         "--dataloader_num_workers", 2, "--log_steps", 1, "--checkpointing_steps", 4,

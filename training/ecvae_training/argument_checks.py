@@ -4,6 +4,11 @@ import argparse
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from ecvae_training.arguments import CommandLine
 
 
 # What --langevin_drift_step auto spreads over the chain: its K steps are of 1 / K at most.
@@ -56,16 +61,14 @@ def check_channels(args: argparse.Namespace, refuse: Callable, name: str) -> Non
 def check_arguments(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
-    fill_defaults: Callable,
-    check_own: Callable,
-    max_resolution: int,
+    script: "CommandLine",
 ) -> None:
     """
     Fill in the defaults that depend on other arguments. Exits, with a message that names the argument, its value and
     what is allowed, at the first that is wrong.
 
     Args:
-        fill_defaults (`Callable`), check_own (`Callable`), max_resolution (`int`): The script's own, see `CommandLine`.
+        script (`CommandLine`): What the script has of its own.
     """
 
     def refuse(name: str, allowed: str) -> None:
@@ -73,15 +76,15 @@ def check_arguments(
 
     if args.output_dir is None:
         parser.error("--output_dir must be given.")
-    fill_defaults(args)
+    script.fill_defaults(args)
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("one of --dataset_name and --train_data_dir must be given, and not both.")
     if args.num_epochs is not None and args.max_train_steps is not None:
         parser.error("--num_epochs and --max_train_steps can't both be given.")
     if args.num_epochs is None and args.max_train_steps is None:
         args.max_train_steps = 10_000
-    if not 8 <= args.resolution <= max_resolution or args.resolution & (args.resolution - 1):
-        refuse("resolution", f"a power of two from 8 to {max_resolution}")
+    if not 8 <= args.resolution <= script.max_resolution or args.resolution & (args.resolution - 1):
+        refuse("resolution", f"a power of two from 8 to {script.max_resolution}")
     if args.image_size is not None and args.image_size < args.resolution:
         refuse("image_size", f"at least --resolution ({args.resolution})")
 
@@ -118,10 +121,11 @@ def check_arguments(
         parser.error(f"--{hub[0]} needs --push_to_hub.")
     if args.early_stopping_patience is not None and args.evaluation_steps is None:
         parser.error("--early_stopping_patience needs --evaluation_steps.")
-    if args.streaming and (args.dataset_name is None or args.num_epochs is not None or args.in_channels is None):
+    unknown_channels = args.in_channels is None and not script.channels_of_model
+    if args.streaming and (args.dataset_name is None or args.num_epochs is not None or unknown_channels):
+        channels = "" if script.channels_of_model else " --in_channels"
         parser.error(
-            "--streaming needs --dataset_name, --in_channels and --max_train_steps: it can't look ahead. See "
-            "--no-streaming."
+            f"--streaming needs --dataset_name,{channels} and --max_train_steps: it can't look ahead. See --no-streaming."
         )
     check_auto(args, refuse, "calibration_tolerance", "'auto' or a finite number above 0", math.ulp(0.0))
     check_auto(args, refuse, "langevin_drift_step", "'auto' or a finite number of at least 0", 0.0)
@@ -147,7 +151,7 @@ def check_arguments(
             refuse(name, "at least 0 and below 1")
     if not 0 <= args.initial_dual <= args.max_dual:
         refuse("initial_dual", f"from 0 to --max_dual ({args.max_dual})")
-    check_own(args, refuse)
+    script.check(args, refuse)
     if args.energy_block_out_channels is None:
         args.energy_block_out_channels = getattr(args, "block_out_channels", None)
     check_channels(args, refuse, "energy_block_out_channels")

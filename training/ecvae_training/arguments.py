@@ -30,6 +30,7 @@ class CommandLine:
         add_model_arguments (`Callable`): Adds those of the generator to the group "model".
         add_loss_arguments (`Callable`): Adds those of its own loss to the group "calibration".
         check (`Callable`): Checks them, as `check(args, refuse)`: `refuse(name, allowed)` ends the script.
+        channels_of_model (`bool`): Whether images come in the channels of a model that is there already.
         max_resolution (`int`): The largest `--resolution`, a power of two.
         defaults (`dict`): Its own defaults of arguments that all have.
         fill_defaults (`Callable`): Sets, as `fill_defaults(args)`, those of them that depend on other arguments.
@@ -41,6 +42,7 @@ class CommandLine:
     add_model_arguments: Callable
     add_loss_arguments: Callable
     check: Callable
+    channels_of_model: bool = False
     max_resolution: int = 256
     defaults: dict = field(default_factory=dict)
     fill_defaults: Callable = lambda args: None
@@ -116,7 +118,7 @@ def add_data_arguments(data, max_resolution: int) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="Read --dataset_name while training instead of before: for what doesn't fit on the disk. Needs "
-        "--max_train_steps and --in_channels. Resumed, its shuffle buffer is filled anew: not bit for bit.",
+        "--max_train_steps and, but for a decoder's calibration, --in_channels. Resumed, its shuffle buffer is filled anew: not bit for bit.",
     )
     data.add_argument(
         "--shuffle_buffer_size", type=int, default=10_000, help="Images that --streaming draws each next one from."
@@ -406,5 +408,5 @@ def parse_args(script: CommandLine, argv: list[str] | None = None) -> argparse.N
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     path = parser.parse_args(argv).config
     args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
-    check_arguments(parser, args, script.fill_defaults, script.check, script.max_resolution)
+    check_arguments(parser, args, script)
     return args

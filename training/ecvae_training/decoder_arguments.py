@@ -59,6 +59,7 @@ SCRIPT = CommandLine(
     add_model_arguments=add_model_arguments,
     add_loss_arguments=add_loss_arguments,
     check=check,
+    channels_of_model=True,
     max_resolution=1024,
     defaults={"learning_rate": 1e-4},
 )
