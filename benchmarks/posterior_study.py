@@ -36,6 +36,7 @@ AVERAGING = ["--adam_beta1", "0.9", "--adam_beta2", "0.999"]
 SETTINGS = {
     "none": ["--calibration", "none"],
     "posterior": POSTERIOR,
+    "posterior, squared error": [*POSTERIOR, "--posterior_constraint", "squared_error"],
     "posterior, encoder alone": [*POSTERIOR, *ALONE],
     "posterior, decoder alone": [*POSTERIOR, "--initial_posterior_dual", "0", "--posterior_tolerance", "1e9"],
     "posterior, one long chain": [*POSTERIOR, *LONG],
