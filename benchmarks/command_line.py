@@ -29,14 +29,15 @@ def whole_number(least: int) -> Callable[[str], int]:
 positive = whole_number(1)
 
 
-def positive_number(text: str) -> float:
+def positive_number(text: str) -> str:
+    """As it was written: it goes on to a script, and rows remember what that was given."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, but is {text}")
-    return value
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, but is {text}")
+    return text
 
 
 def resolution(text: str) -> int:

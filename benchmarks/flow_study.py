@@ -170,12 +170,12 @@ def main() -> None:
         "--picture", type=picture_file, help="samples of the same latents, first seed: a block a setting"
     )
     parser.add_argument(
-        "--likelihood_rate", type=positive_number, default=1e-2,
-        help="learning rate of what begins anew, with a cosine schedule; 1e-2 is quick at 16 px, at 32 px some runs blow up with it",
+        "--likelihood_rate", type=positive_number, default="1e-2",
+        help="learning rate of what begins anew, with a cosine schedule; 1e-2 is quick at 16 px, at 32 px some runs blow up with it. Each its own --output_dir",
     )  # fmt: skip
     add_device(parser)
     args = parser.parse_args()
-    likelihood_rate = ["--learning_rate", f"{args.likelihood_rate:g}", "--lr_scheduler", "cosine"]
+    likelihood_rate = ["--learning_rate", args.likelihood_rate, "--lr_scheduler", "cosine"]
     results = Results(args.output_dir / f"flow_{args.resolution}.jsonl", NUM_SAMPLES)
     folders = [run_folder(args.output_dir, f"flow_{args.resolution}", name, args.seeds[0]) for name in args.settings]
     if args.table and args.plot is not None and not results.rows():

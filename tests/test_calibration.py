@@ -294,6 +294,22 @@ def test_energy_of_more_than_a_number_a_sample_is_refused():
         compute_energy(lambda sample: (sample,), randn(4, 9))
 
 
+def test_what_would_be_cut_or_spread_in_silence_is_refused():
+    """One-hot data of whole numbers would cut targets to these; targets of one sample would stand for all."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only())
+    with pytest.raises(RuntimeError, match="call `calibrate` first"):
+        calibrator.adapt_drift_step(1.0)
+    samples = randn(4, 1, 8, 8).requires_grad_()
+    targets = calibrator.calibrate(samples).targets
+    with pytest.raises(
+        ValueError, match=r"`real` must be of a floating point dtype, as samples are, but is torch.int64"
+    ):
+        calibrator.energy_loss(torch.ones(4, 1, 8, 8, dtype=torch.int64), targets)
+    with pytest.raises(ValueError, match=r"shape of `samples`, \(4, 1, 8, 8\), but have \(1, 1, 8, 8\)"):
+        calibrator.constrain(samples, targets[:1])
+    calibrator.adapt_drift_step(1.0)  # a number, as `dual_step` takes
+
+
 def test_samples_without_a_batch_are_refused():
     calibrator = EnergyCalibrator(tiny_energy_model(), drift_only())
     with pytest.raises(ValueError, match=r"`samples` must have shape \(batch_size, ...\), but has \(5,\)"):

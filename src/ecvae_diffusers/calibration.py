@@ -321,8 +321,12 @@ class EnergyCalibrator:
             [`CalibrationOutput`]
 
         Raises:
-            ValueError: if the distance does not give one number a sample.
+            ValueError: if `targets` have another shape than `samples`, or the distance does not give one number a sample.
         """
+        if samples.shape != targets.shape:
+            raise ValueError(
+                f"`targets` must have the shape of `samples`, {tuple(samples.shape)}, but have {tuple(targets.shape)}."
+            )
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
         self.drift_scale = self.drift_scale.to(samples.device)
@@ -364,7 +368,12 @@ class EnergyCalibrator:
 
         Returns:
             [`EnergyLossOutput`]
+
+        Raises:
+            ValueError: if `real` holds integers: targets are given to the energy model beside it, in its precision.
         """
+        if not real.is_floating_point():
+            raise ValueError(f"`real` must be of a floating point dtype, as samples are, but is {real.dtype}.")
         energy_model = self.energy_model if energy_model is None else energy_model
         energy = compute_energy(energy_model, torch.cat([real, targets.detach().to(real.dtype)]))
         energy_real, energy_targets = energy.split([real.shape[0], targets.shape[0]])
@@ -398,7 +407,7 @@ class EnergyCalibrator:
         self.dual = dual.clamp(0.0, self.max_dual).to(self.dual.dtype)
 
     @torch.no_grad()
-    def adapt_drift_step(self, constraint: torch.Tensor) -> None:
+    def adapt_drift_step(self, constraint: torch.Tensor | float) -> None:
         """
         Lower the chain's drift step while the drift exceeds its tolerance: a <- min(a (drift_tolerance / drift)^0.1, a_0),
         by at most a factor e each way before the power, where a_0 is the scheduler's. Call it after each step where the
@@ -408,14 +417,17 @@ class EnergyCalibrator:
         lambda have no say: with a weak energy model a would grow without end, and noise lead the generator.
 
         Args:
-            constraint (`torch.Tensor`): As for `dual_step`.
+            constraint (`torch.Tensor` or `float`): As for `dual_step`.
 
         Raises:
             ValueError: if `drift_tolerance` is 0.
+            RuntimeError: if no sample was calibrated yet, so that D is not known.
         """
         if self.drift_tolerance == 0:
             raise ValueError("`drift_tolerance` must be above 0 for the drift step to be adapted, but is 0.")
-        ratio = self.drift_tolerance / self._drift(constraint).clamp(min=1e-8)
+        if self.num_entries is None:
+            raise RuntimeError("The drift is that of an entry of a sample: call `calibrate` first.")
+        ratio = self.drift_tolerance / self._drift(torch.as_tensor(constraint)).clamp(min=1e-8)
         self.drift_scale = (self.drift_scale * ratio.clamp(math.exp(-1), math.e) ** DRIFT_STEP_RATE).clamp(max=1.0)
 
     @property

@@ -247,9 +247,10 @@ def test_tables_of_the_extensions(name, rows, cells, tmp_path, capsys, monkeypat
         for argument, said in (
             ("--picture", "there is no trained-on_0"),
             ("--plot", "must be a file that ends in .png"),
+            ("--likelihood_rate", "must be a finite number above 0, but is inf"),
         ):
-            path = tmp_path / ("a.picture" if argument == "--plot" else "a.png")
-            more = [argument, str(path), "--settings", "trained on"]
+            values = {"--plot": tmp_path / "a.picture", "--likelihood_rate": "inf"}
+            more = [argument, str(values.get(argument, tmp_path / "a.png")), "--settings", "trained on"]
             monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path), "--table", *data, *more])
             with pytest.raises(SystemExit):
                 study_script.main()

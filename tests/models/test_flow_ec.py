@@ -270,6 +270,15 @@ def test_wrong_shapes():
         flow.decode(torch.zeros(2, 64))
 
 
+def test_whole_numbers_are_refused():
+    """Images of 0 to 255 would get a density, of something far outside [-1, 1]."""
+    flow = tiny()
+    with pytest.raises(ValueError, match="`sample` must be of a floating point dtype, in .* but is torch.uint8"):
+        flow.log_prob(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="`latents` must be of a floating point dtype, but is torch.int64"):
+        flow.decode(torch.zeros(2, 64, 1, 1, dtype=torch.int64))
+
+
 def test_wrong_sampling():
     flow = tiny()
     for batch_size in (0, 2.5, True):

@@ -123,9 +123,9 @@ def check_arguments(
         parser.error("--early_stopping_patience needs --evaluation_steps.")
     unknown_channels = args.in_channels is None and not script.channels_of_model
     if args.streaming and (args.dataset_name is None or args.num_epochs is not None or unknown_channels):
-        channels = "" if script.channels_of_model else " --in_channels"
+        channels = "" if script.channels_of_model else ", --in_channels"
         parser.error(
-            f"--streaming needs --dataset_name,{channels} and --max_train_steps: it can't look ahead. See --no-streaming."
+            f"--streaming needs --dataset_name{channels} and --max_train_steps: it can't look ahead. See --no-streaming."
         )
     check_auto(args, refuse, "calibration_tolerance", "'auto' or a finite number above 0", math.ulp(0.0))
     check_auto(args, refuse, "langevin_drift_step", "'auto' or a finite number of at least 0", 0.0)

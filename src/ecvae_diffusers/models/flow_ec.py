@@ -338,9 +338,11 @@ class FlowEC(ModelMixin, ConfigMixin):
             nats, float32.
 
         Raises:
-            ValueError: if `sample` has another number of channels, height or width.
+            ValueError: if `sample` has another number of channels, height or width, or holds integers.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if not sample.is_floating_point():
+            raise ValueError(f"`sample` must be of a floating point dtype, in [-1, 1], but is {sample.dtype}.")
         if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
             raise ValueError(
                 f"`sample` must have shape (batch_size, {', '.join(map(str, expected))}), not {tuple(sample.shape)}."
@@ -365,8 +367,10 @@ class FlowEC(ModelMixin, ConfigMixin):
             a flow to that range.
 
         Raises:
-            ValueError: if `latents` has another shape.
+            ValueError: if `latents` has another shape, or holds integers.
         """
+        if not latents.is_floating_point():
+            raise ValueError(f"`latents` must be of a floating point dtype, but is {latents.dtype}.")
         if latents.ndim != 4 or tuple(latents.shape[1:]) != (self.num_latents, 1, 1):
             raise ValueError(
                 f"`latents` must have shape (batch_size, {self.num_latents}, 1, 1), not {tuple(latents.shape)}."
