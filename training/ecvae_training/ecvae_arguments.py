@@ -84,7 +84,8 @@ def add_posterior_arguments(calibration) -> None:
         "--posterior_constraint",
         choices=FORMS,
         default="log_prob",
-        help="What is bounded: -log q of the chain's ends, or their squared distance from its start, which shrinks q.",
+        help="What is bounded: -log q of the chain's ends, or their squared distance from its start, which shrinks q: on digits "
+        "worse than no calibration (docs/posterior.md).",
     )
     calibration.add_argument(
         "--posterior_tolerance",
