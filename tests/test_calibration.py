@@ -407,3 +407,35 @@ def test_energy_model_in_another_precision(dtype):
     assert (found - expected).norm() < (0.05 if dtype == torch.bfloat16 else 0.01) * drift
     assert calibrator.run_chain(samples.double()).dtype == torch.float64
     assert calibrator.run_chain(samples.bfloat16()).dtype == torch.float32
+
+
+def test_gradient_penalty_is_half_the_mean_squared_slope_at_the_data():
+    """gamma / 2 E |grad f(x)|^2, of a quadratic energy gamma / 2 E |x - m|^2, with the gradients to its parameters."""
+    real, targets, gamma = randn(6, 3), randn(4, 3, seed=1), 0.7
+    plain, penalized = Quadratic(randn(3, seed=2)), Quadratic(randn(3, seed=2))
+    expected = EnergyCalibrator(plain, LangevinScheduler()).energy_loss(real, targets).loss
+    expected = expected + gamma / 2 * (real - plain.center).square().sum(1).mean()
+    output = EnergyCalibrator(penalized, LangevinScheduler(), gradient_penalty=gamma).energy_loss(real, targets)
+    assert torch.allclose(output.loss, expected)
+    expected.backward()
+    output.loss.backward()
+    assert torch.allclose(penalized.center.grad, plain.center.grad, atol=1e-6)
+    assert not output.energy_real.requires_grad and not real.requires_grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_penalty_of_an_energy_model(checkpointing):
+    """The penalty's gradient to a weight, by finite differences; the same with activations computed again."""
+    energy_model = tiny_energy_model(spectral_norm=False, act_fn="silu").double()
+    if checkpointing:
+        energy_model.enable_gradient_checkpointing()
+    calibrator = EnergyCalibrator(energy_model, LangevinScheduler(), gradient_penalty=3.0)
+    real, targets = randn(2, 1, 8, 8, dtype=torch.float64), randn(2, 1, 8, 8, seed=1, dtype=torch.float64)
+    calibrator.energy_loss(real, targets).loss.backward()
+    weight, step = energy_model.networks[0].conv_in.weight, 1e-3
+    values = []
+    for change in (step, -step):
+        weight.data[0, 0, 1, 1] += change
+        values.append(calibrator.energy_loss(real, targets).loss.item())
+        weight.data[0, 0, 1, 1] -= change
+    assert weight.grad[0, 0, 1, 1].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3)

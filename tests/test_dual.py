@@ -9,15 +9,24 @@ import torch.nn as nn
 from energies import Linear, Quadratic, drift_only, randn, seeded, tiny_energy_model
 
 from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
-from ecvae_diffusers.calibration import HEALTHY_DRIFT
+from ecvae_diffusers.calibration import HEALTHY_MOVE
 
 
 # The tolerance
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16), (3, 64, 64), (20,)])
-def test_auto_tolerance_scales_with_the_sample(shape):
-    """D (K b^2 + rho^2): a bound an entry is the same at every size."""
+def test_auto_tolerance_allows_a_drift_of_one_length_at_every_size(shape):
+    """D K b^2 + rho^2: only the noise floor grows with the number of entries."""
+    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01)
+    calibrator = EnergyCalibrator(Linear(torch.zeros(shape)), scheduler)
+    calibrator.calibrate(torch.zeros(2, *shape))
+    assert calibrator.resolve_tolerance() == pytest.approx(math.prod(shape) * 4 * 0.01**2 + HEALTHY_MOVE**2)
+    assert calibrator.resolve_drift_tolerance() == pytest.approx(HEALTHY_MOVE / math.sqrt(math.prod(shape)))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16)])
+def test_drift_tolerance_is_per_entry(shape):
     scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01)
     calibrator = EnergyCalibrator(Linear(torch.zeros(shape)), scheduler, drift_tolerance=0.02)
     calibrator.calibrate(torch.zeros(2, *shape))
@@ -30,16 +39,16 @@ def test_auto_tolerance_follows_the_chain():
     calibrator = EnergyCalibrator(lambda sample: sample.flatten(1).sum(1), scheduler)
     for entries in (8, 32):
         calibrator.calibrate(torch.zeros(2, entries))
-        expected = entries * (scheduler.noise_variance() + HEALTHY_DRIFT**2)
+        expected = entries * scheduler.noise_variance() + HEALTHY_MOVE**2
         assert calibrator.resolve_tolerance() == pytest.approx(expected)
     scheduler.set_timesteps(1)
-    assert calibrator.resolve_tolerance() == pytest.approx(32 * (0.01**2 + HEALTHY_DRIFT**2))
+    assert calibrator.resolve_tolerance() == pytest.approx(32 * 0.01**2 + HEALTHY_MOVE**2)
 
 
 def test_a_healthy_run_neither_raises_nor_lowers_the_dual():
     """At the noise floor, with just the drift that is allowed, lambda is at rest."""
     scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.1, noise_scale=1e-3)
-    slope = torch.full((3, 8, 8), HEALTHY_DRIFT / (5 * 0.1))
+    slope = torch.full((3, 8, 8), HEALTHY_MOVE / math.sqrt(3 * 8 * 8) / (5 * 0.1))
     calibrator = EnergyCalibrator(Linear(slope), scheduler, dual_learning_rate=1.0)
     for _ in range(10):
         calibrator.dual_step(calibrator.calibrate(torch.zeros(64, 3, 8, 8), seeded(0)).constraint)
@@ -105,6 +114,17 @@ def test_dual_step_is_relative(scale):
     assert calibrator.dual.item() == pytest.approx(30.0 + 0.1 * 0.6, rel=1e-6)
 
 
+def test_absolute_dual_step():
+    """lambda <- clip(lambda + eta (C - epsilon), 0, lambda_max), as published: neither relative nor clipped."""
+    calibrator = EnergyCalibrator(
+        tiny_energy_model(), LangevinScheduler(), tolerance=0.5, dual_learning_rate=0.2, relative_dual_step=False
+    )
+    calibrator.dual_step(0.4)
+    assert calibrator.dual.item() == pytest.approx(30.0 - 0.2 * 0.1)
+    calibrator.dual_step(torch.tensor(200.0))
+    assert calibrator.dual.item() == pytest.approx(30.0 - 0.2 * 0.1 + 0.2 * 199.5)
+
+
 def test_dual_learning_rate_of_zero_keeps_the_dual():
     calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5, dual_learning_rate=0.0)
     calibrator.dual_step(1e9)
@@ -124,6 +144,32 @@ def test_max_dual_bounds_the_loss():
 
 
 # Primal and dual together
+
+
+@pytest.mark.parametrize("size, channels", [(16, 1), (32, 3), (64, 3)])
+def test_auto_tolerance_rests_at_the_fixed_point_at_every_size(size, channels):
+    r"""
+    The energy f(x) = |x - m|^2 / 2 has a known slope |x - m|. With K = 1 and no noise the constraint is a^2 |theta - m|^2 for a
+    generator that gives theta, and the iteration of `test_active_constraint_converges_to_the_fixed_point` rests where
+    lambda = (a |t - m| / rho - 1) / a, whatever the size: with t at the same distance from m, at the same lambda. A tolerance
+    that grew with the number of entries would be kept from the start, and lambda would fall to 0.
+    """
+    shape, a, distance = (channels, size, size), 0.5, 2.0
+    direction = torch.nn.functional.normalize(randn(math.prod(shape), seed=1), dim=0).view(shape)
+    center = 0.1 * randn(*shape, seed=2)
+    target = center + distance * direction
+    calibrator = EnergyCalibrator(Quadratic(center), drift_only(1, a), initial_dual=5.0, dual_learning_rate=0.05)
+    theta = nn.Parameter(torch.zeros(shape))
+    optimizer = torch.optim.SGD([theta], lr=0.05)
+    for _ in range(1000):
+        calibration = calibrator.calibrate(theta[None])
+        ((theta - target).square().sum() + calibration.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        calibrator.dual_step(calibration.constraint)
+    expected = (a * distance / HEALTHY_MOVE - 1) / a
+    assert calibrator.dual.item() == pytest.approx(expected, rel=1e-2) and expected > 10
+    assert calibration.constraint.item() == pytest.approx(HEALTHY_MOVE**2, rel=1e-2)
 
 
 def solve(t: torch.Tensor, m: torch.Tensor, tolerance: float, initial_dual: float) -> tuple[torch.Tensor, float]:

@@ -14,6 +14,7 @@ from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.hub import fingerprint
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.upload import CONFIG
+from ecvae_diffusers.variational import error_gradient_norm
 from ecvae_training.decoder_arguments import parse_args
 from ecvae_training.decoders import (
     CalibratedDecoder,
@@ -98,7 +99,10 @@ class DecoderTask(Task):
         else:
             decoded, samples = network(torch.cat([encodings, self.draw(real, noise)])).chunk(2)
         reconstruction = squared_error(real, decoded).mean() * real[0].numel()  # summed over an image
-        return self.args.reconstruction_weight * reconstruction, samples, {"reconstruction": reconstruction.detach()}
+        weight = self.args.reconstruction_weight
+        scalars = {"reconstruction": reconstruction.detach()}
+        scalars["reconstruction_gradient_norm"] = weight * error_gradient_norm(real, decoded)
+        return weight * reconstruction, samples, scalars
 
     def latents(self, count, seed):
         generator = torch.Generator().manual_seed(seed)

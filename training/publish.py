@@ -191,8 +191,9 @@ def write_folder(args: argparse.Namespace, folder: Path) -> None:
         if source.is_file():
             shutil.copyfile(source, folder / name)
     metrics = Path(args.model) / METRICS_FILE
-    if metrics.is_file():
-        plot_curves(read_metrics(metrics), folder / "curves.png")
+    records = read_metrics(metrics) if metrics.is_file() else []
+    if records:
+        plot_curves(records, folder / "curves.png")
     arguments = Path(args.model) / ARGUMENTS_FILE
     if details is not None and arguments.is_file():
         trained = json.loads(arguments.read_text())
@@ -205,10 +206,22 @@ def write_folder(args: argparse.Namespace, folder: Path) -> None:
             **details.get("training", {}),
             **{name.replace("_", " "): v for name, v in stated.items()},
         }
+        details["training"] |= calibration_facts(records)
         if "use_ema" in trained:
             details["training"]["averaged weights (EMA)"] = "yes" if trained["use_ema"] else "no"
     pictures = {name: caption for name, caption in CAPTIONS.items() if (folder / name).is_file()}
     write_card(pipeline, folder, evaluation, details, card_location(args), pictures)
+
+
+def calibration_facts(records: list[dict]) -> dict[str, str]:
+    """Return what a card says of calibration, from the logged steps of a run: lambda, and how often it was on."""
+    calibrating = [record["calibrating"] for record in records if "calibrating" in record]
+    if not calibrating:
+        return {}
+    return {
+        "lambda in the end": f"{records[-1]['dual']:.3g}",
+        "calibration on": f"in {sum(calibrating) / len(calibrating):.0%} of the logged steps",
+    }
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.posterior import posterior_bounds
-from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup
+from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
 from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import Networks, build_models, load_companions, load_pretrained
@@ -71,6 +71,7 @@ class ECVAETask(Task):
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight, args.free_bits)
         loss = elbo.loss
         scalars = {"reconstruction": elbo.reconstruction, "kl": elbo.kl}
+        scalars["reconstruction_gradient_norm"] = error_gradient_norm(real, output.sample)
         scalars["kl_weight"] = elbo.kl.new_tensor(kl_weight)
         scalars["active_units"] = active_units(output.latent_dist.mean)
         scalars["posterior_variance"] = output.latent_dist.var.detach().float().mean()

@@ -16,9 +16,18 @@ sample. It is solved primal-dual, with the dual variable (the adaptive weight) l
     0, \lambda_{\max}) \\
     \text{energy:}\quad & \min_f \; \mathbb E f(x_{\text{data}}) - \mathbb E f(\operatorname{sg}[\tilde x])
     + \alpha \, (\mathbb E f(x_{\text{data}})^2 + \mathbb E f(\operatorname{sg}[\tilde x])^2)
+    + \tfrac{\gamma}{2} \, \mathbb E \| \nabla f(x_{\text{data}}) \|^2
 
-The dual step is taken on the relative violation C / epsilon - 1: with the absolute one, eta would have to be chosen
-anew for every image size, and lambda would hardly move.
+The dual step is taken on the relative violation C / epsilon - 1. On the absolute violation C - epsilon, as published, eta
+would have to be chosen anew for every image size, and lambda would hardly move.
+
+**The tolerance.** The chain moves a sample by its noise and by its drift. The noise moves each of the D entries, and adds
+D K b^2 to C. The drift moves the sample as a whole: its length is at most K a times the slope of the energy, and the
+slope is a property of the whole sample that does not grow with D. So `"auto"` is
+
+.. math:: \epsilon = D K b^2 + \rho^2
+
+with a length rho that is the same for every sample size.
 
 **A limit worth knowing.** The gradient of lambda C is 2 lambda (G(z) - x~), and for a short chain x~ - G(z) is close
 to -K a grad f: the generator then receives 2 lambda K a times the gradient of f, exactly so in expectation at K = 1.
@@ -38,9 +47,9 @@ from .energy import compute_energy, energy_and_gradient, frozen
 from .schedulers.scheduling_langevin import LangevinScheduler
 
 
-# Root-mean-square drift an entry that a healthy run on images in [-1, 1] keeps, about one grey level of 255: measured
-# on digits (benchmarks/RESULTS.md). It sets the "auto" tolerance together with the noise floor.
-HEALTHY_DRIFT = 0.0074
+# Length rho of the drift of a whole sample that a healthy run on images in [-1, 1] keeps: measured on digits
+# (benchmarks/RESULTS.md). It sets the "auto" tolerance together with the noise floor.
+HEALTHY_MOVE = 0.1184
 # Rate of the adapted drift step: it forgets an error within some ten iterations, as lambda does.
 DRIFT_STEP_RATE = 0.1
 
@@ -53,6 +62,8 @@ class CalibrationOutput(BaseOutput):
 
     Args:
         loss (`torch.Tensor`): lambda times the constraint, with gradients to the samples: add it to the primal loss.
+        gradient_norm (`torch.Tensor`): Euclidean norm of the gradient that one sample receives from lambda times its squared
+            distance, averaged over the batch: 2 lambda mean |G(z) - x~|. No gradient.
         constraint (`torch.Tensor`): C, the squared distance between the ends of the chain, summed over a sample and
             averaged over the batch. No gradient.
         noise_floor (`torch.Tensor`): The part of C that the chain's noise accounts for.
@@ -65,6 +76,7 @@ class CalibrationOutput(BaseOutput):
     """
 
     loss: torch.Tensor
+    gradient_norm: torch.Tensor
     constraint: torch.Tensor
     noise_floor: torch.Tensor
     drift: torch.Tensor
@@ -100,18 +112,24 @@ class EnergyCalibrator:
         scheduler ([`LangevinScheduler`]):
             The chain: its number of steps, drift step, noise and conditioning.
         tolerance (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-            The bound epsilon > 0 on the constraint, a squared error summed over a sample. `"auto"` is
-            D (K b^2 + `drift_tolerance`^2) with D entries a sample: it scales with the image size, as a fixed number
-            does not.
-        drift_tolerance (`float`, *optional*, defaults to `0.0074`):
-            The root-mean-square drift an entry that `"auto"` allows beyond the noise.
+            The bound epsilon > 0 on the constraint, a squared error summed over a sample. `"auto"` is D K b^2 + rho^2 with
+            D entries per sample: it holds at every sample size, unlike a fixed number.
+        drift_tolerance (`float`, *optional*):
+            The root-mean-square drift per entry that `"auto"` allows beyond the noise: rho / sqrt(D). If `None`, rho is
+            0.1184 at every D, in the unit of images in [-1, 1].
         initial_dual (`float`, *optional*, defaults to `30.0`): lambda at the start, from 0 to `max_dual`.
         dual_learning_rate (`float`, *optional*, defaults to `0.1`):
-            eta, at least 0, on the relative violation of the constraint. 0 keeps lambda fixed.
+            eta, at least 0, on the violation of the constraint. 0 keeps lambda fixed.
+        relative_dual_step (`bool`, *optional*, defaults to `True`):
+            Whether the violation is C / epsilon - 1 and clipped to [-1, 1], or the published C - epsilon.
         max_dual (`float`, *optional*, defaults to `100.0`): Upper bound of lambda, above 0.
         energy_regularization (`float`, *optional*, defaults to `0.1`):
             alpha >= 0, on the mean square of energies. It keeps them near 0, and their gradients from growing without end
             where data and samples are far apart; 0 is the loss without it.
+        gradient_penalty (`float`, *optional*, defaults to `0.0`):
+            gamma >= 0, on the mean squared norm of the energy's gradient at the data (R1, Mescheder et al. 2018, arXiv
+            1801.04406). It damps the game of energy model and generator, which otherwise circle each other. Where it is above
+            0, the energy model must be differentiable twice.
         chain_dtype (`torch.dtype`, *optional*):
             Precision in which the chain evaluates a module, by autocast: `torch.float32`, `torch.bfloat16` or
             `torch.float16`. That of the module's own `forward` if not given. State and update are float32 always.
@@ -152,12 +170,14 @@ class EnergyCalibrator:
         energy_model: Callable | None,
         scheduler: LangevinScheduler,
         tolerance: float | str = "auto",
-        drift_tolerance: float = HEALTHY_DRIFT,
+        drift_tolerance: float | None = None,
         initial_dual: float = 30.0,
         dual_learning_rate: float = 0.1,
         max_dual: float = 100.0,
         energy_regularization: float = 0.1,
         chain_dtype: torch.dtype | None = None,
+        relative_dual_step: bool = True,
+        gradient_penalty: float = 0.0,
     ):
         if tolerance != "auto" and not (isinstance(tolerance, (int, float)) and 0 < tolerance < float("inf")):
             raise ValueError(f"`tolerance` must be 'auto' or a finite number above 0, but is {tolerance!r}.")
@@ -169,8 +189,9 @@ class EnergyCalibrator:
             ("drift_tolerance", drift_tolerance),
             ("dual_learning_rate", dual_learning_rate),
             ("energy_regularization", energy_regularization),
+            ("gradient_penalty", gradient_penalty),
         ):
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
         if chain_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
@@ -185,14 +206,16 @@ class EnergyCalibrator:
         self.drift_tolerance = drift_tolerance
         self.dual_learning_rate = dual_learning_rate
         self.max_dual = max_dual
+        self.relative_dual_step = relative_dual_step
         self.energy_regularization = energy_regularization
+        self.gradient_penalty = gradient_penalty
         self.dual = torch.tensor(float(initial_dual))
         self.drift_scale = torch.tensor(1.0)
         self.num_entries: int | None = None
 
     def resolve_tolerance(self) -> float:
         """
-        epsilon as a number: `tolerance`, or for `"auto"` D (K b^2 + drift_tolerance^2).
+        Return epsilon as a number: `tolerance`, or for `"auto"` D K b^2 + rho^2.
 
         Raises:
             RuntimeError: if it is `"auto"` and no sample was calibrated yet, so that D is not known.
@@ -200,12 +223,22 @@ class EnergyCalibrator:
         """
         if self.tolerance != "auto":
             return float(self.tolerance)
-        if self.num_entries is None:
-            raise RuntimeError("The 'auto' tolerance depends on the size of a sample: call `calibrate` first.")
-        tolerance = self.num_entries * (self.scheduler.noise_variance() + self.drift_tolerance**2)
+        tolerance = self.resolve_drift_tolerance() ** 2 + self.scheduler.noise_variance()
+        tolerance *= self.num_entries
         if tolerance == 0:
             raise ValueError("The 'auto' tolerance is 0: `noise_scale` and `drift_tolerance` can't both be 0.")
         return tolerance
+
+    def resolve_drift_tolerance(self) -> float:
+        """
+        Return the root-mean-square drift per entry that is allowed beyond the noise: `drift_tolerance`, or 0.1184 / sqrt(D).
+
+        Raises:
+            RuntimeError: if it depends on the number D of entries, and no sample was calibrated yet.
+        """
+        if self.num_entries is None:
+            raise RuntimeError("The tolerance of the drift depends on the size of a sample: call `calibrate` first.")
+        return HEALTHY_MOVE / math.sqrt(self.num_entries) if self.drift_tolerance is None else self.drift_tolerance
 
     def _chain(
         self,
@@ -330,8 +363,8 @@ class EnergyCalibrator:
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
         self.drift_scale = self.drift_scale.to(samples.device)
-        squared_error = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
-        constraint = squared_error
+        squared_errors = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1)
+        constraint = squared_error = squared_errors.mean()
         if distance is not None:
             distances = distance(samples, targets)
             if distances.numel() != samples.shape[0]:
@@ -343,6 +376,7 @@ class EnergyCalibrator:
         drift = self._drift(squared_error.detach())
         return CalibrationOutput(
             loss=self.dual * constraint,
+            gradient_norm=2 * self.dual * squared_errors.detach().sqrt().mean(),
             constraint=constraint.detach(),
             noise_floor=noise_floor,
             drift=drift,
@@ -358,7 +392,8 @@ class EnergyCalibrator:
         self, real: torch.Tensor, targets: torch.Tensor, energy_model: nn.Module | None = None
     ) -> EnergyLossOutput:
         """
-        The loss of the energy step, from one forward pass over data and calibrated samples together.
+        Return the loss of the energy step. Without a gradient penalty it takes one forward pass over data and calibrated
+        samples together.
 
         Args:
             real (`torch.Tensor` of shape `(batch_size, ...)`): Data.
@@ -375,9 +410,18 @@ class EnergyCalibrator:
         if not real.is_floating_point():
             raise ValueError(f"`real` must be of a floating point dtype, as samples are, but is {real.dtype}.")
         energy_model = self.energy_model if energy_model is None else energy_model
-        energy = compute_energy(energy_model, torch.cat([real, targets.detach().to(real.dtype)]))
-        energy_real, energy_targets = energy.split([real.shape[0], targets.shape[0]])
-        return self.contrast(energy_real, energy_targets)
+        targets = targets.detach().to(real.dtype)
+        if self.gradient_penalty == 0:
+            energy = compute_energy(energy_model, torch.cat([real, targets]))
+            return self.contrast(*energy.split([real.shape[0], targets.shape[0]]))
+        # Apart, so that only the data's part is differentiated twice.
+        real = real.detach().requires_grad_()
+        energy_real = compute_energy(energy_model, real)
+        gradient = torch.autograd.grad(energy_real.sum(), real, create_graph=True)[0]
+        output = self.contrast(energy_real, compute_energy(energy_model, targets))
+        penalty = gradient.float().square().flatten(1).sum(1).mean()
+        output.loss = output.loss + self.gradient_penalty / 2 * penalty
+        return output
 
     def contrast(self, energy_real: torch.Tensor, energy_targets: torch.Tensor) -> EnergyLossOutput:
         """The loss of the energy step from the energies of data and of calibrated samples, each of any number."""
@@ -390,7 +434,8 @@ class EnergyCalibrator:
     @torch.no_grad()
     def dual_step(self, constraint: torch.Tensor | float) -> None:
         """
-        lambda <- clip(lambda + eta clip(C / epsilon - 1, -1, 1), 0, lambda_max).
+        Take the dual step lambda <- clip(lambda + eta v, 0, lambda_max) with the violation v = clip(C / epsilon - 1, -1, 1),
+        or, without `relative_dual_step`, v = C - epsilon.
 
         Before the energy model knows anything, C can be many times epsilon whatever the generator does, and lambda would
         wind up to its bound there and take the rest of a run to come down. A squared error is at least 0, and so the
@@ -402,8 +447,12 @@ class EnergyCalibrator:
                 C of this step. Where training is distributed, its mean over the processes, so that lambda stays one
                 number.
         """
-        violation = torch.as_tensor(constraint / self.resolve_tolerance() - 1.0)
-        dual = self.dual + self.dual_learning_rate * violation.clamp(-1.0, 1.0)
+        tolerance = self.resolve_tolerance()
+        if self.relative_dual_step:
+            violation = torch.as_tensor(constraint / tolerance - 1.0).clamp(-1.0, 1.0)
+        else:
+            violation = torch.as_tensor(constraint - tolerance)
+        dual = self.dual + self.dual_learning_rate * violation
         self.dual = dual.clamp(0.0, self.max_dual).to(self.dual.dtype)
 
     @torch.no_grad()
@@ -425,9 +474,7 @@ class EnergyCalibrator:
         """
         if self.drift_tolerance == 0:
             raise ValueError("`drift_tolerance` must be above 0 for the drift step to be adapted, but is 0.")
-        if self.num_entries is None:
-            raise RuntimeError("The drift is that of an entry of a sample: call `calibrate` first.")
-        ratio = self.drift_tolerance / self._drift(torch.as_tensor(constraint)).clamp(min=1e-8)
+        ratio = self.resolve_drift_tolerance() / self._drift(torch.as_tensor(constraint)).clamp(min=1e-8)
         self.drift_scale = (self.drift_scale * ratio.clamp(math.exp(-1), math.e) ** DRIFT_STEP_RATE).clamp(max=1.0)
 
     @property

@@ -78,6 +78,18 @@ def elbo_loss(
     return ELBOOutput(loss=error + kl_weight * charged.sum(), reconstruction=error.detach(), kl=kl.detach().sum())
 
 
+@torch.no_grad()
+def error_gradient_norm(sample: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    """
+    Return the Euclidean norm of the gradient that one reconstruction receives from its squared error, averaged over the batch:
+    2 mean |x - x^|, a tensor of no dimension.
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and what the decoder made.
+    """
+    return 2 * (reconstruction.float() - sample).flatten(1).norm(dim=1).mean()
+
+
 def kl_warmup(kl_weight: float, step: int, num_steps: int) -> float:
     """
     beta of a step: from `kl_weight` / `num_steps` at step 0 up to `kl_weight` in equal parts, against posterior collapse

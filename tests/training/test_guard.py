@@ -12,6 +12,7 @@ from ecvae_training.guard import DivergenceGuard, GuardLimits, HealthyStates
 from ecvae_training.optimization import build_trained
 from ecvae_training.output import read_metrics
 from ecvae_training.recovery import CONFIRMATIONS, Recovery
+from ecvae_training.report_verdict import JUDGES, Run, judge_calibration
 
 
 HEALTHY = {
@@ -33,6 +34,55 @@ def watched(count: int = 60) -> DivergenceGuard:
     for i in range(count):
         assert guard.observe(healthy(i)) == ([], [])
     return guard
+
+
+OFF = {
+    "energy_real": -1.0, "energy_samples": 1.0, "energy_targets": 0.9, "energy_real_std": 0.5, "energy_samples_std": 0.5,
+    "calibration_gradient_norm": 0.0, "reconstruction_gradient_norm": 10.0, "dual": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"dual": 0.5, "calibration_gradient_norm": 0.09},  # under a hundredth of the reconstruction's
+        {"dual": 0.0, "calibration_gradient_norm": 0.0, "reconstruction_gradient_norm": 0.0},
+    ],
+)
+def test_calibration_that_is_off_is_told_once_and_again_after_it_was_on(changed):
+    guard = DivergenceGuard(100.0, GuardLimits(off=3))
+    off = healthy(0, **{**OFF, **changed})
+    on = healthy(0, **{**OFF, "dual": 1.0, "calibration_gradient_norm": 0.2})
+    assert [len(guard.observe(off)[1]) for _ in range(2)] == [0, 0]
+    # The count is part of the state.
+    resumed = DivergenceGuard(100.0, GuardLimits(off=3))
+    resumed.load_state_dict(guard.state_dict())
+    assert [len(resumed.observe(off)[1]) for _ in range(3)] == [1, 0, 0]
+    assert [len(resumed.observe(on)[1]), *[len(resumed.observe(off)[1]) for _ in range(3)]] == [0, 0, 0, 1]
+
+
+def test_calibration_may_be_off_where_the_energy_model_tells_nothing_apart():
+    """Then there is nothing to calibrate: the constraint is kept because samples are like data."""
+    guard = DivergenceGuard(100.0, GuardLimits(off=1))
+    assert guard.observe(healthy(0, **{**OFF, "energy_samples": -0.6})) == ([], [])
+    assert guard.observe(healthy(0, **{**OFF, "energy_samples": -5.0})) == ([], [])
+
+
+def test_a_run_whose_calibration_is_off_says_so(tmp_path):
+    """A tolerance far too wide: in the log and the events within 100 steps of lambda at 0, on the bar, and first in the report."""
+    data, run = write_images(tmp_path / "images", count=16), tmp_path / "run"
+    result = succeed(
+        "--train_data_dir", data, "--output_dir", run, *TINY, "--max_train_steps", 130, "--initial_dual", 0.5,
+        "--calibration_tolerance", 100.0, "--energy_learning_rate", 2e-3,
+    )  # fmt: skip
+    logged = metrics(run)
+    first_off = next(record["step"] for record in logged if not record["calibrating"])
+    events = [event for event in read_metrics(run / "events.jsonl") if event["kind"] == "warning"]
+    assert len(events) == 1 and first_off <= events[0]["step"] <= first_off + 100
+    assert "calibration is off" in result.stderr and "(calibration is off)" in result.stderr
+    finding = judge_calibration(Run.read(run))
+    assert not finding.healthy and JUDGES[0] is judge_calibration
 
 
 CLIPPED = {"gradient_norm_max": 100.0, "energy_gradient_norm_max": 30.0}  # at or near what they usually are

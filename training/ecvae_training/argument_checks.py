@@ -32,7 +32,7 @@ def check_integers(args: argparse.Namespace, refuse: Callable, names: tuple[str,
 
 def check_nonnegative(args: argparse.Namespace, refuse: Callable, names: tuple[str, ...]) -> None:
     for name in names:
-        if not 0 <= getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
             refuse(name, "a finite number of at least 0")
 
 
@@ -143,7 +143,7 @@ def check_arguments(
         refuse("max_grad_norm", "a finite number above 0")
     nonnegative = (
         "langevin_noise", "conditioning_weight", "dual_learning_rate", "energy_regularization", "adam_weight_decay",
-        "drift_tolerance",
+        "drift_tolerance", "energy_gradient_penalty",
     )  # fmt: skip
     check_nonnegative(args, refuse, nonnegative)
     for name in ("adam_beta1", "adam_beta2", "energy_adam_beta1", "energy_adam_beta2", "ema_max_decay"):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import yaml
 from diffusers.optimization import SchedulerType
 
-from ecvae_diffusers.calibration import HEALTHY_DRIFT
 from ecvae_training.argument_checks import check_arguments
+from ecvae_training.output import arguments_of_run
 
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -185,9 +185,9 @@ def add_calibration_arguments(calibration) -> None:
     calibration.add_argument(
         "--drift_tolerance",
         type=float,
-        default=HEALTHY_DRIFT,
-        help="Root-mean-square drift a pixel, in the unit of images in [-1, 1], that --calibration_tolerance auto allows "
-        "beyond the noise, and --langevin_drift_step auto does not exceed.",
+        help="Root-mean-square drift per pixel, in the unit of images in [-1, 1], that --calibration_tolerance auto allows "
+        "beyond the noise, and --langevin_drift_step auto does not exceed. If not given, 0.1184 over the root of the number of "
+        "pixels times channels: a drift of the same length at every size.",
     )
     calibration.add_argument(
         "--langevin_dtype",
@@ -195,6 +195,12 @@ def add_calibration_arguments(calibration) -> None:
         help="Precision of the energy model in the chain, whose state is always fp32. That of training if not given.",
     )
     calibration.add_argument("--dual_learning_rate", type=float, default=0.1, help="eta: rate of the dual variable.")
+    calibration.add_argument(
+        "--relative_dual_step",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Step on the violation C / epsilon - 1 instead of the published C - epsilon.",
+    )
     calibration.add_argument("--initial_dual", type=float, default=30.0, help="lambda at the start.")
     calibration.add_argument("--max_dual", type=float, default=100.0, help="Upper bound of lambda.")
     calibration.add_argument(
@@ -202,6 +208,12 @@ def add_calibration_arguments(calibration) -> None:
         type=float,
         default=0.1,
         help="alpha: weight of the mean squared energies, 0 for none.",
+    )
+    calibration.add_argument(
+        "--energy_gradient_penalty",
+        type=float,
+        default=0.0,
+        help="gamma: weight of half the mean squared norm of the energy's gradient at the data (R1), 0 for none.",
     )
 
 
@@ -406,7 +418,15 @@ def parse_args(script: CommandLine, argv: list[str] | None = None) -> argparse.N
     """
     parser = build_parser(script)
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    path = parser.parse_args(argv).config
-    args = parser.parse_args([*config_arguments(parser, path, argv), *argv] if path is not None else argv)
+    args = parser.parse_args(argv)
+    if args.config is not None:
+        argv = [*config_arguments(parser, args.config, argv), *argv]
+        args = parser.parse_args(argv)
+    if args.resume_from_checkpoint is not None and args.output_dir is not None:
+        # What is not given is as the run has it, whatever the defaults are by now.
+        known = {action.dest for action in parser._actions}
+        own = arguments_of_run(args.output_dir)
+        parser.set_defaults(**{name: value for name, value in own.items() if name in known})
+        args = parser.parse_args(argv)
     check_arguments(parser, args, script)
     return args

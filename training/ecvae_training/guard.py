@@ -31,6 +31,8 @@ class GuardLimits:
             fixed lambda. An alarm is given once: if a lower rate does not bring lambda down, nothing that the guard does will.
         min_spread: Samples are dead where their spread over the batch is less than this share of the data's.
         min_gradient: The energy model is dead where its gradient norm is less than this share of its running median.
+        off: Observations in a row with calibration off, while the energy model tells data from samples, from which it is worth a
+            warning.
         lasting: Observations in a row from which dead samples, a dead energy model, or gradients that clipping brings back into
             their range, are divergence. Fewer are chance. Twice as many where they take turns.
     """
@@ -42,7 +44,27 @@ class GuardLimits:
     runaway: float = 10.0
     min_spread: float = 0.05
     min_gradient: float = 0.1
+    off: int = 10
     lasting: int = 5
+
+
+# Calibration is off where its gradient is below this share of the reconstruction's.
+MIN_CALIBRATION_WEIGHT = 0.01
+
+
+def is_calibrating(scalars: dict[str, float]) -> bool:
+    """
+    Return whether the constraint has a say in a logged step: lambda is above 0, and the gradient that samples receive from it is
+    at least a hundredth of the one that reconstructions receive from the generator's own loss, where that is known.
+    """
+    reconstruction = scalars.get("reconstruction_gradient_norm", 0.0)
+    return scalars["dual"] > 0 and scalars["calibration_gradient_norm"] >= MIN_CALIBRATION_WEIGHT * reconstruction
+
+
+def tells_apart(scalars: dict[str, float]) -> bool:
+    """Return whether the mean energies of samples and data differ by more than the energies of each spread."""
+    spread = math.hypot(scalars["energy_real_std"], scalars["energy_samples_std"]) / math.sqrt(2)
+    return scalars["energy_samples"] - scalars["energy_real"] > spread
 
 
 class DivergenceGuard:
@@ -81,6 +103,8 @@ class DivergenceGuard:
         self.doubtful = 0
         self.pinned_ratios: list[float] = []
         self.has_been_pinned = False
+        # Observations in a row with calibration off.
+        self.off = 0
 
     def lasts(self, name: str, seen: bool) -> bool:
         """Count one of the doubts; whether it has lasted."""
@@ -137,6 +161,14 @@ class DivergenceGuard:
                 alarms.append(message)
             else:
                 warnings.append(f"{message}: consider a larger --max_dual or --drift_tolerance")
+        if "calibration_gradient_norm" in scalars:
+            self.off = 0 if is_calibrating(scalars) or not tells_apart(scalars) else self.off + 1
+            if self.off == self.limits.off:
+                warnings.append(
+                    f"calibration is off (lambda {scalars['dual']:.3g}) while the energy model tells samples from data: this run "
+                    "trains its generator alone. Lower --calibration_tolerance or --drift_tolerance, or raise "
+                    "--langevin_drift_step"
+                )
         # Without calibration no samples are made while training.
         spread = scalars.get("sample_spread", math.inf)
         dead = spread < self.limits.min_spread * scalars["data_spread"]
@@ -170,6 +202,7 @@ class DivergenceGuard:
             "history": {name: list(values) for name, values in self.history.items()},
             "pinned_ratios": list(self.pinned_ratios),
             "observations": self.observations,
+            "off": self.off,
             "doubts": dict(self.doubts),
             "doubtful": self.doubtful,
         }
@@ -179,6 +212,7 @@ class DivergenceGuard:
             self.history[name] = collections.deque(values, maxlen=self.limits.window)
         self.pinned_ratios, self.observations = list(state_dict["pinned_ratios"]), state_dict["observations"]
         # Runs of before these were kept have none.
+        self.off = state_dict.get("off", 0)
         self.doubts |= state_dict.get("doubts", {})
         self.doubtful = state_dict.get("doubtful", 0)
 

@@ -73,7 +73,9 @@ def build_calibrator(args: argparse.Namespace, energy_model: torch.nn.Module) ->
         initial_dual=args.initial_dual,
         dual_learning_rate=args.dual_learning_rate,
         max_dual=args.max_dual,
+        relative_dual_step=args.relative_dual_step,
         energy_regularization=args.energy_regularization,
+        gradient_penalty=args.energy_gradient_penalty,
         chain_dtype=DTYPES[args.langevin_dtype],
     )
 

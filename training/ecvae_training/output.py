@@ -37,6 +37,10 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+# Values, in runs saved before an argument existed, of those whose default does not leave such a run as it was.
+BEFORE = {"energy_gradient_penalty": 0.0}
+
+
 def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component: str) -> None:
     """
     Refuse an output folder that would lose something.
@@ -132,6 +136,20 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
     if changed:
         listed = ", ".join(f"--{name} (was {old}, is {new})" for name, (old, new) in sorted(changed.items()))
         raise ValueError(f"--resume_from_checkpoint goes on with the run's own arguments, but these differ: {listed}.")
+
+
+def arguments_of_run(output_dir: str | os.PathLike) -> dict:
+    """
+    Return the arguments that the run in this folder goes on with where none are given: those that it was started with, if
+    it has a checkpoint.
+    """
+    if not checkpoints(Path(output_dir)):
+        return {}
+    try:
+        own = {**BEFORE, **json.loads((Path(output_dir) / ARGUMENTS_FILE).read_text())}
+    except (OSError, ValueError, TypeError):
+        return {}  # `check_resumed_arguments` says what is wrong with it
+    return {name: value for name, value in own.items() if name not in FREE_ON_RESUME}
 
 
 def argument_of_run(output_dir: Path, name: str):

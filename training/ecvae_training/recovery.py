@@ -18,6 +18,8 @@ logger = get_logger(__name__)
 CONFIRMATIONS = 2
 # Steps, at least, that lambda may be at its bound: at first it is often, while the energy model is ahead.
 PINNED_STEPS = 500
+# Steps with calibration off from which the guard says so.
+OFF_STEPS = 100
 
 
 def record_event(accelerator: Accelerator, output_dir: Path, step: int, kind: str, message: str, **values) -> None:
@@ -52,7 +54,8 @@ class Recovery:
         self.output_dir = Path(args.output_dir)
         self.lowered = energy or generator
         pinned = max(GuardLimits.pinned, PINNED_STEPS // args.log_steps)
-        self.guard = DivergenceGuard(args.max_dual, GuardLimits(pinned=pinned), args.max_grad_norm)
+        limits = GuardLimits(pinned=pinned, off=max(1, OFF_STEPS // args.log_steps))
+        self.guard = DivergenceGuard(args.max_dual, limits, args.max_grad_norm)
         parts = {**(parts or {}), "scaler": accelerator.scaler, "guard": self.guard}
         for name, trained in (("generator", generator), ("energy", energy)):
             if trained is not None:

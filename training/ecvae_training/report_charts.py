@@ -26,7 +26,7 @@ def calibration_charts(run: Run) -> list[Chart]:
     # Without calibration no samples are made, and the data's spread alone says nothing.
     spreads = curves(sample_spread="prior samples", data_spread="data") if len(run.last("sample_spread")) else []
     tolerance, drift_tolerance, max_dual = (
-        run.median("tolerance"), run.argument("drift_tolerance"), run.argument("max_dual"),
+        run.median("tolerance"), run.drift_tolerance, run.argument("max_dual"),
     )  # fmt: skip
     energies = [
         Curve(label, series(records, name), series(records, f"{name}_std"), width=width)
@@ -62,6 +62,13 @@ def calibration_charts(run: Run) -> list[Chart]:
             "times --drift_tolerance.",
             log=True,
             healthy=scaled(DRIFT_RANGE, drift_tolerance) if run.drift_is_judged else None,
+        ),
+        Chart(
+            "gradients at images", steps,
+            curves(calibration_gradient_norm="calibration", reconstruction_gradient_norm="reconstruction"),
+            "Euclidean norm of the gradient that one sample receives from calibration, and one reconstruction from the generator's own "
+            "loss. Calibration is off where the first is below a hundredth of the second.",
+            log=True,
         ),
         gap_chart(run),
         Chart(

@@ -93,7 +93,13 @@ class Run:
             self.arguments.get("calibration_tolerance", "auto"),
             self.arguments.get("langevin_drift_step"),
         )
-        return adapted and self.argument("drift_tolerance") > 0
+        return adapted and self.drift_tolerance > 0
+
+    @property
+    def drift_tolerance(self) -> float:
+        """Root-mean-square drift per pixel that is allowed; of runs that did not log it, their argument."""
+        logged = self.median("drift_tolerance")
+        return self.argument("drift_tolerance") if math.isnan(logged) else logged
 
 
 def read_records(path: Path) -> list[dict]:
@@ -139,6 +145,24 @@ def judge_finite(run: Run) -> Finding:
         "A value that is not finite means that training has broken down.",
         "Keep --divergence_guard on; lower --learning_rate and --energy_learning_rate; use --max_grad_norm, or bf16 "
         "instead of fp16.",
+    )
+
+
+def judge_calibration(run: Run) -> Finding | None:
+    """Whether the constraint had a say, in most of the last part of the run."""
+    calibrating = run.last("calibrating")
+    if len(calibrating) == 0:
+        return None
+    is_on = calibrating.mean() > 0.5
+    return Finding(
+        "Calibration",
+        is_on,
+        f"on in {calibrating.mean():.0%} of these steps"
+        if is_on
+        else f"calibration is off in {1 - calibrating.mean():.0%} of these steps: this run trains a plain VAE",
+        "Calibration is on where λ is above 0, and the gradient that samples receive from it is at least a hundredth of the one "
+        "that reconstructions receive.",
+        "A lower --calibration_tolerance or --drift_tolerance, or a larger --langevin_drift_step.",
     )
 
 
@@ -209,7 +233,7 @@ def judge_constraint(run: Run) -> Finding | None:
 
 
 def judge_drift(run: Run) -> Finding | None:
-    ratio = run.median("drift") / run.argument("drift_tolerance")
+    ratio = run.median("drift") / run.drift_tolerance if run.drift_tolerance > 0 else math.nan
     if math.isnan(ratio) or not run.drift_is_judged:
         return None
     low, high = DRIFT_RANGE
@@ -320,7 +344,7 @@ def judge_events(run: Run) -> Finding:
 
 
 JUDGES = (
-    judge_finite, judge_dual, judge_posterior_dual, judge_constraint, judge_drift, judge_gap, judge_energy_model, judge_samples,
+    judge_calibration, judge_finite, judge_dual, judge_posterior_dual, judge_constraint, judge_drift, judge_gap, judge_energy_model, judge_samples,
     judge_active_units, judge_events,
 )  # fmt: skip
 

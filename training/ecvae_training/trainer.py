@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
 from ecvae_training.evaluation import Evaluation, Patience
 from ecvae_training.feeds import DecodedFeed, StreamFeed
+from ecvae_training.guard import is_calibrating
 from ecvae_training.images import to_range
 from ecvae_training.models import build_calibrator, moving_average
 from ecvae_training.noise import ChainNoise, StepNoise
@@ -266,12 +267,13 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
         scalars |= own
-        norms = {name: value for name, value in scalars.items() if name.endswith("gradient_norm")}
+        norms = {name: scalars[name] for name in ("gradient_norm", "energy_gradient_norm") if name in scalars}
         self.recovery.note_peaks(norms | ({"constraint": constraint} if energy is not None else {}))
         if (self.step + 1) % args.log_steps == 0 or self.step + 1 == self.num_steps:
             scalars["data_spread"] = batch_spread(real)
             if energy is not None:
                 scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
+                scalars["calibration_gradient_norm"] = calibration.gradient_norm
                 scalars["sample_spread"] = batch_spread(samples.detach())
                 scalars |= moments("energy_real", energies.energy_real)
                 scalars |= moments("energy_samples", calibration.energy_samples)
@@ -291,7 +293,9 @@ class Trainer:
         self.recovery.peaks.clear()
         if self.calibrator is not None:
             logged |= {"dual": self.calibrator.dual.item(), "tolerance": self.calibrator.resolve_tolerance()}
+            logged["drift_tolerance"] = self.calibrator.resolve_drift_tolerance()
             logged["langevin_drift_step"] = self.calibrator.drift_step_size
+            logged["calibrating"] = int(is_calibrating(logged))
         alarms = self.recovery.judge(self.step, logged)
         if alarms:
             return alarms
@@ -312,7 +316,8 @@ class Trainer:
             accelerator.log(logged, step=self.step)
         shown = {self.task.headline: f"{logged[self.task.headline]:.4g}"}
         if self.calibrator is not None:
-            shown |= {"lambda": f"{logged['dual']:.1f}", "drift": f"{logged['drift']:.4f}"}
+            off = "" if logged["calibrating"] else " (calibration is off)"
+            shown |= {"lambda": f"{logged['dual']:.1f}{off}", "drift": f"{logged['drift']:.4f}"}
         self.progress.set_postfix(shown, refresh=False)
         return []
 
