@@ -70,6 +70,14 @@ SETTINGS |= {
     "alpha 0": ["--energy_regularization", "0"],
     "energy act_fn silu": ["--energy_act_fn", "silu"],
 }
+PENALTY = ["--no-energy_spectral_norm", "--energy_gradient_penalty"]
+SETTINGS |= {f"gradient penalty {gamma:g}": [*PENALTY, str(gamma)] for gamma in (0.1, 1.0)}
+SETTINGS |= {
+    "gradient penalty 0.1, faster energy model": [
+        *PENALTY, "0.1", "--energy_learning_rate", "1e-3", "--energy_adam_beta2", "0.99", "--adam_beta2", "0.99",
+    ],
+    "gradient penalty 1 with spectral norm": ["--energy_gradient_penalty", "1.0"],
+}  # fmt: skip
 
 
 def table(results: Results) -> str:

@@ -15,7 +15,7 @@ from train_ecvae import build_vae
 
 import demo
 from ecvae_training.ecvae_arguments import parse_args
-from ecvae_training.models import build_energy_model
+from ecvae_training.models import build_calibrator, build_energy_model
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
@@ -25,7 +25,7 @@ LAUNCHES = sorted(CONFIGS.glob("accelerate/*.yaml"))
 
 def test_there_is_a_config_for_each_size():
     assert DATA_SETS == [
-        "celeba64", "celebahq256", "cifar10", "digits", "fashion_mnist", "imagenet32", "lsun_church64", "stl10",
+        "celeba64", "celebahq256", "cifar10", "cifar10_published", "digits", "fashion_mnist", "imagenet32", "lsun_church64", "stl10",
     ]  # fmt: skip
 
 
@@ -41,6 +41,16 @@ def test_each_parses_and_its_networks_have_the_size_that_the_readme_says(name):
     cells = [f"[{name}.yaml]({name}.yaml)", args.resolution, args.in_channels, *sizes, args.train_batch_size]
     row = f"| {' | '.join(map(str, [*cells, args.max_train_steps]))} |"
     assert row in (CONFIGS / "README.md").read_text()
+
+
+def test_the_published_constants_are_nearly_all_noise():
+    """Of the tolerance of 0.05 at 3x32x32, K b^2 D is the chain's noise, which no generator can lower."""
+    args = parse_args(["--config", CONFIGS / "cifar10_published.yaml", "--output_dir", "x"])
+    entries = args.in_channels * args.resolution**2
+    calibrator = build_calibrator(args, build_energy_model(args, args.in_channels))
+    noise_floor = entries * calibrator.scheduler.noise_variance()
+    assert noise_floor == pytest.approx(0.046, abs=1e-4) and calibrator.resolve_tolerance() == 0.05
+    assert not calibrator.relative_dual_step
 
 
 def test_the_digits_are_those_of_the_demo():
