@@ -76,6 +76,10 @@ SETTINGS |= {
     "gradient penalty 0.1, faster energy model": [
         *PENALTY, "0.1", "--energy_learning_rate", "1e-3", "--energy_adam_beta2", "0.99", "--adam_beta2", "0.99",
     ],
+    "gradient penalty 0.1, faster energy model, K 1": [
+        *PENALTY, "0.1", "--energy_learning_rate", "1e-3", "--energy_adam_beta2", "0.99", "--adam_beta2", "0.99",
+        "--langevin_steps", "1",
+    ],
     "gradient penalty 1 with spectral norm": ["--energy_gradient_penalty", "1.0"],
 }  # fmt: skip
 
