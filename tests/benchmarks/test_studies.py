@@ -27,7 +27,7 @@ def data(tmp_path_factory):
     real = (torch.rand(64, 1, 16, 16) * 255).to(torch.uint8)
     measured = study.reference(DigitFeatures().eval(), real)
     return SimpleNamespace(
-        name="disks", device="cpu", num_samples=32, resolution=16, latent_channels=4, channels=(16, 16), learning_rate=5e-4,
+        name="disks", device="cpu", num_samples=64, resolution=16, latent_channels=4, channels=(16, 16), learning_rate=5e-4,
         train=real, data_arguments=["--train_data_dir", str(images)],
         arguments=[*TINY, "--evaluation_steps", "4", "--log_steps", "2", "--evaluation_samples", "12"],
         measure=lambda samples: study.against(measured, samples),

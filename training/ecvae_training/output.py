@@ -198,7 +198,7 @@ def checkpoint_step(path: Path) -> int:
 
 def write_manifest(checkpoint: Path) -> None:
     """Note of each file of a checkpoint what it holds, so that `damage` can tell whether it still does."""
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST)
     write_json(checkpoint / MANIFEST, {path.name: sha256(path) for path in files})
 
 
