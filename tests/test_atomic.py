@@ -56,7 +56,10 @@ def test_a_full_disk_is_said_with_the_files_name(writer, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
-        with pytest.raises(WriteError, match="weights.bin") as raised, replacing(tmp_path / "weights.bin") as temporary:
+        with (
+            pytest.raises(WriteError, match="weights.bin") as raised,
+            replacing(tmp_path / "weights.bin") as temporary,
+        ):
             if writer == "text":
                 temporary.write_text("x" * 10**6)
             elif writer == "torch":

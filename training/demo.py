@@ -35,6 +35,7 @@ from ecvae_training.digits import (
     write_digits,
 )
 from ecvae_training.images import to_range
+from ecvae_training.lock import locked
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
 
 
@@ -103,6 +104,15 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        with locked(args.output_dir):
+            compare(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo.py: error: {error}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Train both and compare them, where no other demo has the folder."""
     started = time.time()
 
     data_dir = args.output_dir / "digits"

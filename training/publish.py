@@ -188,8 +188,8 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
         if source.is_file():
             shutil.copyfile(source, folder / name)
     metrics = Path(args.model) / METRICS_FILE
-    if metrics.is_file():
-        plot_curves(read_metrics(metrics), folder / "curves.png")
+    if metrics.is_file() and (records := read_metrics(metrics)):
+        plot_curves(records, folder / "curves.png")
     arguments = Path(args.model) / ARGUMENTS_FILE
     if details is not None and arguments.is_file():
         trained = json.loads(arguments.read_text(encoding="utf-8"))

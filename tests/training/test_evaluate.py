@@ -15,12 +15,10 @@ import pytest
 import torch
 from evaluate import parse_args
 from evaluation_runs import SMALL, arguments_for, run, write_files
-from huggingface_hub import ModelCard
 from training_runs import write_autoencoder
 
 from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, EnergyModel, FlowEC, LangevinScheduler
-from ecvae_diffusers.cards import evaluation_table, figure, write_card
-from ecvae_diffusers.figures import NOISE
+from ecvae_diffusers.cards import evaluation_table, write_card
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
 from ecvae_diffusers.model_error import squared_error
@@ -247,25 +245,6 @@ def test_flows_are_evaluated_as_vaes_are(files, tmp_path):
     write_card(pipeline, tmp_path / "card", found, details)
     card = (tmp_path / "card" / "README.md").read_text()
     assert evaluation_table(found) in card and "bits per dimension" in card
-
-
-@pytest.mark.parametrize("kernel_distance, is_stated", [(0.05, True), (-18874.6, False)])
-def test_a_kernel_distance_that_is_noise_leads_no_card(kernel_distance, is_stated, evaluation, pipe, tmp_path):
-    changed = json.loads(json.dumps(evaluation))
-    std = 0.003 if is_stated else 40_000.0
-    changed["generation"]["measures"]["kernel_distance"]["mean"] = kernel_distance
-    changed["generation"]["measures"]["kernel_distance_std"]["mean"] = std
-    changed["baseline"] = {"name": "other", **json.loads(json.dumps(changed))}
-    changed["training_seeds"] = {
-        "published": "0",
-        "runs": [{"seed": "0", "frechet_distance": 5.25, "kernel_distance": kernel_distance}],
-    }
-    details = {"title": "x", "license": "mit", "data": {"name": "disks", "license": "CC0"}, "known_failures": "All."}
-    write_card(pipe, tmp_path, changed, details)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert any(result.metric_type == "kernel_distance" for result in card.data.eval_results) == is_stated
-    assert (figure(kernel_distance) in card.content) == is_stated and (is_stated or NOISE in card.content)
-    assert "5.25" in card.content
 
 
 @pytest.mark.parametrize("value", [[], [["autoencoder_ec", "AutoencoderEC"]], ["autoencoder_ec", ["AutoencoderEC"]]])

@@ -121,7 +121,7 @@ class SavedDecoder:
             self.energy_model.save_pretrained(folder / "energy_model")
             self.scheduler.save_pretrained(folder / "scheduler")
         card = folder / "README.md"
-        if not card.exists() or CARD_MARKER in card.read_text(encoding="utf-8"):
+        if not card.exists() or CARD_MARKER.encode() in card.read_bytes():
             write_text(card, self.card or self.new_card())
 
     def new_card(self) -> str:

@@ -32,7 +32,10 @@ class Parts:
         identity = json.loads(to_json(identity))
         path = folder / "identity.json"
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{str(path)!r} can't be read ({error}): remove {str(folder)!r}.") from error
             if before != identity:
                 changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
                 raise ValueError(

@@ -2,18 +2,17 @@
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate.logging import get_logger
-
 from ecvae_diffusers.atomic import writing
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 
