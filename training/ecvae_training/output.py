@@ -315,7 +315,7 @@ class RunLog:
     def cut(self, last_step: int) -> None:
         """Drop what came after a step that the run goes on from, and what is no record."""
         if self.path.is_file():
-            kept = [to_json(record) + "\n" for record in read_metrics(self.path) if record["step"] <= last_step]
+            kept = [to_json(record) + "\n" for record in read_metrics(self.path) if record.get("step", 0) <= last_step]
             write_text(self.path, "".join(kept))
 
 
@@ -341,8 +341,8 @@ def step_file(output_dir: Path, kind: str, step: int) -> Path:
 
 def read_metrics(path: Path) -> list[dict]:
     """
-    The records of a `RunLog`. Lines that are none are left out: a last one that a kill cut off, and, with a warning, others,
-    such as those that a failing disk has damaged.
+    The records of a file with one JSON object a line, such as a `RunLog`. Lines that are none are left out: a last one that a
+    kill cut off, and, with a warning, others, such as those that a failing disk has damaged.
     """
     records, lines = [], path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
@@ -350,10 +350,10 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line.decode())
         except ValueError:  # no UTF-8, or no JSON
             record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict):
             records.append(record)
         elif number < len(lines):
-            logger.warning(f"{str(path)!r}: line {number} is no record of a run, and is left out.")
+            logger.warning(f"{str(path)!r}: line {number} is no record, and is left out.")
     return records
 
 

@@ -98,9 +98,10 @@ class Run:
 
 def read_records(path: Path) -> list[dict]:
     try:
-        return read_metrics(path) if path.is_file() else []
+        records = read_metrics(path) if path.is_file() else []
     except OSError as error:
         raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 def number(value) -> float:
