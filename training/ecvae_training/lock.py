@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ecvae_diffusers.atomic import writing
@@ -39,8 +39,9 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
-        if is_new and not any(output_dir.iterdir()):
-            output_dir.rmdir()
+        if is_new:
+            with suppress(OSError):  # it holds something by now
+                output_dir.rmdir()
 
 
 def open_locked(path: Path):
