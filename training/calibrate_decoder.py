@@ -8,6 +8,8 @@ plus lambda times the constraint, and the energy model on data against the same 
 diffusers. The loop is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`.
 """
 
+from pathlib import Path
+
 import torch
 
 from ecvae_diffusers import EnergyModel
@@ -151,7 +153,7 @@ def main(args) -> None:
     shape = latent_shape(decoder, args.resolution)
     given = load_latents(args.latents_file, shape) if args.latents_file is not None else None
 
-    def load() -> EnergyModel | None:
+    def load(checkpoint: Path | None) -> EnergyModel | None:
         if args.calibration == "none":
             return None
         return load_energy_model(path, args.resolution, channels, args.subfolder, args.revision)

@@ -9,7 +9,6 @@ pipelines (`vae/`, `ecvae/`), `comparison.png` (real | VAE | EC-VAE), `interpola
 """
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 
 import ecvae_diffusers
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
+from ecvae_diffusers.atomic import write_json
 from ecvae_training.curves import plot_curves
 from ecvae_training.digits import (
     NUM_TRAIN,
@@ -35,6 +35,7 @@ from ecvae_training.digits import (
     write_digits,
 )
 from ecvae_training.images import to_range
+from ecvae_training.lock import locked
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
 
 
@@ -103,6 +104,15 @@ def main() -> None:
     parser.add_argument("--max_train_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        with locked(args.output_dir):
+            compare(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo.py: error: {error}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Train both and compare them, where no other demo has the folder."""
     started = time.time()
 
     data_dir = args.output_dir / "digits"
@@ -152,7 +162,7 @@ def main() -> None:
     plot_curves(read_metrics(args.output_dir / "ecvae" / METRICS_FILE), args.output_dir / "calibration.png")
     restore_digits(pipeline, held_out[:8], args.output_dir)
     metrics["seconds"] = round(time.time() - started)
-    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(args.output_dir / "metrics.json", metrics)
     print(
         f"\nFrechet distance to the digits: VAE {metrics['vae']['frechet_distance']:.1f}, "
         f"EC-VAE {metrics['ecvae']['frechet_distance']:.1f} ({metrics['ratio']:.1f} times smaller). "

@@ -9,18 +9,20 @@ where it was when it is started again with the same arguments.
 
 import argparse
 import hashlib
-import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from ecvae_diffusers.atomic import write_json
 from ecvae_diffusers.cards import evaluation_table
 from ecvae_training.evaluation_data import draw_images, open_source
-from ecvae_training.evaluation_parts import Parts, write_atomically
+from ecvae_training.evaluation_parts import Parts
 from ecvae_training.evaluation_summary import summarize
 from ecvae_training.evaluation_work import EvaluatedModel, Work
+from ecvae_training.lock import locked
 from ecvae_training.output import save_atomically
 
 
@@ -101,6 +103,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    with locked(args.output_dir) if accelerator.is_main_process else nullcontext():
+        evaluate(args, accelerator)
+
+
+def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Measure, where no other evaluation has the folder."""
     main_process, output_dir = accelerator.is_main_process, Path(args.output_dir)
     model = None
     if args.pretrained_model_name_or_path is not None:
@@ -164,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
         evaluation, pictures = summarize(args, work)
         for name, picture in pictures.items():
             save_atomically(picture, output_dir / name)
-        write_atomically(output_dir / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+        write_json(output_dir / EVALUATION_FILE, evaluation)
         parts.remove()
         print(evaluation_table(evaluation))
 

@@ -7,7 +7,6 @@ clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The images
 """
 
 import argparse
-import json
 import platform
 import sys
 from pathlib import Path
@@ -18,11 +17,14 @@ from tqdm import tqdm
 
 import ecvae_diffusers
 from ecvae_diffusers import ECVAERestorationPipeline
+from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.metrics import GenerationMetrics
 from ecvae_training.data import ImageDataset, find_images
 from ecvae_training.evaluation import load_features
+from ecvae_training.evaluation_summary import subset_size
 from ecvae_training.images import to_range
 from ecvae_training.launch import keep_freed_memory
+from ecvae_training.lock import locked
 from ecvae_training.output import image_grid, save_atomically
 from ecvae_training.restoration_tasks import TASKS, Task, as_answers, classical, make_operator, measures, restore
 
@@ -40,6 +42,7 @@ COLUMNS = {
     "seconds": ("s an image", ".2f"),
 }
 NUM_PICTURES = 8
+FEWEST_COMPARED = 7  # images that can be compared as a set, each with its five neighbours
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -128,11 +131,11 @@ def task_names(asked: list[str] | None, image_shape: tuple[int, int, int], noise
 
 
 def table(rows: list[dict]) -> str:
-    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
+    columns = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     lines = ["| noise | task | method | " + " | ".join(title for title, _ in columns.values()) + " |"]
     lines.append("|---" * (len(columns) + 3) + "|")
     for row in rows:
-        cells = [format(row[key], spec) if key in row else "" for key, (_, spec) in columns.items()]
+        cells = ["" if row.get(key) is None else format(row[key], spec) for key, (_, spec) in columns.items()]
         lines.append(
             f"| {row['noise_std']:g} | {row['task'].replace('_', ' ')} | {row['method']} | {' | '.join(cells)} |"
         )
@@ -140,17 +143,23 @@ def table(rows: list[dict]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    output_dir = Path(args.output_dir)
+    with locked(args.output_dir):
+        evaluate(args, Path(args.output_dir))
+
+
+def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
+    """Restore and measure, where no other evaluation has the folder."""
     pipelines = {"ours": load(args.pretrained_model_name_or_path, args.device)}
     if args.baseline is not None:
         pipelines["baseline"] = load(args.baseline, args.device)
     config = pipelines["ours"].vae.config
     clean = load_clean(args.image_dir, args.max_images, config.sample_size, config.in_channels)
-    metrics = GenerationMetrics(load_features(args.features, torch.device(args.device)))
-    metrics.update(((clean + 1) * 127.5).round().byte(), real=True)
+    metrics, features = None, load_features(args.features, torch.device(args.device))
+    if len(clean) >= FEWEST_COMPARED:
+        metrics = GenerationMetrics(features, kernel_subset_size=subset_size(len(clean), len(clean)))
+        metrics.update(((clean + 1) * 127.5).round().byte(), real=True)
     settings = {"method": args.method, "energy_weight": args.energy_weight}
     pictures, rows, shape = {}, [], tuple(clean.shape[1:])
-    output_dir.mkdir(parents=True, exist_ok=True)
     todo = [(noise, name) for noise in args.noise_std for name in task_names(args.tasks, shape, noise)]
     for noise_std, name in tqdm(todo, desc="Tasks"):
         task = Task(name, clean, noise_std, args.seed)
@@ -178,14 +187,16 @@ def main(args: argparse.Namespace) -> None:
         protocol = {
             "arguments": vars(args),
             "num_images": len(clean),
-            "features": metrics.features.name,
+            "features": features.name,
+            "kernel_distance_std": f"over 100 subsets of {subset_size(len(clean), len(clean))}",
+            "null": "a PSNR of answers without any error, which is infinite, or a distance of too few images",
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "ecvae_diffusers": ecvae_diffusers.__version__,
             "machine": platform.machine(),
         }
-        (output_dir / "restoration.json").write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2) + "\n")
-        (output_dir / "restoration.md").write_text(table(rows))
+        write_json(output_dir / "restoration.json", {"protocol": protocol, "rows": rows})
+        write_text(output_dir / "restoration.md", table(rows))
     for noise_std, parts in pictures.items():
         grid = image_grid(torch.stack(parts), num_columns=5 * max(1, NUM_PICTURES // 2), scale=2)
         save_atomically(grid, output_dir / f"restoration_noise-{noise_std:g}.png")
@@ -195,5 +206,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"evaluate_restoration.py: error: {error}")

@@ -3,7 +3,7 @@
 """Make a model's folder ready for the Hub, and upload it: `python training/publish.py RUN --evaluation EVALUATION --details FILE`.
 
 The folder holds weights, code, `evaluation.json`, pictures and a card with the evaluation's figures, which must be of these
-very weights. A flow, or an autoencoder with a calibrated decoder, is published as it is, without an evaluation.
+very weights. An autoencoder with a calibrated decoder is published as it is, without an evaluation.
 `--output_dir` keeps the folder, `--hub_model_id` uploads it. The token is that of `hf auth login` or HF_TOKEN.
 """
 
@@ -12,21 +12,23 @@ import json
 import shutil
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import yaml
 
-from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.cards import CARD_MARKER, LOCATION, check_details, with_location, write_card
+from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
+from ecvae_diffusers.atomic import replacing, write_json, write_text
+from ecvae_diffusers.cards import CARD_MARKER, LOCATION, check_details, stated_mean, with_location, write_card
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.upload import CARD, PICTURES, UploadError, class_name, files_to_publish, read_index, upload_folder
 from ecvae_training.curves import plot_curves
-from ecvae_training.evaluation_parts import write_atomically
 from ecvae_training.output import ARGUMENTS_FILE, METRICS_FILE, read_metrics
 
 
 EVALUATION_FILE = "evaluation.json"
+EVALUATED = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
 SECTIONS = ("weights", "protocol", "generation")  # of every evaluation
 CAPTIONS = {
     "samples.png": "Samples, the first ones of the first seed",
@@ -137,7 +139,7 @@ def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> dict:
         other = read_evaluation("training_seeds", folder)
         check_comparable("training_seeds", evaluation, other)
         measures = other["generation"]["measures"]
-        distances = {name: measures[name]["mean"] for name in ("frechet_distance", "kernel_distance")}
+        distances = {name: stated_mean(measures, name) for name in ("frechet_distance", "kernel_distance")}
         runs.append({"seed": seed, "weights": other["weights"], **distances})
     if runs:
         published = [run["seed"] for run in runs if run["weights"] == fingerprint]
@@ -162,30 +164,25 @@ def copy_as_it_is(args: argparse.Namespace, held: str, folder: Path) -> None:
     for argument, is_given in (("evaluation", args.evaluation is not None), ("dtype", args.dtype != "float32")):
         if is_given:
             raise ValueError(
-                f"--{argument} must be left out of {held}, which is published as it is: it is for an ECVAEPipeline."
+                f"--{argument} must be left out of {held}, which is published as it is: it is for an ECVAEPipeline or an ECFlowPipeline."
             )
     for name in files_to_publish(args.model):
         if not (folder / name).exists():  # an edited card
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(args.model) / name, folder / name)
     card = (folder / CARD).read_text(encoding="utf-8")
-    (folder / CARD).write_text(with_location(card, card_location(args)), encoding="utf-8")
+    write_text(folder / CARD, with_location(card, card_location(args)))
 
 
-def write_folder(args: argparse.Namespace, folder: Path) -> None:
-    """Everything that is published."""
-    held = class_name(read_index(Path(args.model)))
-    if held != "ECVAEPipeline":
-        copy_as_it_is(args, f"a {held}", folder)
-        return
-    pipeline = ECVAEPipeline.from_pretrained(args.model)
+def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipeline, folder: Path) -> None:
+    """Everything that is published of a model that evaluate.py measures."""
     fingerprint = weights_fingerprint(pipeline)
     details = read_details(args.details) if args.details is not None else None
     evaluation = merged_evaluation(args, fingerprint) if args.evaluation is not None else None
     pipeline.to(DTYPES[args.dtype]).save_pretrained(folder)
     sources = {}
     if evaluation is not None:
-        write_atomically(folder / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+        write_json(folder / EVALUATION_FILE, evaluation)
         sources = {name: Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")}
     for name, source in sources.items():
         if source.is_file():
@@ -196,7 +193,7 @@ def write_folder(args: argparse.Namespace, folder: Path) -> None:
         plot_curves(records, folder / "curves.png")
     arguments = Path(args.model) / ARGUMENTS_FILE
     if details is not None and arguments.is_file():
-        trained = json.loads(arguments.read_text())
+        trained = json.loads(arguments.read_text(encoding="utf-8"))
         stated = {
             name: trained[name]
             for name in ("seed", "max_train_steps", "train_batch_size", "calibration")
@@ -224,19 +221,6 @@ def calibration_facts(records: list[dict]) -> dict[str, str]:
     }
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Copy a folder to where another may lie, which is whole until the copy is."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(source, new)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir) if args.output_dir is not None else None
     own: list[str] = []
@@ -250,23 +234,34 @@ def main(args: argparse.Namespace) -> None:
             )
         # What somebody has laid beside it; all else is of the earlier model.
         own = [name for name in known if name == "LICENSE" or (Path(name).suffix in PICTURES and name not in CAPTIONS)]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
+
+    held = class_name(read_index(Path(args.model)))
+    pipeline = EVALUATED[held].from_pretrained(args.model) if held in EVALUATED else None
+
+    def fill(folder: Path) -> None:
         folder.mkdir()
-        if output_dir is not None and (output_dir / "README.md").is_file():
-            card = (output_dir / "README.md").read_bytes()
+        if output_dir is not None and (output_dir / CARD).is_file():
+            card = (output_dir / CARD).read_bytes()
             if CARD_MARKER.encode() not in card:
                 print(
-                    f"{output_dir / 'README.md'} was edited and stays as it is: compare its figures with {EVALUATION_FILE}."
+                    f"{output_dir / CARD} was edited and stays as it is: compare its figures with {EVALUATION_FILE}."
                 )
-                (folder / "README.md").write_bytes(card)
-        write_folder(args, folder)
+                (folder / CARD).write_bytes(card)
+        if pipeline is None:
+            copy_as_it_is(args, f"a {held}", folder)
+        else:
+            write_folder(args, pipeline, folder)
         for name in own:
             if not (folder / name).exists():
                 shutil.copyfile(output_dir / name, folder / name)
         files_to_publish(folder)
+
+    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext() as temporary:
+        folder = output_dir or Path(temporary) / "model"
+        # What may lie there already is whole until this is.
+        with replacing(folder) as unfinished:
+            fill(unfinished)
         if output_dir is not None:
-            replace_folder(folder, output_dir)
             print(f"Written: {output_dir}")
         if args.hub_model_id is not None:
             url = upload_folder(

@@ -8,10 +8,10 @@ pictures) is left out.
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
+from ecvae_diffusers.atomic import write_text
 from ecvae_training.report_charts import calibration_charts, evaluation_charts, training_charts
 from ecvae_training.report_page import (
     MARKER,
@@ -167,17 +167,6 @@ def check_output(path: Path, is_default: bool) -> None:
                 raise ValueError(f"--output {str(path)!r} exists and is not a report: choose another name.")
 
 
-def write_atomically(text: str, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
-        # An argument may hold a file name that is no text.
-        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="The training script's --output_dir.")
@@ -192,9 +181,10 @@ def main() -> None:
         sys.exit(f"report.py: error: {error}")
     text = report_html(run)
     try:
-        write_atomically(text, output)
+        # An argument may hold a file name that is no text.
+        write_text(output, text, errors="xmlcharrefreplace")
     except OSError as error:
-        sys.exit(f"report.py: error: {str(output)!r} can't be written: {error}")
+        sys.exit(f"report.py: error: {error}")
     print(f"Wrote {output}.")
 
 

@@ -22,7 +22,6 @@ from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_
 from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import Networks, build_models, load_companions, load_pretrained
-from ecvae_training.output import find_checkpoint
 from ecvae_training.posterior_step import PosteriorCalibration
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
@@ -158,7 +157,7 @@ def main(args) -> None:
         models = build_models(args, feed.channels, lambda: build_vae(args, feed.channels), pretrained)
         return ECVAETask(args, *models, companions)
 
-    def load() -> tuple[Networks, dict | None]:
+    def load(checkpoint: Path | None) -> tuple[Networks, dict | None]:
         vae, energy_model = load_pretrained(args, "vae", AutoencoderEC)
         if vae is not None and vae.config.norm_type == "batch":
             needs_group, why = f"--calibration {args.calibration}", WHY_NO_BATCH_NORM
@@ -172,7 +171,6 @@ def main(args) -> None:
         companions = None
         if args.freeze_decoder:
             # The decoder of a run that is gone on with is its checkpoint's, whatever the path is by now.
-            checkpoint = find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint)
             source = args.pretrained_model_name_or_path if checkpoint is None else checkpoint / "pipeline"
             companions = load_companions(source, AutoencoderEC)
         return (vae, energy_model), companions

@@ -18,7 +18,6 @@ from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
 from ecvae_training.flow_arguments import parse_args
 from ecvae_training.images import to_range
 from ecvae_training.models import build_models, load_pretrained
-from ecvae_training.output import find_checkpoint
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
 
@@ -94,8 +93,12 @@ def build_flow(args, feed) -> FlowEC:
 
 
 def main(args) -> None:
-    def build_task(pretrained, feed) -> FlowTask:
-        is_new = pretrained[0] is None and find_checkpoint(Path(args.output_dir), args.resume_from_checkpoint) is None
+    def load(checkpoint: Path | None) -> tuple:
+        return load_pretrained(args, "flow", FlowEC), checkpoint
+
+    def build_task(loaded, feed) -> FlowTask:
+        pretrained, checkpoint = loaded
+        is_new = pretrained[0] is None and checkpoint is None
         if is_new and args.calibration != "none":
             logger.warning(
                 "A new flow is calibrated from its first step, which at 32 px harmed two of the three that were measured. One that has "
@@ -104,7 +107,7 @@ def main(args) -> None:
             )
         return FlowTask(args, *build_models(args, feed.channels, lambda: build_flow(args, feed), pretrained))
 
-    train(args, lambda: load_pretrained(args, "flow", FlowEC), build_task, FlowTask)
+    train(args, load, build_task, FlowTask)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .atomic import write_text
+from .figures import NOISE, is_above_noise
 from .hub import packaged_file
 
 
@@ -34,6 +36,12 @@ KINDS = {
     "tags": (list, "a list of texts"),
 }
 RESULTS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+# By which other images are told from the model's own.
+SCORES = {
+    "energy": "energy",
+    "error": "reconstruction error",
+    "bits_per_dimension": "number of bits",
+}
 TITLES = {
     "elbo": "ELBO",
     "importance_weighted": "importance-weighted bound",
@@ -83,6 +91,18 @@ def figure(value: float | None) -> str:
     return "not given" if value is None else f"{value:.4g}"
 
 
+def kernel_figure(value: float | None, std: float | None) -> str:
+    """A kernel distance as a card states it."""
+    return figure(value) if is_above_noise(value, std) else NOISE
+
+
+def stated_mean(measures: dict, name: str) -> float | None:
+    """The mean over seeds of a measure of generation; `None` where it may not be stated."""
+    mean = measures[name]["mean"]
+    is_noise = name == "kernel_distance" and not is_above_noise(mean, measures["kernel_distance_std"]["mean"])
+    return None if is_noise else mean
+
+
 def title_of(measure: str) -> str:
     name = TITLES.get(measure, measure.replace("_", " "))
     return name.replace("frechet", "Frechet")
@@ -96,27 +116,27 @@ def evaluation_table(evaluation: dict) -> str:
             protocol = evaluation[section]["protocol"]
             of = f"{protocol['num_images']:,} of {protocol['data']} ({protocol['split']})"
             if section == "likelihood":
-                of += (
-                    f", {protocol['unit']}, variance {protocol['variance']}, {protocol['importance_samples']} latents"
-                )
+                of += f", {protocol['unit']}"
+                if "variance" in protocol:  # of a VAE, whose likelihood has bounds only
+                    of += f", variance {protocol['variance']}, {protocol['importance_samples']} latents"
             prefix = "reconstruction, " if section == "reconstruction" else ""
             measures = evaluation[section]["measures"]
             for name, value in measures.items():
                 if name == "kernel_distance":
-                    spread = f"{measures[name + '_std']:.2g} over subsets"
+                    std = measures["kernel_distance_std"]
+                    in_pairs = of + first_ones(protocol, protocol["num_images"])
                     rows.append(
-                        (prefix + title_of(name), value, spread, of + first_ones(protocol, protocol["num_images"]))
+                        (prefix + title_of(name), kernel_figure(value, std), f"{std:.2g} over subsets", in_pairs)
                     )
                 elif name != "kernel_distance_std":
-                    rows.append((prefix + title_of(name), value, "", of))
+                    rows.append((prefix + title_of(name), figure(value), "", of))
     if "out_of_distribution" in evaluation:
         protocol = evaluation["out_of_distribution"]["protocol"]
         for name, scores in evaluation["out_of_distribution"]["measures"].items():
             of = f"{protocol['outside'][name]:,} others against {protocol['inside']['num_images']:,}"
             for score, value in scores.items():
-                title = "energy" if score == "energy" else "reconstruction error"
-                rows.append((f"AUROC by which the {title} tells {name} apart", value, "", of))
-    lines = [f"| {title} | {figure(value)} | {spread} | {of} |" for title, value, spread, of in rows]
+                rows.append((f"AUROC by which the {SCORES[score]} tells {name} apart", figure(value), "", of))
+    lines = [f"| {title} | {value} | {spread} | {of} |" for title, value, spread, of in rows]
     return "\n".join(["| measure | value | spread | of |", "|---|---|---|---|", *lines])
 
 
@@ -139,12 +159,15 @@ def generation_rows(evaluation: dict) -> list[tuple]:
     for name in RESULTS:
         measure = measures[name]
         spread = [] if measure["std"] is None else [f"{measure['std']:.2g} over {len(measure['values'])} seeds"]
+        value = figure(measure["mean"])
         if name == "kernel_distance":
-            spread.append(f"{measures['kernel_distance_std']['mean']:.2g} over subsets")
+            std = measures["kernel_distance_std"]["mean"]
+            value = kernel_figure(measure["mean"], std)
+            spread.append(f"{std:.2g} over subsets")
         in_full = of if name == "frechet_distance" else of + in_pairs
-        rows.append((title_of(name), measure["mean"], ", ".join(spread), in_full))
+        rows.append((title_of(name), value, ", ".join(spread), in_full))
     if "why_no_frechet_distance" in generation:
-        rows.append(("no Frechet distance", None, "", generation["why_no_frechet_distance"]))
+        rows.append(("no Frechet distance", figure(None), "", generation["why_no_frechet_distance"]))
     return rows
 
 
@@ -156,10 +179,10 @@ def floor_rows(evaluation: dict) -> list[tuple]:
     compared = protocol["compared"]
     of = f"{compared['num_images']:,} of {compared['data']} ({compared['split']}) in the place of samples"
     return [
-        ("Frechet distance, floor", measures["frechet_distance"], "", of),
+        ("Frechet distance, floor", figure(measures["frechet_distance"]), "", of),
         (
             "kernel distance, floor",
-            measures["kernel_distance"],
+            kernel_figure(measures["kernel_distance"], measures["kernel_distance_std"]),
             f"{measures['kernel_distance_std']:.2g} over subsets",
             of + first_ones(protocol, compared["num_images"], protocol["reference"]["num_images"]),
         ),
@@ -168,35 +191,37 @@ def floor_rows(evaluation: dict) -> list[tuple]:
 
 def baseline_rows(evaluation: dict) -> list[dict]:
     """
-    Distances of another model, and how many times ours they are; `publish.py --baseline` adds it to the evaluation. Beside the
-    AUROC of our energy that of the other's reconstruction error, which a model without an energy has too.
+    Distances of another model, and how many times ours they are; `publish.py --baseline` adds it to the evaluation. Next to the
+    AUROC of our energy stands that of the other's own score, which a model without an energy has too.
     """
     rows = []
     for name in ("frechet_distance", "kernel_distance"):
-        ours = evaluation["generation"]["measures"][name]["mean"]
-        theirs = evaluation["baseline"]["generation"]["measures"][name]["mean"]
+        ours, theirs = (
+            stated_mean(one["generation"]["measures"], name) for one in (evaluation, evaluation["baseline"])
+        )
         ratio = theirs / ours if ours is not None and theirs is not None and min(ours, theirs) > 0 else None
+        nothing = NOISE if name == "kernel_distance" else figure(None)
         rows.append(
             {
                 "title": title_of(name),
-                "ours": figure(ours),
-                "theirs": figure(theirs),
+                "ours": nothing if ours is None else figure(ours),
+                "theirs": nothing if theirs is None else figure(theirs),
                 "ratio": ratio and f"{ratio:.1f}",
             }
         )
-    for name, (ours, theirs) in auroc_pairs(evaluation).items():
-        title = f"AUROC by which {name} is told apart: by the energy here, by the reconstruction error there"
+    for name, (ours, score, theirs) in auroc_pairs(evaluation).items():
+        title = f"AUROC by which {name} is told apart: by the energy here, by the {SCORES[score]} there"
         rows.append({"title": title, "ours": figure(ours), "theirs": figure(theirs), "ratio": None})
     return rows
 
 
-def auroc_pairs(evaluation: dict) -> dict[str, tuple[float, float]]:
-    """AUROC of our energy and of the baseline's reconstruction error, where both tell the same sets apart."""
+def auroc_pairs(evaluation: dict) -> dict[str, tuple[float, str, float]]:
+    """AUROC of our energy, the baseline's own score and the AUROC of that, where both tell the same sets apart."""
     ours, theirs = (one.get("out_of_distribution") for one in (evaluation, evaluation["baseline"]))
     if ours is None or theirs is None or ours["protocol"]["inside"] != theirs["protocol"]["inside"]:
         return {}
     return {
-        name: (scores["energy"], theirs["measures"][name]["error"])
+        name: (scores["energy"], *next(pair for pair in theirs["measures"][name].items() if pair[0] != "energy"))
         for name, scores in ours["measures"].items()
         if "energy" in scores
         and name in theirs["measures"]
@@ -215,10 +240,10 @@ def eval_results(evaluation: dict, details: dict[str, Any]) -> list[EvalResult]:
             dataset_split=generation["protocol"]["reference"]["split"],
             metric_type=name,
             metric_name=f"{title_of(name)} ({evaluation['protocol']['features']})",
-            metric_value=generation["measures"][name]["mean"],
+            metric_value=stated_mean(generation["measures"], name),
         )
         for name in RESULTS
-        if generation["measures"][name]["mean"] is not None
+        if stated_mean(generation["measures"], name) is not None
     ]
 
 
@@ -299,8 +324,10 @@ def write_card(
         evaluation=evaluation,
         figure=figure,
         evaluation_table=evaluation_table(evaluation) if evaluation is not None else None,
+        kernel_is_stated=evaluation is not None
+        and stated_mean(evaluation["generation"]["measures"], "kernel_distance") is not None,
         baseline_rows=baseline_rows(evaluation) if evaluation is not None and "baseline" in evaluation else None,
         pipeline_class=type(pipeline).__name__,
         **facts,
     )
-    path.write_text(str(card) + "\n", encoding="utf-8")
+    write_text(path, str(card) + "\n")

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from .atomic import writing
 from .cards import CARD_MARKER, with_location
 from .hub import fingerprint
 
@@ -191,7 +192,8 @@ def check_text(path: Path, folder: Path) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} must be text in UTF-8, but is not: {error}.") from error
-    for private in {str(folder), str(Path.home())} - {"/"}:
+    # `~` where the user has no home.
+    for private in {str(folder), os.path.expanduser("~")} - {"/", "~"}:
         # Not as a part of a longer name.
         if re.search(re.escape(private) + r"(?![\w.-])", text):
             raise ValueError(
@@ -433,9 +435,11 @@ def push_to_hub(
 
     Raises:
         ValueError, UploadError: as [`~upload.upload_folder`].
+        OSError: if the folder for temporary files is full.
     """
     with tempfile.TemporaryDirectory() as folder:
-        self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+        with writing(folder):
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
         return upload_folder(
             folder,
             repo_id,

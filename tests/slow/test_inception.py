@@ -68,4 +68,4 @@ def test_inception_features(tmp_path):
     assert "pip install torch-fidelity" in found["missing"]
     assert found["shape"] == [8, 2048]
     assert found["colour"] and found["gray"] and found["opaque"]
-    assert found["measures"]["frechet_distance"] > 0 and found["measures"]["num_real"] == 8
+    assert found["measures"]["frechet_distance"] is None and found["measures"]["num_real"] == 8

@@ -2,11 +2,13 @@
 """training/evaluate.py as a user runs it: figures that are right, and kept. Kills and processes: tests/slow."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 import datasets
+import evaluate
 import numpy as np
 import PIL.Image
 import pytest
@@ -15,8 +17,8 @@ from evaluate import parse_args
 from evaluation_runs import SMALL, arguments_for, run, write_files
 from training_runs import write_autoencoder
 
-from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, FlowEC
-from ecvae_diffusers.cards import evaluation_table
+from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, EnergyModel, FlowEC, LangevinScheduler
+from ecvae_diffusers.cards import evaluation_table, write_card
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
 from ecvae_diffusers.model_error import squared_error
@@ -200,14 +202,10 @@ def test_other_data_has_its_own_columns(tmp_path):
 
 def test_other_models_are_refused_in_one_line(make_pipeline, tmp_path):
     """diffusers itself would load a restoration pipeline's weights as those of an ECVAEPipeline, and say nothing."""
-    ECFlowPipeline(flow=FlowEC(sample_size=8, in_channels=1, num_levels=1, steps_per_level=1)).save_pretrained(
-        tmp_path / "flow"
-    )
     ECVAERestorationPipeline(vae=make_pipeline().vae).save_pretrained(tmp_path / "restoration")
     write_autoencoder(tmp_path / "autoencoder")
     for name, message in (
-        ("flow", "must be an ECVAEPipeline, but holds a ECFlowPipeline: "),
-        ("restoration", "must be an ECVAEPipeline, but holds a ECVAERestorationPipeline: "),
+        ("restoration", "must be an ECVAEPipeline or an ECFlowPipeline, but holds a ECVAERestorationPipeline: "),
         ("autoencoder", "holds no pipeline"),
         ("nothing", "holds no pipeline"),
     ):
@@ -216,6 +214,37 @@ def test_other_models_are_refused_in_one_line(make_pipeline, tmp_path):
         text = str(raised.value)
         assert text.startswith(f"--pretrained_model_name_or_path {str(tmp_path / name)!r} {message}")
         assert text.endswith("as --generated_image_dir.") and "\n" not in text
+
+
+def test_flows_are_evaluated_as_vaes_are(files, tmp_path):
+    """Of reconstructions, which are the images, nothing; the likelihood is exact. The figures stand in the card."""
+    torch.manual_seed(0)
+    flow = FlowEC(sample_size=16, in_channels=1, num_levels=1, steps_per_level=1, hidden_channels=8).eval()
+    energy_model = EnergyModel(sample_size=16, in_channels=1, block_out_channels=(8, 8)).eval()
+    images = torch.rand(32, 1, 16, 16)
+    flow.initialize(images)
+    pipeline = ECFlowPipeline(flow=flow, energy_model=energy_model, scheduler=LangevinScheduler())
+    pipeline.save_pretrained(tmp_path / "flow")
+    given = [
+        "--pretrained_model_name_or_path", tmp_path / "flow", "--train_data_dir", files / "train", "--test_data_dir", files / "test",
+        "--out_of_distribution", f"stripes={files / 'stripes'}", "--num_samples", 20, "--seeds", 0, "--num_test", 30, "--batch_size",
+        7, "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    evaluate.main(parse_args(list(map(str, given))))
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert set(found) == {"model", "weights", "protocol", "generation", "floor", "likelihood", "out_of_distribution"}
+    assert found["weights"] == weights_fingerprint(ECFlowPipeline.from_pretrained(tmp_path / "flow"))
+    assert set(found["out_of_distribution"]["measures"]["stripes"]) == {"energy", "bits_per_dimension"}
+    # k + u levels of width 1 / 128: log p of these, and what is left of 8 bits.
+    test = read(files / "test")[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:30]]
+    u = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    log_prob = flow.log_prob((test + u) / 128 - 1).detach()
+    expected = (7 - log_prob / (256 * math.log(2))).mean().item()
+    assert found["likelihood"]["measures"]["bits_per_dimension"] == pytest.approx(expected, rel=1e-4)
+    details = {"title": "x", "license": "mit", "data": {"name": "disks", "license": "CC0"}, "known_failures": "All."}
+    write_card(pipeline, tmp_path / "card", found, details)
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert evaluation_table(found) in card and "bits per dimension" in card
 
 
 @pytest.mark.parametrize("value", [[], [["autoencoder_ec", "AutoencoderEC"]], ["autoencoder_ec", ["AutoencoderEC"]]])

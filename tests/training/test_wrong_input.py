@@ -9,6 +9,7 @@ from training_runs import TINY, run, write_images
 from ecvae_training.data import ImageDataset, load_images
 from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.output import (
+    STATE_FILES,
     RunLog,
     check_output_dir,
     check_pretrained_stays,
@@ -16,6 +17,7 @@ from ecvae_training.output import (
     clear_run,
     find_checkpoint,
     read_metrics,
+    write_manifest,
 )
 
 
@@ -268,8 +270,11 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
 
 
 def test_unknown_checkpoint_is_named_with_those_there_are(tmp_path):
-    (tmp_path / "checkpoint-40").mkdir()
-    (tmp_path / "checkpoint-100").mkdir()
+    for checkpoint in (tmp_path / "checkpoint-40", tmp_path / "checkpoint-100"):
+        checkpoint.mkdir()
+        for name in STATE_FILES:
+            (checkpoint / name).write_text("state")
+        write_manifest(checkpoint)
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
     assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-100")).name == "checkpoint-100"
     for unknown in ("checkpoint-7", "/elsewhere/checkpoint-100"):
@@ -287,6 +292,13 @@ def test_a_run_is_gone_on_with_under_its_own_arguments(tmp_path):
         ValueError, match=r"--latent_channels \(was 128, is 6\), --learning_rate \(was 0.0005, is 1.0\)"
     ):
         check_resumed_arguments(tmp_path, arguments | {"latent_channels": 6, "learning_rate": 1.0})
+
+
+@pytest.mark.parametrize("held", ["", "[1]", "{", "\udcff"])
+def test_arguments_that_can_not_be_read_are_named(held, tmp_path):
+    (tmp_path / "training_args.json").write_bytes(held.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="training_args.json"):
+        check_resumed_arguments(tmp_path, {})
 
 
 def test_metrics_of_a_run_that_was_cut_off(tmp_path):

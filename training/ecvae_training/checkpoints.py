@@ -1,6 +1,7 @@
-"""Checkpoints through Accelerate, written beside their place and renamed, so that a whole one is always there."""
+"""Checkpoints through Accelerate, written next to their place and renamed, so that a whole one is always there."""
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,32 +11,25 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from ecvae_training.output import checkpoints, discard
+from ecvae_diffusers.atomic import discard, remove, replacing, sync, temporary_path, writing
+from ecvae_training.output import write_manifest
 
 
-class SavingFailed(Exception):
-    """A checkpoint or a pipeline could not be written; the message says what is left."""
+# torch then reads no pickle that runs code, whatever its caller asks for: Accelerate asks for all of `custom_checkpoint_*.pkl`.
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
-def saving(what: str, output_dir: Path, temporary: Path) -> Iterator[None]:
-    """Turn the errors of a failed write, as on a full disk, into `SavingFailed`, and remove what was written."""
+def weights_only() -> Iterator[None]:
+    """Read tensors, numbers and containers from pickles, and refuse all else."""
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # Of torch's own writing; another process that fails, or a device's memory, says RuntimeError too.
-        if isinstance(error, RuntimeError) and not any(
-            word in str(error) for word in ("StreamWriter", "unexpected pos")
-        ):
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
-        whole = [path.name for path in checkpoints(output_dir)]
-        left = f"Whole are {', '.join(whole)}" if whole else "There is no earlier one"
-        raise SavingFailed(
-            f"{what} could not be written to {str(output_dir)!r}: {error}. Is the disk full "
-            f"({shutil.disk_usage(output_dir).free / 2**30:.1f} GiB are free)? {left}: make room, and go on with "
-            "--resume_from_checkpoint latest; --checkpoints_total_limit keeps fewer."
-        ) from error
+    finally:
+        del os.environ[WEIGHTS_ONLY]
+        if before is not None:
+            os.environ[WEIGHTS_ONLY] = before
 
 
 def save_checkpoint(
@@ -46,26 +40,35 @@ def save_checkpoint(
     states) and, in `pipeline/`, the pipeline as it is now, to be looked at with `from_pretrained`.
 
     Raises:
-        SavingFailed: if it can't be written. What was written of it is removed.
+        WriteError: if it can't be written. What was written of it is removed.
     """
     final = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".checkpoint-{step}"
-    if accelerator.is_main_process and temporary.exists():
-        shutil.rmtree(temporary)
-    accelerator.wait_for_everyone()
-    with saving(final.name, output_dir, temporary):
+    temporary = temporary_path(final)
+    main_process = accelerator.is_main_process
+    with replacing(final) if main_process else writing(final):
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if main_process:
+            write_manifest(temporary)
             build_pipeline().save_pretrained(temporary / "pipeline")
-            if final.exists():
-                discard(final)
-            os.replace(temporary, final)
     accelerator.wait_for_everyone()
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
-    accelerator.load_state(str(path))
+    """
+    Raises:
+        ValueError: if it can't be loaded, or holds a pickle that would run code.
+    """
+    try:
+        with weights_only():
+            accelerator.load_state(str(path))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{str(path)!r} can't be loaded ({reason}): move it away, and --resume_from_checkpoint latest goes on from the one "
+            "before it."
+        ) from error
 
 
 def save_folder(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -73,35 +76,34 @@ def save_folder(pipeline: DiffusionPipeline, folder: Path) -> None:
     Replace a pipeline's folder, which is whole at any moment but the one of its renaming.
 
     Raises:
-        SavingFailed: if it can't be written.
+        WriteError: if it can't be written.
     """
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with saving(folder.name, folder.parent, temporary):
+    with replacing(folder) as temporary:
         pipeline.save_pretrained(temporary)
-        if folder.exists():
-            discard(folder)
-        os.replace(temporary, folder)
 
 
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """
-    Write the pipeline into the run's own folder: beside it first, then each part into its place.
+    Write the pipeline into the run's own folder: next to it first, then each part into its place.
 
     Raises:
-        SavingFailed: if it can't be written. What was there before stays.
+        WriteError: if it can't be written. What was there before stays.
     """
     temporary = output_dir / ".pipeline"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with saving("the pipeline", output_dir, temporary):
-        card = output_dir / "README.md"
-        if card.is_file():
-            # It may have been edited by hand, which `save_pretrained` sees.
-            temporary.mkdir()
-            shutil.copy2(card, temporary / card.name)
-        pipeline.save_pretrained(temporary)
-        for part in sorted(temporary.iterdir()):
-            if (output_dir / part.name).is_dir():
-                discard(output_dir / part.name)
-            os.replace(part, output_dir / part.name)
-        temporary.rmdir()
+    with writing(output_dir):
+        remove(temporary)
+        try:
+            card = output_dir / "README.md"
+            if card.is_file():
+                # It may have been edited by hand, which `save_pretrained` sees.
+                temporary.mkdir()
+                shutil.copy2(card, temporary / card.name)
+            pipeline.save_pretrained(temporary)
+            sync(temporary)
+            for part in sorted(temporary.iterdir()):
+                if (output_dir / part.name).is_dir():
+                    discard(output_dir / part.name)
+                os.replace(part, output_dir / part.name)
+            sync(output_dir, recursive=False)
+        finally:
+            remove(temporary)

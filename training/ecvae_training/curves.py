@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ecvae_diffusers.atomic import replacing
+
 
 # What a run without an energy model may have logged: of an autoencoder, a flow, a posterior that is calibrated alone.
 LOSSES = ("reconstruction", "kl", "bits_per_dimension", "posterior_constraint", "posterior_dual")
@@ -49,5 +51,6 @@ def plot_curves(records: list[dict], path: Path) -> None:
         axes[1, 1].set_title("energy gap: calibrated samples minus data")
         for axis in axes[1]:
             axis.set_xlabel("iteration")
-    figure.savefig(path, dpi=100)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)

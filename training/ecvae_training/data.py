@@ -174,6 +174,13 @@ def decode_image(source: dict | None, channels: int, resolution: int) -> torch.T
     return torch.from_numpy(array).view(resolution, resolution, channels).permute(2, 0, 1)
 
 
+class BrokenImage(ValueError):
+    """An image that could be read before. One line, also from a worker of a `DataLoader`, which puts a traceback before it."""
+
+    def __init__(self, message: str):
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """
     Images as uint8 tensors (C, H, W), each opened and checked at construction.
@@ -204,7 +211,8 @@ class ImageDataset(torch.utils.data.Dataset):
         for i in tqdm(range(len(dataset)), desc="Checking images", disable=not progress):
             try:
                 with open_image(dataset[i]["image"]) as image:
-                    image.load()
+                    # As `decode_image` reads it: whole pixels may come with EXIF data that is broken.
+                    PIL.ImageOps.exif_transpose(image)
                     modes.add(image.mode)
                     whole.append(i)
             except Exception as error:  # PIL raises a different class for nearly every kind of damage
@@ -230,7 +238,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return (self.dataset[i]["image"] or {}).get("path") or f"image {i}"
 
     def decode(self, i: int) -> torch.Tensor:
-        return decode_image(self.dataset[i]["image"], self.channels, self.resolution)
+        try:
+            return decode_image(self.dataset[i]["image"], self.channels, self.resolution)
+        except Exception as error:  # PIL raises a different class for nearly every kind of damage
+            raise BrokenImage(f"{self.name(i)} can't be read any more: {error}") from error
 
     def __len__(self) -> int:
         return len(self.dataset)

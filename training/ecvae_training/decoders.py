@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from ecvae_diffusers import EnergyModel, LangevinScheduler
+from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.cards import CARD_MARKER
 from ecvae_diffusers.hub import fingerprint
 from ecvae_training.models import check_finite_weights
@@ -120,8 +121,8 @@ class SavedDecoder:
             self.energy_model.save_pretrained(folder / "energy_model")
             self.scheduler.save_pretrained(folder / "scheduler")
         card = folder / "README.md"
-        if not card.exists() or CARD_MARKER in card.read_text(encoding="utf-8"):
-            card.write_text(self.card or self.new_card(), encoding="utf-8")
+        if not card.exists() or CARD_MARKER.encode() in card.read_bytes():
+            write_text(card, self.card or self.new_card())
 
     def new_card(self) -> str:
         name, origin = type(self.decoder.autoencoder).__name__, self.decoder.origin
@@ -159,7 +160,7 @@ def without_path(config_file: Path) -> None:
     """Take the path that a model was loaded from out of its config."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.pop("_name_or_path", None) is not None:
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(config_file, config, sort_keys=True)
 
 
 def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:

@@ -4,10 +4,14 @@ import math
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
+from ecvae_diffusers.figures import why_no_frechet_distance
 from ecvae_training.images import to_range, to_uint8
 from ecvae_training.output import image_grid, save_atomically, step_file
 
+
+logger = get_logger(__name__)
 
 FALLING = ("frechet_distance", "kernel_distance")
 NUM_NEIGHBOUR_ROWS = 8
@@ -50,6 +54,10 @@ class Evaluation:
         accelerator ([`Accelerator`]): Each process makes and measures its share.
         feed: The data, of which `--evaluation_samples` images drawn at random are the reference.
         task: The run's [`Task`].
+
+    Attributes:
+        metric (`str`): What tells which evaluation is the best: `--early_stopping_metric`, or, where that is a Frechet distance which
+            may not be stated, the kernel distance.
     """
 
     def __init__(self, args, accelerator: Accelerator, feed, task):
@@ -64,7 +72,7 @@ class Evaluation:
             )
         features = load_features(args.evaluation_features, accelerator.device)
         try:
-            features(self.reference[:1])
+            num_features = features(self.reference[:1]).shape[1]
         except ValueError as error:  # now, not at the first evaluation
             raise ValueError(
                 f"--evaluation_features {args.evaluation_features!r} doesn't fit the data: {error}"
@@ -80,12 +88,21 @@ class Evaluation:
                 "--evaluation_samples and --latents_file."
             )
         self.latents = self.share(latents)
+        self.metric, why = (
+            args.early_stopping_metric,
+            why_no_frechet_distance(len(self.reference), len(latents), num_features),
+        )
+        if why is not None and self.metric == "frechet_distance":
+            self.metric = "kernel_distance"
+            logger.warning(
+                f"No Frechet distance: {why} The kernel distance tells which evaluation is the best. See --evaluation_samples."
+            )
 
     def share(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
 
     @torch.no_grad()
-    def measure(self, exported, output_dir, step: int) -> dict[str, float]:
+    def measure(self, exported, output_dir, step: int) -> dict[str, float | None]:
         """The measures of `GenerationMetrics`, the same in every process; the main one writes `neighbours/`."""
         device, batch_size = self.accelerator.device, self.args.train_batch_size
         if not self.metrics.counts[True]:
@@ -143,8 +160,23 @@ class Patience:
         self.since = [step for step in self.since if step <= last_step]
 
     @property
+    def has_best(self) -> bool:
+        """Whether any evaluation gave a number."""
+        return self.best < math.inf
+
+    @property
     def is_over(self) -> bool:
         return self.patience is not None and len(self.since) >= self.patience
+
+    @property
+    def outcome(self) -> str:
+        """What is saved when the run is stopped early, in words."""
+        count = len(self.since)
+        if not self.has_best:
+            return f"{self.metric} was no number in any of {count} evaluations: the last model is saved"
+        return (
+            f"{self.metric} has not been better for {count} evaluations: the model of step {self.best_step} is saved"
+        )
 
     def state_dict(self) -> dict:
         return {"best": self.best, "best_step": self.best_step, "since": list(self.since)}

@@ -1,15 +1,16 @@
 """Work of an evaluation in numbered parts: shared by processes, and kept, so that one that was killed is gone on with."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+from ecvae_diffusers.atomic import remove, replacing, to_json, write_json
 
 
 class Parts:
@@ -28,10 +29,13 @@ class Parts:
 
     def __init__(self, folder: Path, accelerator: Accelerator, identity: dict):
         self.folder, self.accelerator = folder, accelerator
-        identity = json.loads(json.dumps(identity))
+        identity = json.loads(to_json(identity))
         path = folder / "identity.json"
         if path.is_file():
-            before = json.loads(path.read_text())
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{str(path)!r} can't be read ({error}): remove {str(folder)!r}.") from error
             if before != identity:
                 changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
                 raise ValueError(
@@ -41,8 +45,7 @@ class Parts:
         # Every process looks before one of them writes.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(identity, indent=2) + "\n")
+            write_json(path, identity)
         accelerator.wait_for_everyone()
 
     def path(self, kind: str, index: int) -> Path:
@@ -54,17 +57,16 @@ class Parts:
         missing = [index for index in mine if not self.path(kind, index).is_file()]
         shown = bool(missing) and self.accelerator.is_main_process
         for index in tqdm(missing, desc=kind.replace("_", " "), disable=not shown):
-            path = self.path(kind, index)
-            temporary = path.with_name(f".{path.name}")
-            save_file({name: value.cpu().contiguous() for name, value in make(index).items()}, temporary)
-            os.replace(temporary, path)
+            part = {name: value.cpu().contiguous() for name, value in make(index).items()}
+            with replacing(self.path(kind, index)) as temporary:
+                save_file(part, temporary)
 
     def collect(self, kind: str, count: int) -> dict[str, torch.Tensor]:
         """
         All parts of a kind, one after the other.
 
         Raises:
-            ValueError: if one is missing: a process has made it in another machine's folder.
+            ValueError: if one is missing: a process has made it in another machine's folder; or if one is damaged.
         """
         missing = [index for index in range(count) if not self.path(kind, index).is_file()]
         if missing:
@@ -72,14 +74,18 @@ class Parts:
                 f"{len(missing)} of {count} parts of {kind!r} are not in {str(self.folder)!r}: --output_dir must be a folder "
                 "that all processes share."
             )
-        loaded = [load_file(self.path(kind, index)) for index in range(count)]
+        loaded = [load_part(self.path(kind, index)) for index in range(count)]
         return {name: torch.cat([part[name] for part in loaded]) for name in loaded[0]}
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder)
+        remove(self.folder)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def load_part(path: Path) -> dict[str, torch.Tensor]:
+    """Raises `ValueError` if a part is not as it was written."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}): remove it, and start again with the same arguments."
+        ) from error

@@ -9,6 +9,7 @@ import PIL.Image
 import torch
 import torch.nn as nn
 
+from ecvae_diffusers.figures import why_no_frechet_distance
 from ecvae_diffusers.metrics import GenerationMetrics, nearest_neighbours, out_of_distribution_auroc
 from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_training.evaluation_work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
@@ -28,6 +29,11 @@ GENERATION = (
 )  # fmt: skip
 NUM_NEIGHBOURS, NUM_NEIGHBOUR_ROWS, NUM_GRID_IMAGES = 5, 8, 64
 NUM_SUBSETS, MOST_IN_A_SUBSET = 100, 1000  # of the kernel distance
+# Of scores by which other images are told from the model's own.
+MEANINGS = {
+    "error": "mean squared error of the model's own reconstruction",
+    "bits_per_dimension": "what the flow's likelihood makes of the image",
+}
 
 
 def over_seeds(values: list[float | None]) -> dict:
@@ -55,10 +61,7 @@ def pairs_protocol(num_real: int, num_generated: int) -> dict:
 
 
 def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | None]:
-    """
-    The measures of `GenerationMetrics` between two sets of features. The Frechet distance is `None` where a set has fewer
-    images than there are features: their covariance has no full rank then, and the figure would be of that.
-    """
+    """The measures of `GenerationMetrics` between two sets of features."""
     metrics = GenerationMetrics(
         nn.Identity(),
         num_neighbours=NUM_NEIGHBOURS,
@@ -68,8 +71,6 @@ def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | No
     metrics.update(real, real=True)
     metrics.update(generated, real=False)
     measures = metrics.compute()
-    if min(len(real), len(generated)) < real.shape[1]:
-        measures["frechet_distance"] = None
     return {name: measures[name] for name in GENERATION}
 
 
@@ -118,10 +119,8 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
         },
         "measures": {name: over_seeds([one[name] for one in found]) for name in GENERATION},
     }
-    if found[0]["frechet_distance"] is None:
-        evaluation["generation"]["why_no_frechet_distance"] = (
-            f"{min(len(real), len(samples[0]['features']))} images of one kind are fewer than the {real.shape[1]} features."
-        )
+    if why := why_no_frechet_distance(len(real), len(samples[0]["features"]), real.shape[1]):
+        evaluation["generation"]["why_no_frechet_distance"] = why
     if "test" in images:
         test = work.collect("test")
         protocol = {**held_out, "num_images": len(images["test"])}
@@ -142,14 +141,24 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
 
 def held_out_measures(work: Work, test: dict[str, torch.Tensor], protocol: dict) -> dict:
     """Reconstruction, likelihood, and how well scores tell other images from the held-out ones."""
-    measures = {"mean_squared_error": test["error"].mean().item()}
-    measures |= {name: test[name].mean().item() for name in ("psnr", "ssim") if name in test}
-    of_features = compare(test["features"], test["reconstructed"])
-    measures |= {name: of_features[name] for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")}
-    pairs = pairs_protocol(len(test["features"]), len(test["reconstructed"]))
-    sections = {
-        "reconstruction": {"protocol": {**protocol, "latents": "posterior mean", **pairs}, "measures": measures}
-    }
+    sections = {}
+    if work.model.is_flow:
+        sections["likelihood"] = {
+            "protocol": {**protocol, "unit": "bits per dimension of dequantized 8-bit images"},
+            "measures": {"bits_per_dimension": test["bits_per_dimension"].double().mean().item()},
+        }
+    else:
+        measures = {"mean_squared_error": test["error"].mean().item()}
+        measures |= {name: test[name].mean().item() for name in ("psnr", "ssim") if name in test}
+        of_features = compare(test["features"], test["reconstructed"])
+        measures |= {
+            name: of_features[name] for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")
+        }
+        pairs = pairs_protocol(len(test["features"]), len(test["reconstructed"]))
+        sections["reconstruction"] = {
+            "protocol": {**protocol, "latents": "posterior mean", **pairs},
+            "measures": measures,
+        }
     if work.num_likelihood_images > 0:
         bounds = work.collect("likelihood")
         sections["likelihood"] = {
@@ -165,14 +174,14 @@ def held_out_measures(work: Work, test: dict[str, torch.Tensor], protocol: dict)
         }
     others = [name for name in work.images if name.startswith("outside_")]
     if others:
-        scores = [name for name in ("energy", "error") if name in test]
+        scores = [name for name in ("energy", "error", "bits_per_dimension") if name in test]
         collected = {name.removeprefix("outside_"): work.collect(name) for name in others}
         sections["out_of_distribution"] = {
             "protocol": {
                 "inside": protocol,
-                "outside": {name: len(one["error"]) for name, one in collected.items()},
+                "outside": {name: len(one[scores[-1]]) for name, one in collected.items()},
                 "measure": "AUROC: the share of pairs in which the other image has the higher score",
-                "error": "mean squared error of the model's own reconstruction",
+                **{name: MEANINGS[name] for name in scores if name in MEANINGS},
             },
             "measures": {
                 name: {score: out_of_distribution_auroc(test[score], one[score]) for score in scores}

@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.model_error import squared_error
+from ecvae_diffusers.models import bits_per_dimension, dequantize
 from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.upload import INDEX, check_components, class_name, held_class
 from ecvae_training.evaluation import load_features
@@ -26,6 +27,7 @@ LIKELIHOOD_VARIANCE = 0.5
 # By which the posterior of each image is optimised, for the amortisation gap.
 AMORTISATION_STEPS = 200
 LEAST_SIZE_FOR_SSIM = 11
+PIPELINES = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
 
 
 class EvaluatedModel:
@@ -38,7 +40,10 @@ class EvaluatedModel:
         device (`torch.device`): Where it computes.
 
     Raises:
-        OSError, ValueError: if it can't be loaded, or is another model than an `ECVAEPipeline`.
+        OSError, ValueError: if it can't be loaded, or is another model than an `ECVAEPipeline` or an `ECFlowPipeline`.
+
+    Attributes:
+        is_flow (`bool`): Whether it has exact likelihoods, and no reconstructions that differ from the images.
     """
 
     def __init__(self, name: str, revision: str | None, device: torch.device):
@@ -49,20 +54,25 @@ class EvaluatedModel:
         except OSError as error:
             raise ValueError(f"{argument} holds no pipeline ({' '.join(str(error).split())}): {others}") from error
         # diffusers would load the weights of any pipeline with such components, and say nothing.
-        if class_name(index) != "ECVAEPipeline":
-            raise ValueError(f"{argument} must be an ECVAEPipeline, but holds {held_class(INDEX, index)}: {others}")
+        if class_name(index) not in PIPELINES:
+            raise ValueError(
+                f"{argument} must be an {' or an '.join(PIPELINES)}, but holds {held_class(INDEX, index)}: {others}"
+            )
         check_components(name, index)
-        pipeline = ECVAEPipeline.from_pretrained(name, revision=revision)
+        pipeline = PIPELINES[class_name(index)].from_pretrained(name, revision=revision)
         pipeline.set_progress_bar_config(disable=True)
         self.name = Path(name).resolve().name if os.path.isdir(name) else name
         self.pipeline = pipeline.to(device)
         self.fingerprint = weights_fingerprint(pipeline)
-        self.resolution, self.channels = pipeline.vae.config.sample_size, pipeline.vae.config.in_channels
+        self.is_flow = isinstance(pipeline, ECFlowPipeline)
+        model = pipeline.flow if self.is_flow else pipeline.vae
+        self.resolution, self.channels = model.config.sample_size, model.config.in_channels
+        self.num_latents = model.num_latents if self.is_flow else model.config.latent_channels
         self.device = device
 
     def latents(self, count: int, seed: int) -> torch.Tensor:
         """Always the same ones for a seed, and the first ones of a larger count."""
-        shape = (count, self.pipeline.vae.config.latent_channels, 1, 1)
+        shape = (count, self.num_latents, 1, 1)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def sample(self, latents: torch.Tensor) -> torch.Tensor:
@@ -83,6 +93,22 @@ class EvaluatedModel:
             return {}
         with frozen(self.pipeline.energy_model):
             return {"energy": compute_energy(self.pipeline.energy_model, images)}
+
+    @torch.no_grad()
+    def bits(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Of a flow: bits per dimension of 8-bit images in [-1, 1], dequantized by the same noise for each image, so that any batches
+        give the same.
+        """
+        noise = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
+        log_prob = self.pipeline.flow.log_prob(dequantize(images, noise.expand_as(images)))
+        return bits_per_dimension(log_prob, self.num_latents)
+
+    def own_score(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a model without an energy tells other images by: its reconstruction error, or of a flow the number of bits."""
+        if self.is_flow:
+            return {"bits_per_dimension": self.bits(images)}
+        return {"error": squared_error(images, self.reconstruct(images))}
 
 
 class Work:
@@ -129,6 +155,9 @@ class Work:
 
     @property
     def num_likelihood_images(self) -> int:
+        """Of which bounds are taken. A flow's likelihoods are exact, and of all test images."""
+        if self.model is None or self.model.is_flow:
+            return 0
         return min(self.args.num_likelihood_images, len(self.images.get("test", ())))
 
     def do(self) -> None:
@@ -160,7 +189,7 @@ class Work:
 
     def scores(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """What may tell one kind of images from another."""
-        return self.model.energy(images) | {"error": squared_error(images, self.model.reconstruct(images))}
+        return self.model.energy(images) | self.model.own_score(images)
 
     def sample_part(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
         samples = torch.cat([self.model.sample(batch) for batch in self.batches(latents)])
@@ -171,6 +200,8 @@ class Work:
         found = {"features": self.features_of(images)}
         if self.model is None:
             return found
+        if self.model.is_flow:
+            return found | self.gather(images, self.scores)
 
         def measured(batch: torch.Tensor) -> dict[str, torch.Tensor]:
             reconstructed = self.model.reconstruct(batch)

@@ -1,16 +1,23 @@
 """What a run leaves in its output folder: the check that nothing is overwritten, metrics, sample grids, checkpoints."""
 
+import hashlib
 import json
-import os
+import logging
 import re
-import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import PIL.Image
 import torch
+from safetensors import SafetensorError, safe_open
 
+from ecvae_diffusers.atomic import discard, remove, replacing, to_json, write_json, write_text, writing
 from ecvae_training.images import to_uint8
+from ecvae_training.lock import LOCK_FILE
+
+
+logger = logging.getLogger(__name__)
 
 
 ARGUMENTS_FILE = "training_args.json"
@@ -19,6 +26,12 @@ ENERGIES_FILE = "energies.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 EVENTS_FILE = "events.jsonl"
 BEST_FOLDER = "best"
+# Of a checkpoint: the SHA-256 of each of its own files. `pipeline/` is to be looked at, and may be changed.
+MANIFEST = "files.json"
+# What every checkpoint has; those of before the manifest are known by them.
+STATE_FILES = (
+    "model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl",
+)  # fmt: skip
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STEP_FILE = re.compile(r"step-(\d+)\.png")
 PICTURES = ("samples", "reconstructions", "chain", "neighbours")
@@ -56,7 +69,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component:
         return
     if not output_dir.is_dir():
         raise ValueError(f"--output_dir must be a folder, but {str(output_dir)!r} is a file.")
-    if not any(output_dir.iterdir()):
+    if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
         return
     if not (output_dir / ARGUMENTS_FILE).is_file():
         raise ValueError(
@@ -104,7 +117,7 @@ def is_finished(output_dir: Path) -> bool:
 def clear_run(output_dir: Path) -> None:
     """Remove what a run of this script wrote, and nothing else: a card that was edited by hand stays."""
     for path in output_dir.iterdir() if output_dir.is_dir() else []:
-        if path.is_dir() and (CHECKPOINT.fullmatch(path.name.lstrip(".")) or path.name in RUN_FOLDERS):
+        if CHECKPOINT.fullmatch(path.name.lstrip(".")) or path.name in RUN_FOLDERS:
             discard(path)
         elif path.name in RUN_FILES:
             path.unlink()
@@ -120,7 +133,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
     path = output_dir / ARGUMENTS_FILE
     needed = "--resume_from_checkpoint needs it"
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of damaged text, or of damaged JSON
         raise ValueError(f"{str(path)!r} can't be read ({error}): {needed}.") from error
     if not isinstance(before, dict):
@@ -155,7 +168,7 @@ def arguments_of_run(output_dir: str | os.PathLike) -> dict:
 def argument_of_run(output_dir: Path, name: str):
     """An argument that a run in this folder was started with; `None` where there is none, or none that can be read."""
     try:
-        return json.loads((output_dir / ARGUMENTS_FILE).read_text()).get(name)
+        return json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, AttributeError):
         return None  # `check_resumed_arguments` says what is wrong with it
 
@@ -170,7 +183,7 @@ def check_resumed_launch(output_dir: Path, launch: dict) -> None:
     Raises:
         ValueError: if one of them differs.
     """
-    before = json.loads((output_dir / ARGUMENTS_FILE).read_text()).get("launch", {})
+    before = json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get("launch", {})
     changed = [f"{name} (was {before[name]}, is {launch[name]})" for name in before if before[name] != launch[name]]
     if changed:
         raise ValueError(
@@ -180,17 +193,7 @@ def check_resumed_launch(output_dir: Path, launch: dict) -> None:
 
 
 def write_arguments(output_dir: Path, arguments: dict) -> None:
-    temporary = output_dir / f".{ARGUMENTS_FILE}"
-    temporary.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, output_dir / ARGUMENTS_FILE)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder: under its name it is whole until it is gone, so that a kill leaves no half of a checkpoint."""
-    hidden = folder.with_name(f".discarded-{folder.name.lstrip('.')}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.replace(folder, hidden)
-    shutil.rmtree(hidden)
+    write_json(output_dir / ARGUMENTS_FILE, arguments, sort_keys=True)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -198,7 +201,7 @@ def remove_leftovers(output_dir: Path) -> None:
     for path in output_dir.iterdir():
         name = path.name.removeprefix(".discarded-").removeprefix(".")
         if path.name.startswith(".") and (CHECKPOINT.fullmatch(name) or name in RUN_FOLDERS | {"pipeline"}):
-            shutil.rmtree(path)
+            remove(path)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -211,18 +214,83 @@ def checkpoint_step(path: Path) -> int:
     return int(CHECKPOINT.fullmatch(path.name)[1])
 
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+def write_manifest(checkpoint: Path) -> None:
+    """Note of each file of a checkpoint what it holds, so that `damage` can tell whether it still does."""
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST)
+    write_json(checkpoint / MANIFEST, {path.name: sha256(path) for path in files})
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(checkpoint: Path) -> str | None:
     """
-    The checkpoint to resume from; `None` to start at 0.
+    What is wrong with a checkpoint, in words: a file that is missing, or that is not as it was written. `None` if it is whole.
 
     Raises:
-        ValueError: if the one named is not there, or not the newest: going on from it would mix two runs.
+        OSError: if a file is there and can't be read, which another try may change.
+    """
+    if not checkpoint.is_dir():
+        return "it is no folder"
+    expected = dict.fromkeys(STATE_FILES)
+    if (checkpoint / MANIFEST).exists():
+        try:
+            expected |= json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        except (ValueError, TypeError, IsADirectoryError):
+            return f"{MANIFEST} can't be read"
+    else:
+        expected |= {
+            path.name: None for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".bin", ".pkl")
+        }
+    for name, digest in expected.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing" if not path.exists() else f"{name} is no file"
+        if not (is_whole(path) if digest is None else sha256(path) == digest):
+            return f"{name} is not as it was written"
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of weights or states is there to its end, of which nothing else tells."""
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path)
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """
+    The checkpoint to resume from; `None` to start at 0. `"latest"` is the newest one that is whole: a warning names those
+    after it, which the run replaces.
+
+    Raises:
+        ValueError: if the one named is not there, not whole, or not the newest, from which two runs would mix; or if
+            none is whole.
     """
     if resume_from_checkpoint is None:
         return None
     found = checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        return next(reversed(found), None)
+        damaged = []
+        for checkpoint in reversed(found):
+            what = damage(checkpoint)
+            if what is None:
+                for name in damaged:
+                    logger.warning(f"Damaged: {name}. Resuming from {checkpoint.name} instead, whose run replaces it.")
+                return checkpoint
+            damaged.append(f"{str(checkpoint)!r} ({what})")
+        if damaged:
+            raise ValueError(
+                f"--resume_from_checkpoint latest must find a whole checkpoint, but all are damaged: {', '.join(damaged)}. "
+                "Bring the files back, or start again with --overwrite_output_dir."
+            )
+        return None
     path = Path(resume_from_checkpoint)
     if len(path.parts) == 1:
         path = output_dir / path
@@ -237,6 +305,11 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
             f"--resume_from_checkpoint {resume_from_checkpoint!r} is not the newest: a run that goes on from it would mix "
             f"with what came later. Move {[one.name for one in found[found.index(chosen) + 1 :]]} away first."
         )
+    if (what := damage(chosen)) is not None:
+        raise ValueError(
+            f"--resume_from_checkpoint {resume_from_checkpoint!r} is damaged ({what}): 'latest' resumes from the newest that "
+            "is whole."
+        )
     return chosen
 
 
@@ -247,22 +320,21 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 
 class RunLog:
-    """A file of the run with one JSON object a line, each with its `step`."""
+    """A file of the run with one JSON object a line, each with its `step`. A number that is not finite is `null`."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def write(self, **values) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append a line. Raises `WriteError` if it can't be written."""
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(to_json(values) + "\n")
 
     def cut(self, last_step: int) -> None:
-        """Drop what came after a step that the run goes on from, and a line that a kill cut off."""
+        """Drop what came after a step that the run goes on from, and what is no record."""
         if self.path.is_file():
-            kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= last_step]
-            temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, self.path)
+            kept = [to_json(record) + "\n" for record in read_metrics(self.path) if record.get("step", 0) <= last_step]
+            write_text(self.path, "".join(kept))
 
 
 def cut_run(output_dir: Path, last_step: int) -> None:
@@ -286,13 +358,20 @@ def step_file(output_dir: Path, kind: str, step: int) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a `RunLog`; a last line that a kill cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines():
+    """
+    The records of a file with one JSON object a line, such as a `RunLog`. Lines that are none are left out: a last one that a
+    kill cut off, and, with a warning, others, such as those that a failing disk has damaged.
+    """
+    records, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line.decode())
+        except ValueError:  # no UTF-8, or no JSON
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            logger.warning(f"{str(path)!r}: line {number} is no record, and is left out.")
     return records
 
 
@@ -317,7 +396,6 @@ def image_grid(images: torch.Tensor, num_columns: int, scale: int = 1) -> PIL.Im
 
 
 def save_atomically(image: PIL.Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    """Write a PNG. Raises `WriteError` if it can't be written."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")

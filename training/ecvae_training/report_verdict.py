@@ -58,7 +58,7 @@ class Run:
             )
         path = folder / ARGUMENTS_FILE
         try:
-            arguments = json.loads(path.read_text()) if path.is_file() else {}
+            arguments = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
         if not isinstance(arguments, dict):
@@ -105,9 +105,9 @@ class Run:
 def read_records(path: Path) -> list[dict]:
     try:
         records = read_metrics(path) if path.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 def number(value) -> float:
@@ -135,8 +135,8 @@ def judge_finite(run: Run) -> Finding:
         name
         for record in run.judged
         for name, value in record.items()
-        # fp16's loss scaling lets gradients overflow now and then, and leaves that step out.
-        if isinstance(value, float) and not math.isfinite(value) and "gradient_norm" not in name
+        # fp16's loss scaling lets gradients overflow now and then, and leaves that step out. JSON has `null` for such numbers.
+        if (value is None or isinstance(value, float) and not math.isfinite(value)) and "gradient_norm" not in name
     }
     return Finding(
         "Numbers",

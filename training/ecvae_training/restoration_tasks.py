@@ -26,6 +26,7 @@ from ecvae_training.images import to_uint8
 OBSERVED = 0.3
 # Of images in [-1, 1]: pixels that vary less over the test set, such as an empty border, are left out of the coverage.
 LEAST_VARIED = 0.05
+DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_std")
 # The answer's own share of a pixel's variance from which on the measurement leaves it open.
 LEFT_OPEN = 0.01
 
@@ -169,28 +170,31 @@ def restore(
     )
 
 
-def measures(task: Task, answers: Answers, metrics: GenerationMetrics) -> dict[str, float]:
+def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) -> dict[str, float | None]:
     """
     Args:
-        metrics ([`GenerationMetrics`]): That has seen the clean images as real ones.
+        metrics ([`GenerationMetrics`], *optional*):
+            That has seen the clean images as real ones. `None` where there are too few of them to compare as sets.
 
     Returns:
-        `dict` with PSNR (dB) of the mean and of single answers, SSIM of the mean, the Frechet distance between single answers
-        and the clean images over the metrics' features, and what else `answers` holds.
+        `dict` with PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the mean, the
+        distances between single answers and the clean images over the metrics' features (`None` where there is none), and what
+        else `answers` holds.
     """
     of_mean, of_single = (
         reconstruction_metrics((images + 1) / 2, (task.clean + 1) / 2) for images in (answers.mean, answers.single)
     )
-    for images in to_uint8(answers.single).split(250):
-        metrics.update(images, real=False)
-    distances = metrics.compute()
-    metrics.reset(keep_real=True)
+    distances = dict.fromkeys(DISTANCES)
+    if metrics is not None:
+        for images in to_uint8(answers.single).split(250):
+            metrics.update(images, real=False)
+        distances = metrics.compute()
+        metrics.reset(keep_real=True)
     found = {
         "psnr": of_mean["psnr"].mean().item(),
         "psnr_single": of_single["psnr"].mean().item(),
         "ssim": of_mean["ssim"].mean().item(),
-        "frechet_distance": distances["frechet_distance"],
-        "kernel_distance": distances["kernel_distance"],
+        **{name: distances[name] for name in DISTANCES},
     }
     names = ("residual", "residual_of_mean", "largest_relative_residual", "num_network_calls", "seconds")
     found |= {name: getattr(answers, name) for name in names if getattr(answers, name) is not None}

@@ -3,16 +3,19 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
+from ecvae_diffusers.atomic import WriteError
 from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
-from ecvae_training.checkpoints import SavingFailed
 from ecvae_training.feeds import build_feed
 from ecvae_training.launch import build_accelerator
+from ecvae_training.lock import locked
 from ecvae_training.output import (
     check_output_dir,
     check_pretrained_stays,
@@ -29,23 +32,37 @@ logger = get_logger(__name__)
 
 
 def train(
-    args: Namespace, load: Callable[[], Any], build_task: Callable[[Any, Any], Task], task_class: type[Task]
+    args: Namespace,
+    load: Callable[[Path | None], Any],
+    build_task: Callable[[Any, Any], Task],
+    task_class: type[Task],
 ) -> None:
     """
-    One run, from its checked command line to its saved, and perhaps published, pipeline.
+    One run, from its checked command line to its saved, and perhaps published, pipeline. One process at a time has the folder.
 
     Args:
         args: The command line.
-        load (`Callable`): What the run starts from, such as pretrained networks. Called before the data is opened, which
-            can take minutes, since what is wrong with it is told in seconds.
+        load (`Callable`): What the run starts from, such as pretrained networks, given the checkpoint that it resumes from, if
+            there is one. Called before the data is opened, which can take minutes, since what is wrong with it is told in seconds.
         build_task (`Callable`): The task, of what `load` gave and of the feed. All that it draws depends on `--seed` alone.
         task_class (`type`): Its class.
 
     Raises:
         Stopped: if the run ended before its last step.
-        ValueError: if folder, data, networks or ways of launching do not fit.
+        ValueError: if folder, data, networks or ways of launching do not fit, or another run has the folder.
+        WriteError: if something can't be written; what was whole stays.
         UploadError: if publishing failed; the model is saved.
     """
+    accelerator = build_accelerator(args)
+    with locked(args.output_dir) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        train_alone(args, accelerator, load, build_task, task_class)
+
+
+def train_alone(
+    args: Namespace, accelerator: Accelerator, load: Callable, build_task: Callable, task_class: type[Task]
+):
+    """`train`, where no other run has the folder."""
     output_dir = Path(args.output_dir)
     resume = args.resume_from_checkpoint is not None
     check_output_dir(output_dir, args.overwrite_output_dir, resume, task_class.component)
@@ -54,7 +71,6 @@ def train(
         check_resumed_arguments(output_dir, vars(args))
     elif args.pretrained_model_name_or_path is not None:
         check_pretrained_stays(output_dir, args.pretrained_model_name_or_path)
-    accelerator = build_accelerator(args)
     repository = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
         open_repository(
@@ -62,7 +78,7 @@ def train(
         )
 
     # Opened, checked and decoded before anything is written.
-    loaded = load()
+    loaded = load(checkpoint)
     feed = build_feed(args, accelerator)
     num_steps = args.max_train_steps
     if num_steps is None:
@@ -98,7 +114,14 @@ def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) ->
         what_to_do = f" The model is saved: training/publish.py {args.output_dir} {where} uploads it."
         what_to_do = what_to_do if is_finished(Path(args.output_dir)) else ""
         sys.exit(f"{name}: error: --push_to_hub: {error}{what_to_do}")
-    except (ValueError, ImportError, FloatingPointError, SavingFailed) as error:
+    except WriteError as error:
+        found = checkpoints(Path(args.output_dir))
+        what_to_do = (
+            "make room (--checkpoints_total_limit keeps fewer), and go on with --resume_from_checkpoint latest."
+        )
+        left = f" {found[-1].name} is the newest checkpoint: {what_to_do}" if found else ""
+        sys.exit(f"{name}: error: {error}{left}")
+    except (ValueError, ImportError, FloatingPointError, OSError) as error:
         sys.exit(f"{name}: error: {error}")
     except Stopped as message:
         sys.exit(f"{name}: {message}")

@@ -95,7 +95,8 @@ class Trainer:
         own = {"ema": self.ema, "calibrator": self.calibrator, "task": task.state}
         self.recovery = Recovery(args, accelerator, self.generator, self.energy, own)
         self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
-        self.patience = Patience(args.early_stopping_metric, args.early_stopping_patience)
+        metric = self.evaluation.metric if self.evaluation is not None else args.early_stopping_metric
+        self.patience = Patience(metric, args.early_stopping_patience)
         self.stopwatch = Stopwatch()
         resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
@@ -176,8 +177,7 @@ class Trainer:
                         self.output_dir,
                         self.step,
                         "early_stopping",
-                        f"{args.early_stopping_metric} has not been better for {len(self.patience.since)} evaluations: the "
-                        f"model of step {self.patience.best_step} is saved",
+                        self.patience.outcome,
                     )
             self.save()
 
@@ -367,7 +367,8 @@ class Trainer:
         best = self.patience.is_best(measures, self.step) and self.task.samples_change
         if self.accelerator.is_main_process:
             measures |= self.task.measure(self.exported, self.evaluation.reference)
-        logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measures.items()))
+        stated = {name: value for name, value in measures.items() if value is not None}
+        logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in stated.items()))
         if self.accelerator.is_main_process:
             RunLog(self.output_dir / EVALUATIONS_FILE).write(
                 step=self.step, **measures, features=self.args.evaluation_features
@@ -375,7 +376,7 @@ class Trainer:
             if best:
                 save_folder(self.build_pipeline(), self.output_dir / BEST_FOLDER)
         if self.args.report_to is not None:
-            numbers = {f"evaluation/{name}": value for name, value in measures.items()}
+            numbers = {f"evaluation/{name}": value for name, value in stated.items()}
             self.accelerator.log(numbers, step=self.step)
 
     def save(self) -> None:
@@ -383,7 +384,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             pipeline = self.build_pipeline()
-            if self.patience.is_over:
+            if self.patience.is_over and self.patience.has_best:
                 pipeline = type(pipeline).from_pretrained(self.output_dir / BEST_FOLDER, low_cpu_mem_usage=False)
                 pipeline.to(self.accelerator.device)
             self.task.finish(getattr(pipeline, self.task.component), self.feed)

@@ -2,7 +2,7 @@
 r"""How near generated images are to real ones, as distances and overlaps of two sets of features.
 
 - **Frechet distance** (Heusel et al. 2017): :math:`|\mu_r - \mu_g|^2 + \operatorname{tr}(\Sigma_r + \Sigma_g
-  - 2 (\Sigma_r \Sigma_g)^{1/2})`. Biased upwards at few samples.
+  - 2 (\Sigma_r \Sigma_g)^{1/2})`. Biased upwards at few samples; `None` of fewer images than features.
 - **Kernel distance** (Binkowski et al. 2018): the unbiased squared MMD with the kernel
   :math:`(x^\top y / F + 1)^3`, mean and spread over subsets.
 - **Precision, recall, density, coverage** (Naeem et al. 2020), over the nearest neighbours.
@@ -19,6 +19,8 @@ import torch.nn as nn
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+
+from ..figures import why_no_frechet_distance
 
 
 # Kernel and neighbour measures hold features in memory and compare them in pairs: at most so many of each set.
@@ -111,18 +113,18 @@ class GenerationMetrics:
             self.kept.update(features[:room], real=real)
             self.counts[real] += min(room, len(features))
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float | None]:
         """
         Returns:
-            `dict` with `frechet_distance`, `kernel_distance`, `kernel_distance_std` (over subsets), `precision`,
-            `recall`, `density`, `coverage`, `num_real` and `num_generated` (images of the Frechet distance).
+            `dict` with `frechet_distance` (`None` where a set has fewer images than there are features), `kernel_distance`,
+            `kernel_distance_std` (over subsets), `precision`, `recall`, `density`, `coverage`, `num_real` and
+            `num_generated` (images of the Frechet distance).
 
         Raises:
             ValueError: if a set has fewer images than `num_neighbours` + 2.
         """
         if self.frechet is None:
             raise ValueError("`compute` needs images: call `update` with real and with generated ones first.")
-        frechet_distance = self.frechet.compute().item()
         with self.frechet.sync_context(distributed_available=torch.distributed.is_initialized):
             counts = [int(self.frechet.real_features_num_samples), int(self.frechet.fake_features_num_samples)]
         real, generated = self.kept.compute()
@@ -132,8 +134,9 @@ class GenerationMetrics:
                 f"There must be at least {self.num_neighbours + 2} images of each kind (`num_neighbours` + 2), but there are "
                 f"{len(real)} real and {len(generated)} generated ones."
             )
+        is_stated = why_no_frechet_distance(*counts, real.shape[1]) is None
         return {
-            "frechet_distance": frechet_distance,
+            "frechet_distance": self.frechet.compute().item() if is_stated else None,
             **self.kernel_distance(real, generated),
             **neighbour_measures(real, generated, self.num_neighbours),
             "num_real": counts[0],

@@ -163,7 +163,7 @@ class LinearOperator(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         config = self.to_config(tensors)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / TENSORS_FILE)
 
     @classmethod

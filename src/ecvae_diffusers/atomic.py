@@ -1,0 +1,149 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Writes files and folders so that each is complete or absent, and JSON that every parser reads.
+
+A file is written next to its place, flushed to the disk and renamed. A process that is killed, a machine that loses its power
+and a disk that is full leave what was there before.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+# What torch says of a file that it could not write to the end, as a RuntimeError.
+TORCH_WRITER = ("StreamWriter", "unexpected pos")
+
+
+class WriteError(OSError):
+    """A file or folder that could not be written. The message names it, the reason and the free space."""
+
+    def __str__(self) -> str:
+        place = next(parent for parent in Path(self.filename).absolute().parents if os.path.exists(parent))
+        free = shutil.disk_usage(place).free / 2**20
+        return f"{self.filename!r} can't be written: {self.strerror} ({free:,.0f} MiB are free there)."
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """
+    Turn the errors of a write to `path` into a [`WriteError`] that names it.
+
+    Raises:
+        WriteError: if the body can't write, as on a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(getattr(error, "errno", None), " ".join(reason.split()), str(path)) from error
+
+
+def temporary_path(path: str | os.PathLike) -> Path:
+    """The hidden name next to `path` under which it is written."""
+    return Path(path).with_name(f".{Path(path).name}")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Give the name under which the body writes a file or a folder. Afterwards it is flushed to the disk and renamed to `path`,
+    in place of what is there. If the body fails, it is removed, and `path` is as it was.
+
+    Raises:
+        WriteError: if it can't be written.
+    """
+    path, temporary = Path(path), temporary_path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        try:
+            yield temporary
+            sync(temporary)
+            if path.is_dir():
+                hidden = discarded_path(path)
+                remove(hidden)
+                os.replace(path, hidden)
+            os.replace(temporary, path)
+            sync(path.parent, recursive=False)
+            remove(discarded_path(path))
+        except BaseException:
+            remove(temporary)
+            raise
+
+
+def write_text(path: str | os.PathLike, text: str, errors: str = "strict") -> None:
+    """Write a text in UTF-8. `errors` is that of `str.encode`. Raises `WriteError` if it can't be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+def write_json(path: str | os.PathLike, value: Any, sort_keys: bool = False) -> None:
+    """Write `to_json(value)`, indented. Raises `WriteError` if it can't be written."""
+    write_text(path, to_json(value, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def to_json(value: Any, **options) -> str:
+    """JSON in which a number that is not finite is `null`: JSON has no NaN and no infinity. `options` are those of `json.dumps`."""
+    return json.dumps(finite_or_none(value), allow_nan=False, **options)
+
+
+def finite_or_none(value: Any) -> Any:
+    """Replace the numbers that are not finite, in nested dictionaries, lists and tuples, by `None`."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_or_none(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(one) for one in value]
+    return value
+
+
+def sync(path: Path, recursive: bool = True) -> None:
+    """Flush a file, or a folder with all that is in it, to the disk."""
+    is_folder = path.is_dir()
+    if is_folder and recursive:
+        for child in path.iterdir():
+            sync(child)
+    is_windows = os.name == "nt"
+    if is_folder and is_windows:
+        return  # it opens no folders, and keeps their entries itself
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems flush files only.
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, of which what it leads to stays. Nothing, if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discarded_path(path: Path) -> Path:
+    """The hidden name next to `path` under which it is removed."""
+    return path.with_name(f".discarded-{path.name.lstrip('.')}")
+
+
+def discard(path: Path) -> None:
+    """Remove a folder under another name: if the process is killed meanwhile, no part of it is left under its own."""
+    hidden = discarded_path(path)
+    remove(hidden)
+    os.replace(path, hidden)
+    remove(hidden)

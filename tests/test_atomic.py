@@ -1,0 +1,107 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What is written is complete or absent, and JSON is JSON."""
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ecvae_diffusers.atomic import WriteError, discard, remove, replacing, to_json, write_json, write_text, writing
+from ecvae_diffusers.figures import is_above_noise, why_no_frechet_distance
+
+
+def no_constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "one ä")
+    write_text(path, "two ö")
+    assert path.read_text(encoding="utf-8") == "two ö" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_was_there_stays_where_a_write_fails(is_folder, error, tmp_path):
+    path = tmp_path / "it"
+
+    def write(place, content):
+        if is_folder:
+            place.mkdir()
+            place = place / "file"
+        place.write_text(content)
+
+    write(path, "before")
+    with pytest.raises(WriteError if isinstance(error, OSError) else type(error)):
+        with replacing(path) as temporary:
+            write(temporary, "half")
+            raise error
+    assert (path / "file" if is_folder else path).read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        write(temporary, "after")
+    assert (path / "file" if is_folder else path).read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("writer", ["text", "torch", "safetensors"])
+def test_a_full_disk_is_said_with_the_files_name(writer, tmp_path):
+    """Each writer has an error of its own for it. Here no file may be longer than 40 kB, which ends a write as a full disk does."""
+    values, limits = torch.zeros(2**20), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with (
+            pytest.raises(WriteError, match="weights.bin") as raised,
+            replacing(tmp_path / "weights.bin") as temporary,
+        ):
+            if writer == "text":
+                temporary.write_text("x" * 10**6)
+            elif writer == "torch":
+                torch.save(values, temporary)
+            else:
+                save_file({"x": values}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_are_let_through(tmp_path):
+    with pytest.raises(RuntimeError, match="of the model") as raised, writing(tmp_path / "file"):
+        raise RuntimeError("an error of the model")
+    assert not isinstance(raised.value, OSError)
+
+
+def test_what_a_link_leads_to_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("x")
+    for function in (remove, discard):
+        (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+        function(tmp_path / "link")
+        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+        function(tmp_path / "dangling")
+        assert sorted(os.listdir(tmp_path)) == ["elsewhere"] and (tmp_path / "elsewhere" / "file").is_file()
+
+
+def test_json_has_no_infinity(tmp_path):
+    value = {"psnr": math.inf, "rows": [{"x": (math.nan, 1.5)}, -math.inf], "text": "NaN", "none": None, "yes": True}
+    expected = {"psnr": None, "rows": [{"x": [None, 1.5]}, None], "text": "NaN", "none": None, "yes": True}
+    assert json.loads(to_json(value), parse_constant=no_constant) == expected
+    write_json(tmp_path / "file.json", value)
+    assert json.loads((tmp_path / "file.json").read_text(), parse_constant=no_constant) == expected
+
+
+@pytest.mark.parametrize("counts, is_stated", [((64, 64), True), ((63, 64), False), ((64, 63), False)])
+def test_a_frechet_distance_needs_as_many_images_as_features(counts, is_stated):
+    assert (why_no_frechet_distance(*counts, 64) is None) == is_stated
+
+
+@pytest.mark.parametrize("value, std, is_above", [(0.06, 0.003, True), (-18874.0, 4e4, False), (1e-6, 1e-3, False)])
+def test_a_kernel_distance_must_be_above_its_noise(value, std, is_above):
+    assert is_above_noise(value, std) == is_above
