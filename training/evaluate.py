@@ -10,7 +10,6 @@ where it was when it is started again with the same arguments.
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from ecvae_training.evaluation_data import draw_images, open_source
 from ecvae_training.evaluation_parts import Parts, write_atomically
 from ecvae_training.evaluation_summary import summarize
 from ecvae_training.evaluation_work import EvaluatedModel, Work
+from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.output import save_atomically
 
 
@@ -29,7 +29,7 @@ PARTS_FOLDER = ".parts"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
@@ -174,6 +174,6 @@ if __name__ == "__main__":
     try:
         main(arguments)
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
+        fail(f"evaluate.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted: started again with the same arguments it goes on.")
+        fail("evaluate.py: interrupted: started again with the same arguments it goes on.")

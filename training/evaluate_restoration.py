@@ -9,7 +9,6 @@ clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The images
 import argparse
 import json
 import platform
-import sys
 from pathlib import Path
 
 import diffusers
@@ -22,6 +21,7 @@ from ecvae_diffusers.metrics import GenerationMetrics
 from ecvae_training.data import ImageDataset, find_images
 from ecvae_training.evaluation import load_features
 from ecvae_training.images import to_range
+from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.launch import keep_freed_memory
 from ecvae_training.output import image_grid, save_atomically
 from ecvae_training.restoration_tasks import TASKS, Task, as_answers, classical, make_operator, measures, restore
@@ -43,7 +43,7 @@ NUM_PICTURES = 8
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline: folder or Hub id.")
@@ -196,4 +196,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        fail(f"evaluate_restoration.py: error: {error}")

@@ -10,7 +10,6 @@ very weights. A flow, or an autoencoder with a calibrated decoder, is published 
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.upload import CARD, PICTURES, UploadError, class_name, files_to_publish, read_index, upload_folder
 from ecvae_training.curves import plot_curves
 from ecvae_training.evaluation_parts import write_atomically
+from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.output import ARGUMENTS_FILE, METRICS_FILE, read_metrics
 
 
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("model", help="Pipeline's folder, such as that of a training run.")
@@ -283,4 +283,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ValueError, OSError, UploadError) as error:
-        sys.exit(f"publish.py: error: {error}")
+        fail(f"publish.py: error: {error}")

@@ -9,9 +9,9 @@ pictures) is left out.
 import argparse
 import math
 import os
-import sys
 from pathlib import Path
 
+from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.report_charts import calibration_charts, evaluation_charts, training_charts
 from ecvae_training.report_page import (
     MARKER,
@@ -179,7 +179,7 @@ def write_atomically(text: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="The training script's --output_dir.")
     parser.add_argument("--output", type=Path, help="The HTML file to write. RUN/report.html if not given.")
     args = parser.parse_args()
@@ -189,12 +189,12 @@ def main() -> None:
         run = Run.read(args.run)
         check_output(output, is_default=output.resolve() == default.resolve())
     except (ValueError, OSError) as error:
-        sys.exit(f"report.py: error: {error}")
+        fail(f"report.py: error: {error}")
     text = report_html(run)
     try:
         write_atomically(text, output)
     except OSError as error:
-        sys.exit(f"report.py: error: {str(output)!r} can't be written: {error}")
+        fail(f"report.py: error: {str(output)!r} can't be written: {error}")
     print(f"Wrote {output}.")
 
 

@@ -12,6 +12,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from ecvae_training.argument_checks import check_arguments
+from ecvae_training.last_line import ArgumentParser
 from ecvae_training.output import arguments_of_run
 
 
@@ -56,7 +57,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser(script: CommandLine) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=script.description, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=script.description, formatter_class=HelpFormatter)
     parser.add_argument(
         "--config",
         help="YAML file of arguments, as those in training/configs; what the command line gives goes before it.",
@@ -296,7 +297,8 @@ def add_saving_arguments(saving) -> None:
         "--save_images_steps",
         type=int,
         default=500,
-        help="Write samples, reconstructions, the chain and the energies' distribution every so many steps.",
+        help="Write samples, reconstructions, the chain and the energies' distribution every so many steps; the first pictures "
+        "come at steps 1, 10 and 100.",
     )
     saving.add_argument(
         "--report_to",

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from ecvae_training.images import to_range, to_uint8
 from ecvae_training.output import image_grid, save_atomically, step_file
+from ecvae_training.progress import progress
 
 
 FALLING = ("frechet_distance", "kernel_distance")
@@ -92,13 +93,14 @@ class Evaluation:
             for images in self.share(self.reference).split(batch_size):
                 self.metrics.update(images.to(device), real=True)
         first = None
-        for latents in self.latents.split(batch_size):
+        main_process = self.accelerator.is_main_process
+        for latents in progress("Evaluation", self.latents.split(batch_size), shown=main_process):
             samples = to_uint8(self.task.sample(exported, latents.to(device)))
             self.metrics.update(samples, real=False)
             first = samples if first is None else first
         measures = self.metrics.compute()
         real, generated = self.metrics.kept.compute()
-        if self.accelerator.is_main_process:
+        if main_process:
             self.save_neighbours(first, generated, real, output_dir, step)
         self.metrics.reset(keep_real=True)
         return measures

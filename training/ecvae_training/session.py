@@ -1,6 +1,5 @@
 """What every training script does around its task: check, open the data, train, publish, and say what went wrong."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from accelerate.utils import set_seed
 from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
 from ecvae_training.checkpoints import SavingFailed
 from ecvae_training.feeds import build_feed
+from ecvae_training.last_line import fail
 from ecvae_training.launch import build_accelerator
 from ecvae_training.output import (
     check_output_dir,
@@ -55,12 +55,6 @@ def train(
     elif args.pretrained_model_name_or_path is not None:
         check_pretrained_stays(output_dir, args.pretrained_model_name_or_path)
     accelerator = build_accelerator(args)
-    repository = args.hub_model_id or output_dir.resolve().name
-    if args.push_to_hub and accelerator.is_main_process:
-        open_repository(
-            repository, private=args.hub_private_repo, revision=args.hub_revision, name=task_class.published
-        )
-
     # Opened, checked and decoded before anything is written.
     loaded = load()
     feed = build_feed(args, accelerator)
@@ -75,6 +69,12 @@ def train(
         f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
         f"steps, calibration: {args.calibration}."
     )
+    repository = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        # Not before: a run that its data or its networks refuse leaves no empty repository.
+        open_repository(
+            repository, private=args.hub_private_repo, revision=args.hub_revision, name=task_class.published
+        )
     try:
         trainer.train(checkpoint)
     except Stopped:
@@ -97,14 +97,14 @@ def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) ->
         where += f" --hub_revision {args.hub_revision}" if args.hub_revision is not None else ""
         what_to_do = f" The model is saved: training/publish.py {args.output_dir} {where} uploads it."
         what_to_do = what_to_do if is_finished(Path(args.output_dir)) else ""
-        sys.exit(f"{name}: error: --push_to_hub: {error}{what_to_do}")
+        fail(f"{name}: error: --push_to_hub: {error}{what_to_do}")
     except (ValueError, ImportError, FloatingPointError, SavingFailed) as error:
-        sys.exit(f"{name}: error: {error}")
+        fail(f"{name}: error: {error}")
     except Stopped as message:
-        sys.exit(f"{name}: {message}")
+        fail(f"{name}: {message}")
     except KeyboardInterrupt:
         found = checkpoints(Path(args.output_dir))
         left = (
             f"go on from {found[-1].name} with --resume_from_checkpoint latest" if found else "no checkpoint was saved"
         )
-        sys.exit(f"{name}: interrupted: {left}.")
+        fail(f"{name}: interrupted: {left}.")

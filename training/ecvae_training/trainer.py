@@ -44,6 +44,7 @@ from ecvae_training.output import (
     remove_old_checkpoints,
     write_arguments,
 )
+from ecvae_training.progress import progress
 from ecvae_training.recovery import Recovery, record_event
 from ecvae_training.signals import StopSignal
 from ecvae_training.stopwatch import Stopwatch
@@ -51,6 +52,9 @@ from ecvae_training.task import Task
 
 
 logger = get_logger(__name__)
+
+# Steps of the first pictures, beside every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
+FIRST_PICTURES = (1, 10, 100)
 
 
 class Stopped(Exception):
@@ -159,8 +163,11 @@ class Trainer:
                     batches = self.new_batches()
                     continue
                 with self.stopwatch.paused():
-                    if main_process and (self.step % args.save_images_steps == 0 or last):
-                        self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator)
+                    full = self.step % args.save_images_steps == 0 or last
+                    if main_process and (full or self.step in FIRST_PICTURES):
+                        self.observer.observe(
+                            self.step, self.exported, self.task.generator, self.calibrator, energies=full
+                        )
                     if evaluate:
                         self.evaluate()
                     if save:
@@ -387,7 +394,9 @@ class Trainer:
                 pipeline = type(pipeline).from_pretrained(self.output_dir / BEST_FOLDER, low_cpu_mem_usage=False)
                 pipeline.to(self.accelerator.device)
             self.task.finish(getattr(pipeline, self.task.component), self.feed)
-            save_pipeline(pipeline, self.output_dir)
+            with progress("Saving", total=1, delay=0) as bar:
+                save_pipeline(pipeline, self.output_dir)
+                bar.update()
             logger.info(
                 f"Saved to {self.output_dir}: {self.task.saved_class}.from_pretrained({str(self.output_dir)!r})."
             )
