@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from ecvae_diffusers.cards import evaluation_table
 from ecvae_training.evaluation_data import draw_images, open_source
 from ecvae_training.evaluation_parts import Parts, write_atomically
+from ecvae_training.evaluation_reading import how_to_read
 from ecvae_training.evaluation_summary import summarize
 from ecvae_training.evaluation_work import EvaluatedModel, Work
 from ecvae_training.last_line import ArgumentParser, fail
@@ -167,6 +168,7 @@ def main(args: argparse.Namespace) -> None:
         write_atomically(output_dir / EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
         parts.remove()
         print(evaluation_table(evaluation))
+        print(how_to_read(evaluation, output_dir, pictures))
 
 
 if __name__ == "__main__":

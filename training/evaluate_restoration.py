@@ -20,6 +20,7 @@ from ecvae_diffusers import ECVAERestorationPipeline
 from ecvae_diffusers.metrics import GenerationMetrics
 from ecvae_training.data import ImageDataset, find_images
 from ecvae_training.evaluation import load_features
+from ecvae_training.evaluation_reading import RESTORATION
 from ecvae_training.images import to_range
 from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.launch import keep_freed_memory
@@ -190,6 +191,12 @@ def main(args: argparse.Namespace) -> None:
         grid = image_grid(torch.stack(parts), num_columns=5 * max(1, NUM_PICTURES // 2), scale=2)
         save_atomically(grid, output_dir / f"restoration_noise-{noise_std:g}.png")
     print(table(rows))
+    print(RESTORATION)
+    for noise_std in pictures:
+        print(
+            f"{output_dir / f'restoration_noise-{noise_std:g}.png'}: clean, measured, by the linear answer, restored, uncertainty."
+        )
+    print(f"{output_dir / 'restoration.json'}: every figure with its protocol.")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.report_charts import calibration_charts, evaluation_charts, training_charts
 from ecvae_training.report_page import (
+    FEW_POINTS,
     MARKER,
     Chart,
     chart_html,
@@ -33,6 +34,12 @@ CHAIN_NOTE = (
     "start, magnified, grey = nowhere). Healthy: changes too small to see. The last column is what the energy model still "
     "objects to: once a run has settled it has little form, and while it learns that of strokes and outlines."
 )
+# Of a run with `--use_ema`.
+AVERAGE_NOTE = (
+    ". The chain starts at samples of the network as it is trained; the pictures under Samples are of the average of its weights, which is "
+    "what is saved. Early in a run the two differ, in colours too."
+)
+AXES_NOTE = " Axes that are not logarithmic leave out what the first tenth of the run alone would need."
 # Of each `Task.component` and `--calibration`.
 KINDS = {
     "vae": {
@@ -129,9 +136,11 @@ def report_html(run: Run) -> str:
     kind = KINDS.get(component, {}).get(calibration, "Training run")
     lines = ". Dotted vertical lines are events of the guard" if run.events else ""
     intro = (
-        f"<p>{kind}. Green: the healthy range, where there is one{lines}. Axes that are not logarithmic leave out what the "
-        "first tenth of the run alone would need.</p>"
+        f"<p>{kind}. Green: the healthy range, where there is one{lines}."
+        + (AXES_NOTE if len(run.metrics) > FEW_POINTS else "")
+        + "</p>"
     )
+    chain_note = CHAIN_NOTE + (AVERAGE_NOTE if run.arguments.get("use_ema") else "")
     sections = {
         "Verdict": verdict_html(run),
         "Run": facts_html(run),
@@ -140,7 +149,7 @@ def report_html(run: Run) -> str:
         ),
         "Calibration": charts_html(calibration_charts(run), run.events),
         "Energies": energies,
-        "Chain": over_time_html(run, "chain", "Chain from prior samples", CHAIN_NOTE, count=3, small_width=240),
+        "Chain": over_time_html(run, "chain", "Chain from prior samples", chain_note, count=3, small_width=240),
         "Training": charts_html(training_charts(run), run.events),
         "Reconstructions": over_time_html(
             run, "reconstructions", "Reconstructions", "Rows in pairs: data above its reconstruction."
