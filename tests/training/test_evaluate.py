@@ -61,6 +61,7 @@ def test_files_and_table(done, files):
     assert "no Frechet distance" in table and "40 images of one kind are fewer than the 1280 features" in table
     for measure in ("kernel distance |", "coverage", "floor", "PSNR, dB", "importance-weighted bound", "stripes"):
         assert measure in table
+    assert str(done / "samples.png") in table and str(done / "neighbours.png") in table
     assert PIL.Image.open(done / "neighbours.png").size == ((6 * 17 - 1) * 4, (8 * 17 - 1) * 4)
 
 
