@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from ecvae_training.places import local_path
 from ecvae_training.report_charts import calibration_charts, evaluation_charts, training_charts
 from ecvae_training.report_page import (
     MARKER,
@@ -180,8 +181,8 @@ def write_atomically(text: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="The training script's --output_dir.")
-    parser.add_argument("--output", type=Path, help="The HTML file to write. RUN/report.html if not given.")
+    parser.add_argument("run", type=local_path, metavar="RUN", help="The training script's --output_dir.")
+    parser.add_argument("--output", type=local_path, help="The HTML file to write. RUN/report.html if not given.")
     args = parser.parse_args()
     default = args.run / "report.html"
     output = args.output or default

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from ecvae_training.data import ImageDataset, find_images, load_images, to_mode, to_size
+from ecvae_training.data import ImageDataset, load_images, to_mode, to_size
 
 
 def dataset(folder, **kwargs) -> ImageDataset:
@@ -72,33 +72,6 @@ def test_a_batch_is_the_stack_of_its_images_cached_or_not(tmp_path):
     assert torch.equal(batch, torch.stack([images[3], images[1]]))
     images.cache = None
     assert torch.equal(images.__getitems__([3, 1]), batch)
-
-
-def test_only_pictures_are_found(tmp_path):
-    """Not hidden files, not formats that Pillow can't read, not what the run itself writes; links are followed."""
-    for name in (
-        "a.png",
-        "sub/b.JPG",
-        ".hidden/c.png",
-        "._a.png",
-        "__MACOSX/d.png",
-        "out/samples/e.png",
-        "out2/f.bmp",
-    ):
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.new("L", (16, 16)).save(tmp_path / "data" / name)
-    for name in ("paper.pdf", "features.h5", "notes.txt"):
-        (tmp_path / "data" / name).write_text("no picture")
-    (tmp_path / "elsewhere").mkdir()
-    PIL.Image.new("L", (16, 16)).save(tmp_path / "elsewhere" / "g.png")
-    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
-    found = find_images(tmp_path / "data", tmp_path / "data" / "out")
-    assert [str(path.relative_to(tmp_path / "data")) for path in found] == [
-        "a.png",
-        "linked/g.png",
-        "out2/f.bmp",
-        "sub/b.JPG",
-    ]
 
 
 def test_photographs_are_turned_upright(tmp_path):

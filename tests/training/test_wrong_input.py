@@ -321,7 +321,7 @@ def test_missing_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(ImportError, match=r"pip install 'ecvae-diffusers\[training\]'"):
-        load_images(None, None, "images", None, None, None)
+        load_images("images", None, None, None, None, None)
 
 
 def test_wrong_size_of_a_pretrained_model_is_refused(tmp_path):

@@ -90,6 +90,9 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
         "model": model.name if model is not None else source_name(args.generated_image_dir),
         "weights": model.fingerprint if model is not None else None,
         "protocol": {
+            "files": {
+                name.replace("real", "train"): checked.describe(channels) for name, checked in work.checked.items()
+            },
             "libraries": {
                 name: importlib.metadata.version(name)
                 for name in (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
@@ -125,6 +128,16 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
     if "test" in images:
         test = work.collect("test")
         protocol = {**held_out, "num_images": len(images["test"])}
+        evaluation["held_out"] = {
+            "protocol": {
+                **protocol,
+                "compared_with": "all training images"
+                if work.recorded is None
+                else "what its run has recorded, and the reference",
+                "same": "equal pixels, as 8-bit RGB and upright, whatever the file",
+            },
+            "measures": {"num_trained_on": sum(work.is_trained_on)},
+        }
         evaluation["floor"] = {
             "protocol": {
                 "reference": train,

@@ -18,13 +18,14 @@ METRICS_FILE = "metrics.jsonl"
 ENERGIES_FILE = "energies.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 EVENTS_FILE = "events.jsonl"
+HASHES_FILE = "training_images.txt"  # of the images that a run was trained on
 BEST_FOLDER = "best"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STEP_FILE = re.compile(r"step-(\d+)\.png")
 PICTURES = ("samples", "reconstructions", "chain", "neighbours")
 RUN_FOLDERS = {*PICTURES, "vae", "flow", "energy_model", "scheduler", BEST_FOLDER, "logs"}
 RUN_FILES = {
-    METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, "report.html", "model_index.json", "pipeline.py",
+    METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, HASHES_FILE, "report.html", "model_index.json", "pipeline.py",
     "restoration.py", "config.json", "diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 # Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.

@@ -21,6 +21,7 @@ from ecvae_training.output import (
     find_checkpoint,
     is_finished,
 )
+from ecvae_training.places import check_places
 from ecvae_training.task import Task
 from ecvae_training.trainer import Stopped, Trainer
 
@@ -90,6 +91,7 @@ def train(
 def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) -> None:
     """`main(args)`, whose errors that a user can mend end the process with one line, and what to do."""
     try:
+        check_places(args)
         main(args)
     except UploadError as error:
         where = f"--hub_model_id {args.hub_model_id or Path(args.output_dir).resolve().name}"
