@@ -117,7 +117,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
     path = output_dir / ARGUMENTS_FILE
     needed = "--resume_from_checkpoint needs it"
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of damaged text, or of damaged JSON
         raise ValueError(f"{str(path)!r} can't be read ({error}): {needed}.") from error
     if not isinstance(before, dict):
@@ -138,7 +138,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
 def argument_of_run(output_dir: Path, name: str):
     """An argument that a run in this folder was started with; `None` where there is none, or none that can be read."""
     try:
-        return json.loads((output_dir / ARGUMENTS_FILE).read_text()).get(name)
+        return json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, AttributeError):
         return None  # `check_resumed_arguments` says what is wrong with it
 
@@ -153,7 +153,7 @@ def check_resumed_launch(output_dir: Path, launch: dict) -> None:
     Raises:
         ValueError: if one of them differs.
     """
-    before = json.loads((output_dir / ARGUMENTS_FILE).read_text()).get("launch", {})
+    before = json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get("launch", {})
     changed = [f"{name} (was {before[name]}, is {launch[name]})" for name in before if before[name] != launch[name]]
     if changed:
         raise ValueError(
@@ -164,7 +164,7 @@ def check_resumed_launch(output_dir: Path, launch: dict) -> None:
 
 def write_arguments(output_dir: Path, arguments: dict) -> None:
     temporary = output_dir / f".{ARGUMENTS_FILE}"
-    temporary.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, output_dir / ARGUMENTS_FILE)
 
 
@@ -236,7 +236,7 @@ class RunLog:
         self.path = path
 
     def write(self, **values) -> None:
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def cut(self, last_step: int) -> None:
@@ -244,7 +244,7 @@ class RunLog:
         if self.path.is_file():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= last_step]
             temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, self.path)
 
 
@@ -271,7 +271,7 @@ def step_file(output_dir: Path, kind: str, step: int) -> Path:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a `RunLog`; a last line that a kill cut off is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
