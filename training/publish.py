@@ -274,6 +274,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
     try:
         main(parse_args())
     except (ValueError, OSError, UploadError) as error:

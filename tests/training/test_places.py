@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import os
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from training_runs import write_images
 
 import evaluate_restoration
 from ecvae_training import decoder_arguments, ecvae_arguments, flow_arguments
-from ecvae_training.places import check_places, why_missing
+from ecvae_training.places import check_places, name_as_text, why_missing
 from ecvae_training.session import run_script
 
 
@@ -130,6 +131,15 @@ def test_training_scripts_look_before_they_load(script, tmp_path):
         with pytest.raises(SystemExit, match=argument):
             run_script(script, args, importlib.import_module(script).main)
         assert not Path("x").exists()
+
+
+def test_names_of_folders_are_text(tmp_path):
+    """Under an ASCII locale as well, where Python keeps what is no ASCII as surrogates."""
+    for name, text in (("Größe".encode(), "Größe"), (b"\xff", "\\xff")):
+        folder = os.fsencode(tmp_path) + b"/" + name
+        os.mkdir(folder)
+        assert name_as_text(os.fsdecode(folder)) == text
+    assert name_as_text("user/name") == "user/name"
 
 
 def text_files() -> list[Path]:

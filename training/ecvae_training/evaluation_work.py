@@ -1,8 +1,6 @@
 """What `evaluate.py` computes image by image, in parts: features, energies, errors, bounds."""
 
 import logging
-import os
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +18,7 @@ from ecvae_training.evaluation import load_features
 from ecvae_training.evaluation_parts import Parts
 from ecvae_training.images import to_range, to_uint8
 from ecvae_training.picture_files import HASH_BYTES, Pictures, trained_hashes
+from ecvae_training.places import name_as_text
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class EvaluatedModel:
         check_components(name, index)
         pipeline = ECVAEPipeline.from_pretrained(name, revision=revision)
         pipeline.set_progress_bar_config(disable=True)
-        self.name = Path(name).resolve().name if os.path.isdir(name) else name
+        self.name = name_as_text(name)
         self.pipeline = pipeline.to(device)
         self.fingerprint = weights_fingerprint(pipeline)
         self.resolution, self.channels = pipeline.vae.config.sample_size, pipeline.vae.config.in_channels

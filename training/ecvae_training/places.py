@@ -45,6 +45,16 @@ def named_place(text: str) -> str:
     return f"{name}={place(source)}" if equals else text
 
 
+def name_as_text(source: str) -> str:
+    """
+    Return what to call a folder or Hub id in reports: of a folder the name alone, since its path is of this machine, and with
+    bytes that are no UTF-8 as escapes.
+    """
+    if not os.path.exists(source):
+        return source
+    return os.fsencode(Path(source).resolve().name).decode("utf-8", "backslashreplace")
+
+
 def check_places(args: argparse.Namespace) -> None:
     """
     Check that the folders and Hub ids of a command line exist, before anything is loaded.

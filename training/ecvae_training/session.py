@@ -1,12 +1,12 @@
 """What every training script does around its task: check, open the data, train, publish, and say what went wrong."""
 
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
@@ -26,7 +26,7 @@ from ecvae_training.task import Task
 from ecvae_training.trainer import Stopped, Trainer
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -72,10 +72,11 @@ def train(
     set_seed(args.seed)
     trainer = Trainer(args, accelerator, feed, build_task(loaded, feed), num_steps)
     images = f"{feed.num_images} images" if feed.num_images is not None else "A stream of images"
-    logger.info(
-        f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
-        f"steps, calibration: {args.calibration}."
-    )
+    if accelerator.is_main_process:
+        logger.info(
+            f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
+            f"steps, calibration: {args.calibration}."
+        )
     try:
         trainer.train(checkpoint)
     except Stopped:
