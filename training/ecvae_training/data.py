@@ -17,7 +17,6 @@ MAX_CACHED_BYTES = 4 * 2**30
 GRAY_MODES = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}
 # Float and 32-bit pixels have no agreed range: guessing one would train on black or white pictures.
 UNRANGED_MODES = {"F", "I"}
-TRANSPARENT_MODES = {"RGBA", "LA", "PA"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -200,7 +199,7 @@ class CheckedPictures:
                     self.hashes.append(content_hash(shown))
                     self.sizes[shown.size] += 1
                     self.num_gray += image.mode in GRAY_MODES
-                    self.num_transparent += image.mode in TRANSPARENT_MODES or "transparency" in image.info
+                    self.num_transparent += image.has_transparency_data
                     self.num_frames, self.num_animated = self.num_frames + further, self.num_animated + (further > 0)
             except Exception as error:  # PIL raises a different class for nearly every kind of damage
                 broken.append(f"{name_of(pictures, i)} ({error})")
