@@ -37,6 +37,7 @@ from ecvae_training.digits import (
 from ecvae_training.images import to_range
 from ecvae_training.last_line import ArgumentParser
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
+from ecvae_training.places import local_path
 
 
 # Chosen by the study in benchmarks/RESULTS.md.
@@ -101,7 +102,7 @@ def restore_digits(pipeline: ECVAEPipeline, clean: torch.Tensor, output_dir: Pat
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--output_dir", type=local_path, default=Path("demo"))
     parser.add_argument("--max_train_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -154,7 +155,7 @@ def main() -> None:
     plot_curves(read_metrics(args.output_dir / "ecvae" / METRICS_FILE), args.output_dir / "calibration.png")
     restore_digits(pipeline, held_out[:8], args.output_dir)
     metrics["seconds"] = round(time.time() - started)
-    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(
         f"\nFrechet distance to the digits: VAE {metrics['vae']['frechet_distance']:.1f}, "
         f"EC-VAE {metrics['ecvae']['frechet_distance']:.1f} ({metrics['ratio']:.1f} times smaller). "

@@ -10,6 +10,7 @@ very weights. A flow, or an autoencoder with a calibrated decoder, is published 
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ecvae_training.curves import plot_curves
 from ecvae_training.evaluation_parts import write_atomically
 from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.output import ARGUMENTS_FILE, METRICS_FILE, read_metrics
+from ecvae_training.places import named_place, place
 
 
 EVALUATION_FILE = "evaluation.json"
@@ -41,16 +43,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("model", help="Pipeline's folder, such as that of a training run.")
-    parser.add_argument("--evaluation", help="Folder that evaluate.py wrote for this model.")
-    parser.add_argument("--details", help="YAML file: title, license, data (name, license), known_failures, and more.")
-    parser.add_argument("--baseline", metavar="NAME=FOLDER", help="Evaluation of another model to compare with.")
+    parser.add_argument("model", type=place, help="Pipeline's folder, such as that of a training run.")
+    parser.add_argument("--evaluation", type=place, help="Folder that evaluate.py wrote for this model.")
     parser.add_argument(
-        "--training_seeds", nargs="+", default=[], metavar="SEED=FOLDER",
+        "--details", type=place, help="YAML file: title, license, data (name, license), known_failures, and more."
+    )
+    parser.add_argument(
+        "--baseline", type=named_place, metavar="NAME=FOLDER", help="Evaluation of another model to compare with."
+    )
+    parser.add_argument(
+        "--training_seeds", type=named_place, nargs="+", default=[], metavar="SEED=FOLDER",
         help="Evaluations of the same training with each seed, this model's among them.",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights that are published.")
-    parser.add_argument("--output_dir", help="Where to keep the folder. Must not hold anything but an earlier one.")
+    parser.add_argument(
+        "--output_dir", type=place, help="Where to keep the folder. Must not hold anything but an earlier one."
+    )
     parser.add_argument("--hub_model_id", help="Repository to upload to: user/name.")
     parser.add_argument("--hub_private_repo", action=argparse.BooleanOptionalAction, help="Of a new repository.")
     parser.add_argument("--hub_revision", help="Branch, made if it is not there. main if not given.")
@@ -196,7 +204,7 @@ def write_folder(args: argparse.Namespace, folder: Path) -> None:
         plot_curves(records, folder / "curves.png")
     arguments = Path(args.model) / ARGUMENTS_FILE
     if details is not None and arguments.is_file():
-        trained = json.loads(arguments.read_text())
+        trained = json.loads(arguments.read_text(encoding="utf-8"))
         stated = {
             name: trained[name]
             for name in ("seed", "max_train_steps", "train_batch_size", "calibration")
@@ -280,6 +288,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
     try:
         main(parse_args())
     except (ValueError, OSError, UploadError) as error:

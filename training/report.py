@@ -9,9 +9,11 @@ pictures) is left out.
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 
 from ecvae_training.last_line import ArgumentParser, fail
+from ecvae_training.places import local_path
 from ecvae_training.report_charts import calibration_charts, evaluation_charts, training_charts
 from ecvae_training.report_page import (
     FEW_POINTS,
@@ -189,8 +191,8 @@ def write_atomically(text: str, path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="The training script's --output_dir.")
-    parser.add_argument("--output", type=Path, help="The HTML file to write. RUN/report.html if not given.")
+    parser.add_argument("run", type=local_path, metavar="RUN", help="The training script's --output_dir.")
+    parser.add_argument("--output", type=local_path, help="The HTML file to write. RUN/report.html if not given.")
     args = parser.parse_args()
     default = args.run / "report.html"
     output = args.output or default
@@ -208,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
     main()

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from ecvae_training.images import to_range, to_uint8
 from ecvae_training.output import image_grid, save_atomically, step_file
+from ecvae_training.places import why_missing
 from ecvae_training.progress import progress
 
 
@@ -35,13 +36,13 @@ def load_features(name: str, device: torch.device, argument: str = "evaluation_f
         return FeatureExtractor(network, title, SIZE, mean=0.0, std=1 / 255, num_channels=1).to(device)
     if name == "inception":
         return InceptionFeatures().to(device)
+    refused = f"--{argument} must be 'lite0', 'digits', 'inception' or a vision model of transformers, but {name!r}"
+    if (reason := why_missing(name, "model")) is not None:
+        raise ValueError(f"{refused} can't be loaded: {reason}.")
     try:
         return transformers_features(name).to(device)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--{argument} must be 'lite0', 'digits', 'inception' or a vision model of transformers, but {name!r} can't be "
-            f"loaded: {error}"
-        ) from error
+        raise ValueError(f"{refused} can't be loaded: {error}") from error
 
 
 class Evaluation:

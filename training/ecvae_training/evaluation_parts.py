@@ -31,7 +31,7 @@ class Parts:
         identity = json.loads(json.dumps(identity))
         path = folder / "identity.json"
         if path.is_file():
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8"))
             if before != identity:
                 changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
                 raise ValueError(

@@ -72,7 +72,7 @@ def peak_memory(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.is_file():
         # Where there is one: what `getrusage` tells begins with the peak of the process that started this one.
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
         if found:
             return int(found[1]) / 2**20
     # In KiB, but on macOS in bytes.

@@ -18,13 +18,14 @@ METRICS_FILE = "metrics.jsonl"
 ENERGIES_FILE = "energies.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 EVENTS_FILE = "events.jsonl"
+HASHES_FILE = "training_images.txt"  # of the images that a run was trained on
 BEST_FOLDER = "best"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STEP_FILE = re.compile(r"step-(\d+)\.png")
 PICTURES = ("samples", "reconstructions", "chain", "neighbours")
 RUN_FOLDERS = {*PICTURES, "vae", "flow", "energy_model", "scheduler", BEST_FOLDER, "logs"}
 RUN_FILES = {
-    METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, "report.html", "model_index.json", "pipeline.py",
+    METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, HASHES_FILE, "report.html", "model_index.json", "pipeline.py",
     "restoration.py", "config.json", "diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 # Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.
@@ -120,7 +121,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
     path = output_dir / ARGUMENTS_FILE
     needed = "--resume_from_checkpoint needs it"
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of damaged text, or of damaged JSON
         raise ValueError(f"{str(path)!r} can't be read ({error}): {needed}.") from error
     if not isinstance(before, dict):
@@ -155,7 +156,7 @@ def arguments_of_run(output_dir: str | os.PathLike) -> dict:
 def argument_of_run(output_dir: Path, name: str):
     """An argument that a run in this folder was started with; `None` where there is none, or none that can be read."""
     try:
-        return json.loads((output_dir / ARGUMENTS_FILE).read_text()).get(name)
+        return json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, AttributeError):
         return None  # `check_resumed_arguments` says what is wrong with it
 
@@ -170,7 +171,7 @@ def check_resumed_launch(output_dir: Path, launch: dict) -> None:
     Raises:
         ValueError: if one of them differs.
     """
-    before = json.loads((output_dir / ARGUMENTS_FILE).read_text()).get("launch", {})
+    before = json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get("launch", {})
     changed = [f"{name} (was {before[name]}, is {launch[name]})" for name in before if before[name] != launch[name]]
     if changed:
         raise ValueError(
@@ -181,7 +182,7 @@ def check_resumed_launch(output_dir: Path, launch: dict) -> None:
 
 def write_arguments(output_dir: Path, arguments: dict) -> None:
     temporary = output_dir / f".{ARGUMENTS_FILE}"
-    temporary.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(arguments, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, output_dir / ARGUMENTS_FILE)
 
 
@@ -253,7 +254,7 @@ class RunLog:
         self.path = path
 
     def write(self, **values) -> None:
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def cut(self, last_step: int) -> None:
@@ -261,7 +262,7 @@ class RunLog:
         if self.path.is_file():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= last_step]
             temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")
             os.replace(temporary, self.path)
 
 
@@ -288,7 +289,7 @@ def step_file(output_dir: Path, kind: str, step: int) -> Path:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a `RunLog`; a last line that a kill cut off is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

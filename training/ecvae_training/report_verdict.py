@@ -58,7 +58,7 @@ class Run:
             )
         path = folder / ARGUMENTS_FILE
         try:
-            arguments = json.loads(path.read_text()) if path.is_file() else {}
+            arguments = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
         if not isinstance(arguments, dict):

@@ -1,11 +1,11 @@
 """What every training script does around its task: check, open the data, train, publish, and say what went wrong."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
@@ -21,11 +21,12 @@ from ecvae_training.output import (
     find_checkpoint,
     is_finished,
 )
+from ecvae_training.places import check_places
 from ecvae_training.task import Task
 from ecvae_training.trainer import Stopped, Trainer
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -65,10 +66,11 @@ def train(
     set_seed(args.seed)
     trainer = Trainer(args, accelerator, feed, build_task(loaded, feed), num_steps)
     images = f"{feed.num_images} images" if feed.num_images is not None else "A stream of images"
-    logger.info(
-        f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
-        f"steps, calibration: {args.calibration}."
-    )
+    if accelerator.is_main_process:
+        logger.info(
+            f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
+            f"steps, calibration: {args.calibration}."
+        )
     repository = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and accelerator.is_main_process:
         # Not before: a run that its data or its networks refuse leaves no empty repository.
@@ -90,6 +92,7 @@ def train(
 def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) -> None:
     """`main(args)`, whose errors that a user can mend end the process with one line, and what to do."""
     try:
+        check_places(args)
         main(args)
     except UploadError as error:
         where = f"--hub_model_id {args.hub_model_id or Path(args.output_dir).resolve().name}"

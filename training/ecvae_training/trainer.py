@@ -34,6 +34,7 @@ from ecvae_training.optimization import build_trained, clip_gradients
 from ecvae_training.output import (
     BEST_FOLDER,
     EVALUATIONS_FILE,
+    HASHES_FILE,
     METRICS_FILE,
     RunLog,
     check_resumed_launch,
@@ -44,6 +45,7 @@ from ecvae_training.output import (
     remove_old_checkpoints,
     write_arguments,
 )
+from ecvae_training.picture_files import trained_hashes, write_hashes
 from ecvae_training.progress import progress
 from ecvae_training.recovery import Recovery, record_event
 from ecvae_training.signals import StopSignal
@@ -111,6 +113,7 @@ class Trainer:
             "images_per_step": self.images_per_step,
             "num_images": self.feed.num_images,
             "channels": self.feed.channels,
+            "hash_of_images": self.feed.data_hash,
             "mixed_precision": self.accelerator.mixed_precision,
             **self.task.launch(),
         }
@@ -207,6 +210,10 @@ class Trainer:
             remove_leftovers(output_dir)
             cut_run(output_dir, self.step)
             write_arguments(output_dir, {**vars(args), "component": self.task.component, "launch": self.launch})
+            if self.feed.hashes is not None and not (checkpoint is not None and (output_dir / HASHES_FILE).is_file()):
+                # What the model that the run starts from was trained on counts as well.
+                before = trained_hashes(args.pretrained_model_name_or_path) or set()
+                write_hashes(self.feed.hashes | before, output_dir / HASHES_FILE)
             images = self.feed.reference(NUM_ENERGIES)
             self.observer = Observer(
                 output_dir, self.task, images, args.seed, self.accelerator.device, args.train_batch_size
