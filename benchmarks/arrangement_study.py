@@ -68,7 +68,7 @@ def train(data, name: str, seed: int, folder: Path, max_train_steps: int) -> Non
         iteration.step(next(batches))
         average.update_parameters(iteration.vae)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "seconds").write_text(f"{time.perf_counter() - started:.1f}")
+    (folder / "seconds").write_text(f"{time.perf_counter() - started:.1f}", encoding="utf-8")
     ECVAEPipeline(vae=average.module.eval(), energy_model=None, scheduler=None).save_pretrained(folder)
 
 
@@ -76,7 +76,7 @@ def make_row(data, name: str, seed: int, args) -> dict:
     folder = args.output_dir / f"{name.replace(' ', '-')}_{seed}_{args.max_train_steps}"
     train(data, name, seed, folder, args.max_train_steps)
     measures = data.measure(sample_images(ECVAEPipeline.from_pretrained(folder), data.num_samples, seed=1))
-    return {**measures, "training_seconds": float((folder / "seconds").read_text())}
+    return {**measures, "training_seconds": float((folder / "seconds").read_text(encoding="utf-8"))}
 
 
 def table(results: Results) -> str:

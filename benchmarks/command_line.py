@@ -46,9 +46,21 @@ def resolution(text: str) -> int:
     return int(text)
 
 
+def source(text: str) -> str:
+    """A folder, a file or a Hub id, with the home folder for a leading `~`."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be a place, but is {text!r}")
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def place(text: str) -> Path:
+    """A folder or file, as [`source`] reads it."""
+    return Path(source(text))
+
+
 def picture_file(text: str) -> Path:
     """A PNG file to write, in a folder that is made: found out before the work that it is to show."""
-    path = Path(text)
+    path = place(text)
     if path.suffix.lower() != ".png" or path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file that ends in .png, but is {text}")
     try:
@@ -71,7 +83,7 @@ def device(text: str) -> torch.device:
 
 def add_figures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--figures", type=Path, help="file that the few figures which say most are added to, as JSON lines"
+        "--figures", type=place, help="file that the few figures which say most are added to, as JSON lines"
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from chain_study import run_folder
-from command_line import picture_file, positive, whole_number
+from command_line import picture_file, place, positive, source, whole_number
 from diffusers import AutoencoderKL, AutoencoderTiny
 from study import RememberedFeatures, Results, add_device, against, epochs, precision, reference, train, versions
 from tqdm import tqdm
@@ -92,7 +92,7 @@ class Cifar10:
         folder = self.folder / f"{model}_{seed}"
         wanted = {"num_steps": num_steps, "batch_size": self.batch_size, "network": repr(MODELS[model]())}
         if (folder / PRETRAINING_FILE).is_file():
-            if json.loads((folder / PRETRAINING_FILE).read_text()) != wanted:
+            if json.loads((folder / PRETRAINING_FILE).read_text(encoding="utf-8")) != wanted:
                 raise ValueError(
                     f"{folder.name} is of another network, or otherwise trained: choose another --output_dir."
                 )
@@ -117,7 +117,9 @@ class Cifar10:
             optimizer.step()
             schedule.step()
         network.save_pretrained(folder)
-        (folder / PRETRAINING_FILE).write_text(json.dumps(wanted))  # the last: a folder without it is not finished
+        (folder / PRETRAINING_FILE).write_text(
+            json.dumps(wanted), encoding="utf-8"
+        )  # the last: a folder without it is not finished
         return folder
 
 
@@ -161,8 +163,8 @@ def table(results: Results) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar10", metavar="DATASET", required=True, help="Hub id or folder")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--cifar10", type=source, metavar="DATASET", required=True, help="Hub id or folder")
+    parser.add_argument("--output_dir", type=place, required=True)
     parser.add_argument("--pretraining_steps", type=positive, default=2000)
     parser.add_argument("--max_train_steps", type=positive, default=3000)
     parser.add_argument("--train_batch_size", type=positive, default=32, help="of all that is trained here")

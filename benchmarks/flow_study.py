@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from chain_study import run_folder
-from command_line import picture_file, positive, positive_number, resolution, whole_number
+from command_line import picture_file, place, positive, positive_number, resolution, source, whole_number
 from study import RememberedFeatures, Results, add_device, against, precision, reference, train, versions
 from tqdm import tqdm
 
@@ -157,8 +157,8 @@ def picture(folders: list[Path], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*SETTINGS, *FROM_THE_START]
-    parser.add_argument("--fashion_mnist", metavar="DATASET", required=True, help="Hub id or folder")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--fashion_mnist", type=source, metavar="DATASET", required=True, help="Hub id or folder")
+    parser.add_argument("--output_dir", type=place, required=True)
     parser.add_argument("--resolution", type=resolution, default=16)
     parser.add_argument("--pretraining_steps", type=positive, default=1500, help="on likelihood alone")
     parser.add_argument("--max_train_steps", type=positive, default=1500, help="after those")

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from command_line import picture_file, positive
+from command_line import picture_file, place, positive, source
 from study import FashionMNIST, RememberedFeatures, Results, add_device, reference, versions  # and finds training/
 
 from ecvae_diffusers.metrics import lite0_features
@@ -59,11 +59,13 @@ def reliability(found: dict[tuple[str, float], list[float]], path: Path) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ecvae", help="pipeline's folder")
-    parser.add_argument("--vae", help="that of the uncalibrated VAE")
+    parser.add_argument("--ecvae", type=source, help="pipeline's folder")
+    parser.add_argument("--vae", type=source, help="that of the uncalibrated VAE")
     parser.add_argument("--no_peers", action="store_true", help="leave out A^+ y and scikit-image's methods")
-    parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--fashion_mnist", type=source, metavar="DATASET", help="Hub id or folder: this instead of digits"
+    )
+    parser.add_argument("--output_dir", type=place, required=True)
     parser.add_argument("--energy_weight", type=float, default=0.0)
     parser.add_argument("--steps", action="store_true", help="ours at 5 to 100 decoder passes")
     parser.add_argument("--reliability", type=picture_file, help="write this picture, of 16 answers, instead")

@@ -7,9 +7,9 @@ if it were of infinitely many.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
+from command_line import place, source
 from study import Digits
 
 from ecvae_diffusers import ECVAEPipeline
@@ -22,8 +22,8 @@ SETS = {5_000: 8, 20_000: 4, 50_000: 2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--model", required=True, help="pipeline's folder or Hub id")
+    parser.add_argument("--output_dir", type=place, required=True)
+    parser.add_argument("--model", type=source, required=True, help="pipeline's folder or Hub id")
     args = parser.parse_args()
     try:
         pipeline = ECVAEPipeline.from_pretrained(args.model)

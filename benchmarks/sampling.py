@@ -29,11 +29,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import diffusers
 import torch
-from command_line import add_figures, positive, write_figures
+from command_line import add_figures, place, positive, write_figures
 from command_line import device as device_here
 from diffusers import (
     CMStochasticIterativeScheduler,
@@ -284,7 +283,7 @@ def main() -> None:
     parser.add_argument("--overhead", action="store_true", help="the pipeline against its bare decoder instead")
     parser.add_argument("--pairs", type=positive, default=30, help="of calls, with --overhead")
     parser.add_argument("--small", action="store_true", help="tiny networks, to try the script")
-    parser.add_argument("--output", type=Path, help="file for the rows, as JSON lines")
+    parser.add_argument("--output", type=place, help="file for the rows, as JSON lines")
     add_figures(parser)
     args = parser.parse_args()
     device, dtype = args.device, getattr(torch, args.dtype)

@@ -21,7 +21,7 @@ from pathlib import Path
 import diffusers
 import torch
 from command_line import device as device_here
-from command_line import positive, whole_number
+from command_line import place, positive, source, whole_number
 from tqdm import tqdm
 
 
@@ -175,7 +175,7 @@ def alone(path: Path) -> Iterator[int]:
     child that has it keeps the lock for as long as it lives.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with open(path, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -211,12 +211,12 @@ def train_alone(
     beside = folder.parent / f"{folder.name}.arguments.json"
     # But for paths, so that a study which was moved is the same one.
     own = [argument for argument in (*data.arguments, *arguments) if os.sep not in argument]
-    if folder.is_dir() and beside.is_file() and (found := json.loads(beside.read_text())) != own:
+    if folder.is_dir() and beside.is_file() and (found := json.loads(beside.read_text(encoding="utf-8"))) != own:
         raise ValueError(f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir.")
-    beside.write_text(json.dumps(own))
+    beside.write_text(json.dumps(own), encoding="utf-8")
     arguments = ("--max_train_steps", str(num_steps), *arguments)
     if is_finished(folder):
-        found = json.loads((folder / ARGUMENTS_FILE).read_text())["max_train_steps"]
+        found = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))["max_train_steps"]
         if found != num_steps:
             raise ValueError(f"{steps} is {num_steps}, but {folder.name} was trained for {found}: see --output_dir.")
         return
@@ -319,7 +319,7 @@ class Results:
 
     def write(self, rows: list[dict]) -> None:
         temporary = self.path.with_suffix(".half")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(self.path)
 
     def fill(
@@ -402,11 +402,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def parser(doc: str, settings: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=place, required=True)
     parser.add_argument("--max_train_steps", type=positive, default=1500)
     parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings, metavar="NAME")
-    parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
+    parser.add_argument(
+        "--fashion_mnist", type=source, metavar="DATASET", help="Hub id or folder: this instead of digits"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
     add_device(parser)
     return parser

@@ -35,8 +35,10 @@ from ecvae_training.digits import (
     write_digits,
 )
 from ecvae_training.images import to_range
+from ecvae_training.last_line import ArgumentParser
 from ecvae_training.lock import locked
 from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
+from ecvae_training.places import local_path
 
 
 # Chosen by the study in benchmarks/RESULTS.md.
@@ -54,8 +56,9 @@ def train(output_dir: Path, data_dir: Path, calibration: str, seed: int, max_tra
         "--train_data_dir", str(data_dir), "--output_dir", str(output_dir), "--overwrite_output_dir",
         "--calibration", calibration, "--seed", str(seed), "--max_train_steps", str(max_train_steps), *ARGUMENTS, *extra,
     ]  # fmt: skip
-    if subprocess.run(command).returncode != 0:
-        sys.exit(f"demo.py: training of {output_dir} failed; its message stands above.")
+    process = subprocess.run(command)
+    if process.returncode != 0:
+        sys.exit(process.returncode)  # the last line says why
 
 
 def labelled_row(parts: list[tuple[str, PIL.Image.Image]]) -> PIL.Image.Image:
@@ -99,8 +102,8 @@ def restore_digits(pipeline: ECVAEPipeline, clean: torch.Tensor, output_dir: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=local_path, default=Path("demo"))
     parser.add_argument("--max_train_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

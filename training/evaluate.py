@@ -9,6 +9,7 @@ where it was when it is started again with the same arguments.
 
 import argparse
 import hashlib
+import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,42 +19,48 @@ from accelerate import Accelerator
 
 from ecvae_diffusers.atomic import write_json
 from ecvae_diffusers.cards import evaluation_table
-from ecvae_training.evaluation_data import draw_images, open_source
+from ecvae_training.evaluation_data import common_size, decode_all, draw, open_source
 from ecvae_training.evaluation_parts import Parts
+from ecvae_training.evaluation_reading import how_to_read
 from ecvae_training.evaluation_summary import summarize
 from ecvae_training.evaluation_work import EvaluatedModel, Work
+from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.lock import locked
 from ecvae_training.output import save_atomically
+from ecvae_training.picture_files import Pictures
+from ecvae_training.places import check_places, named_place, place
 
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
 PARTS_FOLDER = ".parts"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pretrained_model_name_or_path", help="Pipeline: folder or Hub id.")
-    what.add_argument("--generated_image_dir", help="Or a folder of images that any model has made.")
+    what.add_argument("--pretrained_model_name_or_path", type=place, help="Pipeline: folder or Hub id.")
+    what.add_argument("--generated_image_dir", type=place, help="Or a folder of images that any model has made.")
     parser.add_argument("--revision", help="Branch or commit of a Hub id.")
-    parser.add_argument("--dataset_name", help="The data: Hub id, or a folder.")
+    parser.add_argument("--dataset_name", type=place, help="The data: Hub id, or a folder.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument(
         "--data_name", help="What to call the data in reports. Its Hub id, or its folder's name, if not given."
     )
     parser.add_argument("--image_column", help="If the data set has several columns of images.")
-    parser.add_argument("--cache_dir")
+    parser.add_argument("--cache_dir", type=place)
     parser.add_argument("--train_split", default="train", help="What samples are measured against.")
     parser.add_argument("--test_split", default="test", help="What the model has not seen. 'none' if there is none.")
-    parser.add_argument("--train_data_dir", help="Folder of images instead of --dataset_name.")
-    parser.add_argument("--test_data_dir", help="Folder of images instead of --test_split.")
+    parser.add_argument("--train_data_dir", type=place, help="Folder of images instead of --dataset_name.")
+    parser.add_argument("--test_data_dir", type=place, help="Folder of images instead of --test_split.")
     parser.add_argument(
-        "--out_of_distribution", nargs="+", default=[], metavar="NAME=SOURCE",
+        "--out_of_distribution", type=named_place, nargs="+", default=[], metavar="NAME=SOURCE",
         help="Other data that the energy should tell from the model's: folder of images or data set (its --test_split).",
     )  # fmt: skip
-    parser.add_argument("--output_dir", required=True, help="Where to write. Must not hold an evaluation.")
+    parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
     parser.add_argument("--resolution", type=int, help="That of the model, or of the generated images, if not given.")
     parser.add_argument("--num_samples", type=int, default=10_000, help="Generated images, for each seed.")
     parser.add_argument("--num_reference", type=int, default=10_000, help="Training images, drawn at random.")
@@ -66,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="Of the latents; a row of samples each."
     )
     parser.add_argument(
-        "--features", default="lite0",
+        "--features", type=place, default="lite0",
         help="'lite0', 'digits', 'inception' or a vision model of transformers such as 'facebook/dinov2-base'.",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=50, help="Images at a time.")
@@ -113,55 +120,46 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     model = None
     if args.pretrained_model_name_or_path is not None:
         model = EvaluatedModel(args.pretrained_model_name_or_path, args.revision, accelerator.device)
-    images = {}
+    if model is not None and args.resolution not in (None, model.resolution):
+        raise ValueError(f"--resolution must be the model's ({model.resolution}), but is {args.resolution}.")
+    data = ("train_data_dir", args.train_data_dir) if args.train_data_dir else ("dataset_name", args.dataset_name)
+    checked = {}
 
-    def draw(name: str, argument: str, source: str, split: str, count: int | None) -> None:
+    def look(name: str, argument: str, source: str, split: str, count: int | None) -> Pictures:
         opened = open_source(argument, source, split, args.dataset_config_name, args.image_column, args.cache_dir)
-        images[name] = draw_images(opened, count, resolution, channels, 0, main_process)
+        checked[name] = draw(opened, count, 0, main_process)
+        if main_process and (left_out := checked[name].left_out()) is not None:
+            logger.warning(f"Left out of --{argument} {source!r}: {left_out}.")
+        return opened
 
-    if model is not None:
-        resolution, channels = model.resolution, model.channels
-        if args.resolution not in (None, resolution):
-            raise ValueError(f"--resolution must be the model's ({resolution}), but is {args.resolution}.")
-    else:
-        from ecvae_training.data import open_image
-
-        generated = open_source("generated_image_dir", args.generated_image_dir, "train", None, None, None)
-        with open_image(generated[0]["image"]) as first:
-            resolution = args.resolution or min(first.size)
-        images["generated"] = draw_images(generated, None, resolution, None, 0, main_process)
-        channels = images["generated"].shape[1]
-    source = args.train_data_dir or args.dataset_name
-    draw(
-        "real",
-        "train_data_dir" if args.train_data_dir else "dataset_name",
-        source,
-        args.train_split,
-        args.num_reference,
-    )
+    if model is None:
+        look("generated", "generated_image_dir", args.generated_image_dir, "train", None)
+    training = look("real", *data, args.train_split, args.num_reference)
     if args.test_data_dir is not None:
-        draw("test", "test_data_dir", args.test_data_dir, args.test_split, args.num_test)
+        look("test", "test_data_dir", args.test_data_dir, args.test_split, args.num_test)
     elif args.dataset_name is not None and args.test_split != "none":
-        draw("test", "dataset_name", args.dataset_name, args.test_split, args.num_test)
+        look("test", "dataset_name", args.dataset_name, args.test_split, args.num_test)
     if model is not None:
         for source in args.out_of_distribution:
             name, _, where = source.partition("=")
-            draw(f"outside_{name}", "out_of_distribution", where, args.test_split, args.num_test)
-        if "test" in images:
-            noise = torch.Generator().manual_seed(0)
-            images["outside_noise"] = torch.randint(
-                256,
-                (min(len(images["test"]), 1000), channels, resolution, resolution),
-                generator=noise,
-                dtype=torch.uint8,
-            )
+            look(f"outside_{name}", "out_of_distribution", where, args.test_split, args.num_test)
+        resolution, channels = model.resolution, model.channels
+    else:
+        resolution = args.resolution or common_size(checked["generated"], "generated_image_dir")
+        # One kind of images that has colour is enough: a model without it would be found perfect among gray images.
+        channels = max(one.channels for one in checked.values())
+    images = {name: decode_all(one, resolution, channels, main_process) for name, one in checked.items()}
+    if model is not None and "test" in images:
+        shape = (min(len(images["test"]), 1000), channels, resolution, resolution)
+        noise = torch.Generator().manual_seed(0)
+        images["outside_noise"] = torch.randint(256, shape, generator=noise, dtype=torch.uint8)
 
     identity = {name: value for name, value in vars(args).items() if name not in ("output_dir", "cache_dir")}
     identity |= {"weights": model.fingerprint if model is not None else None}
     # Others may lie under the same path by now.
     identity |= {f"images of {name}": hashlib.sha256(some.numpy()).hexdigest() for name, some in images.items()}
     parts = Parts(output_dir / PARTS_FOLDER, accelerator, identity)
-    work = Work(args, accelerator, model, images, parts)
+    work = Work(args, accelerator, model, images, parts, checked, training)
     work.do()
     # What is left is the main process's: torchmetrics would wait for the others.
     accelerator.wait_for_everyone()
@@ -175,13 +173,16 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
         write_json(output_dir / EVALUATION_FILE, evaluation)
         parts.remove()
         print(evaluation_table(evaluation))
+        print(how_to_read(evaluation, output_dir, pictures))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
     arguments = parse_args()
     try:
+        check_places(arguments)
         main(arguments)
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
+        fail(f"evaluate.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted: started again with the same arguments it goes on.")
+        fail("evaluate.py: interrupted: started again with the same arguments it goes on.")

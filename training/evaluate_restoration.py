@@ -19,13 +19,18 @@ import ecvae_diffusers
 from ecvae_diffusers import ECVAERestorationPipeline
 from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.metrics import GenerationMetrics
-from ecvae_training.data import ImageDataset, find_images
+from ecvae_training.data import CheckedPictures, open_folder
 from ecvae_training.evaluation import load_features
+from ecvae_training.evaluation_data import decode_all
+from ecvae_training.evaluation_reading import RESTORATION
 from ecvae_training.evaluation_summary import subset_size
 from ecvae_training.images import to_range
+from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.launch import keep_freed_memory
 from ecvae_training.lock import locked
 from ecvae_training.output import image_grid, save_atomically
+from ecvae_training.picture_files import trained_hashes
+from ecvae_training.places import check_places, place
 from ecvae_training.restoration_tasks import TASKS, Task, as_answers, classical, make_operator, measures, restore
 
 
@@ -46,16 +51,20 @@ FEWEST_COMPARED = 7  # images that can be compared as a set, each with its five 
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline: folder or Hub id.")
     parser.add_argument(
-        "--baseline", help="Another pipeline, such as the same VAE without calibration, by the same algorithm."
+        "--pretrained_model_name_or_path", type=place, required=True, help="Pipeline: folder or Hub id."
     )
-    parser.add_argument("--image_dir", required=True, help="Folder of clean images.")
+    parser.add_argument(
+        "--baseline",
+        type=place,
+        help="Another pipeline, such as the same VAE without calibration, by the same algorithm.",
+    )
+    parser.add_argument("--image_dir", type=place, required=True, help="Folder of clean images.")
     parser.add_argument("--max_images", type=int, default=256, help="So many, spread evenly over the names.")
-    parser.add_argument("--output_dir", required=True, help="Where to write. Must not hold an evaluation.")
+    parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"Of {', '.join(TASKS)}. All that fit if not given."
     )
@@ -67,7 +76,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
     parser.add_argument("--energy_weight", type=float, default=0.0)
     parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")
-    parser.add_argument("--features", default="lite0", help="'lite0', 'inception' or a vision model of transformers.")
+    parser.add_argument(
+        "--features", type=place, default="lite0", help="'lite0', 'inception' or a vision model of transformers."
+    )
     parser.add_argument(
         "--batch_size", type=int, default=64, help="Measurements restored together, with all their answers."
     )
@@ -82,8 +93,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--num_inference_steps must be at least 1 and --noise_std at least 0, but are {args.num_inference_steps} and "
             f"{args.noise_std}."
         )
-    if not Path(args.image_dir).is_dir():
-        parser.error(f"--image_dir must be a folder of images, but {args.image_dir!r} is no folder.")
     if (Path(args.output_dir) / "restoration.json").exists():
         parser.error(f"--output_dir {args.output_dir!r} holds a restoration.json: give another folder.")
     if args.classical:
@@ -94,15 +103,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_clean(image_dir: str, count: int, size: int, channels: int) -> torch.Tensor:
-    """Images spread evenly over the folder's names, resized to the model's size, in [-1, 1]."""
-    files = find_images(Path(image_dir), None)
-    if not files:
-        raise ValueError(f"--image_dir must hold images, but {image_dir!r} holds none.")
-    count = min(count, len(files))
-    files = [files[i * len(files) // count] for i in range(count)]
-    images = ImageDataset([{"image": {"path": str(path), "bytes": None}} for path in files], size, channels)
-    return to_range(torch.stack([images[i] for i in range(len(images))]))
+def choose_clean(image_dir: str, count: int) -> CheckedPictures:
+    """Pictures spread evenly over the folder's names."""
+    pictures = open_folder(image_dir, "image_dir")
+    count = min(count, len(pictures))
+    return CheckedPictures(pictures.select([i * len(pictures) // count for i in range(count)]))
+
+
+def count_trained_on(checked: CheckedPictures, model: str) -> int | None:
+    """How many of the pictures a model was trained on, by what its run has recorded. `None` where it has not."""
+    known = trained_hashes(model)
+    return None if known is None else sum(one in known for one in checked.hashes)
 
 
 def load(name: str, device: str | torch.device) -> ECVAERestorationPipeline:
@@ -153,13 +164,21 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
     if args.baseline is not None:
         pipelines["baseline"] = load(args.baseline, args.device)
     config = pipelines["ours"].vae.config
-    clean = load_clean(args.image_dir, args.max_images, config.sample_size, config.in_channels)
+    checked = choose_clean(args.image_dir, args.max_images)
+    if (left_out := checked.left_out()) is not None:
+        print(f"Left out of --image_dir {args.image_dir!r}: {left_out}.", file=sys.stderr)
+    num_trained_on = count_trained_on(checked, args.pretrained_model_name_or_path)
+    if num_trained_on:
+        print(f"WARNING {num_trained_on} of {len(checked)} images were trained on.", file=sys.stderr)
+    clean = to_range(decode_all(checked, config.sample_size, config.in_channels))
     metrics, features = None, load_features(args.features, torch.device(args.device))
     if len(clean) >= FEWEST_COMPARED:
         metrics = GenerationMetrics(features, kernel_subset_size=subset_size(len(clean), len(clean)))
         metrics.update(((clean + 1) * 127.5).round().byte(), real=True)
     settings = {"method": args.method, "energy_weight": args.energy_weight}
     pictures, rows, shape = {}, [], tuple(clean.shape[1:])
+    trained_on = "not known" if num_trained_on is None else f"{num_trained_on} of {len(clean)}"
+    trained_on = f"\nImages that the model was trained on: {trained_on}.\n"
     todo = [(noise, name) for noise in args.noise_std for name in task_names(args.tasks, shape, noise)]
     for noise_std, name in tqdm(todo, desc="Tasks"):
         task = Task(name, clean, noise_std, args.seed)
@@ -187,6 +206,8 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
         protocol = {
             "arguments": vars(args),
             "num_images": len(clean),
+            "num_trained_on": num_trained_on,
+            "files": checked.describe(config.in_channels),
             "features": features.name,
             "kernel_distance_std": f"over 100 subsets of {subset_size(len(clean), len(clean))}",
             "null": "a PSNR of answers without any error, which is infinite, or a distance of too few images",
@@ -196,15 +217,24 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
             "machine": platform.machine(),
         }
         write_json(output_dir / "restoration.json", {"protocol": protocol, "rows": rows})
-        write_text(output_dir / "restoration.md", table(rows))
+        write_text(output_dir / "restoration.md", table(rows) + trained_on)
     for noise_std, parts in pictures.items():
         grid = image_grid(torch.stack(parts), num_columns=5 * max(1, NUM_PICTURES // 2), scale=2)
         save_atomically(grid, output_dir / f"restoration_noise-{noise_std:g}.png")
-    print(table(rows))
+    print(table(rows) + trained_on)
+    print(RESTORATION)
+    for noise_std in pictures:
+        print(
+            f"{output_dir / f'restoration_noise-{noise_std:g}.png'}: clean, measured, by the linear answer, restored, uncertainty."
+        )
+    print(f"{output_dir / 'restoration.json'}: every figure with its protocol.")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    arguments = parse_args()
     try:
-        main(parse_args())
+        check_places(arguments)
+        main(arguments)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"evaluate_restoration.py: error: {error}")
+        fail(f"evaluate_restoration.py: error: {error}")

@@ -24,7 +24,9 @@ from ecvae_diffusers.cards import CARD_MARKER, LOCATION, check_details, stated_m
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.upload import CARD, PICTURES, UploadError, class_name, files_to_publish, read_index, upload_folder
 from ecvae_training.curves import plot_curves
+from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.output import ARGUMENTS_FILE, METRICS_FILE, read_metrics
+from ecvae_training.places import named_place, place
 
 
 EVALUATION_FILE = "evaluation.json"
@@ -40,19 +42,25 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("model", help="Pipeline's folder, such as that of a training run.")
-    parser.add_argument("--evaluation", help="Folder that evaluate.py wrote for this model.")
-    parser.add_argument("--details", help="YAML file: title, license, data (name, license), known_failures, and more.")
-    parser.add_argument("--baseline", metavar="NAME=FOLDER", help="Evaluation of another model to compare with.")
+    parser.add_argument("model", type=place, help="Pipeline's folder, such as that of a training run.")
+    parser.add_argument("--evaluation", type=place, help="Folder that evaluate.py wrote for this model.")
     parser.add_argument(
-        "--training_seeds", nargs="+", default=[], metavar="SEED=FOLDER",
+        "--details", type=place, help="YAML file: title, license, data (name, license), known_failures, and more."
+    )
+    parser.add_argument(
+        "--baseline", type=named_place, metavar="NAME=FOLDER", help="Evaluation of another model to compare with."
+    )
+    parser.add_argument(
+        "--training_seeds", type=named_place, nargs="+", default=[], metavar="SEED=FOLDER",
         help="Evaluations of the same training with each seed, this model's among them.",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights that are published.")
-    parser.add_argument("--output_dir", help="Where to keep the folder. Must not hold anything but an earlier one.")
+    parser.add_argument(
+        "--output_dir", type=place, help="Where to keep the folder. Must not hold anything but an earlier one."
+    )
     parser.add_argument("--hub_model_id", help="Repository to upload to: user/name.")
     parser.add_argument("--hub_private_repo", action=argparse.BooleanOptionalAction, help="Of a new repository.")
     parser.add_argument("--hub_revision", help="Branch, made if it is not there. main if not given.")
@@ -275,7 +283,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
     try:
         main(parse_args())
     except (ValueError, OSError, UploadError) as error:
-        sys.exit(f"publish.py: error: {error}")
+        fail(f"publish.py: error: {error}")

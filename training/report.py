@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 from ecvae_diffusers.atomic import write_text
+from ecvae_training.last_line import ArgumentParser, fail
+from ecvae_training.places import local_path
 from ecvae_training.report_charts import calibration_charts, evaluation_charts, training_charts
 from ecvae_training.report_page import (
+    FEW_POINTS,
     MARKER,
     Chart,
     chart_html,
@@ -33,6 +36,12 @@ CHAIN_NOTE = (
     "start, magnified, grey = nowhere). Healthy: changes too small to see. The last column is what the energy model still "
     "objects to: once a run has settled it has little form, and while it learns that of strokes and outlines."
 )
+# Of a run with `--use_ema`.
+AVERAGE_NOTE = (
+    ". The chain starts at samples of the network as it is trained; the pictures under Samples are of the average of its weights, which is "
+    "what is saved. Early in a run the two differ, in colours too."
+)
+AXES_NOTE = " Axes that are not logarithmic leave out what the first tenth of the run alone would need."
 # Of each `Task.component` and `--calibration`.
 KINDS = {
     "vae": {
@@ -129,9 +138,11 @@ def report_html(run: Run) -> str:
     kind = KINDS.get(component, {}).get(calibration, "Training run")
     lines = ". Dotted vertical lines are events of the guard" if run.events else ""
     intro = (
-        f"<p>{kind}. Green: the healthy range, where there is one{lines}. Axes that are not logarithmic leave out what the "
-        "first tenth of the run alone would need.</p>"
+        f"<p>{kind}. Green: the healthy range, where there is one{lines}."
+        + (AXES_NOTE if len(run.metrics) > FEW_POINTS else "")
+        + "</p>"
     )
+    chain_note = CHAIN_NOTE + (AVERAGE_NOTE if run.arguments.get("use_ema") else "")
     sections = {
         "Verdict": verdict_html(run),
         "Run": facts_html(run),
@@ -140,7 +151,7 @@ def report_html(run: Run) -> str:
         ),
         "Calibration": charts_html(calibration_charts(run), run.events),
         "Energies": energies,
-        "Chain": over_time_html(run, "chain", "Chain from prior samples", CHAIN_NOTE, count=3, small_width=240),
+        "Chain": over_time_html(run, "chain", "Chain from prior samples", chain_note, count=3, small_width=240),
         "Training": charts_html(training_charts(run), run.events),
         "Reconstructions": over_time_html(
             run, "reconstructions", "Reconstructions", "Rows in pairs: data above its reconstruction."
@@ -168,9 +179,9 @@ def check_output(path: Path, is_default: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="The training script's --output_dir.")
-    parser.add_argument("--output", type=Path, help="The HTML file to write. RUN/report.html if not given.")
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=local_path, metavar="RUN", help="The training script's --output_dir.")
+    parser.add_argument("--output", type=local_path, help="The HTML file to write. RUN/report.html if not given.")
     args = parser.parse_args()
     default = args.run / "report.html"
     output = args.output or default
@@ -178,15 +189,16 @@ def main() -> None:
         run = Run.read(args.run)
         check_output(output, is_default=output.resolve() == default.resolve())
     except (ValueError, OSError) as error:
-        sys.exit(f"report.py: error: {error}")
+        fail(f"report.py: error: {error}")
     text = report_html(run)
     try:
         # An argument may hold a file name that is no text.
         write_text(output, text, errors="xmlcharrefreplace")
     except OSError as error:
-        sys.exit(f"report.py: error: {error}")
+        fail(f"report.py: error: {error}")
     print(f"Wrote {output}.")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
     main()

@@ -23,6 +23,7 @@ from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_
 from ecvae_training.images import to_range
 from ecvae_training.models import Networks, build_models, load_companions, load_pretrained
 from ecvae_training.posterior_step import PosteriorCalibration
+from ecvae_training.progress import progress
 from ecvae_training.session import run_script, train
 from ecvae_training.task import Task, evaluating
 
@@ -127,7 +128,7 @@ class ECVAETask(Task):
     def finish(self, generator, feed):
         """Write the error of reconstructions from the posterior mean, its square and spectrum, into the autoencoder's config."""
         images, power = feed.reference(NUM_VARIANCE_IMAGES), 0.0
-        for batch in images.split(self.args.train_batch_size):
+        for batch in progress("Error of reconstructions", images.split(self.args.train_batch_size)):
             batch = to_range(batch.to(generator.device))
             power = power + len(batch) / len(images) * error_power(batch, self.reconstruct(generator, batch))
         width = images.shape[-1]

@@ -110,7 +110,7 @@ def title_of(measure: str) -> str:
 
 def evaluation_table(evaluation: dict) -> str:
     """The figures of an `evaluation.json` as a table in Markdown, each with its spread and of what it is."""
-    rows = [*generation_rows(evaluation), *floor_rows(evaluation)]
+    rows = [*generation_rows(evaluation), *floor_rows(evaluation), *held_out_rows(evaluation)]
     for section in ("reconstruction", "likelihood"):
         if section in evaluation:
             protocol = evaluation[section]["protocol"]
@@ -187,6 +187,15 @@ def floor_rows(evaluation: dict) -> list[tuple]:
             of + first_ones(protocol, compared["num_images"], protocol["reference"]["num_images"]),
         ),
     ]
+
+
+def held_out_rows(evaluation: dict) -> list[tuple]:
+    """How many of the images that count as held out were trained on. Evaluations of before do not say."""
+    if "held_out" not in evaluation:
+        return []
+    protocol, count = evaluation["held_out"]["protocol"], evaluation["held_out"]["measures"]["num_trained_on"]
+    of = f"{protocol['num_images']:,} of {protocol['data']} ({protocol['split']}), against {protocol['compared_with']}"
+    return [("held-out images that were trained on", count, "", of)]
 
 
 def baseline_rows(evaluation: dict) -> list[dict]:

@@ -4,20 +4,24 @@
 The token comes from `hf auth login`, or from the environment variable `HF_TOKEN`, unless one is given.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import socket
+import ssl
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.models import autoencoders
 from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -41,6 +45,10 @@ OUR_PIPELINES = {"ECFlowPipeline", "ECVAEPipeline", "ECVAERestorationPipeline"}
 # Files that the Hub makes itself.
 HUB_FILES = {".gitattributes", CARD}
 WAITS = (1.0, 4.0)  # seconds before the second and the third try
+# Errors of the way to the Hub that are no errors of this machine's files. What the client could not fetch it calls a missing file.
+NETWORK_ERRORS = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError, LocalEntryNotFoundError)
+NETWORK_ERRNOS = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+LINK = re.compile(r"https?://[^\s\"'`<>(){}\[\],;]+")
 
 
 class UploadError(RuntimeError):
@@ -192,15 +200,26 @@ def check_text(path: Path, folder: Path) -> None:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} must be text in UTF-8, but is not: {error}.") from error
+    text = LINK.sub("", text)
     # `~` where the user has no home.
     for private in {str(folder), os.path.expanduser("~")} - {"/", "~"}:
-        # Not as a part of a longer name.
-        if re.search(re.escape(private) + r"(?![\w.-])", text):
+        # Not as a part of a longer name, nor of a relative path.
+        if re.search(r"(?<![\w.~-])" + re.escape(private) + r"(?![\w.-])", text):
             raise ValueError(
                 f"{str(path)!r} names {private!r}, a path of this machine: take it out before publishing."
             )
 
 
+@contextmanager
+def local_errors() -> Iterator[None]:
+    """Turn errors of this machine's files, such as a full disk, into `UploadError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UploadError(f"a file of this machine can't be read or written: {error}") from error
+
+
+@local_errors()
 def upload_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -231,7 +250,8 @@ def upload_folder(
 
     Raises:
         ValueError: if the folder may not be published (see `files_to_publish`), or the repository's name is wrong.
-        UploadError: if the Hub can't be reached after three tries, refuses, or the repository holds something else.
+        UploadError: if the Hub can't be reached after three tries, refuses, or the repository holds something else, or if a file of this
+            machine can't be read or written.
     """
     folder, files = Path(folder), files_to_publish(folder)
     api, repo_id, there = open_repository(
@@ -303,6 +323,7 @@ def stale_variants(api: HfApi, repo_id: str, revision: str | None, folder: Path)
     return variants if changed else []
 
 
+@local_errors()
 def open_repository(
     repo_id: str,
     *,
@@ -324,7 +345,7 @@ def open_repository(
 
     Raises:
         ValueError: if the name is no repository's.
-        UploadError: if the Hub can't be reached, refuses, or the repository holds something else.
+        UploadError: if the Hub can't be reached, refuses, or the repository holds something else, or if the client can't write its cache.
     """
     # One that was read from a file ends in a line break, which the client would refuse in an error that quotes it.
     api = HfApi(token=token.strip() if isinstance(token, str) else token)
@@ -375,8 +396,11 @@ def attempt(what: str, repo_id: str, api: HfApi, call: Callable):
 
 
 def is_transport_error(error: Exception) -> bool:
+    """Whether an error is of the way to the Hub, and not of this machine's files, which are `OSError` too."""
     # The client's transport is httpx, or by newer releases httpx2, and lets its errors through.
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("httpx")
+    if isinstance(error, NETWORK_ERRORS) or type(error).__module__.split(".")[0].startswith("httpx"):
+        return True
+    return isinstance(error, OSError) and error.errno in NETWORK_ERRNOS
 
 
 def may_pass(error: Exception) -> bool:
@@ -437,7 +461,7 @@ def push_to_hub(
         ValueError, UploadError: as [`~upload.upload_folder`].
         OSError: if the folder for temporary files is full.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with local_errors(), tempfile.TemporaryDirectory() as folder:
         with writing(folder):
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
         return upload_folder(

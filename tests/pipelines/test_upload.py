@@ -2,19 +2,31 @@
 """Publishing, with the Hub's real client against a server of ours: the client runs in one subprocess, the tests read what it saw."""
 
 import json
+import re
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import HubServer
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers import ECVAEPipeline, upload
 from ecvae_diffusers.cards import CARD_MARKER
 from ecvae_diffusers.hub import weights_fingerprint
-from ecvae_diffusers.upload import UploadError, files_to_publish, folder_fingerprint, upload_arguments
+from ecvae_diffusers.upload import (
+    UploadError,
+    attempt,
+    check_text,
+    files_to_publish,
+    folder_fingerprint,
+    local_errors,
+    upload_arguments,
+)
 
 
 CLIENT = """
@@ -25,6 +37,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers import AutoencoderTiny
+from huggingface_hub import constants
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, FlowEC, upload
 from ecvae_diffusers.upload import upload_folder
@@ -56,6 +69,10 @@ for taken in ("ddpm", "data", "cut", "list", "nested"):
 tried("stranger", lambda: upload_folder(folder, "stranger/model"))
 tried("no such user", lambda: upload_folder(folder, "stranger/new"))
 tried("wrong token", lambda: upload_folder(folder, "user/model", token="hf_wrong"))
+cache = constants.HF_HUB_CACHE
+constants.HF_HUB_CACHE = "/dev/null/cache"  # the Hub can be reached, but what it sends can't be kept
+tried("no cache", lambda: upload_folder(folder, "user/model"))
+constants.HF_HUB_CACHE = cache
 tried("token of a file", lambda: upload_folder(folder, "user/token", token="hf_token\\n"))
 tried("token in two lines", lambda: upload_folder(folder, "user/token", token="hf_wrong\\nhf_wrong"))
 tried("name", lambda: upload_folder(folder, "a/b/c"))
@@ -249,6 +266,7 @@ def test_figures_stay_as_long_as_they_are_of_the_weights(hub, saved):
         ("stranger", "UploadError: the token may not write to 'stranger/model' (403): use one with write access"),
         ("no such user", "UploadError: the token may not create 'stranger/new' (403)"),
         ("wrong token", "UploadError: the Hub does not know the token (401): `hf auth login`, or set HF_TOKEN"),
+        ("no cache", "UploadError: a file of this machine can't be read or written: "),
         ("name", "ValueError: `repo_id` must be 'user/name', but is 'a/b/c'"),
     ],
 )
@@ -361,12 +379,80 @@ def test_an_evaluation_of_the_weights_beside_it_is_published(saved, tmp_path):
     assert "evaluation.json" in files_to_publish(folder)
 
 
-def test_a_home_of_another_name_is_no_path_of_this_machine(saved, tmp_path):
-    folder = copy(saved, tmp_path / "run")
-    card = (folder / "README.md").read_text()
-    assert CARD_MARKER in card
-    (folder / "README.md").write_text(f"{card}\n{Path.home()}-made")
-    files_to_publish(folder)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{home}-made", "https://example.org{home}", "[a page](https://example.org/~ann{home}/page)", "<http://example.org/-{home}>",
+        "data{home}/images", "../..{home}", "~{home}", "s3://bucket{home}/images",
+    ],
+)  # fmt: skip
+def test_links_and_other_names_are_no_paths_of_this_machine(tmp_path, words):
+    (tmp_path / "README.md").write_text(words.format(home=Path.home()))
+    check_text(tmp_path / "README.md", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{home}", "({home}/images)", "path={home}/images", "file://{home}/images", "git+file://{home}", "sqlite:///{home}/runs.db",
+        '{{"link":"https://example.org/","path":"{home}"}}', "[a page](https://example.org){home}", "host:{home}",
+    ],
+)  # fmt: skip
+def test_paths_of_this_machine_next_to_links(tmp_path, words):
+    (tmp_path / "README.md").write_text(words.format(home=Path.home()))
+    with pytest.raises(ValueError, match="README.md"):
+        check_text(tmp_path / "README.md", tmp_path)
+
+
+def missing_file(tmp_path: Path) -> bytes:
+    return (tmp_path / "missing").read_bytes()
+
+
+def full_disk(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as file:
+        file.write("a byte")
+
+
+def no_temporary_folder(tmp_path: Path) -> None:
+    tempfile.TemporaryDirectory(dir=tmp_path / "missing")
+
+
+def refused_connection(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        socket.create_connection(unused.getsockname(), timeout=5)
+
+
+def unknown_host(tmp_path: Path) -> None:
+    socket.getaddrinfo("hub.invalid", 443)
+
+
+@pytest.mark.parametrize("fails", [missing_file, full_disk, no_temporary_folder])
+def test_an_error_of_this_machine_is_none_of_the_hub(fails, tmp_path):
+    tries = []
+
+    def call():
+        tries.append(None)
+        fails(tmp_path)
+
+    with pytest.raises(UploadError) as raised, local_errors():
+        attempt("write to", "user/model", HfApi(), call)
+    assert len(tries) == 1 and isinstance(raised.value.__cause__, OSError)
+    assert str(raised.value.__cause__) in str(raised.value)
+
+
+@pytest.mark.parametrize("fails", [refused_connection, unknown_host])
+def test_an_error_of_the_network_is_tried_again(fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(upload, "WAITS", (0.0, 0.0))
+    tries = []
+
+    def call():
+        tries.append(None)
+        fails(tmp_path)
+
+    with pytest.raises(UploadError, match=re.escape(HfApi().endpoint)), local_errors():
+        attempt("write to", "user/model", HfApi(), call)
+    assert len(tries) == 3
 
 
 def test_arguments_of_an_upload_are_taken_out():

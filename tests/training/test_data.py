@@ -2,10 +2,12 @@
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
 
-from ecvae_training.data import ImageDataset, find_images, load_images, to_mode, to_size
+from ecvae_training import data
+from ecvae_training.data import ImageDataset, load_images, to_mode, to_size
 
 
 def dataset(folder, **kwargs) -> ImageDataset:
@@ -22,6 +24,44 @@ def test_gray_if_every_image_is_gray(tmp_path):
     assert images[0].unique().tolist() == [7] and images[2][:, 0, 0].tolist() == [255, 0, 0]
     assert dataset(tmp_path, in_channels=1).channels == 1
     assert dataset(tmp_path, in_channels=4)[2][:, 0, 0].tolist() == [255, 0, 0, 255]
+
+
+GRAYS = ("L", "1", "LA", "I;16")
+
+
+def write_mode(path, mode: str, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (20, 18, 4), dtype=np.uint8)
+    if mode == "I;16":
+        PIL.Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0]).save(path)
+    else:
+        PIL.Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.mark.parametrize("most_bytes", [data.MAX_CACHED_BYTES, 8 * 16 * 16])
+@pytest.mark.parametrize("skip_broken", [False, True])
+@pytest.mark.parametrize("modes, in_channels", [
+    (GRAYS, None), ((*GRAYS, "RGB", "L"), None), (("RGBA", *GRAYS), None), ((*GRAYS, "P"), 1), ((*GRAYS, "RGBA"), 4),
+])  # fmt: skip
+def test_what_is_cached_is_decoded_once_and_as_it_is_later(
+    modes, in_channels, skip_broken, most_bytes, tmp_path, monkeypatch
+):
+    """Gray pictures before the first one in colour too, next to broken ones, and where all fit as gray ones only."""
+    monkeypatch.setattr(data, "MAX_CACHED_BYTES", most_bytes)
+    rng, decoded = np.random.default_rng(0), []
+    for i, mode in enumerate(modes):
+        write_mode(tmp_path / f"{i}.png", mode, rng)
+    if skip_broken:
+        (tmp_path / "0a.png").write_bytes((tmp_path / "0.png").read_bytes()[:-60])
+    prepare = PIL.ImageFile.ImageFile.load_prepare
+    monkeypatch.setattr(
+        PIL.ImageFile.ImageFile, "load_prepare", lambda self: (decoded.append(self.filename), prepare(self))
+    )
+    images = dataset(tmp_path, in_channels=in_channels, skip_broken=skip_broken)
+    assert len(decoded) == len(set(decoded)) == len(modes) + skip_broken
+    batch = images.__getitems__(list(range(len(modes))))
+    assert batch.shape == (len(modes), in_channels or (1 if set(modes) <= set(GRAYS) else 3), 16, 16)
+    images.cache = None
+    assert torch.equal(images.__getitems__(list(range(len(modes)))), batch)
 
 
 def test_sixteen_bits_become_eight(tmp_path):
@@ -72,33 +112,6 @@ def test_a_batch_is_the_stack_of_its_images_cached_or_not(tmp_path):
     assert torch.equal(batch, torch.stack([images[3], images[1]]))
     images.cache = None
     assert torch.equal(images.__getitems__([3, 1]), batch)
-
-
-def test_only_pictures_are_found(tmp_path):
-    """Not hidden files, not formats that Pillow can't read, not what the run itself writes; links are followed."""
-    for name in (
-        "a.png",
-        "sub/b.JPG",
-        ".hidden/c.png",
-        "._a.png",
-        "__MACOSX/d.png",
-        "out/samples/e.png",
-        "out2/f.bmp",
-    ):
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.new("L", (16, 16)).save(tmp_path / "data" / name)
-    for name in ("paper.pdf", "features.h5", "notes.txt"):
-        (tmp_path / "data" / name).write_text("no picture")
-    (tmp_path / "elsewhere").mkdir()
-    PIL.Image.new("L", (16, 16)).save(tmp_path / "elsewhere" / "g.png")
-    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
-    found = find_images(tmp_path / "data", tmp_path / "data" / "out")
-    assert [str(path.relative_to(tmp_path / "data")) for path in found] == [
-        "a.png",
-        "linked/g.png",
-        "out2/f.bmp",
-        "sub/b.JPG",
-    ]
 
 
 def test_photographs_are_turned_upright(tmp_path):

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from report import Run
+from matplotlib.figure import Figure
+from report import Run, report_html
 
 from ecvae_training.curves import plot_curves
+from ecvae_training.report_page import FEW_POINTS, Chart, Curve, use_log_scale, value_limits
 from ecvae_training.report_verdict import judge_posterior_dual
 
 
@@ -393,3 +395,30 @@ def test_wrong_input_is_told_in_one_line(tmp_path):
         assert result.returncode == 1
         assert result.stderr.startswith("report.py: error: ") and message in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("num_points, all_shown", [(2, True), (FEW_POINTS, True), (10 * FEW_POINTS, False)])
+def test_every_point_of_a_short_run_is_on_its_axis(num_points, all_shown):
+    values = 1000.0 / (1 + np.arange(num_points))
+    limits = value_limits(Chart("KL", np.arange(num_points), [Curve("KL", values)], ""))
+    assert limits[0] <= values.min() and (limits[1] >= values.max()) == all_shown
+
+
+@pytest.mark.parametrize("low, high", [(2.1, 4.9), (0.011, 0.012), (3.0, 3.2), (1.5, 40.0), (0.1, 1000.0)])
+def test_a_logarithmic_axis_has_ticks(low, high):
+    axis = Figure().subplots()
+    axis.plot([1, 2], [low, high])
+    use_log_scale(axis)
+    bottom, top = axis.get_ylim()
+    assert sum(bottom <= tick <= top for tick in axis.get_yticks()) >= 2
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_chain_says_of_which_weights_it_is(tmp_path, averaged):
+    run = write_run(tmp_path / "run", num_steps=40, arguments={**ARGUMENTS, "use_ema": averaged})
+    (run / "chain").mkdir()
+    PIL.Image.new("L", (33, 33)).save(run / "chain" / "step-000040.png")
+    write_lines(run / "energies.jsonl", [{"step": 40, "data": [0, 1], "samples": [0, 1], "targets": [0, 1]}])
+    page = report_html(Run.read(run))
+    assert ("average of its weights" in page) == averaged
+    assert "first tenth" not in page and 'class="card own-size"' in page  # a short run, and one panel of its own size

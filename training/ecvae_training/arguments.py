@@ -12,7 +12,9 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from ecvae_training.argument_checks import check_arguments
+from ecvae_training.last_line import ArgumentParser
 from ecvae_training.output import arguments_of_run
+from ecvae_training.places import place
 
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -56,9 +58,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser(script: CommandLine) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=script.description, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=script.description, formatter_class=HelpFormatter)
     parser.add_argument(
         "--config",
+        type=place,
         help="YAML file of arguments, as those in training/configs; what the command line gives goes before it.",
     )
     add_data_arguments(parser.add_argument_group("data"), script.max_resolution)
@@ -81,13 +84,13 @@ def build_parser(script: CommandLine) -> argparse.ArgumentParser:
 
 
 def add_data_arguments(data, max_resolution: int) -> None:
-    data.add_argument("--dataset_name", help="Hub id or local folder of a data set that `datasets` loads.")
+    data.add_argument("--dataset_name", type=place, help="Hub id or local folder of a data set that `datasets` loads.")
     data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
     data.add_argument(
-        "--train_data_dir", help="Folder of images (with sub-folders or without), instead of a data set."
+        "--train_data_dir", type=place, help="Folder of images (with sub-folders or without), instead of a data set."
     )
     data.add_argument("--image_column", help="Column with the images. The only column of images if not given.")
-    data.add_argument("--cache_dir", help="Where `datasets` keeps what it downloads.")
+    data.add_argument("--cache_dir", type=place, help="Where `datasets` keeps what it downloads.")
     data.add_argument("--max_train_samples", type=int, help="Train on the first so many images only.")
     data.add_argument(
         "--resolution",
@@ -218,7 +221,7 @@ def add_calibration_arguments(calibration) -> None:
 
 
 def add_training_arguments(training) -> None:
-    training.add_argument("--output_dir", help="Becomes the pipeline's folder.")
+    training.add_argument("--output_dir", type=place, help="Becomes the pipeline's folder.")
     training.add_argument(
         "--overwrite_output_dir",
         action=argparse.BooleanOptionalAction,
@@ -289,6 +292,7 @@ def add_saving_arguments(saving) -> None:
     saving.add_argument("--checkpoints_total_limit", type=int, help="Keep the newest so many checkpoints, not all.")
     saving.add_argument(
         "--resume_from_checkpoint",
+        type=place,
         help="'latest', or the newest checkpoint of --output_dir by name. Without a checkpoint, starts at 0.",
     )
     saving.add_argument("--log_steps", type=int, default=10, help="Write metrics.jsonl every so many steps.")
@@ -296,7 +300,8 @@ def add_saving_arguments(saving) -> None:
         "--save_images_steps",
         type=int,
         default=500,
-        help="Write samples, reconstructions, the chain and the energies' distribution every so many steps.",
+        help="Write samples, reconstructions, the chain and the energies' distribution every so many steps; the first pictures "
+        "come at steps 1, 10 and 100.",
     )
     saving.add_argument(
         "--report_to",
@@ -315,6 +320,7 @@ def add_evaluation_arguments(evaluation) -> None:
     )
     evaluation.add_argument(
         "--evaluation_features",
+        type=place,
         default="lite0",
         help="Features to measure over: 'lite0', 'digits', 'inception', or a vision model of `transformers` (folder or Hub id).",
     )
@@ -374,9 +380,10 @@ def add_hub_arguments(hub) -> None:
 def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) -> list[str]:
     """A config file's entries as command line arguments: so the same parser checks their types and choices."""
     try:
-        with open(path) as file:
+        # As bytes: YAML is UTF-8, whatever the locale is.
+        with open(path, "rb") as file:
             entries = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError) as error:
         parser.error(f"--config {path!r} can't be read: {error}")
     if not isinstance(entries, dict):
         parser.error(f"--config {path!r} must hold `argument: value` lines.")

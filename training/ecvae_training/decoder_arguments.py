@@ -5,11 +5,13 @@ import argparse
 from ecvae_training.argument_checks import check_nonnegative
 from ecvae_training.arguments import CommandLine
 from ecvae_training.arguments import parse_args as parse_command_line
+from ecvae_training.places import place
 
 
 def add_model_arguments(model) -> None:
     model.add_argument(
         "--pretrained_model_name_or_path",
+        type=place,
         help="The autoencoder, an AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers: folder or Hub id. Where a run "
         "has saved its energy model in that folder, this one goes on from it if it is for such images; its arguments are its.",
     )
@@ -35,6 +37,7 @@ def add_loss_arguments(calibration) -> None:
     )
     calibration.add_argument(
         "--latents_file",
+        type=place,
         help="Calibrate decodings of these latents: a safetensors file with a tensor `latents` (N, C, h, w), as a sampler of "
         "yours made them.",
     )

@@ -7,6 +7,7 @@ from ecvae_diffusers.posterior import FORMS, posterior_chain, stationary_constra
 from ecvae_training.argument_checks import check_auto, check_channels, check_integers, check_nonnegative
 from ecvae_training.arguments import CommandLine
 from ecvae_training.arguments import parse_args as parse_command_line
+from ecvae_training.places import place
 
 
 # Those of `--calibration` that calibrate the encoder's posterior.
@@ -20,6 +21,7 @@ WHY_NO_BATCH_NORM = (
 def add_model_arguments(model) -> None:
     model.add_argument(
         "--pretrained_model_name_or_path",
+        type=place,
         help="Go on from the weights of this pipeline or AutoencoderEC (folder or Hub id); the model arguments are its.",
     )
     model.add_argument(

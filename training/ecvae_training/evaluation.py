@@ -9,6 +9,8 @@ from accelerate.logging import get_logger
 from ecvae_diffusers.figures import why_no_frechet_distance
 from ecvae_training.images import to_range, to_uint8
 from ecvae_training.output import image_grid, save_atomically, step_file
+from ecvae_training.places import why_missing
+from ecvae_training.progress import progress
 
 
 logger = get_logger(__name__)
@@ -38,13 +40,13 @@ def load_features(name: str, device: torch.device, argument: str = "evaluation_f
         return FeatureExtractor(network, title, SIZE, mean=0.0, std=1 / 255, num_channels=1).to(device)
     if name == "inception":
         return InceptionFeatures().to(device)
+    refused = f"--{argument} must be 'lite0', 'digits', 'inception' or a vision model of transformers, but {name!r}"
+    if (reason := why_missing(name, "model")) is not None:
+        raise ValueError(f"{refused} can't be loaded: {reason}.")
     try:
         return transformers_features(name).to(device)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--{argument} must be 'lite0', 'digits', 'inception' or a vision model of transformers, but {name!r} can't be "
-            f"loaded: {error}"
-        ) from error
+        raise ValueError(f"{refused} can't be loaded: {error}") from error
 
 
 class Evaluation:
@@ -109,13 +111,14 @@ class Evaluation:
             for images in self.share(self.reference).split(batch_size):
                 self.metrics.update(images.to(device), real=True)
         first = None
-        for latents in self.latents.split(batch_size):
+        main_process = self.accelerator.is_main_process
+        for latents in progress("Evaluation", self.latents.split(batch_size), shown=main_process):
             samples = to_uint8(self.task.sample(exported, latents.to(device)))
             self.metrics.update(samples, real=False)
             first = samples if first is None else first
         measures = self.metrics.compute()
         real, generated = self.metrics.kept.compute()
-        if self.accelerator.is_main_process:
+        if main_process:
             self.save_neighbours(first, generated, real, output_dir, step)
         self.metrics.reset(keep_real=True)
         return measures

@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import statistics
-from pathlib import Path
 
 import PIL.Image
 import torch
@@ -15,6 +14,7 @@ from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_training.evaluation_work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
 from ecvae_training.images import to_range
 from ecvae_training.output import image_grid
+from ecvae_training.places import name_as_text
 
 
 LIBRARIES = ("ecvae-diffusers", "diffusers", "torch", "torchmetrics", "prdc")
@@ -74,23 +74,21 @@ def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | No
     return {name: measures[name] for name in GENERATION}
 
 
-def source_name(source: str) -> str:
-    """A Hub id as it is; of a folder the name alone, since its path is of this machine."""
-    return Path(source).resolve().name if Path(source).exists() else source
-
-
 def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
     """The content of `evaluation.json`, and pictures by their file names."""
     images, model = work.images, work.model
     resolution, channels = images["real"].shape[2], images["real"].shape[1]
-    data = args.data_name or source_name(args.train_data_dir or args.dataset_name)
+    data = args.data_name or name_as_text(args.train_data_dir or args.dataset_name)
     train = {"data": data, "split": args.train_split, "num_images": len(images["real"])}
-    test_data = source_name(args.test_data_dir) if args.test_data_dir and not args.data_name else data
+    test_data = name_as_text(args.test_data_dir) if args.test_data_dir and not args.data_name else data
     held_out = {"data": test_data, "split": args.test_split}
     evaluation = {
-        "model": model.name if model is not None else source_name(args.generated_image_dir),
+        "model": model.name if model is not None else name_as_text(args.generated_image_dir),
         "weights": model.fingerprint if model is not None else None,
         "protocol": {
+            "files": {
+                name.replace("real", "train"): checked.describe(channels) for name, checked in work.checked.items()
+            },
             "libraries": {
                 name: importlib.metadata.version(name)
                 for name in (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
@@ -124,6 +122,16 @@ def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
     if "test" in images:
         test = work.collect("test")
         protocol = {**held_out, "num_images": len(images["test"])}
+        evaluation["held_out"] = {
+            "protocol": {
+                **protocol,
+                "compared_with": "all training images"
+                if work.recorded is None
+                else "what its run has recorded, and the reference",
+                "same": "equal pixels, as 8-bit RGB and upright, whatever the file",
+            },
+            "measures": {"num_trained_on": sum(work.is_trained_on)},
+        }
         evaluation["floor"] = {
             "protocol": {
                 "reference": train,

@@ -1,7 +1,6 @@
 """What `evaluate.py` computes image by image, in parts: features, energies, errors, bounds."""
 
-import os
-from pathlib import Path
+import logging
 
 import torch
 from accelerate import Accelerator
@@ -15,12 +14,18 @@ from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.models import bits_per_dimension, dequantize
 from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.upload import INDEX, check_components, class_name, held_class
+from ecvae_training.data import CheckedPictures, hashes_of
 from ecvae_training.evaluation import load_features
 from ecvae_training.evaluation_parts import Parts
 from ecvae_training.images import to_range, to_uint8
+from ecvae_training.picture_files import HASH_BYTES, Pictures, trained_hashes
+from ecvae_training.places import name_as_text
 
+
+logger = logging.getLogger(__name__)
 
 PART_SIZE = 250
+HASHED_PART_SIZE = 5000
 LIKELIHOOD_PART_SIZE = 8
 # What the training loss stands for at beta 1.
 LIKELIHOOD_VARIANCE = 0.5
@@ -61,7 +66,7 @@ class EvaluatedModel:
         check_components(name, index)
         pipeline = PIPELINES[class_name(index)].from_pretrained(name, revision=revision)
         pipeline.set_progress_bar_config(disable=True)
-        self.name = Path(name).resolve().name if os.path.isdir(name) else name
+        self.name = name_as_text(name)
         self.pipeline = pipeline.to(device)
         self.fingerprint = weights_fingerprint(pipeline)
         self.is_flow = isinstance(pipeline, ECFlowPipeline)
@@ -119,6 +124,8 @@ class Work:
         model ([`EvaluatedModel`], *optional*): `None` for a folder of generated images.
         images (`dict`): uint8 images by name: `real`, `test`, `generated`, and `outside_...` of other data.
         parts ([`Parts`]): Keeps what is done.
+        checked (`dict`): By the same names, the pictures that the images are of.
+        training ([`Pictures`]): All training images, of which those named `real` are drawn.
     """
 
     def __init__(
@@ -128,8 +135,12 @@ class Work:
         model: EvaluatedModel | None,
         images: dict[str, torch.Tensor],
         parts: Parts,
+        checked: dict[str, CheckedPictures],
+        training: Pictures,
     ):
         self.args, self.model, self.images, self.parts = args, model, images, parts
+        self.accelerator, self.checked, self.training = accelerator, checked, training
+        self.recorded = trained_hashes(args.pretrained_model_name_or_path)
         self.device = accelerator.device
         self.features = load_features(args.features, accelerator.device, argument="features")
 
@@ -162,6 +173,8 @@ class Work:
 
     def do(self) -> None:
         """Make all parts that are not there yet."""
+        if "test" in self.images:
+            self.compare_with_training()
         for name, images in self.images.items():
             if name == "test":
                 self.parts.make(name, self.count(len(images)), self.test_part)
@@ -180,6 +193,31 @@ class Work:
         if self.num_likelihood_images > 0:
             count = self.count(self.num_likelihood_images, LIKELIHOOD_PART_SIZE)
             self.parts.make("likelihood", count, self.likelihood_part)
+
+    def compare_with_training(self) -> None:
+        """Find the test images that are training images, and warn of them."""
+        known = set(self.checked["real"].hashes)
+        if self.recorded is not None:
+            known |= self.recorded
+        elif len(self.training) > len(self.checked["real"]):
+            count = self.count(len(self.training), HASHED_PART_SIZE)
+            self.parts.make("hashes_of_training", count, self.hashes_part)
+            self.accelerator.wait_for_everyone()
+            found = self.parts.collect("hashes_of_training", count)["hashes"]
+            known |= {bytes(one) for one in found.numpy()}
+        self.is_trained_on = [one in known for one in self.checked["test"].hashes]
+        if (count := sum(self.is_trained_on)) and self.accelerator.is_main_process:
+            logger.warning(
+                f"WARNING {count} of {len(self.is_trained_on)} test images are among the training images: what is measured of "
+                "them as held out is not."
+            )
+
+    def hashes_part(self, index: int) -> dict[str, torch.Tensor]:
+        """Of training images: those that can't be read are not trained on either."""
+        last = min((index + 1) * HASHED_PART_SIZE, len(self.training))
+        pictures = self.training.select(list(range(index * HASHED_PART_SIZE, last)))
+        hashes = hashes_of(pictures)
+        return {"hashes": torch.tensor(list(b"".join(hashes)), dtype=torch.uint8).view(len(hashes), HASH_BYTES)}
 
     def collect(self, name: str) -> dict[str, torch.Tensor]:
         total = self.args.num_samples if name.startswith("samples_") else len(self.images.get(name, ()))

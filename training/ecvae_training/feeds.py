@@ -1,10 +1,11 @@
 """Where a run's batches come from: images that were decoded before training, or a stream.
 
 Images are of `--image_size` where that is given, of which a step crops what it trains on; those to look at are their center.
-Both give `channels`, `num_images` and `batches_per_epoch` (`None` for a stream, which can't look ahead), numbered
-batches on the device, and images to look at and to measure with.
+Both give `channels`, `num_images`, `batches_per_epoch` and the `hashes` of all images (`None` for a stream, which can't look
+ahead), numbered batches on the device, images to look at and to measure with, and `data_hash`, which other data do not have.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 
 from ecvae_training.data import ImageDataset, collate, load_images
 from ecvae_training.images import center_crop
+from ecvae_training.picture_files import local_data_files
 from ecvae_training.streaming import StreamedImages
 
 
@@ -42,6 +44,8 @@ class DecodedFeed:
         self.seed = seed
         self.channels = dataset.channels
         self.num_images = len(dataset)
+        self.hashes = set(dataset.checked.hashes)
+        self.data_hash = hashlib.sha256(b"".join(dataset.checked.hashes)).hexdigest()
         self.batches_per_epoch = len(dataset) // (batch_size * accelerator.num_processes)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -88,8 +92,7 @@ class StreamFeed:
         ValueError: if there are fewer images than one batch a process.
     """
 
-    num_images = None
-    batches_per_epoch = None
+    num_images = batches_per_epoch = hashes = None
 
     def __init__(
         self,
@@ -111,6 +114,8 @@ class StreamFeed:
                 f"--train_batch_size must be at most the number of images a process "
                 f"({len(self.kept) // accelerator.num_processes}), but is {batch_size}."
             )
+        # Of the first images alone: reading all would take as long as an epoch.
+        self.data_hash = hashlib.sha256(self.kept.numpy()).hexdigest()
 
     def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
         for batch in self.stream.batches(self.batch_size, first_batch, reseed, self.num_workers):
@@ -141,6 +146,8 @@ def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
+        if accelerator.is_main_process and (left_out := local_data_files(args.dataset_name)[1]):
+            logger.warning(f"Left out of {args.dataset_name!r}: {'; '.join(left_out)}.")
         return StreamFeed(stream, accelerator, args.train_batch_size, args.dataloader_num_workers, args.resolution)
     images = load_images(
         args.dataset_name,
@@ -149,13 +156,14 @@ def build_feed(args, accelerator: Accelerator) -> DecodedFeed | StreamFeed:
         args.image_column,
         args.cache_dir,
         args.max_train_samples,
-        args.output_dir,
     )
-    dataset = ImageDataset(
-        images, size, args.in_channels, args.skip_broken_images, progress=accelerator.is_main_process
-    )
-    if dataset.skipped is not None:
-        logger.warning(f"Left out: {dataset.skipped}")
+    main_process = accelerator.is_main_process
+    dataset = ImageDataset(images, size, args.in_channels, args.skip_broken_images, progress=main_process)
+    source = args.train_data_dir or args.dataset_name
+    if main_process and (left_out := dataset.checked.left_out()) is not None:
+        logger.warning(f"Left out of {source!r}: {left_out}.")
+    if main_process and (converted := dataset.checked.converted(dataset.channels)) is not None:
+        logger.info(f"Of the images in {source!r}, {converted}: see --in_channels.")
     return DecodedFeed(
         dataset, accelerator, args.train_batch_size, args.dataloader_num_workers, args.seed, args.resolution
     )

@@ -8,11 +8,13 @@ from ecvae_training.argument_checks import check_integers
 from ecvae_training.arguments import CommandLine
 from ecvae_training.arguments import parse_args as parse_command_line
 from ecvae_training.output import argument_of_run, checkpoints
+from ecvae_training.places import place
 
 
 def add_model_arguments(model) -> None:
     model.add_argument(
         "--pretrained_model_name_or_path",
+        type=place,
         help="Go on from the weights of this pipeline or FlowEC (folder or Hub id); the model arguments are its. --learning_rate "
         "is then 5e-4 if it is not given, 3e-3 of a new flow.",
     )

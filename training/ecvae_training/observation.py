@@ -14,6 +14,7 @@ from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_training.images import to_range
 from ecvae_training.noise import StepNoise
 from ecvae_training.output import ENERGIES_FILE, RunLog, image_grid, save_atomically, step_file
+from ecvae_training.progress import progress
 
 
 NUM_GRID_IMAGES = 64
@@ -71,7 +72,7 @@ def peak_memory(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.is_file():
         # Where there is one: what `getrusage` tells begins with the peak of the process that started this one.
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
         if found:
             return int(found[1]) / 2**20
     # In KiB, but on macOS in bytes.
@@ -99,18 +100,22 @@ class Observer:
         self.latents = task.latents(max(NUM_GRID_IMAGES, self.num_energies), seed).to(device)
 
     @torch.no_grad()
-    def observe(self, step: int, exported, generator, calibrator: EnergyCalibrator | None) -> None:
+    def observe(
+        self, step: int, exported, generator, calibrator: EnergyCalibrator | None, energies: bool = True
+    ) -> None:
         """
         Args:
             step (`int`): The step that the files are named by.
             exported: The generator that would be saved now.
             generator: The generator that is being trained, which is what the energy model sees.
             calibrator: `None` where nothing is calibrated.
+            energies (`bool`, *optional*, defaults to `True`):
+                Whether to take energies, whose chains cost many times what the pictures do.
         """
-        samples = self.in_batches(lambda z: self.task.sample(exported, z), self.latents[:NUM_GRID_IMAGES])
+        samples = self.in_batches("Samples", lambda z: self.task.sample(exported, z), self.latents[:NUM_GRID_IMAGES])
         self.save("samples", step, image_grid(samples, num_columns=8))
         images = to_range(self.images[: NUM_GRID_IMAGES // 2].to(self.device))
-        reconstructions = self.in_batches(lambda x: self.task.reconstruct(exported, x), images)
+        reconstructions = self.in_batches("Reconstructions", lambda x: self.task.reconstruct(exported, x), images)
         self.save("reconstructions", step, pairs_grid(images, reconstructions))
         if calibrator is None:
             return
@@ -120,21 +125,25 @@ class Observer:
             samples = self.task.sample(generator, latents)
             return calibrator.run_chain(samples, noise, return_trajectory=True).transpose(0, 1)
 
-        states = self.in_batches(run_chain, self.latents[: self.num_energies]).transpose(0, 1)
+        # Without energies as many whole batches as are shown: the noise of a picture depends on the size of its batch.
+        count = self.num_energies if energies else -(-NUM_CHAIN_IMAGES // self.batch_size) * self.batch_size
+        states = self.in_batches("Chains", run_chain, self.latents[: min(count, self.num_energies)]).transpose(0, 1)
         self.save("chain", step, chain_strip(states[:, :NUM_CHAIN_IMAGES]))
+        if not energies:
+            return
         with frozen(calibrator.energy_model):
-            energies = {}
+            taken = {}
             for name, images in (
                 ("data", to_range(self.images[: self.num_energies].to(self.device))),
                 ("samples", states[0]),
                 ("targets", states[-1]),
             ):
-                values = self.in_batches(lambda x: compute_energy(calibrator.energy_model, x), images)
-                energies[name] = [round(e, 5) for e in values.tolist()]
-        RunLog(self.output_dir / ENERGIES_FILE).write(step=step, **energies)
+                values = self.in_batches("Energies", lambda x: compute_energy(calibrator.energy_model, x), images)
+                taken[name] = [round(e, 5) for e in values.tolist()]
+        RunLog(self.output_dir / ENERGIES_FILE).write(step=step, **taken)
 
-    def in_batches(self, function, whole: torch.Tensor) -> torch.Tensor:
-        return torch.cat([function(part) for part in whole.split(self.batch_size)])
+    def in_batches(self, what: str, function, whole: torch.Tensor) -> torch.Tensor:
+        return torch.cat([function(part) for part in progress(what, whole.split(self.batch_size))])
 
     def save(self, kind: str, step: int, picture: PIL.Image.Image) -> None:
         save_atomically(picture, step_file(self.output_dir, kind, step))

@@ -25,6 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 ENERGIES_FILE = "energies.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 EVENTS_FILE = "events.jsonl"
+HASHES_FILE = "training_images.txt"  # of the images that a run was trained on
 BEST_FOLDER = "best"
 # Of a checkpoint: the SHA-256 of each of its own files. `pipeline/` is to be looked at, and may be changed.
 MANIFEST = "files.json"
@@ -37,7 +38,7 @@ STEP_FILE = re.compile(r"step-(\d+)\.png")
 PICTURES = ("samples", "reconstructions", "chain", "neighbours")
 RUN_FOLDERS = {*PICTURES, "vae", "flow", "energy_model", "scheduler", BEST_FOLDER, "logs"}
 RUN_FILES = {
-    METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, "report.html", "model_index.json", "pipeline.py",
+    METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, HASHES_FILE, "report.html", "model_index.json", "pipeline.py",
     "restoration.py", "config.json", "diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 # Arguments that may change when a run is gone on with: where things lie, how long it lasts, what is written when.
@@ -151,7 +152,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
         raise ValueError(f"--resume_from_checkpoint goes on with the run's own arguments, but these differ: {listed}.")
 
 
-def arguments_of_run(output_dir: str | os.PathLike) -> dict:
+def arguments_of_run(output_dir: str | Path) -> dict:
     """
     Return the arguments that the run in this folder goes on with where none are given: those that it was started with, if
     it has a checkpoint.
@@ -159,7 +160,7 @@ def arguments_of_run(output_dir: str | os.PathLike) -> dict:
     if not checkpoints(Path(output_dir)):
         return {}
     try:
-        own = {**BEFORE, **json.loads((Path(output_dir) / ARGUMENTS_FILE).read_text())}
+        own = {**BEFORE, **json.loads((Path(output_dir) / ARGUMENTS_FILE).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError):
         return {}  # `check_resumed_arguments` says what is wrong with it
     return {name: value for name, value in own.items() if name not in FREE_ON_RESUME}

@@ -17,11 +17,13 @@ import PIL.Image
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402
 
 
 # What makes a file known as a report of ours, which may be replaced.
 MARKER = "<!-- ecvae-diffusers training report -->"
+# Up to so many points each is marked, and all are on the axes: of a short run nothing is left out.
+FEW_POINTS = 40
 # Points a curve: more can't be told apart at a chart's width, and a long run's file would be many megabytes.
 MAX_POINTS = 500
 MAX_PICTURE_SIZE = 1600
@@ -98,7 +100,7 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def draw_curve(axis, steps: np.ndarray, curve: Curve, colour: str) -> None:
     mean, low, high = thinned(curve.values)
-    marker = "." if len(mean) <= 40 else None
+    marker = "." if len(mean) <= FEW_POINTS else None
     axis.plot(steps, mean, curve.style, color=colour, label=curve.label, linewidth=curve.width, marker=marker)
     if curve.spread is not None:
         spread = thinned(curve.spread)[0]
@@ -109,10 +111,11 @@ def draw_curve(axis, steps: np.ndarray, curve: Curve, colour: str) -> None:
 
 def value_limits(chart: Chart) -> tuple[float, float] | None:
     """
-    What the values' axis shows: everything but the first tenth of the run, whose values are often many times the
-    later ones, and the healthy range.
+    Return what the values' axis shows: the healthy range and all values, of a run of more than `FEW_POINTS` points without its
+    first tenth, whose values are often many times the later ones.
     """
-    shown = chart.steps >= chart.steps[0] + 0.1 * (chart.steps[-1] - chart.steps[0])
+    first_shown = chart.steps[0] + 0.1 * (chart.steps[-1] - chart.steps[0])
+    shown = chart.steps >= (first_shown if len(chart.steps) > FEW_POINTS else chart.steps[0])
     ends = [np.array([*(chart.healthy or ()), *chart.bounds])]
     for curve in chart.curves:
         spread = 0 if curve.spread is None else np.nan_to_num(curve.spread)
@@ -126,12 +129,16 @@ def value_limits(chart: Chart) -> tuple[float, float] | None:
 
 
 def use_log_scale(axis) -> None:
-    """Logarithmic values with plain numbers at the ticks: 1, 2 and 5 of each decade where there are few decades."""
+    """
+    Make the values' axis logarithmic, with plain numbers at the ticks: 1, 2 and 5 of each decade where there are few decades, and
+    equal distances where there is not even one, which may hold a single one of these.
+    """
     axis.set_yscale("log")
     low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+    few_decades = LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=5) if high < 10 * low else few_decades)
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def mark_events(axis, events: Iterable[dict]) -> None:
@@ -210,7 +217,7 @@ def histograms_html(records: list[dict]) -> str:
         figure.supxlabel("energy, minus the mean energy of the data at that step", fontsize=9)
         source = svg_source(figure)
     steps = ", ".join(str(step) for step, _ in panels)
-    return f'<div class="card"><img src="{source}" alt="Histograms of energies at steps {html.escape(steps)}"></div>'
+    return f'<div class="card own-size"><img src="{source}" alt="Histograms of energies at steps {html.escape(steps)}"></div>'
 
 
 def energy_panel(record: dict) -> tuple[int, dict[str, np.ndarray]] | None:
@@ -351,6 +358,7 @@ figure { margin: 0; }
 figcaption { font-size: 13px; margin-top: 4px; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 6px; }
 .card img { display: block; width: 100%; height: auto; }
+.own-size img { width: auto; max-width: 100%; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); gap: 24px 20px; }
 .pictures { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-end; margin-bottom: 14px; }
 .course { display: flex; flex-wrap: wrap; gap: 14px 20px; align-items: flex-start; }

@@ -1,6 +1,6 @@
 """What every training script does around its task: check, open the data, train, publish, and say what went wrong."""
 
-import sys
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 
 from ecvae_diffusers.atomic import WriteError
 from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
 from ecvae_training.feeds import build_feed
+from ecvae_training.last_line import fail
 from ecvae_training.launch import build_accelerator
 from ecvae_training.lock import locked
 from ecvae_training.output import (
@@ -24,11 +24,12 @@ from ecvae_training.output import (
     find_checkpoint,
     is_finished,
 )
+from ecvae_training.places import check_places
 from ecvae_training.task import Task
 from ecvae_training.trainer import Stopped, Trainer
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -71,12 +72,6 @@ def train_alone(
         check_resumed_arguments(output_dir, vars(args))
     elif args.pretrained_model_name_or_path is not None:
         check_pretrained_stays(output_dir, args.pretrained_model_name_or_path)
-    repository = args.hub_model_id or output_dir.resolve().name
-    if args.push_to_hub and accelerator.is_main_process:
-        open_repository(
-            repository, private=args.hub_private_repo, revision=args.hub_revision, name=task_class.published
-        )
-
     # Opened, checked and decoded before anything is written.
     loaded = load(checkpoint)
     feed = build_feed(args, accelerator)
@@ -87,10 +82,17 @@ def train_alone(
     set_seed(args.seed)
     trainer = Trainer(args, accelerator, feed, build_task(loaded, feed), num_steps)
     images = f"{feed.num_images} images" if feed.num_images is not None else "A stream of images"
-    logger.info(
-        f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
-        f"steps, calibration: {args.calibration}."
-    )
+    if accelerator.is_main_process:
+        logger.info(
+            f"{images} of {feed.channels}x{args.resolution}x{args.resolution}, {trainer.images_per_step} a step, {num_steps} "
+            f"steps, calibration: {args.calibration}."
+        )
+    repository = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        # Not before: a run that its data or its networks refuse leaves no empty repository.
+        open_repository(
+            repository, private=args.hub_private_repo, revision=args.hub_revision, name=task_class.published
+        )
     try:
         trainer.train(checkpoint)
     except Stopped:
@@ -106,6 +108,7 @@ def train_alone(
 def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) -> None:
     """`main(args)`, whose errors that a user can mend end the process with one line, and what to do."""
     try:
+        check_places(args)
         main(args)
     except UploadError as error:
         where = f"--hub_model_id {args.hub_model_id or Path(args.output_dir).resolve().name}"
@@ -113,21 +116,21 @@ def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) ->
         where += f" --hub_revision {args.hub_revision}" if args.hub_revision is not None else ""
         what_to_do = f" The model is saved: training/publish.py {args.output_dir} {where} uploads it."
         what_to_do = what_to_do if is_finished(Path(args.output_dir)) else ""
-        sys.exit(f"{name}: error: --push_to_hub: {error}{what_to_do}")
+        fail(f"{name}: error: --push_to_hub: {error}{what_to_do}")
     except WriteError as error:
         found = checkpoints(Path(args.output_dir))
         what_to_do = (
             "make room (--checkpoints_total_limit keeps fewer), and go on with --resume_from_checkpoint latest."
         )
         left = f" {found[-1].name} is the newest checkpoint: {what_to_do}" if found else ""
-        sys.exit(f"{name}: error: {error}{left}")
+        fail(f"{name}: error: {error}{left}")
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
-        sys.exit(f"{name}: error: {error}")
+        fail(f"{name}: error: {error}")
     except Stopped as message:
-        sys.exit(f"{name}: {message}")
+        fail(f"{name}: {message}")
     except KeyboardInterrupt:
         found = checkpoints(Path(args.output_dir))
         left = (
             f"go on from {found[-1].name} with --resume_from_checkpoint latest" if found else "no checkpoint was saved"
         )
-        sys.exit(f"{name}: interrupted: {left}.")
+        fail(f"{name}: interrupted: {left}.")

@@ -34,6 +34,7 @@ from ecvae_training.optimization import build_trained, clip_gradients
 from ecvae_training.output import (
     BEST_FOLDER,
     EVALUATIONS_FILE,
+    HASHES_FILE,
     METRICS_FILE,
     RunLog,
     check_resumed_launch,
@@ -44,6 +45,8 @@ from ecvae_training.output import (
     remove_old_checkpoints,
     write_arguments,
 )
+from ecvae_training.picture_files import trained_hashes, write_hashes
+from ecvae_training.progress import progress
 from ecvae_training.recovery import Recovery, record_event
 from ecvae_training.signals import StopSignal
 from ecvae_training.stopwatch import Stopwatch
@@ -51,6 +54,9 @@ from ecvae_training.task import Task
 
 
 logger = get_logger(__name__)
+
+# Steps of the first pictures, beside every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
+FIRST_PICTURES = (1, 10, 100)
 
 
 class Stopped(Exception):
@@ -108,6 +114,7 @@ class Trainer:
             "images_per_step": self.images_per_step,
             "num_images": self.feed.num_images,
             "channels": self.feed.channels,
+            "hash_of_images": self.feed.data_hash,
             "mixed_precision": self.accelerator.mixed_precision,
             **self.task.launch(),
         }
@@ -160,8 +167,11 @@ class Trainer:
                     batches = self.new_batches()
                     continue
                 with self.stopwatch.paused():
-                    if main_process and (self.step % args.save_images_steps == 0 or last):
-                        self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator)
+                    full = self.step % args.save_images_steps == 0 or last
+                    if main_process and (full or self.step in FIRST_PICTURES):
+                        self.observer.observe(
+                            self.step, self.exported, self.task.generator, self.calibrator, energies=full
+                        )
                     if evaluate:
                         self.evaluate()
                     if save:
@@ -200,6 +210,10 @@ class Trainer:
             remove_leftovers(output_dir)
             cut_run(output_dir, self.step)
             write_arguments(output_dir, {**vars(args), "component": self.task.component, "launch": self.launch})
+            if self.feed.hashes is not None and not (checkpoint is not None and (output_dir / HASHES_FILE).is_file()):
+                # What the model that the run starts from was trained on counts as well.
+                before = trained_hashes(args.pretrained_model_name_or_path) or set()
+                write_hashes(self.feed.hashes | before, output_dir / HASHES_FILE)
             images = self.feed.reference(NUM_ENERGIES)
             self.observer = Observer(
                 output_dir, self.task, images, args.seed, self.accelerator.device, args.train_batch_size
@@ -388,7 +402,9 @@ class Trainer:
                 pipeline = type(pipeline).from_pretrained(self.output_dir / BEST_FOLDER, low_cpu_mem_usage=False)
                 pipeline.to(self.accelerator.device)
             self.task.finish(getattr(pipeline, self.task.component), self.feed)
-            save_pipeline(pipeline, self.output_dir)
+            with progress("Saving", total=1, delay=0) as bar:
+                save_pipeline(pipeline, self.output_dir)
+                bar.update()
             logger.info(
                 f"Saved to {self.output_dir}: {self.task.saved_class}.from_pretrained({str(self.output_dir)!r})."
             )

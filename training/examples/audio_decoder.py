@@ -127,7 +127,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="WAV file: samples of the VAE alone, then calibrated ones")
+    parser.add_argument(
+        "--output",
+        type=lambda text: Path(text).expanduser(),
+        help="WAV file: samples of the VAE alone, then calibrated ones",
+    )
     args = parser.parse_args()
     if args.num_steps < 1:
         parser.error(f"--num_steps must be at least 1, but is {args.num_steps}.")

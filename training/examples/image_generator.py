@@ -75,7 +75,9 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", type=Path, help="picture: samples of the own loss alone, left, and calibrated, right"
+        "--output",
+        type=lambda text: Path(text).expanduser(),
+        help="picture: samples of the own loss alone, left, and calibrated, right",
     )
     args = parser.parse_args()
     if args.num_steps < 1:

@@ -1,0 +1,74 @@
+"""How a script that can't go on ends: one line that names the reason, the last one that a person sees.
+
+`accelerate launch` and `torchrun` print a traceback of their own, of which process failed, below what that process has
+printed. Where one of them is the parent, a process of a few lines waits for its end and repeats the line below that.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+# A launcher that takes longer, such as one that starts its processes again, has other news by then.
+MOST_SECONDS = 60
+
+
+def launcher_id() -> int | None:
+    """Return the id of the launcher that waits for this process; `None` if it was started by anything else."""
+    try:
+        parent = psutil.Process().parent()
+        # As `launcher ...`, `python launcher ...` or `python -m launcher ...`.
+        started = [Path(part).name for part in parent.cmdline()[:3]] if parent is not None else []
+    except psutil.Error:
+        return None
+    return parent.pid if LAUNCHERS.intersection(started) else None
+
+
+def fail(line: str, status: int = 1) -> NoReturn:
+    """
+    End the process with one line on standard error.
+
+    Args:
+        line (`str`): What went wrong, and what to do. Line breaks, as in errors of other libraries, become spaces.
+        status (`int`, *optional*, defaults to 1): Exit status.
+    """
+    line = " ".join(line.split())
+    print(line, file=sys.stderr, flush=True)
+    if (launcher := launcher_id()) is not None:
+        # A session of its own: a launcher ends those of its processes.
+        command = [sys.executable, __file__, str(launcher), line]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    sys.exit(status)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of a hundred arguments above it."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: error: {message}", status=2)
+
+
+def repeat_after(launcher: int, line: str) -> None:
+    """Wait until a launcher has ended, and print a line. Nothing is printed if it has not ended after `MOST_SECONDS`."""
+    until = time.monotonic() + MOST_SECONDS
+    try:
+        process = psutil.Process(launcher)
+        # One that has ended stays a zombie for as long as its parent does not ask, which may wait for this very line.
+        while process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.002)
+    except psutil.NoSuchProcess:
+        pass
+    # On a terminal the shell's prompt stands there by now.
+    print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    repeat_after(int(sys.argv[1]), sys.argv[2])
