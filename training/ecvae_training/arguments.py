@@ -380,10 +380,9 @@ def add_hub_arguments(hub) -> None:
 def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) -> list[str]:
     """A config file's entries as command line arguments: so the same parser checks their types and choices."""
     try:
-        # As bytes: YAML is UTF-8, whatever the locale is.
-        with open(path, "rb") as file:
+        with open(path, encoding="utf-8-sig") as file:
             entries = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"--config {path!r} can't be read: {error}")
     if not isinstance(entries, dict):
         parser.error(f"--config {path!r} must hold `argument: value` lines.")
