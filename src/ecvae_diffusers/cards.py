@@ -270,7 +270,7 @@ def write_card(
         return
     stated, facts = details or {}, model_facts(pipeline)
     kind = "Normalizing flow" if facts["is_flow"] else "VAE"
-    kind = type(pipeline).__name__ if facts["has_energy_model"] else kind
+    kind = pipeline.saved_class.__name__ if facts["has_energy_model"] else kind
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
@@ -300,7 +300,7 @@ def write_card(
         figure=figure,
         evaluation_table=evaluation_table(evaluation) if evaluation is not None else None,
         baseline_rows=baseline_rows(evaluation) if evaluation is not None and "baseline" in evaluation else None,
-        pipeline_class=type(pipeline).__name__,
+        pipeline_class=pipeline.saved_class.__name__,
         **facts,
     )
     path.write_text(str(card) + "\n", encoding="utf-8")
