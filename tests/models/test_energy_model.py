@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from model_tests import ModelTests, images, seeded, unsettle
+from model_tests import ModelTests, images, seeded, trained_parameters, unsettle
 from torch.nn.utils import parametrize
 
 from ecvae_diffusers import EnergyModel
@@ -198,7 +198,7 @@ def test_spectral_norm_bounds_every_weight(num_scales):
     """
     model = tiny(num_scales=num_scales, layers_per_block=2)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in trained_parameters(model).values():
             parameter.mul_(7.0).add_(0.5 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
         model.train()
         for _ in range(100):

@@ -39,7 +39,7 @@ def pipe() -> ECFlowPipeline:
     sizes = {"sample_size": 16, "in_channels": 1}
     flow = FlowEC(**sizes, num_levels=2, steps_per_level=1, hidden_channels=8).eval()
     with torch.no_grad():
-        for parameter in flow.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, flow.parameters()):
             parameter.add_(0.05 * torch.randn(parameter.shape))
     energy_model = EnergyModel(**sizes, block_out_channels=(8, 8)).eval()
     return ECFlowPipeline(flow=flow, energy_model=energy_model, scheduler=LangevinScheduler())

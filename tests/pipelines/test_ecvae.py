@@ -176,10 +176,11 @@ def test_a_training_energy_model_is_used_but_not_changed(pipe):
     expected = pipe.score(images)
     pipe.energy_model.train()
     before = {name: value.clone() for name, value in pipe.energy_model.state_dict().items()}
+    trained = [parameter.requires_grad for parameter in pipe.energy_model.parameters()]
     torch.testing.assert_close(pipe.score(images), expected)
     pipe(num_refinement_steps=2)
     assert pipe.energy_model.training
-    assert all(parameter.requires_grad for parameter in pipe.energy_model.parameters())
+    assert [parameter.requires_grad for parameter in pipe.energy_model.parameters()] == trained
     assert all(torch.equal(value, before[name]) for name, value in pipe.energy_model.state_dict().items())
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import AutoModel, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines import pipeline_loading_utils
 from hub_server import HubServer
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
-from ecvae_diffusers.register import get_signature_keys
+from ecvae_diffusers.register import get_signature_keys, resolve_trust_remote_code
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,6 +365,13 @@ def test_the_parts_of_diffusers_that_are_not_public_are_there():
         assert pipeline_loading_utils.LOADABLE_CLASSES["ecvae_diffusers"][name] == methods
         assert pipeline_loading_utils.ALL_IMPORTABLE_CLASSES[name] == methods
     assert diffusers.ECVAEPipeline is ECVAEPipeline
+
+    assert list(inspect.signature(resolve_trust_remote_code).parameters) == [
+        "trust_remote_code", "model_name", "has_remote_code",
+    ]  # fmt: skip
+    for method in (AutoModel.from_pretrained, AutoModel.from_config):
+        assert "= resolve_trust_remote_code(" in inspect.getsource(inspect.unwrap(method))
+        assert "load_config(" in inspect.getsource(inspect.unwrap(method))
 
     # Both stand in for a method of diffusers: it must still be there, with the same parameters, and be called.
     assert list(inspect.signature(ConfigMixin._dict_from_json_file).parameters) == ["json_file"]
