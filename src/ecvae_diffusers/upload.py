@@ -31,8 +31,9 @@ INDEX = "model_index.json"
 CONFIG = "config.json"  # of a model alone, which is an autoencoder
 CARD = "README.md"
 EVALUATION = "evaluation.json"
-# Of the folder itself; a training run's other files stay at home.
-TOP_LEVEL = {INDEX, CONFIG, CARD, "pipeline.py", "restoration.py", EVALUATION, "LICENSE"}
+# Of the folder itself, and of a pipeline's; a training run's other files stay at home.
+TOP_LEVEL = {CARD, EVALUATION, "LICENSE"}
+PIPELINE_FILES = {INDEX, "pipeline.py", "restoration.py"}
 PICTURES = {".png"}
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 # The pipelines that are published, with their components.
@@ -62,7 +63,8 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
     """
     folder = Path(folder).resolve()
     components = component_folders(folder)
-    found = [path for path in folder.iterdir() if path.name in TOP_LEVEL or path.suffix in PICTURES]
+    top_level = TOP_LEVEL if "." in components else TOP_LEVEL | PIPELINE_FILES
+    found = [path for path in folder.iterdir() if path.name in top_level or path.suffix in PICTURES]
     if not (folder / CARD).is_file():
         raise ValueError(f"{str(folder)!r} has no {CARD}: save the pipeline again, which writes one.")
     for name, library in components.items():
@@ -97,23 +99,22 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def component_folders(folder: Path) -> dict[str, str | None]:
+def component_folders(folder: Path) -> dict[str, str]:
     """
     The sub-folders of a pipeline's components, each with the library that the index names for it: the stem of its code file, if
     its code travels. An autoencoder's weights lie in the folder itself.
     """
     index = read_index(folder)
     if not (folder / INDEX).is_file():
-        return {".": None}
+        return {".": ""}
     listed = {name: value for name, value in index.items() if isinstance(value, list) and name != "_class_name"}
     return {name: value[0] for name, value in listed.items() if value[0]}
 
 
-def component_files(folder: Path, library: str | None = None) -> list[Path]:
-    """The files of a component that diffusers reads, by their names: config, weights and code. Whatever else lies there stays."""
-    return sorted(
-        path for path in folder.glob("*") if path.name == f"{library}.py" or COMPONENT_FILES.fullmatch(path.name)
-    )
+def component_files(folder: Path, library: str = "") -> list[Path]:
+    """List the files of a component that diffusers reads: config, weights and, where its code travels, `<library>.py`."""
+    code = f"{library}.py" if library else None
+    return sorted(path for path in folder.glob("*") if path.name == code or COMPONENT_FILES.fullmatch(path.name))
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:

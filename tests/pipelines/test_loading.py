@@ -80,6 +80,11 @@ for place, where in (("folder", folder), ("hub", hub_id)):
     report(f"concrete {place} sampling only", lambda: ECVAEPipeline.from_pretrained(where, energy_model=None))
     report(f"generic {place} sampling only", lambda: DiffusionPipeline.from_pretrained(where, energy_model=None))
 
+from diffusers import AutoModel
+
+for trust in (False, True):
+    model = AutoModel.from_pretrained(hub_id, subfolder="energy_model", trust_remote_code=trust)
+    seen[f"AutoModel, trust {trust}"] = f"{type(model).__module__}.{type(model).__name__}"
 ECVAEPipeline.from_pretrained(folder).push_to_hub("user/pushed")
 report("pushed", lambda: DiffusionPipeline.from_pretrained("user/pushed"))
 (work / "seen.json").write_text(json.dumps(seen))
@@ -224,6 +229,11 @@ def test_the_energy_model_can_be_left_out(with_package, reference, how, place):
     assert case["names"]["energy_model"] == "NoneType"
     assert case["names"]["scheduler"] == "LangevinScheduler"
     assert case["images"] == sample(reference).tolist()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_automodel_loads_a_component_from_the_hub(with_package, trust):
+    assert with_package[0][f"AutoModel, trust {trust}"] == f"{EnergyModel.__module__}.EnergyModel"
 
 
 def test_a_pushed_pipeline_is_self_contained(with_package, hub, saved, reference):

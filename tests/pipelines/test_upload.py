@@ -187,11 +187,12 @@ def test_branches(hub, saved):
     assert {path: published[path] for path in files(saved)} == files_at(saved, "user/model")
 
 
-def test_a_subfolder_of_a_repository(hub, saved):
+def test_a_subfolder_of_a_repository(hub):
     """All else that lies in the repository stays, and the card of the repository is not that of the model."""
     assert "error" not in hub.seen["subfolder"], hub.seen["subfolder"]
     published = hub.files("user/shelf")
-    expected = {f"models/one/{path}": content for path, content in files(saved).items() if path != "README.md"}
+    pushed = files(hub.work / "saved")  # the same pipeline
+    expected = {f"models/one/{path}": content for path, content in pushed.items() if path != "README.md"}
     assert {path: content for path, content in published.items() if path != ".gitattributes"} == {
         "train.csv": b"1,2", "models/two/model_index.json": b"{}", **expected,
     }  # fmt: skip
