@@ -502,13 +502,6 @@ def test_the_components_may_be_on_different_devices(pipe):
     assert sample(pipe).device.type == "cpu"
 
 
-@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_group_offloading_gives_the_same_images(pipe, offload_type):
-    expected = sample(pipe)
-    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
-    assert torch.equal(sample(pipe), expected)
-
-
 def test_slicing_gives_the_same_images(pipe, calls):
     expected = sample(pipe)
     calls.clear()
@@ -598,12 +591,6 @@ def test_reasonable_types_are_accepted(pipe):
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     with pytest.raises(ValueError, match="`generator` is a list of 3, but there are 2 images"):
         pipe.reconstruct(list(images), sample_posterior=True, generator=generators)
-
-
-def test_weights_are_safetensors_only(pipe, tmp_path):
-    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
-        pipe.save_pretrained(tmp_path, safe_serialization=False)
-    assert not list(tmp_path.iterdir())
 
 
 def test_our_card_follows_the_model_and_an_edited_one_stays(pipe, tmp_path):
