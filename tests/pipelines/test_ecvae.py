@@ -328,7 +328,6 @@ def test_score_is_the_energy_of_the_image_in_the_models_range(make_pipeline, cha
         ({"num_refinement_steps": 0.5}, "`num_refinement_steps` .* but is 0.5"),
         ({"num_refinement_steps": 1, "output_type": "latent"}, "`num_refinement_steps` refines images"),
         ({"output_type": "jpeg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpeg'"),
-        ({"output_type": None}, "`output_type` .* but is None"),
         ({"batch_size": 2, "generator": generators(3)}, "`generator` is a list of 3, but there are 2 images"),
         (
             {"latents": torch.zeros(2, 8, 1, 1), "generator": generators(3)},
