@@ -26,6 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from command_line import add_figures, positive, resolution, write_figures
 from command_line import device as device_here
@@ -71,7 +72,11 @@ GPU_CHANGES = ["compiled"]
 @contextlib.contextmanager
 def separate_pooling() -> Iterator[None]:
     """Convolution and pooling as the two operations that they are."""
-    with mock.patch.object(energy_model, "pooled_conv", lambda conv, sample: F.avg_pool2d(conv(sample), 2)):
+
+    def forward(conv: nn.Conv2d, sample: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(nn.Conv2d.forward(conv, sample), 2)
+
+    with mock.patch.object(energy_model.PooledConv2d, "forward", forward):
         yield
 
 

@@ -28,7 +28,7 @@ REPLACEMENTS = {
     "    push_to_hub = push_to_hub\n\n": "",
     "        upload = upload_arguments(save_directory, kwargs)\n": "",
     "        if upload is not None:\n            upload_folder(save_directory, **upload)\n": "",
-    "single_file_source(type(self))": 'Path(__file__).read_text(encoding="utf-8")',
+    "single_file_source(self.saved_class)": 'Path(__file__).read_text(encoding="utf-8")',
     "from ecvae_diffusers import ECVAEPipeline": "from diffusers import DiffusionPipeline",
     'ECVAEPipeline.from_pretrained("path/or/hub-id")': 'DiffusionPipeline.from_pretrained("path/or/hub-id", trust_remote_code=True)',
     "from ecvae_diffusers import ECFlowPipeline": "from diffusers import DiffusionPipeline",

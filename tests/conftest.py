@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
 
@@ -25,6 +26,26 @@ def make_pipeline() -> Callable[..., ECVAEPipeline]:
         return pipeline
 
     return make
+
+
+class LikeMPS(TorchFunctionMode):
+    """Tensors of the CPU say that they are on MPS, and there is no float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        mps = torch.device("mps")
+        args = [torch.device("cpu") if isinstance(one, torch.device) and one == mps else one for one in args]
+        kwargs = {name: "cpu" if name == "device" else value for name, value in (kwargs or {}).items()}
+        result = function(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return mps if function == torch.Tensor.device.__get__ else result
+
+
+@pytest.fixture
+def like_mps() -> type[TorchFunctionMode]:
+    return LikeMPS
 
 
 @pytest.fixture

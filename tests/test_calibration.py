@@ -220,7 +220,8 @@ def test_energy_loss_takes_targets_as_constants():
     targets = randn(3, 1, 8, 8, seed=1).requires_grad_()
     calibrator.energy_loss(randn(3, 1, 8, 8), targets).loss.backward()
     assert targets.grad is None
-    assert any(parameter.grad.abs().max() > 0 for parameter in calibrator.energy_model.parameters())
+    gradients = [parameter.grad for parameter in calibrator.energy_model.parameters() if parameter.requires_grad]
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_energy_step_takes_one_power_iteration():
@@ -231,8 +232,8 @@ def test_energy_step_takes_one_power_iteration():
     output = calibrator.calibrate(randn(2, 1, 8, 8))
     calibrator.energy_loss(randn(2, 1, 8, 8), output.targets)
     reference(randn(4, 1, 8, 8))
-    for (name, buffer), expected in zip(energy_model.named_buffers(), reference.buffers(), strict=True):
-        assert torch.equal(buffer, expected), name
+    for name, expected in reference.state_dict().items():
+        assert torch.equal(energy_model.state_dict()[name], expected), name
 
 
 def test_energy_learns_to_tell_data_from_samples():

@@ -122,6 +122,14 @@ def test_bounds_lie_below_log_p_and_rise_with_the_number_of_samples():
     assert torch.allclose(of.elbo, expected, atol=0.1)
 
 
+def test_bounds_on_mps(like_mps):
+    sample, decode, mean, precision, exact = linear_model(dimensions=1)
+    q = diagonal(mean, 1 / precision.diagonal())
+    with like_mps():
+        bounds = likelihood_bounds(sample, q, decode, 7, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(bounds.importance_weighted, exact, atol=1e-2)
+
+
 def test_bounds_do_not_depend_on_how_many_are_decoded_at_a_time():
     sample, decode, mean, precision, _ = linear_model()
     q = diagonal(mean, 1 / precision.diagonal())

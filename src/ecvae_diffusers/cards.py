@@ -304,7 +304,7 @@ def write_card(
         return
     stated, facts = details or {}, model_facts(pipeline)
     kind = "Normalizing flow" if facts["is_flow"] else "VAE"
-    kind = type(pipeline).__name__ if facts["has_energy_model"] else kind
+    kind = pipeline.saved_class.__name__ if facts["has_energy_model"] else kind
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
@@ -336,7 +336,7 @@ def write_card(
         kernel_is_stated=evaluation is not None
         and stated_mean(evaluation["generation"]["measures"], "kernel_distance") is not None,
         baseline_rows=baseline_rows(evaluation) if evaluation is not None and "baseline" in evaluation else None,
-        pipeline_class=type(pipeline).__name__,
+        pipeline_class=pipeline.saved_class.__name__,
         **facts,
     )
     write_text(path, str(card) + "\n")

@@ -2,7 +2,7 @@
 """Energies of samples and their gradients, of any energy model held still."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -15,14 +15,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
     and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
     `requires_grad` of every part are restored.
+
+    Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
+    after the layer's forward pass, so what backward needs is kept from that pass.
     """
     modes = [(m, m.training) for m in module.modules()]
     trained = [p for p in module.parameters() if p.requires_grad]
     module.eval()
     for parameter in trained:
         parameter.requires_grad_(False)
+    is_hooked = any(hasattr(m, "_diffusers_hook") for m, _ in modes)
+    kept = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
     try:
-        with parametrize.cached():
+        with parametrize.cached(), kept if is_hooked else nullcontext():
             yield
     finally:
         for m, mode in modes:
@@ -38,7 +43,9 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dt
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
-        sample = sample.to(parameter.dtype)
+        if parameter.dtype != sample.dtype:
+            # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
+            sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
     if dtype is None:
         output = energy_model(sample)
     else:

@@ -36,7 +36,9 @@ def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
     SHA-256 of a pipeline's weights, rounded to half precision: the same for a model and its `fp16` variant, so that figures
     can be told to be of these weights.
     """
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    modules = {
+        name: unwrapped(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+    }
     return fingerprint({name: module.state_dict() for name, module in modules.items()})
 
 
@@ -60,13 +62,16 @@ def write_restoration_code(save_directory: str | Path) -> None:
     (Path(save_directory) / "restoration.py").write_text(source, encoding="utf-8")
 
 
+def unwrapped(component):
+    """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
+    return getattr(component, "_orig_mod", component)
+
+
 def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
     """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
-    return {
-        name: type(component)
-        for name, component in pipeline.components.items()
-        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
-    }
+    classes = {name: type(unwrapped(component)) for name, component in pipeline.components.items()}
+    own = ("ecvae_diffusers", "diffusers_modules")
+    return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in own}
 
 
 def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
@@ -76,23 +81,32 @@ def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
     """
     index = json.loads(model_index)
     index.pop("_name_or_path", None)
-    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    index["_class_name"] = ["pipeline", pipeline.saved_class.__name__]
     for name, component_class in travelling_components(pipeline).items():
         index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
-    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    """
+    Write `pipeline.py` and one code file per component, and take the writer's paths out of the components' configs. Warn of
+    classes from elsewhere, whose code is not written.
+    """
     save_directory = Path(save_directory)
     save_directory.mkdir(parents=True, exist_ok=True)
     known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
     for name, component in pipeline.components.items():
-        if type(component).__module__.split(".")[0] not in known:
+        kind = type(unwrapped(component))
+        if kind.__module__.split(".")[0] not in known:
             warnings.warn(
-                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
-                "loads only where that module can be imported."
+                f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that module "
+                "can be imported."
             )
+    if type(pipeline) is not pipeline.saved_class:
+        warnings.warn(
+            f"The code of {type(pipeline).__name__} is not saved: `DiffusionPipeline.from_pretrained` loads the folder as its base "
+            f"class, {pipeline.saved_class.__name__}, and only {type(pipeline).__name__}.from_pretrained as what it is."
+        )
     (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
     for name, component_class in travelling_components(pipeline).items():
         source = Path(inspect.getfile(component_class))

@@ -81,7 +81,9 @@ class Likelihood:
 
     def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
         answers = tensor.unflatten(0, (-1, self.num_answers))
-        return torch.stack([function(answers[:, m]) for m in range(self.num_answers)], dim=1).flatten(0, 1)
+        return torch.stack([function(answers[:, m].contiguous()) for m in range(self.num_answers)], dim=1).flatten(
+            0, 1
+        )
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         return self.each_answer(self.operator.A, x)
@@ -168,7 +170,7 @@ class Likelihood:
 
         def signs(tensor: torch.Tensor) -> torch.Tensor:
             drawn = torch.randint(2, tensor.shape[1:], generator=generator).to(tensor) * 2 - 1
-            return drawn.expand_as(tensor)
+            return drawn.expand_as(tensor).contiguous()
 
         total = torch.zeros_like(entries)
         for _ in range(NUM_VARIANCE_PROBES):

@@ -36,12 +36,17 @@ INDEX = "model_index.json"
 CONFIG = "config.json"  # of a model alone, which is an autoencoder
 CARD = "README.md"
 EVALUATION = "evaluation.json"
-# Of the folder itself; a training run's other files stay at home.
-TOP_LEVEL = {INDEX, CONFIG, CARD, "pipeline.py", "restoration.py", EVALUATION, "LICENSE"}
+# Of the folder itself, and of a pipeline's; a training run's other files stay at home.
+TOP_LEVEL = {CARD, EVALUATION, "LICENSE"}
+PIPELINE_FILES = {INDEX, "pipeline.py", "restoration.py"}
 PICTURES = {".png"}
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-COMPONENT_FILES = {".json", ".py", ".safetensors"}
-OUR_PIPELINES = {"ECFlowPipeline", "ECVAEPipeline", "ECVAERestorationPipeline"}
+# The pipelines that are published, with their components.
+OUR_PIPELINES = {
+    "ECFlowPipeline": {"flow", "energy_model", "scheduler"},
+    "ECVAEPipeline": {"vae", "energy_model", "scheduler"},
+    "ECVAERestorationPipeline": {"vae", "energy_model", "scheduler"},
+}
 # Files that the Hub makes itself.
 HUB_FILES = {".gitattributes", CARD}
 WAITS = (1.0, 4.0)  # seconds before the second and the third try
@@ -57,35 +62,42 @@ class UploadError(RuntimeError):
 
 def files_to_publish(folder: str | os.PathLike) -> list[str]:
     """
-    The files of a saved pipeline that belong on the Hub, relative to its folder: index, code, card, evaluation, pictures, and
-    configs, code and weights of its components. Of an autoencoder of diffusers: config, weights, card and pictures.
+    List the files of a saved pipeline that belong on the Hub, relative to its folder: index, code, card, evaluation, pictures, and
+    the config, code and weights of each component. Of an autoencoder of diffusers: config, weights, card and pictures.
 
     Raises:
-        ValueError: if the folder holds no pipeline of ours and no autoencoder, no card, a component without weights, a pickle among the
-            weights, weights that can't be read or are not finite, an evaluation of other weights, or a text that names a path of this
-            machine.
+        ValueError: if the folder holds no pipeline of ours and no autoencoder, no card, a component that the pipeline does not have or
+            that has no weights, a pickle among the weights, weights that can't be read or are not finite, an evaluation of other
+            weights, a link that leads out of the folder, or a text that names a path of this machine.
     """
     folder = Path(folder).resolve()
     components = component_folders(folder)
-    found = [path for path in folder.iterdir() if path.name in TOP_LEVEL or path.suffix in PICTURES]
+    top_level = TOP_LEVEL if "." in components else TOP_LEVEL | PIPELINE_FILES
+    found = [path for path in folder.iterdir() if path.name in top_level or path.suffix in PICTURES]
     if not (folder / CARD).is_file():
         raise ValueError(f"{str(folder)!r} has no {CARD}: save the pipeline again, which writes one.")
-    for name in components:
-        files = sorted(path for path in (folder / name).glob("*") if path.is_file())
-        pickles = [path.name for path in files if path.suffix in PICKLES]
+    for name, library in components.items():
+        pickles = sorted(path.name for path in (folder / name).glob("*") if path.suffix in PICKLES)
         if pickles:
             raise ValueError(
                 f"{str(folder / name)!r} holds {pickles[0]}, a pickle, which runs code when it is read: only safetensors are "
                 "published. Load it, save it anew, and remove it."
             )
+        files = component_files(folder / name, library)
         weights = [path for path in files if path.suffix == ".safetensors"]
         if not weights and not (folder / name / "scheduler_config.json").is_file():
             raise ValueError(f"{str(folder / name)!r} holds no safetensors: the component {name!r} has no weights.")
         for path in weights:
             check_safetensors(path)
-        found += [path for path in files if path.suffix in COMPONENT_FILES] if name != "." else weights
+        found += files
+    found = {path for path in found if path.is_file()}
     for path in found:
-        if path.is_file() and path.suffix not in (".safetensors", *PICTURES):
+        if not path.resolve().is_relative_to(folder):
+            raise ValueError(
+                f"{str(path)!r} leads to {str(path.resolve())!r}, out of the folder: put a copy in its place."
+            )
+    for path in found:
+        if path.suffix not in (".safetensors", *PICTURES):
             check_text(path, folder)
     evaluation = folder / EVALUATION
     if evaluation.is_file() and evaluated_weights(evaluation.read_bytes()) != folder_fingerprint(folder):
@@ -93,22 +105,32 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
             f"{str(evaluation)!r} must be an evaluation of the weights that lie beside it, but is not: evaluate this model, or "
             "take the file out."
         )
-    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def component_folders(folder: Path) -> list[str]:
-    """The sub-folders of a pipeline's components. An autoencoder's weights lie in the folder itself."""
+def component_folders(folder: Path) -> dict[str, str]:
+    """
+    The sub-folders of a pipeline's components, each with the library that the index names for it: the stem of its code file, if
+    its code travels. An autoencoder's weights lie in the folder itself.
+    """
     index = read_index(folder)
     if not (folder / INDEX).is_file():
-        return ["."]
-    return [name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]]
+        return {".": ""}
+    listed = {name: value for name, value in index.items() if isinstance(value, list) and name != "_class_name"}
+    return {name: value[0] for name, value in listed.items() if value[0]}
+
+
+def component_files(folder: Path, library: str = "") -> list[Path]:
+    """List the files of a component that diffusers reads: config, weights and, where its code travels, `<library>.py`."""
+    code = f"{library}.py" if library else None
+    return sorted(path for path in folder.glob("*") if path.name == code or COMPONENT_FILES.fullmatch(path.name))
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:
     """`hub.weights_fingerprint` of a saved pipeline's files: of the full weights, where a variant lies beside them."""
     weights = {}
     for name in component_folders(Path(folder)):
-        files = sorted((Path(folder) / name).glob("*.safetensors"))
+        files = [path for path in component_files(Path(folder) / name) if path.suffix == ".safetensors"]
         chosen = [path for path in files if not is_variant(path.name)] or files
         if chosen:  # a scheduler has none
             weights[name] = {key: tensor for path in chosen for key, tensor in load_file(path).items()}
@@ -120,6 +142,10 @@ SHARD = r"(-\d{5}-of-\d{5})?"
 FULL_WEIGHTS = re.compile(rf"diffusion_pytorch_model{SHARD}\.safetensors")
 VARIANT_WEIGHTS = re.compile(
     rf"diffusion_pytorch_model\.\w+{SHARD}\.safetensors|diffusion_pytorch_model\.safetensors\.index\.\w+\.json"
+)
+COMPONENT_FILES = re.compile(
+    r"config\.json|scheduler_config\.json|diffusion_pytorch_model\.safetensors\.index\.json|"
+    rf"{FULL_WEIGHTS.pattern}|{VARIANT_WEIGHTS.pattern}"
 )
 
 
@@ -155,12 +181,21 @@ def read_index(folder: Path) -> dict:
 
 
 def check_components(where: str, index: dict) -> None:
-    """Raises `ValueError` if an index names a component by anything but a library and a class."""
+    """Raises `ValueError` if an index names a component that its class does not have, or by anything but a library and a class."""
+    known = OUR_PIPELINES[class_name(index)]
     for name, value in index.items():
-        if isinstance(value, list) and not (
-            len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
-        ):
+        if not isinstance(value, list) or name == "_class_name":
+            continue
+        if name not in known:
+            raise ValueError(
+                f"{where!r}: its {INDEX} names a component {name!r}, but a {class_name(index)} has only {', '.join(sorted(known))}."
+            )
+        if len(value) != 2 or not all(part is None or is_dotted_name(part) for part in value):
             raise ValueError(f"{where!r}: `{name}` of its {INDEX} must be a library and a class, but is {value!r}.")
+
+
+def is_dotted_name(value) -> bool:
+    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
 
 
 def is_publishable(name: str, index: dict) -> bool:
@@ -229,6 +264,7 @@ def upload_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    subfolder: str | None = None,
 ) -> str:
     """
     Publish a saved pipeline, or an autoencoder, as one commit. A repository that is not there is created; in one that is, files of the same name
@@ -244,6 +280,9 @@ def upload_folder(
         revision (`str`, *optional*): Branch, created if it is not there. `main` if not given.
         commit_message (`str`, *optional*): Title of the commit.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
+        subfolder (`str`, *optional*):
+            Folder of the repository to publish to, without a card, instead of the repository itself. Whatever lies outside of it
+            stays as it is.
 
     Returns:
         `str`: URL of the commit, or of the pull request.
@@ -254,8 +293,14 @@ def upload_folder(
             machine can't be read or written.
     """
     folder, files = Path(folder), files_to_publish(folder)
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     api, repo_id, there = open_repository(
-        repo_id, token=token, private=private, revision=revision, name=INDEX if INDEX in files else CONFIG
+        repo_id,
+        token=token,
+        private=private,
+        revision=revision,
+        name=INDEX if INDEX in files else CONFIG,
+        prefix=prefix,
     )
     card_stays = CARD in there and CARD_MARKER.encode() not in there[CARD]
     removed = []
@@ -267,7 +312,7 @@ def upload_folder(
         else:
             removed = [EVALUATION]
     if not are_those_evaluated:
-        stale = attempt("read", repo_id, api, lambda: stale_variants(api, repo_id, revision, folder))
+        stale = attempt("read", repo_id, api, lambda: stale_variants(api, repo_id, revision, folder, prefix))
         removed += [name for name in stale if name not in files]
         if removed:
             logger.warning(
@@ -275,7 +320,7 @@ def upload_folder(
             )
     contents: dict[str, Path | bytes] = {name: folder / name for name in files}
     contents[CARD] = with_location((folder / CARD).read_text(encoding="utf-8"), repo_id).encode()
-    if card_stays:
+    if card_stays or prefix:
         del contents[CARD]
 
     def commit():
@@ -283,8 +328,8 @@ def upload_folder(
             repo_id,
             # Made anew at each try: the client takes none twice.
             [
-                *(CommitOperationAdd(name, content) for name, content in contents.items()),
-                *(CommitOperationDelete(name) for name in removed),
+                *(CommitOperationAdd(prefix + name, content) for name, content in contents.items()),
+                *(CommitOperationDelete(prefix + name) for name in removed),
             ],
             revision=revision,
             commit_message=commit_message or "Upload a model of ecvae-diffusers",
@@ -295,12 +340,13 @@ def upload_folder(
     return made.pr_url or made.commit_url
 
 
-def stale_variants(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> list[str]:
+def stale_variants(api: HfApi, repo_id: str, revision: str | None, folder: Path, prefix: str) -> list[str]:
     """
     The variants in a repository (such as `vae/diffusion_pytorch_model.fp16.safetensors`) where full weights come that are
     others than those beside them. All of them: a model's parts belong together.
     """
-    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)}
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    there = {entry.path.removeprefix(prefix): entry for entry in entries if entry.path.startswith(prefix)}
 
     def changes(file: Path, entry) -> bool:
         if file.stat().st_size != entry.size:
@@ -313,13 +359,13 @@ def stale_variants(api: HfApi, repo_id: str, revision: str | None, folder: Path)
 
     changed, variants = False, []
     for name in component_folders(folder):
-        prefix = "" if name == "." else f"{name}/"
-        held = {path.removeprefix(prefix): entry for path, entry in there.items() if path.startswith(prefix)}
+        place = "" if name == "." else f"{name}/"
+        held = {path.removeprefix(place): entry for path, entry in there.items() if path.startswith(place)}
         before = {file for file in held if FULL_WEIGHTS.fullmatch(file)}
         coming = {path.name for path in (folder / name).glob("*") if FULL_WEIGHTS.fullmatch(path.name)}
         if before and coming:
             changed |= before != coming or any(changes(folder / name / file, held[file]) for file in coming)
-        variants += [prefix + file for file in held if VARIANT_WEIGHTS.fullmatch(file)]
+        variants += [place + file for file in held if VARIANT_WEIGHTS.fullmatch(file)]
     return variants if changed else []
 
 
@@ -331,6 +377,7 @@ def open_repository(
     private: bool | None = None,
     revision: str | None = None,
     name: str = INDEX,
+    prefix: str = "",
 ) -> tuple[HfApi, str, dict[str, bytes]]:
     """
     Make sure that a pipeline can be published under a name, and create the repository and the branch if they are not there.
@@ -339,6 +386,7 @@ def open_repository(
     Args:
         repo_id, token, private, revision: As for `upload_folder`.
         name (`str`, *optional*): `"config.json"` for an autoencoder, instead of a pipeline's `"model_index.json"`.
+        prefix (`str`, *optional*): Only the repository's files whose paths begin so are looked at: `"folder/"`.
 
     Returns:
         The client, the repository's full name, and the card and the evaluation in it, as far as they are there.
@@ -358,9 +406,10 @@ def open_repository(
         ask("create a branch in", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
     def read(file: str) -> bytes:
-        return Path(ask("read", lambda: api.hf_hub_download(repo_id, file, revision=revision))).read_bytes()
+        return Path(ask("read", lambda: api.hf_hub_download(repo_id, prefix + file, revision=revision))).read_bytes()
 
-    there = ask("read", lambda: api.list_repo_files(repo_id, revision=revision))
+    paths = ask("read", lambda: api.list_repo_files(repo_id, revision=revision))
+    there = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
     held = next((file for file in (INDEX, CONFIG) if file in there), None)
     if held is not None:
         try:
@@ -426,7 +475,7 @@ def upload_arguments(save_directory: str | os.PathLike, kwargs: dict) -> dict | 
     """Take the arguments of `upload_folder` out of those of `save_pretrained`; `None` without `push_to_hub=True`."""
     if not kwargs.pop("push_to_hub", False):
         return None
-    names = ("token", "private", "revision", "commit_message", "create_pr")
+    names = ("token", "private", "revision", "commit_message", "create_pr", "subfolder")
     found = {name: kwargs.pop(name) for name in names if name in kwargs}
     return {"repo_id": kwargs.pop("repo_id", Path(save_directory).resolve().name), **found}
 
@@ -440,6 +489,7 @@ def push_to_hub(
     create_pr: bool = False,
     safe_serialization: bool = True,
     variant: str | None = None,
+    subfolder: str | None = None,
     revision: str | None = None,
 ) -> str:
     """
@@ -448,7 +498,7 @@ def push_to_hub(
 
     Args:
         repo_id (`str`): `"user/name"`, or a name alone for one's own.
-        commit_message, private, token, create_pr, revision: As for [`~upload.upload_folder`].
+        commit_message, private, token, create_pr, subfolder, revision: As for [`~upload.upload_folder`].
         safe_serialization (`bool`, *optional*, defaults to `True`): Weights are safetensors only.
         variant (`str`, *optional*):
             Such as `"fp16"`: files of that name beside those that are there. Push full weights first: when others come, variants
@@ -472,4 +522,5 @@ def push_to_hub(
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,
+            subfolder=subfolder,
         )

@@ -169,7 +169,9 @@ def likelihood_bounds(
         # log p(z) - log q(z|x), where the 2 pi of both cancel.
         log_prior = -0.5 * (latents.square() - noise.square() - 2 * spread.log()).flatten(2).sum(2)
         log_weights.append(log_likelihood + log_prior)
-    log_weights = torch.cat(log_weights).double()
+    log_weights = torch.cat(log_weights)
+    if log_weights.device.type != "mps":  # which has no float64
+        log_weights = log_weights.double()
     return LikelihoodBounds(
         importance_weighted=(log_weights.logsumexp(0) - math.log(num_samples)).float(),
         elbo=log_weights.mean(0).float(),

@@ -362,6 +362,9 @@ def test_the_reconstruction_error_is_saved(vae, tmp_path):
         ({"block_out_channels": ()}, "block_out_channels"),
         ({"block_out_channels": (8, 0)}, "block_out_channels"),
         ({"layers_per_block": 0}, "layers_per_block"),
+        ({"layers_per_block": 10**6}, "layers_per_block"),
+        ({"block_out_channels": (8, 10**6)}, "block_out_channels"),
+        ({"latent_channels": 10**6}, "latent_channels"),
         *(
             ({"reconstruction_spectrum": value}, "reconstruction_spectrum")
             for value in ([], 1.0, [0.0], [1, -1], ["1"], [float("nan")])

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from model_tests import ModelTests, images, seeded, unsettle
+from model_tests import ModelTests, images, seeded, trained_parameters, unsettle
 from torch.nn.utils import parametrize
 
 from ecvae_diffusers import EnergyModel
@@ -198,7 +198,7 @@ def test_spectral_norm_bounds_every_weight(num_scales):
     """
     model = tiny(num_scales=num_scales, layers_per_block=2)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in trained_parameters(model).values():
             parameter.mul_(7.0).add_(0.5 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
         model.train()
         for _ in range(100):
@@ -212,21 +212,22 @@ def test_spectral_norm_bounds_every_weight(num_scales):
 
 def test_spectral_norm_moves_in_training_mode_only():
     model = unsettle(tiny(), images(2))
-    before = copy.deepcopy(dict(model.named_buffers()))
+    before = copy.deepcopy(model.state_dict())
     model(images(2))
     with frozen(model):
         model(images(2))
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, before[name]), name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
     model.train()
     model(images(2))
-    assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(name.endswith(("._u", "._v")) for name in moved)
 
 
 def test_spectral_norm_is_optional():
     model = tiny(spectral_norm=False)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
-    assert not list(model.buffers())
+    assert not any(name.endswith(("._u", "._v")) for name in model.state_dict())
     assert all(parametrize.is_parametrized(conv, "weight") for conv in convolutions(tiny()))
 
 
@@ -249,6 +250,10 @@ def test_no_normalization_of_activations():
         ({"block_out_channels": (8, 0)}, "block_out_channels"),
         ({"block_out_channels": (8, 8, 8, 8)}, "block_out_channels"),
         ({"layers_per_block": 0}, "layers_per_block"),
+        ({"layers_per_block": 10**6}, "layers_per_block"),
+        ({"block_out_channels": (8, 10**6)}, "block_out_channels"),
+        ({"in_channels": 10**6}, "in_channels"),
+        ({"sample_size": 2**30}, "sample_size"),
         ({"num_scales": 0}, "num_scales"),
         ({"num_scales": 3}, "num_scales"),
         ({"act_fn": "sine"}, "activation function sine"),

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-import accelerate
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -39,7 +38,7 @@ def pipe() -> ECFlowPipeline:
     sizes = {"sample_size": 16, "in_channels": 1}
     flow = FlowEC(**sizes, num_levels=2, steps_per_level=1, hidden_channels=8).eval()
     with torch.no_grad():
-        for parameter in flow.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, flow.parameters()):
             parameter.add_(0.05 * torch.randn(parameter.shape))
     energy_model = EnergyModel(**sizes, block_out_channels=(8, 8)).eval()
     return ECFlowPipeline(flow=flow, energy_model=energy_model, scheduler=LangevinScheduler())
@@ -98,15 +97,6 @@ def test_group_offloading_onloads_all_that_sampling_needs(pipe, offload_type):
             group.onload_ = note
     assert torch.equal(pipe(batch_size=2, generator=generator(), output_type="pt").images, expected)
     assert [name for name, p in pipe.flow.named_parameters() if id(p) not in brought] == []
-
-
-def test_sequential_offloading_gives_the_same_images(pipe):
-    """Accelerate keeps the weights on "meta" between the passes of each module."""
-    expected = pipe(batch_size=2, generator=generator(), output_type="pt").images
-    accelerate.cpu_offload(pipe.flow, execution_device=torch.device("cpu"))
-    assert {p.device.type for p in pipe.flow.parameters()} == {"meta"}
-    images = pipe(batch_size=2, generator=generator(), output_type="pt").images
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
 
 
 def test_a_flow_whose_weights_are_stored_in_8_bits_computes_in_16(pipe):

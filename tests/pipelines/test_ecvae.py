@@ -176,10 +176,11 @@ def test_a_training_energy_model_is_used_but_not_changed(pipe):
     expected = pipe.score(images)
     pipe.energy_model.train()
     before = {name: value.clone() for name, value in pipe.energy_model.state_dict().items()}
+    trained = [parameter.requires_grad for parameter in pipe.energy_model.parameters()]
     torch.testing.assert_close(pipe.score(images), expected)
     pipe(num_refinement_steps=2)
     assert pipe.energy_model.training
-    assert all(parameter.requires_grad for parameter in pipe.energy_model.parameters())
+    assert [parameter.requires_grad for parameter in pipe.energy_model.parameters()] == trained
     assert all(torch.equal(value, before[name]) for name, value in pipe.energy_model.state_dict().items())
 
 
@@ -327,7 +328,6 @@ def test_score_is_the_energy_of_the_image_in_the_models_range(make_pipeline, cha
         ({"num_refinement_steps": 0.5}, "`num_refinement_steps` .* but is 0.5"),
         ({"num_refinement_steps": 1, "output_type": "latent"}, "`num_refinement_steps` refines images"),
         ({"output_type": "jpeg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpeg'"),
-        ({"output_type": None}, "`output_type` .* but is None"),
         ({"batch_size": 2, "generator": generators(3)}, "`generator` is a list of 3, but there are 2 images"),
         (
             {"latents": torch.zeros(2, 8, 1, 1), "generator": generators(3)},
@@ -501,13 +501,6 @@ def test_the_components_may_be_on_different_devices(pipe):
     assert sample(pipe).device.type == "cpu"
 
 
-@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_group_offloading_gives_the_same_images(pipe, offload_type):
-    expected = sample(pipe)
-    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
-    assert torch.equal(sample(pipe), expected)
-
-
 def test_slicing_gives_the_same_images(pipe, calls):
     expected = sample(pipe)
     calls.clear()
@@ -597,12 +590,6 @@ def test_reasonable_types_are_accepted(pipe):
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     with pytest.raises(ValueError, match="`generator` is a list of 3, but there are 2 images"):
         pipe.reconstruct(list(images), sample_posterior=True, generator=generators)
-
-
-def test_weights_are_safetensors_only(pipe, tmp_path):
-    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
-        pipe.save_pretrained(tmp_path, safe_serialization=False)
-    assert not list(tmp_path.iterdir())
 
 
 def test_our_card_follows_the_model_and_an_edited_one_stays(pipe, tmp_path):

@@ -422,7 +422,7 @@ WRONG = {
     ),
     "method": ({"method": "adam"}, "`method` must be one of langevin, map, but is 'adam'"),
     "start": ({"start": "zeros"}, "`start` must be one of encoding, prior, but is 'zeros'"),
-    "output type": ({"output_type": "latent"}, "`output_type` must be one of pil, np, pt, but is 'latent'"),
+    "output type": ({"output_type": "latent"}, "output_type"),
     "variance": (
         {"reconstruction_variance": 0},
         "`reconstruction_variance` must be a finite number above 0, but is 0",

@@ -18,13 +18,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import AutoModel, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines import pipeline_loading_utils
 from hub_server import HubServer
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
-from ecvae_diffusers.register import get_signature_keys
+from ecvae_diffusers.register import get_signature_keys, resolve_trust_remote_code
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +80,11 @@ for place, where in (("folder", folder), ("hub", hub_id)):
     report(f"concrete {place} sampling only", lambda: ECVAEPipeline.from_pretrained(where, energy_model=None))
     report(f"generic {place} sampling only", lambda: DiffusionPipeline.from_pretrained(where, energy_model=None))
 
+from diffusers import AutoModel
+
+for trust in (False, True):
+    model = AutoModel.from_pretrained(hub_id, subfolder="energy_model", trust_remote_code=trust)
+    seen[f"AutoModel, trust {trust}"] = f"{type(model).__module__}.{type(model).__name__}"
 ECVAEPipeline.from_pretrained(folder).push_to_hub("user/pushed")
 report("pushed", lambda: DiffusionPipeline.from_pretrained("user/pushed"))
 (work / "seen.json").write_text(json.dumps(seen))
@@ -226,6 +231,11 @@ def test_the_energy_model_can_be_left_out(with_package, reference, how, place):
     assert case["images"] == sample(reference).tolist()
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_automodel_loads_a_component_from_the_hub(with_package, trust):
+    assert with_package[0][f"AutoModel, trust {trust}"] == f"{EnergyModel.__module__}.EnergyModel"
+
+
 def test_a_pushed_pipeline_is_self_contained(with_package, hub, saved, reference):
     case = with_package[0]["pushed"]
     assert "error" not in case, case["error"]
@@ -365,6 +375,13 @@ def test_the_parts_of_diffusers_that_are_not_public_are_there():
         assert pipeline_loading_utils.LOADABLE_CLASSES["ecvae_diffusers"][name] == methods
         assert pipeline_loading_utils.ALL_IMPORTABLE_CLASSES[name] == methods
     assert diffusers.ECVAEPipeline is ECVAEPipeline
+
+    assert list(inspect.signature(resolve_trust_remote_code).parameters) == [
+        "trust_remote_code", "model_name", "has_remote_code",
+    ]  # fmt: skip
+    for method in (AutoModel.from_pretrained, AutoModel.from_config):
+        assert "= resolve_trust_remote_code(" in inspect.getsource(inspect.unwrap(method))
+        assert "load_config(" in inspect.getsource(inspect.unwrap(method))
 
     # Both stand in for a method of diffusers: it must still be there, with the same parameters, and be called.
     assert list(inspect.signature(ConfigMixin._dict_from_json_file).parameters) == ["json_file"]

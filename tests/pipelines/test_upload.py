@@ -63,6 +63,8 @@ tried("branch again", lambda: upload_folder(folder, "user/model", revision="next
 tried("own name", lambda: upload_folder(folder, "short"))
 tried("saved", lambda: pipe.to(torch.float32).save_pretrained(work / "saved", push_to_hub=True, repo_id="user/saved", private=False))
 tried("retried", lambda: upload_folder(folder, "user/retried"))
+for _ in range(2):
+    tried("subfolder", lambda: pipe.push_to_hub("user/shelf", subfolder="models/one"))
 tried("card", lambda: upload_folder(folder, "user/edited"))
 for taken in ("ddpm", "data", "cut", "list", "nested"):
     tried(taken, lambda: upload_folder(folder, f"user/{taken}"))
@@ -142,6 +144,7 @@ def hub(saved, tmp_path_factory):
     with HubServer() as server:
         server.commit("user/ddpm", {"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
         server.commit("user/data", {"train.csv": b"1,2"})
+        server.commit("user/shelf", {"train.csv": b"1,2", "models/two/model_index.json": b"{}"})
         # Not UTF-8.
         edited = {
             "model_index.json": b'{"_class_name": ["pipeline", "ECVAEPipeline"]}',
@@ -198,6 +201,17 @@ def test_branches(hub, saved):
     assert "error" not in hub.seen["next"]
     published = hub.files("user/model", "next")
     assert {path: published[path] for path in files(saved)} == files_at(saved, "user/model")
+
+
+def test_a_subfolder_of_a_repository(hub):
+    """All else that lies in the repository stays, and the card of the repository is not that of the model."""
+    assert "error" not in hub.seen["subfolder"], hub.seen["subfolder"]
+    published = hub.files("user/shelf")
+    pushed = files(hub.work / "saved")  # the same pipeline
+    expected = {f"models/one/{path}": content for path, content in pushed.items() if path != "README.md"}
+    assert {path: content for path, content in published.items() if path != ".gitattributes"} == {
+        "train.csv": b"1,2", "models/two/model_index.json": b"{}", **expected,
+    }  # fmt: skip
 
 
 def test_flows_and_autoencoders_are_published_too(hub):
@@ -314,6 +328,45 @@ def test_a_run_folder_publishes_its_pipeline_alone(saved, tmp_path):
     assert files_to_publish(folder) == expected
     (folder / "samples.png").write_bytes(b"")
     assert files_to_publish(folder) == sorted([*expected, "samples.png"])
+    # Nor what lies beside the files of a component.
+    outside = tmp_path / "outside.json"
+    outside.write_text('{"api_key": "secret"}')
+    for name in ("vae", "energy_model", "scheduler"):
+        for file in ("credentials.json", ".secret.json", "settings.py", "config.json.bak", "other.v2.safetensors"):
+            (folder / name / file).write_bytes(b"secret")
+        (folder / name / "link.json").symlink_to(outside)
+        (folder / name / "__pycache__").mkdir()
+    assert files_to_publish(folder) == sorted([*expected, "samples.png"])
+    assert folder_fingerprint(folder) == folder_fingerprint(saved)
+
+
+@pytest.mark.parametrize(
+    "path", ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "scheduler", "README.md", "picture.png"]
+)
+def test_a_link_out_of_the_folder_is_not_published(path, saved, tmp_path):
+    folder = copy(saved, tmp_path / "run")
+    (folder / "picture.png").write_bytes(b"")
+    (folder / path).rename(tmp_path / "outside")
+    (folder / path).symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=Path(path).name):
+        files_to_publish(folder)
+    # One to another file of the folder is.
+    (folder / path).unlink()
+    (tmp_path / "outside").rename(folder / "elsewhere")
+    (folder / path).symlink_to(folder / "elsewhere")
+    assert any(file.startswith(path) for file in files_to_publish(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "..", ".", "", "/tmp", "vae/../../x", "vae/", "~", "extra", "pipeline.py"]
+)
+def test_a_component_that_the_pipeline_does_not_have_is_not_published(name, saved, tmp_path):
+    folder = copy(saved, tmp_path / "a" / "b" / "run")
+    (tmp_path / "a" / "x").mkdir()
+    (tmp_path / "a" / "x" / "scheduler_config.json").write_text("{}")
+    name_component(folder, ["diffusers", "DDPMScheduler"], name)
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        files_to_publish(folder)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +383,8 @@ def test_a_run_folder_publishes_its_pipeline_alone(saved, tmp_path):
         (lambda folder: (folder / "model_index.json").write_text("[]"), "holds a model_index.json that names no class"),
         (lambda folder: name_component(folder, []), r"`vae` of its model_index.json must be a library and a class, but is \[\]"),
         (lambda folder: name_component(folder, [["a", "b"]]), "`vae` of its model_index.json must be a library and a class"),
+        (lambda folder: name_component(folder, ["../../x", "AutoencoderEC"]), "vae"),
+        (lambda folder: name_component(folder, ["/x", "AutoencoderEC"]), "vae"),
         (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "README.md' must be text in UTF-8"),
         (lambda folder: (folder / "README.md").unlink(), "has no README.md"),
         (lambda folder: (folder / "README.md").write_text(f"made in {Path.home()}"), "a path of this machine"),
@@ -361,9 +416,9 @@ def evaluate(folder: Path) -> None:
     (folder / "evaluation.json").write_text(json.dumps({"weights": folder_fingerprint(folder)}))
 
 
-def name_component(folder: Path, value) -> None:
+def name_component(folder: Path, value, name: str = "vae") -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "vae": value}))
+    (folder / "model_index.json").write_text(json.dumps({**index, name: value}))
 
 
 def test_an_evaluation_of_the_weights_beside_it_is_published(saved, tmp_path):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import calibrate_decoder
+import diffusers
 import numpy as np
 import PIL.Image
 import pytest
@@ -226,7 +227,7 @@ def test_an_energy_model_of_other_images_is_not_gone_on_with(finished, images, t
             assert "EnergyModel of 3 channel(s) and 16 px, which does not fit" in caplog.text
             caplog.clear()
         assert load_energy_model(folder / "samples", 16, 3) is None
-        assert "has no energy model beside it: it is a new one" in caplog.text
+        assert str(folder / "samples") in caplog.text
         assert load_energy_model(folder.parent, 16, 3, subfolder="VQModel").training
     assert load_energy_model(folder, 16, 3).training
     calibrate(
@@ -234,6 +235,20 @@ def test_an_energy_model_of_other_images_is_not_gone_on_with(finished, images, t
         tmp_path / "run", "--max_train_steps", 1, "--calibration", "none",
     )  # fmt: skip
     assert not (tmp_path / "run" / "energy_model").exists()
+
+
+def test_the_hub_is_not_asked_for_what_a_local_folder_lacks(tmp_path, monkeypatch):
+    """A folder named `my_vae` is no reason to load whatever somebody has published as `my_vae/energy_model`."""
+
+    def download(repo_id, *args, **kwargs):
+        raise AssertionError(f"The Hub was asked for {repo_id}.")
+
+    Accelerator(cpu=True)
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_vae" / "vae").mkdir(parents=True)
+    for subfolder in (None, "vae", "gone"):
+        assert load_energy_model("my_vae", 16, 3, subfolder=subfolder) is None
 
 
 def test_the_spread_of_latents_is_measured_when_the_decoder_is_on_its_device(models, images, tmp_path):

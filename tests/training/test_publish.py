@@ -221,6 +221,18 @@ def test_flows_and_autoencoders_are_published_as_they_are(hub, work, environment
     assert set(local(tmp_path / "kept")) == set(published(hub, "user/decoder"))
 
 
+def test_a_folder_from_elsewhere_does_not_lead_out_of_what_is_written(tmp_path):
+    model, target = tmp_path / "a" / "b" / "flow", tmp_path / "a" / "x"
+    ECFlowPipeline(flow=FlowEC(sample_size=8, in_channels=1, num_levels=1, steps_per_level=1)).save_pretrained(model)
+    target.mkdir()
+    (target / "scheduler_config.json").write_text("{}")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "../../x": ["diffusers", "DDPMScheduler"]}))
+    with pytest.raises(ValueError, match=re.escape("../../x")):
+        main(parse_args([str(model), "--output_dir", str(tmp_path / "card")]))
+    assert not (tmp_path / "card").exists()
+
+
 @pytest.mark.parametrize(
     "listed, argument", [(["--dtype", "float16"], "dtype"), (["--evaluation", "e", "--details", "d"], "evaluation")]
 )

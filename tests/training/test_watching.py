@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from training_runs import TINY, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import ECVAEPipeline
@@ -236,6 +237,13 @@ def test_spread_of_energies_over_processes_comes_from_moments():
     logged = reduce_scalars(TwoProcesses(), {"energy": first.mean(), "energy_square": first.square().mean()})
     whole = torch.tensor([1.0, 3.0, 5.0, 7.0])
     assert logged == pytest.approx({"energy": whole.mean().item(), "energy_std": whole.std(correction=0).item()})
+
+
+def test_scalars_on_mps(like_mps):
+    accelerator, values = Accelerator(cpu=True), torch.tensor([1.0, 3.0])
+    with like_mps():
+        logged = reduce_scalars(accelerator, {"energy": values.mean(), "energy_square": values.square().mean()})
+    assert logged == pytest.approx({"energy": 2.0, "energy_std": 1.0})
 
 
 def test_grids():

@@ -4,10 +4,10 @@ import json
 import os
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, ModelMixin
+from diffusers.models import autoencoders
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 
@@ -15,7 +15,6 @@ from ecvae_diffusers import EnergyModel, LangevinScheduler
 from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.cards import CARD_MARKER
 from ecvae_diffusers.hub import fingerprint
-from ecvae_training.models import check_finite_weights
 
 
 logger = get_logger(__name__)
@@ -152,7 +151,7 @@ class SavedDecoder:
         energy_model = scheduler = None
         if (Path(folder) / "energy_model").is_dir():
             energy_model = EnergyModel.from_pretrained(Path(folder) / "energy_model")
-            scheduler = LangevinScheduler.from_pretrained(Path(folder) / "scheduler")
+            scheduler = LangevinScheduler.from_pretrained(Path(folder) / "scheduler", local_files_only=True)
         return cls(decoder, energy_model, scheduler, (Path(folder) / "README.md").read_text(encoding="utf-8"))
 
 
@@ -188,7 +187,7 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         class_name = AutoencoderKL.load_config(name_or_path, **config_place).get("_class_name")
     except (OSError, ValueError) as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
-    model_class = getattr(diffusers, str(class_name), None)
+    model_class = getattr(autoencoders, str(class_name), None)
     if model_class is None or not all(hasattr(model_class, name) for name in ("encode", "decode")):
         raise ValueError(f"{refused} must be an autoencoder of diffusers, but is a {class_name}.")
     try:
@@ -199,7 +198,8 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     if info["missing_keys"]:
         raise ValueError(f"{refused} is not whole: {sorted(info['missing_keys'])[:3]} are missing from its weights.")
-    check_finite_weights(model, refused)
+    if broken := [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]:
+        raise ValueError(f"{refused} holds weights that are not finite: {', '.join(broken[:3])}.")
     # Those of audio have no channels of images, and one that decodes by diffusion no decoder of one pass.
     if "in_channels" not in model.config or not isinstance(getattr(model, "decoder", None), torch.nn.Module):
         raise ValueError(
@@ -235,14 +235,19 @@ def load_energy_model(
     if Path(name_or_path).is_dir():
         # With a subfolder diffusers would take the weights of the folder itself, the decoder's, where there are some.
         place, where = Path(name_or_path, inside), {}
+        # Of a folder that is not there diffusers would ask the Hub.
+        if not (place / "config.json").is_file():
+            logger.info(f"{str(name_or_path)!r} has no energy model next to it: it is a new one.")
+            return None
     try:
         config = EnergyModel.load_config(place, **where)
     except OSError as error:
-        if not where and (place / "config.json").is_file():
+        if not where:
             raise ValueError(f"--pretrained_model_name_or_path: {str(place)!r} can't be loaded: {error}") from error
-        # Of a Hub id it may be the network that failed.
-        why = f" ({str(error).splitlines()[0]})" if where else ""
-        logger.info(f"{str(name_or_path)!r} has no energy model beside it{why}: it is a new one.")
+        # It may be the network that failed.
+        logger.info(
+            f"{str(name_or_path)!r} has no energy model next to it ({str(error).splitlines()[0]}): it is a new one."
+        )
         return None
     try:
         found = tuple(config.get(name) for name in ("_class_name", "sample_size", "in_channels"))

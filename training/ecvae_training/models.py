@@ -119,9 +119,6 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
         raise ValueError(
             f"{refused} is for images of {model.config.sample_size} px, but --resolution is {args.resolution}."
         )
-    for network in (model, energy_model):
-        if network is not None:
-            check_finite_weights(network, refused)
     # `from_pretrained` gives networks in evaluation mode.
     return model.train(), energy_model.train() if energy_model is not None else None
 
@@ -150,16 +147,6 @@ def load_companions(name_or_path: str | Path, model_class: type) -> dict:
     except LOADING_ERRORS as error:
         raise ValueError(f"the energy model of {str(name_or_path)!r} can't be loaded: {error}") from error
     return {name: components.get(name) for name in ("energy_model", "scheduler")}
-
-
-def check_finite_weights(network: torch.nn.Module, what: str) -> None:
-    """
-    Raises:
-        ValueError: if a weight is not finite, from which nothing can be learned. `what` names the argument and its value.
-    """
-    broken = [name for name, weight in network.state_dict().items() if not weight.isfinite().all()]
-    if broken:
-        raise ValueError(f"{what} holds weights that are not finite: {', '.join(broken[:3])}.")
 
 
 def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:

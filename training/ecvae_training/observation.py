@@ -58,7 +58,9 @@ def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -
     `name`, it becomes `name_std`.
     """
     names = list(scalars)
-    values = torch.stack([scalars[name].detach().double() for name in names])
+    # MPS has no float64.
+    dtype = torch.float32 if scalars[names[0]].device.type == "mps" else torch.float64
+    values = torch.stack([scalars[name].detach().to(dtype) for name in names])
     logged = dict(zip(names, accelerator.reduce(values, reduction="mean").tolist()))
     for name in [name for name in names if f"{name}_square" in logged]:
         logged[f"{name}_std"] = max(logged.pop(f"{name}_square") - logged[name] ** 2, 0.0) ** 0.5

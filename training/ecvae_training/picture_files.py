@@ -15,7 +15,7 @@ from pathlib import Path
 import PIL.Image
 from huggingface_hub import DatasetCard
 
-from ecvae_training.evaluation_parts import write_atomically
+from ecvae_diffusers.atomic import write_text
 from ecvae_training.output import ARGUMENTS_FILE, CHECKPOINT, HASHES_FILE, RUN_FILES, RUN_FOLDERS
 from ecvae_training.places import check_picture_folder
 
@@ -258,7 +258,7 @@ def content_hash(image: PIL.Image.Image) -> bytes:
 
 def write_hashes(hashes: set[bytes], path: Path) -> None:
     """Write hashes as lines of hexadecimal digits, sorted."""
-    write_atomically(path, "".join(f"{one.hex()}\n" for one in sorted(hashes)))
+    write_text(path, "".join(f"{one.hex()}\n" for one in sorted(hashes)))
 
 
 def trained_hashes(name_or_path: str | os.PathLike | None) -> set[bytes] | None:

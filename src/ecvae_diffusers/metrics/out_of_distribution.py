@@ -20,9 +20,9 @@ def out_of_distribution_auroc(inside: torch.Tensor, outside: torch.Tensor) -> fl
     for name, scores in (("inside", inside), ("outside", outside)):
         if scores.numel() == 0 or not scores.isfinite().all():
             raise ValueError(f"`{name}` must hold finite scores, but holds {scores.tolist()[:5]}.")
-    scores = torch.cat([inside.flatten(), outside.flatten()]).double()
+    scores = torch.cat([inside.flatten(), outside.flatten()]).cpu().double()
     # Ranks say all: torchmetrics would squeeze scores beyond [0, 1] through a sigmoid, where they become ties.
     ranks = scores.unique(return_inverse=True)[1].double() / len(scores)
     labels = torch.cat([torch.zeros(inside.numel(), dtype=torch.int), torch.ones(outside.numel(), dtype=torch.int)])
     # Its sum of float32 areas may come to a little more than 1.
-    return min(binary_auroc(ranks.cpu(), labels).item(), 1.0)
+    return min(binary_auroc(ranks, labels).item(), 1.0)

@@ -12,6 +12,8 @@ lead through `forward`, where diffusers and Accelerate hook in what moves weight
 This file imports only torch and diffusers, so that it can travel to the Hub beside its config.
 """
 
+import functools
+import inspect
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -28,6 +30,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # Bound of what one coupling scales by, e^2 either way: what is not bounded can't be inverted in float32.
 MAX_LOG_SCALE = 2.0
+# Bounds of a config's numbers, far above any use: a config from elsewhere must not fill the memory.
+MAX_STEPS_PER_LEVEL, MAX_HIDDEN_CHANNELS = 512, 8192
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -89,8 +93,9 @@ class InvertibleConv(nn.Module):
         # In float32, where a model is made in half precision too: that has no decompositions.
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float32))[0]
         permutation, lower, upper = (m.to(torch.get_default_dtype()) for m in torch.linalg.lu(rotation))
-        self.register_buffer("permutation", permutation)
-        self.register_buffer("sign", upper.diagonal().sign())
+        # Fixed, but no buffers: diffusers' `EMAModel` keeps parameters only.
+        self.permutation = nn.Parameter(permutation, requires_grad=False)
+        self.sign = nn.Parameter(upper.diagonal().sign(), requires_grad=False)
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
         self.lower = nn.Parameter(lower.tril(-1))
         self.upper = nn.Parameter(upper.triu(1))
@@ -99,13 +104,13 @@ class InvertibleConv(nn.Module):
         """L and U + diag(s)."""
         lower, upper, log_scale = map(at_least_float32, (self.lower, self.upper, self.log_scale))
         identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
-        return lower.tril(-1) + identity, upper.triu(1) + torch.diag(self.sign * log_scale.exp())
+        return lower.tril(-1) + identity, upper.triu(1) + torch.diag(self.sign.detach() * log_scale.exp())
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             lower, upper = self.triangles()
             log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
-            permutation = self.permutation.to(lower.dtype)
+            permutation = self.permutation.detach().to(lower.dtype)
             if inverse:
                 weight = torch.linalg.solve_triangular(lower, permutation.T, upper=False, unitriangular=True)
                 weight, log_det = torch.linalg.solve_triangular(upper, weight, upper=True), -log_det
@@ -224,8 +229,9 @@ class FlowEC(ModelMixin, ConfigMixin):
         in_channels (`int`, *optional*, defaults to `3`): Number of image channels: 1 (gray), 3 (RGB) or 4 (RGBA).
         num_levels (`int`, *optional*, defaults to `3`):
             Number of scales L, from 1 to log2(`sample_size`). Each halves the resolution.
-        steps_per_level (`int`, *optional*, defaults to `8`): Steps at each scale, at least 1.
-        hidden_channels (`int`, *optional*, defaults to `128`): Channels of the couplings' networks, at least 1.
+        steps_per_level (`int`, *optional*, defaults to `8`): Steps at each scale, from 1 to 512.
+        hidden_channels (`int`, *optional*, defaults to `128`):
+            Channels of the couplings' networks, from 1 to 8192.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -254,9 +260,12 @@ class FlowEC(ModelMixin, ConfigMixin):
                 f"`num_levels` must be from 1 to {int(math.log2(sample_size))} at `sample_size` {sample_size}, but is "
                 f"{num_levels}."
             )
-        for name, value in (("steps_per_level", steps_per_level), ("hidden_channels", hidden_channels)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        for name, value, limit in (
+            ("steps_per_level", steps_per_level, MAX_STEPS_PER_LEVEL),
+            ("hidden_channels", hidden_channels, MAX_HIDDEN_CHANNELS),
+        ):
+            if not 1 <= value <= limit:
+                raise ValueError(f"`{name}` must be from 1 to {limit}, but is {value}.")
         self.levels = nn.ModuleList()
         self.latent_shapes: list[tuple[int, int, int]] = []  # of what each level lets go
         channels, size = in_channels, sample_size
@@ -269,35 +278,33 @@ class FlowEC(ModelMixin, ConfigMixin):
             channels = level.kept_channels
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
-        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
-        unknown = sorted(name for name in rest if not name.startswith("_"))
-        if unknown:
-            raise ValueError(
-                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
-            )
-        return init_dict, unused_kwargs, rest
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        As [`ModelMixin.from_pretrained`], from safetensors only, and whole or not at all.
+        Load a model as [`ModelMixin.from_pretrained`] does, from safetensors only.
 
         Raises:
-            ValueError: if `use_safetensors` is False, or weights are missing from the file.
+            ValueError: if `use_safetensors` is False, or weights are missing or not finite.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
-        kwargs["use_safetensors"] = True
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
+        loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
+        # Weights that are offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        weights = model.state_dict().items()
+        broken = [name for name, weight in weights if not (weight.is_meta or weight.float().isfinite().all())]
+        if broken := info["missing_keys"] or broken:
             raise ValueError(
-                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are not whole: "
-                f"{sorted(info['missing_keys'])[:3]} are missing."
+                f"{str(pretrained_model_name_or_path)!r} must hold all weights of {cls.__name__}, and finite ones, but "
+                f"{sorted(broken)[:3]} are missing or not finite."
             )
-        return (model, info) if wants_info else model
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        given = inspect.signature(ModelMixin.save_pretrained).bind(self, *args, **kwargs).arguments
+        if not given.get("safe_serialization", True):
+            raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def num_latents(self) -> int:
@@ -408,7 +415,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
             raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
         generators = generator if isinstance(generator, list) else [generator]
-        if any(not isinstance(one, torch.Generator | None) for one in generators):
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}.")

@@ -188,8 +188,8 @@ class FunctionOperator(LinearOperator):
         A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
         A_adjoint (`Callable`): Its adjoint.
 
-    It is not saved: a config can't hold functions. The functions are called in the dtype of what is restored or solved for:
-    float32, or float64 where the measurement is.
+    It is not saved: a config can't hold functions. The functions are called with contiguous batches in the dtype of what is
+    restored or solved for: float32, or float64 where the measurement is.
     """
 
     solver_dtype = None
@@ -200,10 +200,10 @@ class FunctionOperator(LinearOperator):
         self.functions = (A, A_adjoint)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        return self.functions[0](x)
+        return self.functions[0](x.contiguous())
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.functions[1](y)
+        return self.functions[1](y.contiguous())
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])

@@ -78,7 +78,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
                 Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
-                images are clamped; or `"latent"`, the latents themselves.
+                images are clamped; or `"latent"`, the latents themselves. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -100,7 +100,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         image = latents.to(device=device, dtype=dtype)
         if output_type != "latent":
             sample = self.image_processor.denormalize(self.flow.decode(image))
-            image = self.image_processor.postprocess(sample, output_type=output_type)
+            image = self.image_processor.postprocess(sample, output_type=output_type or "np")
         self.maybe_free_model_hooks()
 
         if not return_dict:

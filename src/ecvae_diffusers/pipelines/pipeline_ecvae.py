@@ -1,6 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """One-step image generation with an energy-calibrated VAE."""
 
+from collections.abc import Iterable
+from itertools import takewhile
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -64,6 +66,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model", "scheduler"]
+    _interrupt, _num_timesteps = False, 0
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         latents: torch.Tensor | None,
         temperature: float,
         num_refinement_steps: int,
-        output_type: str,
+        output_type: str | None,
     ) -> None:
         num_latents = self.vae.config.latent_channels
         check_sampling(batch_size, generator, latents, num_latents, temperature, output_type)
@@ -97,6 +100,20 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             )
         if output_type == "latent" and num_refinement_steps > 0:
             raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of refinement steps that were last asked for."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether refinement ends before its next step: `_interrupt` may be set meanwhile, by another thread for example."""
+        return self._interrupt
+
+    def refinement_steps(self, num_steps: int) -> Iterable[int]:
+        self._interrupt, self._num_timesteps = False, num_steps
+        return takewhile(lambda step: not self.interrupt, self.progress_bar(range(num_steps)))
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
@@ -200,14 +217,17 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
-            for timestep in self.progress_bar(range(num_refinement_steps)):
+            for timestep in self.refinement_steps(num_refinement_steps):
                 gradient = energy_and_gradient(self.energy_model, sample)[1]
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
-    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    def postprocess(
+        self, sample: torch.Tensor, output_type: str | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images in [-1, 1] to `output_type`. At once: asked to denormalize, the processor goes image by image."""
-        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
+        sample = self.image_processor.denormalize(sample)
+        return self.image_processor.postprocess(sample, output_type=output_type or "np")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -238,7 +258,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 decoder do without.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents themselves, not decoded.
+                `"latent"`, the latents themselves, not decoded. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -319,7 +339,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             energy = PosteriorEnergy(
                 lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
             )
-            steps = self.progress_bar(range(num_refinement_steps))
+            steps = self.refinement_steps(num_refinement_steps)
             with frozen(self.vae):
                 whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
             latents = energy.unwhiten(whitened).to(latents.dtype)

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -86,6 +87,10 @@ class ECVAERestorationOutput(BaseOutput):
     num_network_calls: int
 
 
+class Interruption(Exception):
+    """Ends a search early, with the latents that it has come to."""
+
+
 class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     r"""
     Pipeline for inverse problems y = A x + n with a known linear A: inpainting, super-resolution, deblurring, colorization,
@@ -103,6 +108,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model", "scheduler"]
     _callback_tensor_inputs = ["latents"]
+    _interrupt, _num_timesteps = False, 0
 
     def __init__(
         self,
@@ -117,6 +123,16 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the latest search, which are its `num_inference_steps`."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the search ends after its present step: `_interrupt` may be set meanwhile, by a callback for example."""
+        return self._interrupt
+
     def check_inputs(
         self,
         operator: Any,
@@ -127,7 +143,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         method: str,
         energy_weight: float,
         start: str,
-        output_type: str,
+        output_type: str | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         if (operator is None) == (mask_image is None):
@@ -148,10 +164,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         for name, value, allowed in (
             ("method", method, ("langevin", "map")),
             ("start", start, ("encoding", "prior")),
-            ("output_type", output_type, ("pil", "np", "pt")),
+            ("output_type", output_type, ("pil", "np", "pt", None)),
         ):
             if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {value!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, but is {value!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -244,8 +260,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         )
         return encoded + START_SPREAD * noise
 
-    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
+    def postprocess(
+        self, sample: torch.Tensor, output_type: str | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        sample = self.image_processor.denormalize(sample)
+        return self.image_processor.postprocess(sample, output_type=output_type or "np")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -266,7 +285,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         reconstruction_variance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: str | None = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
@@ -304,11 +323,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 One generator, or a list of one an answer (B * M), to make restoration deterministic.
             latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*): Where to start instead.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1].
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, step, {"latents": latents})` after each step; may return new latents in a dict.
+                Called as `callback(pipe, step, step, {"latents": latents})` after each step; may return new latents in a dict, or
+                set `pipe._interrupt = True`, and the answers are made of the latents of that step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors the callback is given.
 
         Examples:
@@ -351,15 +371,18 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             calls["energy model"] += 1
             return energy_and_gradient(self.energy_model, tiles)[1]
 
+        self._interrupt, self._num_timesteps = False, num_inference_steps
         with self.progress_bar(total=num_inference_steps) as progress_bar:
 
             def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
                 progress_bar.update()
-                if callback_on_step_end is None:
-                    return latents
-                given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                returned = callback_on_step_end(self, step, step, given)
-                return latents if returned is None else returned.pop("latents", latents)
+                if callback_on_step_end is not None:
+                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    returned = callback_on_step_end(self, step, step, given)
+                    latents = latents if returned is None else returned.pop("latents", latents)
+                if self.interrupt:
+                    raise Interruption(latents)
+                return latents
 
             with frozen(self.vae):
                 search = (
@@ -372,11 +395,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     energy_gradient,
                     energy_weight,
                 )
-                if energy_weight > 0:
-                    with frozen(self.energy_model):
+                try:
+                    with frozen(self.energy_model) if energy_weight > 0 else nullcontext():
                         latents = neural_transport(*search, generator, on_step)
-                else:
-                    latents = neural_transport(*search, generator, on_step)
+                except Interruption as interruption:
+                    (latents,) = interruption.args
                 decoded = canvas.join(decode(latents))
 
         center = likelihood.mean(decoded)

@@ -8,7 +8,7 @@ import torch
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
     generators = generator if isinstance(generator, list) else [generator]
-    if any(not isinstance(one, torch.Generator | None) for one in generators):
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
         raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
@@ -20,7 +20,7 @@ def check_sampling(
     latents: torch.Tensor | None,
     num_latents: int,
     temperature: float,
-    output_type: str,
+    output_type: str | None,
 ) -> None:
     """
     Raises:
@@ -30,7 +30,7 @@ def check_sampling(
         raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
     if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
         raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
-    if output_type not in ("pil", "np", "pt", "latent"):
+    if output_type not in ("pil", "np", "pt", "latent", None):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
     if latents is not None:
         if not isinstance(latents, torch.Tensor):

@@ -13,16 +13,30 @@ class SelfContained:
 
     push_to_hub = push_to_hub
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+    @property
+    def saved_class(self) -> type:
+        """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
+        return next(kind for kind in type(self).__mro__ if SelfContained in kind.__bases__)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """
         Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`].
+        [`DiffusionPipeline.save_pretrained`] for the arguments.
 
         Raises:
             ValueError: if `safe_serialization` is False: weights are safetensors only.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
         upload = upload_arguments(save_directory, kwargs)
         super().save_pretrained(save_directory, **kwargs)
         if upload is not None:
@@ -33,6 +47,6 @@ class SelfContained:
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
         """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
-        write_code_files(self, save_directory, single_file_source(type(self)))
+        write_code_files(self, save_directory, single_file_source(self.saved_class))
         write_card(self, save_directory)
         super().save_config(save_directory, **kwargs)
