@@ -287,6 +287,13 @@ def test_noise_that_is_taken_at_its_word_is_told(pipe, caplog):
     assert "noise_std" not in caplog.text
 
 
+def test_measurements_in_another_unit_are_told(pipe, caplog):
+    """A tensor in 8-bit levels, with noise in levels too."""
+    levels = (images() + 1) * 127.5
+    restore(pipe, levels, Denoising(), noise_std=5.0)
+    assert "`image` is no measurement of images" in caplog.text
+
+
 def test_operator_of_another_copy_of_the_package(pipe, tmp_path):
     """The code of a pipeline from the Hub has its own class of operators, and takes ours with all that they can do."""
     pipe.save_pretrained(tmp_path)

@@ -31,8 +31,15 @@ UPRIGHT = {
 }
 # Values of pictures that are beyond [0, 1] by less are rounding, of a resize or of half precision.
 RANGE_TOLERANCE = 1e-3
-# A mask of several levels must hold a white at least so bright.
-LEAST_WHITE = 0.9
+# Levels of a mask that are nearly black and nearly white.
+DARK, BRIGHT = 0.06, 0.94
+# Share of the pixels of a mask that a region of labels has at least.
+LEAST_REGION = 0.005
+# Masks of more colours may be paint as JPEG files blur it, besides labels.
+MAX_LABELS = 8
+PAINT_RECIPE = (
+    "To repaint bright paint on a dark ground: PIL.Image.fromarray(numpy.asarray(mask.convert('RGB')).max(-1) >= 128)"
+)
 # Shades of one colour are equal to so many of 255 levels, or of 65,535.
 SHADE_TOLERANCE = 2
 
@@ -137,7 +144,6 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
         ValueError: if the mask is neither, or has transparent pixels; with what it holds.
     """
     white = white_level(mask)
-    mask = upright(mask)
     if mask.has_transparency_data and read_picture(mask, 4).getextrema()[3][0] < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
         raise ValueError(
@@ -148,20 +154,19 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
         picture = read_picture(mask, 3)
         pixels, found = np.asarray(picture), picture.getcolors(256)
         if found is None:
-            raise ValueError(
-                f"mode {mask.mode} with more than 256 colours is not in black and white. If bright paint on a dark ground is to be "
-                "repainted: PIL.Image.fromarray(numpy.asarray(mask.convert('RGB')).max(-1) >= 128)"
-            )
+            raise ValueError(f"mode {mask.mode} with more than 256 colours is not in black and white. {PAINT_RECIPE}")
         counts, colours = zip(*sorted(found, key=lambda one: max(one[1])))
     else:
-        pixels = np.asarray(mask)[..., None]
+        pixels = np.asarray(upright(mask))[..., None]
         values, counts = np.unique(pixels, return_counts=True)
         colours = values[:, None]
     colours = np.array(colours)
     level = colours.max(1)  # in ascending order
     if level[0] == 0 and (len(level) == 1 or (len(level) == 2 and level[1] > 0)):
         return pixels.any(-1)
-    if white is not None and in_black_and_white(colours, level / white):
+    # Shades of one colour, white or a paint, on black.
+    shades = np.abs(colours - level[:, None] / max(level[-1], 1) * colours[-1]).max() <= SHADE_TOLERANCE
+    if white is not None and shades and is_in_black_and_white(pixels.max(-1) / white, gray=len(set(colours[-1])) == 1):
         return pixels.max(-1) >= white / 2
     texts = [str(one[0] if len(set(one)) == 1 else tuple(one)) for one in colours.tolist()]
     most = np.argsort(counts)[::-1]
@@ -174,22 +179,30 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     )
     raise ValueError(
         f"mode {mask.mode} with the values {named} is not in black (kept) and white (repainted). To repaint one of them: "
-        f"PIL.Image.fromarray({equal})"
+        f"PIL.Image.fromarray({equal})" + (f". {PAINT_RECIPE}" if white == 255 and len(texts) > MAX_LABELS else "")
     )
 
 
-def in_black_and_white(colours: np.ndarray, level: np.ndarray) -> bool:
-    """
-    Tell whether the colours of a mask, (N, C) by ascending level (N,) from 0 to 1, are white or one bright paint, a darker ground,
-    and soft edges between them.
-    """
-    bright = level >= 0.5
-    if len(level) == 1:
-        return bool((colours[0] == colours[0, 0]).all() and level[0] == 1)
-    shades = np.abs(colours - level[:, None] / level[-1] * colours[-1]).max() <= SHADE_TOLERANCE
-    # Several dark levels next to a single bright one are labels with a border, not the soft edge of a shape.
-    labels = (~bright).sum() > 1 and bright.sum() == 1
-    return bool(shades and not labels and not bright.all() and level[-1] >= LEAST_WHITE)
+def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
+    """Tell whether the levels (H, W) of a mask, from 0 to 1, are a dark ground, bright shapes and soft edges, instead of labels."""
+    levels = np.unique(level)
+    if len(levels) == 1:
+        return gray and levels[0] == 1
+    if not (levels[0] < 0.5 <= levels[-1] and (levels[0] < DARK or levels[-1] > BRIGHT)):
+        return False
+    # Levels that fill regions: at least half of their pixels lie in squares of 2 x 2. Those of soft edges do not.
+    corner = level[:-1, :-1]
+    square = (corner == level[1:, :-1]) & (corner == level[:-1, 1:]) & (corner == level[1:, 1:])
+    inside = np.zeros(level.shape, bool)
+    for part in (inside[:-1, :-1], inside[1:, :-1], inside[:-1, 1:], inside[1:, 1:]):
+        part |= square
+    inside_counts, counts = (
+        np.bincount(np.searchsorted(levels, some), minlength=len(levels)) for some in (level[inside], level.ravel())
+    )
+    regions = levels[(inside_counts >= LEAST_REGION * level.size) & (2 * inside_counts >= counts)]
+    regions = regions[(regions > levels[0]) & (regions < levels[-1])]
+    only_white = (levels >= 0.5).sum() == 1  # JPEG files have noise on both sides
+    return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
 
 
 # What pipelines are given

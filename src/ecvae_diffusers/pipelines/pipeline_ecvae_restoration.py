@@ -54,6 +54,8 @@ ROUNDING_STD = 2 / (255 * math.sqrt(12))
 START_SPREAD = 0.3
 # Root mean square by which answers may exceed the range of images before a warning.
 LARGEST_EXCESS = 0.1
+# In standard deviations of the noise: root mean square of the difference between a measurement and answers before a warning.
+LARGEST_MISFIT = 3.0
 # Relative residuals of answers to measurements without noise are below this, or a warning says that they are not.
 LARGEST_RESIDUAL = 1e-5
 # Of `noise_std`, `energy_weight` and measurements: their squares are still numbers in float32.
@@ -411,6 +413,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 f"Answers leave the range of images, [-1, 1], by {excess:.2g} (root mean square): `image` is no measurement of images "
                 f"in [-1, 1], or it holds more noise than `noise_std` ({noise_std:.2g}), which A^+ blows up. Rounding to 8 bits has "
                 f"{ROUNDING_STD:.2g}."
+            )
+        misfit = likelihood.misfit(center).square().mean().sqrt().item()
+        if noise_std > 0 and misfit > LARGEST_MISFIT * noise_std:
+            logger.warning(
+                f"Answers differ from `image` by {misfit:.2g} (root mean square), but `noise_std` is {noise_std:.2g}: `image` is no "
+                "measurement of images in [-1, 1], or of none that the model knows."
             )
         answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
         by_measurement = center.unflatten(0, (-1, num_restorations))
