@@ -316,8 +316,8 @@ def prepare_mask(
         )
     if repainted.shape[0] not in (1, batch_size):
         raise ValueError(f"`mask_image` must be one or {batch_size}, as many as images, but is {repainted.shape[0]}.")
-    shares = repainted.flatten(1).float().mean(1)
-    for found, what in ((shares == 0, "nothing"), (shares == 1, "everything")):
+    flat = repainted.flatten(1)
+    for found, what in ((~flat.any(1), "nothing"), (flat.all(1), "everything")):
         if found.any():
             logger.warning(
                 f"`mask_image` repaints {what} in {int(found.sum())} of {len(found)} mask(s): white is repainted."
