@@ -7,6 +7,7 @@ clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The images
 """
 
 import argparse
+import math
 import platform
 import sys
 from pathlib import Path
@@ -88,11 +89,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("max_images", "num_restorations", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
-    if min(args.num_inference_steps) < 1 or min(args.noise_std) < 0:
+    if min(args.num_inference_steps) < 1:
+        parser.error(f"--num_inference_steps must be at least 1, but is {args.num_inference_steps}.")
+    if not all(0 <= noise_std < 1 for noise_std in args.noise_std):
         parser.error(
-            f"--num_inference_steps must be at least 1 and --noise_std at least 0, but are {args.num_inference_steps} and "
+            "--noise_std must be at least 0 and below 1, for images in [-1, 1] (of 8-bit levels a 127.5th), but is "
             f"{args.noise_std}."
         )
+    if not 0 <= args.energy_weight < math.inf:
+        parser.error(f"--energy_weight must be a finite number of at least 0, but is {args.energy_weight}.")
     if (Path(args.output_dir) / "restoration.json").exists():
         parser.error(f"--output_dir {args.output_dir!r} holds a restoration.json: give another folder.")
     if args.classical:

@@ -17,9 +17,12 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 
+LARGEST_TEMPERATURE = 100.0
+
+
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
     generators = generator if isinstance(generator, list) else [generator]
-    if any(not isinstance(one, torch.Generator | None) for one in generators):
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
         raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
@@ -31,7 +34,7 @@ def check_sampling(
     latents: torch.Tensor | None,
     num_latents: int,
     temperature: float,
-    output_type: str,
+    output_type: str | None,
 ) -> None:
     """
     Raises:
@@ -39,9 +42,9 @@ def check_sampling(
     """
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
-    if output_type not in ("pil", "np", "pt", "latent"):
+    if not isinstance(temperature, Real) or not 0 <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(f"`temperature` must be a number from 0 to {LARGEST_TEMPERATURE:g}, but is {temperature!r}.")
+    if output_type not in ("pil", "np", "pt", "latent", None):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
     if latents is not None:
         if not isinstance(latents, torch.Tensor):
@@ -60,13 +63,25 @@ def check_sampling(
     check_generator(generator, batch_size)
 
 
+def check_finite(images: torch.Tensor, temperature: float) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(
+            f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
+            "`temperature`, or load the pipeline with dtype=torch.float32."
+        )
+
+
+def unwrapped(component):
+    """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
+    return getattr(component, "_orig_mod", component)
+
+
 def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
     """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
-    return {
-        name: type(component)
-        for name, component in pipeline.components.items()
-        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
-    }
+    classes = {name: type(unwrapped(component)) for name, component in pipeline.components.items()}
+    own = ("ecvae_diffusers", "diffusers_modules")
+    return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in own}
 
 
 def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
@@ -76,23 +91,32 @@ def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
     """
     index = json.loads(model_index)
     index.pop("_name_or_path", None)
-    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    index["_class_name"] = ["pipeline", pipeline.saved_class.__name__]
     for name, component_class in travelling_components(pipeline).items():
         index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
-    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    """
+    Write `pipeline.py` and one code file per component, and take the writer's paths out of the components' configs. Warn of
+    classes from elsewhere, whose code is not written.
+    """
     save_directory = Path(save_directory)
     save_directory.mkdir(parents=True, exist_ok=True)
     known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
     for name, component in pipeline.components.items():
-        if type(component).__module__.split(".")[0] not in known:
+        kind = type(unwrapped(component))
+        if kind.__module__.split(".")[0] not in known:
             warnings.warn(
-                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
-                "loads only where that module can be imported."
+                f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that module "
+                "can be imported."
             )
+    if type(pipeline) is not pipeline.saved_class:
+        warnings.warn(
+            f"The code of {type(pipeline).__name__} is not saved: `DiffusionPipeline.from_pretrained` loads the folder as its base "
+            f"class, {pipeline.saved_class.__name__}, and only {type(pipeline).__name__}.from_pretrained as what it is."
+        )
     (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
     for name, component_class in travelling_components(pipeline).items():
         source = Path(inspect.getfile(component_class))
@@ -107,16 +131,30 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
 class SelfContained:
     """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+    @property
+    def saved_class(self) -> type:
+        """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
+        return next(kind for kind in type(self).__mro__ if SelfContained in kind.__bases__)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """
         Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`].
+        [`DiffusionPipeline.save_pretrained`] for the arguments.
 
         Raises:
             ValueError: if `safe_serialization` is False: weights are safetensors only.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
         super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
@@ -188,10 +226,10 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
             latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`, *optional*):
                 Latents to map to images as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
-                Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
+                Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
-                images are clamped; or `"latent"`, the latents themselves.
+                images are clamped; or `"latent"`, the latents themselves. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -212,8 +250,10 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
             latents = temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         image = latents.to(device=device, dtype=dtype)
         if output_type != "latent":
-            sample = self.image_processor.denormalize(self.flow.decode(image))
-            image = self.image_processor.postprocess(sample, output_type=output_type)
+            sample = self.flow.decode(image)
+            check_finite(sample, temperature)
+            sample = self.image_processor.denormalize(sample)
+            image = self.image_processor.postprocess(sample, output_type=output_type or "np")
         self.maybe_free_model_hooks()
 
         if not return_dict:

@@ -6,9 +6,11 @@
 import inspect
 import json
 import math
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import takewhile
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch.nn as nn
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils import replace_example_docstring
+from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
 
@@ -30,14 +32,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
     and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
     `requires_grad` of every part are restored.
+
+    Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
+    after the layer's forward pass, so what backward needs is kept from that pass.
     """
     modes = [(m, m.training) for m in module.modules()]
     trained = [p for p in module.parameters() if p.requires_grad]
     module.eval()
     for parameter in trained:
         parameter.requires_grad_(False)
+    is_hooked = any(hasattr(m, "_diffusers_hook") for m, _ in modes)
+    kept = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
     try:
-        with parametrize.cached():
+        with parametrize.cached(), kept if is_hooked else nullcontext():
             yield
     finally:
         for m, mode in modes:
@@ -53,7 +60,9 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dt
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
-        sample = sample.to(parameter.dtype)
+        if parameter.dtype != sample.dtype:
+            # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
+            sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
     if dtype is None:
         output = energy_model(sample)
     else:
@@ -167,9 +176,198 @@ def refine(
     return whitened
 
 
+logger = logging.get_logger(__name__)
+
+
+Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
+
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
+
+
+UNRANGED_MODES = {"F", "I"}
+
+
+FORMATS_OF_16_BITS = {"PNG", "PPM"}
+
+
+EXIF_ORIENTATION, TIFF_BITS = 0x0112, 0x0102
+
+
+UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+
+RANGE_TOLERANCE = 1e-3
+
+
+def white_level(image: PIL.Image.Image) -> int | None:
+    """Return the value of white in a picture's pixels, `None` if the mode has no agreed one."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
+        return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
+    return None if image.mode in UNRANGED_MODES else 255
+
+
+def check_mode(image: PIL.Image.Image) -> None:
+    """Raise `ValueError` if the mode has no agreed white."""
+    if white_level(image) is None:
+        low, high = image.getextrema()
+        white = next((level for level in (1, 255, 65535) if high <= level), high)
+        raise ValueError(
+            f"mode {image.mode} has no agreed range, and the values go from {low:.4g} to {high:.4g}. If white is {white:g}: "
+            f"PIL.Image.fromarray((numpy.asarray(image) / {white:g} * 255).clip(0, 255).round().astype('uint8'))"
+        )
+
+
+def orientation(image: PIL.Image.Image) -> int:
+    """
+    Return how the EXIF data say that a picture lies, from 1 (upright) to 8.
+
+    Raises:
+        ValueError: if the EXIF data can't be read.
+    """
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except (SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(
+            f"the EXIF data can't be read ({error}). To read the pixels as they are stored: image.info.pop('exif')"
+        ) from error
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn a picture as its EXIF data say. Photographs are stored as the camera was held."""
+    image.load()  # Pillow turns TIFF files itself.
+    turn = UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the alpha channel that the transparent colour of an L, I;16 or RGB picture stands for."""
+    pixels, key = np.asarray(image), np.array(image.info["transparency"])
+    if image.mode == "RGB" and key.max() > 255:
+        key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
+    if image.mode == "L":
+        # Pillow spreads 2- and 4-bit pixels over 8 bits, and leaves the key.
+        scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
+        key = key * (scales or [1])[0]
+    transparent = pixels == key
+    return PIL.Image.fromarray(
+        np.where(transparent.all(-1) if image.mode == "RGB" else transparent, 0, 255).astype("u1")
+    )
+
+
+def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """
+    Bring a picture of any mode to 1, 3 or 4 channels of 8 bits: upright by its EXIF data, with 16 bits scaled and rounded, and
+    with transparency on white unless the channels include alpha.
+
+    Raises:
+        ValueError: if the mode has no agreed white, or the EXIF data can't be read.
+    """
+    check_mode(image)
+    white = white_level(image)
+    image = upright(image)
+    alpha = None
+    if "transparency" in image.info and (white > 255 or image.mode in ("L", "RGB")):
+        alpha = opacity(image)
+    if white > 255:
+        levels = np.asarray(image).astype(np.float64) * (255 / white)
+        image = PIL.Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    if alpha is not None:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)
+        image.putalpha(alpha)
+    elif image.has_transparency_data:
+        # Pillow converts La, whose colours are multiplied by alpha, to LA alone.
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if channels < 4 and image.mode == "RGBA":
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def as_list(image: Images, name: str) -> list:
+    """Return what an argument holds as a list of PIL images, of arrays or of tensors; arrays and tensors of one shape."""
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if not images:
+        raise ValueError(f"`{name}` is an empty list.")
+    if not any(all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)):
+        kinds = sorted({type(one).__name__ for one in images})
+        raise ValueError(
+            f"`{name}` must be PIL images, numpy arrays or a tensor, or a list of one, but holds {kinds}."
+        )
+    if not isinstance(images[0], PIL.Image.Image):
+        check_sizes(name, [tuple(one.shape) for one in images])
+    return images
+
+
+def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
+    if len(set(sizes)) > 1:
+        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
+
+
+def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
+    """
+    Return pictures as one tensor (B, C, H, W) in [0, 1]. PIL images get `channels` channels; arrays (B, H, W, C) and tensors
+    (B, C, H, W) keep theirs, and may hold values that are not finite.
+
+    Raises:
+        ValueError: if there is none, sizes differ, or a picture can't be read or is not in [0, 1].
+    """
+    images = as_list(image, "image")
+    if isinstance(images[0], PIL.Image.Image):
+        try:
+            pictures = [read_picture(one, channels) for one in images]
+        except ValueError as error:
+            raise ValueError(f"`image` can't be read: {error}") from error
+        check_sizes("image", [one.size for one in pictures])
+        if channels == 1 and any(has_colours(one) for one in images):
+            logger.warning(
+                "`image` has colours, and the model is gray: it is read as gray, as training with 1 channel does."
+            )
+        levels = np.stack([np.asarray(one).reshape(*one.size[::-1], channels) for one in pictures])
+        return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 255
+    kind = images[0].dtype
+    if not (kind.is_floating_point if isinstance(images[0], torch.Tensor) else np.issubdtype(kind, np.floating)):
+        raise ValueError(
+            f"`image` as an array or tensor must be floating-point in [0, 1], but is {kind}. Of levels from 0 to 255: image / 255."
+        )
+    image = images if isinstance(image, tuple) else image
+    if images[0].ndim == 2:
+        image = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
+    picture = processor.preprocess(image)
+    finite = picture[picture.isfinite()]
+    if len(finite) and (finite.min() < -RANGE_TOLERANCE or finite.max() > 1 + RANGE_TOLERANCE):
+        of_model = finite.min() >= -1 - RANGE_TOLERANCE and finite.max() <= 1 + RANGE_TOLERANCE
+        raise ValueError(
+            f"`image` must have values in [0, 1], but they go from {finite.min():.4g} to {finite.max():.4g}."
+            + (" From [-1, 1]: image / 2 + 0.5." if of_model else "")
+        )
+    return picture
+
+
+def has_colours(image: PIL.Image.Image) -> bool:
+    if image.mode in GRAY_MODES:
+        return False
+    pixels = np.asarray(read_picture(image, 3))
+    return bool((pixels[..., 1:] != pixels[..., :1]).any())
+
+
+LARGEST_TEMPERATURE = 100.0
+
+
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
     generators = generator if isinstance(generator, list) else [generator]
-    if any(not isinstance(one, torch.Generator | None) for one in generators):
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
         raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
@@ -181,7 +379,7 @@ def check_sampling(
     latents: torch.Tensor | None,
     num_latents: int,
     temperature: float,
-    output_type: str,
+    output_type: str | None,
 ) -> None:
     """
     Raises:
@@ -189,9 +387,9 @@ def check_sampling(
     """
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
-    if output_type not in ("pil", "np", "pt", "latent"):
+    if not isinstance(temperature, Real) or not 0 <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(f"`temperature` must be a number from 0 to {LARGEST_TEMPERATURE:g}, but is {temperature!r}.")
+    if output_type not in ("pil", "np", "pt", "latent", None):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
     if latents is not None:
         if not isinstance(latents, torch.Tensor):
@@ -210,13 +408,25 @@ def check_sampling(
     check_generator(generator, batch_size)
 
 
+def check_finite(images: torch.Tensor, temperature: float) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(
+            f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
+            "`temperature`, or load the pipeline with dtype=torch.float32."
+        )
+
+
+def unwrapped(component):
+    """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
+    return getattr(component, "_orig_mod", component)
+
+
 def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
     """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
-    return {
-        name: type(component)
-        for name, component in pipeline.components.items()
-        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
-    }
+    classes = {name: type(unwrapped(component)) for name, component in pipeline.components.items()}
+    own = ("ecvae_diffusers", "diffusers_modules")
+    return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in own}
 
 
 def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
@@ -226,23 +436,32 @@ def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
     """
     index = json.loads(model_index)
     index.pop("_name_or_path", None)
-    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    index["_class_name"] = ["pipeline", pipeline.saved_class.__name__]
     for name, component_class in travelling_components(pipeline).items():
         index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
-    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    """
+    Write `pipeline.py` and one code file per component, and take the writer's paths out of the components' configs. Warn of
+    classes from elsewhere, whose code is not written.
+    """
     save_directory = Path(save_directory)
     save_directory.mkdir(parents=True, exist_ok=True)
     known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
     for name, component in pipeline.components.items():
-        if type(component).__module__.split(".")[0] not in known:
+        kind = type(unwrapped(component))
+        if kind.__module__.split(".")[0] not in known:
             warnings.warn(
-                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
-                "loads only where that module can be imported."
+                f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that module "
+                "can be imported."
             )
+    if type(pipeline) is not pipeline.saved_class:
+        warnings.warn(
+            f"The code of {type(pipeline).__name__} is not saved: `DiffusionPipeline.from_pretrained` loads the folder as its base "
+            f"class, {pipeline.saved_class.__name__}, and only {type(pipeline).__name__}.from_pretrained as what it is."
+        )
     (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
     for name, component_class in travelling_components(pipeline).items():
         source = Path(inspect.getfile(component_class))
@@ -257,16 +476,30 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
 class SelfContained:
     """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+    @property
+    def saved_class(self) -> type:
+        """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
+        return next(kind for kind in type(self).__mro__ if SelfContained in kind.__bases__)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """
         Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`].
+        [`DiffusionPipeline.save_pretrained`] for the arguments.
 
         Raises:
             ValueError: if `safe_serialization` is False: weights are safetensors only.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
         super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
@@ -298,9 +531,6 @@ PipelineImageInput = (
 # each buffer is fetched from the system anew, which made batches of 256 up to 2.5 times slower.
 CPU_PART_BYTES = 8 * 2**20
 
-# Modes of PIL that go into a model's channels without loss.
-PIL_MODES = {1: ("L", {"1", "L"}), 3: ("RGB", {"1", "L", "P", "RGB"}), 4: ("RGBA", {"1", "L", "P", "RGB", "RGBA"})}
-
 
 class ECVAEPipeline(SelfContained, DiffusionPipeline):
     r"""
@@ -320,6 +550,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model", "scheduler"]
+    _interrupt, _num_timesteps = False, 0
 
     def __init__(
         self,
@@ -338,7 +569,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         latents: torch.Tensor | None,
         temperature: float,
         num_refinement_steps: int,
-        output_type: str,
+        output_type: str | None,
     ) -> None:
         num_latents = self.vae.config.latent_channels
         check_sampling(batch_size, generator, latents, num_latents, temperature, output_type)
@@ -353,6 +584,20 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             )
         if output_type == "latent" and num_refinement_steps > 0:
             raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of refinement steps that were last asked for."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether refinement ends before its next step: `_interrupt` may be set meanwhile, by another thread for example."""
+        return self._interrupt
+
+    def refinement_steps(self, num_steps: int) -> Iterable[int]:
+        self._interrupt, self._num_timesteps = False, num_steps
+        return takewhile(lambda step: not self.interrupt, self.progress_bar(range(num_steps)))
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
@@ -393,41 +638,14 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
         """
-        Check images and bring them to the model's range: PIL, numpy (B, H, W, C) or tensors (B, C, H, W) in [0, 1]
-        become a tensor in [-1, 1].
+        Read and check images, and bring them to the model's range: PIL images of any mode, arrays (B, H, W, C) or tensors
+        (B, C, H, W) in [0, 1] become a tensor in [-1, 1].
 
         Raises:
             ValueError: if size, channels or range are not the model's, or a value is not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
-        images = list(image) if isinstance(image, list | tuple) else [image]
-        if not images:
-            raise ValueError("`image` is an empty list.")
-        if not any(
-            all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)
-        ):
-            raise ValueError(
-                "`image` must be a PIL image, a numpy array, a tensor, or a list of one of these, but holds "
-                f"{sorted({type(one).__name__ for one in images})}."
-            )
-        image = images if isinstance(image, list | tuple) else image
-        if isinstance(images[0], PIL.Image.Image):
-            mode, accepted = PIL_MODES[channels]
-            for one in images:
-                if one.mode not in accepted:
-                    raise ValueError(
-                        f"`image` has mode {one.mode}, but the model takes {mode}: use image.convert({mode!r})."
-                    )
-                if one.size != (size, size):
-                    raise ValueError(f"`image` must be {size}x{size} px, but is {one.size[0]}x{one.size[1]}.")
-            image = [one.convert(mode) for one in images]
-        elif len({tuple(one.shape) for one in images}) > 1:
-            raise ValueError(f"`image` must hold one shape, but holds {sorted({tuple(one.shape) for one in images})}.")
-        elif isinstance(images[0], np.ndarray) and images[0].ndim == 2:
-            image = [one[..., None] for one in images]
-        elif isinstance(images[0], torch.Tensor) and images[0].ndim == 2:
-            image = [one[None] for one in images]
-        images = self.image_processor.preprocess(image)
+        images = prepare_picture(image, self.image_processor, channels)
         if images.shape[0] == 0 or tuple(images.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
@@ -435,11 +653,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             )
         if not torch.isfinite(images).all():
             raise ValueError("`image` holds values that are not finite.")
-        # A little beyond is rounding, of a resize or a half-precision picture.
-        if images.min() < -1e-3 or images.max() > 1 + 1e-3:
-            raise ValueError(
-                f"`image` must have values in [0, 1], but they go from {images.min():.4g} to {images.max():.4g}."
-            )
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
         return self.image_processor.normalize(images)
 
@@ -456,14 +669,17 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
-            for timestep in self.progress_bar(range(num_refinement_steps)):
+            for timestep in self.refinement_steps(num_refinement_steps):
                 gradient = energy_and_gradient(self.energy_model, sample)[1]
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
-    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    def postprocess(
+        self, sample: torch.Tensor, output_type: str | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images in [-1, 1] to `output_type`. At once: asked to denormalize, the processor goes image by image."""
-        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
+        sample = self.image_processor.denormalize(sample)
+        return self.image_processor.postprocess(sample, output_type=output_type or "np")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -488,13 +704,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
                 Latents to decode as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
-                Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
+                Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             num_refinement_steps (`int`, *optional*, defaults to 0):
                 Number of Langevin steps on the energy model after decoding. For comparison: calibration makes the
                 decoder do without.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents themselves, not decoded.
+                `"latent"`, the latents themselves, not decoded. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -514,6 +730,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             image = latents
         else:
             image = self.decode(latents)
+            check_finite(image, temperature)
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
             image = self.postprocess(image, output_type)
@@ -575,7 +792,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             energy = PosteriorEnergy(
                 lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
             )
-            steps = self.progress_bar(range(num_refinement_steps))
+            steps = self.refinement_steps(num_refinement_steps)
             with frozen(self.vae):
                 whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
             latents = energy.unwhiten(whitened).to(latents.dtype)

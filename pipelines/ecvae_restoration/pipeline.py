@@ -6,9 +6,10 @@
 import inspect
 import json
 import math
+import struct
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -32,14 +33,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
     and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
     `requires_grad` of every part are restored.
+
+    Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
+    after the layer's forward pass, so what backward needs is kept from that pass.
     """
     modes = [(m, m.training) for m in module.modules()]
     trained = [p for p in module.parameters() if p.requires_grad]
     module.eval()
     for parameter in trained:
         parameter.requires_grad_(False)
+    is_hooked = any(hasattr(m, "_diffusers_hook") for m, _ in modes)
+    kept = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
     try:
-        with parametrize.cached():
+        with parametrize.cached(), kept if is_hooked else nullcontext():
             yield
     finally:
         for m, mode in modes:
@@ -55,7 +61,9 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dt
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
-        sample = sample.to(parameter.dtype)
+        if parameter.dtype != sample.dtype:
+            # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
+            sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
     if dtype is None:
         output = energy_model(sample)
     else:
@@ -352,7 +360,7 @@ class LinearOperator(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         config = self.to_config(tensors)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         safetensors.torch.save_file(tensors, folder / TENSORS_FILE)
 
     @classmethod
@@ -377,8 +385,8 @@ class FunctionOperator(LinearOperator):
         A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
         A_adjoint (`Callable`): Its adjoint.
 
-    It is not saved: a config can't hold functions. The functions are called in the dtype of what is restored or solved for:
-    float32, or float64 where the measurement is.
+    It is not saved: a config can't hold functions. The functions are called with contiguous batches in the dtype of what is
+    restored or solved for: float32, or float64 where the measurement is.
     """
 
     solver_dtype = None
@@ -389,10 +397,10 @@ class FunctionOperator(LinearOperator):
         self.functions = (A, A_adjoint)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        return self.functions[0](x)
+        return self.functions[0](x.contiguous())
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.functions[1](y)
+        return self.functions[1](y.contiguous())
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
@@ -621,7 +629,9 @@ class Likelihood:
 
     def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
         answers = tensor.unflatten(0, (-1, self.num_answers))
-        return torch.stack([function(answers[:, m]) for m in range(self.num_answers)], dim=1).flatten(0, 1)
+        return torch.stack([function(answers[:, m].contiguous()) for m in range(self.num_answers)], dim=1).flatten(
+            0, 1
+        )
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         return self.each_answer(self.operator.A, x)
@@ -708,7 +718,7 @@ class Likelihood:
 
         def signs(tensor: torch.Tensor) -> torch.Tensor:
             drawn = torch.randint(2, tensor.shape[1:], generator=generator).to(tensor) * 2 - 1
-            return drawn.expand_as(tensor)
+            return drawn.expand_as(tensor).contiguous()
 
         total = torch.zeros_like(entries)
         for _ in range(NUM_VARIANCE_PROBES):
@@ -907,7 +917,226 @@ def neural_transport(
     return latents
 
 
+logger = logging.get_logger(__name__)
+
+
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
+
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
+
+
+UNRANGED_MODES = {"F", "I"}
+
+
+FORMATS_OF_16_BITS = {"PNG", "PPM"}
+
+
+EXIF_ORIENTATION, TIFF_BITS = 0x0112, 0x0102
+
+
+UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+
+RANGE_TOLERANCE = 1e-3
+
+
+DARK, BRIGHT = 0.06, 0.94
+
+
+LEAST_REGION = 0.005
+
+
+MAX_LABELS = 8
+
+
+PAINT_RECIPE = (
+    "To repaint bright paint on a dark ground: PIL.Image.fromarray(numpy.asarray(mask.convert('RGB')).max(-1) >= 128)"
+)
+
+
+SHADE_TOLERANCE = 2
+
+
+def white_level(image: PIL.Image.Image) -> int | None:
+    """Return the value of white in a picture's pixels, `None` if the mode has no agreed one."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
+        return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
+    return None if image.mode in UNRANGED_MODES else 255
+
+
+def check_mode(image: PIL.Image.Image) -> None:
+    """Raise `ValueError` if the mode has no agreed white."""
+    if white_level(image) is None:
+        low, high = image.getextrema()
+        white = next((level for level in (1, 255, 65535) if high <= level), high)
+        raise ValueError(
+            f"mode {image.mode} has no agreed range, and the values go from {low:.4g} to {high:.4g}. If white is {white:g}: "
+            f"PIL.Image.fromarray((numpy.asarray(image) / {white:g} * 255).clip(0, 255).round().astype('uint8'))"
+        )
+
+
+def orientation(image: PIL.Image.Image) -> int:
+    """
+    Return how the EXIF data say that a picture lies, from 1 (upright) to 8.
+
+    Raises:
+        ValueError: if the EXIF data can't be read.
+    """
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except (SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(
+            f"the EXIF data can't be read ({error}). To read the pixels as they are stored: image.info.pop('exif')"
+        ) from error
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn a picture as its EXIF data say. Photographs are stored as the camera was held."""
+    image.load()  # Pillow turns TIFF files itself.
+    turn = UPRIGHT.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return the alpha channel that the transparent colour of an L, I;16 or RGB picture stands for."""
+    pixels, key = np.asarray(image), np.array(image.info["transparency"])
+    if image.mode == "RGB" and key.max() > 255:
+        key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
+    if image.mode == "L":
+        # Pillow spreads 2- and 4-bit pixels over 8 bits, and leaves the key.
+        scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
+        key = key * (scales or [1])[0]
+    transparent = pixels == key
+    return PIL.Image.fromarray(
+        np.where(transparent.all(-1) if image.mode == "RGB" else transparent, 0, 255).astype("u1")
+    )
+
+
+def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """
+    Bring a picture of any mode to 1, 3 or 4 channels of 8 bits: upright by its EXIF data, with 16 bits scaled and rounded, and
+    with transparency on white unless the channels include alpha.
+
+    Raises:
+        ValueError: if the mode has no agreed white, or the EXIF data can't be read.
+    """
+    check_mode(image)
+    white = white_level(image)
+    image = upright(image)
+    alpha = None
+    if "transparency" in image.info and (white > 255 or image.mode in ("L", "RGB")):
+        alpha = opacity(image)
+    if white > 255:
+        levels = np.asarray(image).astype(np.float64) * (255 / white)
+        image = PIL.Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    if alpha is not None:
+        image = image.convert("RGB")
+        image.info.pop("transparency", None)
+        image.putalpha(alpha)
+    elif image.has_transparency_data:
+        # Pillow converts La, whose colours are multiplied by alpha, to LA alone.
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if channels < 4 and image.mode == "RGBA":
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert(MODES[channels])
+
+
+def read_mask(mask: PIL.Image.Image) -> np.ndarray:
+    """
+    Return which pixels of a mask are to be repainted, a bool array of shape (H, W). Of black and one other level or colour, that is
+    whatever is not black: labels 0 and 1, palettes of one object, paint. Of shades of white, or of one bright paint, on a dark
+    ground, it is what has at least half of white.
+
+    Raises:
+        ValueError: if the mask is neither, or has transparent pixels; with what it holds.
+    """
+    white = white_level(mask)
+    if mask.has_transparency_data and read_picture(mask, 4).getextrema()[3][0] < 255:
+        alpha = "mask.convert('RGBA').getchannel('A')"
+        raise ValueError(
+            f"mode {mask.mode} with transparent pixels does not say what is to be repainted. What is transparent or erased: "
+            f"{alpha}.point(lambda a: 255 - a). What is opaque or painted: {alpha}"
+        )
+    if white == 255:
+        picture = read_picture(mask, 3)
+        pixels, found = np.asarray(picture), picture.getcolors(256)
+        if found is None:
+            raise ValueError(f"mode {mask.mode} with more than 256 colours is not in black and white. {PAINT_RECIPE}")
+        counts, colours = zip(*sorted(found, key=lambda one: max(one[1])))
+    else:
+        pixels = np.asarray(upright(mask))[..., None]
+        values, counts = np.unique(pixels, return_counts=True)
+        colours = values[:, None]
+    colours = np.array(colours)
+    level = colours.max(1)  # in ascending order
+    if level[0] == 0 and (len(level) == 1 or (len(level) == 2 and level[1] > 0)):
+        return pixels.any(-1)
+    # Shades of one colour, white or a paint, on black.
+    shades = np.abs(colours - level[:, None] / max(level[-1], 1) * colours[-1]).max() <= SHADE_TOLERANCE
+    if white is not None and shades and is_in_black_and_white(pixels.max(-1) / white, gray=len(set(colours[-1])) == 1):
+        return pixels.max(-1) >= white / 2
+    texts = [str(one[0] if len(set(one)) == 1 else tuple(one)) for one in colours.tolist()]
+    most = np.argsort(counts)[::-1]
+    named = ", ".join(texts[i] for i in sorted(most[:5])) + (", ..." if len(texts) > 5 else "")
+    example = texts[next((i for i in most if level[i] > 0), 0)]
+    equal = (
+        f"(numpy.asarray(mask.convert('RGB')) == {example}).all(-1)"
+        if white == 255
+        else f"numpy.asarray(mask) == {example}"
+    )
+    raise ValueError(
+        f"mode {mask.mode} with the values {named} is not in black (kept) and white (repainted). To repaint one of them: "
+        f"PIL.Image.fromarray({equal})" + (f". {PAINT_RECIPE}" if white == 255 and len(texts) > MAX_LABELS else "")
+    )
+
+
+def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
+    """Tell whether the levels (H, W) of a mask, from 0 to 1, are a dark ground, bright shapes and soft edges, instead of labels."""
+    levels = np.unique(level)
+    if len(levels) == 1:
+        return gray and levels[0] == 1
+    if not (levels[0] < 0.5 <= levels[-1] and (levels[0] < DARK or levels[-1] > BRIGHT)):
+        return False
+    # Levels that fill regions: at least half of their pixels lie in squares of 2 x 2. Those of soft edges do not.
+    corner = level[:-1, :-1]
+    square = (corner == level[1:, :-1]) & (corner == level[:-1, 1:]) & (corner == level[1:, 1:])
+    inside = np.zeros(level.shape, bool)
+    for part in (inside[:-1, :-1], inside[1:, :-1], inside[:-1, 1:], inside[1:, 1:]):
+        part |= square
+    inside_counts, counts = (
+        np.bincount(np.searchsorted(levels, some), minlength=len(levels)) for some in (level[inside], level.ravel())
+    )
+    regions = levels[(inside_counts >= LEAST_REGION * level.size) & (2 * inside_counts >= counts)]
+    regions = regions[(regions > levels[0]) & (regions < levels[-1])]
+    only_white = (levels >= 0.5).sum() == 1  # JPEG files have noise on both sides
+    return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
+
+
+def as_list(image: Images, name: str) -> list:
+    """Return what an argument holds as a list of PIL images, of arrays or of tensors; arrays and tensors of one shape."""
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if not images:
+        raise ValueError(f"`{name}` is an empty list.")
+    if not any(all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)):
+        kinds = sorted({type(one).__name__ for one in images})
+        raise ValueError(
+            f"`{name}` must be PIL images, numpy arrays or a tensor, or a list of one, but holds {kinds}."
+        )
+    if not isinstance(images[0], PIL.Image.Image):
+        check_sizes(name, [tuple(one.shape) for one in images])
+    return images
 
 
 def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
@@ -915,99 +1144,135 @@ def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
         raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
 
 
-def prepare_picture(image: Images, processor: VaeImageProcessor) -> tuple[torch.Tensor, bool]:
-    """A tensor as it is, or a picture (PIL or numpy) as a tensor (B, C, H, W) in [0, 1]; and whether it is one."""
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    if not images:
-        raise ValueError("`image` is an empty list.")
-    if all(isinstance(one, torch.Tensor) for one in images):
-        check_sizes("image", [tuple(one.shape) for one in images])
-        tensor = torch.stack(images) if isinstance(image, list | tuple) else image
-        if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
-            raise ValueError(
-                "`image` as a tensor must be a floating-point measurement of shape (batch, ...), but is "
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}."
-            )
-        return tensor, False
-    if all(isinstance(one, PIL.Image.Image) for one in images):
-        sizes = {(one.size, one.mode) for one in images}
-        if len(sizes) > 1:
-            raise ValueError(f"`image` must hold pictures of one size and mode, but holds {sorted(sizes)}.")
-        mode = images[0].mode
-        if mode not in ("1", "L", "P", "RGB", "RGBA"):
-            raise ValueError(f"`image` has mode {mode}: use image.convert('RGB') or image.convert('L').")
-        image = [one.convert({"1": "L", "P": "RGB"}.get(mode, mode)) for one in images]
-    elif all(isinstance(one, np.ndarray) for one in images):
-        check_sizes("image", [one.shape for one in images])
-        if images[0].ndim == 2:
-            image = [one[..., None] for one in images]
-    else:
-        kinds = sorted({type(one).__name__ for one in images})
-        raise ValueError(f"`image` must be PIL images, numpy arrays or a tensor, but holds {kinds}.")
-    picture = processor.preprocess(image).float()
-    finite = picture[picture.isfinite()]
-    if len(finite) and (finite.min() < -1e-3 or finite.max() > 1 + 1e-3):
+def prepare_measurement(image: Images) -> torch.Tensor:
+    """Return tensors (one, or a list of one shape) as one floating-point tensor (batch, ...), with their values."""
+    images = as_list(image, "image")
+    tensor = torch.stack(images) if isinstance(image, list | tuple) else image
+    if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
         raise ValueError(
-            f"`image` as a picture must have values in [0, 1], but they go from {finite.min():.4g} to "
-            f"{finite.max():.4g}."
+            "`image` as a tensor must be a floating-point measurement of shape (batch, ...), but is "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)}."
         )
-    return picture, True
+    return tensor
+
+
+def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
+    """
+    Return pictures as one tensor (B, C, H, W) in [0, 1]. PIL images get `channels` channels; arrays (B, H, W, C) and tensors
+    (B, C, H, W) keep theirs, and may hold values that are not finite.
+
+    Raises:
+        ValueError: if there is none, sizes differ, or a picture can't be read or is not in [0, 1].
+    """
+    images = as_list(image, "image")
+    if isinstance(images[0], PIL.Image.Image):
+        try:
+            pictures = [read_picture(one, channels) for one in images]
+        except ValueError as error:
+            raise ValueError(f"`image` can't be read: {error}") from error
+        check_sizes("image", [one.size for one in pictures])
+        if channels == 1 and any(has_colours(one) for one in images):
+            logger.warning(
+                "`image` has colours, and the model is gray: it is read as gray, as training with 1 channel does."
+            )
+        levels = np.stack([np.asarray(one).reshape(*one.size[::-1], channels) for one in pictures])
+        return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 255
+    kind = images[0].dtype
+    if not (kind.is_floating_point if isinstance(images[0], torch.Tensor) else np.issubdtype(kind, np.floating)):
+        raise ValueError(
+            f"`image` as an array or tensor must be floating-point in [0, 1], but is {kind}. Of levels from 0 to 255: image / 255."
+        )
+    image = images if isinstance(image, tuple) else image
+    if images[0].ndim == 2:
+        image = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
+    picture = processor.preprocess(image)
+    finite = picture[picture.isfinite()]
+    if len(finite) and (finite.min() < -RANGE_TOLERANCE or finite.max() > 1 + RANGE_TOLERANCE):
+        of_model = finite.min() >= -1 - RANGE_TOLERANCE and finite.max() <= 1 + RANGE_TOLERANCE
+        raise ValueError(
+            f"`image` must have values in [0, 1], but they go from {finite.min():.4g} to {finite.max():.4g}."
+            + (" From [-1, 1]: image / 2 + 0.5." if of_model else "")
+        )
+    return picture
+
+
+def has_colours(image: PIL.Image.Image) -> bool:
+    if image.mode in GRAY_MODES:
+        return False
+    pixels = np.asarray(read_picture(image, 3))
+    return bool((pixels[..., 1:] != pixels[..., :1]).any())
 
 
 def prepare_mask(
     mask_image: Images, processor: VaeImageProcessor, batch_size: int, height: int, width: int
 ) -> torch.Tensor:
-    """Which pixels were observed, (1 or B, 1, H, W): those where the mask is black."""
-    masks = list(mask_image) if isinstance(mask_image, list | tuple) else [mask_image]
-    if not masks:
-        raise ValueError("`mask_image` is an empty list.")
-    if all(isinstance(one, PIL.Image.Image) for one in masks):
-        check_sizes("mask_image", [one.size for one in masks])
-        if any(one.mode in ("F", "I") for one in masks):
-            raise ValueError(
-                "`mask_image` has a mode whose white is not agreed on: use mask.convert('L') from 0 to 255."
-            )
-        transparent = [
-            one for one in masks if one.has_transparency_data and one.convert("RGBA").getextrema()[3][0] < 255
-        ]
-        if transparent:
-            raise ValueError(
-                f"`mask_image` has mode {transparent[0].mode} with transparent pixels: give a mask in black and white, such as "
-                "mask.getchannel('A') or mask.convert('L')."
-            )
-    elif all(isinstance(one, np.ndarray | torch.Tensor) for one in masks):
-        check_sizes("mask_image", [tuple(one.shape) for one in masks])
+    """
+    Return which pixels were observed, bool of shape (1 or B, 1, H, W): those where the mask is black. Warns of a mask that repaints
+    nothing or everything.
+
+    Raises:
+        ValueError: if a mask can't be read, or number, size or values do not fit.
+    """
+    masks = as_list(mask_image, "mask_image")
+    if isinstance(masks[0], PIL.Image.Image):
+        try:
+            read = [read_mask(one) for one in masks]
+        except ValueError as error:
+            raise ValueError(f"`mask_image` can't be read: {error}") from error
+        check_sizes("mask_image", [one.shape for one in read])
+        repainted = torch.from_numpy(np.stack(read)).unsqueeze(1)
+    else:
         if not all(bool(((one >= 0) & (one <= 1)).all()) for one in masks):
             raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
-    else:
-        kinds = sorted({type(one).__name__ for one in masks})
-        raise ValueError(f"`mask_image` must be PIL images, numpy arrays or a tensor, but holds {kinds}.")
-    mask = processor.preprocess(mask_image)
-    if mask.ndim != 4 or mask.shape[1] != 1 or tuple(mask.shape[2:]) != (height, width):
+        repainted = processor.preprocess(mask_image) >= 0.5
+    if repainted.ndim != 4 or repainted.shape[1] != 1 or tuple(repainted.shape[2:]) != (height, width):
         raise ValueError(
             f"`mask_image` must have one channel and the image's {height}x{width} px, but has shape "
-            f"{tuple(mask.shape)} (batch, channels, height, width)."
+            f"{tuple(repainted.shape)} (batch, channels, height, width)."
         )
-    if mask.shape[0] not in (1, batch_size):
-        raise ValueError(f"`mask_image` must be one or {batch_size}, as many as images, but is {mask.shape[0]}.")
-    return mask < 0.5
+    if repainted.shape[0] not in (1, batch_size):
+        raise ValueError(f"`mask_image` must be one or {batch_size}, as many as images, but is {repainted.shape[0]}.")
+    flat = repainted.flatten(1)
+    for found, what in ((~flat.any(1), "nothing"), (flat.all(1), "everything")):
+        if found.any():
+            logger.warning(
+                f"`mask_image` repaints {what} in {int(found.sum())} of {len(found)} mask(s): white is repainted."
+            )
+    return ~repainted
+
+
+def check_turned_together(image: Images, mask_image: Images) -> None:
+    """Warn where the EXIF data turn pictures, and their masks say nothing of it."""
+
+    def turned(argument: Images) -> bool:
+        images = argument if isinstance(argument, list | tuple) else [argument]
+        return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in images)
+
+    if turned(image) and not turned(mask_image):
+        logger.warning(
+            "`image` is turned upright by its EXIF data, and `mask_image`, which has none, is taken to be upright. Of a picture as "
+            "it is stored: draw the mask on PIL.ImageOps.exif_transpose(image)."
+        )
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
     generators = generator if isinstance(generator, list) else [generator]
-    if any(not isinstance(one, torch.Generator | None) for one in generators):
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
         raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
 
 
+def unwrapped(component):
+    """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
+    return getattr(component, "_orig_mod", component)
+
+
 def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
     """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
-    return {
-        name: type(component)
-        for name, component in pipeline.components.items()
-        if type(component).__module__.split(".")[0] in ("ecvae_diffusers", "diffusers_modules")
-    }
+    classes = {name: type(unwrapped(component)) for name, component in pipeline.components.items()}
+    own = ("ecvae_diffusers", "diffusers_modules")
+    return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in own}
 
 
 def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
@@ -1017,23 +1282,32 @@ def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
     """
     index = json.loads(model_index)
     index.pop("_name_or_path", None)
-    index["_class_name"] = ["pipeline", type(pipeline).__name__]
+    index["_class_name"] = ["pipeline", pipeline.saved_class.__name__]
     for name, component_class in travelling_components(pipeline).items():
         index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
-    """Write `pipeline.py` and one code file a component, and take the writer's paths out of the components' configs."""
+    """
+    Write `pipeline.py` and one code file per component, and take the writer's paths out of the components' configs. Warn of
+    classes from elsewhere, whose code is not written.
+    """
     save_directory = Path(save_directory)
     save_directory.mkdir(parents=True, exist_ok=True)
     known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
     for name, component in pipeline.components.items():
-        if type(component).__module__.split(".")[0] not in known:
+        kind = type(unwrapped(component))
+        if kind.__module__.split(".")[0] not in known:
             warnings.warn(
-                f"The code of `{name}` ({type(component).__module__}.{type(component).__name__}) is not saved: the folder "
-                "loads only where that module can be imported."
+                f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that module "
+                "can be imported."
             )
+    if type(pipeline) is not pipeline.saved_class:
+        warnings.warn(
+            f"The code of {type(pipeline).__name__} is not saved: `DiffusionPipeline.from_pretrained` loads the folder as its base "
+            f"class, {pipeline.saved_class.__name__}, and only {type(pipeline).__name__}.from_pretrained as what it is."
+        )
     (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
     for name, component_class in travelling_components(pipeline).items():
         source = Path(inspect.getfile(component_class))
@@ -1048,16 +1322,30 @@ def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pi
 class SelfContained:
     """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
+    @property
+    def saved_class(self) -> type:
+        """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
+        return next(kind for kind in type(self).__mro__ if SelfContained in kind.__bases__)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """
         Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`].
+        [`DiffusionPipeline.save_pretrained`] for the arguments.
 
         Raises:
             ValueError: if `safe_serialization` is False: weights are safetensors only.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
         super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
@@ -1089,12 +1377,16 @@ logger = logging.get_logger(__name__)
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
 # Spread, in standard deviations of the prior, of the answers' starts around the encoding of A^+ y.
 START_SPREAD = 0.3
-# Root-mean-square of what answers without noise exceed the range of images by, from which on the measurement holds noise.
+# Root mean square by which answers may exceed the range of images before a warning.
 LARGEST_EXCESS = 0.1
+# In standard deviations of the noise: root mean square of the difference between a measurement and answers before a warning.
+LARGEST_MISFIT = 3.0
 # Relative residuals of answers to measurements without noise are below this, or a warning says that they are not.
 LARGEST_RESIDUAL = 1e-5
 # Of `noise_std`, `energy_weight` and measurements: their squares are still numbers in float32.
 LARGEST_VALUE = 1e12
+# Mean squared error per pixel of images in [-1, 1].
+LARGEST_VARIANCE = 4.0
 # What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
 START_DAMPING = 1e-3
 
@@ -1131,6 +1423,10 @@ class ECVAERestorationOutput(BaseOutput):
     num_network_calls: int
 
 
+class Interruption(Exception):
+    """Ends a search early, with the latents that it has come to."""
+
+
 class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     r"""
     Pipeline for inverse problems y = A x + n with a known linear A: inpainting, super-resolution, deblurring, colorization,
@@ -1148,6 +1444,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model", "scheduler"]
     _callback_tensor_inputs = ["latents"]
+    _interrupt, _num_timesteps = False, 0
 
     def __init__(
         self,
@@ -1158,9 +1455,17 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         super().__init__()
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
-        self.mask_processor = VaeImageProcessor(
-            do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
+        self.mask_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the latest search, which are its `num_inference_steps`."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the search ends after its present step: `_interrupt` may be set meanwhile, by a callback for example."""
+        return self._interrupt
 
     def check_inputs(
         self,
@@ -1172,7 +1477,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         method: str,
         energy_weight: float,
         start: str,
-        output_type: str,
+        output_type: str | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         if (operator is None) == (mask_image is None):
@@ -1193,10 +1498,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         for name, value, allowed in (
             ("method", method, ("langevin", "map")),
             ("start", start, ("encoding", "prior")),
-            ("output_type", output_type, ("pil", "np", "pt")),
+            ("output_type", output_type, ("pil", "np", "pt", None)),
         ):
             if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {value!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, but is {value!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -1212,19 +1517,28 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 "`reconstruction_variance` is not in the autoencoder's config, where training writes it: give the mean "
                 "squared error of its reconstructions, a pixel of images in [-1, 1]."
             )
-        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
-            raise ValueError(f"`reconstruction_variance` must be a finite number above 0, but is {variance!r}.")
+        if not isinstance(variance, Real) or not 0 < variance <= LARGEST_VARIANCE:
+            raise ValueError(
+                f"`reconstruction_variance` must be above 0 and at most {LARGEST_VARIANCE:g}, of images in [-1, 1], but is {variance!r}."
+            )
         return float(variance)
 
     def prepare_measurement(
         self, image: Images, operator: Any, mask_image: Images | None, height: int | None, width: int | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
         """
-        The operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
+        Return the operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
         """
-        y, is_picture = prepare_picture(image, self.image_processor)
-        y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
         channels, size = self.vae.config.in_channels, self.vae.config.sample_size
+        images = as_list(image, "image")
+        is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
+        if is_picture:
+            # An operator may measure gray values of colours.
+            gray = mask_image is None and all(getattr(one, "mode", None) in GRAY_MODES for one in images)
+            y = prepare_picture(image, self.image_processor, 1 if gray else channels)
+        else:
+            y = prepare_measurement(image)
+        y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
         if mask_image is not None:
             if y.ndim != 4 or y.shape[1] not in (1, channels):
                 raise ValueError(
@@ -1232,6 +1546,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     "height, width)."
                 )
             y = y.expand(-1, channels, -1, -1)
+            check_turned_together(image, mask_image)
             observed = prepare_mask(mask_image, self.mask_processor, y.shape[0], *y.shape[-2:]).to(y.device)
             # Whatever stands in the picture where it is to be repainted, even values that are not finite.
             y = torch.where(observed, y, 0.0)
@@ -1289,8 +1604,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         )
         return encoded + START_SPREAD * noise
 
-    def postprocess(self, sample: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        return self.image_processor.postprocess(self.image_processor.denormalize(sample), output_type=output_type)
+    def postprocess(
+        self, sample: torch.Tensor, output_type: str | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        sample = self.image_processor.denormalize(sample)
+        return self.image_processor.postprocess(sample, output_type=output_type or "np")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -1311,7 +1629,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         reconstruction_variance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: str | None = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
@@ -1321,15 +1639,18 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                The MEASUREMENT: what there is, never a clean image. A picture (PIL, or numpy (B, H, W, C) in [0, 1]) is what the
-                operator makes of an image in [0, 1]; a tensor (B, ...) is y = A x of an image x in [-1, 1].
+                The measurement, never a clean image. With `mask_image` it is a picture: PIL, an array (B, H, W, C) or a tensor
+                (B, C, H, W) in [0, 1]. With `operator` PIL images and arrays are what the operator makes of an image in [0, 1],
+                and a tensor (B, ...) is y = A x of an image x in [-1, 1]. PIL images are read as training reads files: turned by
+                their EXIF data, with transparency on white.
             operator ([`~operators.LinearOperator`], an object with `A` and `A_adjoint`, or a pair of functions, *optional*):
                 What was measured. Called with batches of B.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
-                Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one an image.
+                Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one per image.
+                PIL masks of black and one other level or colour are read too: labels 0 and 1, palettes of one object, paint.
             noise_std (`float`, *optional*):
-                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. If not given, that of rounding
-                to 8 bits (0.0023) for pictures, 0 for tensors.
+                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]; of noise in 8-bit levels a
+                127.5th. If not given, that of rounding to 8 bits (0.0023) for pictures, 0 for measurements.
             num_restorations (`int`, *optional*, defaults to 1):
                 M: answers to each measurement. They differ in what was not measured, and `std` needs several.
             num_inference_steps (`int`, *optional*, defaults to 75):
@@ -1349,11 +1670,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 One generator, or a list of one an answer (B * M), to make restoration deterministic.
             latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*): Where to start instead.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1].
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, step, {"latents": latents})` after each step; may return new latents in a dict.
+                Called as `callback(pipe, step, step, {"latents": latents})` after each step; may return new latents in a dict, or
+                set `pipe._interrupt = True`, and the answers are made of the latents of that step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors the callback is given.
 
         Examples:
@@ -1377,6 +1699,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if not isinstance(overlap, Integral) or not 0 <= overlap < size:
             raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
+        if noise_std >= (largest := max(1.0, y.abs().max().item())):
+            raise ValueError(
+                f"`noise_std` is for images in [-1, 1], and must be below the largest entry of the measurement ({largest:.4g}), but "
+                f"is {noise_std:g}. Of noise in 8-bit levels: noise_std / 127.5."
+            )
 
         spectrum = self.vae.config.get("reconstruction_spectrum")  # not in a repository of earlier code
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
@@ -1396,15 +1723,18 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             calls["energy model"] += 1
             return energy_and_gradient(self.energy_model, tiles)[1]
 
+        self._interrupt, self._num_timesteps = False, num_inference_steps
         with self.progress_bar(total=num_inference_steps) as progress_bar:
 
             def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
                 progress_bar.update()
-                if callback_on_step_end is None:
-                    return latents
-                given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                returned = callback_on_step_end(self, step, step, given)
-                return latents if returned is None else returned.pop("latents", latents)
+                if callback_on_step_end is not None:
+                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    returned = callback_on_step_end(self, step, step, given)
+                    latents = latents if returned is None else returned.pop("latents", latents)
+                if self.interrupt:
+                    raise Interruption(latents)
+                return latents
 
             with frozen(self.vae):
                 search = (
@@ -1417,22 +1747,25 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     energy_gradient,
                     energy_weight,
                 )
-                if energy_weight > 0:
-                    with frozen(self.energy_model):
+                try:
+                    with frozen(self.energy_model) if energy_weight > 0 else nullcontext():
                         latents = neural_transport(*search, generator, on_step)
-                else:
-                    latents = neural_transport(*search, generator, on_step)
+                except Interruption as interruption:
+                    (latents,) = interruption.args
                 decoded = canvas.join(decode(latents))
 
         center = likelihood.mean(decoded)
-        if (
-            noise_std == 0
-            and (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS
-        ):
+        if (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS:
             logger.warning(
-                f"`noise_std` is 0, but answers that agree with `image` to the last digit leave the range of images, [-1, 1], by "
-                f"{excess:.2g} (root mean square): it holds noise, that A^+ blows up. Give its `noise_std`; rounding to 8 bits has "
+                f"Answers leave the range of images, [-1, 1], by {excess:.2g} (root mean square): `image` is no measurement of images "
+                f"in [-1, 1], or it holds more noise than `noise_std` ({noise_std:.2g}), which A^+ blows up. Rounding to 8 bits has "
                 f"{ROUNDING_STD:.2g}."
+            )
+        misfit = likelihood.misfit(center).square().mean().sqrt().item()
+        if noise_std > 0 and misfit > LARGEST_MISFIT * noise_std:
+            logger.warning(
+                f"Answers differ from `image` by {misfit:.2g} (root mean square), but `noise_std` is {noise_std:.2g}: `image` is no "
+                "measurement of images in [-1, 1], or of none that the model knows."
             )
         answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
         by_measurement = center.unflatten(0, (-1, num_restorations))

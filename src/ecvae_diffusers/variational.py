@@ -149,11 +149,11 @@ def likelihood_bounds(
         [`LikelihoodBounds`]
 
     Raises:
-        ValueError: if `num_samples` or `batch_size` is below 1 or `variance` not above 0.
+        ValueError: if `num_samples` or `batch_size` is below 1 or `variance` is not a finite number above 0.
     """
-    if num_samples < 1 or batch_size < 1 or not variance > 0:
+    if num_samples < 1 or batch_size < 1 or not 0 < variance < math.inf:
         raise ValueError(
-            f"`num_samples` and `batch_size` must be at least 1 and `variance` above 0, but are {num_samples}, "
+            f"`num_samples` and `batch_size` must be at least 1 and `variance` a finite number above 0, but are {num_samples}, "
             f"{batch_size} and {variance}."
         )
     count, dimension = len(sample), sample[0].numel()

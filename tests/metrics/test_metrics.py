@@ -204,6 +204,24 @@ def test_reconstruction_metrics():
         reconstruction_metrics(originals[..., :8, :8], originals[..., :8, :8])
 
 
+@pytest.mark.parametrize("name", ["images", "originals"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda images: (images * 255).byte(),
+        lambda images: images.round().bool(),
+        lambda images: images * 255,
+        lambda images: images * 2 - 1,
+        lambda images: images * float("nan"),
+        lambda images: images / 0,
+    ],
+)
+def test_reconstruction_metrics_of_another_range_are_refused(name, wrong):
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        reconstruction_metrics(**{"images": images, "originals": images, name: wrong(images)})
+
+
 def test_transformers_features_of_a_saved_dinov2(tmp_path):
     """A random-weight model of the class that users load by id: the published weights can't be fetched in tests."""
     torch.manual_seed(0)

@@ -112,7 +112,10 @@ def test_a_flow_whose_weights_are_stored_in_8_bits_computes_in_16(pipe):
     "arguments, message",
     [
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, but is 0"),
-        ({"temperature": -1}, "`temperature` must be a finite number of at least 0, but is -1"),
+        ({"temperature": -1}, "`temperature` .* but is -1"),
+        ({"temperature": 1e308}, "`temperature` .* but is 1e.308"),
+        ({"temperature": float("nan")}, "`temperature` .* but is nan"),
+        ({"latents": torch.full((1, 256, 1, 1), 3e38)}, "`latents`"),
         ({"output_type": "jpg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpg'"),
         ({"latents": torch.zeros(2, 16)}, r"`latents` must have shape \(batch_size, 256, 1, 1\), not \(2, 16\)"),
         ({"latents": torch.zeros(2, 256, 1, 1), "temperature": 0.5}, "leave `temperature` at 1"),

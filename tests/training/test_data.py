@@ -6,8 +6,9 @@ import PIL.ImageFile
 import pytest
 import torch
 
+from ecvae_diffusers.pipelines.inputs import read_picture
 from ecvae_training import data
-from ecvae_training.data import ImageDataset, load_images, to_mode, to_size
+from ecvae_training.data import ImageDataset, load_images, to_size
 
 
 def dataset(folder, **kwargs) -> ImageDataset:
@@ -73,9 +74,9 @@ def test_sixteen_bits_become_eight(tmp_path):
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_is_laid_on_white(mode):
     image = PIL.Image.new(mode, (2, 1), (0,) * len(mode))  # black, wholly transparent
-    assert to_mode(image, 3).getpixel((0, 0)) == (255, 255, 255)
-    assert to_mode(image, 1).getpixel((0, 0)) == 255
-    assert to_mode(image, 4).getpixel((0, 0))[3] == 0
+    assert read_picture(image, 3).getpixel((0, 0)) == (255, 255, 255)
+    assert read_picture(image, 1).getpixel((0, 0)) == 255
+    assert read_picture(image, 4).getpixel((0, 0))[3] == 0
 
 
 def test_palette_with_transparency_is_laid_on_white(tmp_path):

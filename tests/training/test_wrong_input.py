@@ -6,6 +6,8 @@ import json
 import pytest
 from training_runs import TINY, run, write_images
 
+from ecvae_training import decoder_arguments, ecvae_arguments, flow_arguments
+from ecvae_training.arguments import build_parser
 from ecvae_training.data import ImageDataset, load_images
 from ecvae_training.ecvae_arguments import parse_args
 from ecvae_training.output import (
@@ -22,6 +24,13 @@ from ecvae_training.output import (
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
+# Those of each script, shared ones once.
+FLOATS = {
+    action.dest: module
+    for module in (flow_arguments, decoder_arguments, ecvae_arguments)
+    for action in build_parser(module.SCRIPT)._actions
+    if action.type is float or action.default == "auto"
+}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +47,6 @@ GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
             [*GIVEN, "--langevin_drift_step", "-0.1"],
             "--langevin_drift_step must be 'auto' or a finite number of at least 0",
         ),
-        ([*GIVEN, "--langevin_noise", "nan"], "--langevin_noise must be a finite number of at least 0"),
         ([*GIVEN, "--kl_weight", "inf"], "--kl_weight must be a finite number of at least 0"),
         ([*GIVEN, "--learning_rate", "0"], "--learning_rate must be a finite number above 0"),
         ([*GIVEN, "--energy_learning_rate", "-1"], "--energy_learning_rate must be a finite number above 0"),
@@ -340,3 +348,16 @@ def test_wrong_size_of_a_pretrained_model_is_refused(tmp_path):
     )  # fmt: skip
     assert result.returncode != 0 and not (tmp_path / "b").exists()
     assert "is for images of 16 px, but --resolution is 32" in result.stderr
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_that_are_not_finite_are_refused(name, capsys):
+    module = FLOATS[name]
+    arguments = [*GIVEN, f"--{name}", "nan"]
+    if module is decoder_arguments:
+        arguments += ["--pretrained_model_name_or_path", "vae"]
+    if "posterior" in name:
+        arguments += ["--calibration", "posterior"]
+    with pytest.raises(SystemExit):
+        module.parse_args(arguments)
+    assert f"--{name}" in capsys.readouterr().err.splitlines()[-1]

@@ -7,19 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from tqdm import tqdm
 
+from ecvae_diffusers.pipelines.inputs import GRAY_MODES, check_mode, read_picture
 from ecvae_training.picture_files import Pictures, content_hash, find_images, local_data_files
 
 
 # Above this, images are decoded again at each use instead of being kept.
 MAX_CACHED_BYTES = 4 * 2**30
-GRAY_MODES = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}
-# Float and 32-bit pixels have no agreed range: guessing one would train on black or white pictures.
-UNRANGED_MODES = {"F", "I"}
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def load_images(
@@ -112,21 +108,6 @@ def find_image_column(features, dataset_name: str, image_column: str | None) -> 
     return image_column or columns[0]
 
 
-def to_mode(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
-    """Bring an image to 1, 3 or 4 channels of 8 bits; transparency is laid on white where it has no channel."""
-    if image.mode.startswith("I;16"):
-        image = PIL.Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
-    if channels < 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
-
-
-def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
-    """Bring an image to 1, 3 or 4 channels of 8 bits, upright by its EXIF data."""
-    return to_mode(PIL.ImageOps.exif_transpose(image), channels)
-
-
 def to_size(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
     """Resize the shorter side to `resolution` (bicubic, antialiased), and crop the center."""
     scale = resolution / min(image.size)
@@ -151,9 +132,7 @@ def open_image(source: dict | None) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
     except PIL.UnidentifiedImageError:
         raise ValueError("cannot identify image file") from None  # Pillow adds where the bytes lie in memory
-    if image.mode in UNRANGED_MODES:
-        image.close()
-        raise ValueError(f"mode {image.mode} has no agreed range: save it with 8 or 16 bits")
+    check_mode(image)
     return image
 
 

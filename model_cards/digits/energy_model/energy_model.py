@@ -10,6 +10,8 @@ of the Langevin drift step instead: see [`LangevinScheduler`].
 This file imports only torch and diffusers, so that it can travel to the Hub beside its weights.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.activations import get_activation
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from torch.nn.utils.parametrizations import spectral_norm as apply_spectral_norm
+from torch.nn.utils import parametrize
+
+
+# Bounds of a config's numbers, far above any use: a config from elsewhere must not fill the memory.
+MAX_SAMPLE_SIZE, MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 4096, 8192, 128
 
 
 @dataclass
@@ -41,6 +47,69 @@ def get_energy_activation(act_fn: str) -> nn.Module:
     return nn.LeakyReLU(0.2) if act_fn == "leaky_relu" else get_activation(act_fn)
 
 
+class SpectralNorm(nn.Module):
+    """
+    Division of a weight by its largest singular value, which a power iteration per training-mode pass estimates (Miyato et al.
+    2018, arXiv 1802.05957, algorithm 1). Values and names are those of `torch.nn.utils.parametrizations.spectral_norm`, but the
+    singular vectors are parameters without gradients instead of buffers: diffusers' `EMAModel` keeps parameters only.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        for name, size in (("_u", matrix.shape[0]), ("_v", matrix.shape[1])):
+            vector = F.normalize(matrix.new_empty(size).normal_(0, 1), dim=0)
+            self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
+        for _ in range(15):
+            self.iterate(matrix)
+
+    @torch.no_grad()
+    def iterate(self, matrix: torch.Tensor) -> None:
+        self._u.copy_(F.normalize(torch.mv(matrix, self._v), dim=0))
+        self._v.copy_(F.normalize(torch.mv(matrix.mT, self._u), dim=0))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        matrix = weight.flatten(1)
+        if self.training:
+            self.iterate(matrix)
+        # Copies: backward needs the vectors of this pass, also after another one.
+        u, v = self._u.detach().clone(), self._v.detach().clone()
+        return weight / torch.vdot(u, torch.mv(matrix, v))
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+class EnergyConv2d(nn.Conv2d):
+    """A convolution that can be pickled, with its spectral norm too."""
+
+    def apply_spectral_norm(self) -> "EnergyConv2d":
+        return parametrize.register_parametrization(self, "weight", SpectralNorm(self.weight))
+
+    def __reduce_ex__(self, protocol: int):
+        if not parametrize.is_parametrized(self):
+            return super().__reduce_ex__(protocol)
+        # A parametrized module's class is made at runtime, so torch refuses to pickle it.
+        return parametrized_conv, (parametrize.type_before_parametrizations(self),), self.__dict__
+
+
+def parametrized_conv(conv_class: type[EnergyConv2d]) -> EnergyConv2d:
+    """A convolution of the right class, for unpickling to fill."""
+    return conv_class(1, 1, 1, device="meta").apply_spectral_norm()
+
+
+class PooledConv2d(EnergyConv2d):
+    """
+    `F.avg_pool2d(conv(sample), 2)` of a 3x3 convolution with padding 1, computed as one 4x4 convolution of stride 2: each of the
+    four pooled positions shifts the kernel by one pixel. It takes 16 multiplications instead of 36.
+    """
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        weight = sum(F.pad(weight, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)) / 4
+        return F.conv2d(sample, weight, self.bias, stride=2, padding=1)
+
+
 class EnergyResidualBlock(nn.Module):
     """Two convolutions beside a shortcut, then a halving of the resolution by average pooling.
 
@@ -50,28 +119,19 @@ class EnergyResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, downsample: bool, act_fn: str):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        conv_class = PooledConv2d if downsample else EnergyConv2d
+        self.conv1 = EnergyConv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = conv_class(out_channels, out_channels, 3, padding=1)
         self.act = get_energy_activation(act_fn)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = EnergyConv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.downsample = downsample
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.act(self.conv1(self.act(hidden_states)))
-        if not self.downsample:
-            return self.shortcut(hidden_states) + self.conv2(residual)
-        # Pooling commutes with a 1x1 convolution; before it, it costs a quarter.
-        return self.shortcut(F.avg_pool2d(hidden_states, 2)) + pooled_conv(self.conv2, residual)
-
-
-def pooled_conv(conv: nn.Conv2d, sample: torch.Tensor) -> torch.Tensor:
-    """
-    `F.avg_pool2d(conv(sample), 2)` of a 3x3 convolution with padding 1, as the one 4x4 convolution of stride 2 that it
-    is: each of the four positions pooled shifts the kernel by a pixel. 16 multiplications in the place of 36.
-    """
-    weight = conv.weight
-    weight = sum(F.pad(weight, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)) / 4
-    return F.conv2d(sample, weight, conv.bias, stride=2, padding=1)
+        residual = self.conv2(self.act(self.conv1(self.act(hidden_states))))
+        if self.downsample:
+            # Pooling commutes with a 1x1 convolution; before it, it costs a quarter.
+            hidden_states = F.avg_pool2d(hidden_states, 2)
+        return self.shortcut(hidden_states) + residual
 
 
 def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -108,7 +168,7 @@ class EnergyNetwork(nn.Module):
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self.conv_in = EnergyConv2d(in_channels, block_out_channels[0], 3, padding=1)
         self.blocks = nn.ModuleList()
         channels = block_out_channels[0]
         for i, out_channels in enumerate(block_out_channels):
@@ -117,7 +177,7 @@ class EnergyNetwork(nn.Module):
                 self.blocks.append(EnergyResidualBlock(channels, out_channels, downsample, act_fn))
                 channels = out_channels
         self.act_out = get_energy_activation(act_fn)
-        self.conv_out = nn.Conv2d(channels, 1, sample_size >> (len(block_out_channels) - 1))
+        self.conv_out = EnergyConv2d(channels, 1, sample_size >> (len(block_out_channels) - 1))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(sample)
@@ -138,11 +198,12 @@ class EnergyModel(ModelMixin, ConfigMixin):
 
     Parameters:
         sample_size (`int`, *optional*, defaults to `32`):
-            Height and width of the images, in pixels: a power of two of at least 8.
-        in_channels (`int`, *optional*, defaults to `3`): Number of image channels.
+            Height and width of the images, in pixels: a power of two from 8 to 4096.
+        in_channels (`int`, *optional*, defaults to `3`): Number of image channels, from 1 to 8192.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
-            Channels at each resolution, from `sample_size` down by halves to at least 4 px.
-        layers_per_block (`int`, *optional*, defaults to `1`): Number of residual blocks at each resolution.
+            Channels at each resolution, from 1 to 8192: from `sample_size` down by halves to at least 4 px.
+        layers_per_block (`int`, *optional*, defaults to `1`):
+            Number of residual blocks at each resolution, from 1 to 128.
         num_scales (`int`, *optional*, defaults to `1`):
             With more than one, the energy is the sum over copies of the network that see the image at full, half,
             quarter ... size; each copy drops the first entries of `block_out_channels`.
@@ -174,19 +235,25 @@ class EnergyModel(ModelMixin, ConfigMixin):
         spectral_norm: bool = True,
     ):
         super().__init__()
-        if sample_size < 8 or sample_size & (sample_size - 1):
-            raise ValueError(f"`sample_size` must be a power of two of at least 8, but is {sample_size}.")
-        if in_channels < 1:
-            raise ValueError(f"`in_channels` must be at least 1, but is {in_channels}.")
-        if len(block_out_channels) < 1 or min(block_out_channels) < 1:
-            raise ValueError(f"`block_out_channels` must hold positive numbers, but is {tuple(block_out_channels)}.")
+        if not 8 <= sample_size <= MAX_SAMPLE_SIZE or sample_size & (sample_size - 1):
+            raise ValueError(
+                f"`sample_size` must be a power of two from 8 to {MAX_SAMPLE_SIZE}, but is {sample_size}."
+            )
+        for name, value, limit in (
+            ("in_channels", in_channels, MAX_CHANNELS),
+            ("layers_per_block", layers_per_block, MAX_LAYERS_PER_BLOCK),
+        ):
+            if not 1 <= value <= limit:
+                raise ValueError(f"`{name}` must be from 1 to {limit}, but is {value}.")
+        if not block_out_channels or not 1 <= min(block_out_channels) <= max(block_out_channels) <= MAX_CHANNELS:
+            raise ValueError(
+                f"`block_out_channels` must hold numbers from 1 to {MAX_CHANNELS}, but is {tuple(block_out_channels)}."
+            )
         if sample_size >> (len(block_out_channels) - 1) < 4:
             raise ValueError(
                 f"`block_out_channels` has {len(block_out_channels)} entries, which would end below 4 px: at "
                 f"`sample_size` {sample_size} at most {int(math.log2(sample_size)) - 1} are allowed."
             )
-        if layers_per_block < 1:
-            raise ValueError(f"`layers_per_block` must be at least 1, but is {layers_per_block}.")
         if not 1 <= num_scales <= len(block_out_channels):
             raise ValueError(
                 f"`num_scales` must be from 1 to the number of resolutions ({len(block_out_channels)}), but is "
@@ -198,39 +265,37 @@ class EnergyModel(ModelMixin, ConfigMixin):
         )
         if spectral_norm:
             for module in self.networks.modules():
-                if isinstance(module, nn.Conv2d):
-                    apply_spectral_norm(module)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
-        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
-        unknown = sorted(name for name in rest if not name.startswith("_"))
-        if unknown:
-            raise ValueError(
-                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
-            )
-        return init_dict, unused_kwargs, rest
+                if isinstance(module, EnergyConv2d):
+                    module.apply_spectral_norm()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        As [`ModelMixin.from_pretrained`], from safetensors only, and whole or not at all.
+        Load a model as [`ModelMixin.from_pretrained`] does, from safetensors only.
 
         Raises:
-            ValueError: if `use_safetensors` is False, or weights are missing from the file.
+            ValueError: if `use_safetensors` is False, or weights are missing or not finite.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
-        kwargs["use_safetensors"] = True
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
+        loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
+        # Weights that are offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        weights = model.state_dict().items()
+        broken = [name for name, weight in weights if not (weight.is_meta or weight.float().isfinite().all())]
+        if broken := info["missing_keys"] or broken:
             raise ValueError(
-                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are not whole: "
-                f"{sorted(info['missing_keys'])[:3]} are missing."
+                f"{str(pretrained_model_name_or_path)!r} must hold all weights of {cls.__name__}, and finite ones, but "
+                f"{sorted(broken)[:3]} are missing or not finite."
             )
-        return (model, info) if wants_info else model
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        given = inspect.signature(ModelMixin.save_pretrained).bind(self, *args, **kwargs).arguments
+        if not given.get("safe_serialization", True):
+            raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
+        super().save_pretrained(*args, **kwargs)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> EnergyModelOutput | tuple[torch.Tensor]:
         """

@@ -22,6 +22,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
+# Far above any use: a config from elsewhere must not fill the memory.
+MAX_STEPS = 1_000_000
+
+
 @dataclass
 class LangevinSchedulerOutput(BaseOutput):
     """
@@ -43,7 +47,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
 
     Parameters:
         num_steps (`int`, *optional*, defaults to `5`):
-            The length K of the chain, at least 1.
+            The length K of the chain, from 1 to 1,000,000.
         drift_step_size (`float`, *optional*, defaults to `0.2`):
             The step a on the energy's gradient, at least 0. In units of the sample squared over energy.
         noise_scale (`float`, *optional*, defaults to `1e-3`):
@@ -87,32 +91,22 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.set_timesteps(num_steps)
 
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
-        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
-        unknown = sorted(name for name in rest if not name.startswith("_"))
-        if unknown:
-            raise ValueError(
-                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
-            )
-        return init_dict, unused_kwargs, rest
-
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None):
         """
         Set the length of the chain.
 
         Args:
-            num_inference_steps (`int`, *optional*): Number K of steps, at least 1. `config.num_steps` if not given.
+            num_inference_steps (`int`, *optional*):
+                Number K of steps, from 1 to 1,000,000. `config.num_steps` if not given.
             device (`str` or `torch.device`, *optional*): The device of `timesteps`.
 
         Raises:
-            ValueError: if there would be no step.
+            ValueError: if the number is outside that range.
         """
         num_inference_steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
-        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
+        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= MAX_STEPS:
             raise ValueError(
-                f"The number of Langevin steps must be an integer of at least 1, but is {num_inference_steps}."
+                f"`num_steps`, or `num_inference_steps`, must be an integer from 1 to {MAX_STEPS}, but is {num_inference_steps!r}."
             )
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps, device=device)

@@ -7,12 +7,16 @@ r"""The variational autoencoder of EC-VAE: a convolutional encoder and a decoder
 This file imports only torch and diffusers, so that it can travel to the Hub beside its weights.
 """
 
+import functools
+import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.activations import get_activation
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
@@ -24,6 +28,28 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 # Below this resolution a decoder block's receptive field covers the image anyway, so excitation would add nothing.
 SKIP_EXCITATION_MIN_SIZE = 128
+# Bounds of a config's numbers, far above any use: a config from elsewhere must not fill the memory.
+MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 8192, 128
+
+
+def flatten_posterior(posterior: DiagonalGaussianDistribution) -> tuple[list, list[str]]:
+    return list(vars(posterior).values()), list(vars(posterior))
+
+
+def unflatten_posterior(values: Iterable, names: list[str]) -> DiagonalGaussianDistribution:
+    posterior = object.__new__(DiagonalGaussianDistribution)
+    vars(posterior).update(zip(names, values))
+    return posterior
+
+
+# `torch.export` takes outputs apart into tensors. diffusers registers its outputs for that, but not this part of one.
+if DiagonalGaussianDistribution not in pytree.SUPPORTED_NODES:
+    pytree.register_pytree_node(
+        DiagonalGaussianDistribution,
+        flatten_posterior,
+        unflatten_posterior,
+        serialized_type_name=f"{DiagonalGaussianDistribution.__module__}.{DiagonalGaussianDistribution.__name__}",
+    )
 
 
 @dataclass
@@ -218,12 +244,12 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         in_channels (`int`, *optional*, defaults to `3`):
             Number of image channels: 1 (gray), 3 (RGB) or 4 (RGBA).
         latent_channels (`int`, *optional*, defaults to `128`):
-            The dimension d of the latent vector. Latents have shape `(batch_size, latent_channels, 1, 1)`.
+            The dimension d of the latent vector, from 1 to 8192. Latents have shape `(batch_size, latent_channels, 1, 1)`.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
-            Channels at each resolution: the first entry at `sample_size`, each further one at half the size of the
+            Channels at each resolution, from 1 to 8192: the first entry at `sample_size`, each further one at half the size of the
             one before. The last resolution must be at least 4 px; a linear layer joins it to the latents.
         layers_per_block (`int`, *optional*, defaults to `1`):
-            Number of residual blocks at each resolution.
+            Number of residual blocks at each resolution, from 1 to 128.
         norm_type (`str`, *optional*, defaults to `"group"`):
             `"group"` or `"batch"`. Batch normalization sees posterior and prior batches in turn, and its running
             statistics then fit neither: see `benchmarks/RESULTS.md` for what that costs.
@@ -267,17 +293,21 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`sample_size` must be a power of two from 8 to 256, but is {sample_size}.")
         if in_channels not in (1, 3, 4):
             raise ValueError(f"`in_channels` must be 1, 3 or 4, but is {in_channels}.")
-        if latent_channels < 1:
-            raise ValueError(f"`latent_channels` must be at least 1, but is {latent_channels}.")
-        if len(block_out_channels) < 1 or min(block_out_channels) < 1:
-            raise ValueError(f"`block_out_channels` must hold positive numbers, but is {tuple(block_out_channels)}.")
+        for name, value, limit in (
+            ("latent_channels", latent_channels, MAX_CHANNELS),
+            ("layers_per_block", layers_per_block, MAX_LAYERS_PER_BLOCK),
+        ):
+            if not 1 <= value <= limit:
+                raise ValueError(f"`{name}` must be from 1 to {limit}, but is {value}.")
+        if not block_out_channels or not 1 <= min(block_out_channels) <= max(block_out_channels) <= MAX_CHANNELS:
+            raise ValueError(
+                f"`block_out_channels` must hold numbers from 1 to {MAX_CHANNELS}, but is {tuple(block_out_channels)}."
+            )
         if sample_size >> (len(block_out_channels) - 1) < 4:
             raise ValueError(
                 f"`block_out_channels` has {len(block_out_channels)} entries, which would end below 4 px: at "
                 f"`sample_size` {sample_size} at most {int(math.log2(sample_size)) - 1} are allowed."
             )
-        if layers_per_block < 1:
-            raise ValueError(f"`layers_per_block` must be at least 1, but is {layers_per_block}.")
         if norm_type not in ("group", "batch"):
             raise ValueError(f"`norm_type` must be 'group' or 'batch', but is {norm_type!r}.")
         if reconstruction_spectrum is not None and not (
@@ -303,35 +333,33 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_slicing = False
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        """A config of a newer version is refused: what this one does not know of can't be left out without a change of the model."""
-        init_dict, unused_kwargs, rest = super().extract_init_dict(config_dict, **kwargs)
-        unknown = sorted(name for name in rest if not name.startswith("_"))
-        if unknown:
-            raise ValueError(
-                f"The config of {cls.__name__} holds {unknown}, which this version does not know: it is of a newer one."
-            )
-        return init_dict, unused_kwargs, rest
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        As [`ModelMixin.from_pretrained`], from safetensors only, and whole or not at all.
+        Load a model as [`ModelMixin.from_pretrained`] does, from safetensors only.
 
         Raises:
-            ValueError: if `use_safetensors` is False, or weights are missing from the file.
+            ValueError: if `use_safetensors` is False, or weights are missing or not finite.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
-        kwargs["use_safetensors"] = True
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
+        loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
+        # Weights that are offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        weights = model.state_dict().items()
+        broken = [name for name, weight in weights if not (weight.is_meta or weight.float().isfinite().all())]
+        if broken := info["missing_keys"] or broken:
             raise ValueError(
-                f"The weights of {cls.__name__} in {str(pretrained_model_name_or_path)!r} are not whole: "
-                f"{sorted(info['missing_keys'])[:3]} are missing."
+                f"{str(pretrained_model_name_or_path)!r} must hold all weights of {cls.__name__}, and finite ones, but "
+                f"{sorted(broken)[:3]} are missing or not finite."
             )
-        return (model, info) if wants_info else model
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):
+        given = inspect.signature(ModelMixin.save_pretrained).bind(self, *args, **kwargs).arguments
+        if not given.get("safe_serialization", True):
+            raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
+        super().save_pretrained(*args, **kwargs)
 
     @apply_forward_hook
     def encode(

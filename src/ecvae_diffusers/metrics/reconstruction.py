@@ -5,6 +5,10 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 
+# Values that are beyond [0, 1] by less are rounding.
+RANGE_TOLERANCE = 1e-3
+
+
 def reconstruction_metrics(images: torch.Tensor, originals: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     PSNR and SSIM (Wang et al. 2004; Gaussian window of 11 px, sigma 1.5) of each image.
@@ -16,7 +20,7 @@ def reconstruction_metrics(images: torch.Tensor, originals: torch.Tensor) -> dic
         `dict` with `psnr` in dB and `ssim`, tensors of shape `(B,)`. PSNR of identical images is infinite.
 
     Raises:
-        ValueError: if the shapes differ or an image is too small for the window.
+        ValueError: if the shapes differ, an image is too small for the window, or values are not finite numbers in [0, 1].
     """
     if images.shape != originals.shape or images.ndim != 4:
         raise ValueError(
@@ -25,6 +29,13 @@ def reconstruction_metrics(images: torch.Tensor, originals: torch.Tensor) -> dic
         )
     if min(images.shape[2:]) < 11:
         raise ValueError(f"`images` must have at least 11 px a side for SSIM, but has shape {tuple(images.shape)}.")
+    for name, values in (("images", images), ("originals", originals)):
+        low, high = values.min().item(), values.max().item()
+        # Also refuses what is not a number.
+        if not values.is_floating_point() or not (-RANGE_TOLERANCE <= low and high <= 1 + RANGE_TOLERANCE):
+            raise ValueError(
+                f"`{name}` must be floating-point in [0, 1], but is {values.dtype} from {low:.4g} to {high:.4g}."
+            )
     images, originals = images.float(), originals.float()
     psnr = peak_signal_noise_ratio(images, originals, data_range=1.0, reduction="none", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(images, originals, data_range=1.0, reduction="none")

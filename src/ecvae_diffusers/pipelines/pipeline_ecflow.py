@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.energy_model import EnergyModel
 from ..models.flow_ec import FlowEC
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .sampling_inputs import check_sampling
+from .sampling_inputs import check_finite, check_sampling
 from .self_contained import SelfContained
 
 
@@ -75,7 +75,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
             latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`, *optional*):
                 Latents to map to images as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
-                Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
+                Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
                 images are clamped; or `"latent"`, the latents themselves. `None` is `"np"`.
@@ -99,7 +99,9 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
             latents = temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         image = latents.to(device=device, dtype=dtype)
         if output_type != "latent":
-            sample = self.image_processor.denormalize(self.flow.decode(image))
+            sample = self.flow.decode(image)
+            check_finite(sample, temperature)
+            sample = self.image_processor.denormalize(sample)
             image = self.image_processor.postprocess(sample, output_type=output_type or "np")
         self.maybe_free_model_hooks()
 

@@ -20,7 +20,8 @@ from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .sampling_inputs import check_generator, check_sampling
+from .inputs import prepare_picture
+from .sampling_inputs import check_finite, check_generator, check_sampling
 from .self_contained import SelfContained
 
 
@@ -43,9 +44,6 @@ PipelineImageInput = (
 # On a CPU so many bytes of the decoder's widest activations are computed at a time: beyond, they outgrow the cache, and
 # each buffer is fetched from the system anew, which made batches of 256 up to 2.5 times slower.
 CPU_PART_BYTES = 8 * 2**20
-
-# Modes of PIL that go into a model's channels without loss.
-PIL_MODES = {1: ("L", {"1", "L"}), 3: ("RGB", {"1", "L", "P", "RGB"}), 4: ("RGBA", {"1", "L", "P", "RGB", "RGBA"})}
 
 
 class ECVAEPipeline(SelfContained, DiffusionPipeline):
@@ -154,41 +152,14 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
         """
-        Check images and bring them to the model's range: PIL, numpy (B, H, W, C) or tensors (B, C, H, W) in [0, 1]
-        become a tensor in [-1, 1].
+        Read and check images, and bring them to the model's range: PIL images of any mode, arrays (B, H, W, C) or tensors
+        (B, C, H, W) in [0, 1] become a tensor in [-1, 1].
 
         Raises:
             ValueError: if size, channels or range are not the model's, or a value is not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
-        images = list(image) if isinstance(image, list | tuple) else [image]
-        if not images:
-            raise ValueError("`image` is an empty list.")
-        if not any(
-            all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)
-        ):
-            raise ValueError(
-                "`image` must be a PIL image, a numpy array, a tensor, or a list of one of these, but holds "
-                f"{sorted({type(one).__name__ for one in images})}."
-            )
-        image = images if isinstance(image, list | tuple) else image
-        if isinstance(images[0], PIL.Image.Image):
-            mode, accepted = PIL_MODES[channels]
-            for one in images:
-                if one.mode not in accepted:
-                    raise ValueError(
-                        f"`image` has mode {one.mode}, but the model takes {mode}: use image.convert({mode!r})."
-                    )
-                if one.size != (size, size):
-                    raise ValueError(f"`image` must be {size}x{size} px, but is {one.size[0]}x{one.size[1]}.")
-            image = [one.convert(mode) for one in images]
-        elif len({tuple(one.shape) for one in images}) > 1:
-            raise ValueError(f"`image` must hold one shape, but holds {sorted({tuple(one.shape) for one in images})}.")
-        elif isinstance(images[0], np.ndarray) and images[0].ndim == 2:
-            image = [one[..., None] for one in images]
-        elif isinstance(images[0], torch.Tensor) and images[0].ndim == 2:
-            image = [one[None] for one in images]
-        images = self.image_processor.preprocess(image)
+        images = prepare_picture(image, self.image_processor, channels)
         if images.shape[0] == 0 or tuple(images.shape[1:]) != (channels, size, size):
             raise ValueError(
                 f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
@@ -196,11 +167,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             )
         if not torch.isfinite(images).all():
             raise ValueError("`image` holds values that are not finite.")
-        # A little beyond is rounding, of a resize or a half-precision picture.
-        if images.min() < -1e-3 or images.max() > 1 + 1e-3:
-            raise ValueError(
-                f"`image` must have values in [0, 1], but they go from {images.min():.4g} to {images.max():.4g}."
-            )
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
         return self.image_processor.normalize(images)
 
@@ -252,7 +218,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
                 Latents to decode as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
-                Standard deviation of the drawn latents, at least 0. Below 1, images are more typical and less varied.
+                Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             num_refinement_steps (`int`, *optional*, defaults to 0):
                 Number of Langevin steps on the energy model after decoding. For comparison: calibration makes the
                 decoder do without.
@@ -278,6 +244,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             image = latents
         else:
             image = self.decode(latents)
+            check_finite(image, temperature)
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
             image = self.postprocess(image, output_type)

@@ -22,7 +22,15 @@ from ..operators.linear_operator import LinearOperator, as_operator
 from ..operators.pixelwise import Inpainting
 from ..restoration import Canvas, Likelihood, draw, neural_transport
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .picture_inputs import Images, prepare_mask, prepare_picture
+from .inputs import (
+    GRAY_MODES,
+    Images,
+    as_list,
+    check_turned_together,
+    prepare_mask,
+    prepare_measurement,
+    prepare_picture,
+)
 from .sampling_inputs import check_generator
 from .self_contained import SelfContained
 
@@ -45,12 +53,16 @@ logger = logging.get_logger(__name__)
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
 # Spread, in standard deviations of the prior, of the answers' starts around the encoding of A^+ y.
 START_SPREAD = 0.3
-# Root-mean-square of what answers without noise exceed the range of images by, from which on the measurement holds noise.
+# Root mean square by which answers may exceed the range of images before a warning.
 LARGEST_EXCESS = 0.1
+# In standard deviations of the noise: root mean square of the difference between a measurement and answers before a warning.
+LARGEST_MISFIT = 3.0
 # Relative residuals of answers to measurements without noise are below this, or a warning says that they are not.
 LARGEST_RESIDUAL = 1e-5
 # Of `noise_std`, `energy_weight` and measurements: their squares are still numbers in float32.
 LARGEST_VALUE = 1e12
+# Mean squared error per pixel of images in [-1, 1].
+LARGEST_VARIANCE = 4.0
 # What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
 START_DAMPING = 1e-3
 
@@ -119,9 +131,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         super().__init__()
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
-        self.mask_processor = VaeImageProcessor(
-            do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
+        self.mask_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
 
     @property
     def num_timesteps(self) -> int:
@@ -183,19 +193,28 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 "`reconstruction_variance` is not in the autoencoder's config, where training writes it: give the mean "
                 "squared error of its reconstructions, a pixel of images in [-1, 1]."
             )
-        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
-            raise ValueError(f"`reconstruction_variance` must be a finite number above 0, but is {variance!r}.")
+        if not isinstance(variance, Real) or not 0 < variance <= LARGEST_VARIANCE:
+            raise ValueError(
+                f"`reconstruction_variance` must be above 0 and at most {LARGEST_VARIANCE:g}, of images in [-1, 1], but is {variance!r}."
+            )
         return float(variance)
 
     def prepare_measurement(
         self, image: Images, operator: Any, mask_image: Images | None, height: int | None, width: int | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
         """
-        The operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
+        Return the operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
         """
-        y, is_picture = prepare_picture(image, self.image_processor)
-        y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
         channels, size = self.vae.config.in_channels, self.vae.config.sample_size
+        images = as_list(image, "image")
+        is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
+        if is_picture:
+            # An operator may measure gray values of colours.
+            gray = mask_image is None and all(getattr(one, "mode", None) in GRAY_MODES for one in images)
+            y = prepare_picture(image, self.image_processor, 1 if gray else channels)
+        else:
+            y = prepare_measurement(image)
+        y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
         if mask_image is not None:
             if y.ndim != 4 or y.shape[1] not in (1, channels):
                 raise ValueError(
@@ -203,6 +222,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     "height, width)."
                 )
             y = y.expand(-1, channels, -1, -1)
+            check_turned_together(image, mask_image)
             observed = prepare_mask(mask_image, self.mask_processor, y.shape[0], *y.shape[-2:]).to(y.device)
             # Whatever stands in the picture where it is to be repainted, even values that are not finite.
             y = torch.where(observed, y, 0.0)
@@ -295,15 +315,18 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                The MEASUREMENT: what there is, never a clean image. A picture (PIL, or numpy (B, H, W, C) in [0, 1]) is what the
-                operator makes of an image in [0, 1]; a tensor (B, ...) is y = A x of an image x in [-1, 1].
+                The measurement, never a clean image. With `mask_image` it is a picture: PIL, an array (B, H, W, C) or a tensor
+                (B, C, H, W) in [0, 1]. With `operator` PIL images and arrays are what the operator makes of an image in [0, 1],
+                and a tensor (B, ...) is y = A x of an image x in [-1, 1]. PIL images are read as training reads files: turned by
+                their EXIF data, with transparency on white.
             operator ([`~operators.LinearOperator`], an object with `A` and `A_adjoint`, or a pair of functions, *optional*):
                 What was measured. Called with batches of B.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
-                Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one an image.
+                Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one per image.
+                PIL masks of black and one other level or colour are read too: labels 0 and 1, palettes of one object, paint.
             noise_std (`float`, *optional*):
-                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. If not given, that of rounding
-                to 8 bits (0.0023) for pictures, 0 for tensors.
+                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]; of noise in 8-bit levels a
+                127.5th. If not given, that of rounding to 8 bits (0.0023) for pictures, 0 for measurements.
             num_restorations (`int`, *optional*, defaults to 1):
                 M: answers to each measurement. They differ in what was not measured, and `std` needs several.
             num_inference_steps (`int`, *optional*, defaults to 75):
@@ -352,6 +375,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if not isinstance(overlap, Integral) or not 0 <= overlap < size:
             raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
+        if noise_std >= (largest := max(1.0, y.abs().max().item())):
+            raise ValueError(
+                f"`noise_std` is for images in [-1, 1], and must be below the largest entry of the measurement ({largest:.4g}), but "
+                f"is {noise_std:g}. Of noise in 8-bit levels: noise_std / 127.5."
+            )
 
         spectrum = self.vae.config.get("reconstruction_spectrum")  # not in a repository of earlier code
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
@@ -403,14 +431,17 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 decoded = canvas.join(decode(latents))
 
         center = likelihood.mean(decoded)
-        if (
-            noise_std == 0
-            and (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS
-        ):
+        if (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS:
             logger.warning(
-                f"`noise_std` is 0, but answers that agree with `image` to the last digit leave the range of images, [-1, 1], by "
-                f"{excess:.2g} (root mean square): it holds noise, that A^+ blows up. Give its `noise_std`; rounding to 8 bits has "
+                f"Answers leave the range of images, [-1, 1], by {excess:.2g} (root mean square): `image` is no measurement of images "
+                f"in [-1, 1], or it holds more noise than `noise_std` ({noise_std:.2g}), which A^+ blows up. Rounding to 8 bits has "
                 f"{ROUNDING_STD:.2g}."
+            )
+        misfit = likelihood.misfit(center).square().mean().sqrt().item()
+        if noise_std > 0 and misfit > LARGEST_MISFIT * noise_std:
+            logger.warning(
+                f"Answers differ from `image` by {misfit:.2g} (root mean square), but `noise_std` is {noise_std:.2g}: `image` is no "
+                "measurement of images in [-1, 1], or of none that the model knows."
             )
         answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
         by_measurement = center.unflatten(0, (-1, num_restorations))

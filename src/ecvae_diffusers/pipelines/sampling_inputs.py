@@ -6,6 +6,10 @@ from numbers import Integral, Real
 import torch
 
 
+# Latents of training have a standard deviation of 1.
+LARGEST_TEMPERATURE = 100.0
+
+
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
     generators = generator if isinstance(generator, list) else [generator]
     if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
@@ -28,8 +32,8 @@ def check_sampling(
     """
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
-        raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
+    if not isinstance(temperature, Real) or not 0 <= temperature <= LARGEST_TEMPERATURE:
+        raise ValueError(f"`temperature` must be a number from 0 to {LARGEST_TEMPERATURE:g}, but is {temperature!r}.")
     if output_type not in ("pil", "np", "pt", "latent", None):
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
     if latents is not None:
@@ -47,3 +51,12 @@ def check_sampling(
             raise ValueError("`latents` holds values that are not finite.")
         batch_size = latents.shape[0]
     check_generator(generator, batch_size)
+
+
+def check_finite(images: torch.Tensor, temperature: float) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(
+            f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
+            "`temperature`, or load the pipeline with dtype=torch.float32."
+        )
