@@ -20,7 +20,9 @@ from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_diffusers.operators import Colorization, Denoising, SuperResolution
 from ecvae_diffusers.pipelines.inputs import read_mask, read_picture
 from ecvae_training.data import decode_image
-from evaluate_restoration import load_clean
+from ecvae_training.evaluation_data import decode_all
+from ecvae_training.images import to_range
+from evaluate_restoration import choose_clean
 
 
 # What brings an upright array to what a camera that was held otherwise stores.
@@ -165,7 +167,7 @@ def test_evaluation_reads_files_as_pipelines_do(pipelines, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
     path = tmp_path / "turned.png"
     PIL.Image.fromarray(pixels).save(path, exif=exif(6))
-    found = load_clean(str(tmp_path), 1, 16, 3)
+    found = to_range(decode_all(choose_clean(str(tmp_path), 1), 16, 3))
     torch.testing.assert_close(found, pipelines[3][0].prepare_image(PIL.Image.open(path)))
 
 
