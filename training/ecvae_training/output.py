@@ -147,7 +147,7 @@ def arguments_of_run(output_dir: str | os.PathLike) -> dict:
     if not checkpoints(Path(output_dir)):
         return {}
     try:
-        own = {**BEFORE, **json.loads((Path(output_dir) / ARGUMENTS_FILE).read_text())}
+        own = {**BEFORE, **json.loads((Path(output_dir) / ARGUMENTS_FILE).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError):
         return {}  # `check_resumed_arguments` says what is wrong with it
     return {name: value for name, value in own.items() if name not in FREE_ON_RESUME}
