@@ -24,12 +24,14 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def watched(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "watched"
-    succeed(
+    result = succeed(
         "--train_data_dir", images, "--output_dir", out, *TINY, "--max_train_steps", 12, "--log_steps", 2,
         "--save_images_steps", 6, "--evaluation_steps", 4, "--evaluation_samples", 24, "--report_to", "tensorboard",
         "--tracker_project_name", "disks", "--langevin_drift_step", "auto", "--langevin_dtype", "bf16",
         "--drift_tolerance", 0.01, "--kl_warmup_steps", 10, "--free_bits", 0.05, "--checkpointing_steps", 6,
     )  # fmt: skip
+    # At 100% nothing is left to do.
+    assert 0 < result.stderr.index("Saving: ") < result.stderr.index(" 12/12 ")
     return out
 
 

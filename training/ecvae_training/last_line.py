@@ -30,28 +30,36 @@ def launcher_id() -> int | None:
     return parent.pid if LAUNCHERS.intersection(started) else None
 
 
-def fail(line: str, status: int = 1) -> NoReturn:
-    """
-    End the process with one line on standard error.
-
-    Args:
-        line (`str`): What went wrong, and what to do. Line breaks, as in errors of other libraries, become spaces.
-        status (`int`, *optional*, defaults to 1): Exit status.
-    """
-    line = " ".join(line.split())
-    print(line, file=sys.stderr, flush=True)
+def announce(line: str) -> None:
+    """Have a line that this process is about to end with repeated below what its launcher prints, where it has one."""
     if (launcher := launcher_id()) is not None:
         # A session of its own: a launcher ends those of its processes.
         command = [sys.executable, __file__, str(launcher), line]
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    sys.exit(status)
+
+
+def fail(message: str) -> NoReturn:
+    """
+    End the process with one line on standard error.
+
+    Args:
+        message (`str`): What went wrong, and what to do. Line breaks, as in errors of other libraries, become spaces.
+
+    Raises:
+        SystemExit: always, with the line.
+    """
+    line = " ".join(message.split())
+    announce(line)
+    sys.exit(line)
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of a hundred arguments above it."""
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{self.prog}: error: {message}", status=2)
+        line = " ".join(f"{self.prog}: error: {message}".split())
+        announce(line)
+        self.exit(2, f"{line}\n")
 
 
 def repeat_after(launcher: int, line: str) -> None:

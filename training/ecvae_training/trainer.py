@@ -149,7 +149,6 @@ class Trainer:
             while self.step < self.num_steps and not self.patience.is_over:
                 scalars = self.train_step(batches)
                 self.step += 1
-                self.progress.update()
                 last = self.step == self.num_steps
                 if self.step % args.log_steps == 0 or last:
                     alarms = self.log(scalars)
@@ -189,7 +188,11 @@ class Trainer:
                         "early_stopping",
                         self.patience.outcome,
                     )
+                if not last:
+                    self.progress.update()
             self.save()
+            # Not before: at 100% nothing is left to wait for.
+            self.progress.update(self.step - self.progress.n)
 
     def start(self, checkpoint: Path | None) -> None:
         """Load the checkpoint, if there is one, and bring the output folder to its step."""
