@@ -218,7 +218,16 @@ def test_flows_are_evaluated_as_vaes_are(files, tmp_path):
     ]  # fmt: skip
     evaluate.main(parse_args(list(map(str, given))))
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert set(found) == {"model", "weights", "protocol", "generation", "floor", "likelihood", "out_of_distribution"}
+    assert set(found) == {
+        "model",
+        "weights",
+        "protocol",
+        "generation",
+        "floor",
+        "held_out",
+        "likelihood",
+        "out_of_distribution",
+    }
     assert found["weights"] == weights_fingerprint(ECFlowPipeline.from_pretrained(tmp_path / "flow"))
     assert set(found["out_of_distribution"]["measures"]["stripes"]) == {"energy", "bits_per_dimension"}
     # k + u levels of width 1 / 128: log p of these, and what is left of 8 bits.

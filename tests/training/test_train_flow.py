@@ -186,7 +186,7 @@ def test_a_run_is_gone_on_with_at_its_own_rate(finished, images, tmp_path):
     (tmp_path / "edited" / "training_args.json").write_text(json.dumps(edited))
     arguments = ("--output_dir", tmp_path / "edited", "--resume_from_checkpoint", "latest")
     result = run("--train_data_dir", images, *TINY_FLOW, *arguments, script=SCRIPT)
-    assert result.returncode == 1 and "--learning_rate (was fast, is 0.003)" in result.stderr
+    assert result.returncode != 0 and "--learning_rate" in result.stderr and "fast" in result.stderr
     # Where there is no checkpoint, it is a new run after all: also where one was cut off before its first.
     (tmp_path / "cut").mkdir()
     shutil.copy(out / "training_args.json", tmp_path / "cut")

@@ -2,12 +2,10 @@
 
 import argparse
 import math
-from pathlib import Path
 
 from ecvae_training.argument_checks import check_integers
 from ecvae_training.arguments import CommandLine
 from ecvae_training.arguments import parse_args as parse_command_line
-from ecvae_training.output import argument_of_run, checkpoints
 from ecvae_training.places import place
 
 
@@ -29,13 +27,10 @@ def add_loss_arguments(calibration) -> None:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """
-    The learning rate: that of the run which is gone on with, the high one at which likelihood is learned in good time, or the energy model's
-    own where a flow that has learned it is calibrated. A flow that is calibrated at the high one from its first step may find patterns that the energy
+    Set the learning rate: the high one at which likelihood is learned in good time, or the energy model's own where a flow that
+    has learned it is calibrated. A flow that is calibrated at the high one from its first step may find patterns that the energy
     model does not see yet (docs/flows.md).
     """
-    if args.learning_rate is None and args.resume_from_checkpoint is not None and checkpoints(Path(args.output_dir)):
-        rate = argument_of_run(Path(args.output_dir), "learning_rate")
-        args.learning_rate = rate if isinstance(rate, float) else None  # of a file edited by hand it may be anything
     if args.learning_rate is None:
         args.learning_rate = 3e-3 if args.pretrained_model_name_or_path is None else 5e-4
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ecvae_diffusers.upload import is_transport_error
@@ -109,7 +109,7 @@ def why_missing(source: str, kind: str) -> str | None:
     except RepositoryNotFoundError:
         return f"there is no such folder, and no such {kind} on the Hub (a private one needs `hf auth login`, or HF_TOKEN)"
     except Exception as error:
-        if not is_transport_error(error):
+        if not (isinstance(error, HfHubHTTPError) or is_transport_error(error)):
             raise
         return f"there is no such folder, and the Hub can't be asked for a {kind} of that name ({error})"
     return None
