@@ -78,7 +78,7 @@ def quantities(
             energies = compute_energy(energy, real), compute_energy(energy, calibrated.targets)
             calibrator.contrast(*energies).loss.backward()
     gradients = {
-        name: torch.cat([p.grad.flatten().double() for p in network.parameters()])
+        name: torch.cat([p.grad.flatten().double() for p in network.parameters() if p.requires_grad])
         for name, network in (("autoencoder's gradient", vae), ("energy model's gradient", energy))
     }
     before = torch.cat([p.detach().flatten().double() for p in vae.parameters()])
