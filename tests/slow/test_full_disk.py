@@ -15,7 +15,7 @@ from ecvae_training.output import checkpoints, damage
 from ecvae_training.session import run_script
 
 
-PLACES = 12
+PLACES = 8
 
 
 @pytest.fixture
