@@ -230,7 +230,7 @@ def calibration_facts(records: list[dict]) -> dict[str, str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    output_dir = Path(args.output_dir) if args.output_dir is not None else None
+    output_dir = Path(args.output_dir).resolve() if args.output_dir is not None else None
     own: list[str] = []
     if output_dir is not None and output_dir.exists() and any(output_dir.iterdir()):
         # An earlier one, and nothing else, may be replaced: what is published is all that is in it.

@@ -62,8 +62,6 @@ class CalibrationOutput(BaseOutput):
 
     Args:
         loss (`torch.Tensor`): lambda times the constraint, with gradients to the samples: add it to the primal loss.
-        gradient_norm (`torch.Tensor`): Euclidean norm of the gradient that one sample receives from lambda times its squared
-            distance, averaged over the batch: 2 lambda mean |G(z) - x~|. No gradient.
         constraint (`torch.Tensor`): C, the squared distance between the ends of the chain, summed over a sample and
             averaged over the batch. No gradient.
         noise_floor (`torch.Tensor`): The part of C that the chain's noise accounts for.
@@ -73,15 +71,17 @@ class CalibrationOutput(BaseOutput):
             its negatives.
         energy_samples (`torch.Tensor` of shape `(batch_size,)`): Energies of the samples, from the chain's first step;
             `None` from `constrain` where they were not given.
+        gradient_norm (`torch.Tensor`): Length of the gradient that a sample receives from lambda times its squared distance, without
+            the chain's noise, which averages out: 2 lambda sqrt(max(C - noise_floor, 0)). No gradient.
     """
 
     loss: torch.Tensor
-    gradient_norm: torch.Tensor
     constraint: torch.Tensor
     noise_floor: torch.Tensor
     drift: torch.Tensor
     targets: torch.Tensor
     energy_samples: torch.Tensor | None
+    gradient_norm: torch.Tensor
 
 
 @dataclass
@@ -363,8 +363,7 @@ class EnergyCalibrator:
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
         self.drift_scale = self.drift_scale.to(samples.device)
-        squared_errors = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1)
-        constraint = squared_error = squared_errors.mean()
+        constraint = squared_error = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
         if distance is not None:
             distances = distance(samples, targets)
             if distances.numel() != samples.shape[0]:
@@ -376,12 +375,12 @@ class EnergyCalibrator:
         drift = self._drift(squared_error.detach())
         return CalibrationOutput(
             loss=self.dual * constraint,
-            gradient_norm=2 * self.dual * squared_errors.detach().sqrt().mean(),
             constraint=constraint.detach(),
             noise_floor=noise_floor,
             drift=drift,
             targets=targets,
             energy_samples=energy_samples,
+            gradient_norm=2 * self.dual * drift * math.sqrt(self.num_entries),
         )
 
     def _drift(self, constraint: torch.Tensor) -> torch.Tensor:

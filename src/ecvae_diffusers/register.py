@@ -44,7 +44,8 @@ def check_holds_components(config: dict, pipeline: type, pipelines: set[str]) ->
     """Raises `ValueError` if a `model_index.json` of ours is of a pipeline without the components that `pipeline` needs."""
     saved = config.get("_class_name") if isinstance(config, dict) else None
     expected, _ = pipeline._get_signature_keys(pipeline)
-    missing = set(expected) - set(pipeline._optional_components) - config.keys() if saved in pipelines else None
+    is_ours = isinstance(saved, str) and saved in pipelines
+    missing = set(expected) - set(pipeline._optional_components) - config.keys() if is_ours else None
     if missing:
         raise ValueError(
             f"{pipeline.__name__} can't be loaded from the folder of an {saved}, which has no `{sorted(missing)[0]}`: use "

@@ -67,6 +67,11 @@ def tells_apart(scalars: dict[str, float]) -> bool:
     return scalars["energy_samples"] - scalars["energy_real"] > spread
 
 
+def is_calibration_off(scalars: dict[str, float]) -> bool:
+    """Return whether the constraint has no say in a logged step though the energy model tells samples from data."""
+    return not is_calibrating(scalars) and tells_apart(scalars)
+
+
 class DivergenceGuard:
     """
     Call `observe` with each logged step's scalars.
@@ -162,7 +167,7 @@ class DivergenceGuard:
             else:
                 warnings.append(f"{message}: consider a larger --max_dual or --drift_tolerance")
         if "calibration_gradient_norm" in scalars:
-            self.off = 0 if is_calibrating(scalars) or not tells_apart(scalars) else self.off + 1
+            self.off = self.off + 1 if is_calibration_off(scalars) else 0
             if self.off == self.limits.off:
                 warnings.append(
                     f"calibration is off (lambda {scalars['dual']:.3g}) while the energy model tells samples from data: this run "

@@ -51,8 +51,8 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-# Values, in runs saved before an argument existed, of those whose default does not leave such a run as it was.
-BEFORE = {"energy_gradient_penalty": 0.0}
+# What runs did that were saved before an argument existed.
+BEFORE = {"energy_gradient_penalty": 0.0, "relative_dual_step": True}
 
 
 def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component: str) -> None:
@@ -70,7 +70,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component:
         return
     if not output_dir.is_dir():
         raise ValueError(f"--output_dir must be a folder, but {str(output_dir)!r} is a file.")
-    if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
+    if all(path.name in (LOCK_FILE, f".{ARGUMENTS_FILE}") for path in output_dir.iterdir()):
         return
     if not (output_dir / ARGUMENTS_FILE).is_file():
         raise ValueError(
@@ -139,6 +139,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
         raise ValueError(f"{str(path)!r} can't be read ({error}): {needed}.") from error
     if not isinstance(before, dict):
         raise ValueError(f"{str(path)!r} holds no arguments: {needed}.")
+    before = {**BEFORE, **before}
     free = FREE_ON_RESUME
     if before.get("evaluation_steps") is None:
         free = free | {"evaluation_features", "evaluation_samples", "early_stopping_metric"}

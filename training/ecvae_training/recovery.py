@@ -87,6 +87,8 @@ class Recovery:
         """
         if not self.args.divergence_guard:
             self.check_finite(step, logged)
+            for message in self.guard.observe(self.meant(logged))[1]:
+                self.record(step, "warning", message)
             return []
         alarms, warnings = self.guard.observe(self.meant(logged))
         for message in warnings:

@@ -150,18 +150,18 @@ def judge_finite(run: Run) -> Finding:
 
 def judge_calibration(run: Run) -> Finding | None:
     """Whether the constraint had a say, in most of the last part of the run."""
-    calibrating = run.last("calibrating")
-    if len(calibrating) == 0:
+    off = run.last("calibration_off")
+    if len(off) == 0:
         return None
-    is_on = calibrating.mean() > 0.5
+    is_on = off.mean() <= 0.5
     return Finding(
         "Calibration",
         is_on,
-        f"on in {calibrating.mean():.0%} of these steps"
+        "on"
         if is_on
-        else f"calibration is off in {1 - calibrating.mean():.0%} of these steps: this run trains a plain VAE",
-        "Calibration is on where λ is above 0, and the gradient that samples receive from it is at least a hundredth of the one "
-        "that reconstructions receive.",
+        else f"calibration is off in {off.mean():.0%} of these steps: this run trains a plain VAE (or its generator alone)",
+        "Calibration is off where λ is 0, or the gradient that samples receive from it is below a hundredth of the one that "
+        "reconstructions receive, while the energy model tells samples from data.",
         "A lower --calibration_tolerance or --drift_tolerance, or a larger --langevin_drift_step.",
     )
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ecvae_training.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
 from ecvae_training.evaluation import Evaluation, Patience
 from ecvae_training.feeds import DecodedFeed, StreamFeed
-from ecvae_training.guard import is_calibrating
+from ecvae_training.guard import is_calibrating, is_calibration_off
 from ecvae_training.images import to_range
 from ecvae_training.models import build_calibrator, moving_average
 from ecvae_training.noise import ChainNoise, StepNoise
@@ -313,6 +313,7 @@ class Trainer:
             logged["drift_tolerance"] = self.calibrator.resolve_drift_tolerance()
             logged["langevin_drift_step"] = self.calibrator.drift_step_size
             logged["calibrating"] = int(is_calibrating(logged))
+            logged["calibration_off"] = int(is_calibration_off(logged))
         alarms = self.recovery.judge(self.step, logged)
         if alarms:
             return alarms
@@ -333,7 +334,7 @@ class Trainer:
             accelerator.log(logged, step=self.step)
         shown = {self.task.headline: f"{logged[self.task.headline]:.4g}"}
         if self.calibrator is not None:
-            off = "" if logged["calibrating"] else " (calibration is off)"
+            off = " (calibration is off)" if logged["calibration_off"] else ""
             shown |= {"lambda": f"{logged['dual']:.1f}{off}", "drift": f"{logged['drift']:.4f}"}
         self.progress.set_postfix(shown, refresh=False)
         return []
