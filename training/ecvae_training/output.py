@@ -155,7 +155,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
 
 def arguments_of_run(output_dir: str | Path) -> dict:
     """
-    Return the arguments that the run in this folder goes on with where none are given: those that it was started with, if
+    Return the arguments that a resumed run in this folder has where none are given: those that it was started with, if
     it has a checkpoint.
     """
     if not checkpoints(Path(output_dir)):
@@ -333,7 +333,7 @@ class RunLog:
             file.write(to_json(values) + "\n")
 
     def cut(self, last_step: int) -> None:
-        """Drop what came after a step that the run goes on from, and what is no record."""
+        """Drop what came after the step that the run resumes from, and what is no record."""
         if self.path.is_file():
             kept = [to_json(record) + "\n" for record in read_metrics(self.path) if record.get("step", 0) <= last_step]
             write_text(self.path, "".join(kept))

@@ -55,7 +55,7 @@ from ecvae_training.task import Task
 
 logger = get_logger(__name__)
 
-# Steps of the first pictures, beside every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
+# Steps of the first pictures, in addition to every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
 FIRST_PICTURES = (1, 10, 100)
 
 
