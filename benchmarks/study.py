@@ -33,11 +33,11 @@ from ecvae_diffusers.metrics import GenerationMetrics, lite0_features  # noqa: E
 from ecvae_training.digits import NUM_TRAIN, load_digits, sample_images, train_digit_features, write_digits  # noqa: E402
 from ecvae_training.images import to_range  # noqa: E402
 from ecvae_training.output import (  # noqa: E402
-    ARGUMENTS_FILE,
     EVALUATIONS_FILE,
     EVENTS_FILE,
     METRICS_FILE,
     is_finished,
+    read_arguments,
     read_metrics,
 )
 
@@ -216,7 +216,7 @@ def train_alone(
     beside.write_text(json.dumps(own), encoding="utf-8")
     arguments = ("--max_train_steps", str(num_steps), *arguments)
     if is_finished(folder):
-        found = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))["max_train_steps"]
+        found = read_arguments(folder)["max_train_steps"]
         if found != num_steps:
             raise ValueError(f"{steps} is {num_steps}, but {folder.name} was trained for {found}: see --output_dir.")
         return

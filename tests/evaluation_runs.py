@@ -1,12 +1,11 @@
 """Evaluations as a user runs them, at toy size: what the tests of training/evaluate.py share."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import training_runs
 from training_runs import write_images
 
 
@@ -15,13 +14,10 @@ SMALL = [
     "--num_samples", 300, "--num_reference", 40, "--num_test", 30, "--num_likelihood_images", 10, "--importance_samples", 20,
     "--batch_size", 20, "--seeds", 0, 1,
 ]  # fmt: skip
-ONE_PROCESS = (sys.executable,)
 
 
-def run(*arguments, launcher=ONE_PROCESS) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+def run(*arguments, launcher=None) -> subprocess.CompletedProcess:
+    return training_runs.run(*arguments, launcher=launcher, script=SCRIPT)
 
 
 def write_files(make_pipeline, folder: Path) -> Path:

@@ -76,6 +76,11 @@ def test_other_errors_are_let_through(tmp_path):
     with pytest.raises(RuntimeError, match="of the model") as raised, writing(tmp_path / "file"):
         raise RuntimeError("an error of the model")
     assert not isinstance(raised.value, OSError)
+    # What could not be read is not what could not be written.
+    with pytest.raises(FileNotFoundError, match="missing"), writing(tmp_path / "file"):
+        (tmp_path / "missing").read_text()
+    with pytest.raises(WriteError, match="file"), writing(tmp_path / "file"):
+        (tmp_path / "file" / "config.json").read_text()
 
 
 def test_what_a_link_leads_to_stays(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import PIL.Image
 import torch
@@ -46,10 +47,12 @@ def write_autoencoder(folder: Path) -> Path:
     return folder
 
 
-def run(*arguments, launcher=(sys.executable,), environment=(), script=SCRIPT) -> subprocess.CompletedProcess:
-    # The limit is for what hangs: a busy machine takes several times what an idle one does.
+def run(*arguments, launcher=None, environment=(), script=SCRIPT) -> subprocess.CompletedProcess:
+    """Run a script; with a `launcher`, or with variables of the environment, in a process that is started for it."""
+    if launcher is None and not environment:
+        return fork_server.run(script, *arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **dict(environment)}
-    command = [*launcher, str(script), *map(str, arguments)]
+    command = [*(launcher or (sys.executable,)), str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
@@ -91,17 +94,15 @@ except (session.Stopped, FloatingPointError) as message:
 
 
 def run_with_fault(
-    data: Path, output_dir: Path, first: int, last: int, *arguments, launcher=(sys.executable,), environment=()
+    data: Path, output_dir: Path, first: int, last: int, *arguments, **kwargs
 ) -> subprocess.CompletedProcess:
     """24 steps, with an energy gradient that is not a number in the iterations from `first` to `last` (excluded)."""
     script = output_dir.with_suffix(".py")
     script.write_text(FAULTY)
-    command = [
-        *launcher, script, SCRIPT.parent, first, last, "--train_data_dir", data, "--output_dir", output_dir, *TINY,
-        "--max_train_steps", 24, "--log_steps", 2, "--healthy_state_steps", 4, *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=900)
+    return run(
+        SCRIPT.parent, first, last, "--train_data_dir", data, "--output_dir", output_dir, *TINY, "--max_train_steps", 24,
+        "--log_steps", 2, "--healthy_state_steps", 4, *arguments, script=script, **kwargs,
+    )  # fmt: skip
 
 
 def metrics(output_dir: Path) -> list[dict]:

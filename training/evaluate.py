@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import logging
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from ecvae_training.evaluation_reading import how_to_read
 from ecvae_training.evaluation_summary import summarize
 from ecvae_training.evaluation_work import EvaluatedModel, Work
 from ecvae_training.last_line import ArgumentParser, fail
-from ecvae_training.lock import locked
+from ecvae_training.lock import locked_by_main
 from ecvae_training.output import save_atomically
 from ecvae_training.picture_files import Pictures
 from ecvae_training.places import check_places, named_place, place
@@ -110,7 +109,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    with locked(args.output_dir) if accelerator.is_main_process else nullcontext():
+    with locked_by_main(accelerator, args.output_dir):
         evaluate(args, accelerator)
 
 

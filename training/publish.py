@@ -25,7 +25,7 @@ from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.upload import CARD, PICTURES, UploadError, class_name, files_to_publish, read_index, upload_folder
 from ecvae_training.curves import plot_curves
 from ecvae_training.last_line import ArgumentParser, fail
-from ecvae_training.output import ARGUMENTS_FILE, METRICS_FILE, read_metrics
+from ecvae_training.output import METRICS_FILE, read_arguments, read_metrics
 from ecvae_training.places import named_place, place
 
 
@@ -199,9 +199,8 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
     records = read_metrics(metrics) if metrics.is_file() else []
     if records:
         plot_curves(records, folder / "curves.png")
-    arguments = Path(args.model) / ARGUMENTS_FILE
-    if details is not None and arguments.is_file():
-        trained = json.loads(arguments.read_text(encoding="utf-8"))
+    trained = read_arguments(args.model)
+    if details is not None and trained:
         stated = {
             name: trained[name]
             for name in ("seed", "max_train_steps", "train_batch_size", "calibration")

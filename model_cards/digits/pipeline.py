@@ -218,8 +218,15 @@ def white_level(image: PIL.Image.Image) -> int | None:
     return None if image.mode in UNRANGED_MODES else 255
 
 
+def check_pixels(image: PIL.Image.Image) -> None:
+    """Raise `ValueError` if pixels are not finite."""
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("mode F holds values that are not finite.")
+
+
 def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the mode has no agreed white."""
+    """Raise `ValueError` if the mode has no agreed white, or if pixels are not finite."""
+    check_pixels(image)
     if white_level(image) is None:
         low, high = image.getextrema()
         white = next((level for level in (1, 255, 65535) if high <= level), high)

@@ -961,8 +961,14 @@ LEAST_REGION = 0.005
 MAX_LABELS = 8
 
 
-PAINT_RECIPE = (
+PAINT_ON_DARK = (
     "To repaint bright paint on a dark ground: PIL.Image.fromarray(numpy.asarray(mask.convert('RGB')).max(-1) >= 128)"
+)
+
+
+PAINT_ON_BRIGHT = (
+    "To repaint coloured paint on a bright ground: "
+    "PIL.Image.fromarray(numpy.ptp(numpy.asarray(mask.convert('RGB')), axis=-1) >= 64)"
 )
 
 
@@ -976,8 +982,15 @@ def white_level(image: PIL.Image.Image) -> int | None:
     return None if image.mode in UNRANGED_MODES else 255
 
 
+def check_pixels(image: PIL.Image.Image) -> None:
+    """Raise `ValueError` if pixels are not finite."""
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("mode F holds values that are not finite.")
+
+
 def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the mode has no agreed white."""
+    """Raise `ValueError` if the mode has no agreed white, or if pixels are not finite."""
+    check_pixels(image)
     if white_level(image) is None:
         low, high = image.getextrema()
         white = next((level for level in (1, 255, 65535) if high <= level), high)
@@ -1060,8 +1073,9 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     ground, it is what has at least half of white.
 
     Raises:
-        ValueError: if the mask is neither, or has transparent pixels; with what it holds.
+        ValueError: if the mask is neither, or has pixels that are transparent or not finite; with what it holds.
     """
+    check_pixels(mask)
     white = white_level(mask)
     if mask.has_transparency_data and read_picture(mask, 4).getextrema()[3][0] < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
@@ -1072,8 +1086,9 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     if white == 255:
         picture = read_picture(mask, 3)
         pixels, found = np.asarray(picture), picture.getcolors(256)
+        paint_recipe = PAINT_ON_DARK if np.median(pixels.max(-1)) < 128 else PAINT_ON_BRIGHT
         if found is None:
-            raise ValueError(f"mode {mask.mode} with more than 256 colours is not in black and white. {PAINT_RECIPE}")
+            raise ValueError(f"mode {mask.mode} with more than 256 colours is not in black and white. {paint_recipe}")
         counts, colours = zip(*sorted(found, key=lambda one: max(one[1])))
     else:
         pixels = np.asarray(upright(mask))[..., None]
@@ -1098,7 +1113,7 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     )
     raise ValueError(
         f"mode {mask.mode} with the values {named} is not in black (kept) and white (repainted). To repaint one of them: "
-        f"PIL.Image.fromarray({equal})" + (f". {PAINT_RECIPE}" if white == 255 and len(texts) > MAX_LABELS else "")
+        f"PIL.Image.fromarray({equal})" + (f". {paint_recipe}" if white == 255 and len(texts) > MAX_LABELS else "")
     )
 
 
@@ -1224,7 +1239,7 @@ def prepare_mask(
     else:
         if not all(bool(((one >= 0) & (one <= 1)).all()) for one in masks):
             raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
-        repainted = processor.preprocess(mask_image) >= 0.5
+        repainted = processor.preprocess(masks if isinstance(mask_image, tuple) else mask_image) >= 0.5
     if repainted.ndim != 4 or repainted.shape[1] != 1 or tuple(repainted.shape[2:]) != (height, width):
         raise ValueError(
             f"`mask_image` must have one channel and the image's {height}x{width} px, but has shape "

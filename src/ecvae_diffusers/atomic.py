@@ -34,7 +34,8 @@ class WriteError(OSError):
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """
-    Turn the errors of a write to `path` into a [`WriteError`] that names it.
+    Turn the errors of a write to `path` into a [`WriteError`] that names it. An error that names another file, such as one that the
+    body reads, stays as it is.
 
     Raises:
         WriteError: if the body can't write, as on a full disk.
@@ -44,8 +45,17 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
             raise
+        named = getattr(error, "filename", None)
+        if isinstance(named, str | os.PathLike) and not is_of(Path(named).absolute(), Path(path).absolute()):
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise WriteError(getattr(error, "errno", None), " ".join(reason.split()), str(path)) from error
+
+
+def is_of(named: Path, path: Path) -> bool:
+    """Tell whether a file is part of what is written to `path`, or a folder above it."""
+    places = {path, temporary_path(path), discarded_path(path)}
+    return not places.isdisjoint({named, *named.parents}) or named in path.parents
 
 
 def temporary_path(path: str | os.PathLike) -> Path:

@@ -68,7 +68,7 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
     Raises:
         ValueError: if the folder holds no pipeline of ours and no autoencoder, no card, a component that the pipeline does not have or
             that has no weights, a pickle among the weights, weights that can't be read or are not finite, an evaluation of other
-            weights, a link that leads out of the folder, or a text that names a path of this machine.
+            weights, a link, or a text that names a path of this machine.
     """
     folder = Path(folder).resolve()
     components = component_folders(folder)
@@ -92,10 +92,8 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
         found += files
     found = {path for path in found if path.is_file()}
     for path in found:
-        if not path.resolve().is_relative_to(folder):
-            raise ValueError(
-                f"{str(path)!r} leads to {str(path.resolve())!r}, out of the folder: put a copy in its place."
-            )
+        if path.resolve() != path:
+            raise ValueError(f"{str(path)!r} is a link to {str(path.resolve())!r}: put a copy in its place.")
     for path in found:
         if path.suffix not in (".safetensors", *PICTURES):
             check_text(path, folder)

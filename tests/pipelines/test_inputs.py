@@ -255,6 +255,17 @@ def test_modes_without_an_agreed_white_are_refused_with_a_recipe(pipelines, whit
     np.testing.assert_array_equal(np.asarray(read_picture(mended, 1)), expected)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(pipelines, value):
+    pixels = np.zeros((16, 16), np.float32)
+    pixels[3, 3] = value
+    image = PIL.Image.fromarray(pixels)
+    with pytest.raises(ValueError, match="`image`"):
+        pipelines[1][0].reconstruct(image)
+    with pytest.raises(ValueError, match="`mask_image`"):
+        pipelines[1][1](np.zeros((16, 16)), mask_image=image, num_inference_steps=1)
+
+
 def test_exif_data_that_can_not_be_read_are_refused(pipelines):
     for broken in (b"b'Exif\\x00\\x00'", b"Exif\0\0II*\0"):
         image = PIL.Image.new("RGB", (16, 16), (1, 2, 3))
@@ -380,6 +391,7 @@ def erased() -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels)
 
 
+RED_ON_WHITE = PIL.Image.fromarray(np.where(HOLE[..., None], (255, 0, 0), 255).astype(np.uint8))
 REFUSED = {
     "erased alpha": (erased(), 0),
     "paint on a transparent layer": (PIL.Image.fromarray(np.dstack([*[HOLE * 200] * 3, HOLE * 255]).astype(np.uint8)), 1),
@@ -390,7 +402,8 @@ REFUSED = {
     "several labels of 16 bits": (PIL.Image.fromarray(BORDER.astype(np.uint16)), 0),
     "labels of -1": (PIL.Image.fromarray(-HOLE.astype(np.int32)), None),
     "neither black nor white": (PIL.Image.fromarray(np.where(HOLE, 150, 100).astype(np.uint8)), None),
-    "red paint on white": (PIL.Image.fromarray(np.where(HOLE[..., None], (255, 0, 0), 255).astype(np.uint8)), None),
+    "red paint on white": (RED_ON_WHITE, None),
+    "red paint on white as JPEG": (reopened(RED_ON_WHITE, "jpeg", quality=90, subsampling=0), -1),
     "paint on a photograph": (PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)), None),
     "red paint as JPEG": (reopened(painted((255, 0, 0)), "jpeg", quality=60), -1),
     "uniform label": (PIL.Image.new("L", (24, 24), 1), None),
@@ -415,6 +428,21 @@ def test_masks_that_can_not_be_known_are_refused_with_a_recipe(pipelines, name):
 def test_a_mask_that_repaints_nothing_or_everything_says_so(pipelines, value, form, caplog):
     pipelines[1][1](np.zeros((16, 16)), mask_image=form(PIL.Image.new("L", (16, 16), value)), num_inference_steps=1)
     assert "`mask_image`" in caplog.text and ("everything" in caplog.text) == (value == 255)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("kind", [torch.tensor, np.asarray])
+def test_a_tuple_of_masks_is_a_list(pipelines, kind, dimensions):
+    mask = np.float32(HOLE[4:20, 4:20])
+    mask = mask if dimensions == 2 else mask[None] if kind is torch.tensor else mask[..., None]
+    images = [
+        pipelines[1][1](
+            np.zeros((2, 16, 16, 1)), mask_image=form((kind(mask), kind(mask))), num_inference_steps=1,
+            generator=torch.manual_seed(0), output_type="pt",
+        ).images
+        for form in (tuple, list)
+    ]  # fmt: skip
+    assert torch.equal(*images)
 
 
 def test_a_mask_is_not_changed(pipelines):

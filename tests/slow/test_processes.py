@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_runs import SCRIPT, TINY, metrics, run_with_fault, weights, write_images
+from training_runs import SCRIPT, TINY, metrics, run, run_with_fault, succeed, weights, write_images
 
+from ecvae_training.lock import locked
 from ecvae_training.output import read_metrics
 
 
@@ -17,13 +18,12 @@ STEPS = 50
 NUMPY_STATE = [np.dtype, np.ndarray, np.dtypes.UInt32DType, np._core.multiarray._reconstruct]
 
 
+def ranks(num_processes: int) -> tuple[str, ...]:
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
+
+
 def run_ranks(num_processes: int, *arguments) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    result = subprocess.run(
-        [*command, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    succeed(*arguments, launcher=ranks(num_processes))
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +150,28 @@ def test_two_ranks_measure_what_one_process_does(data, tmp_path):
 
 
 def test_ranks_go_back_together(data, tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    result = run_with_fault(data, tmp_path / "out", 14, 15, launcher=launcher)
+    result = run_with_fault(data, tmp_path / "out", 14, 15, launcher=ranks(2))
     assert result.returncode == 0, result.stderr[-3000:]
     event, recovery = read_metrics(tmp_path / "out" / "events.jsonl")
     assert event["kind"] == "rollback" and event["to_step"] == 12 and recovery["kind"] == "recovery"
     assert [record["step"] for record in metrics(tmp_path / "out")] == list(range(2, 25, 2))
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
+
+
+def test_all_ranks_end_with_the_line_of_the_first_where_a_folder_is_in_use(data, tmp_path):
+    with locked(tmp_path / "out"):
+        result = run("--train_data_dir", data, "--output_dir", tmp_path / "out", *TINY, launcher=ranks(2))
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if "in use" in line]
+    # Of each rank, and once below what the launcher prints.
+    assert len(lines) == 3 and len(set(lines)) == 1 and result.stderr.splitlines()[-1] == lines[0]
+
+
+def test_two_ranks_with_a_gradient_penalty(data, tmp_path):
+    """The penalty takes a second pass of the wrapped energy model. More steps part by rounding."""
+    common = ["--train_data_dir", data, "--max_train_steps", 4, "--log_steps", 1, "--energy_gradient_penalty", 0.1]
+    run_ranks(2, *common, "--output_dir", tmp_path / "two", *TINY)
+    run_ranks(1, *common, "--output_dir", tmp_path / "one", *TINY[:-1], 16)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("reconstruction", "constraint", "dual", "gradient_norm", "energy_gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name

@@ -67,7 +67,7 @@ def finished(models, images, tmp_path_factory) -> dict[str, Path]:
     """A run of 8 steps of each, that of the first through `accelerate launch`, with a checkpoint at every fourth."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for name, path in models.items():
-        launcher = (sys.executable,)
+        launcher = None
         if name == "AutoencoderKL":
             launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
         calibrate(

@@ -4,9 +4,9 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import PIL.Image
 import pytest
 import torch
@@ -47,12 +47,12 @@ def run(make_pipeline, tmp_path_factory) -> Path:
     for i, image in enumerate(load_digits()[0][-NUM_IMAGES:]):
         PIL.Image.fromarray(image[0].numpy()).save(folder / "images" / f"{i}.png")
     command = [
-        sys.executable, str(SCRIPT), "--pretrained_model_name_or_path", str(folder / "model"),
+        "--pretrained_model_name_or_path", str(folder / "model"),
         "--baseline", str(folder / "baseline"), "--image_dir", str(folder / "images"), "--output_dir", str(folder / "out"),
         "--tasks", "box_inpainting", "super_resolution_x4", "--num_restorations", "2", "--num_inference_steps", "2", "6",
         "--classical", "--batch_size", "3", "--device", "cpu",
     ]  # fmt: skip
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = script(*command)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith((folder / "out" / "restoration.md").read_text())
     for picture in (folder / "out").glob("*.png"):
@@ -96,7 +96,7 @@ def test_pictures(run):
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    return fork_server.run(SCRIPT, *arguments)
 
 
 def test_wrong_input(run, tmp_path, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import yaml
@@ -38,9 +39,7 @@ torch.save(pipe(batch_size=2, generator=torch.Generator().manual_seed(0), output
 
 
 def run(script: str, *arguments, environment: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TRAINING / script), *map(str, arguments)]
-    environment = {**environment, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return fork_server.run(TRAINING / script, *arguments, environment=environment)
 
 
 def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:

@@ -4,14 +4,13 @@ import base64
 import io
 import json
 import math
-import os
 import re
 import subprocess
-import sys
 import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import PIL.Image
 import pytest
@@ -31,9 +30,7 @@ ARGUMENTS = {
 
 
 def report(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return fork_server.run(SCRIPT, *arguments)
 
 
 def record(step: int, rng: np.random.Generator) -> dict:

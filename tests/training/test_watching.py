@@ -284,6 +284,11 @@ def test_patience():
     assert not patience.is_best({"coverage": float("nan")}, 4) and patience.is_over
     patience.cut(3)  # gone back: what was measured since doesn't count, the best one is saved and stays
     assert not patience.is_over and patience.best_step == 2
+    resumed, other = Patience("coverage", 3), Patience("density", 3)
+    for one in (resumed, other):
+        one.load_state_dict(patience.state_dict())
+    # Values of another metric can't be compared.
+    assert resumed.state_dict() == patience.state_dict() and not other.has_best and other.since == []
     distance = Patience("frechet_distance", None)
     assert not distance.is_best({"frechet_distance": float("nan")}, 1)
     assert distance.is_best({"frechet_distance": 9.0}, 2) and not distance.is_best({"frechet_distance": 10.0}, 3)

@@ -5,6 +5,8 @@ printed. Where one of them is the parent, a process of a few lines waits for its
 """
 
 import argparse
+import hashlib
+import socket
 import subprocess
 import sys
 import time
@@ -63,7 +65,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def repeat_after(launcher: int, line: str) -> None:
-    """Wait until a launcher has ended, and print a line. Nothing is printed if it has not ended after `MOST_SECONDS`."""
+    """
+    Wait until a launcher has ended, and print a line, once where several of its processes end with the same one. Nothing is printed
+    if it has not ended after `MOST_SECONDS`.
+    """
+    if sys.platform == "linux":
+        # A name without a file, which is free again when this process ends.
+        only_one = socket.socket(socket.AF_UNIX)
+        try:
+            only_one.bind(f"\0{launcher} {hashlib.sha256(line.encode()).hexdigest()}")
+        except OSError:
+            return
     until = time.monotonic() + MOST_SECONDS
     try:
         process = psutil.Process(launcher)

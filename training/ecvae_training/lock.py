@@ -1,15 +1,23 @@
 """One process at a time in an output folder."""
 
 import errno
-import fcntl
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from ecvae_diffusers.atomic import writing
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 
 logger = logging.getLogger(__name__)
@@ -21,7 +29,7 @@ LOCK_FILE = ".lock"
 def locked(output_dir: str | os.PathLike) -> Iterator[None]:
     """
     Hold `--output_dir`, which is made if it is not there, for this process. The lock ends with the process, however that ends, and
-    is seen by other machines that share the folder. If nothing else was written, nothing is left.
+    is seen by other machines that share the folder. Windows has no such lock, which is warned of. If nothing else was written, nothing is left.
 
     Raises:
         ValueError: if another process holds it, or it is a file.
@@ -37,6 +45,8 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     finally:
+        if fcntl is None:
+            file.close()
         path.unlink(missing_ok=True)
         file.close()
         if is_new:
@@ -44,11 +54,29 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
                 output_dir.rmdir()
 
 
+@contextmanager
+def locked_by_main(accelerator: Accelerator, output_dir: str | os.PathLike) -> Iterator[None]:
+    """`locked` in the main process. All processes wait for it, and raise what it raises."""
+    with ExitStack() as stack:
+        failure = [None]
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(locked(output_dir))
+            except (ValueError, OSError) as error:
+                failure = [error]
+        broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+        yield
+
+
 def open_locked(path: Path):
     """The open lock file, which says who holds it. Raises `ValueError` if another process does."""
     while True:
         file = open(path, "a+", encoding="utf-8")
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             # Of the process, unlike that of `flock`, which a worker that outlives it would keep.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -77,7 +77,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component:
             f"--output_dir {str(output_dir)!r} holds files that are not of a training run: choose another folder."
         )
     # What is wrong with the file `check_resumed_arguments` says, where it is needed.
-    found = argument_of_run(output_dir, "component") or component
+    found = readable_arguments(output_dir).get("component") or component
     if found != component:
         raise ValueError(
             f"--output_dir {str(output_dir)!r} holds the training run of another script (of a {found}, not of a "
@@ -124,6 +124,33 @@ def clear_run(output_dir: Path) -> None:
             path.unlink()
 
 
+def read_arguments(output_dir: str | Path) -> dict:
+    """
+    Return the arguments that a run was started with, by name, and its `component` and `launch`; none if the folder holds no run.
+
+    Raises:
+        ValueError: if the file can't be read, or holds no arguments.
+    """
+    path = Path(output_dir) / ARGUMENTS_FILE
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:  # of damaged text, of damaged JSON, or of a folder of that name
+        raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{str(path)!r} must hold the run's arguments by name.")
+    return arguments
+
+
+def readable_arguments(output_dir: str | Path) -> dict:
+    """Return what `read_arguments` does; nothing where that can't be read."""
+    try:
+        return read_arguments(output_dir)
+    except ValueError:
+        return {}
+
+
 def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
     """
     Refuse to go on with a run under arguments that its checkpoint was not made with.
@@ -131,14 +158,7 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
     Raises:
         ValueError: if an argument differs that would change the model or the course of training.
     """
-    path = output_dir / ARGUMENTS_FILE
-    needed = "--resume_from_checkpoint needs it"
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of damaged text, or of damaged JSON
-        raise ValueError(f"{str(path)!r} can't be read ({error}): {needed}.") from error
-    if not isinstance(before, dict):
-        raise ValueError(f"{str(path)!r} holds no arguments: {needed}.")
+    before = read_arguments(output_dir)
     before = {**BEFORE, **before}
     free = FREE_ON_RESUME
     if before.get("evaluation_steps") is None:
@@ -160,19 +180,8 @@ def arguments_of_run(output_dir: str | Path) -> dict:
     """
     if not checkpoints(Path(output_dir)):
         return {}
-    try:
-        own = {**BEFORE, **json.loads((Path(output_dir) / ARGUMENTS_FILE).read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError):
-        return {}  # `check_resumed_arguments` says what is wrong with it
+    own = {**BEFORE, **readable_arguments(output_dir)}
     return {name: value for name, value in own.items() if name not in FREE_ON_RESUME}
-
-
-def argument_of_run(output_dir: Path, name: str):
-    """An argument that a run in this folder was started with; `None` where there is none, or none that can be read."""
-    try:
-        return json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError):
-        return None  # `check_resumed_arguments` says what is wrong with it
 
 
 def check_resumed_launch(output_dir: Path, launch: dict) -> None:
@@ -185,7 +194,7 @@ def check_resumed_launch(output_dir: Path, launch: dict) -> None:
     Raises:
         ValueError: if one of them differs.
     """
-    before = json.loads((output_dir / ARGUMENTS_FILE).read_text(encoding="utf-8")).get("launch", {})
+    before = read_arguments(output_dir).get("launch", {})
     changed = [f"{name} (was {before[name]}, is {launch[name]})" for name in before if before[name] != launch[name]]
     if changed:
         raise ValueError(

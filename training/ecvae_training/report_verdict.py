@@ -1,7 +1,6 @@
 """What `report.py` reads of a run, and what it says of its health."""
 
 import html
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ecvae_training.output import (
-    ARGUMENTS_FILE,
     ENERGIES_FILE,
     EVALUATIONS_FILE,
     EVENTS_FILE,
     METRICS_FILE,
+    read_arguments,
     read_metrics,
 )
 from ecvae_training.report_page import prose_html
@@ -56,15 +55,8 @@ class Run:
             raise ValueError(
                 f"{str(folder)!r} holds no {METRICS_FILE}: it is not the output folder of a training run."
             )
-        path = folder / ARGUMENTS_FILE
-        try:
-            arguments = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
-        if not isinstance(arguments, dict):
-            raise ValueError(f"{str(path)!r} must hold the run's arguments by name.")
         files = (METRICS_FILE, EVALUATIONS_FILE, EVENTS_FILE, ENERGIES_FILE)
-        run = cls(folder, arguments, *(read_records(folder / name) for name in files))
+        run = cls(folder, read_arguments(folder), *(read_records(folder / name) for name in files))
         if not run.metrics:
             raise ValueError(f"{str(folder / METRICS_FILE)!r} holds no logged step: has the run logged anything yet?")
         return run

@@ -3,7 +3,6 @@
 import logging
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
 from ecvae_training.feeds import build_feed
 from ecvae_training.last_line import fail
 from ecvae_training.launch import build_accelerator
-from ecvae_training.lock import locked
+from ecvae_training.lock import locked_by_main
 from ecvae_training.output import (
     check_output_dir,
     check_pretrained_stays,
@@ -55,8 +54,7 @@ def train(
         UploadError: if publishing failed; the model is saved.
     """
     accelerator = build_accelerator(args)
-    with locked(args.output_dir) if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()
+    with locked_by_main(accelerator, args.output_dir):
         train_alone(args, accelerator, load, build_task, task_class)
 
 

@@ -252,7 +252,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             Number of residual blocks at each resolution, from 1 to 128.
         norm_type (`str`, *optional*, defaults to `"group"`):
             `"group"` or `"batch"`. Batch normalization sees posterior and prior batches in turn, and its running
-            statistics then fit neither: see `benchmarks/RESULTS.md` for what that costs.
+            statistics then fit neither: see `benchmarks/RESULTS.md` for what that costs. diffusers' `EMAModel` does not keep them.
         norm_num_groups (`int`, *optional*, defaults to `8`):
             Upper bound on the number of groups of group normalization. Fewer are used where there would otherwise be
             less than four channels a group, or groups of unequal size.
