@@ -15,8 +15,8 @@ demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look
 test: environment  ## Run the test suite, a file at a time on each core
 	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 --ignore tests/slow -n logical --dist loadfile
 
-test-slow: environment  ## Run what takes minutes: several processes, kills
-	@$(IN_ROOT) -m pytest -q --durations=10 tests/slow
+test-slow: environment  ## Run what takes minutes: several processes, kills, a file at a time on each core
+	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 -n logical --dist loadfile tests/slow
 
 quality: environment  ## Check style, and that generated files are up to date
 	@$(IN_ROOT) -m ruff check .

@@ -25,7 +25,7 @@ def two_steps(name: str, folder: Path, *extra, **kwargs) -> str:
     evaluation = ["--evaluation_samples", 8] if "evaluation_steps" in config else []
     result = succeed(
         "--config", CONFIGS / f"{name}.yaml", source, images, "--output_dir", folder / "out", "--max_train_steps", 2,
-        "--mixed_precision", "no", "--train_batch_size", 2, *evaluation, *extra, **kwargs,
+        "--mixed_precision", "no", "--train_batch_size", 8, *evaluation, *extra, **kwargs,
     )  # fmt: skip
     sample = ECVAEPipeline.from_pretrained(folder / "out")(output_type="pt").images
     assert sample.shape == (1, channels, resolution, resolution) and torch.isfinite(sample).all()

@@ -1,6 +1,7 @@
 """Scripts in processes that are forked from one in which their imports are done, which takes seconds anew each time.
 
-A script's process is its own as with `subprocess.run`: arguments, environment, working folder, streams and exit code.
+A script's process is its own as with `subprocess.run`: arguments, environment, working folder, streams and exit code. So are
+several ranks, with the variables that `torchrun` gives them.
 What a library reads from the environment while it is imported can't be changed afterwards, so each environment has a server.
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,12 +43,13 @@ def server_for(environment: dict[str, str]) -> subprocess.Popen:
 
 
 def run(
-    script: Path | str, *arguments, environment: dict[str, str] | None = None, timeout: float = 900
+    script: Path | str, *arguments, ranks: int = 1, environment: dict[str, str] | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess:
     """
     Run a script to its end, as `subprocess.run([python, script, *arguments], capture_output=True, text=True)` does.
 
     Args:
+        ranks: Number of processes. Their output is one.
         environment: The whole environment; by default that of this process, with one thread and without the Hub.
         timeout: Seconds. The limit is for what hangs: a busy machine takes several times what an idle one does.
 
@@ -59,7 +62,8 @@ def run(
     server = server_for(environment)
     command = [str(script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps({"command": command, "folder": folder, "cwd": os.getcwd()}), file=server.stdin, flush=True)
+        request = {"command": command, "output": folder, "cwd": os.getcwd(), "ranks": variables_of_ranks(ranks)}
+        print(json.dumps(request), file=server.stdin, flush=True)
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(int(timeout))
         try:
@@ -73,22 +77,54 @@ def run(
     return subprocess.CompletedProcess([sys.executable, *command], int(answer), stdout, stderr)
 
 
-def become(command: list[str], folder: str, cwd: str) -> None:
+def variables_of_ranks(count: int) -> list[dict[str, str]]:
+    """For each process the variables of the environment by which `torch.distributed` finds the others; none for a single one."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def become(variables: dict[str, str], command: list[str], output: str, cwd: str) -> None:
     """Be the process of a script, from here to its end."""
+    os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, stream in (("stdout", 1), ("stderr", 2)):
-        file = os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY)
+        file = os.open(os.path.join(output, name), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(cwd)
     sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
+    folder = Path(command[0]).parent
+    sys.path[:2] = [str(folder)]
+    if folder != TRAINING:
+        # Only for who says where they are.
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(str(TRAINING)):
+                del sys.modules[name]
     runpy.run_path(command[0], run_name="__main__")
 
 
+def wait_for(children: list[int]) -> int:
+    """Wait until all have ended, and return the first exit code that is not 0, after which the others are ended."""
+    left, found = set(children), 0
+    while left:
+        child, status = os.wait()
+        left.discard(child)
+        if (code := os.waitstatus_to_exitcode(status)) != 0 and found == 0:
+            found = code
+            for other in left:
+                os.kill(other, signal.SIGTERM)
+    return found
+
+
 def serve() -> None:
-    """Fork a process for each line of standard input, and answer with its exit code."""
+    """Fork the processes of each line of standard input, and answer with the exit code."""
     sys.path.insert(1, str(TRAINING))
     for name in PRELOADED:
         importlib.import_module(name)
@@ -96,9 +132,13 @@ def serve() -> None:
     # What is there already is no business of the children's garbage collector.
     gc.freeze()
     for line in sys.stdin:
-        if (child := os.fork()) == 0:
-            return become(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        request = json.loads(line)
+        children = []
+        for variables in request.pop("ranks"):
+            children.append(os.fork())
+            if children[-1] == 0:
+                return become(variables, **request)
+        print(wait_for(children), flush=True)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,10 @@ def write_autoencoder(folder: Path) -> Path:
     return folder
 
 
-def run(*arguments, launcher=None, environment=(), script=SCRIPT) -> subprocess.CompletedProcess:
+def run(*arguments, ranks=1, launcher=None, environment=(), script=SCRIPT) -> subprocess.CompletedProcess:
     """Run a script; with a `launcher`, or with variables of the environment, in a process that is started for it."""
     if launcher is None and not environment:
-        return fork_server.run(script, *arguments)
+        return fork_server.run(script, *arguments, ranks=ranks)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **dict(environment)}
     command = [*(launcher or (sys.executable,)), str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)

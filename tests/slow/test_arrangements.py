@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import torch.nn as nn
@@ -71,12 +72,11 @@ def test_a_single_chain_saves_a_decode_and_a_chain(monkeypatch):
 
 
 def test_every_change_is_timed_and_remembered(tmp_path):
-    command = [
-        sys.executable, BENCHMARKS / "training_step.py", "--resolution", 16, "--block_out_channels", 8, 16, "--batch_size", 2,
+    arguments = [
+        "--resolution", 16, "--block_out_channels", 8, 16, "--batch_size", 2,
         "--langevin_steps", 2, "--rounds", 1,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=600)
+    output = fork_server.run(BENCHMARKS / "training_step.py", *arguments)
     assert output.returncode == 0, output.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines() if line.startswith("| ")][1:]
     names = [name.replace("_", " ") for name in CHANGES if name != "compiled"]
@@ -111,9 +111,7 @@ def test_recorded_convolutions_are_those_of_the_formula():
     ],
 )
 def test_a_table_is_printed(script, arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = list(map(str, [sys.executable, BENCHMARKS / script, *arguments]))
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    output = fork_server.run(BENCHMARKS / script, *arguments)
     assert output.returncode == 0, output.stderr[-3000:]
     rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines() if line.startswith("| ")]
     columns = len(rows[0])
@@ -159,10 +157,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("script", "arguments", "message"), WRONG)
-def test_wrong_arguments_are_refused_before_anything_is_measured(script, arguments, message, tmp_path):
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, cwd=tmp_path)
+def test_wrong_arguments_are_refused_before_anything_is_measured(script, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = fork_server.run(BENCHMARKS / script, *arguments)
     assert output.returncode == 2 and message in output.stderr, output.stderr[-2000:]
     assert not output.stdout and not any(tmp_path.iterdir())
 
@@ -180,7 +177,6 @@ def test_peak_memory_is_the_own_one():
 
 def test_growth_of_a_size_is_measured_in_a_process_of_its_own():
     sizes = {"resolution": 16, "batch_size": 2, "langevin_steps": 1, "width": 8}
-    command = [sys.executable, str(BENCHMARKS / "growth.py"), "--rounds", "1", "--one", json.dumps(sizes)]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    output = fork_server.run(BENCHMARKS / "growth.py", "--rounds", 1, "--one", json.dumps(sizes))
     found = json.loads(output.stdout.strip().splitlines()[-1])
     assert found["ms"] > 0 and 0.05 < found["memory_gib"] < 4

@@ -1,11 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Every benchmark starts as a user starts it, with nothing but the package on its path."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 
 
@@ -16,11 +14,9 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in L
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    command = [sys.executable, str(FOLDER / script), "--help"]
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+def test_help(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    output = fork_server.run(FOLDER / script, "--help")
     assert output.returncode == 0, output.stderr
     assert "usage: " + script in output.stdout

@@ -1,10 +1,8 @@
 """The examples run from a fresh clone, and print their figure before and after. Slow: `make test-slow`."""
 
-import os
 import re
-import subprocess
-import sys
 
+import fork_server
 import pytest
 from training_runs import SCRIPTS
 
@@ -28,17 +26,15 @@ def test_what_an_example_can_not_do_is_said_before_it_trains(name, tmp_path):
             (["--output", str(tmp_path / "gone" / "x.png")], "--output must be a file in a folder that is there")
         )
     for arguments, message in wrong:
-        command = [sys.executable, str(SCRIPTS / "examples" / f"{name}.py"), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        result = fork_server.run(SCRIPTS / "examples" / f"{name}.py", *arguments)
         assert result.returncode == 2 and message in result.stderr
 
 
 @pytest.mark.parametrize("name", list(FIGURES))
-def test_example_prints_before_and_after(name, tmp_path):
+def test_example_prints_before_and_after(name, tmp_path, monkeypatch):
     """A few steps: the two networks are trained apart from the same start, and measured."""
-    command = [sys.executable, str(SCRIPTS / "examples" / f"{name}.py"), "--num_steps", "20"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
+    monkeypatch.chdir(tmp_path)
+    result = fork_server.run(SCRIPTS / "examples" / f"{name}.py", "--num_steps", 20)
     assert result.returncode == 0, result.stderr[-3000:]
     before, after = re.search(FIGURES[name], result.stdout).groups()
     assert float(before) != float(after) or float(before) == 0

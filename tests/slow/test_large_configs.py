@@ -9,9 +9,6 @@ from config_runs import CONFIGS, two_steps
 from training_runs import SCRIPT, metrics, write_images
 
 
-# The slow tests run one at a time.
-ALL_CORES = {"OMP_NUM_THREADS": str(os.cpu_count())}
-
 # Runs the script that stands after it, and prints the most memory that its process held, in bytes.
 MEASURED = """
 import resource, runpy, sys
@@ -25,11 +22,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform ==
 
 @pytest.mark.parametrize("name", ["cifar10", "stl10", "imagenet32", "lsun_church64", "celeba64"])
 def test_large_configs_train(name, tmp_path):
-    two_steps(name, tmp_path, environment=ALL_CORES)
+    two_steps(name, tmp_path)
 
 
 def test_256_px_train_in_8_gib(tmp_path):
-    printed = two_steps("celebahq256", tmp_path, launcher=(sys.executable, "-c", MEASURED), environment=ALL_CORES)
+    printed = two_steps("celebahq256", tmp_path, launcher=(sys.executable, "-c", MEASURED))
     assert int(printed.split()[-1]) < 8 * 2**30
 
 

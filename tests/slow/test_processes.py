@@ -18,12 +18,8 @@ STEPS = 50
 NUMPY_STATE = [np.dtype, np.ndarray, np.dtypes.UInt32DType, np._core.multiarray._reconstruct]
 
 
-def ranks(num_processes: int) -> tuple[str, ...]:
-    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes))
-
-
 def run_ranks(num_processes: int, *arguments) -> None:
-    succeed(*arguments, launcher=ranks(num_processes))
+    succeed(*arguments, ranks=num_processes)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +146,7 @@ def test_two_ranks_measure_what_one_process_does(data, tmp_path):
 
 
 def test_ranks_go_back_together(data, tmp_path):
-    result = run_with_fault(data, tmp_path / "out", 14, 15, launcher=ranks(2))
+    result = run_with_fault(data, tmp_path / "out", 14, 15, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     event, recovery = read_metrics(tmp_path / "out" / "events.jsonl")
     assert event["kind"] == "rollback" and event["to_step"] == 12 and recovery["kind"] == "recovery"
@@ -159,8 +155,9 @@ def test_ranks_go_back_together(data, tmp_path):
 
 
 def test_all_ranks_end_with_the_line_of_the_first_where_a_folder_is_in_use(data, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     with locked(tmp_path / "out"):
-        result = run("--train_data_dir", data, "--output_dir", tmp_path / "out", *TINY, launcher=ranks(2))
+        result = run("--train_data_dir", data, "--output_dir", tmp_path / "out", *TINY, launcher=torchrun)
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if "in use" in line]
     # Of each rank, and once below what the launcher prints.
