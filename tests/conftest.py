@@ -10,6 +10,10 @@ from torch.overrides import TorchFunctionMode
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
 
 
+# Code that old runs saved is data here.
+collect_ignore = ["fixtures"]
+
+
 @pytest.fixture(scope="session")
 def make_pipeline() -> Callable[..., ECVAEPipeline]:
     """Makes a pipeline of 16 px with the same random weights every time, in evaluation mode as a loaded one is."""
