@@ -134,6 +134,13 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if model is None:
         look("generated", "generated_image_dir", args.generated_image_dir, "train", None)
     training = look("real", *data, args.train_split, args.num_reference)
+    if model is None and main_process:
+        known = set(checked["real"].hashes)
+        if count := sum(one in known for one in checked["generated"].hashes):
+            logger.warning(
+                f"WARNING {count} of {len(checked['generated'])} images of --generated_image_dir are training images: their quality "
+                "says nothing of a model."
+            )
     if args.test_data_dir is not None:
         look("test", "test_data_dir", args.test_data_dir, args.test_split, args.num_test)
     elif args.dataset_name is not None and args.test_split != "none":

@@ -86,6 +86,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device must be a device of this machine, but is {args.device!r}: {reason}")
     for name in ("max_images", "num_restorations", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
@@ -22,7 +23,17 @@ from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
 from ecvae_diffusers.atomic import replacing, write_json, write_text
 from ecvae_diffusers.cards import CARD_MARKER, LOCATION, check_details, stated_mean, with_location, write_card
 from ecvae_diffusers.hub import weights_fingerprint
-from ecvae_diffusers.upload import CARD, PICTURES, UploadError, class_name, files_to_publish, read_index, upload_folder
+from ecvae_diffusers.upload import (
+    CARD,
+    PICTURES,
+    UploadError,
+    check_no_link,
+    check_picture,
+    class_name,
+    files_to_publish,
+    read_index,
+    upload_folder,
+)
 from ecvae_training.curves import plot_curves
 from ecvae_training.last_line import ArgumentParser, fail
 from ecvae_training.output import METRICS_FILE, read_arguments, read_metrics
@@ -90,7 +101,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def read_evaluation(argument: str, folder: str) -> dict:
     path = Path(folder) / EVALUATION_FILE
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except (OSError, ValueError) as error:
         raise ValueError(f"--{argument} {folder!r} holds no {EVALUATION_FILE} that can be read: {error}") from error
     missing = [name for name in SECTIONS if not isinstance(evaluation, dict) or name not in evaluation]
@@ -98,7 +109,14 @@ def read_evaluation(argument: str, folder: str) -> dict:
         raise ValueError(
             f"--{argument} {folder!r} must hold an {EVALUATION_FILE} of evaluate.py, but it has no {missing[0]!r}."
         )
+    measures = evaluation["generation"].get("measures") if isinstance(evaluation["generation"], dict) else None
+    if not isinstance(measures, dict) or not all(isinstance(one, dict) for one in measures.values()):
+        raise ValueError(f"--{argument} {folder!r}: `generation` of its {EVALUATION_FILE} must hold measures by name.")
     return evaluation
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_details(path: str) -> dict:
@@ -194,6 +212,8 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
         sources = {name: Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")}
     for name, source in sources.items():
         if source.is_file():
+            check_no_link(source)
+            check_picture(source)
             shutil.copyfile(source, folder / name)
     metrics = Path(args.model) / METRICS_FILE
     records = read_metrics(metrics) if metrics.is_file() else []

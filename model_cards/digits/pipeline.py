@@ -299,7 +299,8 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if channels < 4 and image.mode == "RGBA":
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image.convert(MODES[channels])
+    # Pillow converts LAB to RGB alone.
+    return (image.convert("RGB") if image.mode == "LAB" else image).convert(MODES[channels])
 
 
 def as_list(image: Images, name: str) -> list:

@@ -45,7 +45,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
             raise
-        named = getattr(error, "filename", None)
+        # Of a renaming the second is the new name.
+        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
         if isinstance(named, str | os.PathLike) and not is_of(Path(named).absolute(), Path(path).absolute()):
             raise
         reason = getattr(error, "strerror", None) or str(error)

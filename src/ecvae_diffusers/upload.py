@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import PIL.Image
 from diffusers import DiffusionPipeline
 from diffusers.models import autoencoders
 from diffusers.utils import logging
@@ -67,8 +68,8 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
 
     Raises:
         ValueError: if the folder holds no pipeline of ours and no autoencoder, no card, a component that the pipeline does not have or
-            that has no weights, a pickle among the weights, weights that can't be read or are not finite, an evaluation of other
-            weights, a link, or a text that names a path of this machine.
+            that has no config or no weights, a pickle among the weights, weights that can't be read or are not finite, an evaluation of
+            other weights, a link, a picture that is none, or a text that names a path of this machine.
     """
     folder = Path(folder).resolve()
     components = component_folders(folder)
@@ -85,15 +86,19 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
             )
         files = component_files(folder / name, library)
         weights = [path for path in files if path.suffix == ".safetensors"]
-        if not weights and not (folder / name / "scheduler_config.json").is_file():
+        configs = [path.name for path in files if path.is_file()]
+        if "config.json" not in configs and "scheduler_config.json" not in configs:
+            raise ValueError(f"{str(folder / name)!r} holds no config: the component {name!r} can't be loaded.")
+        if not weights and "scheduler_config.json" not in configs:
             raise ValueError(f"{str(folder / name)!r} holds no safetensors: the component {name!r} has no weights.")
         for path in weights:
             check_safetensors(path)
         found += files
     found = {path for path in found if path.is_file()}
     for path in found:
-        if path.resolve() != path:
-            raise ValueError(f"{str(path)!r} is a link to {str(path.resolve())!r}: put a copy in its place.")
+        check_no_link(path)
+        if path.suffix in PICTURES:
+            check_picture(path)
     for path in found:
         if path.suffix not in (".safetensors", *PICTURES):
             check_text(path, folder)
@@ -104,6 +109,21 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
             "take the file out."
         )
     return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def check_no_link(path: Path) -> None:
+    """Raises `ValueError` if a file is a link, or lies in a folder that is one: what it leads to was not meant to be published."""
+    if path.is_symlink() or path.parent.is_symlink():
+        raise ValueError(f"{str(path)!r} leads to {str(path.resolve())!r}: put a copy in its place.")
+
+
+def check_picture(path: Path) -> None:
+    """Raises `ValueError` if a file is no PNG picture."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is no PNG picture: take it out.") from error
 
 
 def component_folders(folder: Path) -> dict[str, str]:
@@ -181,14 +201,21 @@ def read_index(folder: Path) -> dict:
 def check_components(where: str, index: dict) -> None:
     """Raises `ValueError` if an index names a component that its class does not have, or by anything but a library and a class."""
     known = OUR_PIPELINES[class_name(index)]
+    for name in sorted(known & {"vae", "flow"}):
+        if not isinstance(index.get(name), list) or None in index[name]:
+            raise ValueError(f"{where!r}: its {INDEX} must name a component {name!r}, but has {index.get(name)!r}.")
     for name, value in index.items():
-        if not isinstance(value, list) or name == "_class_name":
+        if name == "_class_name" or not (isinstance(value, list) or name in known):
             continue
         if name not in known:
             raise ValueError(
                 f"{where!r}: its {INDEX} names a component {name!r}, but a {class_name(index)} has only {', '.join(sorted(known))}."
             )
-        if len(value) != 2 or not all(part is None or is_dotted_name(part) for part in value):
+        if (
+            not isinstance(value, list)
+            or len(value) != 2
+            or not all(part is None or is_dotted_name(part) for part in value)
+        ):
             raise ValueError(f"{where!r}: `{name}` of its {INDEX} must be a library and a class, but is {value!r}.")
 
 

@@ -187,6 +187,8 @@ def test_modes_that_no_png_holds(mode):
     expected = np.repeat(np.asarray(gray)[..., None], 3, 2) if mode in ("La", "PA") else rgb
     difference = np.abs(np.asarray(read_picture(image, 3)).astype(int) - expected)
     assert difference.max() <= {"HSV": 6, "YCbCr": 3, "LAB": 6}.get(mode, 0)
+    difference = np.abs(np.asarray(read_picture(image, 1)).astype(int) - np.asarray(gray))
+    assert difference.max() <= {"HSV": 4, "YCbCr": 2, "LAB": 4}.get(mode, 0)
 
 
 def png(bits: int, kind: int, row: bytes, key: bytes) -> PIL.Image.Image:

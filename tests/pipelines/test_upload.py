@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from hub_server import HubServer
@@ -326,7 +327,7 @@ def test_a_run_folder_publishes_its_pipeline_alone(saved, tmp_path):
     (folder / "metrics.jsonl").write_text("{}")
     (folder / "training_args.json").write_text("{}")
     assert files_to_publish(folder) == expected
-    (folder / "samples.png").write_bytes(b"")
+    PIL.Image.new("L", (8, 8)).save(folder / "samples.png")
     assert files_to_publish(folder) == sorted([*expected, "samples.png"])
     # Nor what lies beside the files of a component.
     outside = tmp_path / "outside.json"
@@ -345,7 +346,7 @@ def test_a_run_folder_publishes_its_pipeline_alone(saved, tmp_path):
 )
 def test_a_link_is_not_published(path, saved, tmp_path):
     folder = copy(saved, tmp_path / "run")
-    (folder / "picture.png").write_bytes(b"")
+    PIL.Image.new("L", (8, 8)).save(folder / "picture.png")
     (folder / path).rename(tmp_path / "outside")
     (folder / path).symlink_to(tmp_path / "outside")
     with pytest.raises(ValueError, match=Path(path).name):
@@ -382,6 +383,13 @@ def test_a_component_that_the_pipeline_does_not_have_is_not_published(name, save
         (lambda folder: (folder / "evaluation.json").write_text("[]"), "must be an evaluation of the weights"),
         (lambda folder: (folder / "evaluation.json").write_text("{"), "must be an evaluation of the weights"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "holds a model_index.json that names no class"),
+        (lambda folder: name_component(folder, [None, None]), "vae"),
+        (lambda folder: name_component(folder, "x"), "vae"),
+        (lambda folder: name_component(folder, float("nan")), "vae"),
+        (lambda folder: name_component(folder, float("nan"), "scheduler"), "scheduler"),
+        (lambda folder: (folder / "vae" / "config.json").unlink(), "vae"),
+        (lambda folder: (folder / "id.png").write_text("-----BEGIN KEY-----"), "id.png"),
+        (lambda folder: PIL.Image.new("L", (8, 8)).save(folder / "id.png", "jpeg"), "id.png"),
         (lambda folder: name_component(folder, []), r"`vae` of its model_index.json must be a library and a class, but is \[\]"),
         (lambda folder: name_component(folder, [["a", "b"]]), "`vae` of its model_index.json must be a library and a class"),
         (lambda folder: name_component(folder, ["../../x", "AutoencoderEC"]), "vae"),

@@ -306,10 +306,10 @@ def test_lines_that_are_no_records_are_left_out(cut, images, finished, caplog, c
     expected = metrics(cut)
     for name in ("metrics.jsonl", "energies.jsonl", "events.jsonl"):
         lines = (cut / name).read_bytes().splitlines() if (cut / name).is_file() else []
-        lines[1:1] = [b"\xff\xfe\x00\x01", b"{", b"[1]"]
+        lines[1:1] = [b"\xff\xfe\x00\x01", b"{", b"[1]", b'{"step": "x"}']
         (cut / name).write_bytes(b"\n".join(lines) + b'\n{"step": 4, "cut')
     assert read_metrics(cut / "metrics.jsonl") == expected
-    assert len([record for record in caplog.records if "metrics.jsonl" in record.getMessage()]) == 3
+    assert len([record for record in caplog.records if "metrics.jsonl" in record.getMessage()]) == 4
     monkeypatch.setattr(sys, "argv", ["report.py", str(cut)])
     report.main()
     assert "Wrote" in capsys.readouterr().out

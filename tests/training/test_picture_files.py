@@ -157,6 +157,9 @@ def test_names_that_are_not_utf_8_are_read(tmp_path):
         os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/" + name)
     assert sorted(levels(load_images(None, None, str(tmp_path), None, None, None))) == [0, 1, 2]
     assert sorted(levels(choose_clean(str(tmp_path), 3))) == [0, 1, 2]
+    # Not by `datasets`: the file is named.
+    with pytest.raises(ValueError, match=r"--dataset_name .*\.png"):
+        load_images(str(tmp_path), None, None, None, None, None)
 
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])

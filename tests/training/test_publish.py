@@ -2,6 +2,7 @@
 """From training to the Hub, each step as a user runs it: train with --push_to_hub, evaluate.py, publish.py, load by id."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import fork_server
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -195,12 +197,13 @@ def test_what_lies_beside_an_earlier_one_stays(work, tmp_path):
     main(parse_args(list(map(str, listed))))
     assert 'from_pretrained("card")' in (card / "README.md").read_text()
     (card / "LICENSE").write_text("Mine.")
-    (card / "teaser.png").write_bytes(b"mine")
+    PIL.Image.new("L", (8, 8), 7).save(card / "teaser.png")
+    teaser = (card / "teaser.png").read_bytes()
     # Without an evaluation its file and pictures are gone, and nothing else.
     before = set(local(card))
     main(parse_args([str(work / "run0"), "--output_dir", str(card)]))
     assert before - set(local(card)) == {"evaluation.json", "samples.png", "neighbours.png"}
-    assert (card / "LICENSE").read_text() == "Mine." and (card / "teaser.png").read_bytes() == b"mine"
+    assert (card / "LICENSE").read_text() == "Mine." and (card / "teaser.png").read_bytes() == teaser
 
 
 def test_flows_and_autoencoders_are_published_as_they_are(hub, work, environment, tmp_path):
@@ -395,6 +398,39 @@ def test_a_card_with_figures_needs_details(pipe, work, tmp_path):
     with pytest.raises(ValueError, match="a card with an evaluation needs `details`"):
         write_card(pipe, tmp_path, evaluation)
     assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "harm, named",
+    [
+        (lambda folder: (folder / "samples.png").write_text("-----BEGIN KEY-----"), "samples.png"),
+        (lambda folder: link(folder / "samples.png"), "samples.png"),
+        (lambda folder: change(folder, lambda e: e["generation"]["measures"]["precision"].update(mean=math.inf)), "--evaluation"),
+        (lambda folder: change(folder, lambda e: e["generation"]["measures"]["precision"].update(mean=math.nan)), "--evaluation"),
+        (lambda folder: change(folder, lambda e: e.update(generation=None)), "--evaluation"),
+        (lambda folder: change(folder, lambda e: e["generation"].update(measures=[])), "--evaluation"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_can_not_be_published(harm, named, work, environment, tmp_path):
+    shutil.copytree(work / "evaluation0", tmp_path / "evaluation")
+    harm(tmp_path / "evaluation")
+    result = run(
+        "publish.py", work / "run0", "--evaluation", tmp_path / "evaluation", "--details", work / "details.yaml",
+        "--output_dir", tmp_path / "card", environment=environment,
+    )  # fmt: skip
+    assert result.returncode == 1 and named in result.stderr.splitlines()[-1], result.stderr
+    assert not (tmp_path / "card").exists()
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere.png"))
+    path.symlink_to(path.with_name("elsewhere.png"))
+
+
+def change(folder: Path, update) -> None:
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    update(evaluation)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
 
 
 def test_evaluation_of_another_model_is_refused_after_a_change_of_weights(work, environment, tmp_path):

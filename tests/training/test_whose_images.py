@@ -194,6 +194,12 @@ def test_a_run_knows_what_it_was_trained_on(make_pipeline, tmp_path, capsys):
     for folder in (run, run / "best", run / "checkpoint-7" / "pipeline"):
         assert evaluate_restoration.count_trained_on(checked, str(folder)) == 5
     assert trained_hashes("user/name") is None
+    hashes = (run / HASHES_FILE).read_bytes()
+    for damaged in (b"no hex", b"\xff\xfe"):
+        (run / HASHES_FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=HASHES_FILE):
+            trained_hashes(run / "best")
+    (run / HASHES_FILE).write_bytes(hashes)
     small = [
         "--num_samples", 20, "--num_likelihood_images", 0, "--seeds", 0, "--train_data_dir", train, "--test_data_dir", test,
     ]  # fmt: skip

@@ -101,9 +101,10 @@ def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
             pipeline.save_pretrained(temporary)
             sync(temporary)
             for part in sorted(temporary.iterdir()):
-                if (output_dir / part.name).is_dir():
-                    discard(output_dir / part.name)
-                os.replace(part, output_dir / part.name)
+                with writing(output_dir / part.name):
+                    if (output_dir / part.name).is_dir():
+                        discard(output_dir / part.name)
+                    os.replace(part, output_dir / part.name)
             sync(output_dir, recursive=False)
         finally:
             remove(temporary)

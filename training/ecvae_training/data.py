@@ -92,9 +92,9 @@ def load_split(
             streaming=streaming,
         )
     except Exception as error:  # each format has its own ways to fail
-        raise ValueError(
-            f"--{argument} {dataset_name!r}, split {split!r}, can't be loaded: {str(error) or 'it is empty'}"
-        ) from error
+        # `datasets` says of some errors only where they happened.
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"--{argument} {dataset_name!r}, split {split!r}, can't be loaded: {reason}") from error
 
 
 def find_image_column(features, dataset_name: str, image_column: str | None) -> str:

@@ -138,7 +138,7 @@ def read_arguments(output_dir: str | Path) -> dict:
         return {}
     except (ValueError, OSError) as error:  # of damaged text, of damaged JSON, or of a folder of that name
         raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("launch", {}), dict):
         raise ValueError(f"{str(path)!r} must hold the run's arguments by name.")
     return arguments
 
@@ -379,7 +379,7 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line.decode())
         except ValueError:  # no UTF-8, or no JSON
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("step", 0), int):
             records.append(record)
         elif number < len(lines):
             logger.warning(f"{str(path)!r}: line {number} is no record, and is left out.")

@@ -202,6 +202,15 @@ def unreadable(files: Iterator[Path]) -> list[str]:
     return [f"{counts.total()} file(s) of kinds that Pillow does not read ({kinds}{more})"]
 
 
+def is_text(name: str) -> bool:
+    """Tell whether a file's name is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def local_data_files(name_or_path: str):
     """
     What a local data set holds that is data, since `datasets` itself would take the pictures and logs of a run in its folder for
@@ -214,6 +223,9 @@ def local_data_files(name_or_path: str):
     if not os.path.isdir(name_or_path):
         return None, []
     found = FolderFiles(Path(os.path.realpath(name_or_path)))
+    for path in found.files:
+        if not is_text(path.name):
+            raise ValueError(f"{str(path)!r} has a name that is no UTF-8, which `datasets` can't read: rename it.")
     readable = readable_extensions()
     is_picture = lambda path: str(mimetypes.guess_type(path.name)[0]).startswith("image/")  # noqa: E731
     pictures = unreadable(path for path in found.files if is_picture(path) and path.suffix.lower() not in readable)
@@ -267,11 +279,19 @@ def trained_hashes(name_or_path: str | os.PathLike | None) -> set[bytes] | None:
 
     Args:
         name_or_path (`str`): A run's folder, its `best/`, or the pipeline of one of its checkpoints.
+
+    Raises:
+        ValueError: if the file is damaged.
     """
     if name_or_path is None or not os.path.isdir(name_or_path):
         return None
     folder = Path(name_or_path).resolve()
     for place in (folder, *folder.parents[:2]):
         if (place / HASHES_FILE).is_file():
-            return {bytes.fromhex(line) for line in (place / HASHES_FILE).read_text(encoding="utf-8").split()}
+            try:
+                return {bytes.fromhex(line) for line in (place / HASHES_FILE).read_text(encoding="utf-8").split()}
+            except ValueError as error:  # damaged text, too
+                raise ValueError(
+                    f"{str(place / HASHES_FILE)!r} is damaged ({error}): take it out, and what was trained on is not known."
+                ) from error
     return None

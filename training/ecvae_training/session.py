@@ -1,5 +1,6 @@
 """What every training script does around its task: check, open the data, train, publish, and say what went wrong."""
 
+import errno
 import logging
 from argparse import Namespace
 from collections.abc import Callable
@@ -117,9 +118,9 @@ def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) ->
         fail(f"{name}: error: --push_to_hub: {error}{what_to_do}")
     except WriteError as error:
         found = checkpoints(Path(args.output_dir))
-        what_to_do = (
-            "make room (--checkpoints_total_limit keeps fewer), and go on with --resume_from_checkpoint latest."
-        )
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what_to_do = "make room (--checkpoints_total_limit keeps fewer), and " if is_full else "mend that, and "
+        what_to_do += "resume with --resume_from_checkpoint latest."
         left = f" {found[-1].name} is the newest checkpoint: {what_to_do}" if found else ""
         fail(f"{name}: error: {error}{left}")
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
