@@ -25,8 +25,8 @@ from tqdm import tqdm
 from training_step import CHANGES, GPU_CHANGES, Arrangement, Iteration
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_training.digits import sample_images
-from ecvae_training.models import moving_average
+from ecvae_diffusers.training.data.digits import sample_images
+from ecvae_diffusers.training.tasks.networks import moving_average
 
 
 OURS = {name: True for name in CHANGES if name not in GPU_CHANGES}

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import train_ecvae  # noqa: E402
 
-from ecvae_training import session  # noqa: E402
-from ecvae_training.ecvae_arguments import parse_args  # noqa: E402
+from ecvae_diffusers.training.arguments.vae import parse_args  # noqa: E402
+from ecvae_diffusers.training.run import session  # noqa: E402
 
 
 class WatchedTrainer(session.Trainer):

@@ -21,11 +21,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from study import RememberedFeatures, Results, add_device, against, epochs, precision, reference, train, versions
 from tqdm import tqdm
 
+from ecvae_diffusers.evaluation.pictures import draw_images, open_source
 from ecvae_diffusers.metrics import lite0_features, reconstruction_metrics
-from ecvae_training.decoders import CalibratedDecoder
-from ecvae_training.evaluation_data import draw_images, open_source
-from ecvae_training.images import to_range, to_uint8
-from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
+from ecvae_diffusers.training.data.ranges import to_range, to_uint8
+from ecvae_diffusers.training.run.folder import METRICS_FILE, image_grid, read_metrics
+from ecvae_diffusers.training.tasks.decoders import CalibratedDecoder
 
 
 NUM_TRAIN, NUM_TEST, RESOLUTION = 20_000, 5_000, 32

@@ -23,8 +23,8 @@ from study import (
 )
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_training.digits import sample_images
-from ecvae_training.output import EVENTS_FILE, METRICS_FILE, read_metrics
+from ecvae_diffusers.training.data.digits import sample_images
+from ecvae_diffusers.training.run.folder import EVENTS_FILE, METRICS_FILE, read_metrics
 
 
 FAULT_AT = 600
@@ -45,7 +45,7 @@ def train_with_fault(fault: str | None, arguments: list[str]) -> None:
     import torch
     import train_ecvae
 
-    from ecvae_training import session
+    from ecvae_diffusers.training.run import session
 
     class FaultyTrainer(session.Trainer):
         iteration = 0

@@ -19,12 +19,12 @@ from study import RememberedFeatures, Results, add_device, against, precision, r
 from tqdm import tqdm
 
 from ecvae_diffusers import ECFlowPipeline, FlowEC
+from ecvae_diffusers.evaluation.pictures import draw_images, open_source
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_diffusers.models import bits_per_dimension, dequantize
-from ecvae_training.digits import sample_images
-from ecvae_training.evaluation_data import draw_images, open_source
-from ecvae_training.images import to_range
-from ecvae_training.output import EVENTS_FILE, METRICS_FILE, image_grid, is_finished, read_metrics
+from ecvae_diffusers.training.data.digits import sample_images
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.folder import EVENTS_FILE, METRICS_FILE, image_grid, is_finished, read_metrics
 
 
 NUM_REFERENCE, NUM_TEST, NUM_SAMPLES = 10_000, 2_000, 5_000

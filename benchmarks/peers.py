@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy
+from ecvae_diffusers.training.data.digits import sample_images
+from ecvae_diffusers.training.tasks.networks import moving_average
 from ecvae_diffusers.variational import elbo_loss
-from ecvae_training.digits import sample_images
-from ecvae_training.models import moving_average
 
 
 BATCH, ADAM_BETAS, EMA_DECAY = 64, (0.0, 0.9), 0.999

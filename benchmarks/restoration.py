@@ -15,10 +15,18 @@ import torch
 from command_line import picture_file, place, positive, source
 from study import FashionMNIST, RememberedFeatures, Results, add_device, reference, versions  # and finds training/
 
+from ecvae_diffusers.evaluation.restoration import (
+    Task,
+    as_answers,
+    classical,
+    coverage,
+    measures,
+    restore,
+    unknown_pixels,
+)
 from ecvae_diffusers.metrics import lite0_features
-from ecvae_training.digits import NUM_TRAIN, load_digits, train_digit_features
-from ecvae_training.images import to_range
-from ecvae_training.restoration_tasks import Task, as_answers, classical, coverage, measures, restore, unknown_pixels
+from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits, train_digit_features
+from ecvae_diffusers.training.data.ranges import to_range
 from evaluate_restoration import load, table, task_names
 
 

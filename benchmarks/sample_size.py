@@ -13,7 +13,7 @@ from command_line import place, source
 from study import Digits
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_training.digits import sample_images
+from ecvae_diffusers.training.data.digits import sample_images
 
 
 # Samples a set, and sets.

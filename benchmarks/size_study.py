@@ -31,7 +31,7 @@ from study import (
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.metrics import FeatureExtractor, lite0_features
-from ecvae_training.data import ImageDataset, load_images
+from ecvae_diffusers.training.data.images import ImageDataset, load_images
 
 
 NUM_SAMPLES = 5000

@@ -30,9 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from demo import ARGUMENTS as DIGITS_ARGUMENTS  # noqa: E402
 from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features  # noqa: E402
-from ecvae_training.digits import NUM_TRAIN, load_digits, sample_images, train_digit_features, write_digits  # noqa: E402
-from ecvae_training.images import to_range  # noqa: E402
-from ecvae_training.output import (  # noqa: E402
+from ecvae_diffusers.training.data.digits import (  # noqa: E402
+    NUM_TRAIN,
+    load_digits,
+    sample_images,
+    train_digit_features,
+    write_digits,
+)
+from ecvae_diffusers.training.data.ranges import to_range  # noqa: E402
+from ecvae_diffusers.training.run.folder import (  # noqa: E402
     EVALUATIONS_FILE,
     EVENTS_FILE,
     METRICS_FILE,

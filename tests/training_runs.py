@@ -68,7 +68,7 @@ FAULTY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch, train_ecvae
-from ecvae_training import session
+from ecvae_diffusers.training.run import session
 
 faulty = range(int(sys.argv[2]), int(sys.argv[3]))
 

@@ -5,7 +5,7 @@
 The encoder of an autoencoder of diffusers stays as it is. One iteration: its decoder makes images of latents in one wrapped
 forward; the chain on the frozen energy model gives their targets; the decoder steps on the squared error of reconstructions
 plus lambda times the constraint, and the energy model on data against the same targets. What is saved loads with plain
-diffusers. The loop is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`.
+diffusers. The loop is in `ecvae_diffusers.training.trainer`, the equations in `ecvae_diffusers.calibration`.
 """
 
 from pathlib import Path
@@ -15,10 +15,11 @@ import torch
 from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.hub import fingerprint
 from ecvae_diffusers.model_error import squared_error
-from ecvae_diffusers.upload import CONFIG
-from ecvae_diffusers.variational import error_gradient_norm
-from ecvae_training.decoder_arguments import parse_args
-from ecvae_training.decoders import (
+from ecvae_diffusers.training.arguments.decoder import parse_args
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.session import run_script, train
+from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.decoders import (
     CalibratedDecoder,
     SavedDecoder,
     latent_shape,
@@ -26,10 +27,9 @@ from ecvae_training.decoders import (
     load_energy_model,
     load_latents,
 )
-from ecvae_training.images import to_range
-from ecvae_training.models import build_energy_model
-from ecvae_training.session import run_script, train
-from ecvae_training.task import Task, evaluating
+from ecvae_diffusers.training.tasks.networks import build_energy_model
+from ecvae_diffusers.upload import CONFIG
+from ecvae_diffusers.variational import error_gradient_norm
 
 
 # Whose encodings tell how far latents spread.

@@ -24,8 +24,8 @@ import torch
 import ecvae_diffusers
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_diffusers.atomic import write_json
-from ecvae_training.curves import plot_curves
-from ecvae_training.digits import (
+from ecvae_diffusers.report.curves import plot_curves
+from ecvae_diffusers.training.data.digits import (
     NUM_TRAIN,
     SIZE,
     load_digits,
@@ -34,11 +34,11 @@ from ecvae_training.digits import (
     train_digit_features,
     write_digits,
 )
-from ecvae_training.images import to_range
-from ecvae_training.last_line import ArgumentParser
-from ecvae_training.lock import locked
-from ecvae_training.output import METRICS_FILE, image_grid, read_metrics
-from ecvae_training.places import local_path
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.folder import METRICS_FILE, image_grid, read_metrics
+from ecvae_diffusers.training.run.last_line import ArgumentParser
+from ecvae_diffusers.training.run.lock import locked
+from ecvae_diffusers.training.run.places import local_path
 
 
 # Chosen by the study in benchmarks/RESULTS.md.

@@ -18,16 +18,16 @@ from accelerate import Accelerator
 
 from ecvae_diffusers.atomic import write_json
 from ecvae_diffusers.cards import evaluation_table
-from ecvae_training.evaluation_data import common_size, decode_all, draw, open_source
-from ecvae_training.evaluation_parts import Parts
-from ecvae_training.evaluation_reading import how_to_read
-from ecvae_training.evaluation_summary import summarize
-from ecvae_training.evaluation_work import EvaluatedModel, Work
-from ecvae_training.last_line import ArgumentParser, fail
-from ecvae_training.lock import locked_by_main
-from ecvae_training.output import save_atomically
-from ecvae_training.picture_files import Pictures
-from ecvae_training.places import check_places, named_place, place
+from ecvae_diffusers.evaluation.parts import Parts
+from ecvae_diffusers.evaluation.pictures import common_size, decode_all, draw, open_source
+from ecvae_diffusers.evaluation.reading import how_to_read
+from ecvae_diffusers.evaluation.summary import summarize
+from ecvae_diffusers.evaluation.work import EvaluatedModel, Work
+from ecvae_diffusers.training.data.files import Pictures
+from ecvae_diffusers.training.run.folder import save_atomically
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.lock import locked_by_main
+from ecvae_diffusers.training.run.places import check_places, named_place, place
 
 
 logger = logging.getLogger(__name__)

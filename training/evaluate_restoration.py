@@ -19,20 +19,20 @@ from tqdm import tqdm
 import ecvae_diffusers
 from ecvae_diffusers import ECVAERestorationPipeline
 from ecvae_diffusers.atomic import write_json, write_text
+from ecvae_diffusers.evaluation.pictures import decode_all
+from ecvae_diffusers.evaluation.reading import RESTORATION
+from ecvae_diffusers.evaluation.restoration import TASKS, Task, as_answers, classical, make_operator, measures, restore
+from ecvae_diffusers.evaluation.summary import subset_size
+from ecvae_diffusers.evaluation.while_training import load_features
 from ecvae_diffusers.metrics import GenerationMetrics
-from ecvae_training.data import CheckedPictures, open_folder
-from ecvae_training.evaluation import load_features
-from ecvae_training.evaluation_data import decode_all
-from ecvae_training.evaluation_reading import RESTORATION
-from ecvae_training.evaluation_summary import subset_size
-from ecvae_training.images import to_range
-from ecvae_training.last_line import ArgumentParser, fail
-from ecvae_training.launch import keep_freed_memory
-from ecvae_training.lock import locked
-from ecvae_training.output import image_grid, save_atomically
-from ecvae_training.picture_files import trained_hashes
-from ecvae_training.places import check_places, place
-from ecvae_training.restoration_tasks import TASKS, Task, as_answers, classical, make_operator, measures, restore
+from ecvae_diffusers.training.data.files import trained_hashes
+from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.folder import image_grid, save_atomically
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.launch import keep_freed_memory
+from ecvae_diffusers.training.run.lock import locked
+from ecvae_diffusers.training.run.places import check_places, place
 
 
 COLUMNS = {

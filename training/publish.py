@@ -23,6 +23,10 @@ from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
 from ecvae_diffusers.atomic import replacing, write_json, write_text
 from ecvae_diffusers.cards import CARD_MARKER, LOCATION, check_details, stated_mean, with_location, write_card
 from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.report.curves import plot_curves
+from ecvae_diffusers.training.run.folder import METRICS_FILE, read_arguments, read_metrics
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.places import named_place, place
 from ecvae_diffusers.upload import (
     CARD,
     PICTURES,
@@ -34,10 +38,6 @@ from ecvae_diffusers.upload import (
     read_index,
     upload_folder,
 )
-from ecvae_training.curves import plot_curves
-from ecvae_training.last_line import ArgumentParser, fail
-from ecvae_training.output import METRICS_FILE, read_arguments, read_metrics
-from ecvae_training.places import named_place, place
 
 
 EVALUATION_FILE = "evaluation.json"

@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 
 from ecvae_diffusers.atomic import write_text
-from ecvae_training.last_line import ArgumentParser, fail
-from ecvae_training.places import local_path
-from ecvae_training.report_charts import calibration_charts, evaluation_charts, training_charts
-from ecvae_training.report_page import (
+from ecvae_diffusers.report.charts import calibration_charts, evaluation_charts, training_charts
+from ecvae_diffusers.report.page import (
     FEW_POINTS,
     MARKER,
     Chart,
@@ -28,7 +26,9 @@ from ecvae_training.report_page import (
     step_pictures,
     table_html,
 )
-from ecvae_training.report_verdict import Run, number, verdict_html
+from ecvae_diffusers.report.verdict import Run, number, verdict_html
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.places import local_path
 
 
 CHAIN_NOTE = (

@@ -6,7 +6,7 @@ One iteration: one wrapped forward of the autoencoder gives reconstructions and 
 energy model gives the prior samples' targets; the autoencoder steps on the ELBO plus lambda times the constraint; the
 energy model steps on data against the same targets; lambda steps on the constraint. With `--calibration posterior` or
 `both`, a chain on the posterior of each image, and of as many that the model makes, gives targets to the encoder's samples, and
-the decoder may learn from data's. The loop is in `ecvae_training/trainer.py`, the equations in `ecvae_diffusers.calibration`,
+the decoder may learn from data's. The loop is in `ecvae_diffusers.training.trainer`, the equations in `ecvae_diffusers.calibration`,
 `.variational` and `.posterior`.
 """
 
@@ -18,14 +18,14 @@ import torch
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.posterior import posterior_bounds
+from ecvae_diffusers.training.arguments.vae import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.progress import progress
+from ecvae_diffusers.training.run.session import run_script, train
+from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.networks import Networks, build_models, load_companions, load_pretrained
+from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
-from ecvae_training.ecvae_arguments import POSTERIOR_CALIBRATIONS, WHY_NO_BATCH_NORM, parse_args
-from ecvae_training.images import to_range
-from ecvae_training.models import Networks, build_models, load_companions, load_pretrained
-from ecvae_training.posterior_step import PosteriorCalibration
-from ecvae_training.progress import progress
-from ecvae_training.session import run_script, train
-from ecvae_training.task import Task, evaluating
 
 
 # Enough for a mean that is known to a few per cent.

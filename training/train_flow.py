@@ -4,7 +4,7 @@
 
 Likelihood is learned first, with `--calibration none`; a run from there (`--pretrained_model_name_or_path`) calibrates: see
 docs/flows.md. One iteration: one wrapped forward of the flow gives the likelihood of dequantized images and, through its inverse, prior
-samples; these are calibrated as those of `train_ecvae.py` are. The loop is in `ecvae_training/trainer.py`, the equations in
+samples; these are calibrated as those of `train_ecvae.py` are. The loop is in `ecvae_diffusers.training.trainer`, the equations in
 `ecvae_diffusers.calibration` and `ecvae_diffusers.models.flow_ec`.
 """
 
@@ -15,11 +15,11 @@ from accelerate.logging import get_logger
 
 from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
 from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
-from ecvae_training.flow_arguments import parse_args
-from ecvae_training.images import to_range
-from ecvae_training.models import build_models, load_pretrained
-from ecvae_training.session import run_script, train
-from ecvae_training.task import Task, evaluating
+from ecvae_diffusers.training.arguments.flow import parse_args
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.session import run_script, train
+from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.networks import build_models, load_pretrained
 
 
 logger = get_logger(__name__)

@@ -18,7 +18,7 @@ import torch
 from training_runs import TINY, metrics, write_images
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_training.digits import DigitFeatures, sample_images
+from ecvae_diffusers.training.data.digits import DigitFeatures, sample_images
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
+from ecvae_diffusers.evaluation.pictures import decode_all
 from ecvae_diffusers.operators import Colorization, Denoising, SuperResolution
 from ecvae_diffusers.pipelines.inputs import read_mask, read_picture
-from ecvae_training.data import decode_image
-from ecvae_training.evaluation_data import decode_all
-from ecvae_training.images import to_range
+from ecvae_diffusers.training.data.images import decode_image
+from ecvae_diffusers.training.data.ranges import to_range
 from evaluate_restoration import choose_clean
 
 

@@ -68,7 +68,7 @@ KILLED = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import evaluate
-from ecvae_training.evaluation_work import Work
+from ecvae_diffusers.evaluation.work import Work
 
 sample_part, made = Work.sample_part, []
 

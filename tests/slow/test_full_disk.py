@@ -11,8 +11,8 @@ import torch
 import train_ecvae
 from training_runs import TINY, weights, write_images
 
-from ecvae_training.output import checkpoints, damage
-from ecvae_training.session import run_script
+from ecvae_diffusers.training.run.folder import checkpoints, damage
+from ecvae_diffusers.training.run.session import run_script
 
 
 PLACES = 8

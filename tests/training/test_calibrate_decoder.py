@@ -25,10 +25,15 @@ from safetensors.torch import load_file, save_file
 from training_runs import SCRIPTS, TINY_DECODER, metrics, run, succeed, weights, write_autoencoder, write_images
 
 from ecvae_diffusers.metrics import reconstruction_metrics
-from ecvae_training.decoder_arguments import parse_args
-from ecvae_training.decoders import CalibratedDecoder, latent_shape, load_autoencoder, load_energy_model
-from ecvae_training.feeds import build_feed
-from ecvae_training.noise import StepNoise
+from ecvae_diffusers.training.arguments.decoder import parse_args
+from ecvae_diffusers.training.data.feeds import build_feed
+from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.tasks.decoders import (
+    CalibratedDecoder,
+    latent_shape,
+    load_autoencoder,
+    load_energy_model,
+)
 
 
 SCRIPT = SCRIPTS / "calibrate_decoder.py"
@@ -84,7 +89,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ecvae_diffusers", "ecvae_training"):
+        if name.split(".")[0] == "ecvae_diffusers":
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())

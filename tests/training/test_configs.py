@@ -14,8 +14,8 @@ from config_runs import CONFIGS, two_steps
 from train_ecvae import build_vae
 
 import demo
-from ecvae_training.ecvae_arguments import parse_args
-from ecvae_training.models import build_calibrator, build_energy_model
+from ecvae_diffusers.training.arguments.vae import parse_args
+from ecvae_diffusers.training.tasks.networks import build_calibrator, build_energy_model
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]

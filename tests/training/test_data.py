@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ecvae_diffusers.pipelines.inputs import read_picture
-from ecvae_training import data
-from ecvae_training.data import ImageDataset, load_images, to_size
+from ecvae_diffusers.training.data import images as data
+from ecvae_diffusers.training.data.images import ImageDataset, load_images, to_size
 
 
 def dataset(folder, **kwargs) -> ImageDataset:

@@ -19,14 +19,14 @@ from training_runs import write_autoencoder
 
 from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, EnergyModel, FlowEC, LangevinScheduler
 from ecvae_diffusers.cards import evaluation_table, write_card
+from ecvae_diffusers.evaluation.parts import Parts
+from ecvae_diffusers.evaluation.pictures import draw_images, open_source
+from ecvae_diffusers.evaluation.summary import compare, over_seeds
+from ecvae_diffusers.evaluation.work import EvaluatedModel
 from ecvae_diffusers.hub import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
 from ecvae_diffusers.model_error import squared_error
-from ecvae_training.evaluation_data import draw_images, open_source
-from ecvae_training.evaluation_parts import Parts
-from ecvae_training.evaluation_summary import compare, over_seeds
-from ecvae_training.evaluation_work import EvaluatedModel
-from ecvae_training.images import to_range
+from ecvae_diffusers.training.data.ranges import to_range
 
 
 @pytest.fixture(scope="module")

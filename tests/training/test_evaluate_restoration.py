@@ -12,9 +12,7 @@ import pytest
 import torch
 
 import evaluate_restoration
-from ecvae_training.digits import load_digits
-from ecvae_training.images import to_range
-from ecvae_training.restoration_tasks import (
+from ecvae_diffusers.evaluation.restoration import (
     TASKS,
     Answers,
     Task,
@@ -24,6 +22,8 @@ from ecvae_training.restoration_tasks import (
     make_operator,
     unknown_pixels,
 )
+from ecvae_diffusers.training.data.digits import load_digits
+from ecvae_diffusers.training.data.ranges import to_range
 from evaluate_restoration import task_names
 
 

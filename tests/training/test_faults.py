@@ -24,10 +24,9 @@ from training_runs import TINY, TINY_DECODER, TINY_FLOW, metrics, weights, write
 import evaluate_restoration
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.atomic import WriteError
-from ecvae_training.checkpoints import weights_only
-from ecvae_training.evaluation import Evaluation, Patience
-from ecvae_training.lock import LOCK_FILE, locked
-from ecvae_training.output import (
+from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
+from ecvae_diffusers.training.run.checkpoints import weights_only
+from ecvae_diffusers.training.run.folder import (
     MANIFEST,
     checkpoints,
     damage,
@@ -36,6 +35,7 @@ from ecvae_training.output import (
     remove_old_checkpoints,
     write_manifest,
 )
+from ecvae_diffusers.training.run.lock import LOCK_FILE, locked
 
 
 # Of a checkpoint of a run with an energy model and an average.

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from training_runs import SCRIPTS, TINY, TINY_DECODER, TINY_FLOW, write_autoencoder, write_images
 
-from ecvae_training import session
-from ecvae_training.evaluation_reading import how_to_read
-from ecvae_training.progress import progress
+from ecvae_diffusers.evaluation.reading import how_to_read
+from ecvae_diffusers.training.run import session
+from ecvae_diffusers.training.run.progress import progress
 
 
 ALL_SCRIPTS = (
@@ -20,7 +20,7 @@ ALL_SCRIPTS = (
 FAILING = f"""
 import sys
 sys.path.insert(0, {str(SCRIPTS)!r})
-from ecvae_training.last_line import fail
+from ecvae_diffusers.training.run.last_line import fail
 fail("script.py: error: --argument must\\nbe right.")
 """
 # What both launchers do: they wait, and say in many lines that a process has failed.

@@ -9,10 +9,10 @@ import PIL.Image
 import pytest
 from training_runs import write_images
 
-from ecvae_training.data import CheckedPictures, ImageDataset, load_images
-from ecvae_training.evaluation_data import draw, open_source
-from ecvae_training.picture_files import HASH_BYTES, content_hash, find_images, local_data_files
-from ecvae_training.streaming import StreamedImages
+from ecvae_diffusers.evaluation.pictures import draw, open_source
+from ecvae_diffusers.training.data.files import HASH_BYTES, content_hash, find_images, local_data_files
+from ecvae_diffusers.training.data.images import CheckedPictures, ImageDataset, load_images
+from ecvae_diffusers.training.data.streaming import StreamedImages
 from evaluate_restoration import choose_clean
 
 

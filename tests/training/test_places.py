@@ -16,9 +16,11 @@ from huggingface_hub import constants
 from training_runs import write_images
 
 import evaluate_restoration
-from ecvae_training import decoder_arguments, ecvae_arguments, flow_arguments
-from ecvae_training.places import check_places, name_as_text, why_missing
-from ecvae_training.session import run_script
+from ecvae_diffusers.training.arguments import decoder as decoder_arguments
+from ecvae_diffusers.training.arguments import flow as flow_arguments
+from ecvae_diffusers.training.arguments import vae as ecvae_arguments
+from ecvae_diffusers.training.run.places import check_places, name_as_text, why_missing
+from ecvae_diffusers.training.run.session import run_script
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ from training_runs import TINY, metrics, succeed, weights, write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
-from ecvae_training.ecvae_arguments import parse_args
-from ecvae_training.noise import StepNoise
-from ecvae_training.output import read_metrics
-from ecvae_training.posterior_step import PosteriorCalibration
+from ecvae_diffusers.training.arguments.vae import parse_args
+from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.run.folder import read_metrics
+from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 
 
 STEPS = 8

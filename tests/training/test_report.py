@@ -17,9 +17,9 @@ import pytest
 from matplotlib.figure import Figure
 from report import Run, report_html
 
-from ecvae_training.curves import plot_curves
-from ecvae_training.report_page import FEW_POINTS, Chart, Curve, use_log_scale, value_limits
-from ecvae_training.report_verdict import judge_posterior_dual
+from ecvae_diffusers.report.curves import plot_curves
+from ecvae_diffusers.report.page import FEW_POINTS, Chart, Curve, use_log_scale, value_limits
+from ecvae_diffusers.report.verdict import judge_posterior_dual
 
 
 SCRIPT = Path(__file__).parents[2] / "training" / "report.py"

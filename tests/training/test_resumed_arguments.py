@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ecvae_training.ecvae_arguments import parse_args
+from ecvae_diffusers.training.arguments.vae import parse_args
 
 
 GIVEN = ["--train_data_dir", "images", "--resume_from_checkpoint", "latest"]

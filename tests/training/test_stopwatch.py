@@ -1,5 +1,5 @@
-from ecvae_training import stopwatch
-from ecvae_training.stopwatch import Stopwatch
+from ecvae_diffusers.training.run import stopwatch
+from ecvae_diffusers.training.run.stopwatch import Stopwatch
 
 
 def test_it_counts_only_while_it_runs_and_goes_on_after_loading(monkeypatch):

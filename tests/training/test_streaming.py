@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from ecvae_training.data import ImageDataset, load_images
-from ecvae_training.streaming import MAX_NAMED, StreamedImages
+from ecvae_diffusers.training.data.images import ImageDataset, load_images
+from ecvae_diffusers.training.data.streaming import MAX_NAMED, StreamedImages
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from training_runs import TINY, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.model_error import spectrum_of
-from ecvae_training.models import load_pretrained
+from ecvae_diffusers.training.tasks.networks import load_pretrained
 
 
 @pytest.fixture(scope="module")

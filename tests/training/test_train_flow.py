@@ -13,7 +13,7 @@ from training_runs import SCRIPTS, TINY_FLOW, metrics, run, succeed, weights, wr
 
 from ecvae_diffusers import ECFlowPipeline
 from ecvae_diffusers.models import bits_per_dimension, dequantize
-from ecvae_training.flow_arguments import parse_args
+from ecvae_diffusers.training.arguments.flow import parse_args
 
 
 SCRIPT = SCRIPTS / "train_flow.py"

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from training_runs import TINY, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_training.ecvae_arguments import parse_args
-from ecvae_training.evaluation import Patience
-from ecvae_training.observation import batch_spread, chain_strip, pairs_grid, reduce_scalars
-from ecvae_training.output import read_metrics
+from ecvae_diffusers.evaluation.while_training import Patience
+from ecvae_diffusers.training.arguments.vae import parse_args
+from ecvae_diffusers.training.run.folder import read_metrics
+from ecvae_diffusers.training.run.observation import batch_spread, chain_strip, pairs_grid, reduce_scalars
 
 
 @pytest.fixture(scope="module")

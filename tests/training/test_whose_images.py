@@ -16,10 +16,12 @@ from training_runs import TINY, TINY_DECODER, TINY_FLOW, write_autoencoder, writ
 
 import evaluate_restoration
 from ecvae_diffusers.cards import evaluation_table
-from ecvae_training import decoder_arguments, ecvae_arguments, flow_arguments
-from ecvae_training.output import HASHES_FILE
-from ecvae_training.picture_files import trained_hashes, write_hashes
-from ecvae_training.session import run_script
+from ecvae_diffusers.training.arguments import decoder as decoder_arguments
+from ecvae_diffusers.training.arguments import flow as flow_arguments
+from ecvae_diffusers.training.arguments import vae as ecvae_arguments
+from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
+from ecvae_diffusers.training.run.folder import HASHES_FILE
+from ecvae_diffusers.training.run.session import run_script
 
 
 def call(script, parse_args, *arguments) -> None:

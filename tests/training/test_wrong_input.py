@@ -6,11 +6,13 @@ import json
 import pytest
 from training_runs import TINY, run, write_images
 
-from ecvae_training import decoder_arguments, ecvae_arguments, flow_arguments
-from ecvae_training.arguments import build_parser
-from ecvae_training.data import ImageDataset, load_images
-from ecvae_training.ecvae_arguments import parse_args
-from ecvae_training.output import (
+from ecvae_diffusers.training.arguments import decoder as decoder_arguments
+from ecvae_diffusers.training.arguments import flow as flow_arguments
+from ecvae_diffusers.training.arguments import vae as ecvae_arguments
+from ecvae_diffusers.training.arguments.common import build_parser
+from ecvae_diffusers.training.arguments.vae import parse_args
+from ecvae_diffusers.training.data.images import ImageDataset, load_images
+from ecvae_diffusers.training.run.folder import (
     STATE_FILES,
     RunLog,
     check_output_dir,

@@ -19,9 +19,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler  # noqa: E402
-from ecvae_training.digits import NUM_TRAIN, load_digits, measure, train_digit_features  # noqa: E402
-from ecvae_training.images import to_range, to_uint8  # noqa: E402
-from ecvae_training.output import image_grid  # noqa: E402
+from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits, measure, train_digit_features  # noqa: E402
+from ecvae_diffusers.training.data.ranges import to_range, to_uint8  # noqa: E402
+from ecvae_diffusers.training.run.folder import image_grid  # noqa: E402
 
 
 BATCH, LATENTS, NUM_SAMPLES = 64, 32, 10_000

@@ -1,0 +1,273 @@
+"""Restoration tasks, and what an answer to one is worth: PSNR, SSIM, feature distance, residual, honest uncertainty."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ecvae_diffusers import ECVAERestorationPipeline
+from ecvae_diffusers.metrics import GenerationMetrics, reconstruction_metrics
+from ecvae_diffusers.operators import (
+    Blur,
+    Colorization,
+    CompressedSensing,
+    Denoising,
+    Inpainting,
+    LinearOperator,
+    SuperResolution,
+    gaussian_kernel,
+)
+from ecvae_diffusers.training.data.ranges import to_uint8
+
+
+# Share of the pixels that "random_inpainting" observes.
+OBSERVED = 0.3
+# Of images in [-1, 1]: pixels that vary less over the test set, such as an empty border, are left out of the coverage.
+LEAST_VARIED = 0.05
+DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_std")
+# The answer's own share of a pixel's variance from which on the measurement leaves it open.
+LEFT_OPEN = 0.01
+
+
+def make_operator(name: str, image_shape: tuple[int, int, int]) -> LinearOperator:
+    """
+    The operator of a task, the same for the same shape.
+
+    Raises:
+        ValueError: if there is no such task, or none for such images.
+    """
+    channels, height, width = image_shape
+    generator = torch.Generator().manual_seed(0)
+    if name == "box_inpainting":
+        return Inpainting.box(height, width, height // 4, width // 4, height // 2, width // 2)
+    if name == "random_inpainting":
+        return Inpainting.random(height, width, OBSERVED, generator)
+    if name in ("super_resolution_x2", "super_resolution_x4"):
+        return SuperResolution(int(name[-1]))
+    if name == "deblurring":
+        return Blur(gaussian_kernel(min(height, width) / 16), "reflect")
+    if name == "denoising":
+        return Denoising()
+    if name == "compressed_sensing":
+        return CompressedSensing.hadamard(0.25, 8, generator)
+    if name == "colorization":
+        if channels != 3:
+            raise ValueError(f"--tasks colorization needs colour images, but these have {channels} channel(s).")
+        return Colorization()
+    raise ValueError(f"--tasks must be of {', '.join(TASKS)}, but holds {name!r}.")
+
+
+TASKS = (
+    "box_inpainting", "random_inpainting", "super_resolution_x2", "super_resolution_x4", "deblurring", "colorization",
+    "denoising", "compressed_sensing",
+)  # fmt: skip
+
+
+@dataclass
+class Task:
+    """
+    Images, what was measured of them, and its noise.
+
+    Args:
+        name (`str`): Of [`TASKS`].
+        clean (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1].
+        noise_std (`float`): sigma, of each entry of a measurement.
+        seed (`int`, *optional*, defaults to 0): Of the noise.
+    """
+
+    name: str
+    clean: torch.Tensor
+    noise_std: float
+    seed: int = 0
+
+    def __post_init__(self):
+        self.operator = make_operator(self.name, tuple(self.clean.shape[1:]))
+        self.measured = self.operator.A(self.clean)
+        noise = torch.randn(self.measured.shape, generator=torch.Generator().manual_seed(self.seed))
+        self.measured = self.measured + self.noise_std * noise
+
+    def linear_answers(self) -> dict[str, torch.Tensor]:
+        """
+        What linear algebra alone gives: A^+ y, and with noise also A_s y with the best damping for images of independent
+        pixels around 0, sigma^2 over the mean square of the clean ones.
+        """
+        answers = {"A^+ y": self.operator.A_dagger(self.measured)}
+        if self.noise_std > 0:
+            damping = self.noise_std**2 / self.clean.square().mean().item()
+            answers["A_s y"] = self.operator.A_dagger(self.measured, damping)
+        return {name: images.clamp(-1, 1) for name, images in answers.items()}
+
+    def shown(self) -> torch.Tensor:
+        """The measurement as a picture of the image's size; what is none is shown as its adjoint."""
+        size = tuple(self.clean.shape[2:])
+        picture = self.measured
+        if picture.ndim != 4 or picture.shape[1] not in (1, self.clean.shape[1]) or self.name == "compressed_sensing":
+            picture = self.operator.A_adjoint(self.measured)
+        return F.interpolate(picture, size, mode="nearest").expand(-1, self.clean.shape[1], -1, -1).clamp(-1, 1)
+
+
+@dataclass
+class Answers:
+    """
+    What a method makes of all measurements of a task, in [-1, 1].
+
+    Args:
+        single (`torch.Tensor` of shape `(N, C, H, W)`): The first answer to each.
+        mean (`torch.Tensor` of shape `(N, C, H, W)`): The mean of its answers.
+        std (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Standard deviation of each pixel.
+        residual (`float`, *optional*): ||A x - y|| an entry of y, root mean square over single answers.
+        residual_of_mean (`float`, *optional*): The same of `mean`; both of float images, before they are clamped.
+        largest_relative_residual (`float`, *optional*): Of any single answer, as a float image.
+        num_network_calls (`int`, *optional*): An answer.
+        seconds (`float`, *optional*): An image, all its answers.
+    """
+
+    single: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor | None = None
+    residual: float | None = None
+    residual_of_mean: float | None = None
+    largest_relative_residual: float | None = None
+    num_network_calls: int | None = None
+    seconds: float | None = None
+
+
+def restore(
+    pipeline: ECVAERestorationPipeline, task: Task, num_restorations: int, batch_size: int, seed: int, **kwargs
+) -> Answers:
+    """The pipeline's answers to all measurements; `kwargs` are its own arguments."""
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    outputs, squares, mean_squares, worst = [], 0.0, 0.0, 0.0
+    for y in task.measured.split(batch_size):
+        output = pipeline(
+            y,
+            operator=task.operator,
+            noise_std=task.noise_std,
+            num_restorations=num_restorations,
+            generator=generator,
+            output_type="pt",
+            **kwargs,
+        )
+        residual = output.residual.view(-1, num_restorations)[:, 0].cpu()
+        squares += (residual * y.flatten(1).norm(dim=1)).square().sum().item()
+        mean_squares += (output.residual_mean.cpu() * y.flatten(1).norm(dim=1)).square().sum().item()
+        worst = max(worst, output.residual.max().item())
+        outputs.append((output.images[::num_restorations], output.mean, output.std))
+    single, mean, std = (torch.cat(part).cpu() for part in zip(*outputs))
+    mean = mean * 2 - 1
+    return Answers(
+        single=single * 2 - 1,
+        mean=mean,
+        std=2 * std,
+        residual=(squares / task.measured.numel()) ** 0.5,
+        residual_of_mean=(mean_squares / task.measured.numel()) ** 0.5,
+        largest_relative_residual=worst,
+        num_network_calls=output.num_network_calls,
+        seconds=(time.perf_counter() - started) / len(task.clean),
+    )
+
+
+def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) -> dict[str, float | None]:
+    """
+    Args:
+        metrics ([`GenerationMetrics`], *optional*):
+            That has seen the clean images as real ones. `None` where there are too few of them to compare as sets.
+
+    Returns:
+        `dict` with PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the mean, the
+        distances between single answers and the clean images over the metrics' features (`None` where there is none), and what
+        else `answers` holds.
+    """
+    of_mean, of_single = (
+        reconstruction_metrics((images + 1) / 2, (task.clean + 1) / 2) for images in (answers.mean, answers.single)
+    )
+    distances = dict.fromkeys(DISTANCES)
+    if metrics is not None:
+        for images in to_uint8(answers.single).split(250):
+            metrics.update(images, real=False)
+        distances = metrics.compute()
+        metrics.reset(keep_real=True)
+    found = {
+        "psnr": of_mean["psnr"].mean().item(),
+        "psnr_single": of_single["psnr"].mean().item(),
+        "ssim": of_mean["ssim"].mean().item(),
+        **{name: distances[name] for name in DISTANCES},
+    }
+    names = ("residual", "residual_of_mean", "largest_relative_residual", "num_network_calls", "seconds")
+    found |= {name: getattr(answers, name) for name in names if getattr(answers, name) is not None}
+    if answers.std is not None and unknown_pixels(task).any():
+        found["coverage"] = coverage(task, answers, (2.0,))[0]
+    return found
+
+
+def unknown_pixels(task: Task) -> torch.Tensor:
+    """(C, H, W): those that vary over the clean images and that the measurement leaves open."""
+    varied = task.clean.std(dim=0, correction=0) > LEAST_VARIED
+    signs = torch.randint(2, (64, *task.clean.shape[1:]), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    # The diagonal of I - A^+ A: 1 where nothing was measured, 0 where all was.
+    left_open = (signs * (signs - task.operator.A_dagger(task.operator.A(signs)))).mean(0)
+    unknown = varied & (left_open > LEFT_OPEN)
+    # Where all pixels were measured, with noise, it is the noise that leaves them open.
+    return unknown if task.noise_std == 0 or unknown.any() else varied
+
+
+def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[float]:
+    """The share of unknown pixels, of which there must be some, whose true error lies within so many standard deviations."""
+    unknown = unknown_pixels(task)
+    error, std = (answers.mean - task.clean).abs()[:, unknown], answers.std[:, unknown]
+    return [(error <= factor * std).float().mean().item() for factor in factors]
+
+
+def classical(task: Task) -> tuple[str, Answers] | None:
+    """
+    What scikit-image has for a task, of its best setting: TV's weight and Wiener's balance are chosen for the highest PSNR
+    on these very images. `None` for tasks that it has nothing for.
+    """
+    import numpy as np
+    from skimage.restoration import denoise_tv_chambolle, inpaint_biharmonic, wiener
+    from skimage.transform import resize
+
+    def each(images: torch.Tensor, function: Callable) -> torch.Tensor:
+        arrays = images.permute(0, 2, 3, 1).double().numpy()
+        restored = np.stack([function(array) for array in arrays])
+        return torch.from_numpy(restored).permute(0, 3, 1, 2).float().clamp(-1, 1)
+
+    def best(candidates: list[torch.Tensor]) -> torch.Tensor:
+        return min(candidates, key=lambda images: (images - task.clean).square().flatten(1).mean(1).log().mean())
+
+    def denoised(images: torch.Tensor) -> torch.Tensor:
+        if task.noise_std == 0:
+            return images
+        weights = (0.01, 0.02, 0.05, 0.1, 0.2)
+        smoothed = [each(images, lambda a: denoise_tv_chambolle(a, weight=w, channel_axis=-1)) for w in weights]
+        return best([images, *smoothed])
+
+    if task.name.endswith("inpainting"):
+        missing = (~task.operator.mask).expand(task.clean.shape[2:]).numpy()
+        name, images = "biharmonic", each(task.measured, lambda a: inpaint_biharmonic(a, missing, channel_axis=-1))
+    elif task.name.startswith("super_resolution"):
+        size = tuple(task.clean.shape[2:])
+        name, images = "bicubic", each(task.measured, lambda a: resize(a, size, order=3, mode="edge"))
+    elif task.name == "deblurring":
+        psf = task.operator.kernel.numpy()
+        balances = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+        def deblurred(balance: float) -> torch.Tensor:
+            channels = [lambda a, c=c: wiener(a[..., c], psf, balance, clip=False) for c in range(task.clean.shape[1])]
+            return each(task.measured, lambda a: np.stack([channel(a) for channel in channels], axis=-1))
+
+        return "Wiener", as_answers(best([deblurred(balance) for balance in balances]))
+    elif task.name == "denoising":
+        name, images = "", task.measured.clamp(-1, 1)
+    else:
+        return None
+    if task.noise_std == 0:
+        return (name, as_answers(images)) if name else None
+    return " + ".join(part for part in (name, "TV") if part), as_answers(denoised(images))
+
+
+def as_answers(images: torch.Tensor) -> Answers:
+    return Answers(single=images, mean=images)

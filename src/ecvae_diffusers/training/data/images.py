@@ -1,0 +1,367 @@
+"""Images for training, through `datasets`: checked and decoded once, before any training, and kept as uint8."""
+
+import io
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+import torch
+from tqdm import tqdm
+
+from ecvae_diffusers.pipelines.inputs import GRAY_MODES, check_mode, read_picture
+from ecvae_diffusers.training.data.files import Pictures, content_hash, find_images, local_data_files
+
+
+# Above this, images are decoded again at each use instead of being kept.
+MAX_CACHED_BYTES = 4 * 2**30
+
+
+def load_images(
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    image_column: str | None,
+    cache_dir: str | None,
+    max_train_samples: int | None,
+) -> Pictures:
+    """
+    Open the pictures to train on: those of a folder, or the train split of a data set, undecoded.
+
+    Raises:
+        ImportError: if `datasets`, which a data set needs, is not installed.
+        ValueError: if the folder does not exist or holds no image, the data set can't be loaded, or the column is not
+            one of images.
+    """
+    if train_data_dir is not None:
+        pictures = open_folder(train_data_dir, "train_data_dir")
+    else:
+        dataset = load_split(dataset_name, dataset_config_name, cache_dir)
+        column = find_image_column(dataset.features, dataset_name, image_column)
+        pictures = column_of_images(dataset, column, dataset_name)
+    if max_train_samples is not None:
+        pictures = pictures.select(list(range(min(max_train_samples, len(pictures)))))
+    return pictures
+
+
+def open_folder(folder: str, argument: str) -> Pictures:
+    """The undecoded pictures of a folder. Raises `ValueError`, naming the command line's `argument`, if it holds none."""
+    files = find_images(folder, argument)
+    if not files:
+        why = f": left out are {'; '.join(files.left_out)}" if files.left_out else ""
+        raise ValueError(f"--{argument} must hold images, but {folder!r} holds none{why}.")
+    return Pictures(files, files.left_out)
+
+
+def column_of_images(dataset, column: str, dataset_name: str) -> Pictures:
+    """The undecoded pictures of a split: so a broken one can be named, and a header read without decoding the rest."""
+    datasets = import_datasets()
+    dataset = dataset.select_columns([column])
+    if column != "image":
+        dataset = dataset.rename_column(column, "image")
+    return Pictures(dataset.cast_column("image", datasets.Image(decode=False)), local_data_files(dataset_name)[1])
+
+
+def import_datasets():
+    """The package `datasets`. Raises `ImportError`, saying what to install, without it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Training needs the package `datasets`: pip install 'ecvae-diffusers[training]'.") from error
+    return datasets
+
+
+def load_split(
+    dataset_name: str,
+    dataset_config_name: str | None,
+    cache_dir: str | None,
+    split: str = "train",
+    streaming: bool = False,
+    argument: str = "dataset_name",
+):
+    """A split of a data set. Raises `ValueError` if it can't be loaded, naming the command line's `argument`."""
+    datasets = import_datasets()
+    try:
+        return datasets.load_dataset(
+            dataset_name,
+            dataset_config_name,
+            data_files=local_data_files(dataset_name)[0],
+            cache_dir=cache_dir,
+            split=split,
+            streaming=streaming,
+        )
+    except Exception as error:  # each format has its own ways to fail
+        # `datasets` says of some errors only where they happened.
+        reason = str(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"--{argument} {dataset_name!r}, split {split!r}, can't be loaded: {reason}") from error
+
+
+def find_image_column(features, dataset_name: str, image_column: str | None) -> str:
+    """`image_column`, or the only column of images. Raises `ValueError` if it is not one of images, or not the only."""
+    datasets = import_datasets()
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if image_column is not None and image_column not in columns:
+        raise ValueError(f"--image_column must be one of {columns} in {dataset_name!r}, but is {image_column!r}.")
+    if image_column is None and len(columns) != 1:
+        raise ValueError(f"{dataset_name!r} has the image columns {columns}: choose one with --image_column.")
+    return image_column or columns[0]
+
+
+def to_size(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
+    """Resize the shorter side to `resolution` (bicubic, antialiased), and crop the center."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def open_image(source: dict | None) -> PIL.Image.Image:
+    """
+    Read the header of an undecoded image: what a column `Image(decode=False)` gives.
+
+    Raises:
+        ValueError: if there is no image, or its pixels have no agreed range.
+        Exception: of a class of Pillow's choice, if the header can't be read.
+    """
+    if source is None:
+        raise ValueError("there is none")
+    try:
+        image = PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
+    except PIL.UnidentifiedImageError:
+        raise ValueError("cannot identify image file") from None  # Pillow adds where the bytes lie in memory
+    check_mode(image)
+    return image
+
+
+def decode_image(source: dict | None, channels: int, resolution: int) -> torch.Tensor:
+    """An undecoded image as uint8 (C, H, W), upright, resized and cropped. Raises what `open_image` raises."""
+    with open_image(source) as image:
+        return to_tensor(image, channels, resolution)
+
+
+def to_tensor(image: PIL.Image.Image, channels: int, resolution: int) -> torch.Tensor:
+    """An opened image as uint8 (C, H, W), upright, resized and cropped."""
+    array = np.array(to_size(read_picture(image, channels), resolution))
+    return torch.from_numpy(array).view(resolution, resolution, channels).permute(2, 0, 1)
+
+
+class BrokenImage(ValueError):
+    """An image that could be read before. One line, also from a worker of a `DataLoader`, which puts a traceback before it."""
+
+    def __init__(self, message: str):
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+
+
+class CheckedPictures:
+    """
+    Pictures of which each was opened and decoded once, and what that has found.
+
+    Args:
+        pictures ([`Pictures`]): The pictures.
+        skip_broken (`bool`, *optional*, defaults to `False`):
+            Leave out pictures that can't be read. Otherwise they are refused.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
+        keep (`Callable`, *optional*): Called with each picture that can be read, decoded, in their order.
+
+    Attributes:
+        pictures ([`Pictures`]): Those that can be read.
+        skipped (`str`, *optional*): Which can't, in words.
+        sizes (`Counter`): How many there are of each (width, height), upright.
+        num_gray, num_transparent (`int`): How many have no colour, and how many have transparency.
+        num_frames (`int`): Further frames and pages, and in `num_animated` of how many files: only the first one is read.
+        hashes (`list[bytes]`): What each shows, see [`content_hash`].
+
+    Raises:
+        ValueError: if a picture can't be read (or, with `skip_broken`, none can); the message names the first ones and
+            counts all.
+    """
+
+    def __init__(
+        self,
+        pictures,
+        skip_broken: bool = False,
+        progress: bool = True,
+        keep: Callable[[PIL.Image.Image], None] | None = None,
+    ):
+        self.skipped, self.sizes, self.hashes = None, Counter(), []
+        self.num_gray = self.num_transparent = self.num_frames = self.num_animated = 0
+        whole, broken = [], []
+        for i in tqdm(range(len(pictures)), desc="Checking images", disable=not progress):
+            try:
+                with open_image(pictures[i]["image"]) as image:
+                    further = getattr(image, "n_frames", 1) - 1  # which seeks: later it would have to be decoded again
+                    image.load()
+                    shown = read_picture(image, 3)
+                    if keep is not None:
+                        keep(image)
+                    whole.append(i)
+                    self.hashes.append(content_hash(shown))
+                    self.sizes[shown.size] += 1
+                    self.num_gray += image.mode in GRAY_MODES
+                    self.num_transparent += image.has_transparency_data
+                    self.num_frames, self.num_animated = self.num_frames + further, self.num_animated + (further > 0)
+            except Exception as error:  # PIL raises a different class for nearly every kind of damage
+                broken.append(f"{name_of(pictures, i)} ({error})")
+        if broken:
+            self.skipped = (
+                f"{len(broken)} of {len(pictures)} images can't be read, among them: {'; '.join(broken[:3])}."
+            )
+            if not (skip_broken and whole):
+                raise ValueError(self.skipped)
+            pictures = pictures.select(whole)
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def channels(self) -> int:
+        """1 where every picture is gray, else 3."""
+        return 1 if self.num_gray == len(self) else 3
+
+    def left_out(self) -> str | None:
+        """What is not among the images, and why, in words."""
+        parts = list(self.pictures.left_out)
+        if self.num_frames:
+            parts.insert(0, f"{self.num_frames} further frame(s) or page(s) of {self.num_animated} file(s)")
+        if self.skipped is not None:
+            parts.insert(0, self.skipped.rstrip("."))
+        return "; ".join(parts) or None
+
+    def converted(self, channels: int) -> str | None:
+        """What becomes of pictures of other channels than are asked for, in words."""
+        parts, total = [], len(self)
+        if channels == 1 and self.num_gray < total:
+            parts.append(f"{total - self.num_gray} of {total} are in colour and become gray")
+        if channels > 1 and self.num_gray > 0:
+            parts.append(f"{self.num_gray} of {total} are gray and become RGB")
+        if channels < 4 and self.num_transparent > 0:
+            parts.append(f"{self.num_transparent} of {total} are transparent and laid on white")
+        return "; ".join(parts) or None
+
+    def describe(self, channels: int) -> str:
+        """Sizes, what becomes of other channels than are asked for, and what was left out, in words."""
+        left_out = self.left_out()
+        parts = [self.describe_sizes(), self.converted(channels), left_out and f"left out: {left_out}"]
+        return "; ".join(filter(None, parts))
+
+    def describe_sizes(self) -> str:
+        """The sizes, in words."""
+        if len(self.sizes) <= 3:
+            return ", ".join(f"{count} of {w}x{h}" for (w, h), count in self.sizes.most_common())
+        (least_w, least_h), (most_w, most_h) = (pick(self.sizes, key=lambda s: s[0] * s[1]) for pick in (min, max))
+        return f"{len(self.sizes)} sizes from {least_w}x{least_h} to {most_w}x{most_h}"
+
+
+def hashes_of(pictures: Pictures) -> list[bytes]:
+    """The hashes of those pictures that can be read, see [`content_hash`]."""
+    found = []
+    for i in range(len(pictures)):
+        try:
+            with open_image(pictures[i]["image"]) as image:
+                found.append(content_hash(read_picture(image, 3)))
+        except Exception:  # PIL raises a different class for nearly every kind of damage
+            continue
+    return found
+
+
+def name_of(pictures, i: int) -> str:
+    return (pictures[i]["image"] or {}).get("path") or f"image {i}"
+
+
+class ImageCache:
+    """
+    Images as uint8 (N, C, H, W), one after the other: gray ones for as long as all are, unless `in_channels` says otherwise.
+
+    Args:
+        count (`int`): The most images that come.
+        resolution (`int`): Height and width.
+        in_channels (`int`, *optional*): 1, 3 or 4.
+    """
+
+    def __init__(self, count: int, resolution: int, in_channels: int | None):
+        self.most, self.resolution, self.in_channels, self.count = count, resolution, in_channels, 0
+        self.images = self.empty(in_channels or 1)
+
+    def empty(self, channels: int) -> torch.Tensor | None:
+        """Return room for all images, `None` if that is more than `MAX_CACHED_BYTES`."""
+        shape = (self.most, channels, self.resolution, self.resolution)
+        return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MAX_CACHED_BYTES else None
+
+    def add(self, image: PIL.Image.Image) -> None:
+        if self.images is None:
+            return
+        if self.in_channels is None and self.images.shape[1] == 1 and image.mode not in GRAY_MODES:
+            gray, self.images = self.images[: self.count], self.empty(3)
+            if self.images is None:
+                return
+            self.images[: self.count] = gray
+        self.images[self.count] = to_tensor(image, self.images.shape[1], self.resolution)
+        self.count += 1
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """
+    Images as uint8 tensors (C, H, W), each opened and checked at construction.
+
+    Args:
+        pictures ([`Pictures`] or [`CheckedPictures`]): What [`load_images`] gives, or what was made of it.
+        resolution (`int`): Height and width.
+        in_channels (`int`, *optional*): 1, 3 or 4; if not given 1 where every image is gray, else 3.
+        skip_broken (`bool`, *optional*, defaults to `False`): As for [`CheckedPictures`].
+        progress (`bool`, *optional*, defaults to `True`): Whether to show bars.
+
+    Attributes:
+        checked ([`CheckedPictures`]): What a look at each picture has found.
+
+    Raises:
+        ValueError: as [`CheckedPictures`].
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures | CheckedPictures,
+        resolution: int,
+        in_channels: int | None = None,
+        skip_broken: bool = False,
+        progress: bool = True,
+    ):
+        is_checked = isinstance(pictures, CheckedPictures)
+        cache = ImageCache(
+            len(pictures), resolution, (in_channels or pictures.channels) if is_checked else in_channels
+        )
+        # What is looked at for the first time is kept as it is decoded.
+        self.checked = pictures if is_checked else CheckedPictures(pictures, skip_broken, progress, cache.add)
+        self.pictures, self.skipped = self.checked.pictures, self.checked.skipped
+        self.resolution = resolution
+        self.channels = in_channels or self.checked.channels
+        if is_checked and cache.images is not None:
+            for i in tqdm(range(len(self)), desc="Decoding images", disable=not progress):
+                with open_image(self.pictures[i]["image"]) as image:
+                    cache.add(image)
+        self.cache = cache.images[: cache.count] if cache.images is not None else None
+
+    def decode(self, i: int) -> torch.Tensor:
+        try:
+            return decode_image(self.pictures[i]["image"], self.channels, self.resolution)
+        except Exception as error:  # PIL raises a different class for nearly every kind of damage
+            raise BrokenImage(f"{name_of(self.pictures, i)} can't be read any more: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.cache[i] if self.cache is not None else self.decode(i)
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        """A batch at once: indexing the cache is far cheaper than stacking its items."""
+        if self.cache is not None:
+            return self.cache[torch.tensor(indices)]
+        return torch.stack([self.decode(i) for i in indices])
+
+
+def collate(batch: torch.Tensor) -> torch.Tensor:
+    return batch

@@ -1,0 +1,176 @@
+"""Calibration of the encoder's samples in a step of training: the equations are in `ecvae_diffusers.posterior`."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, LangevinScheduler
+from ecvae_diffusers.calibration import CalibrationOutput
+from ecvae_diffusers.energy import frozen
+from ecvae_diffusers.models.autoencoder_ec import AutoencoderECOutput
+from ecvae_diffusers.posterior import (
+    PosteriorEnergy,
+    coupled_ends,
+    generated_images,
+    negative_log_posterior,
+    posterior_chain,
+    stationary_constraint,
+)
+from ecvae_diffusers.training.randomness import StepNoise
+
+
+@dataclass
+class Refined:
+    """
+    Args:
+        energy ([`PosteriorEnergy`]): U of a batch of b images, and of as many generated ones behind them, if there are: B is b or 2b.
+        noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0.
+        ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents: the encoder's targets.
+        reference (`torch.Tensor` of shape `(B, d, 1, 1)`): The same chains' ends were q the posterior.
+        generated (`torch.Tensor` of shape `(b, C, H, W)`, *optional*): The generated images.
+        latents (`torch.Tensor` of shape `(b, d, 1, 1)`, *optional*): Where those of data are after further steps, not whitened:
+            what the decoder learns from, if it does.
+    """
+
+    energy: PosteriorEnergy
+    noise: torch.Tensor
+    ends: torch.Tensor
+    reference: torch.Tensor
+    generated: torch.Tensor | None
+    latents: torch.Tensor | None
+
+
+class PosteriorCalibration:
+    """
+    Args:
+        args: The command line.
+        vae ([`AutoencoderEC`]): Whose posterior it is; not wrapped.
+    """
+
+    def __init__(self, args, vae: AutoencoderEC):
+        self.args, self.vae = args, vae
+        scheduler, self.remainder = self.chain(args.kl_weight)
+        tolerance = self.remainder if args.posterior_tolerance == "auto" else args.posterior_tolerance
+        self.calibrator = EnergyCalibrator(
+            None,
+            scheduler,
+            tolerance=tolerance,
+            initial_dual=args.initial_posterior_dual,
+            dual_learning_rate=args.dual_learning_rate,
+            max_dual=args.max_posterior_dual,
+        )
+        # The mean of the constraint over the batches of a step.
+        self.constraint: torch.Tensor | None = None
+        self.num_batches = 0
+
+    def chain(self, kl_weight: float) -> tuple[LangevinScheduler, float]:
+        """
+        The chain at a step's beta, and what it leaves of the constraint where q is the posterior. The likelihood is the sharper
+        the smaller beta is, and a whole step would lead far beyond it: while beta warms up, a does too.
+        """
+        args = self.args
+        drift_step = args.posterior_drift_step * (kl_weight / args.kl_weight)
+        scheduler = posterior_chain(args.posterior_langevin_steps, drift_step, args.posterior_conditioning_weight)
+        return scheduler, stationary_constraint(scheduler, self.vae.config.latent_channels, args.posterior_constraint)
+
+    def refine(
+        self,
+        real: torch.Tensor,
+        posterior_noise: torch.Tensor,
+        noise: StepNoise,
+        kl_weight: float,
+        accelerator: Accelerator,
+    ) -> Refined:
+        """
+        Run the chain on images' posteriors, without gradients to a network: before the wrapped pass, in which the latents for the
+        decoder are decoded.
+
+        Args:
+            real (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
+            posterior_noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, the draws that the wrapped pass samples with.
+            noise ([`StepNoise`]): Draws the chain's noise.
+            kl_weight (`float`): beta as the loss has it at this step, above 0: half of it is the likelihood's variance.
+        """
+        scheduler, self.remainder = self.chain(kl_weight)
+        self.calibrator.scheduler = scheduler
+        # With a pull there may be no such bound at this step size, though there is one at the whole.
+        if self.args.posterior_tolerance == "auto" and self.remainder > 0:
+            self.calibrator.tolerance = self.remainder
+        variance, count, latents = kl_weight / 2, len(real), None
+        with frozen(self.vae), accelerator.autocast():
+            posterior, generated = self.posteriors(real, noise)
+            images, num_parts = (real, 1) if generated is None else (torch.cat([real, generated]), 2)
+
+            def normal(num_parts: int) -> list[torch.Tensor]:
+                # For data and generated images apart: each process takes its share of either.
+                return [noise.normal(*posterior_noise.shape) for _ in range(num_parts)]
+
+            start = torch.cat([posterior_noise, *normal(num_parts - 1)])
+            draws = [torch.cat(normal(num_parts)) for _ in range(len(scheduler))]
+            energy = PosteriorEnergy(self.decode, images, posterior, variance)
+            ends = self.calibrator.run_chain(start, noise=draws, energy_model=energy)
+            if self.args.posterior_decoder_weight > 0:
+                of_data = DiagonalGaussianDistribution(posterior.parameters[:count])
+                latents = self.decoder_latents(
+                    PosteriorEnergy(self.decode, real, of_data, variance), ends[:count], kl_weight, noise
+                )
+        return Refined(energy, start, ends, coupled_ends(scheduler, start, draws), generated, latents)
+
+    @torch.no_grad()
+    def posteriors(
+        self, real: torch.Tensor, noise: StepNoise
+    ) -> tuple[DiagonalGaussianDistribution, torch.Tensor | None]:
+        """q(z|x) of images and, behind them, of as many that the model makes of its own; and these, if there are."""
+        posterior = self.vae.encode(real).latent_dist
+        if not self.args.posterior_generated_images:
+            return posterior, None
+        own, prior = (noise.normal(*posterior.mean.shape) for _ in range(2))
+        generated = generated_images(real, posterior, self.decode, own, prior)
+        moments = [posterior.parameters, self.vae.encode(generated).latent_dist.parameters]
+        return DiagonalGaussianDistribution(torch.cat(moments)), generated
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latents).sample
+
+    def decoder_latents(
+        self, energy: PosteriorEnergy, ends: torch.Tensor, kl_weight: float, noise: StepNoise
+    ) -> torch.Tensor:
+        """
+        Where further steps lead. A few small steps give the encoder the gradient of its bound with little noise, but lead
+        nowhere; larger ones lead to the posterior, and their noise would drown what the encoder is to hear.
+        """
+        args = self.args
+        if args.posterior_decoder_langevin_steps > 0:
+            drift_step = args.posterior_decoder_drift_step * (kl_weight / args.kl_weight)
+            chain = posterior_chain(args.posterior_decoder_langevin_steps, drift_step)
+            draws = [noise.normal(*ends.shape) for _ in range(len(chain))]
+            ends = EnergyCalibrator(None, chain).run_chain(ends, noise=draws, energy_model=energy)
+        return energy.unwhiten(ends)
+
+    def constrain(self, output: AutoencoderECOutput, refined: Refined) -> CalibrationOutput:
+        """The calibration of q(z|x) with gradients, that of generated images too, by the ends of its chain."""
+        energy, distance, posterior = refined.energy, None, output.latent_dist
+        if refined.generated is not None:
+            parts = [posterior.parameters, output.extra_latent_dist.parameters]
+            posterior = DiagonalGaussianDistribution(torch.cat(parts))
+        samples = energy.whiten(posterior.mean.float() + posterior.std.float() * refined.noise)
+        if self.args.posterior_constraint == "log_prob":
+            distance = negative_log_posterior(posterior, energy, refined.reference, self.remainder)
+        calibration = self.calibrator.constrain(samples, refined.ends, distance=distance)
+        self.constraint = calibration.constraint + (0.0 if self.constraint is None else self.constraint)
+        self.num_batches += 1
+        return calibration
+
+    def end_step(self, accelerator: Accelerator) -> None:
+        """The dual variable, one number for all processes, on the constraint of the whole step."""
+        self.calibrator.dual_step(accelerator.reduce(self.constraint / self.num_batches, reduction="mean"))
+        self.constraint, self.num_batches = None, 0
+
+    def state_dict(self) -> dict:
+        return self.calibrator.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.calibrator.load_state_dict(state_dict)
+        self.constraint, self.num_batches = None, 0

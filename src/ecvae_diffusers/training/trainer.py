@@ -1,0 +1,425 @@
+"""The training loop: calibrated learning of any generator, and everything that a run of days needs around it.
+
+What is learned is the `Task`'s business: the generator's own loss, how it makes images, and which pipeline it becomes.
+"""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
+from ecvae_diffusers.training.data.feeds import DecodedFeed, StreamFeed
+from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.optimization import build_trained, clip_gradients
+from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
+from ecvae_diffusers.training.run.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
+from ecvae_diffusers.training.run.folder import (
+    BEST_FOLDER,
+    EVALUATIONS_FILE,
+    HASHES_FILE,
+    METRICS_FILE,
+    RunLog,
+    check_resumed_launch,
+    checkpoint_step,
+    clear_run,
+    cut_run,
+    remove_leftovers,
+    remove_old_checkpoints,
+    write_arguments,
+)
+from ecvae_diffusers.training.run.guard import is_calibrating, is_calibration_off
+from ecvae_diffusers.training.run.observation import (
+    NUM_ENERGIES,
+    Observer,
+    batch_spread,
+    crop_at_random,
+    flip_at_random,
+    moments,
+    peak_memory,
+    reduce_scalars,
+)
+from ecvae_diffusers.training.run.progress import progress
+from ecvae_diffusers.training.run.recovery import Recovery, record_event
+from ecvae_diffusers.training.run.signals import StopSignal
+from ecvae_diffusers.training.run.stopwatch import Stopwatch
+from ecvae_diffusers.training.tasks.base import Task
+from ecvae_diffusers.training.tasks.networks import build_calibrator, moving_average
+
+
+logger = get_logger(__name__)
+
+# Steps of the first pictures, in addition to every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
+FIRST_PICTURES = (1, 10, 100)
+
+
+class Stopped(Exception):
+    """The run has ended before its last step, with what it had saved; the message says why and what to do."""
+
+
+class Trainer:
+    """
+    Args:
+        args: The command line.
+        accelerator ([`Accelerator`]): From `build_accelerator`.
+        feed: From `build_feed`.
+        task ([`Task`]): What is trained.
+        num_steps (`int`): The last step.
+    """
+
+    def __init__(self, args, accelerator: Accelerator, feed: DecodedFeed | StreamFeed, task: Task, num_steps: int):
+        self.args, self.accelerator, self.feed, self.task, self.num_steps = args, accelerator, feed, task, num_steps
+        self.output_dir = Path(args.output_dir)
+        self.step = 0
+        self.images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.calibrator = self.energy = self.ema = None
+        for network in (task.generator, task.energy_model):
+            if network is not None and args.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+            # bitsandbytes would lay parameters out contiguously again, at the first step.
+            if network is not None and not args.use_8bit_adam:
+                network.to(memory_format=torch.channels_last)
+        # Before `prepare`, so that its modules carry no wrapper into the saved average.
+        if args.use_ema:
+            self.ema = moving_average(task.generator, args.ema_max_decay).to(accelerator.device)
+        self.generator = build_trained(
+            args, accelerator, task.generator, args.learning_rate, (args.adam_beta1, args.adam_beta2), num_steps
+        )
+        if task.energy_model is not None:
+            self.energy = build_trained(
+                args, accelerator, task.energy_model, args.energy_learning_rate,
+                (args.energy_adam_beta1, args.energy_adam_beta2), num_steps,
+            )  # fmt: skip
+            self.calibrator = build_calibrator(args, task.energy_model)
+        task.prepare(accelerator)
+        own = {"ema": self.ema, "calibrator": self.calibrator, "task": task.state}
+        self.recovery = Recovery(args, accelerator, self.generator, self.energy, own)
+        self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
+        metric = self.evaluation.metric if self.evaluation is not None else args.early_stopping_metric
+        self.patience = Patience(metric, args.early_stopping_patience)
+        self.stopwatch = Stopwatch()
+        resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)
+        accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
+
+    @property
+    def launch(self) -> dict:
+        """What a run that is gone on with must have in common with what it was, beside its arguments."""
+        return {
+            "images_per_step": self.images_per_step,
+            "num_images": self.feed.num_images,
+            "channels": self.feed.channels,
+            "hash_of_images": self.feed.data_hash,
+            "mixed_precision": self.accelerator.mixed_precision,
+            **self.task.launch(),
+        }
+
+    @property
+    def exported(self) -> torch.nn.Module:
+        """The generator that is saved and sampled from: the average, where there is one."""
+        return self.ema.module if self.ema is not None else self.task.generator
+
+    def build_pipeline(self) -> DiffusionPipeline:
+        scheduler = self.calibrator.adapted_scheduler() if self.calibrator is not None else None
+        pipeline = self.task.build_pipeline(self.exported, self.task.energy_model, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def train(self, checkpoint: Path | None) -> None:
+        """
+        Train to the last step, from a checkpoint or from the start, and save the pipeline.
+
+        Raises:
+            Stopped: if a signal, the guard or early stopping ended it before.
+        """
+        self.start(checkpoint)
+        batches = self.new_batches()
+        main_process, args = self.accelerator.is_main_process, self.args
+        self.progress = tqdm(
+            total=self.num_steps, initial=self.step, desc="Training", disable=not main_process, mininterval=1.0
+        )
+        self.stopwatch.start()
+        self.started, self.started_step = self.stopwatch.seconds, self.step
+        with StopSignal() as stop, self.progress:
+            while self.step < self.num_steps and not self.patience.is_over:
+                scalars = self.train_step(batches)
+                self.step += 1
+                last = self.step == self.num_steps
+                if self.step % args.log_steps == 0 or last:
+                    alarms = self.log(scalars)
+                    if alarms:
+                        self.roll_back(alarms)
+                        batches = self.new_batches()
+                        continue
+                    self.recovery.keep_healthy(self.step)
+                stopped = stop.agreed(self.accelerator, self.step)
+                evaluate = self.evaluation is not None and (self.step % args.evaluation_steps == 0 or last)
+                save = self.step % args.checkpointing_steps == 0 or (stopped and not last)
+                # Nothing is kept of a state that is not finite, whether or not this step is logged.
+                if (evaluate or save) and (alarms := self.recovery.check_finite(self.step, self.all_peaks())):
+                    self.roll_back(alarms)
+                    batches = self.new_batches()
+                    continue
+                with self.stopwatch.paused():
+                    full = self.step % args.save_images_steps == 0 or last
+                    if main_process and (full or self.step in FIRST_PICTURES):
+                        self.observer.observe(
+                            self.step, self.exported, self.task.generator, self.calibrator, energies=full
+                        )
+                    if evaluate:
+                        self.evaluate()
+                    if save:
+                        self.save_checkpoint()
+                if stopped and not last:
+                    raise Stopped(
+                        f"stopped at step {self.step} of {self.num_steps}, which checkpoint-{self.step} holds: go on "
+                        "with --resume_from_checkpoint latest."
+                    )
+                if self.patience.is_over and not last:
+                    record_event(
+                        self.accelerator,
+                        self.output_dir,
+                        self.step,
+                        "early_stopping",
+                        self.patience.outcome,
+                    )
+                if not last:
+                    self.progress.update()
+            self.save()
+            # Not before: at 100% nothing is left to wait for.
+            self.progress.update(self.step - self.progress.n)
+
+    def start(self, checkpoint: Path | None) -> None:
+        """Load the checkpoint, if there is one, and bring the output folder to its step."""
+        args, output_dir = self.args, self.output_dir
+        if checkpoint is not None:
+            check_resumed_launch(output_dir, self.launch)
+            load_checkpoint(self.accelerator, checkpoint)
+            self.step = checkpoint_step(checkpoint)
+            logger.info(f"Resuming from {checkpoint.name}.")
+            if self.step >= self.num_steps:
+                logger.info(f"{checkpoint.name} is at the end of the {self.num_steps} steps: saving only.")
+        elif args.resume_from_checkpoint is not None:
+            logger.info("There is no checkpoint to resume from: starting at step 0.")
+        if self.accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if checkpoint is None:
+                clear_run(output_dir)
+            remove_leftovers(output_dir)
+            cut_run(output_dir, self.step)
+            write_arguments(output_dir, {**vars(args), "component": self.task.component, "launch": self.launch})
+            if self.feed.hashes is not None and not (checkpoint is not None and (output_dir / HASHES_FILE).is_file()):
+                # What the model that the run starts from was trained on counts as well.
+                before = trained_hashes(args.pretrained_model_name_or_path) or set()
+                write_hashes(self.feed.hashes | before, output_dir / HASHES_FILE)
+            images = self.feed.reference(NUM_ENERGIES)
+            self.observer = Observer(
+                output_dir, self.task, images, args.seed, self.accelerator.device, args.train_batch_size
+            )
+        if args.report_to is not None:
+            flat = {
+                name: value if isinstance(value, (int, float, str)) else str(value)
+                for name, value in vars(args).items()
+            }
+            self.accelerator.init_trackers(args.tracker_project_name, config=flat)
+        self.recovery.keep_healthy(self.step)
+
+    def new_batches(self) -> Iterator[torch.Tensor]:
+        first = self.step * self.args.gradient_accumulation_steps
+        return self.feed.batches(first, reseed=self.recovery.num_rollbacks)
+
+    def train_step(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One step of both networks, the dual variable and the average. Returns the scalars of its last batch."""
+        args, accelerator, generator, energy = self.args, self.accelerator, self.generator, self.energy
+        num_batches = args.gradient_accumulation_steps
+        networks = [trained.network for trained in (generator, energy) if trained is not None]
+        constraint, scalars = 0.0, {}
+        for part in range(num_batches):
+            index = self.step * num_batches + part
+            noise = StepNoise(
+                args.seed, index, accelerator.process_index, accelerator.num_processes, accelerator.device,
+                reseed=self.recovery.num_rollbacks,
+            )  # fmt: skip
+            real = to_range(next(batches))
+            if args.image_size is not None:
+                real = crop_at_random(real, args.resolution, noise)
+            if args.random_flip:
+                real = flip_at_random(real, noise)
+            # One context for both networks: each entered would count a batch of accumulation.
+            with accelerator.accumulate(*networks):
+                # The generator: its own loss, and the constraint on its samples.
+                loss, samples, own = self.task.loss(generator.network, real, noise, self.step, energy is not None)
+                if energy is not None:
+                    calibration = self.calibrator.calibrate(samples, noise=ChainNoise(noise, samples))
+                    loss = loss + calibration.loss
+                    constraint = constraint + calibration.constraint / num_batches
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    scalars["gradient_norm"] = clip_gradients(accelerator, generator, args.max_grad_norm)
+                generator.optimizer.step()
+                generator.lr_scheduler.step()
+                generator.optimizer.zero_grad()
+                # The energy model: data against the same targets, or those of new samples.
+                if energy is not None:
+                    targets = self.new_targets(real, noise) if args.num_chains == 2 else calibration.targets
+                    energies = self.calibrator.energy_loss(real, targets, energy.network)
+                    accelerator.backward(energies.loss)
+                    if accelerator.sync_gradients:
+                        scalars["energy_gradient_norm"] = clip_gradients(accelerator, energy, args.max_grad_norm)
+                    energy.optimizer.step()
+                    energy.lr_scheduler.step()
+                    energy.optimizer.zero_grad()
+        if energy is not None:
+            # lambda, one number for all processes, on the constraint of the whole step.
+            constraint = accelerator.reduce(constraint, reduction="mean")
+            self.calibrator.dual_step(constraint)
+            if args.langevin_drift_step == "auto":
+                self.calibrator.adapt_drift_step(constraint)
+        self.task.end_step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.task.generator)
+        scalars |= own
+        norms = {name: scalars[name] for name in ("gradient_norm", "energy_gradient_norm") if name in scalars}
+        self.recovery.note_peaks(norms | ({"constraint": constraint} if energy is not None else {}))
+        if (self.step + 1) % args.log_steps == 0 or self.step + 1 == self.num_steps:
+            scalars["data_spread"] = batch_spread(real)
+            if energy is not None:
+                scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
+                scalars["calibration_gradient_norm"] = calibration.gradient_norm
+                scalars["sample_spread"] = batch_spread(samples.detach())
+                scalars |= moments("energy_real", energies.energy_real)
+                scalars |= moments("energy_samples", calibration.energy_samples)
+                scalars |= moments("energy_targets", energies.energy_targets)
+        return scalars
+
+    def new_targets(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
+        """The ends of chains from other samples, of the generator as it is now, in evaluation mode."""
+        with self.accelerator.autocast():
+            samples = self.task.sample(self.task.generator, self.task.draw(real, noise))
+        return self.calibrator.run_chain(samples, noise=ChainNoise(noise, samples))
+
+    def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
+        """Write the step's scalars, show some of them, and return the guard's alarms."""
+        accelerator, args = self.accelerator, self.args
+        logged = reduce_scalars(accelerator, {**scalars, **self.recovery.peaks})
+        self.recovery.peaks.clear()
+        if self.calibrator is not None:
+            logged |= {"dual": self.calibrator.dual.item(), "tolerance": self.calibrator.resolve_tolerance()}
+            logged["drift_tolerance"] = self.calibrator.resolve_drift_tolerance()
+            logged["langevin_drift_step"] = self.calibrator.drift_step_size
+            logged["calibrating"] = int(is_calibrating(logged))
+            logged["calibration_off"] = int(is_calibration_off(logged))
+        alarms = self.recovery.judge(self.step, logged)
+        if alarms:
+            return alarms
+        logged["learning_rate"] = self.generator.lr_scheduler.get_last_lr()[0]
+        if self.energy is not None:
+            logged["energy_learning_rate"] = self.energy.lr_scheduler.get_last_lr()[0]
+        images = (self.step - self.started_step) * self.images_per_step
+        logged["images_per_second"] = round(images / (self.stopwatch.seconds - self.started), 1)
+        logged["training_seconds"] = round(self.stopwatch.seconds, 3)
+        logged["peak_memory_gib"] = round(peak_memory(accelerator.device), 3)
+        if accelerator.is_main_process:
+            epoch = {}
+            if self.feed.batches_per_epoch is not None:
+                last_batch = self.step * args.gradient_accumulation_steps - 1
+                epoch = {"epoch": last_batch // self.feed.batches_per_epoch}
+            RunLog(self.output_dir / METRICS_FILE).write(step=self.step, **epoch, **logged)
+        if args.report_to is not None:
+            accelerator.log(logged, step=self.step)
+        shown = {self.task.headline: f"{logged[self.task.headline]:.4g}"}
+        if self.calibrator is not None:
+            off = " (calibration is off)" if logged["calibration_off"] else ""
+            shown |= {"lambda": f"{logged['dual']:.1f}{off}", "drift": f"{logged['drift']:.4f}"}
+        self.progress.set_postfix(shown, refresh=False)
+        return []
+
+    def roll_back(self, alarms: list[str]) -> None:
+        """
+        Go back to a healthy state, with a lower rate and other data.
+
+        Raises:
+            Stopped: after `--max_rollbacks`, with the healthy state saved.
+        """
+        broke_at = self.step
+        self.step, go_on = self.recovery.roll_back(self.step, alarms)
+        self.patience.cut(self.step)
+        # Later checkpoints go first: a kill in between must not leave one that is not healthy as the newest.
+        if self.accelerator.is_main_process:
+            cut_run(self.output_dir, self.step)
+        with self.stopwatch.paused():
+            self.save_checkpoint()
+        if not go_on:
+            self.save()
+            rates = "--learning_rate"
+            if self.energy is not None:
+                rates = "--energy_learning_rate, --energy_spectral_norm, a higher --energy_regularization"
+            # That of step 0 was taken unseen.
+            saved = f"The healthy state of step {self.step}" if self.step > 0 else "What the run began with"
+            raise Stopped(
+                f"stopped at step {broke_at} after {self.args.max_rollbacks} rollbacks: {'; '.join(alarms)}. "
+                f"{saved} is saved. Try a lower {rates}, --max_grad_norm, or fp32, and go on from it "
+                f"with --pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
+            )
+        self.progress.n = self.step
+        self.progress.refresh()
+        self.started, self.started_step = self.stopwatch.seconds, self.step
+
+    def save_checkpoint(self) -> None:
+        save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline)
+        if self.accelerator.is_main_process:
+            remove_old_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
+
+    def all_peaks(self) -> dict[str, float]:
+        """The largest gradient norms and constraint since the last logged step."""
+        return reduce_scalars(self.accelerator, self.recovery.peaks) if self.recovery.peaks else {}
+
+    def evaluate(self) -> None:
+        """Measure, and keep the best pipeline in `best/`."""
+        measures = self.evaluation.measure(self.exported, self.output_dir, self.step)
+        best = self.patience.is_best(measures, self.step) and self.task.samples_change
+        if self.accelerator.is_main_process:
+            measures |= self.task.measure(self.exported, self.evaluation.reference)
+        stated = {name: value for name, value in measures.items() if value is not None}
+        logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in stated.items()))
+        if self.accelerator.is_main_process:
+            RunLog(self.output_dir / EVALUATIONS_FILE).write(
+                step=self.step, **measures, features=self.args.evaluation_features
+            )
+            if best:
+                save_folder(self.build_pipeline(), self.output_dir / BEST_FOLDER)
+        if self.args.report_to is not None:
+            numbers = {f"evaluation/{name}": value for name, value in stated.items()}
+            self.accelerator.log(numbers, step=self.step)
+
+    def save(self) -> None:
+        """The pipeline's folder: what the run has come to, or, where it was stopped early, the best that it came by."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            pipeline = self.build_pipeline()
+            if self.patience.is_over and self.patience.has_best:
+                pipeline = type(pipeline).from_pretrained(self.output_dir / BEST_FOLDER, low_cpu_mem_usage=False)
+                pipeline.to(self.accelerator.device)
+            self.task.finish(getattr(pipeline, self.task.component), self.feed)
+            with progress("Saving", total=1, delay=0) as bar:
+                save_pipeline(pipeline, self.output_dir)
+                bar.update()
+            logger.info(
+                f"Saved to {self.output_dir}: {self.task.saved_class}.from_pretrained({str(self.output_dir)!r})."
+            )
+
+    def close(self) -> None:
+        """
+        All leave together, the wrapped networks first: freed after the process group, their gradient reducer would be
+        the last to hold it, and free it under Python's lock, which the group's own threads may be waiting for.
+        """
+        self.accelerator.wait_for_everyone()
+        self.generator = self.energy = self.recovery = None
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
