@@ -10,6 +10,7 @@ import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ecvae_diffusers.atomic import WriteError, discard, remove, replacing, to_json, write_json, write_text, writing
@@ -70,6 +71,20 @@ def test_a_full_disk_is_said_with_the_files_name(writer, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 15168 vs 15056"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file"),
+    ],
+)
+def test_every_writer_says_that_the_disk_is_full(error, tmp_path):
+    with pytest.raises(WriteError, match="file") as raised, writing(tmp_path / "file"):
+        raise type(error)(*error.args[:2])
+    assert raised.value.errno == errno.ENOSPC and os.strerror(errno.ENOSPC) in str(raised.value)
 
 
 def test_other_errors_are_let_through(tmp_path):

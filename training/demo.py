@@ -36,7 +36,7 @@ from ecvae_diffusers.training.data.digits import (
 )
 from ecvae_diffusers.training.data.ranges import to_range
 from ecvae_diffusers.training.run.folder import METRICS_FILE, image_grid, read_metrics
-from ecvae_diffusers.training.run.last_line import ArgumentParser
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
 from ecvae_diffusers.training.run.lock import locked
 from ecvae_diffusers.training.run.places import local_path
 
@@ -111,7 +111,9 @@ def main() -> None:
         with locked(args.output_dir):
             compare(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"demo.py: error: {error}")
+        fail(f"demo.py: error: {error}")
+    except KeyboardInterrupt:
+        fail("demo.py: interrupted.")
 
 
 def compare(args: argparse.Namespace) -> None:

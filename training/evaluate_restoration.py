@@ -33,6 +33,7 @@ from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
 from ecvae_diffusers.training.run.launch import keep_freed_memory
 from ecvae_diffusers.training.run.lock import locked
 from ecvae_diffusers.training.run.places import check_places, place
+from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 
 COLUMNS = {
@@ -128,7 +129,10 @@ def count_trained_on(checked: CheckedPictures, model: str) -> int | None:
 
 def load(name: str, device: str | torch.device) -> ECVAERestorationPipeline:
     """A pipeline for very many decoder passes: on a CPU this layout, and memory that is kept, take a third off their time."""
-    pipeline = ECVAERestorationPipeline.from_pretrained(name).to(device)
+    try:
+        pipeline = ECVAERestorationPipeline.from_pretrained(name).to(device)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{name!r} can't be loaded: {' '.join(str(error).split())}") from error
     pipeline.vae.to(memory_format=torch.channels_last)
     if torch.device(device).type == "cpu":
         keep_freed_memory()
@@ -248,3 +252,7 @@ if __name__ == "__main__":
         main(arguments)
     except (ValueError, OSError, ImportError) as error:
         fail(f"evaluate_restoration.py: error: {error}")
+    except KeyboardInterrupt:
+        done = Path(arguments.output_dir) / "restoration.json"
+        left = f"{done} holds the tasks that were done; " if done.exists() else ""
+        fail(f"evaluate_restoration.py: interrupted: {left}start again with another --output_dir.")

@@ -385,7 +385,7 @@ class FunctionOperator(LinearOperator):
         A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
         A_adjoint (`Callable`): Its adjoint.
 
-    It is not saved: a config can't hold functions. The functions are called with contiguous batches in the dtype of what is
+    It is not saved: a config can't hold functions. The functions are called with contiguous copies of batches, which they may change, in the dtype of what is
     restored or solved for: float32, or float64 where the measurement is.
     """
 
@@ -397,10 +397,10 @@ class FunctionOperator(LinearOperator):
         self.functions = (A, A_adjoint)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        return self.functions[0](x.contiguous())
+        return self.functions[0](x.clone(memory_format=torch.contiguous_format))
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.functions[1](y.contiguous())
+        return self.functions[1](y.clone(memory_format=torch.contiguous_format))
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
@@ -1585,6 +1585,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             if given is not None and given != found:
                 raise ValueError(f"`{name}` is {given}, but the measurement is one of images of {name} {found}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
+        if not (back.isfinite().all() and measured.isfinite().all()):
+            raise ValueError("`operator` makes values that are not finite.")
         if measured.shape != y.shape:
             raise ValueError(
                 f"`image` has shape {tuple(y.shape)}, but the operator makes {tuple(measured.shape)} of images of "
@@ -1770,6 +1772,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     (latents,) = interruption.args
                 decoded = canvas.join(decode(latents))
 
+        if not decoded.isfinite().all():
+            raise ValueError(
+                f"Answers are not finite in {self.vae.dtype}: the latents that `callback_on_step_end` returns are not, or the decoder's "
+                "weights; else load the pipeline with dtype=torch.float32."
+            )
         center = likelihood.mean(decoded)
         if (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS:
             logger.warning(

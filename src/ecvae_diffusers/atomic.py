@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,13 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         named = getattr(error, "filename2", None) or getattr(error, "filename", None)
         if isinstance(named, str | os.PathLike) and not is_of(Path(named).absolute(), Path(path).absolute()):
             raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise WriteError(getattr(error, "errno", None), " ".join(reason.split()), str(path)) from error
+        number = getattr(error, "errno", None)
+        if isinstance(error, RuntimeError):
+            number = errno.ENOSPC  # torch tells only that less was written than there was
+        elif isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+            number = int(found[1])
+        reason = os.strerror(number) if number is not None else str(error)
+        raise WriteError(number, " ".join(reason.split()), str(path)) from error
 
 
 def is_of(named: Path, path: Path) -> bool:

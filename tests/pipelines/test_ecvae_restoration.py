@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -261,6 +262,34 @@ def test_callback(pipe):
     decoded = pipe.vae.decode(torch.zeros(2, 8, 1, 1)).sample
     expected = decoded + SuperResolution(2).A_dagger(y - SuperResolution(2).A(decoded))
     torch.testing.assert_close(output.images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_answers_that_are_not_finite_are_refused(pipe, output_type):
+    """They would be shown as black."""
+    y = images()
+
+    def callback(pipe, step, timestep, kwargs):
+        return {"latents": kwargs["latents"] * math.nan}
+
+    with pytest.raises(ValueError, match="callback_on_step_end"):
+        restore(pipe, y, Denoising(), noise_std=0.1, callback_on_step_end=callback, output_type=output_type)
+    with pytest.raises(ValueError, match="`operator`"):
+        restore(pipe, y, (lambda x: x * math.nan, lambda y: y), noise_std=0.1, output_type=output_type)
+    with torch.no_grad():
+        next(pipe.vae.decoder.parameters())[0] = math.nan
+    with pytest.raises(ValueError, match="decoder"):
+        restore(pipe, y, Denoising(), noise_std=0.1, output_type=output_type)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.1])
+def test_functions_may_work_in_place(pipe, noise_std):
+    y = 0.5 * images()
+    before = y.clone()
+    expected = restore(pipe, y, (lambda x: x * 0.5, lambda y: y * 0.5), noise_std=noise_std)
+    output = restore(pipe, y, (lambda x: x.mul_(0.5), lambda y: y.mul_(0.5)), noise_std=noise_std)
+    assert torch.equal(y, before)
+    torch.testing.assert_close(output.images, expected.images)
 
 
 def test_callback_that_returns_nothing(pipe):

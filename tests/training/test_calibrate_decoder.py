@@ -24,6 +24,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from training_runs import SCRIPTS, TINY_DECODER, metrics, run, succeed, weights, write_autoencoder, write_images
 
+from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.training.arguments.decoder import parse_args
 from ecvae_diffusers.training.data.feeds import build_feed
@@ -333,12 +334,27 @@ def of_other_sizes(tensors, config):
         (without_encoder, r"is not whole: \['encoder\."),
         (not_a_number, "holds weights that are not finite: decoder.conv_out.bias"),
         (of_other_sizes, "can't be loaded: .*size"),
+        (lambda tensors, config: config.update(layers_per_block=1_000_000), "layers_per_block"),
+        (lambda tensors, config: config.update(block_out_channels=[1_000_000] * 10), "block_out_channels"),
+        (lambda tensors, config: config.update(in_channels="3"), ""),
     ],
 )
 def test_weights_that_are_not_whole_not_finite_or_not_of_the_config_are_refused(models, tmp_path, change, message):
     broken = broken_copy(models["AutoencoderKL"], tmp_path / "broken", change)
     with pytest.raises(ValueError, match=f"(?s)--pretrained_model_name_or_path .*{message}"):
         load_autoencoder(broken)
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "{"])
+def test_a_config_that_holds_no_arguments_is_refused(models, tmp_path, content):
+    folder = broken_copy(models["AutoencoderKL"], tmp_path / "broken", lambda tensors, config: None)
+    EnergyModel(sample_size=16, in_channels=3, block_out_channels=(16, 16)).save_pretrained(folder / "energy_model")
+    (folder / "energy_model" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path.*energy_model"):
+        load_energy_model(folder, 16, 3)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path"):
+        load_autoencoder(folder)
 
 
 def test_two_channels_are_refused(tmp_path):

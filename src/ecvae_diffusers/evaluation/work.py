@@ -19,6 +19,7 @@ from ecvae_diffusers.training.data.files import HASH_BYTES, Pictures, trained_ha
 from ecvae_diffusers.training.data.images import CheckedPictures, hashes_of
 from ecvae_diffusers.training.data.ranges import to_range, to_uint8
 from ecvae_diffusers.training.run.places import name_as_text
+from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 from ecvae_diffusers.upload import INDEX, check_components, class_name, held_class
 
 
@@ -64,7 +65,10 @@ class EvaluatedModel:
                 f"{argument} must be an {' or an '.join(PIPELINES)}, but holds {held_class(INDEX, index)}: {others}"
             )
         check_components(name, index)
-        pipeline = PIPELINES[class_name(index)].from_pretrained(name, revision=revision)
+        try:
+            pipeline = PIPELINES[class_name(index)].from_pretrained(name, revision=revision)
+        except LOADING_ERRORS as error:
+            raise ValueError(f"{argument} can't be loaded: {' '.join(str(error).split())}") from error
         pipeline.set_progress_bar_config(disable=True)
         self.name = name_as_text(name)
         self.pipeline = pipeline.to(device)

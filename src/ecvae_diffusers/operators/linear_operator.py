@@ -188,7 +188,7 @@ class FunctionOperator(LinearOperator):
         A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
         A_adjoint (`Callable`): Its adjoint.
 
-    It is not saved: a config can't hold functions. The functions are called with contiguous batches in the dtype of what is
+    It is not saved: a config can't hold functions. The functions are called with contiguous copies of batches, which they may change, in the dtype of what is
     restored or solved for: float32, or float64 where the measurement is.
     """
 
@@ -200,10 +200,10 @@ class FunctionOperator(LinearOperator):
         self.functions = (A, A_adjoint)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        return self.functions[0](x.contiguous())
+        return self.functions[0](x.clone(memory_format=torch.contiguous_format))
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.functions[1](y.contiguous())
+        return self.functions[1](y.clone(memory_format=torch.contiguous_format))
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])

@@ -43,6 +43,8 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
 
     model_cpu_offload_seq = "flow->energy_model"
     _optional_components = ["energy_model", "scheduler"]
+    # One pass, which nothing interrupts.
+    num_timesteps, interrupt = 1, False
 
     def __init__(
         self,

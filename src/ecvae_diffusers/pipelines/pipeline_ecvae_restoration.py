@@ -245,6 +245,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             if given is not None and given != found:
                 raise ValueError(f"`{name}` is {given}, but the measurement is one of images of {name} {found}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
+        if not (back.isfinite().all() and measured.isfinite().all()):
+            raise ValueError("`operator` makes values that are not finite.")
         if measured.shape != y.shape:
             raise ValueError(
                 f"`image` has shape {tuple(y.shape)}, but the operator makes {tuple(measured.shape)} of images of "
@@ -430,6 +432,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     (latents,) = interruption.args
                 decoded = canvas.join(decode(latents))
 
+        if not decoded.isfinite().all():
+            raise ValueError(
+                f"Answers are not finite in {self.vae.dtype}: the latents that `callback_on_step_end` returns are not, or the decoder's "
+                "weights; else load the pipeline with dtype=torch.float32."
+            )
         center = likelihood.mean(decoded)
         if (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS:
             logger.warning(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -20,7 +21,7 @@ from ecvae_diffusers.training.run.folder import (
     find_checkpoint,
     is_finished,
 )
-from ecvae_diffusers.training.run.last_line import fail
+from ecvae_diffusers.training.run.last_line import announce, fail
 from ecvae_diffusers.training.run.launch import build_accelerator
 from ecvae_diffusers.training.run.lock import locked_by_main
 from ecvae_diffusers.training.run.places import check_places
@@ -127,6 +128,15 @@ def run_script(name: str, args: Namespace, main: Callable[[Namespace], None]) ->
         fail(f"{name}: error: {error}")
     except Stopped as message:
         fail(f"{name}: {message}")
+    except torch.OutOfMemoryError as error:
+        fail(
+            f"{name}: error: {error} Lower --train_batch_size (--gradient_accumulation_steps keeps the images a step), or use "
+            "--gradient_checkpointing or --mixed_precision bf16, and resume with --resume_from_checkpoint latest."
+        )
+    except Exception as error:
+        # A fault of the code, whose traceback says where: its line comes last, too.
+        announce(" ".join(f"{name}: {type(error).__name__}: {error}".split()))
+        raise
     except KeyboardInterrupt:
         found = checkpoints(Path(args.output_dir))
         left = (

@@ -15,6 +15,7 @@ from ecvae_diffusers import EnergyModel, LangevinScheduler
 from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.cards import CARD_MARKER
 from ecvae_diffusers.hub import fingerprint
+from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 
 logger = get_logger(__name__)
@@ -43,7 +44,9 @@ autoencoder = {name}.from_pretrained("path/or/hub-id")
 """
 CALIBRATED = "with energy calibration (Luo et al., ECCV 2024)"
 NOT_CALIBRATED = "on its squared error, without calibration"
-CALIBRATING_ON = "\n`energy_model/` and `scheduler/` are for calibrating on, and are not used at test time.\n"
+# What a config of a foreign autoencoder holds at most: numbers, numbers of layers, and resolutions.
+MAX_SIZE, MAX_LAYERS, MAX_BLOCKS = 65_536, 128, 16
+CALIBRATING_ON = "\nIn the run's folder, `energy_model/` and `scheduler/` are for resuming calibration. They are not used at test time.\n"
 
 
 class CalibratedDecoder(torch.nn.Module):
@@ -162,6 +165,15 @@ def without_path(config_file: Path) -> None:
         write_json(config_file, config, sort_keys=True)
 
 
+def check_size(refused: str, config: dict) -> None:
+    """Raises `ValueError` if the config of a foreign autoencoder would fill any memory."""
+    for name, value in config.items():
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int | float)]
+        largest = MAX_LAYERS if "layers" in name else MAX_SIZE
+        if len(numbers) > MAX_BLOCKS and "channels" in name or any(one > largest for one in numbers):
+            raise ValueError(f"{refused} is larger than any: `{name}` of its config is {str(value)[:80]}.")
+
+
 def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
     """
     The autoencoder of a folder or a Hub id, of whichever class of diffusers its config names; from safetensors only.
@@ -184,9 +196,13 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         del found["subfolder"]
     try:
         config_place = {name: value for name, value in found.items() if name != "variant"}
-        class_name = AutoencoderKL.load_config(name_or_path, **config_place).get("_class_name")
+        config = AutoencoderKL.load_config(name_or_path, **config_place)
     except (OSError, ValueError) as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{refused} can't be loaded: its config holds no arguments by name.")
+    check_size(refused, config)
+    class_name = config.get("_class_name")
     model_class = getattr(autoencoders, str(class_name), None)
     if model_class is None or not all(hasattr(model_class, name) for name in ("encode", "decode")):
         raise ValueError(f"{refused} must be an autoencoder of diffusers, but is a {class_name}.")
@@ -194,7 +210,7 @@ def load_autoencoder(name_or_path: str | os.PathLike, **kwargs) -> ModelMixin:
         model, info = model_class.from_pretrained(
             name_or_path, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **found
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # weights of other sizes are a RuntimeError
+    except LOADING_ERRORS as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     if info["missing_keys"]:
         raise ValueError(f"{refused} is not whole: {sorted(info['missing_keys'])[:3]} are missing from its weights.")
@@ -249,6 +265,10 @@ def load_energy_model(
             f"{str(name_or_path)!r} has no energy model next to it ({str(error).splitlines()[0]}): it is a new one."
         )
         return None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"--pretrained_model_name_or_path: {str(place)!r} can't be loaded: its config holds no arguments by name."
+        )
     try:
         found = tuple(config.get(name) for name in ("_class_name", "sample_size", "in_channels"))
         if found != (EnergyModel.__name__, resolution, in_channels):
@@ -259,7 +279,7 @@ def load_energy_model(
             return None
         # `from_pretrained` gives networks in evaluation mode.
         return EnergyModel.from_pretrained(place, low_cpu_mem_usage=False, **where).train()
-    except (OSError, ValueError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"--pretrained_model_name_or_path: the energy model of {str(name_or_path)!r} can't be loaded: {error}"
         ) from error

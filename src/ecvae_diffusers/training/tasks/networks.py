@@ -16,8 +16,8 @@ from ecvae_diffusers.training.arguments.checks import largest_drift_step
 Networks = tuple[torch.nn.Module | None, EnergyModel | None]
 # Those of `--calibration` that train an energy model.
 ENERGY_CALIBRATIONS = ("energy", "both")
-# Of a folder without networks, of another class, and of weights of other sizes or damaged ones.
-LOADING_ERRORS = (OSError, ValueError, AttributeError, RuntimeError, SafetensorError)
+# Of a folder without networks, of another class, of configs of other kinds, and of weights of other sizes or damaged ones.
+LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError)
 DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
