@@ -82,3 +82,13 @@ def test_its_runs_are_reported_and_published(name, saved):
     assert result.returncode == 0, result.stderr[-3000:]
     assert (saved / "card" / "README.md").is_file()
     assert weights(saved / "card").keys() >= {key for key in weights(saved / name) if not key.startswith("energy")}
+
+
+def test_names_of_its_training_modules_are_those_of_today():
+    from ecvae_training import decoders
+    from ecvae_training.data import ImageDataset
+
+    from ecvae_diffusers.training.data import images
+    from ecvae_diffusers.training.tasks import decoders as moved
+
+    assert ImageDataset is images.ImageDataset and decoders is moved
