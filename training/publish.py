@@ -212,7 +212,7 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
         sources = {name: Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")}
     for name, source in sources.items():
         if source.is_file():
-            check_no_link(source)
+            check_no_link(source, Path(args.evaluation))
             check_picture(source)
             shutil.copyfile(source, folder / name)
     metrics = Path(args.model) / METRICS_FILE

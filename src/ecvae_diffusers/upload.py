@@ -96,7 +96,7 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
         found += files
     found = {path for path in found if path.is_file()}
     for path in found:
-        check_no_link(path)
+        check_no_link(path, folder)
         if path.suffix in PICTURES:
             check_picture(path)
     for path in found:
@@ -111,14 +111,14 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def check_no_link(path: Path) -> None:
-    """Raises `ValueError` if a file is a link, or lies in a folder that is one: what it leads to was not meant to be published."""
-    if path.is_symlink() or path.parent.is_symlink():
+def check_no_link(path: Path, folder: Path) -> None:
+    """Raise `ValueError` if there is a link between a folder and a file in it: what it leads to was not meant to be published."""
+    if path.resolve() != folder.resolve() / path.relative_to(folder):
         raise ValueError(f"{str(path)!r} leads to {str(path.resolve())!r}: put a copy in its place.")
 
 
 def check_picture(path: Path) -> None:
-    """Raises `ValueError` if a file is no PNG picture."""
+    """Raise `ValueError` if a file is no PNG picture."""
     try:
         with PIL.Image.open(path, formats=["PNG"]) as picture:
             picture.verify()

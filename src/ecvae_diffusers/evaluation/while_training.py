@@ -185,7 +185,7 @@ class Patience:
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "since": list(self.since)}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from a saved state; from none where that is of another metric, whose values can't be compared."""
+        """Restore a saved state. One of another metric is ignored: its values can't be compared."""
         if state_dict.get("metric", self.metric) != self.metric:
             return
         self.best, self.best_step, self.since = (state_dict[name] for name in ("best", "best_step", "since"))

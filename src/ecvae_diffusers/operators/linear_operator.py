@@ -188,8 +188,8 @@ class FunctionOperator(LinearOperator):
         A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
         A_adjoint (`Callable`): Its adjoint.
 
-    It is not saved: a config can't hold functions. The functions are called with contiguous copies of batches, which they may change, in the dtype of what is
-    restored or solved for: float32, or float64 where the measurement is.
+    It is not saved: a config can't hold functions. The functions are called with contiguous
+    copies of batches, which they may change, in the dtype of what is restored or solved for: float32, or float64 where the measurement is.
     """
 
     solver_dtype = None

@@ -224,7 +224,7 @@ def local_data_files(name_or_path: str):
         return None, []
     found = FolderFiles(Path(os.path.realpath(name_or_path)))
     for path in found.files:
-        if not is_text(path.name):
+        if not is_text(str(path)):
             raise ValueError(f"{str(path)!r} has a name that is no UTF-8, which `datasets` can't read: rename it.")
     readable = readable_extensions()
     is_picture = lambda path: str(mimetypes.guess_type(path.name)[0]).startswith("image/")  # noqa: E731

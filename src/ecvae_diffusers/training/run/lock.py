@@ -29,7 +29,8 @@ LOCK_FILE = ".lock"
 def locked(output_dir: str | os.PathLike) -> Iterator[None]:
     """
     Hold `--output_dir`, which is made if it is not there, for this process. The lock ends with the process, however that ends, and
-    is seen by other machines that share the folder. Windows has no such lock, which is warned of. If nothing else was written, nothing is left.
+    is seen by other machines that share the folder.
+    Windows has no such lock, which is warned of. If nothing else was written, nothing is left.
 
     Raises:
         ValueError: if another process holds it, or it is a file.
