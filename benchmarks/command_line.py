@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ecvae_diffusers.training.run.launch import device_name
+
 
 def whole_number(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
@@ -72,13 +74,7 @@ def picture_file(text: str) -> Path:
 
 def device(text: str) -> torch.device:
     """A device that can be computed on, here and now."""
-    try:
-        found = torch.device(text)
-        torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device of this machine, but is {text}: {reason}") from error
-    return found
+    return torch.device(device_name(text))
 
 
 def add_figures(parser: argparse.ArgumentParser) -> None:

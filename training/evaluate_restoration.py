@@ -30,7 +30,7 @@ from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
 from ecvae_diffusers.training.data.ranges import to_range
 from ecvae_diffusers.training.run.folder import image_grid, save_atomically
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
-from ecvae_diffusers.training.run.launch import keep_freed_memory
+from ecvae_diffusers.training.run.launch import device_name, keep_freed_memory
 from ecvae_diffusers.training.run.lock import locked
 from ecvae_diffusers.training.run.places import check_places, place
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
@@ -85,13 +85,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--batch_size", type=int, default=64, help="Measurements restored together, with all their answers."
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        parser.error(f"--device must be a device of this machine, but is {args.device!r}: {reason}")
     for name in ("max_images", "num_restorations", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")

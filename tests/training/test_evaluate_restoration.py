@@ -109,6 +109,7 @@ def test_wrong_input(run, tmp_path, capsys):
         ([*needed, "--image_dir", str(run / "images"), "--noise_std", "0", "nan"], "--noise_std"),
         ([*needed, "--image_dir", str(run / "images"), "--noise_std", "25"], "--noise_std"),
         ([*needed, "--image_dir", str(run / "images"), "--energy_weight", "nan"], "--energy_weight"),
+        ([*needed, "--image_dir", str(run / "images"), "--device", "nonsense"], "--device"),
         ([*needed, "--image_dir", str(run / "images"), "--max_images", "0"], "--max_images must be at least 1"),
         ([*needed[:2], "--output_dir", str(run / "out"), "--image_dir", str(run / "images")], "give another folder"),
     ):

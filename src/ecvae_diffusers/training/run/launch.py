@@ -1,5 +1,6 @@
 """The start of a script: Accelerate, logging, and what can't be trained with."""
 
+import argparse
 import ctypes
 import logging
 import platform
@@ -60,3 +61,18 @@ def build_accelerator(args) -> Accelerator:
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
     diffusers_logging.set_verbosity_error()
     return accelerator
+
+
+def device_name(text: str) -> str:
+    """
+    Return the name of a device, of a command line, as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: if nothing can be computed on it, here and now.
+    """
+    try:
+        torch.zeros(1, device=torch.device(text))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, but is {text}: {reason}") from error
+    return text
