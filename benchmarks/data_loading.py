@@ -16,8 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import train_ecvae  # noqa: E402
-
+from ecvae_diffusers.training import train_ecvae  # noqa: E402
 from ecvae_diffusers.training.arguments.vae import parse_args  # noqa: E402
 from ecvae_diffusers.training.run import session  # noqa: E402
 
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", help="of train_ecvae.py")
     arguments = parser.parse_args().arguments
     session.Trainer = WatchedTrainer
-    train_ecvae.main(parse_args(arguments))
+    train_ecvae.run(parse_args(arguments))
     # The first iteration warms up.
     batches, steps = sum(WatchedTrainer.batch_seconds[1:]), sum(WatchedTrainer.step_seconds[1:])
     count = len(WatchedTrainer.step_seconds) - 1

@@ -43,8 +43,8 @@ SETTINGS = {
 def train_with_fault(fault: str | None, arguments: list[str]) -> None:
     """The training script with a fault in it, in this process."""
     import torch
-    import train_ecvae
 
+    from ecvae_diffusers.training import train_ecvae
     from ecvae_diffusers.training.run import session
 
     class FaultyTrainer(session.Trainer):
@@ -65,7 +65,7 @@ def train_with_fault(fault: str | None, arguments: list[str]) -> None:
             return scalars
 
     session.Trainer = FaultyTrainer
-    train_ecvae.main(train_ecvae.parse_args(arguments))
+    train_ecvae.run(train_ecvae.parse_args(arguments))
 
 
 def make_row(data, name: str, seed: int, output_dir: Path, max_train_steps: int) -> dict:

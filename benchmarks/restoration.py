@@ -15,6 +15,7 @@ import torch
 from command_line import picture_file, place, positive, source
 from study import FashionMNIST, RememberedFeatures, Results, add_device, reference, versions  # and finds training/
 
+from ecvae_diffusers.evaluation.evaluate_restoration import load, table, task_names
 from ecvae_diffusers.evaluation.restoration import (
     Task,
     as_answers,
@@ -27,7 +28,6 @@ from ecvae_diffusers.evaluation.restoration import (
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits, train_digit_features
 from ecvae_diffusers.training.data.ranges import to_range
-from evaluate_restoration import load, table, task_names
 
 
 NUM_IMAGES, NOISES = 256, (0.0, 0.05)

@@ -21,11 +21,12 @@ from pathlib import Path
 import PIL.Image
 
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
 # What the scripts import, at their top or later.
 PRELOADED = (
-    "torch._dynamo", "torch._inductor", "accelerate", "datasets", "diffusers.optimization", "ecvae_diffusers", "train_ecvae",
-    "train_flow", "calibrate_decoder", "evaluate", "evaluate_restoration", "publish", "report",
+    "torch._dynamo", "torch._inductor", "accelerate", "datasets", "diffusers.optimization", "ecvae_diffusers",
+    "ecvae_diffusers.training.train_ecvae", "ecvae_diffusers.training.train_flow", "ecvae_diffusers.training.calibrate_decoder",
+    "ecvae_diffusers.evaluation.evaluate", "ecvae_diffusers.evaluation.evaluate_restoration", "ecvae_diffusers.hub.publish",
+    "ecvae_diffusers.report.report",
 )  # fmt: skip
 servers: dict[frozenset, subprocess.Popen] = {}
 
@@ -100,13 +101,7 @@ def become(variables: dict[str, str], command: list[str], output: str, cwd: str)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(cwd)
     sys.argv = command
-    folder = Path(command[0]).parent
-    sys.path[:2] = [str(folder)]
-    if folder != TRAINING:
-        # Only for who says where they are.
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(str(TRAINING)):
-                del sys.modules[name]
+    sys.path[0] = str(Path(command[0]).parent)
     runpy.run_path(command[0], run_name="__main__")
 
 
@@ -125,7 +120,6 @@ def wait_for(children: list[int]) -> int:
 
 def serve() -> None:
     """Fork the processes of each line of standard input, and answer with the exit code."""
-    sys.path.insert(1, str(TRAINING))
     for name in PRELOADED:
         importlib.import_module(name)
     PIL.Image.init()

@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.cards import CARD_MARKER, evaluation_table, figure, write_card
 from ecvae_diffusers.figures import NOISE
-from ecvae_diffusers.hub import weights_fingerprint
-from ecvae_diffusers.upload import files_to_publish
+from ecvae_diffusers.hub.card import CARD_MARKER, evaluation_table, figure, write_card
+from ecvae_diffusers.hub.saving import weights_fingerprint
+from ecvae_diffusers.hub.upload import files_to_publish
 
 
 ROOT = Path(__file__).resolve().parents[1]

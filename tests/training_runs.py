@@ -67,7 +67,8 @@ def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
 FAULTY = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import torch, train_ecvae
+import torch
+from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run import session
 
 faulty = range(int(sys.argv[2]), int(sys.argv[3]))
@@ -87,7 +88,7 @@ class FaultyTrainer(session.Trainer):
 
 session.Trainer = FaultyTrainer
 try:
-    train_ecvae.main(train_ecvae.parse_args(sys.argv[4:]))
+    train_ecvae.run(train_ecvae.parse_args(sys.argv[4:]))
 except (session.Stopped, FloatingPointError) as message:
     sys.exit(str(message))
 """

@@ -2,9 +2,9 @@
 """Energy-calibrated VAEs for diffusers: one-step image generation, trained with an energy model that samples without it."""
 
 from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
+from .hub.registration import register
 from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput, FlowEC, FlowECOutput
 from .pipelines import ECFlowPipeline, ECVAEPipeline, ECVAERestorationOutput, ECVAERestorationPipeline
-from .register import register
 from .schedulers import LangevinScheduler, LangevinSchedulerOutput
 
 

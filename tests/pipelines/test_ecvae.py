@@ -13,7 +13,7 @@ import torch
 from diffusers.hooks import apply_group_offloading
 
 from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator, LangevinScheduler
-from ecvae_diffusers.cards import CARD_MARKER
+from ecvae_diffusers.hub.card import CARD_MARKER
 from ecvae_diffusers.pipelines import pipeline_ecvae
 from ecvae_diffusers.posterior import PosteriorEnergy, posterior_chain
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
+from ecvae_diffusers.evaluation.evaluate_restoration import choose_clean
 from ecvae_diffusers.evaluation.pictures import decode_all
 from ecvae_diffusers.operators import Colorization, Denoising, SuperResolution
 from ecvae_diffusers.pipelines.inputs import read_mask, read_picture
 from ecvae_diffusers.training.data.images import decode_image
 from ecvae_diffusers.training.data.ranges import to_range
-from evaluate_restoration import choose_clean
 
 
 # What brings an upright array to what a camera that was held otherwise stores.

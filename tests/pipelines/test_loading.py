@@ -24,7 +24,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from hub_server import HubServer
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
-from ecvae_diffusers.register import get_signature_keys, resolve_trust_remote_code
+from ecvae_diffusers.hub.registration import get_signature_keys, resolve_trust_remote_code
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline, FlowEC, LangevinScheduler
-from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.hub.saving import weights_fingerprint
 from ecvae_diffusers.operators import Inpainting
 
 

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from ecvae_diffusers import ECVAEPipeline, upload
-from ecvae_diffusers.cards import CARD_MARKER
-from ecvae_diffusers.hub import weights_fingerprint
-from ecvae_diffusers.upload import (
+from ecvae_diffusers.hub.card import CARD_MARKER
+from ecvae_diffusers.hub.saving import weights_fingerprint
+from ecvae_diffusers.hub.upload import (
     UploadError,
     attempt,
     check_text,
@@ -41,7 +41,7 @@ from diffusers import AutoencoderTiny
 from huggingface_hub import constants
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, FlowEC, upload
-from ecvae_diffusers.upload import upload_folder
+from ecvae_diffusers.hub.upload import upload_folder
 
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
 upload.WAITS = (0.01, 0.02)
@@ -108,7 +108,7 @@ tried("next", lambda: ECVAEPipeline.from_pretrained("user/model", revision="next
 UNREACHABLE = """
 import sys
 
-from ecvae_diffusers import upload
+from ecvae_diffusers.hub import upload
 
 upload.WAITS = (0.01, 0.02)
 try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from evaluation_runs import SCRIPT, arguments_for, run, write_files
+from evaluation_runs import arguments_for, run, write_files
 
 
 TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -66,8 +66,7 @@ def test_two_processes_give_the_figures_of_one(files, arguments, evaluation):
 # Stops, as a kill would, in the middle of the samples.
 KILLED = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
-import evaluate
+from ecvae_diffusers.evaluation import evaluate
 from ecvae_diffusers.evaluation.work import Work
 
 sample_part, made = Work.sample_part, []
@@ -79,13 +78,13 @@ def killed(self, latents):
     return sample_part(self, latents)
 
 Work.sample_part = killed
-evaluate.main(evaluate.parse_args(sys.argv[2:]))
+evaluate.run(evaluate.parse_args(sys.argv[1:]))
 """
 
 
 def test_a_killed_evaluation_goes_on(files, arguments, evaluation):
     out = files / "killed"
-    command = [sys.executable, "-c", KILLED, str(SCRIPT.parent), *map(str, arguments), "--output_dir", str(out)]
+    command = [sys.executable, "-c", KILLED, *map(str, arguments), "--output_dir", str(out)]
     assert subprocess.run(command, capture_output=True).returncode == 9
     kept = {path: path.stat().st_mtime_ns for path in (out / ".parts").glob("*.safetensors")}
     assert {path.name for path in kept} >= {"real-00000.safetensors", "samples_0-00000.safetensors"}

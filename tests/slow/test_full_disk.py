@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ecvae
 from training_runs import TINY, weights, write_images
 
+from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run.folder import checkpoints, damage
 from ecvae_diffusers.training.run.session import run_script
 
@@ -46,7 +46,7 @@ def test_a_disk_that_fills_at_any_write(disk, tmp_path):
             "--train_data_dir", data, "--output_dir", out, *TINY, "--max_train_steps", 6, "--log_steps", 1, "--save_images_steps", 3,
             "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest",
         ]  # fmt: skip
-        run_script("train_ecvae.py", train_ecvae.parse_args(given), train_ecvae.main)
+        run_script("train_ecvae.py", train_ecvae.parse_args(given), train_ecvae.run)
 
     train()
     expected = copied_weights(out)

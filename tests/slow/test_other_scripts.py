@@ -130,8 +130,7 @@ def test_two_ranks_resumed_equal_two_ranks_in_one_run(script, two_ranks, tmp_pat
 
 PARAMETERS = """
 import importlib, pathlib, sys, torch
-sys.path.insert(0, sys.argv[1])
-script = importlib.import_module(sys.argv[2])
+script = importlib.import_module(f"ecvae_diffusers.training.{sys.argv[1]}")
 from accelerate import Accelerator
 
 kept = []
@@ -157,14 +156,14 @@ def compare(self):
     end(self)
 
 Accelerator.end_training = compare
-script.main(script.parse_args(sys.argv[3:]))
+script.run(script.parse_args(sys.argv[2:]))
 """
 
 
 def test_ranks_keep_bit_equal_parameters(script, tmp_path):
     name, arguments = script
     (tmp_path / "compare.py").write_text(PARAMETERS)
-    arguments = [SCRIPTS, name, *arguments, "--output_dir", tmp_path / "out", "--max_train_steps", STEPS]
+    arguments = [name, *arguments, "--output_dir", tmp_path / "out", "--max_train_steps", STEPS]
     run_ranks(2, tmp_path / "compare.py", *arguments)
     assert [(tmp_path / f"agreed-{rank}").read_text() for rank in range(2)] == ["2", "2"]
 

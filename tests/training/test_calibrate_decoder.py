@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import calibrate_decoder
 import diffusers
 import numpy as np
 import PIL.Image
@@ -26,6 +25,7 @@ from training_runs import SCRIPTS, TINY_DECODER, metrics, run, succeed, weights,
 
 from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.metrics import reconstruction_metrics
+from ecvae_diffusers.training import calibrate_decoder
 from ecvae_diffusers.training.arguments.decoder import parse_args
 from ecvae_diffusers.training.data.feeds import build_feed
 from ecvae_diffusers.training.randomness import StepNoise
@@ -525,6 +525,6 @@ def test_wrong_arguments(models, images, tmp_path, capsys, arguments, message):
         *[places.get(argument, argument) for argument in arguments],
     ]  # fmt: skip
     with pytest.raises((SystemExit, ValueError)) as raised:
-        calibrate_decoder.main(parse_args(list(map(str, arguments))))
+        calibrate_decoder.run(parse_args(list(map(str, arguments))))
     assert message in capsys.readouterr().err + str(raised.value)
     assert not (tmp_path / "run").exists()

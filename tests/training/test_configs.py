@@ -11,11 +11,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from config_runs import CONFIGS, two_steps
-from train_ecvae import build_vae
 
 import demo
 from ecvae_diffusers.training.arguments.vae import parse_args
 from ecvae_diffusers.training.tasks.networks import build_calibrator, build_energy_model
+from ecvae_diffusers.training.train_ecvae import build_vae
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]

@@ -8,22 +8,22 @@ import shutil
 from pathlib import Path
 
 import datasets
-import evaluate
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from evaluate import parse_args
 from evaluation_runs import arguments_for, run, write_files
 from training_runs import write_autoencoder
 
 from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, EnergyModel, FlowEC, LangevinScheduler
-from ecvae_diffusers.cards import evaluation_table, write_card
+from ecvae_diffusers.evaluation import evaluate
+from ecvae_diffusers.evaluation.evaluate import parse_args
 from ecvae_diffusers.evaluation.parts import Parts
 from ecvae_diffusers.evaluation.pictures import draw_images, open_source
 from ecvae_diffusers.evaluation.summary import compare, over_seeds
 from ecvae_diffusers.evaluation.work import EvaluatedModel
-from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.hub.card import evaluation_table, write_card
+from ecvae_diffusers.hub.saving import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.training.data.ranges import to_range
@@ -216,7 +216,7 @@ def test_flows_are_evaluated_as_vaes_are(files, tmp_path):
         "--out_of_distribution", f"stripes={files / 'stripes'}", "--num_samples", 20, "--seeds", 0, "--num_test", 30, "--batch_size",
         7, "--output_dir", tmp_path / "out",
     ]  # fmt: skip
-    evaluate.main(parse_args(list(map(str, given))))
+    evaluate.run(parse_args(list(map(str, given))))
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert set(found) == {
         "model",

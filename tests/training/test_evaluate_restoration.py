@@ -11,7 +11,8 @@ import PIL.Image
 import pytest
 import torch
 
-import evaluate_restoration
+from ecvae_diffusers.evaluation import evaluate_restoration
+from ecvae_diffusers.evaluation.evaluate_restoration import task_names
 from ecvae_diffusers.evaluation.restoration import (
     TASKS,
     Answers,
@@ -24,7 +25,6 @@ from ecvae_diffusers.evaluation.restoration import (
 )
 from ecvae_diffusers.training.data.digits import load_digits
 from ecvae_diffusers.training.data.ranges import to_range
-from evaluate_restoration import task_names
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate_restoration.py"
@@ -114,7 +114,7 @@ def test_wrong_input(run, tmp_path, capsys):
         ([*needed[:2], "--output_dir", str(run / "out"), "--image_dir", str(run / "images")], "give another folder"),
     ):
         with pytest.raises((SystemExit, ValueError, OSError)) as raised:
-            evaluate_restoration.main(evaluate_restoration.parse_args(arguments))
+            evaluate_restoration.run(evaluate_restoration.parse_args(arguments))
         assert message in capsys.readouterr().err + str(raised.value)
     # Through the process: one line.
     process = script(*arguments)

@@ -12,19 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import calibrate_decoder
-import evaluate
 import pytest
-import report
 import torch
-import train_ecvae
-import train_flow
 from training_runs import TINY, TINY_DECODER, TINY_FLOW, metrics, weights, write_autoencoder, write_images
 
-import evaluate_restoration
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.atomic import WriteError
+from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
 from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
+from ecvae_diffusers.report import report
+from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.run.checkpoints import weights_only
 from ecvae_diffusers.training.run.folder import (
     MANIFEST,
@@ -84,7 +81,7 @@ def train(images: Path, output_dir: Path, num_steps: int, *arguments) -> None:
         "--checkpointing_steps",
         2,
     ]
-    train_ecvae.main(train_ecvae.parse_args([*given, "--max_train_steps", num_steps, *arguments]))
+    train_ecvae.run(train_ecvae.parse_args([*given, "--max_train_steps", num_steps, *arguments]))
 
 
 def resume(images: Path, output_dir: Path, *arguments) -> None:
@@ -263,7 +260,7 @@ def start(images, stopped, autoencoder):
         data_argument = "--image_dir" if script == "evaluate_restoration" else "--train_data_dir"
         data = images if script == "evaluate_restoration" else data
         given = map(str, [*arguments, data_argument, data, "--output_dir", output_dir])
-        module.main(module.parse_args(list(given)))
+        module.run(module.parse_args(list(given)))
 
     return start
 

@@ -44,7 +44,7 @@ def test_a_wrong_argument_is_one_line(script, capsys, monkeypatch):
     module = importlib.import_module(script)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--no_such_argument", "1"])
     with pytest.raises(SystemExit) as refusal:
-        module.parse_args() if hasattr(module, "parse_args") else module.main()
+        module.main()
     assert refusal.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{script}.py: error: ")
@@ -81,10 +81,10 @@ def test_no_repository_for_a_run_that_its_data_refuses(script, tmp_path, monkeyp
     if script == "calibrate_decoder":
         arguments = [*arguments, "--pretrained_model_name_or_path", write_autoencoder(tmp_path / "autoencoder")]
     images = write_images(tmp_path / "images", count=4, mode="RGB")
-    module = importlib.import_module(script)
+    module = importlib.import_module(f"ecvae_diffusers.training.{script}")
     given = ["--train_data_dir", images, "--output_dir", tmp_path / "out", "--push_to_hub", *arguments]
     with pytest.raises(ValueError, match="train_batch_size"):
-        module.main(module.parse_args(list(map(str, given))))
+        module.run(module.parse_args(list(map(str, given))))
     assert asked == []
 
 

@@ -9,11 +9,11 @@ import PIL.Image
 import pytest
 from training_runs import write_images
 
+from ecvae_diffusers.evaluation.evaluate_restoration import choose_clean
 from ecvae_diffusers.evaluation.pictures import draw, open_source
 from ecvae_diffusers.training.data.files import HASH_BYTES, content_hash, find_images, local_data_files
 from ecvae_diffusers.training.data.images import CheckedPictures, ImageDataset, load_images
 from ecvae_diffusers.training.data.streaming import StreamedImages
-from evaluate_restoration import choose_clean
 
 
 def save(path: Path, level: int = 0, **kwargs) -> Path:

@@ -7,15 +7,14 @@ import os
 import time
 from pathlib import Path
 
-import evaluate
-import publish
 import pytest
-import report
 from hub_server import HubServer
 from huggingface_hub import constants
 from training_runs import write_images
 
-import evaluate_restoration
+from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
+from ecvae_diffusers.hub import publish
+from ecvae_diffusers.report import report
 from ecvae_diffusers.training.arguments import decoder as decoder_arguments
 from ecvae_diffusers.training.arguments import flow as flow_arguments
 from ecvae_diffusers.training.arguments import vae as ecvae_arguments

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_ecvae
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from training_runs import TINY, metrics, succeed, weights, write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
+from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.arguments.vae import parse_args
 from ecvae_diffusers.training.randomness import StepNoise
 from ecvae_diffusers.training.run.folder import read_metrics
@@ -242,7 +242,7 @@ def test_batch_normalization_is_refused(images, tmp_path, capsys):
     with pytest.raises(
         ValueError, match="batch' must have group normalization with --calibration both, but has batch"
     ):
-        train_ecvae.main(args)
+        train_ecvae.run(args)
     frozen = [
         *common,
         "--pretrained_model_name_or_path",
@@ -252,7 +252,7 @@ def test_batch_normalization_is_refused(images, tmp_path, capsys):
         "none",
     ]
     with pytest.raises(ValueError, match="batch' must have group normalization with --freeze_decoder, but has batch"):
-        train_ecvae.main(parse_args(list(map(str, frozen))))
+        train_ecvae.run(parse_args(list(map(str, frozen))))
     assert not (tmp_path / "run").exists()
 
 

@@ -16,12 +16,13 @@ import torch
 import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from publish import main, parse_args
 from safetensors.torch import load_file
 from training_runs import SCRIPT, TINY, write_autoencoder, write_images
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline, FlowEC
-from ecvae_diffusers.cards import CARD_MARKER, baseline_rows, check_details, figure, write_card
+from ecvae_diffusers.hub import publish
+from ecvae_diffusers.hub.card import CARD_MARKER, baseline_rows, check_details, figure, write_card
+from ecvae_diffusers.hub.publish import parse_args
 
 
 TRAINING = SCRIPT.parent
@@ -194,14 +195,14 @@ def test_what_lies_beside_an_earlier_one_stays(work, tmp_path):
         "--output_dir",
         card,
     ]
-    main(parse_args(list(map(str, listed))))
+    publish.run(parse_args(list(map(str, listed))))
     assert 'from_pretrained("card")' in (card / "README.md").read_text()
     (card / "LICENSE").write_text("Mine.")
     PIL.Image.new("L", (8, 8), 7).save(card / "teaser.png")
     teaser = (card / "teaser.png").read_bytes()
     # Without an evaluation its file and pictures are gone, and nothing else.
     before = set(local(card))
-    main(parse_args([str(work / "run0"), "--output_dir", str(card)]))
+    publish.run(parse_args([str(work / "run0"), "--output_dir", str(card)]))
     assert before - set(local(card)) == {"evaluation.json", "samples.png", "neighbours.png"}
     assert (card / "LICENSE").read_text() == "Mine." and (card / "teaser.png").read_bytes() == teaser
 
@@ -231,7 +232,7 @@ def test_a_folder_from_elsewhere_does_not_lead_out_of_what_is_written(tmp_path):
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps({**index, "../../x": ["diffusers", "DDPMScheduler"]}))
     with pytest.raises(ValueError, match=re.escape("../../x")):
-        main(parse_args([str(model), "--output_dir", str(tmp_path / "card")]))
+        publish.run(parse_args([str(model), "--output_dir", str(tmp_path / "card")]))
     assert not (tmp_path / "card").exists()
 
 
@@ -243,9 +244,9 @@ def test_a_restoration_pipeline_stays_one(listed, argument, make_pipeline, tmp_p
     model, card = tmp_path / "model", tmp_path / "card"
     ECVAERestorationPipeline(vae=make_pipeline().vae).save_pretrained(model)
     with pytest.raises(ValueError, match=f"--{argument} must be left out of a ECVAERestorationPipeline"):
-        main(parse_args([str(model), *listed, "--output_dir", str(card)]))
+        publish.run(parse_args([str(model), *listed, "--output_dir", str(card)]))
     assert not card.exists()
-    main(parse_args([str(model), "--output_dir", str(card)]))
+    publish.run(parse_args([str(model), "--output_dir", str(card)]))
     assert json.loads((card / "model_index.json").read_text())["_class_name"][1] == "ECVAERestorationPipeline"
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from matplotlib.figure import Figure
-from report import Run, report_html
 
 from ecvae_diffusers.report.curves import plot_curves
 from ecvae_diffusers.report.page import FEW_POINTS, Chart, Curve, use_log_scale, value_limits
+from ecvae_diffusers.report.report import Run, report_html
 from ecvae_diffusers.report.verdict import judge_posterior_dual
 
 

@@ -4,18 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
-import calibrate_decoder
-import evaluate
 import numpy as np
 import PIL.Image
 import pytest
-import train_ecvae
-import train_flow
 from accelerate.state import AcceleratorState, GradientState
 from training_runs import TINY, TINY_DECODER, TINY_FLOW, write_autoencoder, write_images
 
-import evaluate_restoration
-from ecvae_diffusers.cards import evaluation_table
+from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
+from ecvae_diffusers.hub.card import evaluation_table
+from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.arguments import decoder as decoder_arguments
 from ecvae_diffusers.training.arguments import flow as flow_arguments
 from ecvae_diffusers.training.arguments import vae as ecvae_arguments
@@ -28,7 +25,7 @@ def call(script, parse_args, *arguments) -> None:
     """A script in this process, as if it was the first."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    run_script(script.__name__, parse_args(list(map(str, arguments))), script.main)
+    run_script(script.__name__, parse_args(list(map(str, arguments))), script.run)
 
 
 @pytest.fixture(scope="module")

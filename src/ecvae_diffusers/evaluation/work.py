@@ -10,7 +10,8 @@ from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.evaluation.parts import Parts
 from ecvae_diffusers.evaluation.while_training import load_features
-from ecvae_diffusers.hub import weights_fingerprint
+from ecvae_diffusers.hub.saving import weights_fingerprint
+from ecvae_diffusers.hub.upload import INDEX, check_components, class_name, held_class
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.models import bits_per_dimension, dequantize
@@ -20,7 +21,6 @@ from ecvae_diffusers.training.data.images import CheckedPictures, hashes_of
 from ecvae_diffusers.training.data.ranges import to_range, to_uint8
 from ecvae_diffusers.training.run.places import name_as_text
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
-from ecvae_diffusers.upload import INDEX, check_components, class_name, held_class
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..energy import compute_energy, energy_and_gradient, frozen
-from ..hub import write_restoration_code
+from ..hub.saving import write_restoration_code
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine

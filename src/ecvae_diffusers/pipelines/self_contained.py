@@ -3,9 +3,9 @@
 
 from pathlib import Path
 
-from ..cards import write_card
-from ..hub import self_contained_index, single_file_source, write_code_files
-from ..upload import push_to_hub, upload_arguments, upload_folder
+from ..hub.card import write_card
+from ..hub.saving import self_contained_index, single_file_source, write_code_files
+from ..hub.upload import push_to_hub, upload_arguments, upload_folder
 
 
 class SelfContained:

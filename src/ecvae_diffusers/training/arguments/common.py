@@ -57,8 +57,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def build_parser(script: CommandLine) -> argparse.ArgumentParser:
-    parser = ArgumentParser(description=script.description, formatter_class=HelpFormatter)
+def build_parser(script: CommandLine, prog: str | None = None) -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=script.description, formatter_class=HelpFormatter)
     parser.add_argument(
         "--config",
         type=place,
@@ -418,11 +418,11 @@ def config_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]
     return arguments
 
 
-def parse_args(script: CommandLine, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(script: CommandLine, argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """
     Parse and check a script's command line. Exits with a message that names the argument, its value and what is allowed.
     """
-    parser = build_parser(script)
+    parser = build_parser(script, prog)
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parser.parse_args(argv)
     if args.config is not None:

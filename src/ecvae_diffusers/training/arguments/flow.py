@@ -65,5 +65,5 @@ SCRIPT = CommandLine(
 )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    return parse_command_line(SCRIPT, argv)
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    return parse_command_line(SCRIPT, argv, prog)

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ecvae_diffusers.upload import is_transport_error
+from ecvae_diffusers.hub.upload import is_transport_error
 
 
 # Arguments of all scripts that must be folders of pictures.

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ecvae_diffusers.atomic import WriteError
+from ecvae_diffusers.hub.upload import UploadError, open_repository, upload_folder
 from ecvae_diffusers.training.data.feeds import build_feed
 from ecvae_diffusers.training.run.folder import (
     check_output_dir,
@@ -27,7 +28,6 @@ from ecvae_diffusers.training.run.lock import locked_by_main
 from ecvae_diffusers.training.run.places import check_places
 from ecvae_diffusers.training.tasks.base import Task
 from ecvae_diffusers.training.trainer import Stopped, Trainer
-from ecvae_diffusers.upload import UploadError, open_repository, upload_folder
 
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from ecvae_diffusers import LangevinScheduler
+from ecvae_diffusers.hub.upload import INDEX
 from ecvae_diffusers.training.randomness import StepNoise
-from ecvae_diffusers.upload import INDEX
 
 
 @contextmanager

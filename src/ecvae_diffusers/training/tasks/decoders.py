@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ecvae_diffusers import EnergyModel, LangevinScheduler
 from ecvae_diffusers.atomic import write_json, write_text
-from ecvae_diffusers.cards import CARD_MARKER
-from ecvae_diffusers.hub import fingerprint
+from ecvae_diffusers.hub.card import CARD_MARKER
+from ecvae_diffusers.hub.saving import fingerprint
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 

@@ -18,7 +18,7 @@ def packaged_file(name: str) -> Path:
     Raises:
         FileNotFoundError: if it is neither in the installed package nor in a checkout around it.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for path in (package / "files" / name, package.parents[1] / name):
         if path.is_file():
             return path

@@ -1,0 +1,257 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Restore a folder of images from what a list of tasks leaves of them: `python training/evaluate_restoration.py --help`.
+
+Writes `restoration.json` (every measure, with the protocol), `restoration.md` (a table) and a picture for each noise:
+clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The images should be ones that the model was not trained on.
+"""
+
+import argparse
+import math
+import platform
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+from tqdm import tqdm
+
+import ecvae_diffusers
+from ecvae_diffusers import ECVAERestorationPipeline
+from ecvae_diffusers.atomic import write_json, write_text
+from ecvae_diffusers.evaluation.pictures import decode_all
+from ecvae_diffusers.evaluation.reading import RESTORATION
+from ecvae_diffusers.evaluation.restoration import TASKS, Task, as_answers, classical, make_operator, measures, restore
+from ecvae_diffusers.evaluation.summary import subset_size
+from ecvae_diffusers.evaluation.while_training import load_features
+from ecvae_diffusers.metrics import GenerationMetrics
+from ecvae_diffusers.training.data.files import trained_hashes
+from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.folder import image_grid, save_atomically
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.launch import device_name, keep_freed_memory
+from ecvae_diffusers.training.run.lock import locked
+from ecvae_diffusers.training.run.places import check_places, place
+from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
+
+
+COLUMNS = {
+    "psnr": ("PSNR of the mean, dB", ".2f"),
+    "psnr_single": ("PSNR, dB", ".2f"),
+    "ssim": ("SSIM of the mean", ".3f"),
+    "frechet_distance": ("feature distance", ".1f"),
+    "residual": ("residual", ".4f"),
+    "residual_of_mean": ("residual of the mean", ".4f"),
+    "largest_relative_residual": ("largest relative residual", ".0e"),
+    "coverage": ("within 2 std", ".1%"),
+    "num_network_calls": ("calls", "d"),
+    "seconds": ("s an image", ".2f"),
+}
+NUM_PICTURES = 8
+FEWEST_COMPARED = 7  # images that can be compared as a set, each with its five neighbours
+
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog=prog, description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=place, required=True, help="Pipeline: folder or Hub id."
+    )
+    parser.add_argument(
+        "--baseline",
+        type=place,
+        help="Another pipeline, such as the same VAE without calibration, by the same algorithm.",
+    )
+    parser.add_argument("--image_dir", type=place, required=True, help="Folder of clean images.")
+    parser.add_argument("--max_images", type=int, default=256, help="So many, spread evenly over the names.")
+    parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"Of {', '.join(TASKS)}. All that fit if not given."
+    )
+    parser.add_argument(
+        "--noise_std", type=float, nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
+    )
+    parser.add_argument("--num_restorations", type=int, default=8, help="M: answers to each measurement.")
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[75], help="Decoder passes; a row each.")
+    parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
+    parser.add_argument("--energy_weight", type=float, default=0.0)
+    parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")
+    parser.add_argument(
+        "--features", type=place, default="lite0", help="'lite0', 'inception' or a vision model of transformers."
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="Measurements restored together, with all their answers."
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    for name in ("max_images", "num_restorations", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
+    if min(args.num_inference_steps) < 1:
+        parser.error(f"--num_inference_steps must be at least 1, but is {args.num_inference_steps}.")
+    if not all(0 <= noise_std < 1 for noise_std in args.noise_std):
+        parser.error(
+            "--noise_std must be at least 0 and below 1, for images in [-1, 1] (of 8-bit levels a 127.5th), but is "
+            f"{args.noise_std}."
+        )
+    if not 0 <= args.energy_weight < math.inf:
+        parser.error(f"--energy_weight must be a finite number of at least 0, but is {args.energy_weight}.")
+    if (Path(args.output_dir) / "restoration.json").exists():
+        parser.error(f"--output_dir {args.output_dir!r} holds a restoration.json: give another folder.")
+    if args.classical:
+        try:
+            import skimage  # noqa: F401
+        except ImportError:
+            parser.error("--classical needs: pip install 'ecvae-diffusers[restoration]'.")
+    return args
+
+
+def choose_clean(image_dir: str, count: int) -> CheckedPictures:
+    """Pictures spread evenly over the folder's names."""
+    pictures = open_folder(image_dir, "image_dir")
+    count = min(count, len(pictures))
+    return CheckedPictures(pictures.select([i * len(pictures) // count for i in range(count)]))
+
+
+def count_trained_on(checked: CheckedPictures, model: str) -> int | None:
+    """How many of the pictures a model was trained on, by what its run has recorded. `None` where it has not."""
+    known = trained_hashes(model)
+    return None if known is None else sum(one in known for one in checked.hashes)
+
+
+def load(name: str, device: str | torch.device) -> ECVAERestorationPipeline:
+    """A pipeline for very many decoder passes: on a CPU this layout, and memory that is kept, take a third off their time."""
+    try:
+        pipeline = ECVAERestorationPipeline.from_pretrained(name).to(device)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{name!r} can't be loaded: {' '.join(str(error).split())}") from error
+    pipeline.vae.to(memory_format=torch.channels_last)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def task_names(asked: list[str] | None, image_shape: tuple[int, int, int], noise_std: float) -> list[str]:
+    """Those asked for, or all that fit such images and have something to do: without noise there is nothing to denoise."""
+    if asked is not None:
+        return asked
+    names = []
+    for name in TASKS:
+        try:
+            make_operator(name, image_shape).measurement_shape(image_shape)
+        except ValueError:
+            continue
+        if name != "denoising" or noise_std > 0:
+            names.append(name)
+    return names
+
+
+def table(rows: list[dict]) -> str:
+    columns = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    lines = ["| noise | task | method | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
+    for row in rows:
+        cells = ["" if row.get(key) is None else format(row[key], spec) for key, (_, spec) in columns.items()]
+        lines.append(
+            f"| {row['noise_std']:g} | {row['task'].replace('_', ' ')} | {row['method']} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def run(args: argparse.Namespace) -> None:
+    with locked(args.output_dir):
+        evaluate(args, Path(args.output_dir))
+
+
+def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
+    """Restore and measure, where no other evaluation has the folder."""
+    pipelines = {"ours": load(args.pretrained_model_name_or_path, args.device)}
+    if args.baseline is not None:
+        pipelines["baseline"] = load(args.baseline, args.device)
+    config = pipelines["ours"].vae.config
+    checked = choose_clean(args.image_dir, args.max_images)
+    if (left_out := checked.left_out()) is not None:
+        print(f"Left out of --image_dir {args.image_dir!r}: {left_out}.", file=sys.stderr)
+    num_trained_on = count_trained_on(checked, args.pretrained_model_name_or_path)
+    if num_trained_on:
+        print(f"WARNING {num_trained_on} of {len(checked)} images were trained on.", file=sys.stderr)
+    clean = to_range(decode_all(checked, config.sample_size, config.in_channels))
+    metrics, features = None, load_features(args.features, torch.device(args.device))
+    if len(clean) >= FEWEST_COMPARED:
+        metrics = GenerationMetrics(features, kernel_subset_size=subset_size(len(clean), len(clean)))
+        metrics.update(((clean + 1) * 127.5).round().byte(), real=True)
+    settings = {"method": args.method, "energy_weight": args.energy_weight}
+    pictures, rows, shape = {}, [], tuple(clean.shape[1:])
+    trained_on = "not known" if num_trained_on is None else f"{num_trained_on} of {len(clean)}"
+    trained_on = f"\nImages that the model was trained on: {trained_on}.\n"
+    todo = [(noise, name) for noise in args.noise_std for name in task_names(args.tasks, shape, noise)]
+    for noise_std, name in tqdm(todo, desc="Tasks"):
+        task = Task(name, clean, noise_std, args.seed)
+        linear = task.linear_answers()
+        found = {method: as_answers(images) for method, images in linear.items()}
+        if args.classical and (peer := classical(task)) is not None:
+            found[peer[0]] = peer[1]
+        for method, pipeline in pipelines.items():
+            for steps in args.num_inference_steps:
+                label = method if len(args.num_inference_steps) == 1 else f"{method}, {steps} steps"
+                found[label] = restore(
+                    pipeline,
+                    task,
+                    args.num_restorations,
+                    args.batch_size,
+                    args.seed,
+                    num_inference_steps=steps,
+                    **settings,
+                )
+        for method, answers in found.items():
+            rows.append({"noise_std": noise_std, "task": name, "method": method} | measures(task, answers, metrics))
+        ours = next(answers for method, answers in found.items() if method.startswith("ours"))
+        columns = (task.clean, task.shown(), list(linear.values())[-1], ours.single, ours.std.clamp(0, 1) * 2 - 1)
+        pictures.setdefault(noise_std, []).extend(torch.stack(columns, dim=1)[:NUM_PICTURES].flatten(0, 1))
+        protocol = {
+            "arguments": vars(args),
+            "num_images": len(clean),
+            "num_trained_on": num_trained_on,
+            "files": checked.describe(config.in_channels),
+            "features": features.name,
+            "kernel_distance_std": f"over 100 subsets of {subset_size(len(clean), len(clean))}",
+            "null": "a PSNR of answers without any error, which is infinite, or a distance of too few images",
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "ecvae_diffusers": ecvae_diffusers.__version__,
+            "machine": platform.machine(),
+        }
+        write_json(output_dir / "restoration.json", {"protocol": protocol, "rows": rows})
+        write_text(output_dir / "restoration.md", table(rows) + trained_on)
+    for noise_std, parts in pictures.items():
+        grid = image_grid(torch.stack(parts), num_columns=5 * max(1, NUM_PICTURES // 2), scale=2)
+        save_atomically(grid, output_dir / f"restoration_noise-{noise_std:g}.png")
+    print(table(rows) + trained_on)
+    print(RESTORATION)
+    for noise_std in pictures:
+        print(
+            f"{output_dir / f'restoration_noise-{noise_std:g}.png'}: clean, measured, by the linear answer, restored, uncertainty."
+        )
+    print(f"{output_dir / 'restoration.json'}: every figure with its protocol.")
+
+
+def main(argv: list[str] | None = None, prog: str = "evaluate_restoration.py") -> None:
+    """Evaluate restorations as a command line says: that of this process, or `argv`."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    args = parse_args(argv, prog)
+    try:
+        check_places(args)
+        run(args)
+    except (ValueError, OSError, ImportError) as error:
+        fail(f"{prog}: error: {error}")
+    except KeyboardInterrupt:
+        done = Path(args.output_dir) / "restoration.json"
+        left = f"{done} holds the tasks that were done; " if done.exists() else ""
+        fail(f"{prog}: interrupted: {left}start again with another --output_dir.")
+
+
+if __name__ == "__main__":
+    main()
