@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Tiny pipelines of real classes. This file also puts `tests/` on the path, for the modules tests share."""
+"""Tiny pipelines of real classes. Modules that tests share are in `tests/support`."""
 
 from collections.abc import Callable
 

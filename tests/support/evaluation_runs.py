@@ -9,7 +9,7 @@ import training_runs
 from training_runs import write_images
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "training" / "evaluate.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate.py"
 SMALL = [
     "--num_samples", 300, "--num_reference", 40, "--num_test", 30, "--num_likelihood_images", 10, "--importance_samples", 20,
     "--batch_size", 20, "--seeds", 0, 1,

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 
-SCRIPTS = Path(__file__).parents[1] / "training"
+SCRIPTS = Path(__file__).parents[2] / "training"
 SCRIPT = SCRIPTS / "train_ecvae.py"
 TINY_FLOW = [
     "--resolution", "16", "--num_levels", "2", "--steps_per_level", "2", "--hidden_channels", "16",
