@@ -32,7 +32,6 @@ from .variational import likelihood_bounds
 
 
 # The two forms of the constraint: the squared distance of latents to their chain's ends, or the ends' -log q.
-FORMS = ("log_prob", "squared_error")
 
 # a, on whitened latents: a tenth of the step that is 1 in a standard normal posterior.
 DRIFT_STEP = 0.1
@@ -131,31 +130,22 @@ def refine(
     return whitened
 
 
-def stationary_constraint(scheduler: LangevinScheduler, num_latents: int, form: str) -> float:
+def stationary_constraint(scheduler: LangevinScheduler, num_latents: int) -> float:
     """
-    What a chain on whitened latents leaves of the constraint in the mean where q is the posterior already: the bound that
-    asks for no more than that.
+    Return the mean of the constraint that a chain on whitened latents leaves where q is the posterior already.
 
-    There U(u) = |u|^2 / 2, and x_k = alpha_k u_0 + noise of variance v_k, so that a squared distance has the mean
-    d ((1 - alpha)^2 + v), and -log q less q's entropy d / 2 (alpha^2 + v - 1).
+    There U(u) = |u|^2 / 2, and x_k = alpha_k u_0 + noise of variance v_k, so that -log q less q's entropy has the mean
+    d / 2 (alpha^2 + v - 1).
 
     Args:
         scheduler ([`LangevinScheduler`]): The chain.
         num_latents (`int`): d, the dimension of the latent vector.
-        form (`str`): `"squared_error"` or `"log_prob"`.
-
-    Raises:
-        ValueError: if `form` is neither.
     """
-    if form not in FORMS:
-        raise ValueError(f"`form` must be one of {', '.join(map(repr, FORMS))}, but is {form!r}.")
     start, variance = 1.0, 0.0
     for timestep in range(len(scheduler)):
         pull = scheduler.conditioning_coefficient(timestep)
         kept = 1 - scheduler.config.drift_step_size - pull
         start, variance = kept * start + pull, kept**2 * variance + scheduler.config.noise_scale**2
-    if form == "squared_error":
-        return num_latents * ((1 - start) ** 2 + variance)
     return num_latents / 2 * (start**2 + variance - 1)
 
 
@@ -204,7 +194,7 @@ def negative_log_posterior(
         energy ([`PosteriorEnergy`]): Of the same q, without.
         reference (`torch.Tensor` of shape `(B, d, 1, 1)`, *optional*): `coupled_ends` of the chain. The samples themselves
             if not given.
-        remainder (`float`, *optional*, defaults to 0.0): `stationary_constraint` of that chain, `"log_prob"`.
+        remainder (`float`, *optional*, defaults to 0.0): `stationary_constraint` of that chain.
     """
 
     def distance(samples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

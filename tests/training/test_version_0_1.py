@@ -89,6 +89,6 @@ def test_names_of_its_training_modules_are_those_of_today():
     from ecvae_training.data import ImageDataset
 
     from ecvae_diffusers.training.data import images
-    from ecvae_diffusers.training.tasks import decoders as moved
+    from ecvae_diffusers.training.tasks import autoencoders as moved
 
     assert ImageDataset is images.ImageDataset and decoders is moved

@@ -1,173 +1,97 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Calibrate the decoder that you already have: `accelerate launch training/calibrate_decoder.py --help`.
-
-The encoder of an autoencoder of diffusers stays as it is. One iteration: its decoder makes images of latents in one wrapped
-forward; the chain on the frozen energy model gives their targets; the decoder steps on the squared error of reconstructions
-plus lambda times the constraint, and the energy model on data against the same targets. What is saved loads with plain
-diffusers. The loop is in `ecvae_diffusers.training.trainer`, the equations in `ecvae_diffusers.calibration`.
+"""Calibrates the decoder of any autoencoder of diffusers: `accelerate launch training/calibrate_decoder.py --help`, or
+`ecvae calibrate-decoder --help`. The encoder stays frozen, and what is saved loads with plain diffusers.
 """
 
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-import torch
-
-from ecvae_diffusers import EnergyModel
-from ecvae_diffusers.hub.saving import fingerprint
-from ecvae_diffusers.hub.upload import CONFIG
-from ecvae_diffusers.model_error import squared_error
-from ecvae_diffusers.training.arguments.decoder import parse_args
-from ecvae_diffusers.training.data.ranges import to_range
-from ecvae_diffusers.training.run.session import run_script, train
-from ecvae_diffusers.training.tasks.base import Task, evaluating
-from ecvae_diffusers.training.tasks.decoders import (
-    CalibratedDecoder,
-    SavedDecoder,
-    latent_shape,
-    load_autoencoder,
-    load_energy_model,
-    load_latents,
-)
-from ecvae_diffusers.training.tasks.networks import build_energy_model
-from ecvae_diffusers.variational import error_gradient_norm
+from ecvae_diffusers.training.command_line import read_config
+from ecvae_diffusers.training.config import Group, OptimizerConfig, TrainingConfig, option, refuse
+from ecvae_diffusers.training.run.places import place
 
 
-# Whose encodings tell how far latents spread.
-NUM_SPREAD_IMAGES = 256
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Group):
+    """model and its loss"""
+
+    calibration: Literal["none", "energy"] = option(
+        "energy", help="'none' trains the decoder on its squared error only, for comparison."
+    )
+    pretrained_model_name_or_path: str | None = option(
+        help="The autoencoder: AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers (folder or Hub id). If a run saved its "
+        "energy model in that folder, for such images, training starts from it.",
+        read=place,
+    )
+    subfolder: str | None = option(help="Its subfolder in a pipeline: vae.")
+    revision: str | None = option(help="Branch, tag or commit of the Hub id.")
+    variant: str | None = option(help="Variant of its weights, such as fp16. Training and saving are in float32.")
+    reconstruction_weight: float = option(
+        1.0,
+        help="Weight of the squared error of reconstructions, summed over an image: more keeps PSNR, less gives the chain more say.",
+        at_least=0,
+    )
+    latent_noise: float = option(
+        0.0,
+        help="Calibrate decodings of encodings with noise, as a latent diffusion model produces: its standard deviation over that of "
+        "the latents. 0: the encodings themselves.",
+        at_least=0,
+    )
+    latents_file: str | None = option(
+        help="Calibrate decodings of these latents: a safetensors file with a tensor `latents` (N, C, h, w), such as your sampler's.",
+        read=place,
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.pretrained_model_name_or_path is None:
+            refuse("pretrained_model_name_or_path", None, "given: the autoencoder whose decoder is calibrated")
+        if self.reconstruction_weight == 0 and self.calibration == "none":
+            refuse("reconstruction_weight", 0, "above 0 with --calibration none: nothing would be trained")
+        if self.latents_file is not None and self.latent_noise > 0:
+            refuse("latent_noise", self.latent_noise, "0 with --latents_file")
 
 
-class DecoderTask(Task):
-    """A foreign decoder as a `Task` of the trainer: its own loss is the squared error, its samples decodings of latents."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptimizerConfig(OptimizerConfig):
+    """training"""
 
-    component, headline, published = "decoder", "reconstruction", CONFIG
-
-    def __init__(
-        self, args, decoder: CalibratedDecoder, energy_model: EnergyModel | None, feed, given: torch.Tensor | None
-    ):
-        self.args, self.generator, self.energy_model, self.feed, self.given = args, decoder, energy_model, feed, given
-        self.saved_class = type(decoder.autoencoder).__name__
-        self.noise_scale = 0.0
-        self.last_encoded: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def launch(self):
-        latents = None if self.given is None else fingerprint({"latents": {"latents": self.given}})
-        return {
-            "autoencoder": self.saved_class,
-            "encoder": self.generator.encoder_fingerprint(),
-            "latents": latents,
-        }
-
-    def prepare(self, accelerator):
-        """On the device, where the autoencoder is by now: 256 encodings on a CPU take minutes at the sizes of photographs."""
-        super().prepare(accelerator)
-        if self.args.latent_noise > 0:
-            self.noise_scale = self.args.latent_noise * self.encodings(NUM_SPREAD_IMAGES).std().item()
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """The encoder is in evaluation mode always: it is not trained."""
-        with evaluating(self.generator):
-            return self.generator.encode(images)
-
-    def encode_batch(self, real: torch.Tensor) -> torch.Tensor:
-        """Once a batch, which both `loss` and `draw` are given, in the precision of training."""
-        if self.last_encoded is None or self.last_encoded[0] is not real:
-            with self.accelerator.autocast():
-                self.last_encoded = (real, self.encode(real).float())
-        return self.last_encoded[1]
-
-    def encodings(self, count: int) -> torch.Tensor:
-        """Of the feed's images that are looked at, on the CPU."""
-        device = next(self.generator.parameters()).device
-        batches = self.feed.reference(count).split(self.args.train_batch_size)
-        return torch.cat([self.encode(to_range(batch).to(device)).cpu() for batch in batches])
-
-    def changed(self, encodings: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        return encodings + self.noise_scale * normal
-
-    def draw(self, real, noise):
-        if self.given is not None:
-            rows = (noise.uniform(len(real)).cpu() * len(self.given)).long()
-            return self.given[rows].to(real.device)
-        encodings = self.encode_batch(real)
-        return self.changed(encodings, noise.normal(*encodings.shape)) if self.noise_scale > 0 else encodings
-
-    def loss(self, network, real, noise, step, with_samples):
-        encodings = self.encode_batch(real)
-        if not with_samples:
-            decoded, samples = network(encodings), None
-        elif self.given is None and self.noise_scale == 0:
-            # Reconstructions are themselves what is calibrated: no second decoding.
-            decoded = samples = network(encodings)
-        else:
-            decoded, samples = network(torch.cat([encodings, self.draw(real, noise)])).chunk(2)
-        reconstruction = squared_error(real, decoded).mean() * real[0].numel()  # summed over an image
-        weight = self.args.reconstruction_weight
-        scalars = {"reconstruction": reconstruction.detach()}
-        scalars["reconstruction_gradient_norm"] = weight * error_gradient_norm(real, decoded)
-        return weight * reconstruction, samples, scalars
-
-    def latents(self, count, seed):
-        generator = torch.Generator().manual_seed(seed)
-        if self.given is not None:
-            return self.given[torch.randperm(len(self.given), generator=generator)[:count]]
-        encodings = self.encodings(count)
-        return self.changed(encodings, torch.randn(encodings.shape, generator=generator))
-
-    def measure(self, generator, images):
-        """PSNR of reconstructions, the mean over images."""
-        from torchmetrics.functional.image import peak_signal_noise_ratio
-
-        device, found = next(generator.parameters()).device, []
-        for part in images.split(self.args.train_batch_size):
-            originals = to_range(part.to(device))
-            decoded = self.reconstruct(generator, originals).clamp(-1, 1)
-            psnr = peak_signal_noise_ratio(decoded, originals, data_range=2.0, reduction="none", dim=(1, 2, 3))
-            found.append(psnr.cpu())
-        return {"psnr": torch.cat(found).mean().item()}
-
-    def sample(self, generator, latents):
-        with evaluating(generator):
-            return generator(latents).float()
-
-    def reconstruct(self, generator, images):
-        with evaluating(generator):
-            return generator(generator.encode(images)).float()
-
-    def build_pipeline(self, generator, energy_model, scheduler):
-        return SavedDecoder(generator, energy_model, scheduler)
+    learning_rate: float | None = option(1e-4, help="Learning rate of the decoder.", above=0)
 
 
-def run(args) -> None:
-    path = args.pretrained_model_name_or_path
-    autoencoder = load_autoencoder(path, subfolder=args.subfolder, revision=args.revision, variant=args.variant)
-    decoder = CalibratedDecoder(autoencoder, path)
-    if args.gradient_checkpointing and not autoencoder._supports_gradient_checkpointing:
-        raise ValueError(f"--gradient_checkpointing must not be given: {type(autoencoder).__name__} does not have it.")
-    # Images come in the model's own channels: gray ones become RGB where it has three.
-    channels = decoder.config.in_channels
-    if args.in_channels not in (None, channels):
-        raise ValueError(
-            f"--in_channels must be {channels}, which {path!r} has, or not be given, but is {args.in_channels}."
-        )
-    args.in_channels = channels
-    shape = latent_shape(decoder, args.resolution)
-    given = load_latents(args.latents_file, shape) if args.latents_file is not None else None
+@dataclass(frozen=True, kw_only=True)
+class ECDecoderConfig(TrainingConfig):
+    """The configuration of `calibrate_decoder.py`."""
 
-    def load(checkpoint: Path | None) -> EnergyModel | None:
-        if args.calibration == "none":
-            return None
-        return load_energy_model(path, args.resolution, channels, args.subfolder, args.revision)
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    optimizer: DecoderOptimizerConfig = field(default_factory=DecoderOptimizerConfig)
 
-    def build_task(energy_model, feed) -> DecoderTask:
-        if energy_model is None and args.calibration == "energy":
-            energy_model = build_energy_model(args, feed.channels)
-        return DecoderTask(args, decoder.train(), energy_model, feed, given)
+    description: ClassVar[str] = (
+        "Calibrate the decoder of any autoencoder of diffusers on images: accelerate launch training/calibrate_decoder.py "
+        "--pretrained_model_name_or_path my_vae --train_data_dir my_images --output_dir my_sharper_vae --resolution 64"
+    )
+    channels_of_model: ClassVar[bool] = True
+    max_resolution: ClassVar[int] = 1024
 
-    train(args, load, build_task, DecoderTask)
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECDecoderConfig:
+    """Read and check a configuration, as `read_config` does."""
+    return read_config(ECDecoderConfig, argv, prog)
+
+
+def run(config: ECDecoderConfig) -> None:
+    """Train as configured. Raises what `session.train` raises."""
+    from ecvae_diffusers.training.tasks.decoder import calibrate_decoder
+
+    calibrate_decoder(config)
 
 
 def main(argv: list[str] | None = None, prog: str = "calibrate_decoder.py") -> None:
-    """Train as a command line says: that of this process, or `argv`."""
-    run_script(prog, parse_args(argv, prog), run)
+    """Train as the command line says."""
+    config = parse_args(argv, prog)
+    from ecvae_diffusers.training.run.session import run_script
+
+    run_script(prog, config, run)
 
 
 if __name__ == "__main__":

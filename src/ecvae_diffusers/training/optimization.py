@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
+from ecvae_diffusers.training.config import OptimizerConfig
+
 
 @dataclass
 class Trained:
@@ -26,28 +28,21 @@ class Trained:
 
 
 def build_trained(
-    args, accelerator: Accelerator, network, learning_rate: float, betas: tuple[float, float], num_steps: int
+    config: OptimizerConfig,
+    accelerator: Accelerator,
+    network: torch.nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
 ) -> Trained:
-    """Adam and the schedule of the command line for what of a network is trained, wrapped by Accelerate."""
-    options = {
-        "lr": learning_rate,
-        "betas": betas,
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
-    }
+    """Return Adam and its schedule for the trained parameters of a network, wrapped by Accelerate."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        optimizer = AdamW8bit(parameters, **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **options)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
     lr_scheduler = get_scheduler(
-        args.lr_scheduler,
+        config.lr_scheduler,
         optimizer=optimizer,
         # Accelerate steps a prepared schedule once a process.
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=num_steps * accelerator.num_processes,
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
     return Trained(*accelerator.prepare(network, optimizer, lr_scheduler), learning_rate)
 

@@ -1,117 +1,97 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Train an energy-calibrated normalizing flow on images: `accelerate launch training/train_flow.py --help`.
+"""Trains an energy-calibrated normalizing flow: `accelerate launch training/train_flow.py --help`, or `ecvae train-flow --help`.
 
-Likelihood is learned first, with `--calibration none`; a run from there (`--pretrained_model_name_or_path`) calibrates: see
-docs/flows.md. One iteration: one wrapped forward of the flow gives the likelihood of dequantized images and, through its inverse, prior
-samples; these are calibrated as those of `train_ecvae.py` are. The loop is in `ecvae_diffusers.training.trainer`, the equations in
-`ecvae_diffusers.calibration` and `ecvae_diffusers.models.flow_ec`.
+Likelihood is learned first, with `--calibration none`; a second run from there (`--pretrained_model_name_or_path`) calibrates: see
+docs/flows.md.
 """
 
-from pathlib import Path
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
 
-import torch
-from accelerate.logging import get_logger
-
-from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
-from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
-from ecvae_diffusers.training.arguments.flow import parse_args
-from ecvae_diffusers.training.data.ranges import to_range
-from ecvae_diffusers.training.run.session import run_script, train
-from ecvae_diffusers.training.tasks.base import Task, evaluating
-from ecvae_diffusers.training.tasks.networks import build_models, load_pretrained
+from ecvae_diffusers.training.command_line import read_config
+from ecvae_diffusers.training.config import SCHEDULES, Group, OptimizerConfig, TrainingConfig, option, refuse
+from ecvae_diffusers.training.run.places import place
 
 
-logger = get_logger(__name__)
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(Group):
+    """model and its loss"""
 
-# Images that activation normalization takes its statistics of.
-NUM_INITIALIZATION_IMAGES = 256
-
-
-class FlowTask(Task):
-    """The flow as a `Task` of the trainer: its own loss is the negative log-likelihood, its samples are of its inverse."""
-
-    component, headline, saved_class = "flow", "bits_per_dimension", "ECFlowPipeline"
-
-    def __init__(self, args, flow: FlowEC, energy_model: EnergyModel | None):
-        self.args, self.generator, self.energy_model = args, flow, energy_model
-        self.latent_shape = (flow.num_latents, 1, 1)
-
-    def loss(self, network, real, noise, step, with_samples):
-        output = network(
-            dequantize(real, noise.uniform(*real.shape)),
-            prior_latents=self.draw(real, noise) if with_samples else None,
-        )
-        bits = bits_per_dimension(output.log_prob.detach(), self.generator.num_latents)
-        scalars, samples = {"bits_per_dimension": bits.mean()}, None
-        if with_samples:
-            samples, is_far = as_shown(output.prior_sample)
-            scalars["far_samples"] = is_far.float().mean()
-        return -output.log_prob.mean(), samples, scalars
-
-    def draw(self, real, noise):
-        return noise.normal(len(real), *self.latent_shape)
-
-    def measure(self, generator, images):
-        """Bits per dimension, with the same dequantization at each evaluation."""
-        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(self.args.seed))
-        device, bits = next(generator.parameters()).device, []
-        with evaluating(generator):
-            for part, own in zip(*(x.split(self.args.train_batch_size) for x in (images, noise))):
-                log_prob = generator.log_prob(dequantize(to_range(part), own).to(device))
-                bits.append(bits_per_dimension(log_prob, self.generator.num_latents).cpu())
-        return {"bits_per_dimension": torch.cat(bits).mean().item()}
-
-    def latents(self, count, seed):
-        return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
-
-    def sample(self, generator, latents):
-        with evaluating(generator):
-            return generator.decode(latents).float().clamp(-1, 1)
-
-    def reconstruct(self, generator, images):
-        """There and back: what differs is rounding."""
-        with evaluating(generator):
-            return generator.decode(generator.encode(images)[0]).float()
-
-    def build_pipeline(self, generator, energy_model, scheduler):
-        return ECFlowPipeline(flow=generator, energy_model=energy_model, scheduler=scheduler)
-
-
-def build_flow(args, feed) -> FlowEC:
-    """A new flow of the command line, initialized on data: on the same images in every process."""
-    flow = FlowEC(
-        sample_size=args.resolution,
-        in_channels=feed.channels,
-        num_levels=args.num_levels,
-        steps_per_level=args.steps_per_level,
-        hidden_channels=args.hidden_channels,
+    calibration: Literal["none", "energy"] = option(
+        "energy",
+        help="'none' trains on likelihood only, which calibration starts from: see --pretrained_model_name_or_path.",
     )
-    images = to_range(feed.reference(NUM_INITIALIZATION_IMAGES).cpu())
-    flow.initialize(dequantize(images, torch.rand(images.shape)))
-    return flow
+    pretrained_model_name_or_path: str | None = option(
+        help="Start from the weights of this pipeline or FlowEC (folder or Hub id), whose architecture is kept.",
+        read=place,
+    )
+    num_levels: int = option(3, help="Scales of the flow, each of half the size.", at_least=1)
+    steps_per_level: int = option(8, help="Steps of the flow per scale.", at_least=1)
+    hidden_channels: int = option(128, help="Channels of the couplings' networks.", at_least=1)
 
 
-def run(args) -> None:
-    def load(checkpoint: Path | None) -> tuple:
-        return load_pretrained(args, "flow", FlowEC), checkpoint
+@dataclass(frozen=True, kw_only=True)
+class FlowOptimizerConfig(OptimizerConfig):
+    """training"""
 
-    def build_task(loaded, feed) -> FlowTask:
-        pretrained, checkpoint = loaded
-        is_new = pretrained[0] is None and checkpoint is None
-        if is_new and args.calibration != "none":
-            logger.warning(
-                "A new flow is calibrated from its first step, which at 32 px harmed two of the three that were measured. One that has "
-                "learned likelihood first is safer: train it with --calibration none, and go on from there with "
-                "--pretrained_model_name_or_path (docs/flows.md)."
-            )
-        return FlowTask(args, *build_models(args, feed.channels, lambda: build_flow(args, feed), pretrained))
+    # Likelihood has a noisy gradient with rare, enormous values: an Adam that averages and clips learns several times faster than
+    # the one that suits a critic's opponent (docs/flows.md).
+    learning_rate: float | None = option(
+        help="Learning rate of the flow. Default: 3e-3 for a new flow, 5e-4 for a pretrained one.", above=0
+    )
+    lr_scheduler: SCHEDULES = option("constant_with_warmup", help="Schedule of both learning rates.")
+    adam_beta1: float = option(0.9, help="beta1 of the flow's Adam.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, help="beta2 of the flow's Adam.", at_least=0, below=1)
+    max_grad_norm: float | None = option(100.0, help="Clip the gradient norm of each network to this.", above=0)
 
-    train(args, load, build_task, FlowTask)
+
+@dataclass(frozen=True, kw_only=True)
+class ECFlowConfig(TrainingConfig):
+    """The configuration of `train_flow.py`."""
+
+    model: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: FlowOptimizerConfig = field(default_factory=FlowOptimizerConfig)
+
+    description: ClassVar[str] = (
+        "Train an energy-calibrated normalizing flow on images. On likelihood first: accelerate launch training/train_flow.py "
+        "--calibration none --train_data_dir my_images --output_dir plain_flow --resolution 32; then calibrated: accelerate launch "
+        "training/train_flow.py --pretrained_model_name_or_path plain_flow --train_data_dir my_images --output_dir my_flow "
+        "--resolution 32"
+    )
+
+    def resolved(self) -> Self:
+        config = super().resolved()
+        if config.optimizer.learning_rate is not None:
+            return config
+        # Calibrated at the high rate from its first step, a flow may find patterns that the energy model does not see yet.
+        rate = 3e-3 if self.model.pretrained_model_name_or_path is None else 5e-4
+        return replace(config, optimizer=replace(config.optimizer, learning_rate=rate))
+
+    def check(self) -> None:
+        super().check()
+        if self.model.num_levels > (most := int(math.log2(self.data.resolution))):
+            refuse("num_levels", self.model.num_levels, f"at most {most} at --resolution {self.data.resolution}")
+
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECFlowConfig:
+    """Read and check a configuration, as `read_config` does."""
+    return read_config(ECFlowConfig, argv, prog)
+
+
+def run(config: ECFlowConfig) -> None:
+    """Train as configured. Raises what `session.train` raises."""
+    from ecvae_diffusers.training.tasks.flow import train_flow
+
+    train_flow(config)
 
 
 def main(argv: list[str] | None = None, prog: str = "train_flow.py") -> None:
-    """Train as a command line says: that of this process, or `argv`."""
-    run_script(prog, parse_args(argv, prog), run)
+    """Train as the command line says."""
+    config = parse_args(argv, prog)
+    from ecvae_diffusers.training.run.session import run_script
+
+    run_script(prog, config, run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 """
 
 import gc
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
+from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.feeds import DecodedFeed, StreamFeed
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.data.ranges import to_range
@@ -57,6 +59,7 @@ logger = get_logger(__name__)
 
 # Steps of the first pictures, in addition to every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
 FIRST_PICTURES = (1, 10, 100)
+TRACKER_PROJECT = "ecvae"
 
 
 class Stopped(Exception):
@@ -66,43 +69,62 @@ class Stopped(Exception):
 class Trainer:
     """
     Args:
-        args: The command line.
+        config ([`TrainingConfig`]): The run's.
         accelerator ([`Accelerator`]): From `build_accelerator`.
         feed: From `build_feed`.
         task ([`Task`]): What is trained.
-        num_steps (`int`): The last step.
     """
 
-    def __init__(self, args, accelerator: Accelerator, feed: DecodedFeed | StreamFeed, task: Task, num_steps: int):
-        self.args, self.accelerator, self.feed, self.task, self.num_steps = args, accelerator, feed, task, num_steps
-        self.output_dir = Path(args.output_dir)
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, feed: DecodedFeed | StreamFeed, task: Task):
+        self.config, self.accelerator, self.feed, self.task = config, accelerator, feed, task
+        optimizer, evaluation = config.optimizer, config.evaluation
+        self.num_steps, self.output_dir = optimizer.max_train_steps, Path(config.run.output_dir)
         self.step = 0
-        self.images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.images_per_step = (
+            optimizer.train_batch_size * accelerator.num_processes * optimizer.gradient_accumulation_steps
+        )
         self.calibrator = self.energy = self.ema = None
         for network in (task.generator, task.energy_model):
-            if network is not None and args.gradient_checkpointing:
+            if network is None:
+                continue
+            if optimizer.gradient_checkpointing:
                 network.enable_gradient_checkpointing()
-            # bitsandbytes would lay parameters out contiguously again, at the first step.
-            if network is not None and not args.use_8bit_adam:
-                network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)
         # Before `prepare`, so that its modules carry no wrapper into the saved average.
-        if args.use_ema:
-            self.ema = moving_average(task.generator, args.ema_max_decay).to(accelerator.device)
+        if optimizer.use_ema:
+            self.ema = moving_average(task.generator, optimizer.ema_max_decay).to(accelerator.device)
         self.generator = build_trained(
-            args, accelerator, task.generator, args.learning_rate, (args.adam_beta1, args.adam_beta2), num_steps
+            optimizer,
+            accelerator,
+            task.generator,
+            optimizer.learning_rate,
+            (optimizer.adam_beta1, optimizer.adam_beta2),
         )
         if task.energy_model is not None:
             self.energy = build_trained(
-                args, accelerator, task.energy_model, args.energy_learning_rate,
-                (args.energy_adam_beta1, args.energy_adam_beta2), num_steps,
-            )  # fmt: skip
-            self.calibrator = build_calibrator(args, task.energy_model)
+                optimizer,
+                accelerator,
+                task.energy_model,
+                optimizer.energy_learning_rate,
+                (0.0, optimizer.energy_adam_beta2),
+            )
+            self.calibrator = build_calibrator(config.calibration, config.energy, task.energy_model)
         task.prepare(accelerator)
         own = {"ema": self.ema, "calibrator": self.calibrator, "task": task.state}
-        self.recovery = Recovery(args, accelerator, self.generator, self.energy, own)
-        self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
-        metric = self.evaluation.metric if self.evaluation is not None else args.early_stopping_metric
-        self.patience = Patience(metric, args.early_stopping_patience)
+        self.recovery = Recovery(
+            Namespace(**config.flat(), healthy_states=3, healthy_state_steps=100),
+            accelerator,
+            self.generator,
+            self.energy,
+            own,
+        )
+        self.evaluation = (
+            Evaluation(Namespace(**config.flat(), early_stopping_metric="frechet_distance"), accelerator, feed, task)
+            if evaluation.evaluation_steps is not None
+            else None
+        )
+        metric = self.evaluation.metric if self.evaluation is not None else "frechet_distance"
+        self.patience = Patience(metric, evaluation.early_stopping_patience)
         self.stopwatch = Stopwatch()
         resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
@@ -139,7 +161,8 @@ class Trainer:
         """
         self.start(checkpoint)
         batches = self.new_batches()
-        main_process, args = self.accelerator.is_main_process, self.args
+        main_process, run = self.accelerator.is_main_process, self.config.run
+        evaluation_steps = self.config.evaluation.evaluation_steps
         self.progress = tqdm(
             total=self.num_steps, initial=self.step, desc="Training", disable=not main_process, mininterval=1.0
         )
@@ -150,7 +173,7 @@ class Trainer:
                 scalars = self.train_step(batches)
                 self.step += 1
                 last = self.step == self.num_steps
-                if self.step % args.log_steps == 0 or last:
+                if self.step % run.log_steps == 0 or last:
                     alarms = self.log(scalars)
                     if alarms:
                         self.roll_back(alarms)
@@ -158,15 +181,15 @@ class Trainer:
                         continue
                     self.recovery.keep_healthy(self.step)
                 stopped = stop.agreed(self.accelerator, self.step)
-                evaluate = self.evaluation is not None and (self.step % args.evaluation_steps == 0 or last)
-                save = self.step % args.checkpointing_steps == 0 or (stopped and not last)
+                evaluate = self.evaluation is not None and (self.step % evaluation_steps == 0 or last)
+                save = self.step % run.checkpointing_steps == 0 or (stopped and not last)
                 # Nothing is kept of a state that is not finite, whether or not this step is logged.
                 if (evaluate or save) and (alarms := self.recovery.check_finite(self.step, self.all_peaks())):
                     self.roll_back(alarms)
                     batches = self.new_batches()
                     continue
                 with self.stopwatch.paused():
-                    full = self.step % args.save_images_steps == 0 or last
+                    full = self.step % run.save_images_steps == 0 or last
                     if main_process and (full or self.step in FIRST_PICTURES):
                         self.observer.observe(
                             self.step, self.exported, self.task.generator, self.calibrator, energies=full
@@ -196,7 +219,7 @@ class Trainer:
 
     def start(self, checkpoint: Path | None) -> None:
         """Load the checkpoint, if there is one, and bring the output folder to its step."""
-        args, output_dir = self.args, self.output_dir
+        config, output_dir = self.config, self.output_dir
         if checkpoint is not None:
             check_resumed_launch(output_dir, self.launch)
             load_checkpoint(self.accelerator, checkpoint)
@@ -204,7 +227,7 @@ class Trainer:
             logger.info(f"Resuming from {checkpoint.name}.")
             if self.step >= self.num_steps:
                 logger.info(f"{checkpoint.name} is at the end of the {self.num_steps} steps: saving only.")
-        elif args.resume_from_checkpoint is not None:
+        elif config.run.resume_from_checkpoint is not None:
             logger.info("There is no checkpoint to resume from: starting at step 0.")
         if self.accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -212,43 +235,49 @@ class Trainer:
                 clear_run(output_dir)
             remove_leftovers(output_dir)
             cut_run(output_dir, self.step)
-            write_arguments(output_dir, {**vars(args), "component": self.task.component, "launch": self.launch})
+            write_arguments(output_dir, {**config.flat(), "component": self.task.component, "launch": self.launch})
             if self.feed.hashes is not None and not (checkpoint is not None and (output_dir / HASHES_FILE).is_file()):
                 # What the model that the run starts from was trained on counts as well.
-                before = trained_hashes(args.pretrained_model_name_or_path) or set()
+                before = trained_hashes(config.model.pretrained_model_name_or_path) or set()
                 write_hashes(self.feed.hashes | before, output_dir / HASHES_FILE)
             images = self.feed.reference(NUM_ENERGIES)
             self.observer = Observer(
-                output_dir, self.task, images, args.seed, self.accelerator.device, args.train_batch_size
+                output_dir,
+                self.task,
+                images,
+                config.optimizer.seed,
+                self.accelerator.device,
+                config.optimizer.train_batch_size,
             )
-        if args.report_to is not None:
+        if config.run.report_to is not None:
             flat = {
                 name: value if isinstance(value, (int, float, str)) else str(value)
-                for name, value in vars(args).items()
+                for name, value in config.flat().items()
             }
-            self.accelerator.init_trackers(args.tracker_project_name, config=flat)
+            self.accelerator.init_trackers(TRACKER_PROJECT, config=flat)
         self.recovery.keep_healthy(self.step)
 
     def new_batches(self) -> Iterator[torch.Tensor]:
-        first = self.step * self.args.gradient_accumulation_steps
+        first = self.step * self.config.optimizer.gradient_accumulation_steps
         return self.feed.batches(first, reseed=self.recovery.num_rollbacks)
 
     def train_step(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """One step of both networks, the dual variable and the average. Returns the scalars of its last batch."""
-        args, accelerator, generator, energy = self.args, self.accelerator, self.generator, self.energy
-        num_batches = args.gradient_accumulation_steps
+        data, optimizer, log_steps = self.config.data, self.config.optimizer, self.config.run.log_steps
+        accelerator, generator, energy = self.accelerator, self.generator, self.energy
+        num_batches = optimizer.gradient_accumulation_steps
         networks = [trained.network for trained in (generator, energy) if trained is not None]
         constraint, scalars = 0.0, {}
         for part in range(num_batches):
             index = self.step * num_batches + part
             noise = StepNoise(
-                args.seed, index, accelerator.process_index, accelerator.num_processes, accelerator.device,
+                optimizer.seed, index, accelerator.process_index, accelerator.num_processes, accelerator.device,
                 reseed=self.recovery.num_rollbacks,
             )  # fmt: skip
             real = to_range(next(batches))
-            if args.image_size is not None:
-                real = crop_at_random(real, args.resolution, noise)
-            if args.random_flip:
+            if data.image_size is not None:
+                real = crop_at_random(real, data.resolution, noise)
+            if data.random_flip:
                 real = flip_at_random(real, noise)
             # One context for both networks: each entered would count a batch of accumulation.
             with accelerator.accumulate(*networks):
@@ -260,17 +289,16 @@ class Trainer:
                     constraint = constraint + calibration.constraint / num_batches
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    scalars["gradient_norm"] = clip_gradients(accelerator, generator, args.max_grad_norm)
+                    scalars["gradient_norm"] = clip_gradients(accelerator, generator, optimizer.max_grad_norm)
                 generator.optimizer.step()
                 generator.lr_scheduler.step()
                 generator.optimizer.zero_grad()
-                # The energy model: data against the same targets, or those of new samples.
+                # The energy model: data against the same targets.
                 if energy is not None:
-                    targets = self.new_targets(real, noise) if args.num_chains == 2 else calibration.targets
-                    energies = self.calibrator.energy_loss(real, targets, energy.network)
+                    energies = self.calibrator.energy_loss(real, calibration.targets, energy.network)
                     accelerator.backward(energies.loss)
                     if accelerator.sync_gradients:
-                        scalars["energy_gradient_norm"] = clip_gradients(accelerator, energy, args.max_grad_norm)
+                        scalars["energy_gradient_norm"] = clip_gradients(accelerator, energy, optimizer.max_grad_norm)
                     energy.optimizer.step()
                     energy.lr_scheduler.step()
                     energy.optimizer.zero_grad()
@@ -278,7 +306,7 @@ class Trainer:
             # lambda, one number for all processes, on the constraint of the whole step.
             constraint = accelerator.reduce(constraint, reduction="mean")
             self.calibrator.dual_step(constraint)
-            if args.langevin_drift_step == "auto":
+            if self.config.calibration.langevin_drift_step == "auto":
                 self.calibrator.adapt_drift_step(constraint)
         self.task.end_step()
         if self.ema is not None:
@@ -286,7 +314,7 @@ class Trainer:
         scalars |= own
         norms = {name: scalars[name] for name in ("gradient_norm", "energy_gradient_norm") if name in scalars}
         self.recovery.note_peaks(norms | ({"constraint": constraint} if energy is not None else {}))
-        if (self.step + 1) % args.log_steps == 0 or self.step + 1 == self.num_steps:
+        if (self.step + 1) % log_steps == 0 or self.step + 1 == self.num_steps:
             scalars["data_spread"] = batch_spread(real)
             if energy is not None:
                 scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
@@ -297,15 +325,9 @@ class Trainer:
                 scalars |= moments("energy_targets", energies.energy_targets)
         return scalars
 
-    def new_targets(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
-        """The ends of chains from other samples, of the generator as it is now, in evaluation mode."""
-        with self.accelerator.autocast():
-            samples = self.task.sample(self.task.generator, self.task.draw(real, noise))
-        return self.calibrator.run_chain(samples, noise=ChainNoise(noise, samples))
-
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
         """Write the step's scalars, show some of them, and return the guard's alarms."""
-        accelerator, args = self.accelerator, self.args
+        accelerator = self.accelerator
         logged = reduce_scalars(accelerator, {**scalars, **self.recovery.peaks})
         self.recovery.peaks.clear()
         if self.calibrator is not None:
@@ -327,10 +349,10 @@ class Trainer:
         if accelerator.is_main_process:
             epoch = {}
             if self.feed.batches_per_epoch is not None:
-                last_batch = self.step * args.gradient_accumulation_steps - 1
+                last_batch = self.step * self.config.optimizer.gradient_accumulation_steps - 1
                 epoch = {"epoch": last_batch // self.feed.batches_per_epoch}
             RunLog(self.output_dir / METRICS_FILE).write(step=self.step, **epoch, **logged)
-        if args.report_to is not None:
+        if self.config.run.report_to is not None:
             accelerator.log(logged, step=self.step)
         shown = {self.task.headline: f"{logged[self.task.headline]:.4g}"}
         if self.calibrator is not None:
@@ -362,7 +384,7 @@ class Trainer:
             # That of step 0 was taken unseen.
             saved = f"The healthy state of step {self.step}" if self.step > 0 else "What the run began with"
             raise Stopped(
-                f"stopped at step {broke_at} after {self.args.max_rollbacks} rollbacks: {'; '.join(alarms)}. "
+                f"stopped at step {broke_at} after {self.config.guard.max_rollbacks} rollbacks: {'; '.join(alarms)}. "
                 f"{saved} is saved. Try a lower {rates}, --max_grad_norm, or fp32, and go on from it "
                 f"with --pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
             )
@@ -373,7 +395,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline)
         if self.accelerator.is_main_process:
-            remove_old_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
+            remove_old_checkpoints(self.output_dir, self.config.run.checkpoints_total_limit)
 
     def all_peaks(self) -> dict[str, float]:
         """The largest gradient norms and constraint since the last logged step."""
@@ -389,11 +411,11 @@ class Trainer:
         logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in stated.items()))
         if self.accelerator.is_main_process:
             RunLog(self.output_dir / EVALUATIONS_FILE).write(
-                step=self.step, **measures, features=self.args.evaluation_features
+                step=self.step, **measures, features=self.config.evaluation.evaluation_features
             )
             if best:
                 save_folder(self.build_pipeline(), self.output_dir / BEST_FOLDER)
-        if self.args.report_to is not None:
+        if self.config.run.report_to is not None:
             numbers = {f"evaluation/{name}": value for name, value in stated.items()}
             self.accelerator.log(numbers, step=self.step)
 

@@ -10,6 +10,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.utils import logging as diffusers_logging
 
+from ecvae_diffusers.training.config import TrainingConfig
+
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -31,7 +33,7 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, MOST_BYTES))
 
 
-def build_accelerator(args) -> Accelerator:
+def build_accelerator(config: TrainingConfig) -> Accelerator:
     """
     Raises:
         ValueError: if the way of launching trains one model only, or the precision needs what is not there.
@@ -39,13 +41,15 @@ def build_accelerator(args) -> Accelerator:
     accelerator = Accelerator(
         # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        mixed_precision=config.optimizer.mixed_precision,
+        log_with=config.run.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=config.run.output_dir, logging_dir=f"{config.run.output_dir}/logs"
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.optimizer.seed),
         # Accumulation goes on over the end of an epoch: every step has the same number of batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=config.optimizer.gradient_accumulation_steps, sync_with_dataloader=False
         ),
     )
     if accelerator.device.type == "cpu":

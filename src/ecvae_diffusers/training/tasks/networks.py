@@ -1,6 +1,5 @@
 """The two networks of a run, new or from a saved pipeline, what calibrates them, and the moving average."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,31 +9,28 @@ from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
-from ecvae_diffusers.training.arguments.checks import largest_drift_step
+from ecvae_diffusers.training.config import CalibrationConfig, EnergyConfig, TrainingConfig
+from ecvae_diffusers.training.train_ecvae import ENERGY_CALIBRATIONS
 
 
 Networks = tuple[torch.nn.Module | None, EnergyModel | None]
-# Those of `--calibration` that train an energy model.
-ENERGY_CALIBRATIONS = ("energy", "both")
 # Of a folder without networks, of another class, of configs of other kinds, and of weights of other sizes or damaged ones.
 LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError)
-DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_energy_model(args: argparse.Namespace, in_channels: int) -> EnergyModel:
-    """A new energy model of the command line."""
+def build_energy_model(config: EnergyConfig, resolution: int, in_channels: int) -> EnergyModel:
+    """Return a new energy model."""
     return EnergyModel(
-        sample_size=args.resolution,
+        sample_size=resolution,
         in_channels=in_channels,
-        block_out_channels=tuple(args.energy_block_out_channels),
-        num_scales=args.energy_num_scales,
-        act_fn=args.energy_act_fn,
-        spectral_norm=args.energy_spectral_norm,
+        block_out_channels=tuple(config.energy_block_out_channels),
+        num_scales=config.energy_num_scales,
+        spectral_norm=config.energy_spectral_norm,
     )
 
 
 def build_models(
-    args: argparse.Namespace,
+    config: TrainingConfig,
     in_channels: int,
     build: Callable[[], torch.nn.Module],
     pretrained: Networks = (None, None),
@@ -48,52 +44,55 @@ def build_models(
     generator, energy_model = pretrained
     if generator is not None and generator.config.in_channels != in_channels:
         raise ValueError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is for images of "
+            f"--pretrained_model_name_or_path {config.model.pretrained_model_name_or_path!r} is for images of "
             f"{generator.config.in_channels} channel(s), but the data has {in_channels}: see --in_channels."
         )
     generator = build() if generator is None else generator
-    if args.calibration not in ENERGY_CALIBRATIONS:
+    if config.model.calibration not in ENERGY_CALIBRATIONS:
         return generator, None
-    return generator, build_energy_model(args, in_channels) if energy_model is None else energy_model
+    if energy_model is None:
+        energy_model = build_energy_model(config.energy, config.data.resolution, in_channels)
+    return generator, energy_model
 
 
-def build_calibrator(args: argparse.Namespace, energy_model: torch.nn.Module) -> EnergyCalibrator:
-    """The chain, its constraint and the dual variable of the command line."""
+def build_calibrator(
+    config: CalibrationConfig, energy: EnergyConfig, energy_model: torch.nn.Module
+) -> EnergyCalibrator:
+    """Return the chain, its constraint and the dual variable."""
     scheduler = LangevinScheduler(
-        num_steps=args.langevin_steps,
-        drift_step_size=largest_drift_step(args),
-        noise_scale=args.langevin_noise,
-        conditioning_weight=args.conditioning_weight,
+        num_steps=config.langevin_steps,
+        drift_step_size=config.largest_drift_step,
+        noise_scale=config.langevin_noise,
+        conditioning_weight=config.conditioning_weight,
     )
     return EnergyCalibrator(
         energy_model,
         scheduler,
-        tolerance=args.calibration_tolerance,
-        drift_tolerance=args.drift_tolerance,
-        initial_dual=args.initial_dual,
-        dual_learning_rate=args.dual_learning_rate,
-        max_dual=args.max_dual,
-        relative_dual_step=args.relative_dual_step,
-        energy_regularization=args.energy_regularization,
-        gradient_penalty=args.energy_gradient_penalty,
-        chain_dtype=DTYPES[args.langevin_dtype],
+        tolerance=config.calibration_tolerance,
+        drift_tolerance=config.drift_tolerance,
+        initial_dual=config.initial_dual,
+        dual_learning_rate=config.dual_learning_rate,
+        max_dual=config.max_dual,
+        relative_dual_step=config.relative_dual_step,
+        energy_regularization=energy.energy_regularization,
+        gradient_penalty=energy.energy_gradient_penalty,
     )
 
 
-def load_pretrained(args: argparse.Namespace, component: str, model_class: type) -> Networks:
+def load_pretrained(config: TrainingConfig, component: str, model_class: type) -> Networks:
     """
     The networks of the saved pipeline that `--pretrained_model_name_or_path` names, or of a saved model alone (which has no
     energy model), ready to train; `None` each where it names none.
 
     Args:
-        args: The command line.
+        config ([`TrainingConfig`]): The run's.
         component (`str`): The generator's name in the pipeline.
         model_class (`type`): Its class.
 
     Raises:
         ValueError: if it can't be loaded, holds no such model, one for another resolution, or weights that are not finite.
     """
-    name_or_path, name = args.pretrained_model_name_or_path, model_class.__name__
+    name_or_path, name = config.model.pretrained_model_name_or_path, model_class.__name__
     if name_or_path is None:
         return None, None
     refused = f"--pretrained_model_name_or_path {name_or_path!r}"
@@ -115,9 +114,9 @@ def load_pretrained(args: argparse.Namespace, component: str, model_class: type)
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     if not isinstance(model, model_class):
         raise ValueError(f"{refused} holds no {name}.")
-    if model.config.sample_size != args.resolution:
+    if model.config.sample_size != config.data.resolution:
         raise ValueError(
-            f"{refused} is for images of {model.config.sample_size} px, but --resolution is {args.resolution}."
+            f"{refused} is for images of {model.config.sample_size} px, but --resolution is {config.data.resolution}."
         )
     # `from_pretrained` gives networks in evaluation mode.
     return model.train(), energy_model.train() if energy_model is not None else None

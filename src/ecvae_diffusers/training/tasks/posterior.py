@@ -19,17 +19,23 @@ from ecvae_diffusers.posterior import (
     stationary_constraint,
 )
 from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.train_ecvae import VAEConfig
+
+
+# On latents in units of q(z|x)'s standard deviation. One small step gives the encoder the gradient of its bound with little noise;
+# the further, larger ones lead to the posterior, which the decoder learns from.
+NUM_STEPS, DRIFT_STEP, NUM_DECODER_STEPS, DECODER_DRIFT_STEP = 1, 0.01, 5, 0.1
 
 
 @dataclass
 class Refined:
     """
     Args:
-        energy ([`PosteriorEnergy`]): U of a batch of b images, and of as many generated ones behind them, if there are: B is b or 2b.
+        energy ([`PosteriorEnergy`]): U of a batch of b images and of as many generated ones behind them: B is 2b.
         noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0.
         ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents: the encoder's targets.
         reference (`torch.Tensor` of shape `(B, d, 1, 1)`): The same chains' ends were q the posterior.
-        generated (`torch.Tensor` of shape `(b, C, H, W)`, *optional*): The generated images.
+        generated (`torch.Tensor` of shape `(b, C, H, W)`): The generated images.
         latents (`torch.Tensor` of shape `(b, d, 1, 1)`, *optional*): Where those of data are after further steps, not whitened:
             what the decoder learns from, if it does.
     """
@@ -38,28 +44,28 @@ class Refined:
     noise: torch.Tensor
     ends: torch.Tensor
     reference: torch.Tensor
-    generated: torch.Tensor | None
+    generated: torch.Tensor
     latents: torch.Tensor | None
 
 
 class PosteriorCalibration:
     """
     Args:
-        args: The command line.
+        config ([`VAEConfig`]): The weights of the loss.
         vae ([`AutoencoderEC`]): Whose posterior it is; not wrapped.
+        dual_learning_rate (`float`): Of the dual variable.
     """
 
-    def __init__(self, args, vae: AutoencoderEC):
-        self.args, self.vae = args, vae
-        scheduler, self.remainder = self.chain(args.kl_weight)
-        tolerance = self.remainder if args.posterior_tolerance == "auto" else args.posterior_tolerance
+    def __init__(self, config: VAEConfig, vae: AutoencoderEC, dual_learning_rate: float):
+        self.config, self.vae = config, vae
+        scheduler, self.remainder = self.chain(config.kl_weight)
         self.calibrator = EnergyCalibrator(
             None,
             scheduler,
-            tolerance=tolerance,
-            initial_dual=args.initial_posterior_dual,
-            dual_learning_rate=args.dual_learning_rate,
-            max_dual=args.max_posterior_dual,
+            tolerance=self.remainder,
+            initial_dual=config.max_posterior_dual,
+            dual_learning_rate=dual_learning_rate,
+            max_dual=config.max_posterior_dual,
         )
         # The mean of the constraint over the batches of a step.
         self.constraint: torch.Tensor | None = None
@@ -70,10 +76,8 @@ class PosteriorCalibration:
         The chain at a step's beta, and what it leaves of the constraint where q is the posterior. The likelihood is the sharper
         the smaller beta is, and a whole step would lead far beyond it: while beta warms up, a does too.
         """
-        args = self.args
-        drift_step = args.posterior_drift_step * (kl_weight / args.kl_weight)
-        scheduler = posterior_chain(args.posterior_langevin_steps, drift_step, args.posterior_conditioning_weight)
-        return scheduler, stationary_constraint(scheduler, self.vae.config.latent_channels, args.posterior_constraint)
+        scheduler = posterior_chain(NUM_STEPS, DRIFT_STEP * (kl_weight / self.config.kl_weight))
+        return scheduler, stationary_constraint(scheduler, self.vae.config.latent_channels)
 
     def refine(
         self,
@@ -95,23 +99,17 @@ class PosteriorCalibration:
         """
         scheduler, self.remainder = self.chain(kl_weight)
         self.calibrator.scheduler = scheduler
-        # With a pull there may be no such bound at this step size, though there is one at the whole.
-        if self.args.posterior_tolerance == "auto" and self.remainder > 0:
-            self.calibrator.tolerance = self.remainder
+        self.calibrator.tolerance = self.remainder
         variance, count, latents = kl_weight / 2, len(real), None
         with frozen(self.vae), accelerator.autocast():
             posterior, generated = self.posteriors(real, noise)
-            images, num_parts = (real, 1) if generated is None else (torch.cat([real, generated]), 2)
-
-            def normal(num_parts: int) -> list[torch.Tensor]:
-                # For data and generated images apart: each process takes its share of either.
-                return [noise.normal(*posterior_noise.shape) for _ in range(num_parts)]
-
-            start = torch.cat([posterior_noise, *normal(num_parts - 1)])
-            draws = [torch.cat(normal(num_parts)) for _ in range(len(scheduler))]
-            energy = PosteriorEnergy(self.decode, images, posterior, variance)
+            shape = posterior_noise.shape
+            # For data and generated images separately: each process takes its share of either.
+            start = torch.cat([posterior_noise, noise.normal(*shape)])
+            draws = [torch.cat([noise.normal(*shape), noise.normal(*shape)]) for _ in range(len(scheduler))]
+            energy = PosteriorEnergy(self.decode, torch.cat([real, generated]), posterior, variance)
             ends = self.calibrator.run_chain(start, noise=draws, energy_model=energy)
-            if self.args.posterior_decoder_weight > 0:
+            if self.config.posterior_decoder_weight > 0:
                 of_data = DiagonalGaussianDistribution(posterior.parameters[:count])
                 latents = self.decoder_latents(
                     PosteriorEnergy(self.decode, real, of_data, variance), ends[:count], kl_weight, noise
@@ -119,13 +117,9 @@ class PosteriorCalibration:
         return Refined(energy, start, ends, coupled_ends(scheduler, start, draws), generated, latents)
 
     @torch.no_grad()
-    def posteriors(
-        self, real: torch.Tensor, noise: StepNoise
-    ) -> tuple[DiagonalGaussianDistribution, torch.Tensor | None]:
-        """q(z|x) of images and, behind them, of as many that the model makes of its own; and these, if there are."""
+    def posteriors(self, real: torch.Tensor, noise: StepNoise) -> tuple[DiagonalGaussianDistribution, torch.Tensor]:
+        """Return q(z|x) of images and, behind them, of as many generated ones; and these."""
         posterior = self.vae.encode(real).latent_dist
-        if not self.args.posterior_generated_images:
-            return posterior, None
         own, prior = (noise.normal(*posterior.mean.shape) for _ in range(2))
         generated = generated_images(real, posterior, self.decode, own, prior)
         moments = [posterior.parameters, self.vae.encode(generated).latent_dist.parameters]
@@ -137,27 +131,18 @@ class PosteriorCalibration:
     def decoder_latents(
         self, energy: PosteriorEnergy, ends: torch.Tensor, kl_weight: float, noise: StepNoise
     ) -> torch.Tensor:
-        """
-        Where further steps lead. A few small steps give the encoder the gradient of its bound with little noise, but lead
-        nowhere; larger ones lead to the posterior, and their noise would drown what the encoder is to hear.
-        """
-        args = self.args
-        if args.posterior_decoder_langevin_steps > 0:
-            drift_step = args.posterior_decoder_drift_step * (kl_weight / args.kl_weight)
-            chain = posterior_chain(args.posterior_decoder_langevin_steps, drift_step)
-            draws = [noise.normal(*ends.shape) for _ in range(len(chain))]
-            ends = EnergyCalibrator(None, chain).run_chain(ends, noise=draws, energy_model=energy)
-        return energy.unwhiten(ends)
+        """Return the latents after the further steps."""
+        chain = posterior_chain(NUM_DECODER_STEPS, DECODER_DRIFT_STEP * (kl_weight / self.config.kl_weight))
+        draws = [noise.normal(*ends.shape) for _ in range(len(chain))]
+        return energy.unwhiten(EnergyCalibrator(None, chain).run_chain(ends, noise=draws, energy_model=energy))
 
     def constrain(self, output: AutoencoderECOutput, refined: Refined) -> CalibrationOutput:
         """The calibration of q(z|x) with gradients, that of generated images too, by the ends of its chain."""
-        energy, distance, posterior = refined.energy, None, output.latent_dist
-        if refined.generated is not None:
-            parts = [posterior.parameters, output.extra_latent_dist.parameters]
-            posterior = DiagonalGaussianDistribution(torch.cat(parts))
+        energy = refined.energy
+        parts = [output.latent_dist.parameters, output.extra_latent_dist.parameters]
+        posterior = DiagonalGaussianDistribution(torch.cat(parts))
         samples = energy.whiten(posterior.mean.float() + posterior.std.float() * refined.noise)
-        if self.args.posterior_constraint == "log_prob":
-            distance = negative_log_posterior(posterior, energy, refined.reference, self.remainder)
+        distance = negative_log_posterior(posterior, energy, refined.reference, self.remainder)
         calibration = self.calibrator.constrain(samples, refined.ends, distance=distance)
         self.constraint = calibration.constraint + (0.0 if self.constraint is None else self.constraint)
         self.num_batches += 1

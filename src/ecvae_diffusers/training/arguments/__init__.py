@@ -1,2 +1,0 @@
-# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Command lines of the training scripts."""

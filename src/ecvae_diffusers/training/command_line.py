@@ -1,0 +1,169 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Reads a [`TrainingConfig`] from flags, from a YAML file, and from the arguments of the run that is resumed."""
+
+import argparse
+import sys
+from dataclasses import fields
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from ecvae_diffusers.training.config import ConfigError, TrainingConfig
+from ecvae_diffusers.training.run.folder import arguments_of_run
+from ecvae_diffusers.training.run.last_line import ArgumentParser
+from ecvae_diffusers.training.run.places import place
+
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+# Flags of 0.1, with the one value that is left of each (a run with another can't be resumed) and why.
+RETIRED: dict[str, tuple[Any, str]] = {
+    "adam_epsilon": (1e-8, "it is 1e-8"),
+    "adam_weight_decay": (0.0, "there is none"),
+    "cache_dir": (None, "set HF_DATASETS_CACHE instead"),
+    "early_stopping_metric": ("frechet_distance", "the Frechet distance decides"),
+    "energy_act_fn": ("leaky_relu", "it is leaky_relu"),
+    "energy_adam_beta1": (0.0, "it is 0"),
+    "free_bits": (0.0, "see --kl_warmup_steps"),
+    "healthy_state_steps": (100, "it is 100"),
+    "healthy_states": (3, "there are 3"),
+    "hub_revision": (None, "publish the run's folder with publish.py instead"),
+    "initial_posterior_dual": (None, "it begins at --max_posterior_dual"),
+    "langevin_dtype": (None, "the chain has the precision of training"),
+    "norm_type": ("group", "group normalization is the only one that every calibration can use"),
+    "num_chains": (1, "the ends of one chain serve both networks"),
+    "num_epochs": (None, "give --max_train_steps instead"),
+    "posterior_conditioning_weight": (0.0, "there is no pull"),
+    "posterior_constraint": ("log_prob", "squared_error was worse than no calibration"),
+    "posterior_decoder_drift_step": (0.1, "it is 0.1"),
+    "posterior_decoder_langevin_steps": (5, "there are 5"),
+    "posterior_drift_step": (0.01, "it is 0.01"),
+    "posterior_generated_images": (True, "generated images are always used"),
+    "posterior_langevin_steps": (1, "there is 1"),
+    "posterior_tolerance": ("auto", "it is what the chain leaves where q is the posterior"),
+    "shuffle_buffer_size": (10_000, "it is 10,000"),
+    "tracker_project_name": ("ecvae", "it is ecvae"),
+    "use_8bit_adam": (False, "the networks are small"),
+}
+# Ignoring these would cost hours.
+REFUSED = ("num_epochs",)
+# The command line may give one where the YAML file gives the other.
+EITHER_OR = ("dataset_name", "train_data_dir")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """With the defaults, except `None`."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def auto_or_number(text: str) -> str | float:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be 'auto' or a number, but is {text!r}") from None
+
+
+def argparse_options(kind: Any, read: Any) -> dict[str, Any]:
+    """Return what argparse needs to know of a field's type."""
+    kinds = (
+        [one for one in get_args(kind) or (kind,) if one is not NoneType]
+        if get_origin(kind) is not Literal
+        else [kind]
+    )
+    (kind, *others) = kinds
+    if get_origin(kind) is list:
+        return {"nargs": "+", **argparse_options(get_args(kind)[0], read)}
+    if others:  # Literal["auto"] | float
+        return {"type": auto_or_number}
+    if get_origin(kind) is Literal:
+        return {"type": type(get_args(kind)[0]), "choices": get_args(kind)}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": read or kind}
+
+
+def build_parser(config_class: type[TrainingConfig], prog: str | None = None) -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=config_class.description, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--config",
+        type=place,
+        help="YAML file of arguments, as in training/configs. Command-line arguments override it.",
+    )
+    for kind in config_class.groups().values():
+        group = parser.add_argument_group(kind.__doc__.strip())
+        for own in fields(kind):
+            if own.metadata["flag"]:
+                options = argparse_options(own.type, own.metadata["read"])
+                group.add_argument(f"--{own.name}", default=own.default, help=own.metadata["help"], **options)
+    for name in RETIRED:
+        parser.add_argument(f"--{name}", f"--no-{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) -> list[str]:
+    """Return a YAML file's entries as command-line arguments, so that the same parser checks their types and choices."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            entries = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path!r} can't be read: {error}")
+    if not isinstance(entries, dict):
+        parser.error(f"--config {path!r} must hold `argument: value` lines.")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if unknown := [str(name) for name in entries if name not in actions]:
+        parser.error(f"--config {path!r} holds unknown arguments: {', '.join(unknown)}.")
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions)))
+    if any(getattr(given, name) is not None for name in EITHER_OR):
+        entries = {name: value for name, value in entries.items() if name not in EITHER_OR}
+    arguments = []
+    for name, value in entries.items():
+        is_switch = isinstance(actions[name], argparse.BooleanOptionalAction)
+        # YAML reads a bare `no` as false.
+        if value is False and "no" in (actions[name].choices or ()):
+            value = "no"
+        if value is None:
+            continue
+        if is_switch != isinstance(value, bool) and name not in RETIRED:
+            parser.error(
+                f"--config {path!r}: {name} must be {'true or false' if is_switch else 'one value'}, but is {value!r}."
+            )
+        if isinstance(value, bool):
+            arguments.append(f"--{'' if value else 'no-'}{name}")
+        elif actions[name].nargs in ("+", "*"):
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, (list, dict)):
+            parser.error(f"--config {path!r}: {name} must be one value, but is {value!r}.")
+        else:
+            # In one piece, so that a value may start with a dash.
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def read_config(config_class: type[Config], argv: list[str] | None = None, prog: str | None = None) -> Config:
+    """Read and check a script's configuration. Exits with one line that names the argument, its value and what is allowed."""
+    parser = build_parser(config_class, prog)
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    args = parser.parse_args(argv)
+    if args.config is not None:
+        argv = [*yaml_arguments(parser, args.config, argv), *argv]
+        args = parser.parse_args(argv)
+    own = {}
+    if args.resume_from_checkpoint is not None and args.output_dir is not None:
+        # What is not given is as the run has it, whatever the defaults are by now.
+        own = arguments_of_run(args.output_dir)
+        parser.set_defaults(**{action.dest: own[action.dest] for action in parser._actions if action.dest in own})
+        args = parser.parse_args(argv)
+    for name in RETIRED:
+        if name in REFUSED and hasattr(args, name):
+            parser.error(f"--{name} is retired: {RETIRED[name][1]}.")
+        if name in args:
+            print(f"{parser.prog}: --{name} is retired and ignored: {RETIRED[name][1]}.", file=sys.stderr)
+    try:
+        config = config_class.from_flat({**own, **vars(args)}).resolved()
+        config.check()
+    except ConfigError as error:
+        parser.error(str(error))
+    return config

@@ -1,0 +1,175 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The decoder of an autoencoder of diffusers as a task of the trainer. The encoder is frozen.
+
+One iteration: the decoder makes images of latents in one wrapped forward; the chain on the frozen energy model gives their targets;
+the decoder steps on the squared error of reconstructions plus lambda times the constraint, and the energy model on data against
+the same targets. What is saved loads with plain diffusers. The equations are in `ecvae_diffusers.calibration`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ecvae_diffusers import EnergyModel
+from ecvae_diffusers.hub.saving import fingerprint
+from ecvae_diffusers.hub.upload import CONFIG
+from ecvae_diffusers.model_error import squared_error
+from ecvae_diffusers.training.calibrate_decoder import ECDecoderConfig
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.session import train
+from ecvae_diffusers.training.tasks.autoencoders import (
+    CalibratedDecoder,
+    SavedDecoder,
+    latent_shape,
+    load_autoencoder,
+    load_energy_model,
+    load_latents,
+)
+from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.networks import build_energy_model
+from ecvae_diffusers.variational import error_gradient_norm
+
+
+# Whose encodings tell how far latents spread.
+NUM_SPREAD_IMAGES = 256
+
+
+class DecoderTask(Task):
+    """A foreign decoder as a `Task` of the trainer: its own loss is the squared error, its samples decodings of latents."""
+
+    component, headline, published = "decoder", "reconstruction", CONFIG
+
+    def __init__(
+        self,
+        config: ECDecoderConfig,
+        decoder: CalibratedDecoder,
+        energy_model: EnergyModel | None,
+        feed,
+        given: torch.Tensor | None,
+    ):
+        self.config, self.batch_size = config.model, config.optimizer.train_batch_size
+        self.generator, self.energy_model, self.feed, self.given = decoder, energy_model, feed, given
+        self.saved_class = type(decoder.autoencoder).__name__
+        self.noise_scale = 0.0
+        self.last_encoded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def launch(self):
+        latents = None if self.given is None else fingerprint({"latents": {"latents": self.given}})
+        return {
+            "autoencoder": self.saved_class,
+            "encoder": self.generator.encoder_fingerprint(),
+            "latents": latents,
+        }
+
+    def prepare(self, accelerator):
+        """On the device, where the autoencoder is by now: 256 encodings on a CPU take minutes at the sizes of photographs."""
+        super().prepare(accelerator)
+        if self.config.latent_noise > 0:
+            self.noise_scale = self.config.latent_noise * self.encodings(NUM_SPREAD_IMAGES).std().item()
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """The encoder is in evaluation mode always: it is not trained."""
+        with evaluating(self.generator):
+            return self.generator.encode(images)
+
+    def encode_batch(self, real: torch.Tensor) -> torch.Tensor:
+        """Once a batch, which both `loss` and `draw` are given, in the precision of training."""
+        if self.last_encoded is None or self.last_encoded[0] is not real:
+            with self.accelerator.autocast():
+                self.last_encoded = (real, self.encode(real).float())
+        return self.last_encoded[1]
+
+    def encodings(self, count: int) -> torch.Tensor:
+        """Of the feed's images that are looked at, on the CPU."""
+        device = next(self.generator.parameters()).device
+        batches = self.feed.reference(count).split(self.batch_size)
+        return torch.cat([self.encode(to_range(batch).to(device)).cpu() for batch in batches])
+
+    def changed(self, encodings: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+        return encodings + self.noise_scale * normal
+
+    def draw(self, real, noise):
+        if self.given is not None:
+            rows = (noise.uniform(len(real)).cpu() * len(self.given)).long()
+            return self.given[rows].to(real.device)
+        encodings = self.encode_batch(real)
+        return self.changed(encodings, noise.normal(*encodings.shape)) if self.noise_scale > 0 else encodings
+
+    def loss(self, network, real, noise, step, with_samples):
+        encodings = self.encode_batch(real)
+        if not with_samples:
+            decoded, samples = network(encodings), None
+        elif self.given is None and self.noise_scale == 0:
+            # Reconstructions are themselves what is calibrated: no second decoding.
+            decoded = samples = network(encodings)
+        else:
+            decoded, samples = network(torch.cat([encodings, self.draw(real, noise)])).chunk(2)
+        reconstruction = squared_error(real, decoded).mean() * real[0].numel()  # summed over an image
+        weight = self.config.reconstruction_weight
+        scalars = {"reconstruction": reconstruction.detach()}
+        scalars["reconstruction_gradient_norm"] = weight * error_gradient_norm(real, decoded)
+        return weight * reconstruction, samples, scalars
+
+    def latents(self, count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        if self.given is not None:
+            return self.given[torch.randperm(len(self.given), generator=generator)[:count]]
+        encodings = self.encodings(count)
+        return self.changed(encodings, torch.randn(encodings.shape, generator=generator))
+
+    def measure(self, generator, images):
+        """PSNR of reconstructions, the mean over images."""
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
+        device, found = next(generator.parameters()).device, []
+        for part in images.split(self.batch_size):
+            originals = to_range(part.to(device))
+            decoded = self.reconstruct(generator, originals).clamp(-1, 1)
+            psnr = peak_signal_noise_ratio(decoded, originals, data_range=2.0, reduction="none", dim=(1, 2, 3))
+            found.append(psnr.cpu())
+        return {"psnr": torch.cat(found).mean().item()}
+
+    def sample(self, generator, latents):
+        with evaluating(generator):
+            return generator(latents).float()
+
+    def reconstruct(self, generator, images):
+        with evaluating(generator):
+            return generator(generator.encode(images)).float()
+
+    def build_pipeline(self, generator, energy_model, scheduler):
+        return SavedDecoder(generator, energy_model, scheduler)
+
+
+def calibrate_decoder(config: ECDecoderConfig) -> None:
+    """
+    Train as configured.
+
+    Raises:
+        ValueError: if the autoencoder or the latents can't be loaded, or do not fit; and what `session.train` raises.
+    """
+    model, path = config.model, config.model.pretrained_model_name_or_path
+    autoencoder = load_autoencoder(path, subfolder=model.subfolder, revision=model.revision, variant=model.variant)
+    decoder = CalibratedDecoder(autoencoder, path)
+    if config.optimizer.gradient_checkpointing and not autoencoder._supports_gradient_checkpointing:
+        raise ValueError(f"--gradient_checkpointing must not be given: {type(autoencoder).__name__} does not have it.")
+    # Images come in the model's own channels: gray ones become RGB where it has three.
+    channels = decoder.config.in_channels
+    if config.data.in_channels not in (None, channels):
+        raise ValueError(f"--in_channels must be {channels}, which {path!r} has, but is {config.data.in_channels}.")
+    config = replace(config, data=replace(config.data, in_channels=channels))
+    shape = latent_shape(decoder, config.data.resolution)
+    given = load_latents(model.latents_file, shape) if model.latents_file is not None else None
+
+    def load(checkpoint: Path | None) -> EnergyModel | None:
+        if model.calibration == "none":
+            return None
+        return load_energy_model(path, config.data.resolution, channels, model.subfolder, model.revision)
+
+    def build_task(energy_model, feed) -> DecoderTask:
+        if energy_model is None and model.calibration == "energy":
+            energy_model = build_energy_model(config.energy, config.data.resolution, feed.channels)
+        return DecoderTask(config, decoder.train(), energy_model, feed, given)
+
+    train(config, load, build_task, DecoderTask)

@@ -1,0 +1,185 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The EC-VAE as a task of the trainer: an ELBO, samples decoded from the prior, and calibration of the encoder's samples.
+
+One iteration: one wrapped forward of the autoencoder gives reconstructions and prior samples; the chain on the frozen
+energy model gives the prior samples' targets; the autoencoder steps on the ELBO plus lambda times the constraint; the
+energy model steps on data against the same targets; lambda steps on the constraint. With `--calibration posterior` or
+`both`, a chain on the posterior of each image, and of as many generated images, gives targets to the encoder's samples, and
+the decoder may learn from those of the data. The equations are in `ecvae_diffusers.calibration`, `.variational` and `.posterior`.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
+from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
+from ecvae_diffusers.posterior import posterior_bounds
+from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.run.progress import progress
+from ecvae_diffusers.training.run.session import train
+from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.networks import Networks, build_models, load_companions, load_pretrained
+from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
+from ecvae_diffusers.training.train_ecvae import POSTERIOR_CALIBRATIONS, ECVAEConfig
+from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
+
+
+# Enough for a mean that is known to a few per cent.
+NUM_VARIANCE_IMAGES = 2048
+# What an evaluation while training spends on the bounds on the likelihood of training images: one for so many of
+# --evaluation_samples, since an image costs some hundred passes through the decoder.
+SAMPLES_PER_LIKELIHOOD_IMAGE, NUM_LIKELIHOOD_IMAGES, IMPORTANCE_SAMPLES, AMORTISATION_STEPS = 64, 32, 64, 100
+
+
+class ECVAETask(Task):
+    """The EC-VAE as a `Task` of the trainer: an ELBO of its own, and samples decoded from the prior."""
+
+    component, headline, saved_class = "vae", "reconstruction", "ECVAEPipeline"
+
+    def __init__(
+        self,
+        config: ECVAEConfig,
+        vae: AutoencoderEC,
+        energy_model: EnergyModel | None,
+        companions: dict | None = None,
+    ):
+        """`companions`: what a frozen decoder is saved with, see `load_companions`."""
+        self.config, self.batch_size = config.model, config.optimizer.train_batch_size
+        self.num_likelihood_images = config.evaluation.evaluation_samples // SAMPLES_PER_LIKELIHOOD_IMAGE
+        self.generator, self.energy_model, self.companions = vae, energy_model, companions
+        self.samples_change = not self.config.freeze_decoder
+        if self.config.freeze_decoder:
+            vae.decoder.requires_grad_(False)
+        self.latent_shape = (vae.config.latent_channels, 1, 1)
+        if self.config.calibration in POSTERIOR_CALIBRATIONS:
+            self.state = PosteriorCalibration(self.config, vae, config.calibration.dual_learning_rate)
+
+    def loss(self, network, real, noise, step, with_samples):
+        kl_weight = kl_warmup(self.config.kl_weight, step, self.config.kl_warmup_steps)
+        posterior_noise = noise.normal(len(real), *self.latent_shape)
+        latents, generated = {}, None
+        if self.state is not None:
+            refined = self.state.refine(real, posterior_noise, noise, kl_weight, self.accelerator)
+            generated = refined.generated
+            if refined.latents is not None:
+                latents["refined"] = refined.latents
+        if with_samples:
+            latents["prior"] = self.draw(real, noise)
+        output = network(
+            real,
+            sample_posterior=True,
+            posterior_noise=posterior_noise,
+            prior_latents=torch.cat(list(latents.values())) if latents else None,
+            extra_sample=generated,
+        )
+        decoded = dict(zip(latents, output.prior_sample.chunk(len(latents)))) if latents else {}
+        elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight)
+        loss = elbo.loss
+        scalars = {"reconstruction": elbo.reconstruction, "kl": elbo.kl}
+        scalars["reconstruction_gradient_norm"] = error_gradient_norm(real, output.sample)
+        scalars["kl_weight"] = elbo.kl.new_tensor(kl_weight)
+        scalars["active_units"] = active_units(output.latent_dist.mean)
+        scalars["posterior_variance"] = output.latent_dist.var.detach().float().mean()
+        if self.state is not None:
+            calibration = self.state.constrain(output, refined)
+            loss = loss + calibration.loss
+            scalars["posterior_constraint"] = calibration.constraint
+            scalars["posterior_dual"] = self.state.calibrator.dual
+        if "refined" in decoded:
+            error = (decoded["refined"].float() - real).square().flatten(1).sum(1).mean()
+            loss = loss + self.config.posterior_decoder_weight * error
+            scalars["refined_reconstruction"] = error.detach()
+        return loss, decoded.get("prior"), scalars
+
+    def end_step(self):
+        if self.state is not None:
+            self.state.end_step(self.accelerator)
+
+    def draw(self, real, noise):
+        return noise.normal(len(real), *self.latent_shape)
+
+    def measure(self, generator, images):
+        """The importance-weighted bound, the evidence lower bound and the amortisation gap, in nats per image."""
+        if self.config.kl_weight == 0:
+            return {}  # there is no likelihood that the loss stands for
+        count = max(1, min(NUM_LIKELIHOOD_IMAGES, self.num_likelihood_images))
+        images = to_range(images[:count].to(generator.device))
+        bounds = posterior_bounds(
+            images,
+            generator,
+            IMPORTANCE_SAMPLES,
+            AMORTISATION_STEPS,
+            self.config.kl_weight / 2,
+            batch_size=self.batch_size,
+        )
+        return {name: values.mean().item() for name, values in bounds.items()}
+
+    def latents(self, count, seed):
+        return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+    def sample(self, generator, latents):
+        with evaluating(generator):
+            return generator.decode(latents).sample.float()
+
+    def reconstruct(self, generator, images):
+        with evaluating(generator):
+            return generator.decode(generator.encode(images).latent_dist.mean).sample.float()
+
+    def build_pipeline(self, generator, energy_model, scheduler):
+        if self.companions is not None:
+            return ECVAEPipeline(vae=generator, **self.companions)
+        return ECVAEPipeline(vae=generator, energy_model=energy_model, scheduler=scheduler)
+
+    def finish(self, generator, feed):
+        """Write the error of reconstructions from the posterior mean, its square and spectrum, into the autoencoder's config."""
+        images, power = feed.reference(NUM_VARIANCE_IMAGES), 0.0
+        for batch in progress("Error of reconstructions", images.split(self.batch_size)):
+            batch = to_range(batch.to(generator.device))
+            power = power + len(batch) / len(images) * error_power(batch, self.reconstruct(generator, batch))
+        width = images.shape[-1]
+        variance = mean_over_frequencies(power, width).item()
+        generator.eval().register_to_config(
+            reconstruction_variance=variance,
+            # An autoencoder that makes no error, or one that is no number, has no spectrum of it.
+            reconstruction_spectrum=spectrum_of(power, width) if 0 < variance < math.inf else None,
+        )
+
+
+def build_vae(config: ECVAEConfig, in_channels: int) -> AutoencoderEC:
+    """Return a new autoencoder."""
+    return AutoencoderEC(
+        sample_size=config.data.resolution,
+        in_channels=in_channels,
+        latent_channels=config.model.latent_channels,
+        block_out_channels=tuple(config.model.block_out_channels),
+        layers_per_block=config.model.layers_per_block,
+    )
+
+
+def train_vae(config: ECVAEConfig) -> None:
+    """Train as configured. Raises what `session.train` raises."""
+    model = config.model
+
+    def build_task(loaded, feed) -> ECVAETask:
+        pretrained, companions = loaded
+        models = build_models(config, feed.channels, lambda: build_vae(config, feed.channels), pretrained)
+        return ECVAETask(config, *models, companions)
+
+    def load(checkpoint: Path | None) -> tuple[Networks, dict | None]:
+        vae, energy_model = load_pretrained(config, "vae", AutoencoderEC)
+        holds_still = model.freeze_decoder or model.calibration in POSTERIOR_CALIBRATIONS
+        if holds_still and vae is not None and vae.config.norm_type == "batch":
+            raise ValueError(
+                f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path!r} must have group normalization with "
+                "--calibration posterior or both, or --freeze_decoder, but has batch normalization, whose statistics change."
+            )
+        companions = None
+        if model.freeze_decoder:
+            # A resumed run has its checkpoint's decoder, whatever the path holds by now.
+            source = model.pretrained_model_name_or_path if checkpoint is None else checkpoint / "pipeline"
+            companions = load_companions(source, AutoencoderEC)
+        return (vae, energy_model), companions
+
+    train(config, load, build_task, ECVAETask)
