@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from ecvae_diffusers.training import train_ecvae  # noqa: E402
-from ecvae_diffusers.training.arguments.vae import parse_args  # noqa: E402
 from ecvae_diffusers.training.run import session  # noqa: E402
+from ecvae_diffusers.training.train_ecvae import parse_args  # noqa: E402
 
 
 class WatchedTrainer(session.Trainer):

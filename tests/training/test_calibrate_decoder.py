@@ -26,15 +26,16 @@ from training_runs import SCRIPTS, TINY_DECODER, metrics, run, succeed, weights,
 from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.training import calibrate_decoder
-from ecvae_diffusers.training.arguments.decoder import parse_args
+from ecvae_diffusers.training.calibrate_decoder import parse_args
 from ecvae_diffusers.training.data.feeds import build_feed
 from ecvae_diffusers.training.randomness import StepNoise
-from ecvae_diffusers.training.tasks.decoders import (
+from ecvae_diffusers.training.tasks.autoencoders import (
     CalibratedDecoder,
     latent_shape,
     load_autoencoder,
     load_energy_model,
 )
+from ecvae_diffusers.training.tasks.decoder import DecoderTask
 
 
 SCRIPT = SCRIPTS / "calibrate_decoder.py"
@@ -265,7 +266,7 @@ def test_the_spread_of_latents_is_measured_when_the_decoder_is_on_its_device(mod
     accelerator = Accelerator(cpu=True)
     feed = build_feed(args, accelerator)
     decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
-    task = calibrate_decoder.DecoderTask(args, decoder, None, feed, None)
+    task = DecoderTask(args, decoder, None, feed, None)
     assert task.noise_scale == 0
     task.prepare(accelerator)
     assert task.noise_scale == pytest.approx(0.5 * task.encodings(24).std().item()) and task.noise_scale > 0
@@ -394,11 +395,11 @@ def test_parts_that_decoding_does_not_use_are_frozen(tmp_path):
 def test_the_encoder_runs_once_a_step(models, images, tmp_path):
     arguments = [
         *TINY_DECODER, "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir", images,
-        "--output_dir", tmp_path / "run", "--latent_noise", 0.5, "--num_chains", 2, "--in_channels", 3,
+        "--output_dir", tmp_path / "run", "--latent_noise", 0.5, "--in_channels", 3,
     ]  # fmt: skip
     args, accelerator = parse_args(list(map(str, arguments))), Accelerator(cpu=True)
     decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
-    task = calibrate_decoder.DecoderTask(args, decoder, None, build_feed(args, accelerator), None)
+    task = DecoderTask(args, decoder, None, build_feed(args, accelerator), None)
     task.prepare(accelerator)
     calls = []
     decoder.autoencoder.encoder.register_forward_hook(lambda *_: calls.append(1))

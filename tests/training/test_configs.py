@@ -4,6 +4,7 @@ Runs of the larger configs are in tests/slow/test_large_configs.py.
 """
 
 import sys
+from argparse import Namespace
 
 import pytest
 import yaml
@@ -13,9 +14,9 @@ from accelerate.utils import DistributedType
 from config_runs import CONFIGS, two_steps
 
 import demo
-from ecvae_diffusers.training.arguments.vae import parse_args
 from ecvae_diffusers.training.tasks.networks import build_calibrator, build_energy_model
-from ecvae_diffusers.training.train_ecvae import build_vae
+from ecvae_diffusers.training.tasks.vae import build_vae
+from ecvae_diffusers.training.train_ecvae import parse_args
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
@@ -34,20 +35,20 @@ def test_each_parses_and_its_networks_have_the_size_that_the_readme_says(name):
     path = CONFIGS / f"{name}.yaml"
     # The digits are no data set of the Hub.
     args = parse_args(["--config", path, "--output_dir", "x", *(GIVEN[:2] if name == "digits" else [])])
-    for argument, value in yaml.safe_load(path.read_text()).items():
-        assert getattr(args, argument) == value
-    networks = build_vae(args, args.in_channels), build_energy_model(args, args.in_channels)
+    flat, data = args.flat(), args.data
+    assert all(flat[name] == value for name, value in yaml.safe_load(path.read_text()).items())
+    networks = build_vae(args, data.in_channels), build_energy_model(args.energy, data.resolution, data.in_channels)
     sizes = [f"{network.num_parameters() / 1e6:.1f} M" for network in networks]
-    cells = [f"[{name}.yaml]({name}.yaml)", args.resolution, args.in_channels, *sizes, args.train_batch_size]
-    row = f"| {' | '.join(map(str, [*cells, args.max_train_steps]))} |"
+    cells = [f"[{name}.yaml]({name}.yaml)", data.resolution, data.in_channels, *sizes, args.optimizer.train_batch_size]
+    row = f"| {' | '.join(map(str, [*cells, args.optimizer.max_train_steps]))} |"
     assert row in (CONFIGS / "README.md").read_text()
 
 
 def test_the_published_constants_are_nearly_all_noise():
     """Of the tolerance of 0.05 at 3x32x32, K b^2 D is the chain's noise, which no generator can lower."""
     args = parse_args(["--config", CONFIGS / "cifar10_published.yaml", "--output_dir", "x"])
-    entries = args.in_channels * args.resolution**2
-    calibrator = build_calibrator(args, build_energy_model(args, args.in_channels))
+    entries = 3 * 32**2
+    calibrator = build_calibrator(args.calibration, args.energy, build_energy_model(args.energy, 32, 3))
     noise_floor = entries * calibrator.scheduler.noise_variance()
     assert noise_floor == pytest.approx(0.046, abs=1e-4) and calibrator.resolve_tolerance() == 0.05
     assert not calibrator.relative_dual_step
@@ -56,8 +57,8 @@ def test_the_published_constants_are_nearly_all_noise():
 def test_the_digits_are_those_of_the_demo():
     config = parse_args(["--config", CONFIGS / "digits.yaml", *GIVEN])
     of_demo = parse_args([*demo.ARGUMENTS, *GIVEN, "--max_train_steps", "1500"])
-    free = {"config", "in_channels", "checkpointing_steps", "checkpoints_total_limit"}
-    different = {name for name, value in vars(config).items() if getattr(of_demo, name) != value}
+    free = {"in_channels", "checkpointing_steps", "checkpoints_total_limit"}
+    different = {name for name, value in config.flat().items() if of_demo.flat()[name] != value}
     assert different <= free
 
 
@@ -80,65 +81,49 @@ def write(tmp_path):
     return write
 
 
-def test_the_command_line_goes_before_the_config(write):
-    path = write(
-        "resolution: 64\nlearning_rate: 1e-4\nblock_out_channels: [8, 16]\nuse_ema: false\ntrain_batch_size: 3"
-    )
-    args = parse_args(["--config", path, *GIVEN])
+def read(write, text: str, *arguments: str) -> Namespace:
+    return Namespace(**parse_args(["--config", write(text), *arguments]).flat())
+
+
+def test_the_command_line_overrides_the_config(write):
+    text = "resolution: 64\nlearning_rate: 1e-4\nblock_out_channels: [8, 16]\nuse_ema: false\ntrain_batch_size: 3"
+    args = read(write, text, *GIVEN)
     assert (args.resolution, args.learning_rate, args.block_out_channels) == (64, 1e-4, [8, 16])
     assert args.use_ema is False and args.train_batch_size == 3
     given = ["--resolution", "32", "--learning_rate", "0.5", "--block_out_channels", "4", "--use_ema"]
-    # Before and after --config: the place does not matter.
-    for argv in (["--config", path, *given, *GIVEN], [*given, *GIVEN, f"--config={path}"]):
-        args = parse_args(argv)
-        assert (args.resolution, args.learning_rate, args.block_out_channels) == (32, 0.5, [4])
-        assert args.use_ema is True and args.train_batch_size == 3
+    args = read(write, text, *given, *GIVEN)
+    assert (args.resolution, args.learning_rate, args.block_out_channels) == (32, 0.5, [4])
+    assert args.use_ema is True and args.train_batch_size == 3
+    # Before --config, and shortened.
+    assert parse_args([*given, *GIVEN, "--conf", write(text)]).data.resolution == 32
 
 
-def test_flags_of_a_config(write):
-    args = parse_args(["--config", write("random_flip: true\nenergy_spectral_norm: false\nuse_ema: true"), *GIVEN])
-    assert (args.random_flip, args.energy_spectral_norm, args.use_ema) == (True, False, True)
-    args = parse_args(["--config", write("push_to_hub: false\nfreeze_decoder: false"), *GIVEN])  # which have no --no-
-    assert args.push_to_hub is args.freeze_decoder is False
-    args = parse_args(["--config", write("random_flip: false\nmax_grad_norm: null"), *GIVEN])
-    assert args.random_flip is False and args.max_grad_norm is None
-    args = parse_args(["--config", write("random_flip: false"), "--random_flip", *GIVEN])
-    assert args.random_flip is True
+@pytest.mark.parametrize(
+    "text, given, expected",
+    [
+        ("random_flip: true\nenergy_spectral_norm: false", (), {"random_flip": True, "energy_spectral_norm": False}),
+        ("push_to_hub: false\nmax_grad_norm: null", (), {"push_to_hub": False, "max_grad_norm": None}),
+        ("random_flip: false", ("--random_flip",), {"random_flip": True}),
+        ("random_flip: true", ("--no-random_flip",), {"random_flip": False}),
+        ("mixed_precision: no", (), {"mixed_precision": "no"}),
+    ],
+)
+def test_switches_and_words_that_yaml_reads_as_booleans(text, given, expected, write):
+    args = vars(read(write, text, *given, *GIVEN))
+    assert {name: args[name] for name in expected} == expected
 
 
-def test_the_command_line_takes_flags_of_a_config_back(write):
-    path = write("random_flip: true\nstreaming: true\ngradient_checkpointing: true")
-    args = parse_args(["--config", path, "--no-random_flip", "--no-streaming", "--no-gradient_checkpointing", *GIVEN])
-    assert (args.random_flip, args.streaming, args.gradient_checkpointing) == (False, False, False)
-
-
-def test_words_that_yaml_or_argparse_read_otherwise(write):
-    args = parse_args(["--config", write("mixed_precision: no\noutput_dir: -x"), *GIVEN[:2]])
-    assert (args.mixed_precision, args.output_dir) == ("no", "-x")
-
-
-def test_a_shortened_argument_is_read_too(write):
-    assert parse_args(["--conf", write("resolution: 64"), *GIVEN]).resolution == 64
-
-
-def test_one_of_a_pair_on_the_command_line_replaces_the_other_in_the_config(write):
-    path = write("dataset_name: a\nimage_column: img\nmax_train_steps: 9\noutput_dir: out")
-    args = parse_args(["--config", path])
-    assert (args.dataset_name, args.max_train_steps, args.output_dir) == ("a", 9, "out")
-    args = parse_args(["--config", path, "--train_data_dir", "mine", "--num_epochs", 2])
-    assert (args.dataset_name, args.train_data_dir) == (None, "mine")
-    assert (args.max_train_steps, args.num_epochs) == (None, 2)
-    path = write("train_data_dir: a\nnum_epochs: 9\noutput_dir: out")
-    args = parse_args(["--config", path, "--dataset_name", "theirs", "--max_train_steps", 2])
-    assert (args.dataset_name, args.train_data_dir) == ("theirs", None)
-    assert (args.max_train_steps, args.num_epochs) == (2, None)
+def test_the_data_of_the_command_line_replaces_that_of_the_config(write):
+    args = read(write, "dataset_name: a\noutput_dir: -x", "--train_data_dir", "mine")
+    assert (args.dataset_name, args.train_data_dir, args.output_dir) == (None, "mine", "-x")
+    assert read(write, "train_data_dir: a\noutput_dir: x", "--dataset_name", "theirs").train_data_dir is None
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("resolution: 32\nrezolution: 32", "holds what is no argument: rezolution."),
-        ("config: other.yaml", "holds what is no argument: config."),
+        ("resolution: 32\nrezolution: 32", "holds unknown arguments: rezolution."),
+        ("config: other.yaml", "holds unknown arguments: config."),
         ("resolution: big", "argument --resolution: invalid int value: 'big'"),
         ("resolution: true", "resolution must be one value, but is True."),
         ("resolution: [32, 64]", "resolution must be one value, but is [32, 64]."),

@@ -12,16 +12,14 @@ from training_runs import TINY, metrics, succeed, weights, write_images
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
 from ecvae_diffusers.training import train_ecvae
-from ecvae_diffusers.training.arguments.vae import parse_args
 from ecvae_diffusers.training.randomness import StepNoise
 from ecvae_diffusers.training.run.folder import read_metrics
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
+from ecvae_diffusers.training.train_ecvae import VAEConfig
 
 
 STEPS = 8
-# A chain that moves latents far, and a dual variable that is free to move.
-LONG = ("--posterior_langevin_steps", 5, "--posterior_drift_step", 0.1)
-LONG += ("--initial_posterior_dual", 1, "--max_posterior_dual", 10)
+LONG = ("--max_posterior_dual", 10)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def test_both_constraints_have_a_dual_variable_each(both):
     lines = metrics(both)
     assert all({"constraint", "dual", "posterior_constraint", "posterior_dual"} <= line.keys() for line in lines)
     duals = [line["posterior_dual"] for line in lines]
-    assert duals[0] == 1.0 and all(a != b for a, b in zip(duals, duals[1:])) and all(0 <= dual <= 10 for dual in duals)
+    assert all(0 <= dual <= 10 for dual in duals) and len(set(duals)) > 1, duals
     # On the way to the posterior, a chain's ends are decoded with a smaller error.
     assert sum(line["refined_reconstruction"] < line["reconstruction"] for line in lines) > STEPS / 2
     assert ECVAEPipeline.from_pretrained(both).energy_model is not None
@@ -123,90 +121,32 @@ def test_bf16(both, images, tmp_path):
 
 
 def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
-    """A warm-up that is over at its first step is none; halfway through a longer one beta is half, and the chain's step too."""
-    arguments = ("--calibration", "posterior", "--max_train_steps", 1, "--max_posterior_dual", 1000)
-    none, over, half = (
-        train(
-            images,
-            tmp_path / name,
-            *arguments,
-            "--kl_weight",
-            weight,
-            "--kl_warmup_steps",
-            steps,
-            "--posterior_drift_step",
-            drift_step,
-            "--posterior_decoder_drift_step",
-            drift_step,
-        )[0]
-        for name, weight, steps, drift_step in (("none", 0.5, 0, 0.1), ("over", 0.5, 1, 0.1), ("half", 1.0, 2, 0.2))
-    )
-    names = ("kl_weight", "posterior_constraint", "posterior_dual", "refined_reconstruction", "gradient_norm")
-    assert none["kl_weight"] == 0.5
-    assert all(none[name] == over[name] == half[name] for name in names)
+    """At half of beta the likelihood is twice as sharp, and the chain's step half as long. A warm-up of one step is none."""
+    vae = AutoencoderEC(sample_size=16, in_channels=1, latent_channels=4, block_out_channels=(16, 16))
+    state = PosteriorCalibration(VAEConfig().resolved(16), vae, 0.1)
+    (whole, remainder), (half, rest) = state.chain(1.0), state.chain(0.5)
+    assert half.config.drift_step_size == whole.config.drift_step_size / 2 and 0 < rest < remainder
+    arguments = ("--calibration", "posterior", "--max_train_steps", 1, "--kl_weight", 0.5, "--kl_warmup_steps")
+    none, over = (train(images, tmp_path / str(steps), *arguments, steps)[0] for steps in (0, 1))
+    for name in ("kl_weight", "posterior_constraint", "posterior_dual", "refined_reconstruction", "gradient_norm"):
+        assert none[name] == over[name]
 
 
-def test_the_decoder_learns_from_further_steps(images, tmp_path):
-    """The encoder from what is before them."""
-    arguments = ("--calibration", "posterior", "--max_train_steps", 1, "--posterior_decoder_langevin_steps")
-    near, far = (train(images, tmp_path / str(steps), *arguments, steps)[0] for steps in (0, 5))
-    assert far["refined_reconstruction"] < near["refined_reconstruction"] < near["reconstruction"]
-    assert near["posterior_constraint"] == far["posterior_constraint"]
-
-
-def test_the_squared_error_shrinks_the_posterior(images, tmp_path):
-    """Its gradient is the energy's alone: q is narrower after a few steps than with the other form, from the same start."""
-    arguments = ("--calibration", "posterior", "--max_train_steps", 10, "--posterior_decoder_weight", 0)
-    arguments += ("--posterior_langevin_steps", 5, "--posterior_drift_step", 0.1)
-    arguments += ("--initial_posterior_dual", 10, "--max_posterior_dual", 10)
-    lines = {
-        form: train(images, tmp_path / form, *arguments, "--posterior_constraint", form)
-        for form in ("log_prob", "squared_error")
-    }
-    squared, other = lines["squared_error"], lines["log_prob"]
-    assert squared[0]["posterior_variance"] == other[0]["posterior_variance"]
-    assert squared[-1]["posterior_variance"] < 0.5 * other[-1]["posterior_variance"]
-    # A squared distance, and so never below 0.
-    assert min(line["posterior_constraint"] for line in squared) > 0
-    assert squared[0]["posterior_constraint"] != other[0]["posterior_constraint"]
-
-
-@pytest.mark.parametrize(
-    "arguments, duals",
-    [
-        ([], (1000, 1000)),
-        (["--kl_weight", 0.1], (100, 100)),
-        (["--posterior_constraint", "squared_error", "--kl_weight", 2], (100, 100)),
-        (["--initial_posterior_dual", 3], (3, 1000)),
-        (["--max_posterior_dual", 3], (3, 3)),
-        (["--kl_weight", 0, "--calibration", "energy"], (1000, 1000)),
-    ],
-)
-def test_the_dual_variable_is_in_proportion_to_the_loss(arguments, duals):
-    args = parse_args(["--train_data_dir", "images", "--output_dir", "run", *map(str, arguments)])
-    assert (args.initial_posterior_dual, args.max_posterior_dual) == pytest.approx(duals)
-
-
-def test_the_encoder_learns_from_generated_images_too(tmp_path):
+def test_the_encoder_learns_from_generated_images_too():
     """Their constraint counts as that of data does; it moves the encoder, and neither the decoder nor the images."""
-    common = ["--train_data_dir", "images", "--output_dir", tmp_path, *TINY, "--calibration", "posterior"]
     torch.manual_seed(0)
     vae = AutoencoderEC(sample_size=16, in_channels=1, latent_channels=4, block_out_channels=(16, 16))
     real, start = torch.rand(6, 1, 16, 16) * 2 - 1, torch.randn(6, 4, 1, 1)
 
-    def constrained(*arguments) -> tuple:
-        state = PosteriorCalibration(parse_args(list(map(str, [*common, *arguments]))), vae)
-        refined = state.refine(real, start, StepNoise(0, 1, 0, 1, torch.device("cpu")), 1.0, Accelerator(cpu=True))
-        vae.zero_grad()
-        output = vae(real, True, posterior_noise=start, extra_sample=refined.generated)
-        posteriors = [output.latent_dist] + ([output.extra_latent_dist] if refined.generated is not None else [])
-        for posterior in posteriors:
-            posterior.parameters.retain_grad()
-        calibration = state.constrain(output, refined)
-        calibration.loss.backward()
-        return refined, calibration, [posterior.parameters.grad for posterior in posteriors]
-
-    refined, calibration, (of_data, of_generated) = constrained()
+    state = PosteriorCalibration(VAEConfig().resolved(16), vae, 0.1)
+    refined = state.refine(real, start, StepNoise(0, 1, 0, 1, torch.device("cpu")), 1.0, Accelerator(cpu=True))
+    output = vae(real, True, posterior_noise=start, extra_sample=refined.generated)
+    posteriors = output.latent_dist, output.extra_latent_dist
+    for posterior in posteriors:
+        posterior.parameters.retain_grad()
+    calibration = state.constrain(output, refined)
+    calibration.loss.backward()
+    of_data, of_generated = (posterior.parameters.grad for posterior in posteriors)
     assert refined.generated.shape == real.shape and not refined.generated.requires_grad
     assert (refined.generated - real).abs().mean() > 0.1
     assert len(refined.ends) == len(refined.noise) == 12 and len(refined.latents) == 6
@@ -216,10 +156,8 @@ def test_the_encoder_learns_from_generated_images_too(tmp_path):
     assert any(p.grad.any() for p in vae.encoder.parameters())
     # -log q of the ends under its own q, less that of the reference, over both halves.
     u = 0.5 * (refined.ends.square() - refined.reference.square()).flatten(1).sum(1)
-    remainder = stationary_constraint(posterior_chain(1, 0.01), 4, "log_prob")
+    remainder = stationary_constraint(posterior_chain(1, 0.01), 4)
     torch.testing.assert_close(calibration.constraint, u.mean() + remainder, rtol=1e-3, atol=1e-5)
-    refined, _, gradients = constrained("--no-posterior_generated_images")
-    assert refined.generated is None and len(refined.ends) == 6 and len(gradients) == 1
 
 
 def test_the_chain_does_not_run_away_while_beta_is_small(images, tmp_path):
@@ -231,41 +169,24 @@ def test_the_chain_does_not_run_away_while_beta_is_small(images, tmp_path):
     assert all(line["refined_reconstruction"] < 1.05 * line["reconstruction"] for line in lines)
 
 
-def test_batch_normalization_is_refused(images, tmp_path, capsys):
-    common = ["--train_data_dir", images, "--output_dir", tmp_path / "run", *TINY, "--calibration", "both"]
-    with pytest.raises(SystemExit):
-        parse_args(list(map(str, [*common, "--norm_type", "batch"])))
-    assert "--norm_type must be group with --calibration both: the chain holds" in capsys.readouterr().err
+def test_batch_normalization_is_refused(images, tmp_path):
     config = {"sample_size": 16, "in_channels": 1, "latent_channels": 4, "block_out_channels": (16, 16)}
     AutoencoderEC(**config, norm_type="batch").save_pretrained(tmp_path / "batch")
-    args = parse_args(list(map(str, [*common, "--pretrained_model_name_or_path", tmp_path / "batch"])))
-    with pytest.raises(
-        ValueError, match="batch' must have group normalization with --calibration both, but has batch"
-    ):
-        train_ecvae.run(args)
-    frozen = [
-        *common,
-        "--pretrained_model_name_or_path",
-        tmp_path / "batch",
-        "--freeze_decoder",
-        "--calibration",
-        "none",
-    ]
-    with pytest.raises(ValueError, match="batch' must have group normalization with --freeze_decoder, but has batch"):
-        train_ecvae.run(parse_args(list(map(str, frozen))))
+    given = ["--train_data_dir", images, "--output_dir", tmp_path / "run", *TINY]
+    given += ["--pretrained_model_name_or_path", tmp_path / "batch"]
+    for extra in (["--calibration", "both"], ["--freeze_decoder", "--calibration", "none"]):
+        with pytest.raises(ValueError, match="pretrained_model_name_or_path"):
+            train_ecvae.run(train_ecvae.parse_args([*given, *extra]))
     assert not (tmp_path / "run").exists()
 
 
 def test_the_posterior_alone_has_no_energy_model(images, tmp_path):
-    """And with the decoder left out and a pinned 0 the run is that without calibration, but for its logs."""
-    off = ("--posterior_decoder_weight", 0, "--initial_posterior_dual", 0, "--posterior_tolerance", "1e9")
-    off += ("--no-posterior_generated_images",)
+    """With the decoder left out and a weight next to 0 the loss is that without calibration."""
+    off = ("--posterior_decoder_weight", 0, "--max_posterior_dual", "1e-30")
     lines = train(images, tmp_path / "off", "--calibration", "posterior", *off, "--max_train_steps", 1)
     assert "constraint" not in lines[-1] and "refined_reconstruction" not in lines[-1]
     pipe = ECVAEPipeline.from_pretrained(tmp_path / "off")
     assert pipe.energy_model is None and pipe.scheduler is None
     plain = train(images, tmp_path / "none", "--calibration", "none", "--max_train_steps", 1)
     for name in ("reconstruction", "kl", "gradient_norm"):
-        assert lines[-1][name] == plain[-1][name]
-    whole, other = weights(tmp_path / "none"), weights(tmp_path / "off")
-    assert whole.keys() == other.keys() and all(torch.equal(whole[key], other[key]) for key in whole)
+        assert lines[-1][name] == pytest.approx(plain[-1][name], rel=1e-4)

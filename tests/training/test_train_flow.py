@@ -13,7 +13,7 @@ from training_runs import SCRIPTS, TINY_FLOW, metrics, run, succeed, weights, wr
 
 from ecvae_diffusers import ECFlowPipeline
 from ecvae_diffusers.models import bits_per_dimension, dequantize
-from ecvae_diffusers.training.arguments.flow import parse_args
+from ecvae_diffusers.training.train_flow import parse_args
 
 
 SCRIPT = SCRIPTS / "train_flow.py"
@@ -190,6 +190,6 @@ def test_a_run_is_gone_on_with_at_its_own_rate(finished, images, tmp_path):
     # Where there is no checkpoint, it is a new run after all: also where one was cut off before its first.
     (tmp_path / "cut").mkdir()
     shutil.copy(out / "training_args.json", tmp_path / "cut")
-    assert parse_args([*map(str, (*new_run, "--output_dir", tmp_path / "cut"))]).learning_rate == 3e-3
+    assert parse_args([*map(str, (*new_run, "--output_dir", tmp_path / "cut"))]).optimizer.learning_rate == 3e-3
     new = ("--train_data_dir", images, "--output_dir", tmp_path / "new", "--max_train_steps", 1)
     assert "A new flow is calibrated" in train(*new, "--resume_from_checkpoint", "latest").stderr

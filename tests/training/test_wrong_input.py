@@ -6,11 +6,6 @@ import json
 import pytest
 from training_runs import TINY, run, write_images
 
-from ecvae_diffusers.training.arguments import decoder as decoder_arguments
-from ecvae_diffusers.training.arguments import flow as flow_arguments
-from ecvae_diffusers.training.arguments import vae as ecvae_arguments
-from ecvae_diffusers.training.arguments.common import build_parser
-from ecvae_diffusers.training.arguments.vae import parse_args
 from ecvae_diffusers.training.data.images import ImageDataset, load_images
 from ecvae_diffusers.training.run.folder import (
     STATE_FILES,
@@ -23,155 +18,10 @@ from ecvae_diffusers.training.run.folder import (
     read_metrics,
     write_manifest,
 )
+from ecvae_diffusers.training.train_ecvae import parse_args
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
-# Those of each script, shared ones once.
-FLOATS = {
-    action.dest: module
-    for module in (flow_arguments, decoder_arguments, ecvae_arguments)
-    for action in build_parser(module.SCRIPT)._actions
-    if action.type is float or action.default == "auto"
-}
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--output_dir", "out"], "one of --dataset_name and --train_data_dir"),
-        ([*GIVEN, "--dataset_name", "x"], "one of --dataset_name and --train_data_dir"),
-        ([*GIVEN, "--resolution", "48"], "--resolution must be a power of two from 8 to 256, but is 48"),
-        ([*GIVEN, "--langevin_steps", "-1"], "--langevin_steps must be at least 1, but is -1"),
-        ([*GIVEN, "--langevin_steps", "0"], "--langevin_steps must be at least 1, but is 0"),
-        ([*GIVEN, "--max_train_steps", "-5"], "--max_train_steps must be at least 1, but is -5"),
-        ([*GIVEN, "--max_train_steps", "5", "--num_epochs", "1"], "can't both be given"),
-        (
-            [*GIVEN, "--langevin_drift_step", "-0.1"],
-            "--langevin_drift_step must be 'auto' or a finite number of at least 0",
-        ),
-        ([*GIVEN, "--kl_weight", "inf"], "--kl_weight must be a finite number of at least 0"),
-        ([*GIVEN, "--learning_rate", "0"], "--learning_rate must be a finite number above 0"),
-        ([*GIVEN, "--energy_learning_rate", "-1"], "--energy_learning_rate must be a finite number above 0"),
-        (
-            [*GIVEN, "--calibration_tolerance", "0"],
-            "--calibration_tolerance must be 'auto' or a finite number above 0",
-        ),
-        ([*GIVEN, "--calibration_tolerance", "some"], "--calibration_tolerance must be 'auto' or a finite number"),
-        ([*GIVEN, "--calibration", "posteriors"], "--calibration: invalid choice"),
-        ([*GIVEN, "--posterior_langevin_steps", "0"], "--posterior_langevin_steps must be at least 1, but is 0"),
-        (
-            [*GIVEN, "--posterior_drift_step", "0"],
-            "--posterior_drift_step must be above 0 and below 2, but is 0.0",
-        ),
-        ([*GIVEN, "--posterior_tolerance", "0"], "--posterior_tolerance must be 'auto' or a finite number above 0"),
-        ([*GIVEN, "--posterior_constraint", "kl"], "--posterior_constraint: invalid choice"),
-        (
-            [*GIVEN, "--posterior_decoder_langevin_steps", "-1"],
-            "--posterior_decoder_langevin_steps must be at least 0, but is -1",
-        ),
-        (
-            [*GIVEN, "--posterior_decoder_drift_step", "0"],
-            "--posterior_decoder_drift_step must be above 0 and below 2, but is 0.0",
-        ),
-        (
-            [*GIVEN, "--calibration", "energy", "--posterior_drift_step", "1e200"],
-            "--posterior_drift_step must be above 0 and below 2, but is 1e+200",
-        ),
-        (
-            [*GIVEN, "--posterior_drift_step", "1.5", "--posterior_conditioning_weight", "0.5"],
-            "--posterior_conditioning_weight must be at most 0.333333 at --posterior_drift_step 1.5, but is 0.5",
-        ),
-        (
-            [*GIVEN, "--freeze_decoder", "--calibration", "posterior"],
-            "--pretrained_model_name_or_path must be given with --freeze_decoder, also where a run is gone on with, but is None",
-        ),
-        (
-            [*GIVEN, "--freeze_decoder", "--pretrained_model_name_or_path", "x"],
-            "--calibration must be none or posterior with --freeze_decoder: an energy model calibrates the decoder, but is energy",
-        ),
-        (
-            [
-                *GIVEN,
-                "--freeze_decoder",
-                "--pretrained_model_name_or_path",
-                "x",
-                "--calibration",
-                "posterior",
-                "--posterior_decoder_weight",
-                "0.1",
-            ],
-            "--posterior_decoder_weight must be 0 with --freeze_decoder, but is 0.1",
-        ),
-        (
-            [
-                *GIVEN,
-                "--freeze_decoder",
-                "--pretrained_model_name_or_path",
-                "x",
-                "--calibration",
-                "none",
-                "--evaluation_steps",
-                "5",
-                "--early_stopping_patience",
-                "2",
-            ],
-            "--early_stopping_patience must be left out with --freeze_decoder",
-        ),
-        (
-            [*GIVEN, "--posterior_decoder_weight", "-1"],
-            "--posterior_decoder_weight must be a finite number of at least",
-        ),
-        (
-            [*GIVEN, "--posterior_conditioning_weight", "101"],
-            "--posterior_conditioning_weight must be at most 100 at --posterior_drift_step 0.01, but is 101.0",
-        ),
-        (
-            [
-                *GIVEN,
-                "--posterior_conditioning_weight",
-                "3",
-                "--posterior_langevin_steps",
-                "5",
-                "--posterior_drift_step",
-                "0.1",
-            ],
-            "--posterior_tolerance must be a number with so high a --posterior_conditioning_weight, but is auto",
-        ),
-        (
-            [*GIVEN, "--initial_posterior_dual", "1001"],
-            "--initial_posterior_dual must be from 0 to --max_posterior_dual (1000.0), but is 1001.0",
-        ),
-        (
-            [*GIVEN, "--calibration", "both", "--kl_weight", "0"],
-            "--kl_weight must be above 0 with --calibration both",
-        ),
-        ([*GIVEN, "--initial_dual", "200"], "--initial_dual must be from 0 to --max_dual (100.0), but is 200.0"),
-        ([*GIVEN, "--dual_learning_rate", "-1"], "--dual_learning_rate must be a finite number of at least 0"),
-        ([*GIVEN, "--adam_beta1", "1"], "--adam_beta1 must be at least 0 and below 1"),
-        ([*GIVEN, "--energy_adam_beta2", "-0.1"], "--energy_adam_beta2 must be at least 0 and below 1, but is -0.1"),
-        ([*GIVEN, "--ema_max_decay", "1.5"], "--ema_max_decay must be at least 0 and below 1"),
-        ([*GIVEN, "--seed", "-1"], "--seed must be from 0 to 4294967295, but is -1"),
-        ([*GIVEN, "--train_batch_size", "0"], "--train_batch_size must be at least 1"),
-        ([*GIVEN, "--block_out_channels", "8", "8", "8", "8", "8"], "--block_out_channels must be 1 to 4 positive"),
-        ([*GIVEN, "--energy_num_scales", "9"], "--energy_num_scales must be at most the number of resolutions (4)"),
-        ([*GIVEN, "--lr_scheduler", "sometimes"], "--lr_scheduler: invalid choice"),
-        (
-            [*GIVEN, "--conditioning_weight", "6"],
-            "--conditioning_weight must be at most 1 / --langevin_drift_step (5)",
-        ),
-        ([*GIVEN, "--checkpointing_steps", "0"], "--checkpointing_steps must be at least 1"),
-    ],
-)
-def test_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        parse_args(arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_defaults_follow_the_resolution():
-    args = parse_args([*GIVEN, "--resolution", "64"])
-    assert args.block_out_channels == args.energy_block_out_channels == [64, 128, 256, 256, 256]
-    assert args.max_train_steps == 10_000 and args.calibration_tolerance == "auto"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +139,7 @@ def test_unknown_checkpoint_is_named_with_those_there_are(tmp_path):
 
 
 def test_a_run_is_gone_on_with_under_its_own_arguments(tmp_path):
-    arguments = vars(parse_args([*GIVEN, "--max_train_steps", "5"]))
+    arguments = parse_args([*GIVEN, "--max_train_steps", "5"]).flat()
     (tmp_path / "training_args.json").write_text(json.dumps(arguments))
     check_resumed_arguments(tmp_path, arguments | {"max_train_steps": 9, "log_steps": 1, "train_data_dir": "moved"})
     with pytest.raises(
@@ -350,16 +200,3 @@ def test_wrong_size_of_a_pretrained_model_is_refused(tmp_path):
     )  # fmt: skip
     assert result.returncode != 0 and not (tmp_path / "b").exists()
     assert "is for images of 16 px, but --resolution is 32" in result.stderr
-
-
-@pytest.mark.parametrize("name", FLOATS)
-def test_numbers_that_are_not_finite_are_refused(name, capsys):
-    module = FLOATS[name]
-    arguments = [*GIVEN, f"--{name}", "nan"]
-    if module is decoder_arguments:
-        arguments += ["--pretrained_model_name_or_path", "vae"]
-    if "posterior" in name:
-        arguments += ["--calibration", "posterior"]
-    with pytest.raises(SystemExit):
-        module.parse_args(arguments)
-    assert f"--{name}" in capsys.readouterr().err.splitlines()[-1]

@@ -346,6 +346,8 @@ class TrainingConfig:
             refuse("resolution", data.resolution, f"a power of two from 8 to {self.max_resolution}")
         if data.image_size is not None and data.image_size < data.resolution:
             refuse("image_size", data.image_size, f"at least --resolution ({data.resolution})")
+        if (channels := getattr(self.model, "block_out_channels", None)) is not None:
+            check_channels("block_out_channels", channels, data.resolution)
         check_channels("energy_block_out_channels", self.energy.energy_block_out_channels, data.resolution)
         if self.energy.energy_num_scales > (count := len(self.energy.energy_block_out_channels)):
             refuse("energy_num_scales", self.energy.energy_num_scales, f"at most the number of resolutions ({count})")

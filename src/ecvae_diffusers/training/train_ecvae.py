@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from ecvae_diffusers.training.command_line import read_config
-from ecvae_diffusers.training.config import Group, TrainingConfig, check_channels, default_channels, option, refuse
+from ecvae_diffusers.training.config import Group, TrainingConfig, default_channels, option, refuse
 from ecvae_diffusers.training.run.places import place
 
 
@@ -100,7 +100,6 @@ class ECVAEConfig(TrainingConfig):
 
     def check(self) -> None:
         super().check()
-        check_channels("block_out_channels", self.model.block_out_channels, self.data.resolution)
         if self.model.freeze_decoder and self.evaluation.early_stopping_patience is not None:
             why = "samples, which decide, do not change"
             refuse(
