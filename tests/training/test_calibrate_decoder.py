@@ -151,7 +151,7 @@ def test_a_run_cut_in_two_equals_a_run_in_one(models, images, tmp_path):
     """With latents and chains that are drawn anew at each step. Plain reconstructions: tests/slow."""
     common = [
         "--pretrained_model_name_or_path", models["AutoencoderKL"], "--train_data_dir", images, "--log_steps", 1,
-        "--checkpointing_steps", 2, "--latent_noise", 0.2, "--num_chains", 2, "--random_flip",
+        "--checkpointing_steps", 2, "--latent_noise", 0.2, "--random_flip",
     ]  # fmt: skip
     calibrate(*common, "--output_dir", tmp_path / "whole", "--max_train_steps", 4)
     calibrate(*common, "--output_dir", tmp_path / "cut", "--max_train_steps", 2)

@@ -32,7 +32,7 @@ RETIRED: dict[str, tuple[Any, str]] = {
     "initial_posterior_dual": (None, "it begins at --max_posterior_dual"),
     "langevin_dtype": (None, "the chain has the precision of training"),
     "norm_type": ("group", "group normalization is the only one that every calibration can use"),
-    "num_chains": (1, "the ends of one chain serve both networks"),
+    "num_chains": (1, "two were slower and no nearer to the data"),
     "num_epochs": (None, "give --max_train_steps instead"),
     "posterior_conditioning_weight": (0.0, "there is no pull"),
     "posterior_constraint": ("log_prob", "squared_error was worse than no calibration"),
