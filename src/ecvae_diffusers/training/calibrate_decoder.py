@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ecvae_diffusers.training.command_line import read_config
-from ecvae_diffusers.training.config import Group, OptimizerConfig, TrainingConfig, option, refuse
+from ecvae_diffusers.training.config import (
+    Group,
+    OptimizerConfig,
+    SpectralEnergyConfig,
+    TrainingConfig,
+    option,
+    refuse,
+)
 from ecvae_diffusers.training.run.places import place
 
 
@@ -57,6 +64,9 @@ class DecoderOptimizerConfig(OptimizerConfig):
     """training"""
 
     learning_rate: float | None = option(1e-4, help="Learning rate of the decoder.", above=0)
+    energy_learning_rate: float = option(5e-4, help="Learning rate of the energy model.", above=0)
+    adam_beta2: float = option(0.9, help="beta2 of the decoder's Adam.", at_least=0, below=1)
+    energy_adam_beta2: float = option(0.9, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,7 @@ class ECDecoderConfig(TrainingConfig):
     """The configuration of `calibrate_decoder.py`."""
 
     model: DecoderConfig = field(default_factory=DecoderConfig)
+    energy: SpectralEnergyConfig = field(default_factory=SpectralEnergyConfig)
     optimizer: DecoderOptimizerConfig = field(default_factory=DecoderOptimizerConfig)
 
     description: ClassVar[str] = (

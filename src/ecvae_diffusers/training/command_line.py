@@ -25,6 +25,7 @@ RETIRED: dict[str, tuple[Any, str]] = {
     "early_stopping_metric": ("frechet_distance", "the Frechet distance decides"),
     "energy_act_fn": ("leaky_relu", "it is leaky_relu"),
     "energy_adam_beta1": (0.0, "it is 0"),
+    "energy_adam_beta2": (None, "it is 0.99, and that of a resumed run as it was"),
     "free_bits": (0.0, "see --kl_warmup_steps"),
     "healthy_state_steps": (100, "it is 100"),
     "healthy_states": (3, "there are 3"),
@@ -154,7 +155,8 @@ def read_config(config_class: type[Config], argv: list[str] | None = None, prog:
     if args.resume_from_checkpoint is not None and args.output_dir is not None:
         # What is not given is as the run has it, whatever the defaults are by now.
         own = arguments_of_run(args.output_dir)
-        parser.set_defaults(**{action.dest: own[action.dest] for action in parser._actions if action.dest in own})
+        flags = {action.dest for action in parser._actions} - RETIRED.keys()
+        parser.set_defaults(**{name: value for name, value in own.items() if name in flags})
         args = parser.parse_args(argv)
     for name in RETIRED:
         if name in REFUSED and hasattr(args, name):
@@ -162,7 +164,8 @@ def read_config(config_class: type[Config], argv: list[str] | None = None, prog:
         if name in args:
             print(f"{parser.prog}: --{name} is retired and ignored: {RETIRED[name][1]}.", file=sys.stderr)
     try:
-        config = config_class.from_flat({**own, **vars(args)}).resolved()
+        given = {name: value for name, value in vars(args).items() if name not in RETIRED}
+        config = config_class.from_flat({**own, **given}).resolved()
         config.check()
     except ConfigError as error:
         parser.error(str(error))

@@ -118,8 +118,18 @@ class EnergyConfig(Group):
         "64 128 256 256 ..., down to 4 px."
     )
     energy_num_scales: int = option(1, help="Image scales that the energy model sees.", at_least=1)
-    energy_spectral_norm: bool = option(True, help="Normalize the energy model's weights by their spectral norm.")
+    energy_spectral_norm: bool = option(False, help="Normalize the energy model's weights by their spectral norm.")
     energy_regularization: float = option(0.1, help="alpha: weight of the mean squared energies.", at_least=0)
+    energy_gradient_penalty: float = option(
+        0.1, help="gamma: weight of half the mean squared norm of the energy's gradient at the data (R1).", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralEnergyConfig(EnergyConfig):
+    """energy model"""
+
+    energy_spectral_norm: bool = option(True, help="Normalize the energy model's weights by their spectral norm.")
     energy_gradient_penalty: float = option(
         0.0, help="gamma: weight of half the mean squared norm of the energy's gradient at the data (R1).", at_least=0
     )
@@ -188,7 +198,7 @@ class OptimizerConfig(Group):
     max_grad_norm: float | None = option(help="Clip the gradient norm of each network to this.", above=0)
     gradient_checkpointing: bool = option(False, help="Recompute activations in the backward pass, to save memory.")
     learning_rate: float | None = option(5e-4, help="Learning rate of the generator.", above=0)
-    energy_learning_rate: float = option(5e-4, help="Learning rate of the energy model.", above=0)
+    energy_learning_rate: float = option(1e-3, help="Learning rate of the energy model.", above=0)
     lr_scheduler: SCHEDULES = option(
         "constant",
         help="Schedule of both learning rates. With one that depends on the number of steps, a run cut in two differs from a run in "
@@ -198,8 +208,8 @@ class OptimizerConfig(Group):
         help=f"Warm-up steps of the schedule. Default: {DEFAULT_WARMUP_STEPS}, 0 for constant.", at_least=0
     )
     adam_beta1: float = option(0.0, help="beta1 of the generator's Adam.", at_least=0, below=1)
-    adam_beta2: float = option(0.9, help="beta2 of the generator's Adam.", at_least=0, below=1)
-    energy_adam_beta2: float = option(0.9, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
+    adam_beta2: float = option(0.99, help="beta2 of the generator's Adam.", at_least=0, below=1)
+    energy_adam_beta2: float = option(0.99, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
     use_ema: bool = option(True, help="Save the exponential moving average of the weights.")
     ema_max_decay: float = option(
         0.999, help="Decay per step of the moving average, reached after a warm-up.", at_least=0, below=1

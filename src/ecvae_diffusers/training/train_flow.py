@@ -10,7 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from ecvae_diffusers.training.command_line import read_config
-from ecvae_diffusers.training.config import SCHEDULES, Group, OptimizerConfig, TrainingConfig, option, refuse
+from ecvae_diffusers.training.config import (
+    SCHEDULES,
+    Group,
+    OptimizerConfig,
+    SpectralEnergyConfig,
+    TrainingConfig,
+    option,
+    refuse,
+)
 from ecvae_diffusers.training.run.places import place
 
 
@@ -42,6 +50,8 @@ class FlowOptimizerConfig(OptimizerConfig):
     )
     lr_scheduler: SCHEDULES = option("constant_with_warmup", help="Schedule of both learning rates.")
     adam_beta1: float = option(0.9, help="beta1 of the flow's Adam.", at_least=0, below=1)
+    energy_learning_rate: float = option(5e-4, help="Learning rate of the energy model.", above=0)
+    energy_adam_beta2: float = option(0.9, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
     adam_beta2: float = option(0.999, help="beta2 of the flow's Adam.", at_least=0, below=1)
     max_grad_norm: float | None = option(100.0, help="Clip the gradient norm of each network to this.", above=0)
 
@@ -51,6 +61,7 @@ class ECFlowConfig(TrainingConfig):
     """The configuration of `train_flow.py`."""
 
     model: FlowConfig = field(default_factory=FlowConfig)
+    energy: SpectralEnergyConfig = field(default_factory=SpectralEnergyConfig)
     optimizer: FlowOptimizerConfig = field(default_factory=FlowOptimizerConfig)
 
     description: ClassVar[str] = (
