@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_runs import TINY, run, run_with_fault, succeed, weights, write_images
 
-from ecvae_diffusers.training.run.folder import read_metrics
+from ecvae_diffusers.training.run.log import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from precision import quantities
 from training_step import CHANGES, Arrangement, Iteration
 
 from ecvae_diffusers import AutoencoderEC, EnergyModel, LangevinScheduler
-from ecvae_diffusers.training.run.observation import peak_memory
+from ecvae_diffusers.training.run.log import peak_memory
 
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -22,17 +22,17 @@ from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
 from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
 from ecvae_diffusers.report import report
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
-from ecvae_diffusers.training.run.checkpoints import weights_only
-from ecvae_diffusers.training.run.folder import (
+from ecvae_diffusers.training.run.checkpoints import (
     MANIFEST,
     checkpoints,
     damage,
     find_checkpoint,
-    read_metrics,
     remove_old_checkpoints,
     write_manifest,
 )
-from ecvae_diffusers.training.run.lock import LOCK_FILE, locked
+from ecvae_diffusers.training.run.folder import LOCK_FILE, locked
+from ecvae_diffusers.training.run.log import read_metrics
+from ecvae_diffusers.training.run.UNKNOWN import weights_only
 
 
 # Of a checkpoint of a run with an energy model and an average.

@@ -10,9 +10,9 @@ from training_runs import TINY, metrics, run_with_fault, succeed, weights, write
 from ecvae_diffusers.report.verdict import JUDGES, Run, judge_calibration
 from ecvae_diffusers.training.arguments.vae import parse_args
 from ecvae_diffusers.training.optimization import build_trained
-from ecvae_diffusers.training.run.folder import read_metrics
-from ecvae_diffusers.training.run.guard import DivergenceGuard, GuardLimits, HealthyStates
-from ecvae_diffusers.training.run.recovery import CONFIRMATIONS, Recovery
+from ecvae_diffusers.training.run.divergence import CONFIRMATIONS, DivergenceGuard, Recovery
+from ecvae_diffusers.training.run.log import read_metrics
+from ecvae_diffusers.training.run.UNKNOWN import GuardLimits, HealthyStates
 
 
 HEALTHY = {

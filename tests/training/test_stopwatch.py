@@ -1,5 +1,5 @@
 from ecvae_diffusers.training.run import stopwatch
-from ecvae_diffusers.training.run.stopwatch import Stopwatch
+from ecvae_diffusers.training.run.progress import Stopwatch
 
 
 def test_it_counts_only_while_it_runs_and_goes_on_after_loading(monkeypatch):

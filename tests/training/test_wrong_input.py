@@ -12,17 +12,14 @@ from ecvae_diffusers.training.arguments import vae as ecvae_arguments
 from ecvae_diffusers.training.arguments.common import build_parser
 from ecvae_diffusers.training.arguments.vae import parse_args
 from ecvae_diffusers.training.data.images import ImageDataset, load_images
-from ecvae_diffusers.training.run.folder import (
+from ecvae_diffusers.training.run.checkpoints import (
     STATE_FILES,
-    RunLog,
-    check_output_dir,
-    check_pretrained_stays,
     check_resumed_arguments,
-    clear_run,
     find_checkpoint,
-    read_metrics,
     write_manifest,
 )
+from ecvae_diffusers.training.run.folder import check_output_dir, check_pretrained_stays, clear_run
+from ecvae_diffusers.training.run.log import RunLog, read_metrics
 
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]

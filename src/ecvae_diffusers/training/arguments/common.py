@@ -12,7 +12,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 
 from ecvae_diffusers.training.arguments.checks import check_arguments
-from ecvae_diffusers.training.run.folder import arguments_of_run
+from ecvae_diffusers.training.run.checkpoints import arguments_of_run
 from ecvae_diffusers.training.run.last_line import ArgumentParser
 from ecvae_diffusers.training.run.places import place
 
