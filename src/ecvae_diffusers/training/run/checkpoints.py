@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -16,7 +15,7 @@ from accelerate.utils import patch_environment
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from ecvae_diffusers.atomic import discard, remove, replacing, sync, temporary_path, write_json, writing
+from ecvae_diffusers.atomic import discard, move, remove, replacing, sync, temporary_path, write_json, writing
 from ecvae_diffusers.training.run.log import read_arguments, readable_arguments
 
 
@@ -34,7 +33,7 @@ FREE_ON_RESUME = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
     "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
     "checkpoints_total_limit", "log_steps", "save_images_steps", "config", "report_to", "tracker_project_name",
-    "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_state_steps", "healthy_states",
+    "evaluation_steps", "early_stopping_patience", "max_rollbacks",
     "divergence_guard", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 # What runs did that were saved before an argument existed.
@@ -276,9 +275,7 @@ def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
             sync(temporary)
             for part in sorted(temporary.iterdir()):
                 with writing(output_dir / part.name):
-                    if (output_dir / part.name).is_dir():
-                        discard(output_dir / part.name)
-                    os.replace(part, output_dir / part.name)
+                    move(part, output_dir / part.name)
             sync(output_dir, recursive=False)
         finally:
             remove(temporary)
