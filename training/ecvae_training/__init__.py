@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import types
 
 
 MOVED = {
@@ -29,9 +30,9 @@ MOVED = {
     "lock": "training.run.folder",
     "models": "training.tasks.networks",
     "noise": "training.randomness",
-    "observation": "training.run.pictures",
+    "observation": "training.run.pictures training.run.log",
     "optimization": "training.optimization",
-    "output": "training.run.folder",
+    "output": "training.run.folder training.run.checkpoints training.run.log training.run.pictures",
     "picture_files": "training.data.files",
     "places": "training.run.places",
     "posterior_step": "training.tasks.posterior",
@@ -49,7 +50,13 @@ MOVED = {
     "trainer": "training.trainer",
 }
 
-for name, place in MOVED.items():
-    module = importlib.import_module(f"ecvae_diffusers.{place}")
+for name, places in MOVED.items():
+    modules = [importlib.import_module(f"ecvae_diffusers.{place}") for place in places.split()]
+    module = modules[0]
+    if len(modules) > 1:
+        # What was one module.
+        module = types.ModuleType(name)
+        for part in modules:
+            vars(module).update({key: value for key, value in vars(part).items() if not key.startswith("__")})
     sys.modules[f"{__name__}.{name}"] = module
     globals()[name] = module
