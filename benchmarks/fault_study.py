@@ -24,7 +24,7 @@ from study import (
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.training.data.digits import sample_images
-from ecvae_diffusers.training.run.folder import EVENTS_FILE, METRICS_FILE, read_metrics
+from ecvae_diffusers.training.run.log import EVENTS_FILE, METRICS_FILE, read_metrics
 
 
 FAULT_AT = 600

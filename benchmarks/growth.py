@@ -29,9 +29,12 @@ from command_line import device as device_here
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from ecvae_diffusers.training.run.folder import METRICS_FILE, read_metrics  # noqa: E402
 from ecvae_diffusers.training.run.launch import keep_freed_memory  # noqa: E402
-from ecvae_diffusers.training.run.observation import peak_memory  # noqa: E402
+from ecvae_diffusers.training.run.log import (  # noqa: E402
+    METRICS_FILE,
+    peak_memory,  # noqa: E402
+    read_metrics,
+)
 
 
 BASE = {"resolution": 32, "batch_size": 32, "langevin_steps": 5, "width": 16}

@@ -38,14 +38,8 @@ from ecvae_diffusers.training.data.digits import (  # noqa: E402
     write_digits,
 )
 from ecvae_diffusers.training.data.ranges import to_range  # noqa: E402
-from ecvae_diffusers.training.run.folder import (  # noqa: E402
-    EVALUATIONS_FILE,
-    EVENTS_FILE,
-    METRICS_FILE,
-    is_finished,
-    read_arguments,
-    read_metrics,
-)
+from ecvae_diffusers.training.run.folder import is_finished  # noqa: E402
+from ecvae_diffusers.training.run.log import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, read_arguments, read_metrics  # noqa: E402
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "training" / "train_ecvae.py"

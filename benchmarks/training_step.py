@@ -40,7 +40,7 @@ from ecvae_diffusers.variational import elbo_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from ecvae_diffusers.training.run.observation import peak_memory  # noqa: E402
+from ecvae_diffusers.training.run.log import peak_memory  # noqa: E402
 
 
 NOISE = 1e-3

@@ -35,9 +35,10 @@ from ecvae_diffusers.training.data.digits import (
     write_digits,
 )
 from ecvae_diffusers.training.data.ranges import to_range
-from ecvae_diffusers.training.run.folder import METRICS_FILE, image_grid, read_metrics
+from ecvae_diffusers.training.run.folder import locked
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
-from ecvae_diffusers.training.run.lock import locked
+from ecvae_diffusers.training.run.log import METRICS_FILE, read_metrics
+from ecvae_diffusers.training.run.pictures import image_grid
 from ecvae_diffusers.training.run.places import local_path
 
 

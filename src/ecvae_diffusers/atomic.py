@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 
-# What torch says of a file that it could not write to the end, as a RuntimeError.
+# What torch says, in a RuntimeError, of a file that it could not write to the end.
 TORCH_WRITER = ("StreamWriter", "unexpected pos")
 
 
@@ -44,37 +44,33 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
-            raise
-        # Of a renaming the second is the new name.
-        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
-        if isinstance(named, str | os.PathLike) and not is_of(Path(named).absolute(), Path(path).absolute()):
-            raise
         number = getattr(error, "errno", None)
         if isinstance(error, RuntimeError):
-            number = errno.ENOSPC  # torch tells only that less was written than there was
+            if not any(word in str(error) for word in TORCH_WRITER):
+                raise
+            number = errno.ENOSPC  # torch only tells that less was written than there was
         elif isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
             number = int(found[1])
+        # If it is of a renaming, the second is the new name.
+        named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+        if isinstance(named, str | os.PathLike):
+            named, own = Path(named).absolute(), Path(path).absolute()
+            if {own, temporary_path(own)}.isdisjoint({named, *named.parents}) and named not in own.parents:
+                raise
         reason = os.strerror(number) if number is not None else str(error)
         raise WriteError(number, " ".join(reason.split()), str(path)) from error
 
 
-def is_of(named: Path, path: Path) -> bool:
-    """Tell whether a file is part of what is written to `path`, or a folder above it."""
-    places = {path, temporary_path(path), discarded_path(path)}
-    return not places.isdisjoint({named, *named.parents}) or named in path.parents
-
-
 def temporary_path(path: str | os.PathLike) -> Path:
-    """The hidden name next to `path` under which it is written."""
+    """Return the hidden name next to `path` under which it is written."""
     return Path(path).with_name(f".{Path(path).name}")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Give the name under which the body writes a file or a folder. Afterwards it is flushed to the disk and renamed to `path`,
-    in place of what is there. If the body fails, it is removed, and `path` is as it was.
+    Yield the name under which the body writes a file or a folder. Afterwards it is flushed to the disk and renamed to `path`,
+    replacing what is there. If the body fails, it is removed, and `path` is as it was.
 
     Raises:
         WriteError: if it can't be written.
@@ -86,13 +82,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         try:
             yield temporary
             sync(temporary)
-            if path.is_dir():
-                hidden = discarded_path(path)
-                remove(hidden)
-                os.replace(path, hidden)
-            os.replace(temporary, path)
+            move(temporary, path)
             sync(path.parent, recursive=False)
-            remove(discarded_path(path))
         except BaseException:
             remove(temporary)
             raise
@@ -110,12 +101,12 @@ def write_json(path: str | os.PathLike, value: Any, sort_keys: bool = False) -> 
 
 
 def to_json(value: Any, **options) -> str:
-    """JSON in which a number that is not finite is `null`: JSON has no NaN and no infinity. `options` are those of `json.dumps`."""
+    """Return JSON with `null` for numbers that are not finite: JSON has no NaN and no infinity. `options` are those of `json.dumps`."""
     return json.dumps(finite_or_none(value), allow_nan=False, **options)
 
 
 def finite_or_none(value: Any) -> Any:
-    """Replace the numbers that are not finite, in nested dictionaries, lists and tuples, by `None`."""
+    """Replace numbers that are not finite, in nested dictionaries, lists and tuples, by `None`."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -127,11 +118,9 @@ def finite_or_none(value: Any) -> Any:
 
 def sync(path: Path, recursive: bool = True) -> None:
     """Flush a file, or a folder with all that is in it, to the disk."""
-    is_folder = path.is_dir()
-    if is_folder and recursive:
-        for child in path.iterdir():
-            sync(child)
-    is_windows = os.name == "nt"
+    is_folder, is_windows = path.is_dir(), os.name == "nt"
+    for child in path.iterdir() if is_folder and recursive else []:
+        sync(child)
     if is_folder and is_windows:
         return  # it opens no folders, and keeps their entries itself
     descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
@@ -146,21 +135,29 @@ def sync(path: Path, recursive: bool = True) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link, of which what it leads to stays. Nothing, if there is none."""
+    """Remove a file, a folder or a link, if there is one. What a link leads to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def discarded_path(path: Path) -> Path:
-    """The hidden name next to `path` under which it is removed."""
-    return path.with_name(f".discarded-{path.name.lstrip('.')}")
+def move(source: Path, path: Path) -> None:
+    """Rename a file or folder to `path`, replacing what is there."""
+    hidden = hide(path) if path.is_dir() else None
+    os.replace(source, path)
+    if hidden is not None:
+        remove(hidden)
 
 
 def discard(path: Path) -> None:
     """Remove a folder under another name: if the process is killed meanwhile, no part of it is left under its own."""
-    hidden = discarded_path(path)
+    remove(hide(path))
+
+
+def hide(path: Path) -> Path:
+    """Rename a folder to a hidden name next to it, under which it is removed."""
+    hidden = path.with_name(f".discarded-{path.name.lstrip('.')}")
     remove(hidden)
     os.replace(path, hidden)
-    remove(hidden)
+    return hidden

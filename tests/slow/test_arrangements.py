@@ -17,7 +17,7 @@ from precision import quantities
 from training_step import CHANGES, Arrangement, Iteration
 
 from ecvae_diffusers import AutoencoderEC, EnergyModel, LangevinScheduler
-from ecvae_diffusers.training.run.observation import peak_memory
+from ecvae_diffusers.training.run.log import peak_memory
 
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused_before_anything_is_measured(script, argumen
 def test_peak_memory_is_the_own_one():
     """Not that of the process that started it, from which Linux counts on."""
     held = torch.ones(2**27)  # half a GiB
-    code = "import torch; from ecvae_diffusers.training.run.observation import peak_memory; print(peak_memory(torch.device('cpu')))"
+    code = "import torch; from ecvae_diffusers.training.run.log import peak_memory; print(peak_memory(torch.device('cpu')))"
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.with_name("training"))}
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, env=environment)
     alone = float(output.stdout)

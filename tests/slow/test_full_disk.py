@@ -11,7 +11,7 @@ import torch
 from training_runs import TINY, weights, write_images
 
 from ecvae_diffusers.training import train_ecvae
-from ecvae_diffusers.training.run.folder import checkpoints, damage
+from ecvae_diffusers.training.run.checkpoints import checkpoints, damage
 from ecvae_diffusers.training.run.session import run_script
 
 

@@ -21,7 +21,7 @@ from training_runs import (
     write_images,
 )
 
-from ecvae_diffusers.training.run.folder import read_metrics
+from ecvae_diffusers.training.run.log import read_metrics
 
 
 STEPS = 20

@@ -9,8 +9,8 @@ import pytest
 import torch
 from training_runs import SCRIPT, TINY, metrics, run, run_with_fault, succeed, weights, write_images
 
-from ecvae_diffusers.training.run.folder import read_metrics
-from ecvae_diffusers.training.run.lock import locked
+from ecvae_diffusers.training.run.folder import locked
+from ecvae_diffusers.training.run.log import read_metrics
 
 
 STEPS = 50

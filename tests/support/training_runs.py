@@ -69,8 +69,9 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from ecvae_diffusers.training import train_ecvae
-from ecvae_diffusers.training.run import session
+from ecvae_diffusers.training.run import divergence, session
 
+divergence.HEALTHY_STATE_STEPS = 4
 faulty = range(int(sys.argv[2]), int(sys.argv[3]))
 
 class FaultyTrainer(session.Trainer):
@@ -102,7 +103,7 @@ def run_with_fault(
     script.write_text(FAULTY)
     return run(
         SCRIPT.parent, first, last, "--train_data_dir", data, "--output_dir", output_dir, *TINY, "--max_train_steps", 24,
-        "--log_steps", 2, "--healthy_state_steps", 4, *arguments, script=script, **kwargs,
+        "--log_steps", 2, *arguments, script=script, **kwargs,
     )  # fmt: skip
 
 

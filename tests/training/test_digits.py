@@ -5,7 +5,7 @@ import PIL.Image
 import torch
 
 from ecvae_diffusers.training.data.digits import DigitFeatures, load_digits, measure, write_digits
-from ecvae_diffusers.training.run.folder import image_grid
+from ecvae_diffusers.training.run.pictures import image_grid
 
 
 def test_folders_hold_the_split(tmp_path):

@@ -13,7 +13,7 @@ from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
 from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.randomness import StepNoise
-from ecvae_diffusers.training.run.folder import read_metrics
+from ecvae_diffusers.training.run.log import read_metrics
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 from ecvae_diffusers.training.train_ecvae import VAEConfig
 

@@ -11,8 +11,8 @@ from training_runs import TINY, metrics, run, succeed, weights, write_images
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.evaluation.while_training import Patience
-from ecvae_diffusers.training.run.folder import read_metrics
-from ecvae_diffusers.training.run.observation import batch_spread, chain_strip, pairs_grid, reduce_scalars
+from ecvae_diffusers.training.run.log import read_metrics, reduce_scalars
+from ecvae_diffusers.training.run.pictures import batch_spread, chain_strip, pairs_grid
 from ecvae_diffusers.training.train_ecvae import parse_args
 
 

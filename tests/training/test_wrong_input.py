@@ -7,17 +7,14 @@ import pytest
 from training_runs import TINY, run, write_images
 
 from ecvae_diffusers.training.data.images import ImageDataset, load_images
-from ecvae_diffusers.training.run.folder import (
+from ecvae_diffusers.training.run.checkpoints import (
     STATE_FILES,
-    RunLog,
-    check_output_dir,
-    check_pretrained_stays,
     check_resumed_arguments,
-    clear_run,
     find_checkpoint,
-    read_metrics,
     write_manifest,
 )
+from ecvae_diffusers.training.run.folder import check_output_dir, check_pretrained_stays, clear_run
+from ecvae_diffusers.training.run.log import RunLog, read_metrics
 from ecvae_diffusers.training.train_ecvae import parse_args
 
 

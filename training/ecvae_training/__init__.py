@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import types
 
 
 MOVED = {
@@ -22,34 +23,40 @@ MOVED = {
     "evaluation_work": "evaluation.work",
     "feeds": "training.data.feeds",
     "flow_arguments": "training.train_flow",
-    "guard": "training.run.guard",
+    "guard": "training.run.divergence",
     "images": "training.data.ranges",
     "last_line": "training.run.last_line",
     "launch": "training.run.launch",
-    "lock": "training.run.lock",
+    "lock": "training.run.folder",
     "models": "training.tasks.networks",
     "noise": "training.randomness",
-    "observation": "training.run.observation",
+    "observation": "training.run.pictures training.run.log",
     "optimization": "training.optimization",
-    "output": "training.run.folder",
+    "output": "training.run.folder training.run.checkpoints training.run.log training.run.pictures",
     "picture_files": "training.data.files",
     "places": "training.run.places",
     "posterior_step": "training.tasks.posterior",
     "progress": "training.run.progress",
-    "recovery": "training.run.recovery",
+    "recovery": "training.run.divergence",
     "report_charts": "report.charts",
     "report_page": "report.page",
     "report_verdict": "report.verdict",
     "restoration_tasks": "evaluation.restoration",
     "session": "training.run.session",
     "signals": "training.run.signals",
-    "stopwatch": "training.run.stopwatch",
+    "stopwatch": "training.run.progress",
     "streaming": "training.data.streaming",
     "task": "training.tasks.base",
     "trainer": "training.trainer",
 }
 
-for name, place in MOVED.items():
-    module = importlib.import_module(f"ecvae_diffusers.{place}")
+for name, places in MOVED.items():
+    modules = [importlib.import_module(f"ecvae_diffusers.{place}") for place in places.split()]
+    module = modules[0]
+    if len(modules) > 1:
+        # What was one module.
+        module = types.ModuleType(name)
+        for part in modules:
+            vars(module).update({key: value for key, value in vars(part).items() if not key.startswith("__")})
     sys.modules[f"{__name__}.{name}"] = module
     globals()[name] = module

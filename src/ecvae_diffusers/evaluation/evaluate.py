@@ -23,9 +23,9 @@ from ecvae_diffusers.evaluation.summary import summarize
 from ecvae_diffusers.evaluation.work import EvaluatedModel, Work
 from ecvae_diffusers.hub.card import evaluation_table
 from ecvae_diffusers.training.data.files import Pictures
-from ecvae_diffusers.training.run.folder import save_atomically
+from ecvae_diffusers.training.run.folder import locked_by_main
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
-from ecvae_diffusers.training.run.lock import locked_by_main
+from ecvae_diffusers.training.run.pictures import save_atomically
 from ecvae_diffusers.training.run.places import check_places, named_place, place
 
 

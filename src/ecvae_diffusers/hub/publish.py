@@ -34,8 +34,8 @@ from ecvae_diffusers.hub.upload import (
     upload_folder,
 )
 from ecvae_diffusers.report.curves import plot_curves
-from ecvae_diffusers.training.run.folder import METRICS_FILE, read_arguments, read_metrics
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.log import METRICS_FILE, read_arguments, read_metrics
 from ecvae_diffusers.training.run.places import named_place, place
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ecvae_diffusers.report.page import prose_html
-from ecvae_diffusers.training.run.folder import (
+from ecvae_diffusers.training.run.log import (
     ENERGIES_FILE,
     EVALUATIONS_FILE,
     EVENTS_FILE,

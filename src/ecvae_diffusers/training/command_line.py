@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from ecvae_diffusers.training.config import ConfigError, TrainingConfig
-from ecvae_diffusers.training.run.folder import arguments_of_run
+from ecvae_diffusers.training.run.checkpoints import arguments_of_run
 from ecvae_diffusers.training.run.last_line import ArgumentParser
 from ecvae_diffusers.training.run.places import place
 

@@ -21,36 +21,29 @@ from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.data.ranges import to_range
 from ecvae_diffusers.training.optimization import build_trained, clip_gradients
 from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
-from ecvae_diffusers.training.run.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
-from ecvae_diffusers.training.run.folder import (
-    BEST_FOLDER,
-    EVALUATIONS_FILE,
-    HASHES_FILE,
-    METRICS_FILE,
-    RunLog,
+from ecvae_diffusers.training.run.checkpoints import (
     check_resumed_launch,
     checkpoint_step,
-    clear_run,
-    cut_run,
-    remove_leftovers,
-    remove_old_checkpoints,
-    write_arguments,
+    load_checkpoint,
+    save_checkpoint,
+    save_folder,
+    save_pipeline,
 )
-from ecvae_diffusers.training.run.guard import is_calibrating, is_calibration_off
-from ecvae_diffusers.training.run.observation import (
-    NUM_ENERGIES,
-    Observer,
-    batch_spread,
-    crop_at_random,
-    flip_at_random,
+from ecvae_diffusers.training.run.divergence import Recovery, is_calibrating, is_calibration_off
+from ecvae_diffusers.training.run.folder import BEST_FOLDER, HASHES_FILE, clear_run, cut_run, remove_leftovers
+from ecvae_diffusers.training.run.log import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    RunLog,
     moments,
     peak_memory,
+    record_event,
     reduce_scalars,
+    write_arguments,
 )
-from ecvae_diffusers.training.run.progress import progress
-from ecvae_diffusers.training.run.recovery import Recovery, record_event
+from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer, batch_spread, crop_at_random, flip_at_random
+from ecvae_diffusers.training.run.progress import Stopwatch, progress
 from ecvae_diffusers.training.run.signals import StopSignal
-from ecvae_diffusers.training.run.stopwatch import Stopwatch
 from ecvae_diffusers.training.tasks.base import Task
 from ecvae_diffusers.training.tasks.networks import build_calibrator, moving_average
 
@@ -110,14 +103,11 @@ class Trainer:
             )
             self.calibrator = build_calibrator(config.calibration, config.energy, task.energy_model)
         task.prepare(accelerator)
-        own = {"ema": self.ema, "calibrator": self.calibrator, "task": task.state}
         self.recovery = Recovery(
-            Namespace(**config.flat(), healthy_states=3, healthy_state_steps=100),
-            accelerator,
-            self.generator,
-            self.energy,
-            own,
-        )
+            accelerator, self.output_dir, self.generator, self.energy, (self.ema, self.calibrator, task.state),
+            enabled=config.guard.divergence_guard, max_rollbacks=config.guard.max_rollbacks,
+            max_dual=config.calibration.max_dual, max_grad_norm=optimizer.max_grad_norm, log_steps=config.run.log_steps,
+        )  # fmt: skip
         self.evaluation = (
             Evaluation(Namespace(**config.flat(), early_stopping_metric="frechet_distance"), accelerator, feed, task)
             if evaluation.evaluation_steps is not None
@@ -393,9 +383,8 @@ class Trainer:
         self.started, self.started_step = self.stopwatch.seconds, self.step
 
     def save_checkpoint(self) -> None:
-        save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline)
-        if self.accelerator.is_main_process:
-            remove_old_checkpoints(self.output_dir, self.config.run.checkpoints_total_limit)
+        limit = self.config.run.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline, limit)
 
     def all_peaks(self) -> dict[str, float]:
         """The largest gradient norms and constraint since the last logged step."""

@@ -1,7 +1,7 @@
-"""How a script that can't go on ends: one line that names the reason, the last one that a person sees.
+"""How a script that can't continue ends: one line that names the reason, the last one that a person sees.
 
-`accelerate launch` and `torchrun` print a traceback of their own, of which process failed, below what that process has
-printed. Where one of them is the parent, a process of a few lines waits for its end and repeats the line below that.
+`accelerate launch` and `torchrun` print a traceback, of which process failed, below what that process has printed. Under one
+of them, a process of a few lines waits for its end and repeats the line below that.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import psutil
 
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 # A launcher that takes longer, such as one that starts its processes again, has other news by then.
-MOST_SECONDS = 60
+MAX_SECONDS = 60
 
 
 def launcher_id() -> int | None:
-    """Return the id of the launcher that waits for this process; `None` if it was started by anything else."""
+    """Return the id of the launcher that waits for this process, or `None` if it was started by anything else."""
     try:
         parent = psutil.Process().parent()
         # As `launcher ...`, `python launcher ...` or `python -m launcher ...`.
@@ -33,9 +33,9 @@ def launcher_id() -> int | None:
 
 
 def announce(line: str) -> None:
-    """Have a line that this process is about to end with repeated below what its launcher prints, where it has one."""
+    """Have a line that this process is about to end with repeated below what its launcher prints, if it has one."""
     if (launcher := launcher_id()) is not None:
-        # A session of its own: a launcher ends those of its processes.
+        # In a new session: a launcher ends those of its processes.
         command = [sys.executable, __file__, str(launcher), line]
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
@@ -65,10 +65,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def repeat_after(launcher: int, line: str) -> None:
-    """
-    Wait until a launcher has ended, and print a line, once where several of its processes end with the same one. Nothing is printed
-    if it has not ended after `MOST_SECONDS`.
-    """
+    """Wait until a launcher has ended, and print a line, once if several of its processes end with the same one."""
     if sys.platform == "linux":
         # A name without a file, which is free again when this process ends.
         only_one = socket.socket(socket.AF_UNIX)
@@ -76,7 +73,7 @@ def repeat_after(launcher: int, line: str) -> None:
             only_one.bind(f"\0{launcher} {hashlib.sha256(line.encode()).hexdigest()}")
         except OSError:
             return
-    until = time.monotonic() + MOST_SECONDS
+    until = time.monotonic() + MAX_SECONDS
     try:
         process = psutil.Process(launcher)
         # One that has ended stays a zombie for as long as its parent does not ask, which may wait for this very line.

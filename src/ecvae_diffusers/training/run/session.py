@@ -16,17 +16,10 @@ from ecvae_diffusers.hub.upload import UploadError, open_repository, upload_fold
 from ecvae_diffusers.training.command_line import RETIRED
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.feeds import build_feed
-from ecvae_diffusers.training.run.folder import (
-    check_output_dir,
-    check_pretrained_stays,
-    check_resumed_arguments,
-    checkpoints,
-    find_checkpoint,
-    is_finished,
-)
+from ecvae_diffusers.training.run.checkpoints import check_resumed_arguments, checkpoints, find_checkpoint
+from ecvae_diffusers.training.run.folder import check_output_dir, check_pretrained_stays, is_finished, locked_by_main
 from ecvae_diffusers.training.run.last_line import announce, fail
 from ecvae_diffusers.training.run.launch import build_accelerator
-from ecvae_diffusers.training.run.lock import locked_by_main
 from ecvae_diffusers.training.run.places import check_places
 from ecvae_diffusers.training.tasks.base import Task
 from ecvae_diffusers.training.trainer import Stopped, Trainer

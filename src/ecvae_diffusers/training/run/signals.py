@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 
 
-# Steps of several processes: to ask is to wait for the device.
+# Steps between questions to several processes: each waits for the device.
 ASKED_EVERY = 5
 
 
 class StopSignal:
     """
-    While this context is open, the first SIGTERM or SIGINT is remembered, and a second SIGINT interrupts at once.
+    A context in which the first SIGTERM or SIGINT is remembered, and a second SIGINT interrupts at once.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class StopSignal:
         self.received = signal.Signals(number)
 
     def agreed(self, accelerator: Accelerator, step: int) -> bool:
-        """Whether any process received one. All must ask at the same step: they save the checkpoint together."""
+        """Return whether any process received one. All ask at the same step: they save the checkpoint together."""
         if accelerator.num_processes == 1:
             return self.received is not None
         if step % ASKED_EVERY:

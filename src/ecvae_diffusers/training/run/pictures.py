@@ -1,19 +1,16 @@
-"""Eyes on a run: the scalars of a logged step, and the pictures and energies that `report.py` lays out."""
+"""Pictures of a run, and the energies of its images: what `ecvae report` lays out."""
 
-import re
-import resource
-import sys
 from pathlib import Path
 
 import PIL.Image
 import torch
-from accelerate import Accelerator
 
 from ecvae_diffusers import EnergyCalibrator
+from ecvae_diffusers.atomic import replacing
 from ecvae_diffusers.energy import compute_energy, frozen
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.ranges import to_range, to_uint8
 from ecvae_diffusers.training.randomness import StepNoise
-from ecvae_diffusers.training.run.folder import ENERGIES_FILE, RunLog, image_grid, save_atomically, step_file
+from ecvae_diffusers.training.run.log import ENERGIES_FILE, RunLog
 from ecvae_diffusers.training.run.progress import progress
 
 
@@ -25,60 +22,8 @@ FULL_SIZE = 32
 
 
 def num_energies(resolution: int) -> int:
-    """Images to take energies of: as many pixels at each resolution, but at least 32 images."""
+    """Return the number of images to take energies of: as many pixels at each resolution, but at least 32 images."""
     return max(32, min(NUM_ENERGIES, NUM_ENERGIES * FULL_SIZE**2 // resolution**2))
-
-
-def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
-    """Left to right, every other image."""
-    flip = noise.uniform(images.shape[0], 1, 1, 1) < 0.5
-    return torch.where(flip, images.flip(-1), images)
-
-
-def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
-    """A square of `size` from each image, anywhere in it."""
-    height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
-    places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
-
-
-def moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the mean and the spread over all processes are made of: averaged over them, see `reduce_scalars`."""
-    return {name: values.mean(), f"{name}_square": values.square().mean()}
-
-
-def batch_spread(images: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over the batch, averaged over pixels: 0 where all images are one."""
-    return images.float().std(0, correction=0).mean()
-
-
-def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
-    """
-    Scalars averaged over processes, in one exchange and one wait for the device. Where there is `name_square` beside
-    `name`, it becomes `name_std`.
-    """
-    names = list(scalars)
-    # MPS has no float64.
-    dtype = torch.float32 if scalars[names[0]].device.type == "mps" else torch.float64
-    values = torch.stack([scalars[name].detach().to(dtype) for name in names])
-    logged = dict(zip(names, accelerator.reduce(values, reduction="mean").tolist()))
-    for name in [name for name in names if f"{name}_square" in logged]:
-        logged[f"{name}_std"] = max(logged.pop(f"{name}_square") - logged[name] ** 2, 0.0) ** 0.5
-    return logged
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory that this process has held: of the device, or of the process on a CPU. In GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Where there is one: what `getrusage` tells begins with the peak of the process that started this one.
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
-        if found:
-            return int(found[1]) / 2**20
-    # In KiB, but on macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class Observer:
@@ -152,7 +97,7 @@ class Observer:
 
 
 def pairs_grid(images: torch.Tensor, reconstructions: torch.Tensor, num_columns: int = 8) -> PIL.Image.Image:
-    """Rows of images, each above its reconstruction."""
+    """Lay out rows of images, each above its reconstruction."""
     rows = zip(images.split(num_columns), reconstructions.split(num_columns))
     whole = [row for row in rows if len(row[0]) == num_columns] or [(images, reconstructions)]
     return image_grid(torch.cat([part for row in whole for part in row]), num_columns=len(whole[0][0]))
@@ -160,7 +105,7 @@ def pairs_grid(images: torch.Tensor, reconstructions: torch.Tensor, num_columns:
 
 def chain_strip(states: torch.Tensor) -> PIL.Image.Image:
     """
-    One row an image: G(z), each step of the chain, and where it moved: end minus start, grey where nothing did, scaled
+    Lay out one row per image: G(z), each step of the chain, and where it moved: end minus start, grey where nothing did, scaled
     so that the largest move of all is black or white.
 
     Args:
@@ -172,3 +117,51 @@ def chain_strip(states: torch.Tensor) -> PIL.Image.Image:
         difference[:, 3] = 1.0  # opaque, or nothing of it would be seen
     columns = torch.cat([states, difference[None]])
     return image_grid(columns.transpose(0, 1).flatten(0, 1), num_columns=len(columns))
+
+
+def image_grid(images: torch.Tensor, num_columns: int, scale: int = 1) -> PIL.Image.Image:
+    """
+    Lay images out in rows, with a line of one pixel between them.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1].
+        num_columns (`int`): Images per row.
+        scale (`int`, *optional*, defaults to 1): Whole-number magnification, without smoothing.
+    """
+    images = to_uint8(images.cpu())
+    batch_size, channels, height, width = images.shape
+    num_rows = -(-batch_size // num_columns)
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    grid = PIL.Image.new(mode, (num_columns * (width + 1) - 1, num_rows * (height + 1) - 1), "white")
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        tile = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)
+        grid.paste(tile, ((i % num_columns) * (width + 1), (i // num_columns) * (height + 1)))
+    return grid.resize((grid.width * scale, grid.height * scale), PIL.Image.Resampling.NEAREST)
+
+
+def save_atomically(image: PIL.Image.Image, path: Path) -> None:
+    """Write a PNG. Raises `WriteError` if it can't be written."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def step_file(output_dir: Path, kind: str, step: int) -> Path:
+    return output_dir / kind / f"step-{step:06d}.png"
+
+
+def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
+    """Flip each image horizontally with probability 1/2."""
+    flip = noise.uniform(images.shape[0], 1, 1, 1) < 0.5
+    return torch.where(flip, images.flip(-1), images)
+
+
+def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
+    """Cut a square of `size` out of each image, at a random place."""
+    height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
+    places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
+    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
+
+
+def batch_spread(images: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation over the batch, averaged over pixels: 0 if all images are the same."""
+    return images.float().std(0, correction=0).mean()
