@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_a_number_is_rolled_back(data, tmp_path):
     records = metrics(out)
     assert [record["step"] for record in records] == list(range(2, 25, 2))  # nothing is left of what was undone
     rates = [record["energy_learning_rate"] for record in records]
-    assert rates == [5e-4] * 6 + [2.5e-4] * 2 + [5e-4] * 4  # lowered until the next healthy state
+    assert rates == [1e-3] * 6 + [5e-4] * 2 + [1e-3] * 4  # lowered until the next healthy state
     assert_finite(out)
 
 
@@ -329,7 +329,7 @@ def test_a_run_with_a_rollback_resumes_as_such(data, tmp_path):
     assert run_with_fault(data, cut, 99, 99, *arguments, "--resume_from_checkpoint", "latest").returncode == 0
     expected, found = weights(tmp_path / "whole"), weights(cut)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert [record["energy_learning_rate"] for record in metrics(cut)][5:9] == [5e-4, 2.5e-4, 2.5e-4, 5e-4]
+    assert [record["energy_learning_rate"] for record in metrics(cut)][5:9] == [1e-3, 5e-4, 5e-4, 1e-3]
 
 
 def test_a_fault_that_stays_ends_the_run_with_healthy_weights(data, tmp_path):
