@@ -350,10 +350,12 @@ def has_colours(image: PIL.Image.Image) -> bool:
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    """Raise `ValueError` if a list of generators is not one for each of `count` draws."""
-    if isinstance(generator, list) and [isinstance(one, torch.Generator) for one in generator] != [True] * count:
-        found = [type(one).__name__ for one in generator]
-        raise ValueError(f"`generator` as a list must hold {count}, one for each of the {of}, but holds {found}.")
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+    kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
+    if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
+        )
 
 
 def prepare_latents(
@@ -395,6 +397,15 @@ def check_finite(images: torch.Tensor, temperature: float) -> None:
             f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
             "`temperature`, or load the pipeline with dtype=torch.float32."
         )
+
+
+def postprocess(
+    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
+) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    if output_type not in ("pil", "np", "pt", None):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
 def unwrapped(component):
@@ -627,13 +638,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
-    def postprocess(
-        self, sample: torch.Tensor, output_type: str | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Convert images in [-1, 1] to `output_type`. The processor would denormalize image by image: this is faster."""
-        sample = self.image_processor.denormalize(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type or "np")
-
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -686,7 +690,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             check_finite(image, temperature)
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
-            image = self.postprocess(image, output_type)
+            image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:

@@ -107,7 +107,7 @@ class Factors(NamedTuple):
 
 @contextmanager
 def kept_for_gradients() -> Iterator[None]:
-    """What is made here, and kept, serves gradients later, though it is first asked for in inference mode."""
+    """Make tensors that can be used for gradients later, even in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -118,14 +118,14 @@ def factorize(matrix: torch.Tensor) -> Factors:
 
 
 def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`rows` X `columns`^T for each channel of (B, C, H, W)."""
+    """Return `rows` X `columns`^T for each channel of (B, C, H, W)."""
     return rows.to(x) @ x @ columns.to(x).mT
 
 
 def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
     """
-    A_s y for `damping` s above 0; for 0 A^+ y, which leaves out singular values up to `rcond` times the largest.
-    In float64 where the device has it: products of small singular values are divided by.
+    Return A_s y for `damping` s above 0, or A^+ y for 0, which leaves out singular values up to `rcond` times the largest.
+    Computes in float64 if the device has it, since it divides by products of small singular values.
     """
     exact = y if y.device.type == "mps" else y.double()
     values = torch.outer(rows.values, columns.values).to(exact)
@@ -152,16 +152,16 @@ def cgls(
     max_iterations: int = MAX_ITERATIONS,
 ) -> torch.Tensor:
     """
-    Solve for each entry of a batch by itself (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
+    Solve each entry of a batch independently (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
 
     Args:
         A, A_adjoint (`Callable`): A linear map of batches (B, ...), and its adjoint.
         y (`torch.Tensor` of shape `(B, ...)`): Right-hand sides, float32 or float64.
         damping (`float`, *optional*, defaults to 0.0): s, at least 0.
         tolerance (`float`, *optional*, defaults to 1e-10):
-            An entry is done where its A^T r - s x is at most so many times A^T y, or its r so many times y, in norm.
-            float32 comes to 1e-6 or so, and stops where it comes no nearer.
-        max_iterations (`int`, *optional*, defaults to 1000): Where to stop, with a warning, if some are not done.
+            An entry is done if its A^T r - s x is at most this times A^T y in norm, or its r this times y. float32 reaches
+            about 1e-6, and stops where it no longer improves.
+        max_iterations (`int`, *optional*, defaults to 1000): Iterations after which to stop with a warning.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`: x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0.
@@ -178,33 +178,32 @@ def cgls(
     enough_gradient, enough_residual = tolerance**2 * gradient_norm, tolerance**2 * squares(y)
     least, since = gradient_norm, torch.zeros_like(gradient_norm)
     for _ in range(max_iterations):
-        going_on = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
+        is_active = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
         if x.dtype == torch.float32:
-            # Below what it can resolve the gradient no longer falls: nothing is gained by going on.
-            going_on &= since < STAGNATION
-        if not going_on.any():
+            is_active &= since < STAGNATION
+        if not is_active.any():
             return x
         image = A(direction)
         curvature = squares(image) + damping * squares(direction)
         # An entry that is done stays where it is: its direction may be 0.
-        step = torch.where(going_on, gradient_norm / curvature.where(going_on, torch.ones_like(curvature)), 0.0)
+        step = torch.where(is_active, gradient_norm / curvature.where(is_active, torch.ones_like(curvature)), 0.0)
         x, residual = x + each(step, direction), residual - each(step, image)
         gradient = A_adjoint(residual) - damping * x
-        before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
-        ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
+        before, gradient_norm = gradient_norm, torch.where(is_active, squares(gradient), gradient_norm)
+        ratio = torch.where(is_active, gradient_norm / before.where(is_active, torch.ones_like(before)), 0.0)
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
     warnings.warn(
-        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual came to {tolerance}."
+        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual reached {tolerance}."
     )
     return x
 
 
 class LeastSquares(torch.autograd.Function):
     """
-    [`cgls`] as a linear map of y that can be differentiated, without a graph of its iterations: the adjoint of
-    (A^T A + s I)^{-1} A^T is (A A^T + s I)^{-1} A, the same problem with A^T in the place of A.
+    Make [`cgls`] differentiable in y without a graph of its iterations: the adjoint of (A^T A + s I)^{-1} A^T is
+    (A A^T + s I)^{-1} A, the same problem with A^T instead of A.
     """
 
     @staticmethod
@@ -226,22 +225,21 @@ ONE = factorize(torch.ones(1, 1))
 
 class LinearOperator(nn.Module):
     """
-    A linear measurement of images. All methods take batches, any device and floating dtype, and are differentiable.
+    A linear measurement of images in [-1, 1]. All methods take batches on any device and in any floating dtype, and are
+    differentiable.
 
-    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes its constructor's arguments on to this one, which
-    makes buffers of tensors and keeps the rest for the config. If A A^T = c I on the range of A, it says so by
-    `row_norm` = c, and needs no more; else it may have a closed form of `A_dagger`.
-
-    Images are in [-1, 1] here: a measurement is y = A x of such x.
+    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes the arguments of its constructor to this one, which
+    registers tensors as buffers and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A;
+    otherwise it may override `A_dagger` with a closed form.
     """
 
-    # By this `as_operator` knows one, also of another copy of this class: a pipeline from the Hub brings its own.
+    # `as_operator` recognizes operators by this, even those of another copy of this class: a pipeline from the Hub brings its own.
     is_linear_operator = True
-    # c, where A A^T is c times the projection on the range of A; None where it is not.
+    # c if A A^T is c times the projection on the range of A, or None.
     row_norm: float | None = None
-    # What CGLS computes in. None: in the measurement's own dtype.
+    # What CGLS computes in; None is the measurement's own dtype.
     solver_dtype: torch.dtype | None = torch.float64
-    # Singular values up to so many times the largest are left out of A^+.
+    # A^+ leaves out singular values up to this times the largest.
     rcond: float = 0.0
     # Whether every image of a batch is measured alike.
     is_the_same_for_all_images: bool = True
@@ -257,40 +255,30 @@ class LinearOperator(nn.Module):
                 self.register_buffer(name, value)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        """Measure images (B, C, H, W), as float32 or float64."""
+        """Measure images (B, C, H, W)."""
         raise NotImplementedError
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """The adjoint (transpose) of `A`: measurements (B, ...) to images (B, C, H, W)."""
+        """Map measurements (B, ...) to images (B, C, H, W) by the adjoint (transpose) of `A`."""
         raise NotImplementedError
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """
-        Args:
-            image_shape (`tuple[int]`): (C, H, W) of an image.
-
-        Returns:
-            `tuple[int]`: The shape of one image's measurement.
-
-        Raises:
-            ValueError: if the operator does not take such images.
-        """
+        """Return the shape of the measurement of one image (C, H, W), or raise `ValueError` if the operator can't measure it."""
         raise NotImplementedError
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """
-        The pseudo-inverse A^+ y: of all x whose A x comes nearest to y, the one of least norm.
+        Apply the pseudo-inverse: of all x whose A x is nearest to y, A^+ y has the least norm.
+
+        Without a closed form, CGLS solves it from 0, in float64 if the device has it: to a relative residual of 1e-10 for
+        measurements in float64 and 1e-8 in float32 (1e-6 if it computes in float32).
 
         Args:
             y (`torch.Tensor` of shape `(B, ...)`): Measurements.
-            damping (`float`, *optional*, defaults to 0.0):
-                s, at least 0: above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
+            damping (`float`, *optional*, defaults to 0.0): s, at least 0. Above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
 
         Raises:
             ValueError: if `damping` is below 0 or not finite.
-
-        Where there is no closed form it is solved by CGLS from 0, in float64 where the device has it: to a relative
-        residual of 1e-10 for measurements in float64, 1e-8 in float32 (1e-6 where it is computed in float32).
         """
         check_damping(damping)
         if self.row_norm is not None:
@@ -298,13 +286,13 @@ class LinearOperator(nn.Module):
         return self.solve(y, damping)
 
     def solve(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-        """`A_dagger` by CGLS, whether or not there is a closed form."""
+        """Apply `A_dagger` by CGLS, even if there is a closed form."""
         dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
 
     def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
-        """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        """Apply `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
         if image_shape not in self.decompositions:
             with kept_for_gradients():
                 entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
@@ -321,7 +309,7 @@ class LinearOperator(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        """The constructor's arguments as JSON can hold them; tensors go to `tensors`, by a name that stands for them."""
+        """Return the constructor's arguments for JSON. Tensors go to `tensors`, and their names to the config."""
         config: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, value in self._arguments.items():
             if isinstance(value, torch.Tensor):
@@ -336,10 +324,10 @@ class LinearOperator(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> "LinearOperator":
         """
-        Build the operator that `to_config` described, of whichever class.
+        Build an operator of any class from the config of `to_config`.
 
         Raises:
-            ValueError: if the class is not known: that of an operator of your own must have been imported.
+            ValueError: if the class is unknown. The class of an operator of your own must be imported before.
         """
         config = dict(config)
         name, kinds = config.pop("_class_name", None), {kind.__name__: kind for kind in subclasses(LinearOperator)}
@@ -355,7 +343,7 @@ class LinearOperator(nn.Module):
         return kinds[name](**config)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `operator_config.json`, and the tensors of masks and kernels as `operator.safetensors`."""
+        """Save the config as `operator_config.json` and the tensors as `operator.safetensors`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -365,13 +353,7 @@ class LinearOperator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "LinearOperator":
-        """
-        Read what `save_pretrained` wrote.
-
-        Raises:
-            OSError: if a file is missing.
-            ValueError: if the class is not known.
-        """
+        """Load what `save_pretrained` wrote. Raises as `from_config`, and `OSError` if a file is missing."""
         folder = Path(save_directory)
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return cls.from_config(config, safetensors.torch.load_file(folder / TENSORS_FILE))
@@ -379,14 +361,13 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator of two functions, or of anybody's object that has them: A^+ is solved for.
+    An operator of two functions, which solves for A^+. It can't be saved: a config can't hold functions.
+
+    The functions are called with contiguous copies of batches, which they may change, in the dtype of the measurement.
 
     Args:
-        A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
+        A (`Callable`): A linear map of images (B, C, H, W) to measurements (B, ...).
         A_adjoint (`Callable`): Its adjoint.
-
-    It is not saved: a config can't hold functions. The functions are called with contiguous
-    copies of batches, which they may change, in the dtype of what is restored or solved for: float32, or float64 where the measurement is.
     """
 
     solver_dtype = None
@@ -406,7 +387,7 @@ class FunctionOperator(LinearOperator):
         return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        raise ValueError("An operator made of functions can't be saved: there is no config of a function.")
+        raise ValueError("A `FunctionOperator` can't be saved: a config can't hold functions.")
 
 
 def check_damping(damping: float) -> None:
@@ -420,11 +401,8 @@ def subclasses(kind: type) -> set[type]:
 
 def as_operator(operator: Any) -> LinearOperator:
     """
-    An operator of whatever serves as one: a [`LinearOperator`]; an object with `A` and `A_adjoint`, such as a
-    `LinearPhysics` of deepinv; or a pair of functions (A, A_adjoint).
-
-    Raises:
-        ValueError: if it is none of them.
+    Convert a [`LinearOperator`], an object with `A` and `A_adjoint` (a `LinearPhysics` of deepinv, for example), or a pair of
+    functions (A, A_adjoint) to an operator. Raises `ValueError` for anything else.
     """
     if getattr(operator, "is_linear_operator", False):
         return operator
@@ -440,34 +418,32 @@ def as_operator(operator: Any) -> LinearOperator:
 
 class Inpainting(LinearOperator):
     """
-    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 where nothing was observed: middle gray in a
+    A x = m x, pixel by pixel. A measurement has the image's shape, and is 0 where nothing was observed: middle gray in a
     tensor, black in a picture.
 
     Args:
         mask (`torch.Tensor` of shape `(H, W)`, `(1 or C, H, W)` or `(B, 1 or C, H, W)`):
-            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has a mask for each image.
+            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has one mask per image.
     """
 
     row_norm = 1.0
     is_diagonal = True
 
     def __init__(self, mask: torch.Tensor):
-        if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4) or mask.numel() == 0:
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else mask
-            raise ValueError(f"`mask` must be a tensor of shape (H, W), (C, H, W) or (B, C, H, W), but is {shape!r}.")
+        if mask.ndim not in (2, 3, 4):
+            raise ValueError(f"`mask` must have shape (H, W), (C, H, W) or (B, C, H, W), but has {tuple(mask.shape)}.")
         if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("`mask` must hold 0 (missing) and 1 (observed) only.")
+            raise ValueError("`mask` must hold only 0 (missing) and 1 (observed).")
         super().__init__(mask=mask.bool())
         self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
 
     @classmethod
     def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
-        """Images of `height` x `width` of which a box is missing, whose first row and column are `top` and `left`."""
+        """Make the operator for images with a missing box, whose first row and column are `top` and `left`."""
         fits = top + box_height <= height and left + box_width <= width
         if min(top, left, box_height, box_width) < 0 or not fits:
-            raise ValueError(
-                f"The box of {box_height}x{box_width} at ({top}, {left}) does not lie in an image of {height}x{width}."
-            )
+            box = f"{box_height}x{box_width} px at ({top}, {left})"
+            raise ValueError(f"`box_height` and `box_width` must fit the image of {height}x{width} px, but are {box}.")
         mask = torch.ones(height, width, dtype=torch.bool)
         mask[top : top + box_height, left : left + box_width] = False
         return cls(mask)
@@ -482,8 +458,8 @@ class Inpainting(LinearOperator):
         num_masks: int | None = None,
     ) -> "Inpainting":
         """
-        Each pixel is observed with probability `observed`, by itself; all its channels or none. `num_masks` makes a
-        batch of as many masks.
+        Make the operator that observes each pixel, with all its channels, with probability `observed`. With `num_masks` it has
+        as many masks, one per image.
         """
         if not 0 <= observed <= 1:
             raise ValueError(f"`observed` must be from 0 to 1, but is {observed}.")
@@ -492,7 +468,7 @@ class Inpainting(LinearOperator):
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         if self.mask.ndim == 4 and len(self.mask) not in (1, len(x)):
-            raise ValueError(f"`mask` is one of {len(self.mask)} images, but there are {len(x)}.")
+            raise ValueError(f"`mask` holds masks of {len(self.mask)} images, but there are {len(x)}.")
         self.measurement_shape(tuple(x.shape[1:]))
         return x * self.mask.to(x)
 
@@ -504,9 +480,7 @@ class Inpainting(LinearOperator):
         if mask_shape[-2:] != tuple(image_shape[-2:]) or (
             len(mask_shape) == 3 and mask_shape[0] not in (1, image_shape[0])
         ):
-            raise ValueError(
-                f"`mask` has shape {tuple(self.mask.shape)}, and does not fit images of {tuple(image_shape)}."
-            )
+            raise ValueError(f"`mask` of shape {tuple(self.mask.shape)} does not fit images of {tuple(image_shape)}.")
         return tuple(image_shape)
 
 
@@ -600,10 +574,10 @@ LEAST_SEEN = 0.1
 @dataclass(frozen=True)
 class Likelihood:
     """
-    p(y | z) of measurements (B, ...), for M answers each.
+    The likelihood p(y | z) of measurements (B, ...), for M answers each.
 
-    Images and latents of answers are measurement-major, (B * M, ...): the answers to one measurement stand together. The
-    operator is called with batches of B, the answers one after the other: it may have a mask for each of its images.
+    Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
+    after the other: it may have a mask per image.
 
     Args:
         operator ([`LinearOperator`]): A.
@@ -612,7 +586,7 @@ class Likelihood:
         model_variance (`float`): v, above 0.
         num_answers (`int`): M.
         error_spectrum (`list[float]`, *optional*):
-            Of the model's error, by which `variance` knows it better than as v I (`model_error.py`).
+            Spectrum of the model's error, with which `variance` knows it better than as v I (`model_error.py`).
     """
 
     operator: LinearOperator
@@ -624,7 +598,7 @@ class Likelihood:
 
     @property
     def damping(self) -> float:
-        """s = sigma^2 / v."""
+        """Return s = sigma^2 / v."""
         return self.noise_std**2 / self.model_variance
 
     def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
@@ -640,23 +614,23 @@ class Likelihood:
         return self.each_answer(lambda y: self.operator.A_dagger(y, damping), y)
 
     def misfit(self, x: torch.Tensor) -> torch.Tensor:
-        """r = y - A x."""
+        """Return r = y - A x."""
         return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
 
     def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; ||A x|| where y is 0."""
+        """Return ||A x - y|| / ||y|| of each answer, shape (B * M,), or ||A x|| if y is 0; in float64 if the device has it."""
         size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
         difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
         return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
 
     def gradient(self, x: torch.Tensor) -> torch.Tensor:
-        """Of -log p(y | z) with respect to x = G(z): -A_s r / v."""
+        """Return the gradient of -log p(y | z) with respect to x = G(z), -A_s r / v."""
         return -self.A_dagger(self.misfit(x), self.damping) / self.model_variance
 
     def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        A draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images: with J the decoder's Jacobian, the mean of
-        (J^T g)^2 is the diagonal of the Gauss-Newton curvature of -log p(y | z).
+        Draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images. With the decoder's Jacobian J, the mean of (J^T g)^2
+        is the diagonal of the Gauss-Newton curvature of -log p(y | z).
         """
         noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
         if self.noise_std > 0:
@@ -664,12 +638,12 @@ class Likelihood:
         return self.A_dagger(noise, self.damping) / self.model_variance
 
     def project(self, g: torch.Tensor) -> torch.Tensor:
-        """(I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        """Return (I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
         return g - self.A_dagger(self.A(g), self.damping)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
+        Return x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
         blur's A^+ leaves out is added with less and less damping, in float64.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
@@ -683,14 +657,14 @@ class Likelihood:
         return restored
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In float64, where the device and the operator have it."""
+        """Convert to float64, if the device and the operator have it."""
         return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
 
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        A draw of x given z and y, whose residual is sigma an entry if v is right. What the measurement says nothing
-        of (the null space of A, and what a blur has all but taken away) is left as the decoder has it: there a draw would add
-        noise of v to each pixel. Without noise there is nothing to draw: that is `mean`.
+        Draw x given z and y, with a residual of sigma per entry if v is right. What the measurement does not tell (the null space
+        of A, and what a blur almost removes) is left as the decoder makes it, since a draw would add noise of v to each pixel.
+        Without noise there is nothing to draw: use `mean`.
         """
         error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
         seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
@@ -700,18 +674,18 @@ class Likelihood:
 
     def variance(self, like: torch.Tensor) -> torch.Tensor:
         r"""
-        Of each pixel x given z and y, (B, C, H, W): the error of the mean x^ is (I - A_s A) e - A_s n, where the model's error e
-        has covariance v C (`model_error.py`), so this is the diagonal of
+        Return the variance of each pixel x given z and y, (B, C, H, W). The error of the mean x^ is (I - A_s A) e - A_s n, where
+        the model's error e has covariance v C (`model_error.py`), so this is the diagonal of
 
         .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
 
-        which for C = I is v (I - A_s A). Where A^T A is diagonal it does not depend on C, and is exact; else it is estimated by 64
-        draws with random signs for entries, within about 9% of the standard deviation of a pixel.
+        or v (I - A_s A) for C = I. It is exact if A^T A is diagonal, and does not depend on C then. Otherwise 64 draws with random
+        signs for entries estimate it within about 9% of the standard deviation of a pixel.
         """
         if self.operator.is_diagonal:
             seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
             return self.model_variance * (1 - seen)
-        # The maps of all images are the same where the operator is: one stands for all.
+        # All images have the same variance if the operator is the same for all.
         count = 1 if self.operator.is_the_same_for_all_images else len(like)
         entries, measured = like[:count], self.y[:count].to(like.dtype)
         generator = torch.Generator().manual_seed(0)
@@ -734,23 +708,20 @@ class Likelihood:
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
-    """Standard normal draws; of a list of generators each makes the same number of entries, such as an answer's tiles."""
-    if isinstance(generator, list):
-        part = (shape[0] // len(generator), *shape[1:])
-        return torch.cat(
-            [randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generator]
-        )
-    return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+    """Draw from N(0, I). Each of a list of generators draws the same number of entries, such as an answer's tiles."""
+    generators = generator if isinstance(generator, list) else [generator]
+    part = (shape[0] // len(generators), *shape[1:])
+    return torch.cat([randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generators])
 
 
 class Canvas:
     """
-    Images of any size, made of overlapping tiles of the model's: one tile where the sizes are equal.
+    Images of any size as overlapping tiles of the model's size, or as one tile if the sizes are equal.
 
     Args:
-        height, width (`int`): Of the image, each at least `tile_size`.
+        height, width (`int`): Size of the image, each at least `tile_size`.
         tile_size (`int`): Height and width of a tile.
-        overlap (`int`): Pixels that neighbours share at least.
+        overlap (`int`): Least number of pixels that neighbours share.
     """
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
@@ -760,13 +731,9 @@ class Canvas:
             for top in self.starts(height, tile_size, overlap)
             for left in self.starts(width, tile_size, overlap)
         ]
-        # A tile counts the less the nearer its border is, except at the image's own.
-        ramp = (
-            torch.arange(tile_size)
-            .add(0.5)
-            .minimum(torch.arange(tile_size).add(0.5).flip(0))
-            .clamp(max=max(overlap, 1))
-        )
+        # A tile counts less near its border.
+        ramp = torch.arange(tile_size) + 0.5
+        ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
         weight = torch.outer(ramp, ramp)
         total = torch.zeros(height, width)
         for top, left in self.corners:
@@ -777,7 +744,7 @@ class Canvas:
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
-        """First pixels of tiles that are spread evenly."""
+        """Return the first pixels of evenly spread tiles."""
         count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
         return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
 
@@ -785,13 +752,13 @@ class Canvas:
         return len(self.corners)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, C, H, W) to their tiles (N * T, C, S, S)."""
+        """Cut images (N, C, H, W) into tiles (N * T, C, S, S)."""
         size = self.tile_size
         tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
     def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `split`: where tiles overlap, their sum."""
+        """Apply the adjoint of `split`: sum tiles where they overlap."""
         size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
         x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
         for index, (top, left) in enumerate(self.corners):
@@ -799,15 +766,15 @@ class Canvas:
         return x
 
     def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
+        """Join tiles (N * T, C, S, S) to images (N, C, H, W): their weighted mean where they overlap."""
         return self.split_adjoint(self.weigh(tiles))
 
     def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles by their weights in the image, which sum up to 1 in each pixel."""
+        """Multiply tiles by their weights, which sum up to 1 in each pixel of the image."""
         return (tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)).flatten(0, 1)
 
     def join_adjoint(self, x: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `join`: by it gradients of images become those of tiles."""
+        """Apply the adjoint of `join`, which maps gradients of images to those of tiles."""
         return self.weigh(self.split(x))
 
 
@@ -824,23 +791,23 @@ def neural_transport(
     on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Latents that explain a measurement: draws from e^{-U}, or points where U is lowest.
+    Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
-    `"langevin"` first goes downhill (Adam), estimates the diagonal of the curvature of U there, h, and then takes Langevin
-    steps z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` goes downhill
-    all the way, with a rate that comes down to 0 (a cosine).
+    `"langevin"` first descends (Adam), estimates the diagonal h of the curvature of U there, and then takes Langevin steps
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` only descends, with a
+    cosine rate down to 0.
 
     Args:
-        decode (`Callable`): G, of latents (N, ...) to tiles (N, C, S, S) in float32, differentiable.
-        likelihood ([`Likelihood`]): Of B measurements with M answers.
-        canvas ([`Canvas`]): Of T tiles.
-        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Where to start.
-        num_steps (`int`): Decoder passes in all.
+        decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
+        likelihood ([`Likelihood`]): B measurements with M answers.
+        canvas ([`Canvas`]): T tiles.
+        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents.
+        num_steps (`int`): Total number of decoder passes.
         method (`str`, *optional*, defaults to `"langevin"`): Or `"map"`.
-        energy_gradient (`Callable`, *optional*): The gradient of f, of tiles, in their shape.
+        energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
         energy_weight (`float`, *optional*, defaults to 0.0): w, at least 0.
-        generator (`torch.Generator` or a list of one an answer, *optional*): Makes the draws deterministic.
-        on_step (`Callable`, *optional*): Called with the number of the step and the latents; gives the latents to go on with.
+        generator (`torch.Generator` or a list of one per answer, *optional*): Makes the draws deterministic.
+        on_step (`Callable`, *optional*): Called with the number of the step and the latents; returns the next latents.
 
     Returns:
         `torch.Tensor` of the shape of `latents`.
@@ -850,7 +817,7 @@ def neural_transport(
     num_tiles = len(canvas)
 
     def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """J^T of what `gradient_of` makes of the tiles."""
+        """Apply J^T to what `gradient_of` makes of the tiles."""
         with torch.inference_mode(False), torch.enable_grad():
             # A tensor of inference mode can't carry gradients, a copy of it can.
             latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
@@ -866,8 +833,8 @@ def neural_transport(
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Tiles that share pixels have each the model's error of the image that they are part of. The mean itself moves
-            # with them, but the weighted differences to it sum up to 0.
+            # Each tile has the model's error against the image. The mean moves with the tiles, but the weighted differences to
+            # it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
@@ -897,11 +864,11 @@ def neural_transport(
 
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
-    # The answers to one measurement lie near each other, so they share their estimate.
+    # Answers to one measurement are near each other and share their estimate.
     shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
     estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
-    # Few probes may take a curvature for far too small, and steps would grow without bound. The square of the gradient, whose
-    # mean along a stationary chain is the curvature too, then does not let them.
+    # Few probes may underestimate the curvature, and steps would grow without bound. The squared gradient, whose mean along a
+    # stationary chain is the curvature too, bounds them.
     square = estimate
     start = num_descents + num_probes
     for step in range(start, num_steps):
@@ -911,7 +878,7 @@ def neural_transport(
         square = torch.lerp(slope.square(), square, SQUARE_DECAY)
         bound = torch.maximum(square, slope.square() / SQUARE_LIMIT) / SQUARE_LIMIT
         variance = 1 / torch.maximum(estimate, bound)
-        # With this noise a step is exact where U is quadratic and the curvature is right.
+        # With this noise a step is exact if U is quadratic and the curvature is right.
         spread = (variance * (1 - (1 - size) ** 2)).sqrt()
         latents = step_done(step, latents - size * variance * slope + spread * noise)
     return latents
@@ -1207,10 +1174,21 @@ def check_turned_together(image: Images, mask_image: Images) -> None:
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    """Raise `ValueError` if a list of generators is not one for each of `count` draws."""
-    if isinstance(generator, list) and [isinstance(one, torch.Generator) for one in generator] != [True] * count:
-        found = [type(one).__name__ for one in generator]
-        raise ValueError(f"`generator` as a list must hold {count}, one for each of the {of}, but holds {found}.")
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+    kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
+    if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
+        )
+
+
+def postprocess(
+    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
+) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    if output_type not in ("pil", "np", "pt", None):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
 def unwrapped(component):
@@ -1528,13 +1506,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         answers = encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0)
         return answers.flatten(0, 1) + START_SPREAD * noise
 
-    def postprocess(
-        self, sample: torch.Tensor, output_type: str | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Convert images in [-1, 1] to `output_type`."""
-        sample = self.image_processor.denormalize(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type or "np")
-
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -1687,8 +1658,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
                 )
         output = ECVAERestorationOutput(
-            images=self.postprocess(answers, output_type),
-            mean=self.postprocess(mean, output_type),
+            images=postprocess(answers, self.image_processor, output_type),
+            mean=postprocess(mean, self.image_processor, output_type),
             std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
             residual=residual,
             residual_output=likelihood.relative_residual(returned),

@@ -109,21 +109,19 @@ def test_a_flow_whose_weights_are_stored_in_8_bits_computes_in_16(pipe):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "name, arguments",
     [
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, but is 0"),
-        ({"temperature": -1}, "`temperature` .* but is -1"),
-        ({"temperature": 1e308}, "`temperature` .* but is 1e.308"),
-        ({"temperature": float("nan")}, "`temperature` .* but is nan"),
-        ({"latents": torch.full((1, 256, 1, 1), 3e38)}, "`latents`"),
-        ({"output_type": "jpg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpg'"),
-        ({"latents": torch.zeros(2, 16)}, r"`latents` must have shape \(batch_size, 256, 1, 1\), not \(2, 16\)"),
-        ({"latents": torch.zeros(2, 256, 1, 1), "temperature": 0.5}, "leave `temperature` at 1"),
-        ({"batch_size": 2, "generator": [generator()]}, "`generator` is a list of 1, but there are 2 images"),
+        ("batch_size", {"batch_size": 0}),
+        ("temperature", {"temperature": -1}),
+        ("temperature", {"temperature": float("nan")}),
+        ("temperature", {"latents": torch.zeros(2, 256, 1, 1), "temperature": 0.5}),
+        ("latents", {"latents": torch.full((1, 256, 1, 1), 3e38)}),
+        ("latents", {"latents": torch.zeros(2, 16)}),
+        ("generator", {"batch_size": 2, "generator": [generator()] * 3}),
     ],
 )
-def test_wrong_input(pipe, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_input(pipe, name, arguments):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         pipe(**arguments)
 
 

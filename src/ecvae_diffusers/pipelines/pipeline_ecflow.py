@@ -10,7 +10,7 @@ from diffusers.utils import replace_example_docstring
 from ..models.energy_model import EnergyModel
 from ..models.flow_ec import FlowEC
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .inputs import check_finite, prepare_latents
+from .inputs import check_finite, postprocess, prepare_latents
 from .self_contained import SelfContained
 
 
@@ -99,8 +99,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         if output_type != "latent":
             sample = self.flow.decode(image)
             check_finite(sample, temperature)
-            sample = self.image_processor.denormalize(sample)
-            image = self.image_processor.postprocess(sample, output_type=output_type or "np")
+            image = postprocess(sample, self.image_processor, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:

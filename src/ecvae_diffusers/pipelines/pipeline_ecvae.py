@@ -18,7 +18,7 @@ from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .inputs import check_finite, check_generator, prepare_latents, prepare_picture
+from .inputs import check_finite, check_generator, postprocess, prepare_latents, prepare_picture
 from .self_contained import SelfContained
 
 
@@ -158,13 +158,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
-    def postprocess(
-        self, sample: torch.Tensor, output_type: str | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Convert images in [-1, 1] to `output_type`. The processor would denormalize image by image: this is faster."""
-        sample = self.image_processor.denormalize(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type or "np")
-
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -217,7 +210,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             check_finite(image, temperature)
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
-            image = self.postprocess(image, output_type)
+            image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:

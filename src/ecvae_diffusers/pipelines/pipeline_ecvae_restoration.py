@@ -26,6 +26,7 @@ from .inputs import (
     as_list,
     check_generator,
     check_turned_together,
+    postprocess,
     prepare_mask,
     prepare_picture,
 )
@@ -251,13 +252,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         answers = encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0)
         return answers.flatten(0, 1) + START_SPREAD * noise
 
-    def postprocess(
-        self, sample: torch.Tensor, output_type: str | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Convert images in [-1, 1] to `output_type`."""
-        sample = self.image_processor.denormalize(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type or "np")
-
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -410,8 +404,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                     compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
                 )
         output = ECVAERestorationOutput(
-            images=self.postprocess(answers, output_type),
-            mean=self.postprocess(mean, output_type),
+            images=postprocess(answers, self.image_processor, output_type),
+            mean=postprocess(mean, self.image_processor, output_type),
             std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
             residual=residual,
             residual_output=likelihood.relative_residual(returned),
