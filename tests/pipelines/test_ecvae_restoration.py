@@ -4,8 +4,6 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -13,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from without_package import run_without_package
 
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_diffusers.operators import (
@@ -461,8 +460,6 @@ WRONG = {
     "levels": ("image", {"image": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}),
     "empty": ("image", {"image": []}),
     "mixed": ("image", {"image": [picture(images(1)[0]), images(1)]}),
-    "sizes": ("image", {"image": [box_mask(8), box_mask(16)]}),
-    "mode of the picture": ("image", {"image": box_mask().convert("F")}),
     "levels of an array": ("image", {"image": np.zeros((1, 8, 8, 1), np.uint8)}),
     "levels of a tensor": ("image", {**MASKED, "image": SEEN.byte()}),
     "tensor in the model's range": ("image", {**MASKED, "image": images(1)}),
@@ -478,15 +475,9 @@ WRONG = {
     "mask of another size": ("mask_image", {**MASKED, "mask_image": box_mask(8)}),
     "three masks": ("mask_image", {**MASKED, "mask_image": [box_mask()] * 3}),
     "three masks of one picture": ("mask_image", {**MASKED, "image": SEEN[:1], "mask_image": [box_mask()] * 3}),
-    "no mask": ("mask_image", {**MASKED, "mask_image": []}),
     "masks of two sizes": ("mask_image", {**MASKED, "mask_image": [box_mask(), box_mask(8)]}),
-    "mask of floats": ("mask_image", {**MASKED, "mask_image": PIL.Image.new("F", (16, 16), 1.0)}),
     "mask with NaN": ("mask_image", {**MASKED, "mask_image": torch.full((1, 1, 16, 16), math.nan)}),
     "mask that is none": ("mask_image", {**MASKED, "mask_image": "mask.png"}),
-    "mask in the alpha channel": (
-        "mask_image",
-        {**MASKED, "mask_image": PIL.Image.merge("RGBA", [PIL.Image.new("L", (16, 16), 255)] * 3 + [box_mask()])},
-    ),
 }
 
 
@@ -536,18 +527,6 @@ def test_shares_weights_with_the_generation_pipeline(make_pipeline, tmp_path, ca
 
 
 WITHOUT_PACKAGE = """
-import json, sys
-import torch
-from diffusers import DiffusionPipeline
-
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "ecvae_diffusers":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-
-sys.meta_path.insert(0, Absent())
 folder, kwargs, image = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **json.loads(kwargs))
 kwargs = {"num_inference_steps": 10, "output_type": "pt"}
@@ -584,8 +563,6 @@ def test_saved_loaded_and_used_without_the_package(pipe, make_pipeline, tmp_path
         ("generation", {"custom_pipeline": "restoration"}, sums[1]),
     ):
         arguments = [str(tmp_path / folder), json.dumps(kwargs), str(tmp_path / "image.pt")]
-        process = subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *arguments], capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        name, total, residual = json.loads(process.stdout)
-        assert name == "ECVAERestorationPipeline" and residual < 1e-5 and "scheduler" not in process.stderr
+        (name, total, residual), errors = run_without_package(WITHOUT_PACKAGE, *arguments)
+        assert name == "ECVAERestorationPipeline" and residual < 1e-5 and "scheduler" not in errors
         assert total == pytest.approx(expected, rel=1e-4)
