@@ -1389,6 +1389,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         config_dict = {name: value for name, value in config_dict.items() if name != "scheduler"}
         return super().extract_init_dict(config_dict, **kwargs)
 
+    def register_to_config(self, **kwargs) -> None:
+        # `from_pipe` passes on the entries of a generation pipeline that this one does not take.
+        kwargs.pop("_scheduler", None)
+        super().register_to_config(**kwargs)
+
     @property
     def num_timesteps(self) -> int:
         """Number of steps of the latest search: its `num_inference_steps`."""

@@ -484,13 +484,6 @@ def test_missing_optional_components_are_saved_and_loaded_as_none(make_pipeline,
     assert "pipe.score" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("saved, asked", [(None, "fp16"), ("fp16", "bf16"), ("fp16", None)])
-def test_a_variant_that_is_not_there_is_refused(pipe, tmp_path, saved, asked):
-    pipe.save_pretrained(tmp_path, variant=saved)
-    with pytest.raises((OSError, ValueError), match=asked or "no file named"):
-        ECVAEPipeline.from_pretrained(tmp_path, variant=asked)
-
-
 def test_dtype_by_component(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = ECVAEPipeline.from_pretrained(tmp_path, dtype={"vae": torch.bfloat16, "default": torch.float64})
