@@ -69,7 +69,7 @@ def test_coloring_is_symmetric_and_its_covariance_the_same_everywhere():
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 def test_no_spectrum_of_no_error(value):
-    with pytest.raises(ValueError, match="`power` must be finite, and not 0 everywhere"):
+    with pytest.raises(ValueError, match="`power`"):
         spectrum_of(torch.full((8, 5), value, dtype=torch.float64), 8)
 
 

@@ -8,10 +8,10 @@ import json
 import math
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ class Factors(NamedTuple):
 
 @contextmanager
 def kept_for_gradients() -> Iterator[None]:
-    """What is made here, and kept, serves gradients later, though it is first asked for in inference mode."""
+    """Make tensors that can be used for gradients later, even in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -118,14 +118,14 @@ def factorize(matrix: torch.Tensor) -> Factors:
 
 
 def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`rows` X `columns`^T for each channel of (B, C, H, W)."""
+    """Return `rows` X `columns`^T for each channel of (B, C, H, W)."""
     return rows.to(x) @ x @ columns.to(x).mT
 
 
 def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
     """
-    A_s y for `damping` s above 0; for 0 A^+ y, which leaves out singular values up to `rcond` times the largest.
-    In float64 where the device has it: products of small singular values are divided by.
+    Return A_s y for `damping` s above 0, or A^+ y for 0, which leaves out singular values up to `rcond` times the largest.
+    Computes in float64 if the device has it, since it divides by products of small singular values.
     """
     exact = y if y.device.type == "mps" else y.double()
     values = torch.outer(rows.values, columns.values).to(exact)
@@ -152,16 +152,16 @@ def cgls(
     max_iterations: int = MAX_ITERATIONS,
 ) -> torch.Tensor:
     """
-    Solve for each entry of a batch by itself (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
+    Solve each entry of a batch independently (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
 
     Args:
         A, A_adjoint (`Callable`): A linear map of batches (B, ...), and its adjoint.
         y (`torch.Tensor` of shape `(B, ...)`): Right-hand sides, float32 or float64.
         damping (`float`, *optional*, defaults to 0.0): s, at least 0.
         tolerance (`float`, *optional*, defaults to 1e-10):
-            An entry is done where its A^T r - s x is at most so many times A^T y, or its r so many times y, in norm.
-            float32 comes to 1e-6 or so, and stops where it comes no nearer.
-        max_iterations (`int`, *optional*, defaults to 1000): Where to stop, with a warning, if some are not done.
+            An entry is done if its A^T r - s x is at most this times A^T y in norm, or its r this times y. float32 reaches
+            about 1e-6, and stops where it no longer improves.
+        max_iterations (`int`, *optional*, defaults to 1000): Iterations after which to stop with a warning.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`: x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0.
@@ -178,33 +178,32 @@ def cgls(
     enough_gradient, enough_residual = tolerance**2 * gradient_norm, tolerance**2 * squares(y)
     least, since = gradient_norm, torch.zeros_like(gradient_norm)
     for _ in range(max_iterations):
-        going_on = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
+        is_active = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
         if x.dtype == torch.float32:
-            # Below what it can resolve the gradient no longer falls: nothing is gained by going on.
-            going_on &= since < STAGNATION
-        if not going_on.any():
+            is_active &= since < STAGNATION
+        if not is_active.any():
             return x
         image = A(direction)
         curvature = squares(image) + damping * squares(direction)
         # An entry that is done stays where it is: its direction may be 0.
-        step = torch.where(going_on, gradient_norm / curvature.where(going_on, torch.ones_like(curvature)), 0.0)
+        step = torch.where(is_active, gradient_norm / curvature.where(is_active, torch.ones_like(curvature)), 0.0)
         x, residual = x + each(step, direction), residual - each(step, image)
         gradient = A_adjoint(residual) - damping * x
-        before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
-        ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
+        before, gradient_norm = gradient_norm, torch.where(is_active, squares(gradient), gradient_norm)
+        ratio = torch.where(is_active, gradient_norm / before.where(is_active, torch.ones_like(before)), 0.0)
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
     warnings.warn(
-        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual came to {tolerance}."
+        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual reached {tolerance}."
     )
     return x
 
 
 class LeastSquares(torch.autograd.Function):
     """
-    [`cgls`] as a linear map of y that can be differentiated, without a graph of its iterations: the adjoint of
-    (A^T A + s I)^{-1} A^T is (A A^T + s I)^{-1} A, the same problem with A^T in the place of A.
+    Make [`cgls`] differentiable in y without a graph of its iterations: the adjoint of (A^T A + s I)^{-1} A^T is
+    (A A^T + s I)^{-1} A, the same problem with A^T instead of A.
     """
 
     @staticmethod
@@ -226,22 +225,21 @@ ONE = factorize(torch.ones(1, 1))
 
 class LinearOperator(nn.Module):
     """
-    A linear measurement of images. All methods take batches, any device and floating dtype, and are differentiable.
+    A linear measurement of images in [-1, 1]. All methods take batches on any device and in any floating dtype, and are
+    differentiable.
 
-    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes its constructor's arguments on to this one, which
-    makes buffers of tensors and keeps the rest for the config. If A A^T = c I on the range of A, it says so by
-    `row_norm` = c, and needs no more; else it may have a closed form of `A_dagger`.
-
-    Images are in [-1, 1] here: a measurement is y = A x of such x.
+    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes the arguments of its constructor to this one, which
+    registers tensors as buffers and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A;
+    otherwise it may override `A_dagger` with a closed form.
     """
 
-    # By this `as_operator` knows one, also of another copy of this class: a pipeline from the Hub brings its own.
+    # `as_operator` recognizes operators by this, even those of another copy of this class: a pipeline from the Hub brings its own.
     is_linear_operator = True
-    # c, where A A^T is c times the projection on the range of A; None where it is not.
+    # c if A A^T is c times the projection on the range of A, or None.
     row_norm: float | None = None
-    # What CGLS computes in. None: in the measurement's own dtype.
+    # What CGLS computes in; None is the measurement's own dtype.
     solver_dtype: torch.dtype | None = torch.float64
-    # Singular values up to so many times the largest are left out of A^+.
+    # A^+ leaves out singular values up to this times the largest.
     rcond: float = 0.0
     # Whether every image of a batch is measured alike.
     is_the_same_for_all_images: bool = True
@@ -257,40 +255,30 @@ class LinearOperator(nn.Module):
                 self.register_buffer(name, value)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        """Measure images (B, C, H, W), as float32 or float64."""
+        """Measure images (B, C, H, W)."""
         raise NotImplementedError
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """The adjoint (transpose) of `A`: measurements (B, ...) to images (B, C, H, W)."""
+        """Map measurements (B, ...) to images (B, C, H, W) by the adjoint (transpose) of `A`."""
         raise NotImplementedError
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """
-        Args:
-            image_shape (`tuple[int]`): (C, H, W) of an image.
-
-        Returns:
-            `tuple[int]`: The shape of one image's measurement.
-
-        Raises:
-            ValueError: if the operator does not take such images.
-        """
+        """Return the shape of the measurement of one image (C, H, W), or raise `ValueError` if the operator can't measure it."""
         raise NotImplementedError
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """
-        The pseudo-inverse A^+ y: of all x whose A x comes nearest to y, the one of least norm.
+        Apply the pseudo-inverse: of all x whose A x is nearest to y, A^+ y has the least norm.
+
+        Without a closed form, CGLS solves it from 0, in float64 if the device has it: to a relative residual of 1e-10 for
+        measurements in float64 and 1e-8 in float32 (1e-6 if it computes in float32).
 
         Args:
             y (`torch.Tensor` of shape `(B, ...)`): Measurements.
-            damping (`float`, *optional*, defaults to 0.0):
-                s, at least 0: above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
+            damping (`float`, *optional*, defaults to 0.0): s, at least 0. Above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
 
         Raises:
             ValueError: if `damping` is below 0 or not finite.
-
-        Where there is no closed form it is solved by CGLS from 0, in float64 where the device has it: to a relative
-        residual of 1e-10 for measurements in float64, 1e-8 in float32 (1e-6 where it is computed in float32).
         """
         check_damping(damping)
         if self.row_norm is not None:
@@ -298,13 +286,13 @@ class LinearOperator(nn.Module):
         return self.solve(y, damping)
 
     def solve(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-        """`A_dagger` by CGLS, whether or not there is a closed form."""
+        """Apply `A_dagger` by CGLS, even if there is a closed form."""
         dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
 
     def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
-        """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        """Apply `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
         if image_shape not in self.decompositions:
             with kept_for_gradients():
                 entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
@@ -321,7 +309,7 @@ class LinearOperator(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        """The constructor's arguments as JSON can hold them; tensors go to `tensors`, by a name that stands for them."""
+        """Return the constructor's arguments for JSON. Tensors go to `tensors`, and their names to the config."""
         config: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, value in self._arguments.items():
             if isinstance(value, torch.Tensor):
@@ -336,10 +324,10 @@ class LinearOperator(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> "LinearOperator":
         """
-        Build the operator that `to_config` described, of whichever class.
+        Build an operator of any class from the config of `to_config`.
 
         Raises:
-            ValueError: if the class is not known: that of an operator of your own must have been imported.
+            ValueError: if the class is unknown. The class of an operator of your own must be imported before.
         """
         config = dict(config)
         name, kinds = config.pop("_class_name", None), {kind.__name__: kind for kind in subclasses(LinearOperator)}
@@ -355,7 +343,7 @@ class LinearOperator(nn.Module):
         return kinds[name](**config)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `operator_config.json`, and the tensors of masks and kernels as `operator.safetensors`."""
+        """Save the config as `operator_config.json` and the tensors as `operator.safetensors`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -365,13 +353,7 @@ class LinearOperator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "LinearOperator":
-        """
-        Read what `save_pretrained` wrote.
-
-        Raises:
-            OSError: if a file is missing.
-            ValueError: if the class is not known.
-        """
+        """Load what `save_pretrained` wrote. Raises as `from_config`, and `OSError` if a file is missing."""
         folder = Path(save_directory)
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return cls.from_config(config, safetensors.torch.load_file(folder / TENSORS_FILE))
@@ -379,14 +361,13 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator of two functions, or of anybody's object that has them: A^+ is solved for.
+    An operator of two functions, which solves for A^+. It can't be saved: a config can't hold functions.
+
+    The functions are called with contiguous copies of batches, which they may change, in the dtype of the measurement.
 
     Args:
-        A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
+        A (`Callable`): A linear map of images (B, C, H, W) to measurements (B, ...).
         A_adjoint (`Callable`): Its adjoint.
-
-    It is not saved: a config can't hold functions. The functions are called with contiguous
-    copies of batches, which they may change, in the dtype of what is restored or solved for: float32, or float64 where the measurement is.
     """
 
     solver_dtype = None
@@ -406,7 +387,7 @@ class FunctionOperator(LinearOperator):
         return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        raise ValueError("An operator made of functions can't be saved: there is no config of a function.")
+        raise ValueError("A `FunctionOperator` can't be saved: a config can't hold functions.")
 
 
 def check_damping(damping: float) -> None:
@@ -420,11 +401,8 @@ def subclasses(kind: type) -> set[type]:
 
 def as_operator(operator: Any) -> LinearOperator:
     """
-    An operator of whatever serves as one: a [`LinearOperator`]; an object with `A` and `A_adjoint`, such as a
-    `LinearPhysics` of deepinv; or a pair of functions (A, A_adjoint).
-
-    Raises:
-        ValueError: if it is none of them.
+    Convert a [`LinearOperator`], an object with `A` and `A_adjoint` (a `LinearPhysics` of deepinv, for example), or a pair of
+    functions (A, A_adjoint) to an operator. Raises `ValueError` for anything else.
     """
     if getattr(operator, "is_linear_operator", False):
         return operator
@@ -440,34 +418,32 @@ def as_operator(operator: Any) -> LinearOperator:
 
 class Inpainting(LinearOperator):
     """
-    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 where nothing was observed: middle gray in a
+    A x = m x, pixel by pixel. A measurement has the image's shape, and is 0 where nothing was observed: middle gray in a
     tensor, black in a picture.
 
     Args:
         mask (`torch.Tensor` of shape `(H, W)`, `(1 or C, H, W)` or `(B, 1 or C, H, W)`):
-            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has a mask for each image.
+            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has one mask per image.
     """
 
     row_norm = 1.0
     is_diagonal = True
 
     def __init__(self, mask: torch.Tensor):
-        if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4) or mask.numel() == 0:
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else mask
-            raise ValueError(f"`mask` must be a tensor of shape (H, W), (C, H, W) or (B, C, H, W), but is {shape!r}.")
+        if mask.ndim not in (2, 3, 4):
+            raise ValueError(f"`mask` must have shape (H, W), (C, H, W) or (B, C, H, W), but has {tuple(mask.shape)}.")
         if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("`mask` must hold 0 (missing) and 1 (observed) only.")
+            raise ValueError("`mask` must hold only 0 (missing) and 1 (observed).")
         super().__init__(mask=mask.bool())
         self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
 
     @classmethod
     def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
-        """Images of `height` x `width` of which a box is missing, whose first row and column are `top` and `left`."""
+        """Make the operator for images with a missing box, whose first row and column are `top` and `left`."""
         fits = top + box_height <= height and left + box_width <= width
         if min(top, left, box_height, box_width) < 0 or not fits:
-            raise ValueError(
-                f"The box of {box_height}x{box_width} at ({top}, {left}) does not lie in an image of {height}x{width}."
-            )
+            box = f"{box_height}x{box_width} px at ({top}, {left})"
+            raise ValueError(f"`box_height` and `box_width` must fit the image of {height}x{width} px, but are {box}.")
         mask = torch.ones(height, width, dtype=torch.bool)
         mask[top : top + box_height, left : left + box_width] = False
         return cls(mask)
@@ -482,8 +458,8 @@ class Inpainting(LinearOperator):
         num_masks: int | None = None,
     ) -> "Inpainting":
         """
-        Each pixel is observed with probability `observed`, by itself; all its channels or none. `num_masks` makes a
-        batch of as many masks.
+        Make the operator that observes each pixel, with all its channels, with probability `observed`. With `num_masks` it has
+        as many masks, one per image.
         """
         if not 0 <= observed <= 1:
             raise ValueError(f"`observed` must be from 0 to 1, but is {observed}.")
@@ -492,7 +468,7 @@ class Inpainting(LinearOperator):
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         if self.mask.ndim == 4 and len(self.mask) not in (1, len(x)):
-            raise ValueError(f"`mask` is one of {len(self.mask)} images, but there are {len(x)}.")
+            raise ValueError(f"`mask` holds masks of {len(self.mask)} images, but there are {len(x)}.")
         self.measurement_shape(tuple(x.shape[1:]))
         return x * self.mask.to(x)
 
@@ -504,9 +480,7 @@ class Inpainting(LinearOperator):
         if mask_shape[-2:] != tuple(image_shape[-2:]) or (
             len(mask_shape) == 3 and mask_shape[0] not in (1, image_shape[0])
         ):
-            raise ValueError(
-                f"`mask` has shape {tuple(self.mask.shape)}, and does not fit images of {tuple(image_shape)}."
-            )
+            raise ValueError(f"`mask` of shape {tuple(self.mask.shape)} does not fit images of {tuple(image_shape)}.")
         return tuple(image_shape)
 
 
@@ -600,10 +574,10 @@ LEAST_SEEN = 0.1
 @dataclass(frozen=True)
 class Likelihood:
     """
-    p(y | z) of measurements (B, ...), for M answers each.
+    The likelihood p(y | z) of measurements (B, ...), for M answers each.
 
-    Images and latents of answers are measurement-major, (B * M, ...): the answers to one measurement stand together. The
-    operator is called with batches of B, the answers one after the other: it may have a mask for each of its images.
+    Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
+    after the other: it may have a mask per image.
 
     Args:
         operator ([`LinearOperator`]): A.
@@ -612,7 +586,7 @@ class Likelihood:
         model_variance (`float`): v, above 0.
         num_answers (`int`): M.
         error_spectrum (`list[float]`, *optional*):
-            Of the model's error, by which `variance` knows it better than as v I (`model_error.py`).
+            Spectrum of the model's error, with which `variance` knows it better than as v I (`model_error.py`).
     """
 
     operator: LinearOperator
@@ -624,7 +598,7 @@ class Likelihood:
 
     @property
     def damping(self) -> float:
-        """s = sigma^2 / v."""
+        """Return s = sigma^2 / v."""
         return self.noise_std**2 / self.model_variance
 
     def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
@@ -640,23 +614,23 @@ class Likelihood:
         return self.each_answer(lambda y: self.operator.A_dagger(y, damping), y)
 
     def misfit(self, x: torch.Tensor) -> torch.Tensor:
-        """r = y - A x."""
+        """Return r = y - A x."""
         return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
 
     def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; ||A x|| where y is 0."""
+        """Return ||A x - y|| / ||y|| of each answer, shape (B * M,), or ||A x|| if y is 0; in float64 if the device has it."""
         size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
         difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
         return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
 
     def gradient(self, x: torch.Tensor) -> torch.Tensor:
-        """Of -log p(y | z) with respect to x = G(z): -A_s r / v."""
+        """Return the gradient of -log p(y | z) with respect to x = G(z), -A_s r / v."""
         return -self.A_dagger(self.misfit(x), self.damping) / self.model_variance
 
     def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        A draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images: with J the decoder's Jacobian, the mean of
-        (J^T g)^2 is the diagonal of the Gauss-Newton curvature of -log p(y | z).
+        Draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images. With the decoder's Jacobian J, the mean of (J^T g)^2
+        is the diagonal of the Gauss-Newton curvature of -log p(y | z).
         """
         noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
         if self.noise_std > 0:
@@ -664,12 +638,12 @@ class Likelihood:
         return self.A_dagger(noise, self.damping) / self.model_variance
 
     def project(self, g: torch.Tensor) -> torch.Tensor:
-        """(I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        """Return (I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
         return g - self.A_dagger(self.A(g), self.damping)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
+        Return x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
         blur's A^+ leaves out is added with less and less damping, in float64.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
@@ -683,14 +657,14 @@ class Likelihood:
         return restored
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In float64, where the device and the operator have it."""
+        """Convert to float64, if the device and the operator have it."""
         return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
 
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        A draw of x given z and y, whose residual is sigma an entry if v is right. What the measurement says nothing
-        of (the null space of A, and what a blur has all but taken away) is left as the decoder has it: there a draw would add
-        noise of v to each pixel. Without noise there is nothing to draw: that is `mean`.
+        Draw x given z and y, with a residual of sigma per entry if v is right. What the measurement does not tell (the null space
+        of A, and what a blur almost removes) is left as the decoder makes it, since a draw would add noise of v to each pixel.
+        Without noise there is nothing to draw: use `mean`.
         """
         error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
         seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
@@ -700,18 +674,18 @@ class Likelihood:
 
     def variance(self, like: torch.Tensor) -> torch.Tensor:
         r"""
-        Of each pixel x given z and y, (B, C, H, W): the error of the mean x^ is (I - A_s A) e - A_s n, where the model's error e
-        has covariance v C (`model_error.py`), so this is the diagonal of
+        Return the variance of each pixel x given z and y, (B, C, H, W). The error of the mean x^ is (I - A_s A) e - A_s n, where
+        the model's error e has covariance v C (`model_error.py`), so this is the diagonal of
 
         .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
 
-        which for C = I is v (I - A_s A). Where A^T A is diagonal it does not depend on C, and is exact; else it is estimated by 64
-        draws with random signs for entries, within about 9% of the standard deviation of a pixel.
+        or v (I - A_s A) for C = I. It is exact if A^T A is diagonal, and does not depend on C then. Otherwise 64 draws with random
+        signs for entries estimate it within about 9% of the standard deviation of a pixel.
         """
         if self.operator.is_diagonal:
             seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
             return self.model_variance * (1 - seen)
-        # The maps of all images are the same where the operator is: one stands for all.
+        # All images have the same variance if the operator is the same for all.
         count = 1 if self.operator.is_the_same_for_all_images else len(like)
         entries, measured = like[:count], self.y[:count].to(like.dtype)
         generator = torch.Generator().manual_seed(0)
@@ -734,23 +708,20 @@ class Likelihood:
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
-    """Standard normal draws; of a list of generators each makes the same number of entries, such as an answer's tiles."""
-    if isinstance(generator, list):
-        part = (shape[0] // len(generator), *shape[1:])
-        return torch.cat(
-            [randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generator]
-        )
-    return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+    """Draw from N(0, I). Each of a list of generators draws the same number of entries, such as an answer's tiles."""
+    generators = generator if isinstance(generator, list) else [generator]
+    part = (shape[0] // len(generators), *shape[1:])
+    return torch.cat([randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generators])
 
 
 class Canvas:
     """
-    Images of any size, made of overlapping tiles of the model's: one tile where the sizes are equal.
+    Images of any size as overlapping tiles of the model's size, or as one tile if the sizes are equal.
 
     Args:
-        height, width (`int`): Of the image, each at least `tile_size`.
+        height, width (`int`): Size of the image, each at least `tile_size`.
         tile_size (`int`): Height and width of a tile.
-        overlap (`int`): Pixels that neighbours share at least.
+        overlap (`int`): Least number of pixels that neighbours share.
     """
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
@@ -760,13 +731,9 @@ class Canvas:
             for top in self.starts(height, tile_size, overlap)
             for left in self.starts(width, tile_size, overlap)
         ]
-        # A tile counts the less the nearer its border is, except at the image's own.
-        ramp = (
-            torch.arange(tile_size)
-            .add(0.5)
-            .minimum(torch.arange(tile_size).add(0.5).flip(0))
-            .clamp(max=max(overlap, 1))
-        )
+        # A tile counts less near its border.
+        ramp = torch.arange(tile_size) + 0.5
+        ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
         weight = torch.outer(ramp, ramp)
         total = torch.zeros(height, width)
         for top, left in self.corners:
@@ -777,7 +744,7 @@ class Canvas:
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
-        """First pixels of tiles that are spread evenly."""
+        """Return the first pixels of evenly spread tiles."""
         count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
         return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
 
@@ -785,13 +752,13 @@ class Canvas:
         return len(self.corners)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, C, H, W) to their tiles (N * T, C, S, S)."""
+        """Cut images (N, C, H, W) into tiles (N * T, C, S, S)."""
         size = self.tile_size
         tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
     def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `split`: where tiles overlap, their sum."""
+        """Apply the adjoint of `split`: sum tiles where they overlap."""
         size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
         x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
         for index, (top, left) in enumerate(self.corners):
@@ -799,15 +766,15 @@ class Canvas:
         return x
 
     def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
+        """Join tiles (N * T, C, S, S) to images (N, C, H, W): their weighted mean where they overlap."""
         return self.split_adjoint(self.weigh(tiles))
 
     def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles by their weights in the image, which sum up to 1 in each pixel."""
+        """Multiply tiles by their weights, which sum up to 1 in each pixel of the image."""
         return (tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)).flatten(0, 1)
 
     def join_adjoint(self, x: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `join`: by it gradients of images become those of tiles."""
+        """Apply the adjoint of `join`, which maps gradients of images to those of tiles."""
         return self.weigh(self.split(x))
 
 
@@ -824,23 +791,23 @@ def neural_transport(
     on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Latents that explain a measurement: draws from e^{-U}, or points where U is lowest.
+    Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
-    `"langevin"` first goes downhill (Adam), estimates the diagonal of the curvature of U there, h, and then takes Langevin
-    steps z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` goes downhill
-    all the way, with a rate that comes down to 0 (a cosine).
+    `"langevin"` first descends (Adam), estimates the diagonal h of the curvature of U there, and then takes Langevin steps
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` only descends, with a
+    cosine rate down to 0.
 
     Args:
-        decode (`Callable`): G, of latents (N, ...) to tiles (N, C, S, S) in float32, differentiable.
-        likelihood ([`Likelihood`]): Of B measurements with M answers.
-        canvas ([`Canvas`]): Of T tiles.
-        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Where to start.
-        num_steps (`int`): Decoder passes in all.
+        decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
+        likelihood ([`Likelihood`]): B measurements with M answers.
+        canvas ([`Canvas`]): T tiles.
+        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents.
+        num_steps (`int`): Total number of decoder passes.
         method (`str`, *optional*, defaults to `"langevin"`): Or `"map"`.
-        energy_gradient (`Callable`, *optional*): The gradient of f, of tiles, in their shape.
+        energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
         energy_weight (`float`, *optional*, defaults to 0.0): w, at least 0.
-        generator (`torch.Generator` or a list of one an answer, *optional*): Makes the draws deterministic.
-        on_step (`Callable`, *optional*): Called with the number of the step and the latents; gives the latents to go on with.
+        generator (`torch.Generator` or a list of one per answer, *optional*): Makes the draws deterministic.
+        on_step (`Callable`, *optional*): Called with the number of the step and the latents; returns the next latents.
 
     Returns:
         `torch.Tensor` of the shape of `latents`.
@@ -850,7 +817,7 @@ def neural_transport(
     num_tiles = len(canvas)
 
     def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """J^T of what `gradient_of` makes of the tiles."""
+        """Apply J^T to what `gradient_of` makes of the tiles."""
         with torch.inference_mode(False), torch.enable_grad():
             # A tensor of inference mode can't carry gradients, a copy of it can.
             latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
@@ -866,8 +833,8 @@ def neural_transport(
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Tiles that share pixels have each the model's error of the image that they are part of. The mean itself moves
-            # with them, but the weighted differences to it sum up to 0.
+            # Each tile has the model's error against the image. The mean moves with the tiles, but the weighted differences to
+            # it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
@@ -897,11 +864,11 @@ def neural_transport(
 
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
-    # The answers to one measurement lie near each other, so they share their estimate.
+    # Answers to one measurement are near each other and share their estimate.
     shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
     estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
-    # Few probes may take a curvature for far too small, and steps would grow without bound. The square of the gradient, whose
-    # mean along a stationary chain is the curvature too, then does not let them.
+    # Few probes may underestimate the curvature, and steps would grow without bound. The squared gradient, whose mean along a
+    # stationary chain is the curvature too, bounds them.
     square = estimate
     start = num_descents + num_probes
     for step in range(start, num_steps):
@@ -911,7 +878,7 @@ def neural_transport(
         square = torch.lerp(slope.square(), square, SQUARE_DECAY)
         bound = torch.maximum(square, slope.square() / SQUARE_LIMIT) / SQUARE_LIMIT
         variance = 1 / torch.maximum(estimate, bound)
-        # With this noise a step is exact where U is quadratic and the curvature is right.
+        # With this noise a step is exact if U is quadratic and the curvature is right.
         spread = (variance * (1 - (1 - size) ** 2)).sqrt()
         latents = step_done(step, latents - size * variance * slope + spread * noise)
     return latents
@@ -961,36 +928,18 @@ LEAST_REGION = 0.005
 MAX_LABELS = 8
 
 
-PAINT_ON_DARK = (
-    "To repaint bright paint on a dark ground: PIL.Image.fromarray(numpy.asarray(mask.convert('RGB')).max(-1) >= 128)"
-)
-
-
-PAINT_ON_BRIGHT = (
-    "To repaint coloured paint on a bright ground: "
-    "PIL.Image.fromarray(numpy.ptp(numpy.asarray(mask.convert('RGB')), axis=-1) >= 64)"
-)
-
-
 SHADE_TOLERANCE = 2
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
-    """Return the value of white in a picture's pixels, `None` if the mode has no agreed one."""
+    """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
     return None if image.mode in UNRANGED_MODES else 255
 
 
-def check_pixels(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if pixels are not finite."""
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ValueError("mode F holds values that are not finite.")
-
-
 def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the mode has no agreed white, or if pixels are not finite."""
-    check_pixels(image)
+    """Raise `ValueError` if the picture's mode has no agreed white."""
     if white_level(image) is None:
         low, high = image.getextrema()
         white = next((level for level in (1, 255, 65535) if high <= level), high)
@@ -1001,12 +950,7 @@ def check_mode(image: PIL.Image.Image) -> None:
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """
-    Return how the EXIF data say that a picture lies, from 1 (upright) to 8.
-
-    Raises:
-        ValueError: if the EXIF data can't be read.
-    """
+    """Return the EXIF orientation from 1 (upright) to 8, or raise `ValueError` if the EXIF data can't be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
@@ -1016,19 +960,19 @@ def orientation(image: PIL.Image.Image) -> int:
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn a picture as its EXIF data say. Photographs are stored as the camera was held."""
+    """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
     image.load()  # Pillow turns TIFF files itself.
     turn = UPRIGHT.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the alpha channel that the transparent colour of an L, I;16 or RGB picture stands for."""
+    """Return the alpha channel of an L, I;16 or RGB picture with a transparent colour."""
     pixels, key = np.asarray(image), np.array(image.info["transparency"])
     if image.mode == "RGB" and key.max() > 255:
         key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
     if image.mode == "L":
-        # Pillow spreads 2- and 4-bit pixels over 8 bits, and leaves the key.
+        # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
     transparent = pixels == key
@@ -1039,8 +983,9 @@ def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     """
-    Bring a picture of any mode to 1, 3 or 4 channels of 8 bits: upright by its EXIF data, with 16 bits scaled and rounded, and
-    with transparency on white unless the channels include alpha.
+    Convert a picture of any mode to 1, 3 or 4 channels of 8 bits.
+
+    The EXIF data turn it upright, 16 bits are scaled and rounded, and transparency is laid on white unless alpha is a channel.
 
     Raises:
         ValueError: if the mode has no agreed white, or the EXIF data can't be read.
@@ -1059,62 +1004,51 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
         image.info.pop("transparency", None)
         image.putalpha(alpha)
     elif image.has_transparency_data:
-        # Pillow converts La, whose colours are multiplied by alpha, to LA alone.
+        # Pillow converts La, whose colours are multiplied by alpha, only to LA.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if channels < 4 and image.mode == "RGBA":
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    # Pillow converts LAB to RGB alone.
+    # Pillow converts LAB only to RGB.
     return (image.convert("RGB") if image.mode == "LAB" else image).convert(MODES[channels])
 
 
 def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     """
-    Return which pixels of a mask are to be repainted, a bool array of shape (H, W). Of black and one other level or colour, that is
-    whatever is not black: labels 0 and 1, palettes of one object, paint. Of shades of white, or of one bright paint, on a dark
-    ground, it is what has at least half of white.
+    Return the pixels that a mask repaints, a bool array of shape (H, W).
+
+    A mask of black and one other level or colour repaints all that is not black: labels 0 and 1, palettes of one object, paint.
+    A mask of shades of white, or of one bright paint, on a dark ground repaints what has at least half of white.
 
     Raises:
-        ValueError: if the mask is neither, or has pixels that are transparent or not finite; with what it holds.
+        ValueError: if the mask is neither, or has transparent pixels. The message says what it holds and how to convert it.
     """
-    check_pixels(mask)
     white = white_level(mask)
     if mask.has_transparency_data and read_picture(mask, 4).getextrema()[3][0] < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
         raise ValueError(
-            f"mode {mask.mode} with transparent pixels does not say what is to be repainted. What is transparent or erased: "
-            f"{alpha}.point(lambda a: 255 - a). What is opaque or painted: {alpha}"
+            f"mode {mask.mode} with transparent pixels does not say what to repaint. To repaint what is transparent or erased: "
+            f"{alpha}.point(lambda a: 255 - a). To repaint what is opaque or painted: {alpha}"
         )
-    if white == 255:
-        picture = read_picture(mask, 3)
-        pixels, found = np.asarray(picture), picture.getcolors(256)
-        paint_recipe = PAINT_ON_DARK if np.median(pixels.max(-1)) < 128 else PAINT_ON_BRIGHT
-        if found is None:
-            raise ValueError(f"mode {mask.mode} with more than 256 colours is not in black and white. {paint_recipe}")
-        counts, colours = zip(*sorted(found, key=lambda one: max(one[1])))
-    else:
-        pixels = np.asarray(upright(mask))[..., None]
-        values, counts = np.unique(pixels, return_counts=True)
-        colours = values[:, None]
-    colours = np.array(colours)
-    level = colours.max(1)  # in ascending order
-    if level[0] == 0 and (len(level) == 1 or (len(level) == 2 and level[1] > 0)):
-        return pixels.any(-1)
-    # Shades of one colour, white or a paint, on black.
-    shades = np.abs(colours - level[:, None] / max(level[-1], 1) * colours[-1]).max() <= SHADE_TOLERANCE
-    if white is not None and shades and is_in_black_and_white(pixels.max(-1) / white, gray=len(set(colours[-1])) == 1):
-        return pixels.max(-1) >= white / 2
-    texts = [str(one[0] if len(set(one)) == 1 else tuple(one)) for one in colours.tolist()]
-    most = np.argsort(counts)[::-1]
-    named = ", ".join(texts[i] for i in sorted(most[:5])) + (", ..." if len(texts) > 5 else "")
-    example = texts[next((i for i in most if level[i] > 0), 0)]
-    equal = (
-        f"(numpy.asarray(mask.convert('RGB')) == {example}).all(-1)"
-        if white == 255
-        else f"numpy.asarray(mask) == {example}"
-    )
+    pixels = np.asarray(read_picture(mask, 3)) if white == 255 else np.asarray(upright(mask))[..., None]
+    level = pixels.max(-1)
+    brightest = pixels.reshape(-1, pixels.shape[-1])[level.argmax()]
+    if level.min() == 0 and np.isfinite(brightest).all() and (pixels == brightest)[level > 0].all():
+        return level > 0
+    if white is not None:
+        shades = (level / max(level.max(), 1))[..., None] * brightest
+        is_gray = len(set(brightest.tolist())) == 1
+        if np.abs(pixels - shades).max() <= SHADE_TOLERANCE and is_in_black_and_white(level / white, is_gray):
+            return level >= white / 2
+    counts = Counter(map(tuple, pixels.reshape(-1, pixels.shape[-1]).tolist()))
+    values = [one[0] if len(set(one)) == 1 else one for one, _ in counts.most_common(5)]
+    example = next((value for value in values if value != 0), 0)
+    array = "numpy.asarray(mask.convert('RGB'))" if white == 255 else "numpy.asarray(mask)"
+    recipe = f"PIL.Image.fromarray({f'({array} == {example}).all(-1)' if white == 255 else f'{array} == {example}'})"
+    if white == 255 and len(counts) > MAX_LABELS:
+        recipe += f". To repaint paint: PIL.Image.fromarray(abs({array}.astype(int) - {values[0]}).max(-1) >= 96)"
     raise ValueError(
-        f"mode {mask.mode} with the values {named} is not in black (kept) and white (repainted). To repaint one of them: "
-        f"PIL.Image.fromarray({equal})" + (f". {paint_recipe}" if white == 255 and len(texts) > MAX_LABELS else "")
+        f"mode {mask.mode} with the values {', '.join(map(str, values))}{', ...' if len(counts) > 5 else ''} is not in black "
+        f"(kept) and white (repainted). To repaint one of them: {recipe}"
     )
 
 
@@ -1140,75 +1074,51 @@ def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
     return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
 
 
-def as_list(image: Images, name: str) -> list:
-    """Return what an argument holds as a list of PIL images, of arrays or of tensors; arrays and tensors of one shape."""
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    if not images:
-        raise ValueError(f"`{name}` is an empty list.")
-    if not any(all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)):
-        kinds = sorted({type(one).__name__ for one in images})
-        raise ValueError(
-            f"`{name}` must be PIL images, numpy arrays or a tensor, or a list of one, but holds {kinds}."
-        )
-    if not isinstance(images[0], PIL.Image.Image):
-        check_sizes(name, [tuple(one.shape) for one in images])
+def as_list(images: Images, name: str) -> list:
+    """Return an argument as a list of PIL images, of arrays or of tensors."""
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
+    if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
+        found = sorted({type(one).__name__ for one in images})
+        raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
     return images
 
 
-def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
-    if len(set(sizes)) > 1:
-        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
-
-
-def prepare_measurement(image: Images) -> torch.Tensor:
-    """Return tensors (one, or a list of one shape) as one floating-point tensor (batch, ...), with their values."""
-    images = as_list(image, "image")
-    tensor = torch.stack(images) if isinstance(image, list | tuple) else image
-    if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
-        raise ValueError(
-            "`image` as a tensor must be a floating-point measurement of shape (batch, ...), but is "
-            f"{tensor.dtype} of shape {tuple(tensor.shape)}."
-        )
-    return tensor
+def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image.Image], np.ndarray]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.stack([read(one) for one in images]))
+    except ValueError as error:
+        raise ValueError(f"`{name}` can't be read: {error}") from error
 
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Return pictures as one tensor (B, C, H, W) in [0, 1]. PIL images get `channels` channels; arrays (B, H, W, C) and tensors
-    (B, C, H, W) keep theirs, and may hold values that are not finite.
+    Convert pictures to one tensor (B, C, H, W) in [0, 1].
+
+    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and may hold values that are
+    not finite.
 
     Raises:
-        ValueError: if there is none, sizes differ, or a picture can't be read or is not in [0, 1].
+        ValueError: if there is no picture, sizes differ, or a picture can't be read or is not in [0, 1].
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
-        try:
-            pictures = [read_picture(one, channels) for one in images]
-        except ValueError as error:
-            raise ValueError(f"`image` can't be read: {error}") from error
-        check_sizes("image", [one.size for one in pictures])
+        levels = read_all(images, "image", lambda one: np.atleast_3d(read_picture(one, channels)))
         if channels == 1 and any(has_colours(one) for one in images):
-            logger.warning(
-                "`image` has colours, and the model is gray: it is read as gray, as training with 1 channel does."
-            )
-        levels = np.stack([np.asarray(one).reshape(*one.size[::-1], channels) for one in pictures])
-        return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 255
-    kind = images[0].dtype
-    if not (kind.is_floating_point if isinstance(images[0], torch.Tensor) else np.issubdtype(kind, np.floating)):
-        raise ValueError(
-            f"`image` as an array or tensor must be floating-point in [0, 1], but is {kind}. Of levels from 0 to 255: image / 255."
-        )
-    image = images if isinstance(image, tuple) else image
+            logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
+        return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
-        image = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
-    picture = processor.preprocess(image)
-    finite = picture[picture.isfinite()]
-    if len(finite) and (finite.min() < -RANGE_TOLERANCE or finite.max() > 1 + RANGE_TOLERANCE):
-        of_model = finite.min() >= -1 - RANGE_TOLERANCE and finite.max() <= 1 + RANGE_TOLERANCE
+        images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
+    picture = processor.preprocess(images[0] if len(images) == 1 else images)
+    if not picture.is_floating_point():
         raise ValueError(
-            f"`image` must have values in [0, 1], but they go from {finite.min():.4g} to {finite.max():.4g}."
-            + (" From [-1, 1]: image / 2 + 0.5." if of_model else "")
+            f"`image` must be floating-point in [0, 1], but is {picture.dtype}. From 8-bit levels: image / 255."
         )
+    finite = picture[picture.isfinite()]
+    if ((finite < -RANGE_TOLERANCE) | (finite > 1 + RANGE_TOLERANCE)).any():
+        low, high = finite.min(), finite.max()
+        recipe = " From [-1, 1]: image / 2 + 0.5." if max(-low, high) <= 1 + RANGE_TOLERANCE else ""
+        raise ValueError(f"`image` must have values in [0, 1], but they go from {low:.4g} to {high:.4g}.{recipe}")
     return picture
 
 
@@ -1219,37 +1129,28 @@ def has_colours(image: PIL.Image.Image) -> bool:
     return bool((pixels[..., 1:] != pixels[..., :1]).any())
 
 
-def prepare_mask(
-    mask_image: Images, processor: VaeImageProcessor, batch_size: int, height: int, width: int
-) -> torch.Tensor:
+def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.Tensor) -> torch.Tensor:
     """
-    Return which pixels were observed, bool of shape (1 or B, 1, H, W): those where the mask is black. Warns of a mask that repaints
-    nothing or everything.
+    Return the pixels that were observed, bool of shape (1 or B, 1, H, W): those where the mask is black.
+
+    Warns of a mask that repaints nothing or everything.
 
     Raises:
-        ValueError: if a mask can't be read, or number, size or values do not fit.
+        ValueError: if a mask can't be read, or its number, size or values do not fit pictures `like` (B, C, H, W).
     """
     masks = as_list(mask_image, "mask_image")
     if isinstance(masks[0], PIL.Image.Image):
-        try:
-            read = [read_mask(one) for one in masks]
-        except ValueError as error:
-            raise ValueError(f"`mask_image` can't be read: {error}") from error
-        check_sizes("mask_image", [one.shape for one in read])
-        repainted = torch.from_numpy(np.stack(read)).unsqueeze(1)
+        repainted = read_all(masks, "mask_image", read_mask).unsqueeze(1)
     else:
-        if not all(bool(((one >= 0) & (one <= 1)).all()) for one in masks):
+        if not all(((one >= 0) & (one <= 1)).all() for one in masks):
             raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
-        repainted = processor.preprocess(masks if isinstance(mask_image, tuple) else mask_image) >= 0.5
-    if repainted.ndim != 4 or repainted.shape[1] != 1 or tuple(repainted.shape[2:]) != (height, width):
+        repainted = processor.preprocess(masks[0] if len(masks) == 1 else masks) >= 0.5
+    batch_size, _, *size = like.shape
+    if list(repainted.shape) not in ([1, 1, *size], [batch_size, 1, *size]):
         raise ValueError(
-            f"`mask_image` must have one channel and the image's {height}x{width} px, but has shape "
-            f"{tuple(repainted.shape)} (batch, channels, height, width)."
+            f"`mask_image` must have shape (1 or {batch_size}, 1, {size[0]}, {size[1]}), but has {tuple(repainted.shape)}."
         )
-    if repainted.shape[0] not in (1, batch_size):
-        raise ValueError(f"`mask_image` must be one or {batch_size}, as many as images, but is {repainted.shape[0]}.")
-    flat = repainted.flatten(1)
-    for found, what in ((~flat.any(1), "nothing"), (flat.all(1), "everything")):
+    for found, what in ((~repainted.flatten(1).any(1), "nothing"), (repainted.flatten(1).all(1), "everything")):
         if found.any():
             logger.warning(
                 f"`mask_image` repaints {what} in {int(found.sum())} of {len(found)} mask(s): white is repainted."
@@ -1258,25 +1159,36 @@ def prepare_mask(
 
 
 def check_turned_together(image: Images, mask_image: Images) -> None:
-    """Warn where the EXIF data turn pictures, and their masks say nothing of it."""
+    """Warn if the EXIF data turn pictures, but not their masks."""
 
-    def turned(argument: Images) -> bool:
-        images = argument if isinstance(argument, list | tuple) else [argument]
-        return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in images)
+    def turned(images: Images) -> bool:
+        return any(
+            isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image")
+        )
 
     if turned(image) and not turned(mask_image):
         logger.warning(
-            "`image` is turned upright by its EXIF data, and `mask_image`, which has none, is taken to be upright. Of a picture as "
-            "it is stored: draw the mask on PIL.ImageOps.exif_transpose(image)."
+            "`image` is turned upright by its EXIF data, and `mask_image`, which has none, is taken to be upright. To draw a mask "
+            "on the upright picture: PIL.ImageOps.exif_transpose(image)."
         )
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    generators = generator if isinstance(generator, list) else [generator]
-    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
-        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-    if isinstance(generator, list) and len(generator) != count:
-        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+    kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
+    if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
+        )
+
+
+def postprocess(
+    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
+) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    if output_type not in ("pil", "np", "pt", None):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
 def unwrapped(component):
@@ -1389,44 +1301,44 @@ EXAMPLE_DOC_STRING = """
 
 logger = logging.get_logger(__name__)
 
-# Standard deviation of rounding to 8 bits, of values in [-1, 1].
+# Standard deviation of rounding to 8 bits, for values in [-1, 1].
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
-# Spread, in standard deviations of the prior, of the answers' starts around the encoding of A^+ y.
+# Spread of the initial latents around the encoding of A^+ y, in standard deviations of the prior.
 START_SPREAD = 0.3
-# Root mean square by which answers may exceed the range of images before a warning.
-LARGEST_EXCESS = 0.1
-# In standard deviations of the noise: root mean square of the difference between a measurement and answers before a warning.
-LARGEST_MISFIT = 3.0
-# Relative residuals of answers to measurements without noise are below this, or a warning says that they are not.
-LARGEST_RESIDUAL = 1e-5
-# Of `noise_std`, `energy_weight` and measurements: their squares are still numbers in float32.
-LARGEST_VALUE = 1e12
-# Mean squared error per pixel of images in [-1, 1].
-LARGEST_VARIANCE = 4.0
-# What is asked of latents is damped at least so much before it is encoded: without, noise would be blown up.
+# The measurement is damped by at least this before it is encoded: A^+ alone would amplify noise.
 START_DAMPING = 1e-3
+# Answers warn if they leave the range of images by more than this (root mean square) ...
+LARGEST_EXCESS = 0.1
+# ... if they differ from a noisy measurement by more than this many standard deviations of the noise (root mean square) ...
+LARGEST_MISFIT = 3.0
+# ... and if their relative residual to a measurement without noise is larger than this.
+LARGEST_RESIDUAL = 1e-5
+# Squares of measurements up to this are still finite in float32.
+LARGEST_VALUE = 1e12
+# Of the mean squared error per pixel of images in [-1, 1].
+LARGEST_VARIANCE = 4.0
 
 
 @dataclass
 class ECVAERestorationOutput(BaseOutput):
     """
-    Output of restoration: M answers to each of B measurements, measurement-major (the answers to one stand together).
+    Output of the restoration pipeline: M answers to each of B measurements, grouped by measurement.
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             B * M answers. Without noise each agrees with its measurement; with noise it is a draw, whose residual is that of
             the noise.
-        mean (as `images`): The mean of the answers to each measurement, B images, without the draws' noise.
+        mean (as `images`): The mean of the answers to each measurement, B images, without the noise of the draws.
         std (`np.ndarray` of shape `(B, H, W, C)`, or `torch.Tensor` `(B, C, H, W)` for `output_type="pt"`):
-            Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers,
-            and the error that the model makes even where it knows the latents. Of a single answer there is no spread: ask for
-            several (8, say) where `std` matters.
+            Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers and
+            the error that the model makes even with the right latents. A single answer has no spread: ask for several (8, say)
+            where `std` matters.
         residual (`torch.Tensor` of shape `(B * M,)`):
             ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
-        residual_output (`torch.Tensor` of shape `(B * M,)`): The same of what `images` holds, clamped and rounded.
-        residual_mean (`torch.Tensor` of shape `(B,)`): As `residual`, of `mean` before it is clamped.
-        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): The energy model's, mean over tiles; low = like training data.
-        num_network_calls (`int`): Passes through a network, for each answer (and tile): decoder, encoder, energy model.
+        residual_output (`torch.Tensor` of shape `(B * M,)`): The same for `images`, which are clamped and rounded.
+        residual_mean (`torch.Tensor` of shape `(B,)`): The same for `mean` before it is clamped.
+        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): Energy, mean over tiles; low means like the training data.
+        num_network_calls (`int`): Passes through the decoder, the encoder and the energy model per answer and tile.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -1440,25 +1352,24 @@ class ECVAERestorationOutput(BaseOutput):
 
 
 class Interruption(Exception):
-    """Ends a search early, with the latents that it has come to."""
+    """Stops a search early, with the latents that it has reached."""
 
 
 class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for inverse problems y = A x + n with a known linear A: inpainting, super-resolution, deblurring, colorization,
-    denoising, compressed sensing and any other operator, by a model that was never trained for the task.
+    Pipeline for inverse problems y = A x + n with a known linear A, by a model that was never trained for the task: inpainting,
+    super-resolution, deblurring, colorization, denoising, compressed sensing and any other linear operator.
 
-    Loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Larger images than
+    Loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Images larger than
     the model's are restored in overlapping tiles.
 
-    Parameters:
-        vae ([`AutoencoderEC`]): Its decoder is the prior: images of latents from N(0, I).
-        energy_model ([`EnergyModel`], *optional*): Tells how much like the training data an answer is.
-        scheduler ([`LangevinScheduler`], *optional*): Not used; kept, so that the folder stays whole.
+    Args:
+        vae ([`AutoencoderEC`]): The autoencoder whose decoder is the prior: images of latents from N(0, I).
+        energy_model ([`EnergyModel`], *optional*): Measures how much an answer is like the training data.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
-    _optional_components = ["energy_model", "scheduler"]
+    _optional_components = ["energy_model"]
     _callback_tensor_inputs = ["latents"]
     _interrupt, _num_timesteps = False, 0
 
@@ -1466,81 +1377,74 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         self,
         vae,
         energy_model=None,
-        scheduler=None,
     ):
         super().__init__()
-        self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
+        self.register_modules(vae=vae, energy_model=energy_model)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
         self.mask_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # Folders of a generation pipeline, and of 0.1, name a scheduler too.
+        config_dict = {name: value for name, value in config_dict.items() if name != "scheduler"}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def register_to_config(self, **kwargs) -> None:
+        # `from_pipe` passes on the entries of a generation pipeline that this one does not take.
+        kwargs.pop("_scheduler", None)
+        super().register_to_config(**kwargs)
+
     @property
     def num_timesteps(self) -> int:
-        """Number of steps of the latest search, which are its `num_inference_steps`."""
+        """Number of steps of the latest search: its `num_inference_steps`."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the search ends after its present step: `_interrupt` may be set meanwhile, by a callback for example."""
+        """Whether the search stops after this step. Set `_interrupt` to stop it, from a callback for example."""
         return self._interrupt
 
     def check_inputs(
         self,
         operator: Any,
         mask_image: Images | None,
-        noise_std: float | None,
         num_restorations: int,
         num_inference_steps: int,
         method: str,
         energy_weight: float,
         start: str,
+        tile_overlap: int,
+        variance: float | None,
         output_type: str | None,
-        callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         if (operator is None) == (mask_image is None):
-            raise ValueError(
-                "What was measured must be given by either `operator` or `mask_image`, but "
-                + ("neither was given." if operator is None else "both were given.")
-            )
-        for name, value in (("num_restorations", num_restorations), ("num_inference_steps", num_inference_steps)):
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
-        for name, value in (("noise_std", noise_std), ("energy_weight", energy_weight)):
-            if name == "noise_std" and value is None:
-                continue
-            if not isinstance(value, Real) or not 0 <= value <= LARGEST_VALUE:
-                raise ValueError(f"`{name}` must be a number from 0 to {LARGEST_VALUE:g}, but is {value!r}.")
+            raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
+        size = self.vae.config.sample_size
+        for name, value, (low, high) in (
+            ("num_restorations", num_restorations, (1, math.inf)),
+            ("num_inference_steps", num_inference_steps, (1, math.inf)),
+            ("energy_weight", energy_weight, (0, LARGEST_VALUE)),
+            ("tile_overlap", tile_overlap, (0, size - 1)),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"`{name}` must be from {low} to {high:g}, but is {value}.")
         if energy_weight > 0 and self.energy_model is None:
-            raise ValueError("`energy_weight` above 0 needs an energy model, and this pipeline has none.")
+            raise ValueError("`energy_weight` above 0 requires an energy model; this pipeline has no `energy_model`.")
+        if variance is None or not 0 < variance <= LARGEST_VARIANCE:
+            raise ValueError(
+                f"`reconstruction_variance` must be above 0 and at most {LARGEST_VARIANCE:g}, but is {variance}: the mean squared "
+                "error of the model's reconstructions per pixel of images in [-1, 1]. Training writes it to the config of the VAE."
+            )
         for name, value, allowed in (
             ("method", method, ("langevin", "map")),
             ("start", start, ("encoding", "prior")),
             ("output_type", output_type, ("pil", "np", "pt", None)),
         ):
             if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, allowed))}, but is {value!r}.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be of {self._callback_tensor_inputs}, but holds {unknown}."
-            )
-
-    def model_variance(self, reconstruction_variance: float | None) -> float:
-        variance = (
-            self.vae.config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
-        )
-        if variance is None:
-            raise ValueError(
-                "`reconstruction_variance` is not in the autoencoder's config, where training writes it: give the mean "
-                "squared error of its reconstructions, a pixel of images in [-1, 1]."
-            )
-        if not isinstance(variance, Real) or not 0 < variance <= LARGEST_VARIANCE:
-            raise ValueError(
-                f"`reconstruction_variance` must be above 0 and at most {LARGEST_VARIANCE:g}, of images in [-1, 1], but is {variance!r}."
-            )
-        return float(variance)
+                raise ValueError(f"`{name}` must be one of {allowed}, but is {value!r}.")
 
     def prepare_measurement(
-        self, image: Images, operator: Any, mask_image: Images | None, height: int | None, width: int | None
+        self, image: Images, operator: Any, mask_image: Images | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
         """
         Return the operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
@@ -1553,45 +1457,32 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             gray = mask_image is None and all(getattr(one, "mode", None) in GRAY_MODES for one in images)
             y = prepare_picture(image, self.image_processor, 1 if gray else channels)
         else:
-            y = prepare_measurement(image)
+            y = image if isinstance(image, torch.Tensor) else torch.stack(images)
+            if not y.is_floating_point():
+                raise ValueError(f"`image` as a tensor must be a floating-point measurement, but is {y.dtype}.")
         y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
         if mask_image is not None:
-            if y.ndim != 4 or y.shape[1] not in (1, channels):
-                raise ValueError(
-                    f"`image` must have the model's {channels} channel(s), but has shape {tuple(y.shape)} (batch, channels, "
-                    "height, width)."
-                )
-            y = y.expand(-1, channels, -1, -1)
             check_turned_together(image, mask_image)
-            observed = prepare_mask(mask_image, self.mask_processor, y.shape[0], *y.shape[-2:]).to(y.device)
-            # Whatever stands in the picture where it is to be repainted, even values that are not finite.
+            observed = prepare_mask(mask_image, self.mask_processor, y).to(y.device)
+            # What is repainted does not count, not even values that are not finite.
             y = torch.where(observed, y, 0.0)
+            y = y.expand(-1, channels, -1, -1) if y.shape[1] == 1 else y
             operator = Inpainting(observed)
         operator = as_operator(operator)
-        if not (y.abs() <= LARGEST_VALUE).all():
-            raise ValueError(f"`image` holds values that are not finite, or beyond {LARGEST_VALUE:g}.")
-        try:
-            back = operator.A_adjoint(y)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            raise ValueError(
-                f"`image` of shape {tuple(y.shape)} and {y.dtype} is no measurement by the operator {operator}: {error}"
-            ) from error
+        back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
             raise ValueError(
-                f"`image` was measured of images of shape {tuple(back.shape[1:])} (channels, height, width) by the operator, "
-                f"but the model makes images of {channels} channel(s) and at least {size}x{size} px."
+                f"`image` is a measurement of images of shape {tuple(back.shape[1:])} (channels, height, width), but the model "
+                f"makes images of {channels} channel(s) and at least {size}x{size} px."
             )
-        for name, given, found in (("height", height, back.shape[2]), ("width", width, back.shape[3])):
-            if given is not None and given != found:
-                raise ValueError(f"`{name}` is {given}, but the measurement is one of images of {name} {found}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
-        if not (back.isfinite().all() and measured.isfinite().all()):
-            raise ValueError("`operator` makes values that are not finite.")
         if measured.shape != y.shape:
             raise ValueError(
-                f"`image` has shape {tuple(y.shape)}, but the operator makes {tuple(measured.shape)} of images of "
+                f"`image` has shape {tuple(y.shape)}, but `operator` measures {tuple(measured.shape)} of images of shape "
                 f"{tuple(back.shape)}."
             )
+        if not all((values.abs() <= LARGEST_VALUE).all() for values in (y, back, measured)):
+            raise ValueError(f"`image`, or what `operator` makes of it, is not finite or exceeds {LARGEST_VALUE:g}.")
         if is_picture:
             # A picture p is what A makes of an image in [0, 1]; of the same image in [-1, 1] it makes 2 p - A 1.
             y = 2 * y - measured
@@ -1606,27 +1497,19 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
         count = len(likelihood.y) * likelihood.num_answers
+        check_generator(generator, count, of="answers")
         shape = (count * len(canvas), self.vae.config.latent_channels, 1, 1)
         if latents is not None:
-            if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape or not latents.isfinite().all():
-                found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else latents
-                raise ValueError(f"`latents` must be finite, of shape {shape}, but is {found}.")
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
             return latents.to(device=self._execution_device, dtype=torch.float32)
         noise = draw(shape, generator, likelihood.y)
         if start == "prior":
             return noise
         guess = likelihood.operator.A_dagger(likelihood.y, max(likelihood.damping, START_DAMPING)).float().clamp(-1, 1)
         encoded = self.vae.encode(canvas.split(guess).to(self.vae.dtype)).latent_dist.mode().float()
-        encoded = (
-            encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0).flatten(0, 1)
-        )
-        return encoded + START_SPREAD * noise
-
-    def postprocess(
-        self, sample: torch.Tensor, output_type: str | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        sample = self.image_processor.denormalize(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type or "np")
+        answers = encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0)
+        return answers.flatten(0, 1) + START_SPREAD * noise
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -1641,8 +1524,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         method: str = "langevin",
         energy_weight: float = 0.0,
         start: str = "encoding",
-        height: int | None = None,
-        width: int | None = None,
         tile_overlap: int | None = None,
         reconstruction_variance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -1658,43 +1539,44 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
                 The measurement, never a clean image. With `mask_image` it is a picture: PIL, an array (B, H, W, C) or a tensor
-                (B, C, H, W) in [0, 1]. With `operator` PIL images and arrays are what the operator makes of an image in [0, 1],
-                and a tensor (B, ...) is y = A x of an image x in [-1, 1]. PIL images are read as training reads files: turned by
+                (B, C, H, W) in [0, 1]. With `operator`, PIL images and arrays are what the operator makes of an image in [0, 1],
+                and a tensor (B, ...) is y = A x of an image x in [-1, 1]. PIL images are read as in training: turned upright by
                 their EXIF data, with transparency on white.
             operator ([`~operators.LinearOperator`], an object with `A` and `A_adjoint`, or a pair of functions, *optional*):
                 What was measured. Called with batches of B.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
                 Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one per image.
-                PIL masks of black and one other level or colour are read too: labels 0 and 1, palettes of one object, paint.
+                PIL masks of black and one other level or colour work too: labels 0 and 1, palettes of one object, paint.
             noise_std (`float`, *optional*):
-                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]; of noise in 8-bit levels a
-                127.5th. If not given, that of rounding to 8 bits (0.0023) for pictures, 0 for measurements.
+                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. Divide noise in 8-bit levels by
+                127.5. Defaults to that of rounding to 8 bits (0.0023) for pictures, and to 0 for measurements.
             num_restorations (`int`, *optional*, defaults to 1):
                 M: answers to each measurement. They differ in what was not measured, and `std` needs several.
             num_inference_steps (`int`, *optional*, defaults to 75):
-                Decoder passes (each with one back) that search latents; one more makes the answer.
+                Decoder passes, forth and back, that search the latents; one more makes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
-                `"langevin"` draws answers from the posterior, `"map"` gives the likeliest latents near each start.
+                `"langevin"` draws answers from the posterior, `"map"` finds the likeliest latents near each start.
             energy_weight (`float`, *optional*, defaults to 0.0):
                 w: how much the energy of an answer counts.
             start (`str`, *optional*, defaults to `"encoding"`):
                 Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
-            height, width (`int`, *optional*): Of the image, where it should be checked: the operator's adjoint knows it.
-            tile_overlap (`int`, *optional*): Pixels that tiles of a larger image share, a quarter of a tile if not given.
+            tile_overlap (`int`, *optional*):
+                Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
             reconstruction_variance (`float`, *optional*):
-                v: mean squared error of the model's reconstructions, a pixel of images in [-1, 1]. What training measured if not
-                given; how it spreads over frequencies is that in any case.
+                v: mean squared error of the model's reconstructions per pixel of images in [-1, 1]. Defaults to what training
+                measured, which in any case says how the error spreads over frequencies.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator, or a list of one an answer (B * M), to make restoration deterministic.
-            latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*): Where to start instead.
+                One generator, or a list of one per answer (B * M), to make restoration deterministic.
+            latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*):
+                Initial latents instead of `start`.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, step, {"latents": latents})` after each step; may return new latents in a dict, or
-                set `pipe._interrupt = True`, and the answers are made of the latents of that step.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Which tensors the callback is given.
+                Called as `callback(pipe, step, step, {"latents": latents})` after each step. It may return new latents in a dict,
+                or set `pipe._interrupt = True`: the answers are then made from the latents of that step.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors that the callback gets: `"latents"`.
 
         Examples:
 
@@ -1702,36 +1584,31 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             [`ECVAERestorationOutput`] or `tuple`
 
         Raises:
-            ValueError: if an argument is outside what is listed above, or sizes do not fit.
+            ValueError: if an argument is outside its range, or sizes do not fit.
         """
-        self.check_inputs(
-            operator, mask_image, noise_std, num_restorations, num_inference_steps, method, energy_weight, start, output_type,
-            callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
-        variance = self.model_variance(reconstruction_variance)
-        operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image, height, width)
-        count = len(y) * num_restorations
-        check_generator(generator, count, of="answers")
-        size = self.vae.config.sample_size
+        config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
-        if not isinstance(overlap, Integral) or not 0 <= overlap < size:
-            raise ValueError(f"`tile_overlap` must be an integer from 0 to {size - 1}, but is {tile_overlap!r}.")
+        variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
+        self.check_inputs(
+            operator, mask_image, num_restorations, num_inference_steps, method, energy_weight, start, overlap, variance,
+            output_type,
+        )  # fmt: skip
+        operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image)
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
-        if noise_std >= (largest := max(1.0, y.abs().max().item())):
+        largest = max(1.0, y.abs().max().item())
+        if not 0 <= noise_std < largest:
             raise ValueError(
-                f"`noise_std` is for images in [-1, 1], and must be below the largest entry of the measurement ({largest:.4g}), but "
-                f"is {noise_std:g}. Of noise in 8-bit levels: noise_std / 127.5."
+                f"`noise_std` is for images in [-1, 1]: it must be at least 0 and below the largest entry of the measurement "
+                f"({largest:.4g}), but is {noise_std:g}. From noise in 8-bit levels: noise_std / 127.5."
             )
 
-        spectrum = self.vae.config.get("reconstruction_spectrum")  # not in a repository of earlier code
+        spectrum = config.get("reconstruction_spectrum")  # repositories of earlier code have none
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
-        latents_were_encoded = latents is None and start == "encoding"
+        calls = {"decoder": 0, "encoder": int(latents is None and start == "encoding"), "energy model": 0}
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
-
         # Functions are called in the measurement's precision.
         dtype = y.dtype if operator.solver_dtype is None else torch.float32
-        calls = {"decoder": 0, "encoder": int(latents_were_encoded), "energy model": 0}
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             calls["decoder"] += 1
@@ -1741,48 +1618,71 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             calls["energy model"] += 1
             return energy_and_gradient(self.energy_model, tiles)[1]
 
+        def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
+            progress_bar.update()
+            if callback_on_step_end is not None:
+                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, step, step, tensors) or {}).pop("latents", latents)
+            if self.interrupt:
+                raise Interruption(latents)
+            return latents
+
         self._interrupt, self._num_timesteps = False, num_inference_steps
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-
-            def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
-                progress_bar.update()
-                if callback_on_step_end is not None:
-                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    returned = callback_on_step_end(self, step, step, given)
-                    latents = latents if returned is None else returned.pop("latents", latents)
-                if self.interrupt:
-                    raise Interruption(latents)
-                return latents
-
-            with frozen(self.vae):
-                search = (
-                    decode,
-                    likelihood,
-                    canvas,
-                    latents,
-                    num_inference_steps,
-                    method,
-                    energy_gradient,
-                    energy_weight,
-                )
-                try:
-                    with frozen(self.energy_model) if energy_weight > 0 else nullcontext():
-                        latents = neural_transport(*search, generator, on_step)
-                except Interruption as interruption:
-                    (latents,) = interruption.args
-                decoded = canvas.join(decode(latents))
+        frozen_energy_model = frozen(self.energy_model) if energy_weight > 0 else nullcontext()
+        with self.progress_bar(total=num_inference_steps) as progress_bar, frozen(self.vae), frozen_energy_model:
+            try:
+                latents = neural_transport(
+                    decode, likelihood, canvas, latents, num_inference_steps, method, energy_gradient, energy_weight, generator,
+                    on_step,
+                )  # fmt: skip
+            except Interruption as interruption:
+                (latents,) = interruption.args
+            decoded = canvas.join(decode(latents))
 
         if not decoded.isfinite().all():
             raise ValueError(
-                f"Answers are not finite in {self.vae.dtype}: the latents that `callback_on_step_end` returns are not, or the decoder's "
-                "weights; else load the pipeline with dtype=torch.float32."
+                f"Answers are not finite in {self.vae.dtype}. Check `latents`, what `callback_on_step_end` returns, `energy_weight` "
+                "and the decoder's weights, or load the pipeline with dtype=torch.float32."
             )
         center = likelihood.mean(decoded)
-        if (excess := (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()) > LARGEST_EXCESS:
+        answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
+        by_measurement = center.unflatten(0, (-1, num_restorations))
+        mean, spread = by_measurement.mean(1), by_measurement.var(1, correction=min(1, num_restorations - 1))
+        std = (spread + likelihood.variance(by_measurement[:, 0])).sqrt() / 2
+        returned = answers.clamp(-1, 1)
+        if output_type == "pil":
+            returned = (returned * 127.5 + 127.5).round() / 127.5 - 1
+        residual = likelihood.relative_residual(answers)
+        self.check_answers(likelihood, center, residual.max().item())
+        energy = None
+        if self.energy_model is not None:
+            calls["energy model"] += 1
+            with frozen(self.energy_model):
+                energies = compute_energy(self.energy_model, canvas.split(answers))
+            energy = energies.unflatten(0, (-1, len(canvas))).mean(1)
+        output = ECVAERestorationOutput(
+            images=postprocess(answers, self.image_processor, output_type),
+            mean=postprocess(mean, self.image_processor, output_type),
+            std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
+            residual=residual,
+            residual_output=likelihood.relative_residual(returned),
+            residual_mean=Likelihood(operator, y, noise_std, variance).relative_residual(mean),
+            energy=energy,
+            num_network_calls=sum(calls.values()),
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def check_answers(likelihood: Likelihood, center: torch.Tensor, residual: float) -> None:
+        """Warn if answers are out of range, or disagree with the measurement."""
+        noise_std = likelihood.noise_std
+        excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
+        if excess > LARGEST_EXCESS:
             logger.warning(
-                f"Answers leave the range of images, [-1, 1], by {excess:.2g} (root mean square): `image` is no measurement of images "
-                f"in [-1, 1], or it holds more noise than `noise_std` ({noise_std:.2g}), which A^+ blows up. Rounding to 8 bits has "
-                f"{ROUNDING_STD:.2g}."
+                f"Answers leave the range of images, [-1, 1], by {excess:.2g} (root mean square). Either `image` is no measurement "
+                f"of images in [-1, 1], or it holds more noise than `noise_std` ({noise_std:.2g}), which A^+ amplifies. Rounding "
+                f"to 8 bits has {ROUNDING_STD:.2g}."
             )
         misfit = likelihood.misfit(center).square().mean().sqrt().item()
         if noise_std > 0 and misfit > LARGEST_MISFIT * noise_std:
@@ -1790,38 +1690,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 f"Answers differ from `image` by {misfit:.2g} (root mean square), but `noise_std` is {noise_std:.2g}: `image` is no "
                 "measurement of images in [-1, 1], or of none that the model knows."
             )
-        answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
-        by_measurement = center.unflatten(0, (-1, num_restorations))
-        spread = (
-            by_measurement.var(dim=1, correction=1) if num_restorations > 1 else torch.zeros_like(by_measurement[:, 0])
-        )
-        std = (spread + likelihood.variance(by_measurement[:, 0])).sqrt() / 2
-        returned = answers.clamp(-1, 1)
-        if output_type == "pil":
-            returned = (returned * 127.5 + 127.5).round() / 127.5 - 1
-        residual = likelihood.relative_residual(answers)
-        if noise_std == 0 and (worst := residual.max().item()) > LARGEST_RESIDUAL:
+        if noise_std == 0 and residual > LARGEST_RESIDUAL:
             logger.warning(
-                f"`noise_std` is 0, but answers agree with `image` only to a relative {worst:.1g}: it is not in the range of the "
-                "operator (a hole of `Inpainting` that is not 0, for example), or its A^+ was not solved to the end."
+                f"Answers agree with `image` only to a relative {residual:.1g}, but `noise_std` is 0. Either `image` is not in the "
+                "range of the operator (a hole of `Inpainting` is not 0, for example), or A^+ was not solved exactly."
             )
-        energy = None
-        if self.energy_model is not None:
-            calls["energy model"] += 1
-            with frozen(self.energy_model):
-                energy = (
-                    compute_energy(self.energy_model, canvas.split(answers)).unflatten(0, (-1, len(canvas))).mean(1)
-                )
-        mean = by_measurement.mean(1)
-        output = ECVAERestorationOutput(
-            images=self.postprocess(answers, output_type),
-            mean=self.postprocess(mean, output_type),
-            std=std if output_type == "pt" else std.permute(0, 2, 3, 1).cpu().numpy(),
-            residual=residual,
-            residual_output=likelihood.relative_residual(returned),
-            energy=energy,
-            num_network_calls=sum(calls.values()),
-            residual_mean=Likelihood(operator, y, noise_std, variance).relative_residual(mean),
-        )
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import takewhile
-from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -211,22 +210,18 @@ UPRIGHT = {
 RANGE_TOLERANCE = 1e-3
 
 
+LARGEST_TEMPERATURE = 100.0
+
+
 def white_level(image: PIL.Image.Image) -> int | None:
-    """Return the value of white in a picture's pixels, `None` if the mode has no agreed one."""
+    """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
     return None if image.mode in UNRANGED_MODES else 255
 
 
-def check_pixels(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if pixels are not finite."""
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ValueError("mode F holds values that are not finite.")
-
-
 def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the mode has no agreed white, or if pixels are not finite."""
-    check_pixels(image)
+    """Raise `ValueError` if the picture's mode has no agreed white."""
     if white_level(image) is None:
         low, high = image.getextrema()
         white = next((level for level in (1, 255, 65535) if high <= level), high)
@@ -237,12 +232,7 @@ def check_mode(image: PIL.Image.Image) -> None:
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """
-    Return how the EXIF data say that a picture lies, from 1 (upright) to 8.
-
-    Raises:
-        ValueError: if the EXIF data can't be read.
-    """
+    """Return the EXIF orientation from 1 (upright) to 8, or raise `ValueError` if the EXIF data can't be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
@@ -252,19 +242,19 @@ def orientation(image: PIL.Image.Image) -> int:
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn a picture as its EXIF data say. Photographs are stored as the camera was held."""
+    """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
     image.load()  # Pillow turns TIFF files itself.
     turn = UPRIGHT.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the alpha channel that the transparent colour of an L, I;16 or RGB picture stands for."""
+    """Return the alpha channel of an L, I;16 or RGB picture with a transparent colour."""
     pixels, key = np.asarray(image), np.array(image.info["transparency"])
     if image.mode == "RGB" and key.max() > 255:
         key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
     if image.mode == "L":
-        # Pillow spreads 2- and 4-bit pixels over 8 bits, and leaves the key.
+        # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
     transparent = pixels == key
@@ -275,8 +265,9 @@ def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     """
-    Bring a picture of any mode to 1, 3 or 4 channels of 8 bits: upright by its EXIF data, with 16 bits scaled and rounded, and
-    with transparency on white unless the channels include alpha.
+    Convert a picture of any mode to 1, 3 or 4 channels of 8 bits.
+
+    The EXIF data turn it upright, 16 bits are scaled and rounded, and transparency is laid on white unless alpha is a channel.
 
     Raises:
         ValueError: if the mode has no agreed white, or the EXIF data can't be read.
@@ -295,71 +286,59 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
         image.info.pop("transparency", None)
         image.putalpha(alpha)
     elif image.has_transparency_data:
-        # Pillow converts La, whose colours are multiplied by alpha, to LA alone.
+        # Pillow converts La, whose colours are multiplied by alpha, only to LA.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if channels < 4 and image.mode == "RGBA":
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    # Pillow converts LAB to RGB alone.
+    # Pillow converts LAB only to RGB.
     return (image.convert("RGB") if image.mode == "LAB" else image).convert(MODES[channels])
 
 
-def as_list(image: Images, name: str) -> list:
-    """Return what an argument holds as a list of PIL images, of arrays or of tensors; arrays and tensors of one shape."""
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    if not images:
-        raise ValueError(f"`{name}` is an empty list.")
-    if not any(all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)):
-        kinds = sorted({type(one).__name__ for one in images})
-        raise ValueError(
-            f"`{name}` must be PIL images, numpy arrays or a tensor, or a list of one, but holds {kinds}."
-        )
-    if not isinstance(images[0], PIL.Image.Image):
-        check_sizes(name, [tuple(one.shape) for one in images])
+def as_list(images: Images, name: str) -> list:
+    """Return an argument as a list of PIL images, of arrays or of tensors."""
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
+    if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
+        found = sorted({type(one).__name__ for one in images})
+        raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
     return images
 
 
-def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
-    if len(set(sizes)) > 1:
-        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
+def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image.Image], np.ndarray]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.stack([read(one) for one in images]))
+    except ValueError as error:
+        raise ValueError(f"`{name}` can't be read: {error}") from error
 
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Return pictures as one tensor (B, C, H, W) in [0, 1]. PIL images get `channels` channels; arrays (B, H, W, C) and tensors
-    (B, C, H, W) keep theirs, and may hold values that are not finite.
+    Convert pictures to one tensor (B, C, H, W) in [0, 1].
+
+    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and may hold values that are
+    not finite.
 
     Raises:
-        ValueError: if there is none, sizes differ, or a picture can't be read or is not in [0, 1].
+        ValueError: if there is no picture, sizes differ, or a picture can't be read or is not in [0, 1].
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
-        try:
-            pictures = [read_picture(one, channels) for one in images]
-        except ValueError as error:
-            raise ValueError(f"`image` can't be read: {error}") from error
-        check_sizes("image", [one.size for one in pictures])
+        levels = read_all(images, "image", lambda one: np.atleast_3d(read_picture(one, channels)))
         if channels == 1 and any(has_colours(one) for one in images):
-            logger.warning(
-                "`image` has colours, and the model is gray: it is read as gray, as training with 1 channel does."
-            )
-        levels = np.stack([np.asarray(one).reshape(*one.size[::-1], channels) for one in pictures])
-        return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 255
-    kind = images[0].dtype
-    if not (kind.is_floating_point if isinstance(images[0], torch.Tensor) else np.issubdtype(kind, np.floating)):
-        raise ValueError(
-            f"`image` as an array or tensor must be floating-point in [0, 1], but is {kind}. Of levels from 0 to 255: image / 255."
-        )
-    image = images if isinstance(image, tuple) else image
+            logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
+        return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
-        image = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
-    picture = processor.preprocess(image)
-    finite = picture[picture.isfinite()]
-    if len(finite) and (finite.min() < -RANGE_TOLERANCE or finite.max() > 1 + RANGE_TOLERANCE):
-        of_model = finite.min() >= -1 - RANGE_TOLERANCE and finite.max() <= 1 + RANGE_TOLERANCE
+        images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
+    picture = processor.preprocess(images[0] if len(images) == 1 else images)
+    if not picture.is_floating_point():
         raise ValueError(
-            f"`image` must have values in [0, 1], but they go from {finite.min():.4g} to {finite.max():.4g}."
-            + (" From [-1, 1]: image / 2 + 0.5." if of_model else "")
+            f"`image` must be floating-point in [0, 1], but is {picture.dtype}. From 8-bit levels: image / 255."
         )
+    finite = picture[picture.isfinite()]
+    if ((finite < -RANGE_TOLERANCE) | (finite > 1 + RANGE_TOLERANCE)).any():
+        low, high = finite.min(), finite.max()
+        recipe = " From [-1, 1]: image / 2 + 0.5." if max(-low, high) <= 1 + RANGE_TOLERANCE else ""
+        raise ValueError(f"`image` must have values in [0, 1], but they go from {low:.4g} to {high:.4g}.{recipe}")
     return picture
 
 
@@ -370,50 +349,45 @@ def has_colours(image: PIL.Image.Image) -> bool:
     return bool((pixels[..., 1:] != pixels[..., :1]).any())
 
 
-LARGEST_TEMPERATURE = 100.0
-
-
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    generators = generator if isinstance(generator, list) else [generator]
-    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
-        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-    if isinstance(generator, list) and len(generator) != count:
-        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+    kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
+    if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
+        )
 
 
-def check_sampling(
+def prepare_latents(
     batch_size: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    latents: torch.Tensor | None,
     num_latents: int,
     temperature: float,
-    output_type: str | None,
-) -> None:
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """
+    Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
+
     Raises:
-        ValueError: naming the argument, its value and what is allowed. `latents` are (batch_size, num_latents, 1, 1).
+        ValueError: if an argument is outside its range, or `latents` do not fit the others.
     """
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-    if not isinstance(temperature, Real) or not 0 <= temperature <= LARGEST_TEMPERATURE:
-        raise ValueError(f"`temperature` must be a number from 0 to {LARGEST_TEMPERATURE:g}, but is {temperature!r}.")
-    if output_type not in ("pil", "np", "pt", "latent", None):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
-    if latents is not None:
-        if not isinstance(latents, torch.Tensor):
-            raise ValueError(f"`latents` must be a tensor, but is {type(latents)}.")
-        if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != (num_latents, 1, 1):
-            raise ValueError(
-                f"`latents` must have shape (batch_size, {num_latents}, 1, 1), not {tuple(latents.shape)}."
-            )
-        if batch_size not in (1, latents.shape[0]):
-            raise ValueError(f"`batch_size` is {batch_size}, but `latents` holds {latents.shape[0]}.")
-        if temperature != 1.0:
-            raise ValueError("`latents` are decoded as they are: scale them yourself, and leave `temperature` at 1.")
-        if not torch.isfinite(latents).all():
-            raise ValueError("`latents` holds values that are not finite.")
-        batch_size = latents.shape[0]
+    if not 0 <= temperature <= LARGEST_TEMPERATURE or (temperature != 1.0 and latents is not None):
+        raise ValueError(
+            f"`temperature` must be from 0 to {LARGEST_TEMPERATURE:g}, and 1 with `latents`, but is {temperature}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    if latents is not None and batch_size == 1:
+        batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
+    shape = (batch_size, num_latents, 1, 1)
+    if latents is None:
+        return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+    return latents.to(device=device, dtype=dtype)
 
 
 def check_finite(images: torch.Tensor, temperature: float) -> None:
@@ -423,6 +397,15 @@ def check_finite(images: torch.Tensor, temperature: float) -> None:
             f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
             "`temperature`, or load the pipeline with dtype=torch.float32."
         )
+
+
+def postprocess(
+    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
+) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    if output_type not in ("pil", "np", "pt", None):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
 def unwrapped(component):
@@ -535,25 +518,25 @@ PipelineImageInput = (
     PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 )
 
-# On a CPU so many bytes of the decoder's widest activations are computed at a time: beyond, they outgrow the cache, and
-# each buffer is fetched from the system anew, which made batches of 256 up to 2.5 times slower.
+# Bytes of the decoder's widest activations that a CPU computes at a time. More outgrow the cache, and each buffer is fetched
+# from the system anew: batches of 256 were up to 2.5 times slower.
 CPU_PART_BYTES = 8 * 2**20
 
 
 class ECVAEPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass an image.
+    Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass per image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
-    Parameters:
+    Args:
         vae ([`AutoencoderEC`]):
-            The autoencoder whose decoder makes images of latents drawn from N(0, I).
+            The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
-            The energy model that calibrated it. Needed by `score` and `num_refinement_steps` only.
+            The energy model that calibrated it. Only `score` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
-            The chain it was calibrated with. Needed by `num_refinement_steps` only.
+            The chain that it was calibrated with. Only `num_refinement_steps` requires it.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -570,37 +553,25 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
-    def check_inputs(
-        self,
-        batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        temperature: float,
-        num_refinement_steps: int,
-        output_type: str | None,
-    ) -> None:
-        num_latents = self.vae.config.latent_channels
-        check_sampling(batch_size, generator, latents, num_latents, temperature, output_type)
-        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
+    def check_inputs(self, num_refinement_steps: int, output_type: str | None) -> None:
+        if num_refinement_steps < 0 or (num_refinement_steps > 0 and output_type == "latent"):
             raise ValueError(
-                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
+                f"`num_refinement_steps` must be at least 0, and 0 with output_type='latent', but is {num_refinement_steps}."
             )
         if num_refinement_steps > 0 and (self.energy_model is None or self.scheduler is None):
+            missing = "energy_model" if self.energy_model is None else "scheduler"
             raise ValueError(
-                "`num_refinement_steps` above 0 needs an energy model and a scheduler, and this pipeline has not both. "
-                "Load it without `energy_model=None`, or pass them to the constructor."
+                f"`num_refinement_steps` requires an energy model and a scheduler; this pipeline has no `{missing}`."
             )
-        if output_type == "latent" and num_refinement_steps > 0:
-            raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
 
     @property
     def num_timesteps(self) -> int:
-        """Number of refinement steps that were last asked for."""
+        """Number of refinement steps of the latest call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether refinement ends before its next step: `_interrupt` may be set meanwhile, by another thread for example."""
+        """Whether refinement stops before its next step. Set `_interrupt` to stop it, from another thread for example."""
         return self._interrupt
 
     def refinement_steps(self, num_steps: int) -> Iterable[int]:
@@ -609,9 +580,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
-        Where and as what the decoder takes its latents. Both are those of the layer that reads them, unless a hook
-        (offloading, layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all
-        modules five times to find that there is none, which takes as long as half a pass of a small decoder.
+        Return device and dtype of the decoder's latents: those of the layer that reads them, unless a hook (offloading,
+        layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all modules five times,
+        which takes as long as half a pass of a small decoder.
         """
         conv_in = self.vae.decoder.conv_in
         # A hook that reaches this layer sits on it or on a module around it.
@@ -621,7 +592,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return conv_in.weight.device, conv_in.weight.dtype
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1]; on a CPU a large batch in parts."""
+        """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
         part = len(latents)
         if latents.device.type == "cpu":
             config = self.vae.config
@@ -631,36 +602,21 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             return self.vae.decode(latents, return_dict=False)[0]
         return torch.cat([self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)])
 
-    def prepare_latents(
-        self,
-        batch_size: int,
-        temperature: float,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
-        device, dtype = self.latents_placement()
-        if latents is not None:
-            return latents.to(device=device, dtype=dtype)
-        shape = (batch_size, self.vae.config.latent_channels, 1, 1)
-        return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-
     def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
         """
-        Read and check images, and bring them to the model's range: PIL images of any mode, arrays (B, H, W, C) or tensors
-        (B, C, H, W) in [0, 1] become a tensor in [-1, 1].
+        Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1].
 
         Raises:
             ValueError: if size, channels or range are not the model's, or a value is not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
-        if images.shape[0] == 0 or tuple(images.shape[1:]) != (channels, size, size):
+        if tuple(images.shape) != (max(1, len(images)), channels, size, size):
             raise ValueError(
-                f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
-                "(batch, channels, height, width)."
+                f"`image` must have shape (batch, {channels}, {size}, {size}), but has {tuple(images.shape)}."
             )
-        if not torch.isfinite(images).all():
-            raise ValueError("`image` holds values that are not finite.")
+        if not images.isfinite().all():
+            raise ValueError("`image` must have finite values.")
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
         return self.image_processor.normalize(images)
 
@@ -670,10 +626,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         num_refinement_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Run the calibrating chain on images in [-1, 1]: the correction that training teaches the decoder."""
+        """Run the calibrating chain, which training teaches the decoder, on images in [-1, 1]."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
-        # A scheduler of its own: the pipeline's may be that of a calibrator, whose chain has another length.
+        # A copy, since the pipeline's scheduler may belong to a calibrator with another number of steps.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
@@ -681,13 +637,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 gradient = energy_and_gradient(self.energy_model, sample)[1]
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
-
-    def postprocess(
-        self, sample: torch.Tensor, output_type: str | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Images in [-1, 1] to `output_type`. At once: asked to denormalize, the processor goes image by image."""
-        sample = self.image_processor.denormalize(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type or "np")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -708,17 +657,16 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             batch_size (`int`, *optional*, defaults to 1):
                 The number of images to generate.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator, or a list of one an image, to make generation deterministic.
+                One generator, or a list of one per image, to make generation deterministic.
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
                 Latents to decode as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of Langevin steps on the energy model after decoding. For comparison: calibration makes the
-                decoder do without.
+                Number of Langevin steps on the energy model after decoding. A calibrated decoder does not need them.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents themselves, not decoded. `None` is `"np"`.
+                `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -730,10 +678,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 returned where the first element is a list with the generated images.
 
         Raises:
-            ValueError: if an argument is outside what is listed above.
+            ValueError: if an argument is outside its range.
         """
-        self.check_inputs(batch_size, generator, latents, temperature, num_refinement_steps, output_type)
-        latents = self.prepare_latents(batch_size, temperature, generator, latents)
+        self.check_inputs(num_refinement_steps, output_type)
+        num_latents = self.vae.config.latent_channels
+        latents = prepare_latents(batch_size, num_latents, temperature, generator, latents, *self.latents_placement())
         if output_type == "latent":
             image = latents
         else:
@@ -741,7 +690,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             check_finite(image, temperature)
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
-            image = self.postprocess(image, output_type)
+            image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:
@@ -768,30 +717,27 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of steps, each a decoder pass there and back, by which the latents are brought nearer to the true
-                posterior, -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 but for a constant: of Langevin dynamics from a
-                draw, of gradient descent (towards the likeliest latent) from the mean.
+                Number of steps, each a decoder pass forth and back, that move the latents towards the true posterior,
+                -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant: Langevin steps from a draw, gradient descent to the
+                likeliest latents from the mean.
             variance (`float`, *optional*, defaults to 0.5):
-                s^2 of a pixel, above 0: half of the KL weight that the autoencoder was trained with.
-            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draws deterministic.
+                s^2 per pixel, above 0: half of the KL weight that the autoencoder was trained with.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or a list of one per image, to make the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                As for generation; `"latent"` gives the encoding, shape `(batch_size, latent_channels, 1, 1)`.
+                As for generation; `"latent"` gives the encoding, of shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
-            ValueError: if size, channels or range of `image` are not the model's, a value is not finite, or the number of
-                steps or the variance is out of its range.
+            ValueError: if `image` does not fit the model, or another argument is outside its range.
         """
-        self.check_inputs(1, None, None, 1.0, 0, output_type)
-        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
-            raise ValueError(
-                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
-            )
-        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
-            raise ValueError(f"`variance` must be a finite number above 0, but is {variance!r}.")
+        if num_refinement_steps < 0:
+            raise ValueError(f"`num_refinement_steps` must be at least 0, but is {num_refinement_steps}.")
+        if not 0 < variance < float("inf"):
+            raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
         images = self.prepare_image(image)
         check_generator(generator, images.shape[0])
         posterior = self.vae.encode(images).latent_dist
@@ -820,9 +766,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
         Args:
             image_a, image_b (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                B images each, as for `reconstruct`.
+                B images each, or one, as for `reconstruct`.
             num_steps (`int`, *optional*, defaults to 8):
-                Number of images from a to b, both ends' reconstructions included; at least 2.
+                Number of images from a to b, including the reconstructions of both; at least 2.
             output_type (`str`, *optional*, defaults to `"pil"`): As for generation.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
 
@@ -830,13 +776,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             [`~pipelines.ImagePipelineOutput`] or `tuple` with B * `num_steps` images, pair by pair.
 
         Raises:
-            ValueError: if there are fewer than 2 steps, the numbers of images differ, or an image does not fit.
+            ValueError: if there are fewer than 2 steps, or an image does not fit the model.
         """
-        if not isinstance(num_steps, Integral) or num_steps < 2:
-            raise ValueError(f"`num_steps` must be an integer of at least 2, but is {num_steps!r}.")
+        if num_steps < 2:
+            raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}.")
         ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
-        if ends[0].shape != ends[1].shape:
-            raise ValueError(f"`image_a` holds {ends[0].shape[0]} image(s) and `image_b` {ends[1].shape[0]}.")
         weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
         latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
@@ -844,7 +788,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     @torch.no_grad()
     def score(self, image: PipelineImageInput) -> torch.Tensor:
         """
-        The energy of images: low = like the training data. Only differences mean anything.
+        Return the energies of images: low means like the training data. Only differences between energies are meaningful.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
@@ -854,10 +798,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             `torch.Tensor` of shape `(B,)`, float32.
 
         Raises:
-            ValueError: if the pipeline has no energy model, or an image does not fit.
+            ValueError: if the pipeline has no energy model, or an image does not fit the model.
         """
         if self.energy_model is None:
-            raise ValueError("`score` needs an energy model, and this pipeline was loaded or made without one.")
+            raise ValueError("`score` requires an energy model; this pipeline has no `energy_model`.")
         sample = self.prepare_image(image).to(self.energy_model.dtype)
         with frozen(self.energy_model):
             energy = compute_energy(self.energy_model, sample)
@@ -865,5 +809,5 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return energy
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """As for every pipeline of ours, and the code by which the same components restore pictures."""
+        """Save what every pipeline of this package saves, and the code that restores pictures with the same components."""
         super().save_config(save_directory, **kwargs)

@@ -6,9 +6,9 @@
 import inspect
 import json
 import warnings
-from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -21,46 +21,44 @@ LARGEST_TEMPERATURE = 100.0
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    generators = generator if isinstance(generator, list) else [generator]
-    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
-        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-    if isinstance(generator, list) and len(generator) != count:
-        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {count} {of}.")
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+    kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
+    if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
+        )
 
 
-def check_sampling(
+def prepare_latents(
     batch_size: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    latents: torch.Tensor | None,
     num_latents: int,
     temperature: float,
-    output_type: str | None,
-) -> None:
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """
+    Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
+
     Raises:
-        ValueError: naming the argument, its value and what is allowed. `latents` are (batch_size, num_latents, 1, 1).
+        ValueError: if an argument is outside its range, or `latents` do not fit the others.
     """
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-    if not isinstance(temperature, Real) or not 0 <= temperature <= LARGEST_TEMPERATURE:
-        raise ValueError(f"`temperature` must be a number from 0 to {LARGEST_TEMPERATURE:g}, but is {temperature!r}.")
-    if output_type not in ("pil", "np", "pt", "latent", None):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
-    if latents is not None:
-        if not isinstance(latents, torch.Tensor):
-            raise ValueError(f"`latents` must be a tensor, but is {type(latents)}.")
-        if latents.ndim != 4 or latents.shape[0] == 0 or tuple(latents.shape[1:]) != (num_latents, 1, 1):
-            raise ValueError(
-                f"`latents` must have shape (batch_size, {num_latents}, 1, 1), not {tuple(latents.shape)}."
-            )
-        if batch_size not in (1, latents.shape[0]):
-            raise ValueError(f"`batch_size` is {batch_size}, but `latents` holds {latents.shape[0]}.")
-        if temperature != 1.0:
-            raise ValueError("`latents` are decoded as they are: scale them yourself, and leave `temperature` at 1.")
-        if not torch.isfinite(latents).all():
-            raise ValueError("`latents` holds values that are not finite.")
-        batch_size = latents.shape[0]
+    if not 0 <= temperature <= LARGEST_TEMPERATURE or (temperature != 1.0 and latents is not None):
+        raise ValueError(
+            f"`temperature` must be from 0 to {LARGEST_TEMPERATURE:g}, and 1 with `latents`, but is {temperature}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    if latents is not None and batch_size == 1:
+        batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
+    shape = (batch_size, num_latents, 1, 1)
+    if latents is None:
+        return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+    return latents.to(device=device, dtype=dtype)
 
 
 def check_finite(images: torch.Tensor, temperature: float) -> None:
@@ -70,6 +68,15 @@ def check_finite(images: torch.Tensor, temperature: float) -> None:
             f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
             "`temperature`, or load the pipeline with dtype=torch.float32."
         )
+
+
+def postprocess(
+    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
+) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    if output_type not in ("pil", "np", "pt", None):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
 def unwrapped(component):
@@ -181,20 +188,20 @@ EXAMPLE_DOC_STRING = """
 
 class ECFlowPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for unconditional image generation with an energy-calibrated normalizing flow: one pass of its inverse an image.
+    Pipeline for unconditional image generation with an energy-calibrated normalizing flow: one pass of its inverse per image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
-    Parameters:
-        flow ([`FlowEC`]): The flow whose inverse makes images of latents drawn from N(0, I).
-        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated it. Not needed to sample.
-        scheduler ([`LangevinScheduler`], *optional*): The chain it was calibrated with. Not needed to sample.
+    Args:
+        flow ([`FlowEC`]): The flow whose inverse maps latents from N(0, I) to images.
+        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated it. Sampling does not need it.
+        scheduler ([`LangevinScheduler`], *optional*): The chain that it was calibrated with. Sampling does not need it.
     """
 
     model_cpu_offload_seq = "flow->energy_model"
     _optional_components = ["energy_model", "scheduler"]
-    # One pass, which nothing interrupts.
+    # Nothing interrupts its one pass.
     num_timesteps, interrupt = 1, False
 
     def __init__(
@@ -224,14 +231,14 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator, or a list of one an image, to make generation deterministic.
+                One generator, or a list of one per image, to make generation deterministic.
             latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`, *optional*):
                 Latents to map to images as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
-                images are clamped; or `"latent"`, the latents themselves. `None` is `"np"`.
+                images are clamped; or `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -243,19 +250,15 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
                 returned where the first element is a list with the generated images.
 
         Raises:
-            ValueError: if an argument is outside what is listed above.
+            ValueError: if an argument is outside its range.
         """
-        check_sampling(batch_size, generator, latents, self.flow.num_latents, temperature, output_type)
-        device, dtype = self._execution_device, self.flow.dtype
-        if latents is None:
-            shape = (batch_size, self.flow.num_latents, 1, 1)
-            latents = temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        image = latents.to(device=device, dtype=dtype)
+        image = prepare_latents(
+            batch_size, self.flow.num_latents, temperature, generator, latents, self._execution_device, self.flow.dtype
+        )
         if output_type != "latent":
             sample = self.flow.decode(image)
             check_finite(sample, temperature)
-            sample = self.image_processor.denormalize(sample)
-            image = self.image_processor.postprocess(sample, output_type=output_type or "np")
+            image = postprocess(sample, self.image_processor, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:

@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Zero-shot restoration: what images the decoder G holds for likely, given a measurement y = A x + n, n ~ N(0, sigma^2 I).
+r"""Zero-shot restoration: images that the decoder G makes likely, given a measurement y = A x + n, n ~ N(0, sigma^2 I).
 
-The model's own error is that of its reconstructions: given its latents an image is taken for :math:`x \sim N(G(z), v I)`, so that
+The model's error is that of its reconstructions: given its latents, an image is :math:`x \sim N(G(z), v I)`, so that
 
 .. math:: y \mid z \sim N(A G(z),\; v A A^T + \sigma^2 I).
 
@@ -9,11 +9,11 @@ The model's own error is that of its reconstructions: given its latents an image
 
 .. math:: U(z) = \tfrac12 r^T (v A A^T + \sigma^2 I)^{-1} r + w f(\hat x(z)) + \tfrac12 \|z\|^2, \qquad r = y - A G(z).
 
-With :math:`A_s = A^T (A A^T + s I)^{-1}`, s = sigma^2 / v, the first term's gradient with respect to G is :math:`-A_s r / v`:
-one application of A and one of its damped inverse, whatever the operator.
+With :math:`A_s = A^T (A A^T + s I)^{-1}`, s = sigma^2 / v, the gradient of the first term with respect to G is
+:math:`-A_s r / v`: one application of A and one of its damped inverse, for every operator.
 
-An image larger than the model's is the weighted mean of overlapping tiles G(z_t): f is then summed over tiles, and U has a
-further term, the error of each tile against that mean, :math:`\tfrac1{2v} \sum_t \|\sqrt{w_t} (G(z_t) - x_t)\|^2`.
+An image larger than the model's is the weighted mean of overlapping tiles G(z_t). Then f is summed over tiles, and U has
+another term, the error of each tile against that mean, :math:`\tfrac1{2v} \sum_t \|\sqrt{w_t} (G(z_t) - x_t)\|^2`.
 
 **Range and null space**: given latents, the mean of x is :math:`\hat x = G + A_s r`. Without noise that is
 :math:`A^+ y + (I - A^+ A) G`, which agrees with y to the last digit.
@@ -32,30 +32,30 @@ from .operators.linear_operator import LinearOperator
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-# Relative residual of a restoration without noise, and the sizes, relative to A's own, of what is damped until it is reached.
+# Relative residual of a restoration without noise, and the dampings, relative to A, that are tried until it is reached.
 ENOUGH_RESIDUAL = 1e-6
 CUTOFF_LEVELS = (1e-4, 1e-5, 1e-6, 1e-7)
-# Of the steps of the Langevin method, the share that first goes downhill to the latents' neighbourhood, by Adam.
+# Share of the Langevin method's steps that first descend to the neighbourhood of the latents, by Adam.
 DESCENT_SHARE = 0.4
 DESCENT_RATE, DESCENT_BETAS = 0.4, (0.8, 0.9)
-# Decoder passes that estimate the curvature of U, at most a fifth of all.
+# Decoder passes that estimate the curvature of U; at most a fifth of all.
 NUM_CURVATURE_PROBES = 6
-# Of the first and the last Langevin step, in units of the inverse curvature: long ones find their way, and short ones are exact.
+# First and last Langevin step, in units of the inverse curvature: long steps find their way, short ones are exact.
 FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
-# Draws by which a pixel's variance is estimated: operator calls only.
+# Draws that estimate the variance of pixels; they only call the operator.
 NUM_VARIANCE_PROBES = 64
-# A draw has no error of the decoder's where the measurement tells less than so many times its noise does.
+# Draws leave out the decoder's error where the measurement tells less than this times its noise does.
 LEAST_SEEN = 0.1
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """
-    p(y | z) of measurements (B, ...), for M answers each.
+    The likelihood p(y | z) of measurements (B, ...), for M answers each.
 
-    Images and latents of answers are measurement-major, (B * M, ...): the answers to one measurement stand together. The
-    operator is called with batches of B, the answers one after the other: it may have a mask for each of its images.
+    Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
+    after the other: it may have a mask per image.
 
     Args:
         operator ([`LinearOperator`]): A.
@@ -64,7 +64,7 @@ class Likelihood:
         model_variance (`float`): v, above 0.
         num_answers (`int`): M.
         error_spectrum (`list[float]`, *optional*):
-            Of the model's error, by which `variance` knows it better than as v I (`model_error.py`).
+            Spectrum of the model's error, with which `variance` knows it better than as v I (`model_error.py`).
     """
 
     operator: LinearOperator
@@ -76,7 +76,7 @@ class Likelihood:
 
     @property
     def damping(self) -> float:
-        """s = sigma^2 / v."""
+        """Return s = sigma^2 / v."""
         return self.noise_std**2 / self.model_variance
 
     def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
@@ -92,23 +92,23 @@ class Likelihood:
         return self.each_answer(lambda y: self.operator.A_dagger(y, damping), y)
 
     def misfit(self, x: torch.Tensor) -> torch.Tensor:
-        """r = y - A x."""
+        """Return r = y - A x."""
         return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
 
     def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """||A x - y|| over ||y|| of each answer, shape (B * M,), in float64 where the device has it; ||A x|| where y is 0."""
+        """Return ||A x - y|| / ||y|| of each answer, shape (B * M,), or ||A x|| if y is 0; in float64 if the device has it."""
         size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
         difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
         return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
 
     def gradient(self, x: torch.Tensor) -> torch.Tensor:
-        """Of -log p(y | z) with respect to x = G(z): -A_s r / v."""
+        """Return the gradient of -log p(y | z) with respect to x = G(z), -A_s r / v."""
         return -self.A_dagger(self.misfit(x), self.damping) / self.model_variance
 
     def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        A draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images: with J the decoder's Jacobian, the mean of
-        (J^T g)^2 is the diagonal of the Gauss-Newton curvature of -log p(y | z).
+        Draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images. With the decoder's Jacobian J, the mean of (J^T g)^2
+        is the diagonal of the Gauss-Newton curvature of -log p(y | z).
         """
         noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
         if self.noise_std > 0:
@@ -116,12 +116,12 @@ class Likelihood:
         return self.A_dagger(noise, self.damping) / self.model_variance
 
     def project(self, g: torch.Tensor) -> torch.Tensor:
-        """(I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        """Return (I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
         return g - self.A_dagger(self.A(g), self.damping)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
+        Return x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
         blur's A^+ leaves out is added with less and less damping, in float64.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
@@ -135,14 +135,14 @@ class Likelihood:
         return restored
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In float64, where the device and the operator have it."""
+        """Convert to float64, if the device and the operator have it."""
         return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
 
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        A draw of x given z and y, whose residual is sigma an entry if v is right. What the measurement says nothing
-        of (the null space of A, and what a blur has all but taken away) is left as the decoder has it: there a draw would add
-        noise of v to each pixel. Without noise there is nothing to draw: that is `mean`.
+        Draw x given z and y, with a residual of sigma per entry if v is right. What the measurement does not tell (the null space
+        of A, and what a blur almost removes) is left as the decoder makes it, since a draw would add noise of v to each pixel.
+        Without noise there is nothing to draw: use `mean`.
         """
         error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
         seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
@@ -152,18 +152,18 @@ class Likelihood:
 
     def variance(self, like: torch.Tensor) -> torch.Tensor:
         r"""
-        Of each pixel x given z and y, (B, C, H, W): the error of the mean x^ is (I - A_s A) e - A_s n, where the model's error e
-        has covariance v C (`model_error.py`), so this is the diagonal of
+        Return the variance of each pixel x given z and y, (B, C, H, W). The error of the mean x^ is (I - A_s A) e - A_s n, where
+        the model's error e has covariance v C (`model_error.py`), so this is the diagonal of
 
         .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
 
-        which for C = I is v (I - A_s A). Where A^T A is diagonal it does not depend on C, and is exact; else it is estimated by 64
-        draws with random signs for entries, within about 9% of the standard deviation of a pixel.
+        or v (I - A_s A) for C = I. It is exact if A^T A is diagonal, and does not depend on C then. Otherwise 64 draws with random
+        signs for entries estimate it within about 9% of the standard deviation of a pixel.
         """
         if self.operator.is_diagonal:
             seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
             return self.model_variance * (1 - seen)
-        # The maps of all images are the same where the operator is: one stands for all.
+        # All images have the same variance if the operator is the same for all.
         count = 1 if self.operator.is_the_same_for_all_images else len(like)
         entries, measured = like[:count], self.y[:count].to(like.dtype)
         generator = torch.Generator().manual_seed(0)
@@ -186,23 +186,20 @@ class Likelihood:
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
-    """Standard normal draws; of a list of generators each makes the same number of entries, such as an answer's tiles."""
-    if isinstance(generator, list):
-        part = (shape[0] // len(generator), *shape[1:])
-        return torch.cat(
-            [randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generator]
-        )
-    return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+    """Draw from N(0, I). Each of a list of generators draws the same number of entries, such as an answer's tiles."""
+    generators = generator if isinstance(generator, list) else [generator]
+    part = (shape[0] // len(generators), *shape[1:])
+    return torch.cat([randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generators])
 
 
 class Canvas:
     """
-    Images of any size, made of overlapping tiles of the model's: one tile where the sizes are equal.
+    Images of any size as overlapping tiles of the model's size, or as one tile if the sizes are equal.
 
     Args:
-        height, width (`int`): Of the image, each at least `tile_size`.
+        height, width (`int`): Size of the image, each at least `tile_size`.
         tile_size (`int`): Height and width of a tile.
-        overlap (`int`): Pixels that neighbours share at least.
+        overlap (`int`): Least number of pixels that neighbours share.
     """
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
@@ -212,13 +209,9 @@ class Canvas:
             for top in self.starts(height, tile_size, overlap)
             for left in self.starts(width, tile_size, overlap)
         ]
-        # A tile counts the less the nearer its border is, except at the image's own.
-        ramp = (
-            torch.arange(tile_size)
-            .add(0.5)
-            .minimum(torch.arange(tile_size).add(0.5).flip(0))
-            .clamp(max=max(overlap, 1))
-        )
+        # A tile counts less near its border.
+        ramp = torch.arange(tile_size) + 0.5
+        ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
         weight = torch.outer(ramp, ramp)
         total = torch.zeros(height, width)
         for top, left in self.corners:
@@ -229,7 +222,7 @@ class Canvas:
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
-        """First pixels of tiles that are spread evenly."""
+        """Return the first pixels of evenly spread tiles."""
         count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
         return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
 
@@ -237,13 +230,13 @@ class Canvas:
         return len(self.corners)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, C, H, W) to their tiles (N * T, C, S, S)."""
+        """Cut images (N, C, H, W) into tiles (N * T, C, S, S)."""
         size = self.tile_size
         tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
     def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `split`: where tiles overlap, their sum."""
+        """Apply the adjoint of `split`: sum tiles where they overlap."""
         size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
         x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
         for index, (top, left) in enumerate(self.corners):
@@ -251,15 +244,15 @@ class Canvas:
         return x
 
     def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles (N * T, C, S, S) to images (N, C, H, W): where they overlap, their weighted mean."""
+        """Join tiles (N * T, C, S, S) to images (N, C, H, W): their weighted mean where they overlap."""
         return self.split_adjoint(self.weigh(tiles))
 
     def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Tiles by their weights in the image, which sum up to 1 in each pixel."""
+        """Multiply tiles by their weights, which sum up to 1 in each pixel of the image."""
         return (tiles.unflatten(0, (-1, len(self))) * self.weights.to(tiles)).flatten(0, 1)
 
     def join_adjoint(self, x: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `join`: by it gradients of images become those of tiles."""
+        """Apply the adjoint of `join`, which maps gradients of images to those of tiles."""
         return self.weigh(self.split(x))
 
 
@@ -276,23 +269,23 @@ def neural_transport(
     on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Latents that explain a measurement: draws from e^{-U}, or points where U is lowest.
+    Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
-    `"langevin"` first goes downhill (Adam), estimates the diagonal of the curvature of U there, h, and then takes Langevin
-    steps z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` goes downhill
-    all the way, with a rate that comes down to 0 (a cosine).
+    `"langevin"` first descends (Adam), estimates the diagonal h of the curvature of U there, and then takes Langevin steps
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` only descends, with a
+    cosine rate down to 0.
 
     Args:
-        decode (`Callable`): G, of latents (N, ...) to tiles (N, C, S, S) in float32, differentiable.
-        likelihood ([`Likelihood`]): Of B measurements with M answers.
-        canvas ([`Canvas`]): Of T tiles.
-        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Where to start.
-        num_steps (`int`): Decoder passes in all.
+        decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
+        likelihood ([`Likelihood`]): B measurements with M answers.
+        canvas ([`Canvas`]): T tiles.
+        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents.
+        num_steps (`int`): Total number of decoder passes.
         method (`str`, *optional*, defaults to `"langevin"`): Or `"map"`.
-        energy_gradient (`Callable`, *optional*): The gradient of f, of tiles, in their shape.
+        energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
         energy_weight (`float`, *optional*, defaults to 0.0): w, at least 0.
-        generator (`torch.Generator` or a list of one an answer, *optional*): Makes the draws deterministic.
-        on_step (`Callable`, *optional*): Called with the number of the step and the latents; gives the latents to go on with.
+        generator (`torch.Generator` or a list of one per answer, *optional*): Makes the draws deterministic.
+        on_step (`Callable`, *optional*): Called with the number of the step and the latents; returns the next latents.
 
     Returns:
         `torch.Tensor` of the shape of `latents`.
@@ -302,7 +295,7 @@ def neural_transport(
     num_tiles = len(canvas)
 
     def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """J^T of what `gradient_of` makes of the tiles."""
+        """Apply J^T to what `gradient_of` makes of the tiles."""
         with torch.inference_mode(False), torch.enable_grad():
             # A tensor of inference mode can't carry gradients, a copy of it can.
             latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
@@ -318,8 +311,8 @@ def neural_transport(
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Tiles that share pixels have each the model's error of the image that they are part of. The mean itself moves
-            # with them, but the weighted differences to it sum up to 0.
+            # Each tile has the model's error against the image. The mean moves with the tiles, but the weighted differences to
+            # it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
@@ -349,11 +342,11 @@ def neural_transport(
 
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
-    # The answers to one measurement lie near each other, so they share their estimate.
+    # Answers to one measurement are near each other and share their estimate.
     shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
     estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
-    # Few probes may take a curvature for far too small, and steps would grow without bound. The square of the gradient, whose
-    # mean along a stationary chain is the curvature too, then does not let them.
+    # Few probes may underestimate the curvature, and steps would grow without bound. The squared gradient, whose mean along a
+    # stationary chain is the curvature too, bounds them.
     square = estimate
     start = num_descents + num_probes
     for step in range(start, num_steps):
@@ -363,7 +356,7 @@ def neural_transport(
         square = torch.lerp(slope.square(), square, SQUARE_DECAY)
         bound = torch.maximum(square, slope.square() / SQUARE_LIMIT) / SQUARE_LIMIT
         variance = 1 / torch.maximum(estimate, bound)
-        # With this noise a step is exact where U is quadratic and the curvature is right.
+        # With this noise a step is exact if U is quadratic and the curvature is right.
         spread = (variance * (1 - (1 - size) ** 2)).sqrt()
         latents = step_done(step, latents - size * variance * slope + spread * noise)
     return latents

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -59,13 +57,6 @@ def test_blur_is_scipys_convolution(name, padding, mode):
     np.testing.assert_allclose(Blur(kernel, padding).A(x)[0, 0], expected, atol=1e-12)
 
 
-def test_both_paddings_agree_inside():
-    x = torch.rand(1, 1, 32, 32, generator=seeded(), dtype=torch.float64)
-    for kernel in kernels().values():
-        inside = [Blur(kernel, padding).A(x)[..., 8:-8, 8:-8] for padding in ("circular", "reflect")]
-        torch.testing.assert_close(*inside)
-
-
 def test_kernels():
     for kernel in (gaussian_kernel(1.3), gaussian_kernel((1, 2), 40), uniform_kernel(5), motion_kernel(7, 35)):
         assert kernel.sum().item() == pytest.approx(1, abs=1e-6) and kernel.min() >= 0
@@ -109,13 +100,8 @@ def test_large_mirrored_blur_is_solved():
 
 def test_compressed_sensing_draws():
     for make in (CompressedSensing.hadamard, CompressedSensing.orthonormal):
-        one, same, other = (
-            make(0.25, 8, seeded()),
-            make(0.25, 8, seeded()),
-            make(0.25, 8, torch.Generator().manual_seed(1)),
-        )
-        assert one.matrix.shape == (16, 64)
-        assert torch.equal(one.matrix, same.matrix) and not torch.equal(one.matrix, other.matrix)
+        one, same, other = (make(0.25, 8, torch.Generator().manual_seed(seed)).matrix for seed in (0, 0, 1))
+        assert one.shape == (16, 64) and torch.equal(one, same) and not torch.equal(one, other)
     assert CompressedSensing.hadamard(generator=seeded()).matrix.abs().unique().numel() == 1
     # All the rows: nothing is lost.
     whole, x = CompressedSensing.orthonormal(1.0, 4), image()
@@ -159,7 +145,7 @@ def test_other_peoples_operators():
     torch.testing.assert_close(mixed.A(mixed.A_dagger(y)), y)
     assert as_operator(mixed) is mixed
     for wrong in (torch.eye(3), (physics.A,), None, "inpainting"):
-        with pytest.raises(ValueError, match="`operator` must be a LinearOperator"):
+        with pytest.raises(ValueError, match="`operator`"):
             as_operator(wrong)
 
 
@@ -197,81 +183,66 @@ def test_stack_of_functions_that_ask_for_their_own_batch():
     x = image().expand(3, -1, -1, -1)
     torch.testing.assert_close(operator.A(operator.A_dagger(operator.A(x))), operator.A(x))
     assert set(seen) == {(3, torch.float64)}
-    with pytest.raises(ValueError, match="`y` must have shape .batch, 53., but has .3, 52."):
+    with pytest.raises(RuntimeError):
         operator.A_adjoint(torch.zeros(3, 52))
 
 
-def test_loaded_in_another_process(tmp_path):
-    """With the values of its mask, which no seed makes again."""
-    operator = Stack([Inpainting.random(12, 16, 0.5), CompressedSensing.orthonormal(0.5, 4)], (1, 12, 16))
-    operator.save_pretrained(tmp_path)
-    code = (
-        "import sys, torch; from ecvae_diffusers.operators import LinearOperator;"
-        "x = torch.arange(192.).view(1, 1, 12, 16) / 192;"
-        "print(LinearOperator.from_pretrained(sys.argv[1]).A(x).double().square().sum().item())"
-    )
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    x = torch.arange(192.0).view(1, 1, 12, 16) / 192
-    assert float(found.stdout) == pytest.approx(operator.A(x).double().square().sum().item(), rel=1e-6)
-
-
 def test_what_can_not_be_saved_or_loaded(tmp_path):
-    with pytest.raises(ValueError, match="made of functions can't be saved"):
+    with pytest.raises(ValueError, match="FunctionOperator"):
         EVERY["functions"].save_pretrained(tmp_path)
     Inpainting.random(4, 4, 0.5).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "operator_config.json").read_text())
     for name in ("Tomography", "as_operator", "gaussian_kernel"):
         (tmp_path / "operator_config.json").write_text(json.dumps({**config, "_class_name": name}))
-        with pytest.raises(ValueError, match=f"`_class_name` must be one of .*, but is .{name}"):
+        with pytest.raises(ValueError, match=f"`_class_name`.*{name}"):
             LinearOperator.from_pretrained(tmp_path)
 
 
-WRONG = {
-    "mask of gray values": (lambda: Inpainting(torch.full((4, 4), 0.5)), "`mask` must hold 0 .missing. and 1 .observed. only"),
-    "mask, not a tensor": (lambda: Inpainting([[1]]), "`mask` must be a tensor of shape"),
-    "mask of a line": (lambda: Inpainting(torch.ones(4)), "`mask` must be a tensor of shape"),
-    "mask of another size": (lambda: Inpainting(torch.ones(4, 4)).A(image()), r"`mask` has shape \(4, 4\), and does not fit"),
-    "masks of other images": (lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(torch.ones(3, 1, 12, 16)), "`mask` is one of 2 images, but there are 3"),
-    "box outside": (lambda: Inpainting.box(8, 8, 5, 0, 4, 4), "does not lie in an image of 8x8"),
-    "observed above 1": (lambda: Inpainting.random(8, 8, 30), "`observed` must be from 0 to 1, but is 30"),
-    "scale 0": (lambda: SuperResolution(0), "`scale` must be an integer of at least 1, but is 0"),
-    "scale 1.5": (lambda: SuperResolution(1.5), "`scale` must be an integer of at least 1, but is 1.5"),
-    "mode": (lambda: SuperResolution(2, "lanczos"), "`mode` must be one of average, bicubic, decimation, but is 'lanczos'"),
-    "scale that does not divide": (lambda: SuperResolution(5).A(image()), "`scale` 5 must divide the image's 12x16"),
-    "gray image": (lambda: Colorization().A(image()), "`weights` are of 3 channels, but images have 1"),
-    "weights of 0": (lambda: Colorization((0.0, 0.0)), "`weights` must be finite and not all 0"),
-    "kernel of 3 dimensions": (lambda: Blur(torch.ones(1, 3, 3)), "`kernel` must be a tensor of shape"),
-    "kernel with NaN": (lambda: Blur(torch.full((3, 3), float("nan"))), "`kernel` must be a tensor of shape"),
-    "kernel of 0": (lambda: Blur(torch.zeros(3, 3)), "`kernel` must be a tensor of shape"),
-    "padding": (lambda: Blur(torch.ones(3, 3), "zeros"), "`padding` must be one of circular, reflect, but is 'zeros'"),
-    "rcond": (lambda: Blur(torch.ones(3, 3), rcond=1.0), "`rcond` must be at least 0 and below 1, but is 1.0"),
-    "kernel too large": (lambda: Blur(torch.ones(13, 3)).A(image()), "`kernel` has shape .13, 3., larger than images"),
-    "size of a kernel": (lambda: gaussian_kernel(1.0, size=4), "`size` must be odd and at least 1, but is 4"),
-    "angle": (lambda: gaussian_kernel(1.0, angle=float("nan")), "`angle` must be a finite number, but is nan"),
-    "weights that are not finite": (lambda: Colorization((float("nan"), 1.0, 1.0)), "`weights` must be finite and not all 0"),
-    "box of a negative size": (lambda: Inpainting.box(8, 8, 4, 4, -2, 2), "does not lie in an image of 8x8"),
-    "damping": (lambda: SuperResolution(2).A_dagger(image(), -1.0), "`damping` must be a finite number of at least 0, but is -1.0"),
-    "damping of a blur": (lambda: Blur(uniform_kernel(3)).A_dagger(image(), -1.0), "`damping` must be a finite number"),
-    "damping of a combination": (lambda: Compose([Blur(uniform_kernel(3))]).A_dagger(image(), float("nan")), "`damping` must be"),
-    "shapes of a stack": (lambda: Stack([SuperResolution(2)], (1, 12, 16), []), "`measurement_shapes` must be one for each of 1"),
-    "std": (lambda: gaussian_kernel(0.0), "`std` must be a finite number above 0"),
-    "length": (lambda: motion_kernel(0.5), "`length` must be at least 1 px"),
-    "ratio": (lambda: CompressedSensing.hadamard(0.0), "`ratio` must be above 0 and at most 1, but is 0.0"),
-    "block size": (lambda: CompressedSensing.hadamard(0.5, 6), "`block_size` must be a power of 2, but is 6"),
-    "rows": (lambda: CompressedSensing(torch.ones(2, 4)), "`matrix` must have orthonormal rows"),
-    "a matrix that is a list": (lambda: CompressedSensing([[1.0]]), "`matrix` must be a tensor, but is a list"),
-    "blocks of nothing": (lambda: CompressedSensing.orthonormal(0.5, 0), "`block_size` must be at least 1, but is 0"),
-    "blocks": (lambda: CompressedSensing.hadamard().A(image()), "Blocks of 8 px must divide the image's 12x16"),
-    "no parts": (lambda: Compose([]), "`operators` is empty"),
-    "part that is none": (lambda: Compose([SuperResolution(2), "blur"]), "`operator` must be a LinearOperator"),
-    "stack of another size": (lambda: EVERY["stack"].A(image()), r"`image_shape` is \(3, 12, 16\), but images have shape \(1, 12, 16\)"),
-}  # fmt: skip
+WRONG = [
+    ("mask", lambda: Inpainting(torch.full((4, 4), 0.5))),
+    ("mask", lambda: Inpainting(torch.ones(4))),
+    ("mask", lambda: Inpainting(torch.ones(4, 4)).A(image())),
+    ("mask", lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(torch.ones(3, 1, 12, 16))),
+    ("mask", lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(torch.ones(1, 1, 12, 16))),
+    ("box_height", lambda: Inpainting.box(8, 8, 5, 0, 4, 4)),
+    ("box_height", lambda: Inpainting.box(8, 8, 4, 4, -2, 2)),
+    ("observed", lambda: Inpainting.random(8, 8, 30)),
+    ("scale", lambda: SuperResolution(0)),
+    ("scale", lambda: SuperResolution(5).A(image())),
+    ("mode", lambda: SuperResolution(2, "lanczos")),
+    ("weights", lambda: Colorization().A(image())),
+    ("weights", lambda: Colorization((0.0, 0.0))),
+    ("weights", lambda: Colorization((math.nan, 1.0, 1.0))),
+    ("kernel", lambda: Blur(torch.ones(1, 3, 3))),
+    ("kernel", lambda: Blur(torch.full((3, 3), math.nan))),
+    ("kernel", lambda: Blur(torch.zeros(3, 3))),
+    ("kernel", lambda: Blur(torch.ones(13, 3)).A(image())),
+    ("kernel", lambda: Blur(gaussian_kernel(1.0, angle=math.nan))),
+    ("kernel", lambda: Blur(motion_kernel(3, angle=math.nan))),
+    ("padding", lambda: Blur(torch.ones(3, 3), "zeros")),
+    ("rcond", lambda: Blur(torch.ones(3, 3), rcond=1.0)),
+    ("size", lambda: gaussian_kernel(1.0, size=4)),
+    ("std", lambda: gaussian_kernel(0.0)),
+    ("length", lambda: motion_kernel(0.5)),
+    ("damping", lambda: SuperResolution(2).A_dagger(image(), -1.0)),
+    ("damping", lambda: SuperResolution(2, "bicubic").A_dagger(image(), -1.0)),
+    ("damping", lambda: Blur(uniform_kernel(3)).A_dagger(image(), -1.0)),
+    ("damping", lambda: Compose([Blur(uniform_kernel(3))]).A_dagger(image(), math.nan)),
+    ("ratio", lambda: CompressedSensing.hadamard(0.0)),
+    ("ratio", lambda: CompressedSensing.orthonormal(25)),
+    ("block_size", lambda: CompressedSensing.hadamard(0.5, 6)),
+    ("block_size", lambda: CompressedSensing.hadamard().A(image())),
+    ("matrix", lambda: CompressedSensing(torch.ones(2, 4))),
+    ("matrix", lambda: CompressedSensing(torch.ones(2, 5))),
+    ("operator", lambda: Compose([SuperResolution(2), "blur"])),
+    ("image_shape", lambda: EVERY["stack"].A(image())),
+    ("measurements", lambda: EVERY["stack"].join(EVERY["stack"].split(torch.ones(1, 804))[::-1])),
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name):
-    make, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name, make", WRONG)
+def test_wrong_arguments(name, make):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         make()
 
 
@@ -280,9 +251,7 @@ def test_cgls_says_when_it_stops():
     hard = torch.diag(torch.logspace(0, -6, 20, dtype=torch.float64))
     y = torch.ones(2, 20, dtype=torch.float64)
     y[1, 1:] = 0  # done in one step
-    with pytest.warns(
-        UserWarning, match="CGLS stopped after 3 iterations, before its relative gradient or residual came to 1e-10"
-    ):
+    with pytest.warns(UserWarning, match="CGLS stopped after 3 iterations"):
         x = cgls(lambda x: x @ hard, lambda y: y @ hard, y, max_iterations=3)
     torch.testing.assert_close(x[1], y[1])
     with warnings.catch_warnings():

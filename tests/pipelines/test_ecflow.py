@@ -1,31 +1,15 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """What ECFlowPipeline computes, what it refuses, and that a stranger can load it."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from without_package import run_without_package
 
 from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC, LangevinScheduler
 
 
 WITHOUT_PACKAGE = """
-import json, sys
-
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "ecvae_diffusers":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-
-sys.meta_path.insert(0, Absent())
-import torch
-from diffusers import DiffusionPipeline
-
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 generator = torch.Generator().manual_seed(0)
 print(json.dumps(pipe(batch_size=2, generator=generator, output_type="pt").images.tolist()))
@@ -109,21 +93,19 @@ def test_a_flow_whose_weights_are_stored_in_8_bits_computes_in_16(pipe):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "name, arguments",
     [
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1, but is 0"),
-        ({"temperature": -1}, "`temperature` .* but is -1"),
-        ({"temperature": 1e308}, "`temperature` .* but is 1e.308"),
-        ({"temperature": float("nan")}, "`temperature` .* but is nan"),
-        ({"latents": torch.full((1, 256, 1, 1), 3e38)}, "`latents`"),
-        ({"output_type": "jpg"}, "`output_type` must be 'pil', 'np', 'pt' or 'latent', but is 'jpg'"),
-        ({"latents": torch.zeros(2, 16)}, r"`latents` must have shape \(batch_size, 256, 1, 1\), not \(2, 16\)"),
-        ({"latents": torch.zeros(2, 256, 1, 1), "temperature": 0.5}, "leave `temperature` at 1"),
-        ({"batch_size": 2, "generator": [generator()]}, "`generator` is a list of 1, but there are 2 images"),
+        ("batch_size", {"batch_size": 0}),
+        ("temperature", {"temperature": -1}),
+        ("temperature", {"temperature": float("nan")}),
+        ("temperature", {"latents": torch.zeros(2, 256, 1, 1), "temperature": 0.5}),
+        ("latents", {"latents": torch.full((1, 256, 1, 1), 3e38)}),
+        ("latents", {"latents": torch.zeros(2, 16)}),
+        ("generator", {"batch_size": 2, "generator": [generator()] * 3}),
     ],
 )
-def test_wrong_input(pipe, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_input(pipe, name, arguments):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         pipe(**arguments)
 
 
@@ -135,10 +117,7 @@ def test_loads_with_the_package_and_without(pipe, tmp_path):
         assert type(loaded) is ECFlowPipeline
         assert torch.equal(loaded(batch_size=2, generator=generator(), output_type="pt").images, expected)
     assert ECFlowPipeline.from_pretrained(tmp_path, energy_model=None).energy_model is None
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=0, atol=1e-6)
+    found, _ = run_without_package(WITHOUT_PACKAGE, str(tmp_path))
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-6)
     card = (tmp_path / "README.md").read_text()
     assert "normalizing flow" in card and "ECFlowPipeline.from_pretrained" in card and "Restoration" not in card

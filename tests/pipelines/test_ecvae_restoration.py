@@ -4,8 +4,6 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -13,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from without_package import run_without_package
 
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_diffusers.operators import (
@@ -30,7 +29,6 @@ from ecvae_diffusers.operators import (
 
 
 STEPS = 10
-DOUBLE = torch.ones(64, 256, dtype=torch.float64)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -176,10 +174,12 @@ def test_kinds_of_masks(pipe, kind):
 
 def test_masks_of_all_and_of_nothing(pipe):
     x = images(1) / 2 + 0.5
-    everything = restore(pipe, x, mask_image=PIL.Image.new("L", (16, 16), 255), num_restorations=3, noise_std=0.0)
+    everything, nothing = (
+        restore(pipe, x, mask_image=PIL.Image.new("L", (16, 16), white), num_restorations=3, noise_std=0.0)
+        for white in (255, 0)
+    )
     assert everything.residual.max() == 0 and everything.images.std(0).mean() > 0.01  # draws of the prior
-    nothing = restore(pipe, x, mask_image=PIL.Image.new("L", (16, 16), 0), noise_std=0.0)
-    torch.testing.assert_close(nothing.images, x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(nothing.images, x.expand(3, -1, -1, -1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(24, 16), (33, 40)])
@@ -192,7 +192,7 @@ def test_larger_images_are_restored_in_tiles(pipe, size):
         assert output.images.shape == (2, 1, height, width) and output.residual.max() < 1e-5
     small = SuperResolution(2)
     even = torch.rand(1, 1, 24, 32, generator=seeded()) * 2 - 1
-    output = restore(pipe, small.A(even), small, height=24, width=32)
+    output = restore(pipe, small.A(even), small)
     assert output.images.shape == (1, 1, 24, 32) and output.residual.max() < 1e-5
 
 
@@ -235,7 +235,7 @@ def test_network_calls(pipe, method):
 def test_without_an_energy_model(restoration):
     pipe = restoration(with_energy=False)
     assert restore(pipe, images(), Denoising()).energy is None
-    with pytest.raises(ValueError, match="`energy_weight` above 0 needs an energy model"):
+    with pytest.raises(ValueError, match="`energy_weight`"):
         restore(pipe, images(), Denoising(), energy_weight=1.0)
 
 
@@ -245,23 +245,30 @@ def test_generators_and_latents(pipe):
     alone = restore(pipe, y[1:], operator, generator=[seeded(2), seeded(3)], num_restorations=2)
     torch.testing.assert_close(one_each.images[2:], alone.images, atol=1e-4, rtol=0)
     latents = torch.randn(2, 8, 1, 1, generator=seeded())
-    found = restore(pipe, y, operator, latents=latents, method="map")
-    torch.testing.assert_close(restore(pipe, y, operator, latents=latents, method="map").images, found.images)
+    found, again, other = (
+        restore(pipe, y, operator, latents=start, method="map").images for start in (latents, latents, -latents)
+    )
+    torch.testing.assert_close(again, found)
+    assert not torch.equal(other, found)
 
 
 def test_callback(pipe):
-    seen = []
+    seen, y, operator = [], SuperResolution(2).A(images()), SuperResolution(2)
 
-    def callback(pipe, step, timestep, kwargs):
+    def replace(pipe, step, timestep, kwargs):
         seen.append((step, timestep, tuple(kwargs["latents"].shape)))
         return {"latents": kwargs["latents"] * 0}
 
-    y = SuperResolution(2).A(images())
-    output = restore(pipe, y, SuperResolution(2), callback_on_step_end=callback)
+    output = restore(pipe, y, operator, callback_on_step_end=replace)
     assert seen == [(step, step, (2, 8, 1, 1)) for step in range(STEPS)]
     decoded = pipe.vae.decode(torch.zeros(2, 8, 1, 1)).sample
-    expected = decoded + SuperResolution(2).A_dagger(y - SuperResolution(2).A(decoded))
+    expected = decoded + operator.A_dagger(y - operator.A(decoded))
     torch.testing.assert_close(output.images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+    seen.clear()
+    output = restore(pipe, y, operator, callback_on_step_end=lambda *arguments: seen.append(arguments[1]))
+    assert seen == list(range(STEPS))
+    torch.testing.assert_close(output.images, restore(pipe, y, operator).images)
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
@@ -292,16 +299,6 @@ def test_functions_may_work_in_place(pipe, noise_std):
     torch.testing.assert_close(output.images, expected.images)
 
 
-def test_callback_that_returns_nothing(pipe):
-    y = SuperResolution(2).A(images())
-    seen = []
-    output = restore(
-        pipe, y, SuperResolution(2), callback_on_step_end=lambda pipe, step, timestep, kwargs: seen.append(step)
-    )
-    assert seen == list(range(STEPS))
-    torch.testing.assert_close(output.images, restore(pipe, y, SuperResolution(2)).images)
-
-
 def test_noise_that_is_taken_at_its_word_is_told(pipe, caplog):
     """Rounding to 8 bits, blown up by a blur's inverse that must agree to the last digit."""
     operator = Blur(gaussian_kernel(1.0), "reflect")
@@ -320,7 +317,7 @@ def test_measurements_in_another_unit_are_told(pipe, caplog):
     """A tensor in 8-bit levels, with noise in levels too."""
     levels = (images() + 1) * 127.5
     restore(pipe, levels, Denoising(), noise_std=5.0)
-    assert "`image` is no measurement of images" in caplog.text
+    assert "`image`" in caplog.text and "`noise_std`" in caplog.text
 
 
 def test_operator_of_another_copy_of_the_package(pipe, tmp_path):
@@ -351,10 +348,9 @@ def test_output_types_and_tuple(pipe):
 
 def test_inference_mode(pipe):
     y = SuperResolution(2).A(images())
-    expected = restore(pipe, y, SuperResolution(2)).images
     with torch.inference_mode():
-        found = restore(pipe, y.clone(), SuperResolution(2), energy_weight=0.0).images
-    torch.testing.assert_close(found.clone(), expected)
+        found = restore(pipe, y.clone(), SuperResolution(2)).images
+    torch.testing.assert_close(found.clone(), restore(pipe, y, SuperResolution(2)).images)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +371,7 @@ def test_says_where_answers_do_not_agree_with_the_measurement(pipe, caplog):
     damaged = images() + 0.5 * (1 - operator.A(torch.ones(2, 1, 16, 16)))  # the hole is not 0
     with caplog.at_level("WARNING"):
         output = restore(pipe, damaged, operator)
-    assert output.residual.max() > 1e-2 and "is not in the range of the operator" in caplog.text
+    assert output.residual.max() > 1e-2 and "`noise_std` is 0" in caplog.text
     caplog.clear()
     with caplog.at_level("WARNING"):
         restore(pipe, operator.A(damaged), operator)
@@ -438,135 +434,77 @@ def test_bf16_networks(pipe):
     assert output.images.dtype == torch.float32 and output.residual.max() < 1e-5
 
 
+SEEN = torch.zeros(2, 1, 16, 16)
+MASKED = {"operator": None, "image": SEEN, "mask_image": box_mask()}
 WRONG = {
-    "neither": ({"operator": None}, "either `operator` or `mask_image`, but neither was given"),
-    "both": ({"mask_image": box_mask()}, "either `operator` or `mask_image`, but both were given"),
-    "no operator": ({"operator": "blur"}, "`operator` must be a LinearOperator"),
-    "answers": ({"num_restorations": 0}, "`num_restorations` must be an integer of at least 1, but is 0"),
-    "steps": ({"num_inference_steps": 1.5}, "`num_inference_steps` must be an integer of at least 1, but is 1.5"),
-    "negative noise": ({"noise_std": -0.1}, "`noise_std` must be a number from 0 to 1e.12, but is -0.1"),
-    "NaN noise": ({"noise_std": float("nan")}, "`noise_std` must be a number from 0"),
-    "energy weight": ({"energy_weight": -1}, "`energy_weight` must be a number from 0 to 1e.12, but is -1"),
-    "no energy weight": ({"energy_weight": None}, "`energy_weight` must be a number from 0 to 1e.12, but is None"),
-    "noise of 8-bit levels": ({"noise_std": 5.0}, "`noise_std`.*5"),
-    "too much noise": ({"noise_std": 1e200}, "`noise_std` must be a number from 0 to 1e.12, but is 1e.200"),
-    "too large": (
-        {"image": torch.full((2, 1, 8, 8), 1e20)},
-        "`image` holds values that are not finite, or beyond 1e.12",
-    ),
-    "mask of floats": (
-        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": PIL.Image.new("F", (16, 16), 1.0)},
-        "`mask_image`.*mode F",
-    ),
-    "method": ({"method": "adam"}, "`method` must be one of langevin, map, but is 'adam'"),
-    "start": ({"start": "zeros"}, "`start` must be one of encoding, prior, but is 'zeros'"),
-    "output type": ({"output_type": "latent"}, "output_type"),
-    "variance": (
-        {"reconstruction_variance": 0},
-        "`reconstruction_variance`.* but is 0",
-    ),
-    "variance of 8-bit levels": ({"reconstruction_variance": 400.0}, "`reconstruction_variance`.* but is 400"),
-    "overlap": ({"tile_overlap": 16}, "`tile_overlap` must be an integer from 0 to 15, but is 16"),
-    "generator": ({"generator": 3}, "`generator` must be a torch.Generator or a list of them, but is 3"),
-    "generators": ({"generator": [seeded()] * 3}, "`generator` is a list of 3, but there are 2 answers"),
-    "latents": (
-        {"latents": torch.zeros(1, 8, 1, 1)},
-        r"`latents` must be finite, of shape \(2, 8, 1, 1\), but is \(1, 8",
-    ),
-    "callback": (
-        {"callback_on_step_end_tensor_inputs": ["images"]},
-        "`callback_on_step_end_tensor_inputs` must be of",
-    ),
-    "height": ({"height": 32}, "`height` is 32, but the measurement is one of images of height 16"),
-    "NaN": ({"image": torch.full((2, 1, 8, 8), float("nan"))}, "`image` holds values that are not finite"),
-    "levels": ({"image": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "must be a floating-point measurement"),
-    "empty": ({"image": []}, "`image` is an empty list"),
-    "mixed": ({"image": [picture(images(1)[0]), images(1)]}, "`image` must be PIL images, numpy arrays or a tensor"),
-    "sizes": ({"image": [box_mask(8), box_mask(16)]}, "`image` must hold images of one size"),
-    "mode of the picture": ({"image": box_mask().convert("F")}, "`image`.*mode F"),
-    "levels of an array": ({"image": np.zeros((1, 8, 8, 1), np.uint8)}, "`image`.*uint8"),
-    "levels of a tensor": (
-        {"operator": None, "image": torch.zeros(1, 1, 16, 16, dtype=torch.uint8), "mask_image": box_mask()},
-        "`image`.*uint8",
-    ),
-    "tensor in the model's range": (
-        {"operator": None, "image": images(1), "mask_image": box_mask()},
-        r"`image` must have values in \[0, 1\]",
-    ),
-    "range": ({"image": np.full((1, 8, 8, 1), 255.0)}, r"must have values in \[0, 1\], but they go from 255 to 255"),
-    "channels": ({"image": torch.zeros(2, 3, 8, 8)}, "the model makes images of 1 channel"),
-    "too small": ({"image": torch.zeros(2, 1, 4, 4)}, "the model makes images of 1 channel.* at least 16x16 px"),
-    "operator for another size": (
-        {"image": torch.zeros(2, 1, 16, 16), "operator": Inpainting(torch.ones(8, 8))},
-        r"`mask` has shape \(8, 8\), and does not fit",
-    ),
+    "neither": ("operator", {"operator": None}),
+    "both": ("operator", {"mask_image": box_mask()}),
+    "no operator": ("operator", {"operator": "blur"}),
+    "answers": ("num_restorations", {"num_restorations": 0}),
+    "steps": ("num_inference_steps", {"num_inference_steps": 0}),
+    "negative noise": ("noise_std", {"noise_std": -0.1}),
+    "NaN noise": ("noise_std", {"noise_std": math.nan}),
+    "noise of 8-bit levels": ("noise_std", {"noise_std": 5.0}),
+    "negative energy weight": ("energy_weight", {"energy_weight": -1}),
+    "NaN energy weight": ("energy_weight", {"energy_weight": math.nan}),
+    "method": ("method", {"method": "adam"}),
+    "start": ("start", {"start": "zeros"}),
+    "output type": ("output_type", {"output_type": "latent"}),
+    "variance": ("reconstruction_variance", {"reconstruction_variance": 0}),
+    "variance of 8-bit levels": ("reconstruction_variance", {"reconstruction_variance": 400.0}),
+    "overlap": ("tile_overlap", {"tile_overlap": 16}),
+    "generators": ("generator", {"generator": [seeded()] * 3}),
+    "latents": ("latents", {"latents": torch.zeros(1, 8, 1, 1)}),
+    "too large": ("image", {"image": torch.full((2, 1, 8, 8), 1e20)}),
+    "NaN": ("image", {"image": torch.full((2, 1, 8, 8), math.nan)}),
+    "levels": ("image", {"image": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}),
+    "empty": ("image", {"image": []}),
+    "mixed": ("image", {"image": [picture(images(1)[0]), images(1)]}),
+    "levels of an array": ("image", {"image": np.zeros((1, 8, 8, 1), np.uint8)}),
+    "levels of a tensor": ("image", {**MASKED, "image": SEEN.byte()}),
+    "tensor in the model's range": ("image", {**MASKED, "image": images(1)}),
+    "range": ("image", {"image": np.full((1, 8, 8, 1), 255.0)}),
+    "channels": ("image", {"image": torch.zeros(2, 3, 8, 8)}),
+    "channels of a picture": ("image", {**MASKED, "image": torch.zeros(2, 3, 16, 16)}),
+    "too small": ("image", {"image": torch.zeros(2, 1, 4, 4)}),
+    "operator for another size": ("mask", {"image": SEEN, "operator": Inpainting(torch.ones(8, 8))}),
     "measurement of another size": (
+        "image",
         {"operator": (lambda x: x[..., :8], lambda y: torch.zeros(len(y), 1, 16, 16))},
-        r"`image` has shape \(2, 1, 8, 8\), but the operator makes \(2, 1, 16, 8\)",
     ),
-    "mask of another size": (
-        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": box_mask(8)},
-        "`mask_image` must have one channel and the image's 16x16 px",
-    ),
-    "three masks": (
-        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": [box_mask()] * 3},
-        "`mask_image` must be one or 2, as many as images, but is 3",
-    ),
-    "no mask": (
-        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": []},
-        "`mask_image` is an empty list",
-    ),
-    "masks of two sizes": (
-        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": [box_mask(), box_mask(8)]},
-        "`mask_image` must hold images of one size",
-    ),
-    "mask with NaN": (
-        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": torch.full((1, 1, 16, 16), float("nan"))},
-        "`mask_image` as an array or tensor must have values from 0 .kept. to 1",
-    ),
-    "mask in the alpha channel": (
-        {
-            "operator": None,
-            "image": torch.zeros(2, 1, 16, 16),
-            "mask_image": PIL.Image.merge("RGBA", [PIL.Image.new("L", (16, 16), 255)] * 3 + [box_mask()]),
-        },
-        "`mask_image`.*mode RGBA",
-    ),
-    "mask that is none": (
-        {"operator": None, "image": torch.zeros(2, 1, 16, 16), "mask_image": "mask.png"},
-        "`mask_image`.*'str'",
-    ),
-    "tensors of two sizes": (
-        {"image": [torch.zeros(1, 8, 8), torch.zeros(1, 4, 4)]},
-        "`image` must hold images of one size",
-    ),
-    "dtype that the functions can't take": (
-        {"operator": (lambda x: x.flatten(1) @ DOUBLE.T, lambda y: (y.flatten(1) @ DOUBLE).view(-1, 1, 16, 16))},
-        "`image` of shape .2, 1, 8, 8. and torch.float32 is no measurement by the operator",
-    ),
-    "mask of a measurement": (
-        {"operator": None, "image": torch.zeros(2, 3, 16, 16), "mask_image": box_mask()},
-        "`image` must have the model's 1 channel",
-    ),
+    "mask of another size": ("mask_image", {**MASKED, "mask_image": box_mask(8)}),
+    "three masks": ("mask_image", {**MASKED, "mask_image": [box_mask()] * 3}),
+    "three masks of one picture": ("mask_image", {**MASKED, "image": SEEN[:1], "mask_image": [box_mask()] * 3}),
+    "masks of two sizes": ("mask_image", {**MASKED, "mask_image": [box_mask(), box_mask(8)]}),
+    "mask with NaN": ("mask_image", {**MASKED, "mask_image": torch.full((1, 1, 16, 16), math.nan)}),
+    "mask that is none": ("mask_image", {**MASKED, "mask_image": "mask.png"}),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_input(pipe, name):
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input(pipe, wrong):
     """One clear error each, before any network is asked."""
     asked = []
     pipe.vae.decoder.register_forward_hook(lambda *_: asked.append(1))
-    changed, message = WRONG[name]
+    name, changed = WRONG[wrong]
     arguments = {"image": torch.zeros(2, 1, 8, 8), "operator": SuperResolution(2), **changed}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         restore(pipe, **arguments)
     assert not asked
+
+
+def test_errors_of_functions_are_their_own(pipe):
+    def A(x):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        restore(pipe, torch.zeros(2, 1, 8, 8), (A, A))
 
 
 def test_a_model_that_does_not_know_its_error(pipe):
     pipe.vae.register_to_config(reconstruction_variance=None)
     y = SuperResolution(2).A(images())
-    with pytest.raises(ValueError, match="`reconstruction_variance` is not in the autoencoder's config"):
+    with pytest.raises(ValueError, match="`reconstruction_variance`"):
         restore(pipe, y, SuperResolution(2))
     assert restore(pipe, y, SuperResolution(2), reconstruction_variance=0.02).residual.max() < 1e-5
 
@@ -574,26 +512,21 @@ def test_a_model_that_does_not_know_its_error(pipe):
 # Saving and loading
 
 
-def test_shares_weights_with_the_generation_pipeline(make_pipeline):
+def test_shares_weights_with_the_generation_pipeline(make_pipeline, tmp_path, caplog):
+    """And loads its folder, whose scheduler it does not take."""
     generation = make_pipeline()
     pipe = ECVAERestorationPipeline.from_pipe(generation)
     assert pipe.vae is generation.vae and pipe.energy_model is generation.energy_model
+    assert set(pipe.components) == {"vae", "energy_model"} and "_scheduler" not in pipe.config
     assert ECVAEPipeline.from_pipe(pipe).vae is generation.vae
+    generation.save_pretrained(tmp_path)
+    assert set(ECVAERestorationPipeline.from_pretrained(tmp_path).components) == {"vae", "energy_model"}
+    assert "scheduler" not in caplog.text
+    with pytest.raises(TypeError, match="scheduler"):
+        ECVAERestorationPipeline(**generation.components)
 
 
 WITHOUT_PACKAGE = """
-import json, sys
-import torch
-from diffusers import DiffusionPipeline
-
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "ecvae_diffusers":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-
-sys.meta_path.insert(0, Absent())
 folder, kwargs, image = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **json.loads(kwargs))
 kwargs = {"num_inference_steps": 10, "output_type": "pt"}
@@ -630,8 +563,6 @@ def test_saved_loaded_and_used_without_the_package(pipe, make_pipeline, tmp_path
         ("generation", {"custom_pipeline": "restoration"}, sums[1]),
     ):
         arguments = [str(tmp_path / folder), json.dumps(kwargs), str(tmp_path / "image.pt")]
-        process = subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *arguments], capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        name, total, residual = json.loads(process.stdout)
-        assert name == "ECVAERestorationPipeline" and residual < 1e-5
+        (name, total, residual), errors = run_without_package(WITHOUT_PACKAGE, *arguments)
+        assert name == "ECVAERestorationPipeline" and residual < 1e-5 and "scheduler" not in errors
         assert total == pytest.approx(expected, rel=1e-4)

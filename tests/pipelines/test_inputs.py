@@ -282,10 +282,8 @@ def test_a_gray_model_says_that_it_drops_colours(pipelines, caplog):
     pipe, _ = pipelines[1]
     gray = PIL.Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     expected = pipe.prepare_image(gray)
-    for mode in ("RGB", "P", "CMYK"):
-        assert torch.equal(
-            pipe.prepare_image(gray.convert("RGB").convert(mode) if mode != "P" else gray.convert("P")), expected
-        )
+    for image in (gray.convert("RGB"), gray.convert("P"), gray.convert("RGB").convert("CMYK")):
+        assert torch.equal(pipe.prepare_image(image), expected)
     assert caplog.text == ""
     pipe.prepare_image(PIL.Image.new("RGB", (16, 16), "red"))
     assert "`image` has colours" in caplog.text
@@ -297,37 +295,26 @@ def test_an_operator_is_given_the_channels_that_it_measures(pipelines):
     settings = {"num_inference_steps": 1, "noise_std": 0.0, "output_type": "pt"}
     assert restoration(gray, operator=Colorization(), **settings).residual.max() < 1e-5
     transparent = PIL.Image.merge("RGBA", [gray.resize((8, 8))] * 3 + [PIL.Image.new("L", (8, 8), 0)])
-    white = restoration(transparent, operator=SuperResolution(2), generator=torch.manual_seed(0), **settings)
-    same = restoration(
-        PIL.Image.new("RGB", (8, 8), "white"), operator=SuperResolution(2), generator=torch.manual_seed(0), **settings
+    found, expected = (
+        restoration(picture, operator=SuperResolution(2), generator=torch.manual_seed(0), **settings).images
+        for picture in (transparent, PIL.Image.new("RGB", (8, 8), "white"))
     )
-    torch.testing.assert_close(white.images, same.images)
+    torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["pil", "np", "pt", "list of pt"])
-def test_every_form_of_a_picture_restores_alike(pipelines, kind):
+def test_every_form_of_a_picture_restores_alike(pipelines):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    tensor = torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)
-    picture = {
-        "pil": PIL.Image.fromarray(pixels),
-        "np": pixels / np.float32(255),
-        "pt": tensor[None],
-        "list of pt": [tensor],
-    }[kind]
-    mask = np.zeros((16, 16), np.float32)
+    array, mask = pixels / np.float32(255), np.zeros((16, 16), np.float32)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
     mask[8:] = 1
-    output = pipelines[3][1](
-        picture, mask_image=mask, num_inference_steps=2, generator=torch.manual_seed(0), output_type="pt"
+    settings = {"mask_image": mask, "num_inference_steps": 2, "output_type": "pt"}
+    expected, *others = (
+        pipelines[3][1](picture, generator=torch.manual_seed(0), **settings).images
+        for picture in (PIL.Image.fromarray(pixels), array, tensor[None], [tensor])
     )
-    assert (output.images[0, :, :8] - tensor[:, :8]).abs().max() < 0.02
-    pil = pipelines[3][1](
-        PIL.Image.fromarray(pixels),
-        mask_image=mask,
-        num_inference_steps=2,
-        generator=torch.manual_seed(0),
-        output_type="pt",
-    )
-    torch.testing.assert_close(output.images, pil.images, rtol=0, atol=1e-4)
+    assert (expected[0, :, :8] - tensor[:, :8]).abs().max() < 0.02
+    for found in others:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 # Masks

@@ -40,7 +40,8 @@ def make(make_pipeline):
             pipe = ECFlowPipeline(flow, parts["energy_model"], parts["scheduler"])
         else:
             parts["vae"].register_to_config(reconstruction_variance=0.1)
-            pipe = {"generation": ECVAEPipeline, "restoration": ECVAERestorationPipeline}[name](**parts)
+            pipe = ECVAEPipeline(**parts)
+            pipe = ECVAERestorationPipeline.from_pipe(pipe) if name == "restoration" else pipe
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

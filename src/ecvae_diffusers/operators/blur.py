@@ -11,38 +11,32 @@ from .linear_operator import DENSE_ENTRIES, LinearOperator, check_damping
 
 
 PADDINGS = ("circular", "reflect")
-# Relative sizes of a kernel's second singular value: below the first it counts as a product of a column and a row, and
-# is made one to the last digit (below the second it is one).
+# Relative size of a kernel's second singular value below which it counts as a column times a row, and is made exactly that;
+# below the second it is exact already.
 RANK_ONE, RANK_ONE_EXACTLY = 1e-6, 1e-14
 
 
 class Blur(LinearOperator):
-    r"""
+    """
     Convolution of each channel with one kernel: y = k * x, of the image's size.
 
-    Singular values of a blur go down to 0. Those up to `rcond` times the largest are left out of A^+, or it would make noise
-    of rounding: of a picture in 8 bits the uncut one restores values of hundreds. A A^+ A is A up to `rcond`.
+    Singular values of a blur go down to 0. A^+ leaves out those up to `rcond` times the largest, or rounding would become noise:
+    from an 8-bit picture the uncut A^+ restores values of hundreds. A A^+ A is A up to `rcond`.
 
     Args:
-        kernel (`torch.Tensor` of shape `(h, w)`): k, whose centre is at (h // 2, w // 2). Used as it is: one that sums up to
-            1 keeps the brightness. See [`gaussian_kernel`], [`uniform_kernel`] and [`motion_kernel`].
+        kernel (`torch.Tensor` of shape `(h, w)`): k, with its centre at (h // 2, w // 2). A sum of 1 keeps the brightness. See
+            [`gaussian_kernel`], [`uniform_kernel`] and [`motion_kernel`].
         padding (`str`, *optional*, defaults to `"circular"`):
-            What lies beyond the border: `"circular"`, the opposite side, where A^+ is a division of spectra; or
-            `"reflect"`, the mirror image without the border pixel itself. There A^+ is made of the decompositions of two
-            small matrices if the kernel is a column times a row; of that of the whole matrix for images of up to 1,024
-            pixels; and beyond, by CGLS, whose stop takes the place of `rcond` (restorations without noise there come to a relative
-            residual of 1e-4 to 1e-6, not always below 1e-5).
+            What lies beyond the border. `"circular"` is the opposite side: A^+ divides spectra. `"reflect"` is the mirror image
+            without the border pixel: A^+ decomposes two small matrices if the kernel is a column times a row, and the whole
+            matrix for images of up to 1,024 pixels. For larger ones it runs CGLS without `rcond` (restorations without noise
+            then reach a relative residual of 1e-4 to 1e-6).
         rcond (`float`, *optional*, defaults to 1e-3): The cutoff.
     """
 
     def __init__(self, kernel: torch.Tensor, padding: str = "circular", rcond: float = 1e-3):
-        if (
-            not isinstance(kernel, torch.Tensor)
-            or kernel.ndim != 2
-            or not torch.isfinite(kernel).all()
-            or not kernel.any()
-        ):
-            raise ValueError("`kernel` must be a tensor of shape (h, w) with finite values that are not all 0.")
+        if kernel.ndim != 2 or not kernel.isfinite().all() or not kernel.any():
+            raise ValueError("`kernel` must have shape (h, w) and finite values that are not all 0.")
         if padding not in PADDINGS:
             raise ValueError(f"`padding` must be one of {', '.join(PADDINGS)}, but is {padding!r}.")
         if not 0 <= rcond < 1:
@@ -69,7 +63,7 @@ class Blur(LinearOperator):
             return self.filtered(y, self.transfer(y).conj())
         rows, columns = (self.mirrored(dim, y.shape[dim - 2]).to(y.device) for dim in (0, 1))
         spread = F.conv_transpose2d(y.flatten(0, 1).unsqueeze(1), self.weight(y)).unflatten(0, y.shape[:2]).squeeze(2)
-        # What lies beyond the border goes back to the pixels that it is the mirror image of.
+        # What lies beyond the border goes back to the pixels that it mirrors.
         folded = spread.new_zeros(*y.shape[:3], len(columns))[..., : y.shape[2], :].index_add(-2, rows, spread)
         return folded.new_zeros(y.shape).index_add(-1, columns, folded)
 
@@ -93,7 +87,7 @@ class Blur(LinearOperator):
         return self.solve_densely(y.flatten(0, 1), (1, *y.shape[-2:]), damping).view(y.shape)
 
     def transfer(self, like: torch.Tensor) -> torch.Tensor:
-        """The kernel's spectrum of the image size of `like`, in its precision or float32, below which there is no FFT."""
+        """Return the kernel's spectrum at the size of `like`, in its precision but at least float32: there is no FFT below."""
         height, width = like.shape[-2:]
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         placed = like.new_zeros(height, width)
@@ -114,16 +108,14 @@ class Blur(LinearOperator):
         return flat.squeeze(1).unflatten(0, padded.shape[:2])
 
     def mirrored(self, dim: int, size: int) -> torch.Tensor:
-        """Which pixel of a line of `size` stands at each place of the line with its borders."""
+        """Return which pixel of a line of `size` stands at each place of the line with its borders."""
         length = self.kernel.shape[dim]
-        # A convolution reads k pixels back and ahead: as many ahead as its centre has before it.
         before = length - 1 - length // 2
-        places = torch.arange(-before, size + length - 1 - before)
-        places = places.abs()
+        places = torch.arange(-before, size + length - 1 - before).abs()
         return torch.where(places >= size, 2 * (size - 1) - places, places)
 
     def line_factors(self, part: torch.Tensor, dim: int, size: int) -> separable.Factors:
-        """The matrix that blurs one line of `size` pixels, decomposed."""
+        """Decompose the matrix that blurs one line of `size` pixels."""
         if (dim, size) not in self.decompositions:
             with separable.kept_for_gradients():
                 reads = torch.eye(size, dtype=torch.float64)[self.mirrored(dim, size)]
@@ -135,29 +127,27 @@ class Blur(LinearOperator):
         # A mirror image has size - 1 pixels.
         if any(k > size for k, size in zip(self.kernel.shape, image_shape[-2:])):
             raise ValueError(
-                f"`kernel` has shape {tuple(self.kernel.shape)}, larger than images of {tuple(image_shape)}."
+                f"`kernel` of shape {tuple(self.kernel.shape)} is larger than images of {tuple(image_shape)}."
             )
         return tuple(image_shape)
 
 
 def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: int | None = None) -> torch.Tensor:
     """
-    A Gaussian kernel, or an anisotropic one, that sums up to 1.
+    Return a Gaussian kernel that sums up to 1.
 
     Args:
-        std (`float` or `tuple[float]`): Standard deviation in pixels, or those along the kernel's own rows and columns.
-        angle (`float`, *optional*, defaults to 0.0): Degrees by which these are turned, counter-clockwise.
-        size (`int`, *optional*): Height and width, odd. Three standard deviations to each side if not given.
+        std (`float` or `tuple[float]`): Standard deviation in pixels, or those along the kernel's rows and columns.
+        angle (`float`, *optional*, defaults to 0.0): Counter-clockwise rotation in degrees.
+        size (`int`, *optional*): Height and width, odd. Defaults to three standard deviations to each side.
     """
     along_rows, along_columns = (std, std) if isinstance(std, int | float) else std
-    if not 0 < min(along_rows, along_columns) <= max(along_rows, along_columns) < float("inf"):
-        raise ValueError(f"`std` must be a finite number above 0, but is {std}.")
-    if size is not None and (size < 1 or size % 2 == 0):
-        raise ValueError(f"`size` must be odd and at least 1, but is {size}.")
-    if not math.isfinite(angle):
-        raise ValueError(f"`angle` must be a finite number, but is {angle}.")
+    if min(along_rows, along_columns) <= 0:
+        raise ValueError(f"`std` must be above 0, but is {std}.")
     if size is None:
         size = 2 * math.ceil(3 * max(along_rows, along_columns)) + 1
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"`size` must be odd and at least 1, but is {size}.")
     y, x = centred_grid(size)
     turned_x, turned_y = turn(x, y, angle)
     kernel = torch.exp(-0.5 * ((turned_y / along_rows) ** 2 + (turned_x / along_columns) ** 2))
@@ -165,19 +155,18 @@ def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: 
 
 
 def uniform_kernel(size: int) -> torch.Tensor:
-    """The mean of `size` x `size` pixels."""
-    if size < 1:
-        raise ValueError(f"`size` must be at least 1, but is {size}.")
+    """Return the kernel of the mean of `size` x `size` pixels."""
     return torch.full((size, size), 1 / size**2, dtype=torch.float64)
 
 
 def motion_kernel(length: float, angle: float = 0.0) -> torch.Tensor:
     """
-    A straight motion: a line of `length` pixels, turned by `angle` degrees counter-clockwise from the horizontal, that
-    sums up to 1. Each pixel weighs as much as of the line, one pixel wide, lies in it (by a fine sampling).
+    Return the kernel of a straight motion of `length` pixels, turned by `angle` degrees counter-clockwise from the horizontal.
+
+    It sums up to 1. Each pixel weighs the part of the line, one pixel wide, that lies in it (by fine sampling).
     """
-    if not 1 <= length < float("inf") or not math.isfinite(angle):
-        raise ValueError(f"`length` must be at least 1 px and `angle` finite, but are {length} and {angle}.")
+    if length < 1:
+        raise ValueError(f"`length` must be at least 1 px, but is {length}.")
     size = 2 * math.ceil((length + 1) / 2) + 1
     fine = 32
     y, x = centred_grid(size * fine)
@@ -194,6 +183,6 @@ def centred_grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def turn(x: torch.Tensor, y: torch.Tensor, angle: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates in axes turned counter-clockwise by `angle` degrees, rows counted downwards."""
+    """Return coordinates in axes turned counter-clockwise by `angle` degrees; rows count downwards."""
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     return cos * x - sin * y, sin * x + cos * y

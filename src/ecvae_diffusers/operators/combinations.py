@@ -1,11 +1,10 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Measurements made of others.
+r"""Combinations of measurements.
 
-The pseudo-inverse of a composition is NOT the product of the parts' pseudo-inverses, as :math:`(F G)^+ \ne G^+ F^+` in
-general: a mask after a pooling is one example. So both are solved for: where a part has a cutoff, as a blur has, by the
-decomposition of the whole matrix with the largest cutoff of the parts, for images of at most 1,024 entries; else by CGLS.
-There no singular value is left out: A^+ of a wide blur beside something else, in a larger image, takes its 1,000 iterations, and
-warns.
+The pseudo-inverse of a composition is NOT the product of the parts' pseudo-inverses: :math:`(F G)^+ \ne G^+ F^+` in general,
+for a mask after a pooling for example. If a part has a cutoff, as a blur has, the whole matrix is decomposed with the largest
+cutoff of the parts, for images of at most 1,024 entries. All else is solved by CGLS, without a cutoff: A^+ of a wide blur of a
+larger image takes its 1,000 iterations, and warns.
 """
 
 import math
@@ -19,12 +18,10 @@ from .linear_operator import DENSE_ENTRIES, LinearOperator, as_operator, check_d
 
 
 class Combination(LinearOperator):
-    """What [`Compose`] and [`Stack`] share: a list of operators."""
+    """Base class of [`Compose`] and [`Stack`]: a list of operators."""
 
     def __init__(self, operators: Sequence[Any], **arguments: Any):
         parts = [as_operator(part) for part in operators]
-        if not parts:
-            raise ValueError("`operators` is empty.")
         super().__init__(operators=parts, **arguments)
         self.parts = nn.ModuleList(parts)
         self.solver_dtype = None if any(part.solver_dtype is None for part in parts) else torch.float64
@@ -46,10 +43,10 @@ class Combination(LinearOperator):
 
 class Compose(Combination):
     """
-    One measurement of another's result: `Compose([f, g])` applies g first, A x = F G x.
+    A measurement of another's result: `Compose([f, g])` applies g first, A x = F G x.
 
     Args:
-        operators (`list`): What [`as_operator`] takes, the last one first to be applied.
+        operators (`list`): Operators, or what [`as_operator`] takes. The last one is applied first.
     """
 
     def __init__(self, operators: Sequence[Any]):
@@ -73,14 +70,14 @@ class Compose(Combination):
 
 class Stack(Combination):
     """
-    Several measurements of one image, as one row of numbers an image: A x = (F x, G x, ...), shape (B, m).
+    Several measurements of one image, as one row of numbers per image: A x = (F x, G x, ...), of shape (B, m).
 
     Args:
-        operators (`list`): What [`as_operator`] takes.
-        image_shape (`tuple[int]`): (C, H, W) of the images, by which a row is parted again.
+        operators (`list`): Operators, or what [`as_operator`] takes.
+        image_shape (`tuple[int]`): (C, H, W) of the images.
         measurement_shapes (`list[tuple[int]]`, *optional*):
-            Those of the operators, for one image each. Needed where one of them is made of functions that do not take a float32
-            batch of one image on the CPU, by which their measurement is known otherwise.
+            Shape of each operator's measurement of one image. Required for functions that do not take a float32 batch of one image
+            on the CPU, which otherwise tells the shape.
     """
 
     def __init__(
@@ -93,24 +90,18 @@ class Stack(Combination):
         self.image_shape = tuple(image_shape)
         if measurement_shapes is None:
             measurement_shapes = [part.measurement_shape(self.image_shape) for part in self.parts]
-        elif len(measurement_shapes) != len(self.parts):
-            raise ValueError(
-                f"`measurement_shapes` must be one for each of {len(self.parts)} operators, but is {measurement_shapes}."
-            )
         self.shapes = [tuple(shape) for shape in measurement_shapes]
         self.lengths = [math.prod(shape) for shape in self.shapes]
 
     def join(self, measurements: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One row of numbers an image, of one measurement (B, ...) by each operator."""
+        """Join the measurements (B, ...) of all operators to one row of numbers per image."""
         shapes = [tuple(part.shape[1:]) for part in measurements]
         if shapes != self.shapes:
             raise ValueError(f"`measurements` must have shapes (batch, ...) with {self.shapes}, but has {shapes}.")
         return torch.cat([part.flatten(1) for part in measurements], dim=1)
 
     def split(self, y: torch.Tensor) -> list[torch.Tensor]:
-        """What `join` joined."""
-        if y.ndim != 2 or y.shape[1] != sum(self.lengths):
-            raise ValueError(f"`y` must have shape (batch, {sum(self.lengths)}), but has {tuple(y.shape)}.")
+        """Undo `join`."""
         return [part.unflatten(1, shape) for part, shape in zip(y.split(self.lengths, dim=1), self.shapes)]
 
     def A(self, x: torch.Tensor) -> torch.Tensor:

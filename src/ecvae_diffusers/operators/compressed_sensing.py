@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Fewer numbers than pixels: random inner products of blocks of an image."""
+"""Compressed sensing: random inner products of blocks of an image, fewer than pixels."""
 
 import math
 
@@ -11,18 +11,15 @@ from .linear_operator import LinearOperator
 
 class CompressedSensing(LinearOperator):
     """
-    Each block of b x b pixels of each channel becomes m numbers, its products with the rows of a matrix:
-    (B, C, H, W) to (B, C m, H / b, W / b).
+    Products of each block of b x b pixels of each channel with the rows of a matrix: (B, C, H, W) to (B, C m, H / b, W / b).
 
     Args:
-        matrix (`torch.Tensor` of shape `(m, b * b)`): Orthonormal rows: `hadamard` and `orthonormal` make random ones.
+        matrix (`torch.Tensor` of shape `(m, b * b)`): Orthonormal rows. `hadamard` and `orthonormal` draw random ones.
     """
 
     row_norm = 1.0
 
     def __init__(self, matrix: torch.Tensor):
-        if not isinstance(matrix, torch.Tensor):
-            raise ValueError(f"`matrix` must be a tensor, but is a {type(matrix).__name__}.")
         block_size = math.isqrt(matrix.shape[-1])
         if matrix.ndim != 2 or block_size**2 != matrix.shape[1]:
             raise ValueError(f"`matrix` must have shape (m, b * b), but has {tuple(matrix.shape)}.")
@@ -37,7 +34,7 @@ class CompressedSensing(LinearOperator):
         cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None
     ) -> "CompressedSensing":
         """
-        Rows of the Walsh-Hadamard transform, drawn at random, of pixels whose signs are flipped at random.
+        Draw rows of the Walsh-Hadamard transform, of pixels whose signs are flipped at random.
 
         Args:
             ratio (`float`, *optional*, defaults to 0.25): m over b * b, above 0 and at most 1.
@@ -58,9 +55,7 @@ class CompressedSensing(LinearOperator):
     def orthonormal(
         cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None
     ) -> "CompressedSensing":
-        """Random orthonormal rows (of a QR decomposition of normal draws); arguments as of `hadamard`, any b."""
-        if block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, but is {block_size}.")
+        """Draw orthonormal rows, by a QR decomposition of normal draws, for any b. Arguments as of `hadamard`."""
         num_pixels = block_size**2
         draws = torch.randn(num_pixels, cls.num_rows(ratio, num_pixels), dtype=torch.float64, generator=generator)
         return cls(torch.linalg.qr(draws).Q.mT)
@@ -84,5 +79,5 @@ class CompressedSensing(LinearOperator):
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         channels, height, width = image_shape
         if height % self.block_size or width % self.block_size:
-            raise ValueError(f"Blocks of {self.block_size} px must divide the image's {height}x{width} pixels.")
+            raise ValueError(f"`block_size` {self.block_size} must divide the image's {height}x{width} pixels.")
         return channels * len(self.matrix), height // self.block_size, width // self.block_size

@@ -1,9 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""What a measurement does to an image: y = A x, its adjoint and its pseudo-inverse.
+r"""Linear measurements y = A x of images, with their adjoint and pseudo-inverse.
 
 .. math:: \langle A x, y \rangle = \langle x, A^T y \rangle, \qquad A A^+ A = A, \quad A^+ A A^+ = A^+,
 
-with :math:`A A^+` and :math:`A^+ A` symmetric. The damped inverse :math:`A_s = A^T (A A^T + s I)^{-1}` becomes :math:`A^+`
+where :math:`A A^+` and :math:`A^+ A` are symmetric. The damped inverse :math:`A_s = A^T (A A^T + s I)^{-1}` goes to :math:`A^+`
 as s goes to 0.
 """
 
@@ -22,29 +22,28 @@ from .solvers import LeastSquares
 
 
 CONFIG_FILE, TENSORS_FILE = "operator_config.json", "operator.safetensors"
-# Up to so many entries of an image the matrix of an operator is decomposed as a whole (half a second, 16 MB).
+# Entries of an image up to which an operator's whole matrix is decomposed (half a second, 16 MB).
 DENSE_ENTRIES = 1024
 ONE = factorize(torch.ones(1, 1))
 
 
 class LinearOperator(nn.Module):
     """
-    A linear measurement of images. All methods take batches, any device and floating dtype, and are differentiable.
+    A linear measurement of images in [-1, 1]. All methods take batches on any device and in any floating dtype, and are
+    differentiable.
 
-    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes its constructor's arguments on to this one, which
-    makes buffers of tensors and keeps the rest for the config. If A A^T = c I on the range of A, it says so by
-    `row_norm` = c, and needs no more; else it may have a closed form of `A_dagger`.
-
-    Images are in [-1, 1] here: a measurement is y = A x of such x.
+    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes the arguments of its constructor to this one, which
+    registers tensors as buffers and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A;
+    otherwise it may override `A_dagger` with a closed form.
     """
 
-    # By this `as_operator` knows one, also of another copy of this class: a pipeline from the Hub brings its own.
+    # `as_operator` recognizes operators by this, even those of another copy of this class: a pipeline from the Hub brings its own.
     is_linear_operator = True
-    # c, where A A^T is c times the projection on the range of A; None where it is not.
+    # c if A A^T is c times the projection on the range of A, or None.
     row_norm: float | None = None
-    # What CGLS computes in. None: in the measurement's own dtype.
+    # What CGLS computes in; None is the measurement's own dtype.
     solver_dtype: torch.dtype | None = torch.float64
-    # Singular values up to so many times the largest are left out of A^+.
+    # A^+ leaves out singular values up to this times the largest.
     rcond: float = 0.0
     # Whether every image of a batch is measured alike.
     is_the_same_for_all_images: bool = True
@@ -60,40 +59,30 @@ class LinearOperator(nn.Module):
                 self.register_buffer(name, value)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        """Measure images (B, C, H, W), as float32 or float64."""
+        """Measure images (B, C, H, W)."""
         raise NotImplementedError
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """The adjoint (transpose) of `A`: measurements (B, ...) to images (B, C, H, W)."""
+        """Map measurements (B, ...) to images (B, C, H, W) by the adjoint (transpose) of `A`."""
         raise NotImplementedError
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """
-        Args:
-            image_shape (`tuple[int]`): (C, H, W) of an image.
-
-        Returns:
-            `tuple[int]`: The shape of one image's measurement.
-
-        Raises:
-            ValueError: if the operator does not take such images.
-        """
+        """Return the shape of the measurement of one image (C, H, W), or raise `ValueError` if the operator can't measure it."""
         raise NotImplementedError
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """
-        The pseudo-inverse A^+ y: of all x whose A x comes nearest to y, the one of least norm.
+        Apply the pseudo-inverse: of all x whose A x is nearest to y, A^+ y has the least norm.
+
+        Without a closed form, CGLS solves it from 0, in float64 if the device has it: to a relative residual of 1e-10 for
+        measurements in float64 and 1e-8 in float32 (1e-6 if it computes in float32).
 
         Args:
             y (`torch.Tensor` of shape `(B, ...)`): Measurements.
-            damping (`float`, *optional*, defaults to 0.0):
-                s, at least 0: above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
+            damping (`float`, *optional*, defaults to 0.0): s, at least 0. Above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
 
         Raises:
             ValueError: if `damping` is below 0 or not finite.
-
-        Where there is no closed form it is solved by CGLS from 0, in float64 where the device has it: to a relative
-        residual of 1e-10 for measurements in float64, 1e-8 in float32 (1e-6 where it is computed in float32).
         """
         check_damping(damping)
         if self.row_norm is not None:
@@ -101,13 +90,13 @@ class LinearOperator(nn.Module):
         return self.solve(y, damping)
 
     def solve(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-        """`A_dagger` by CGLS, whether or not there is a closed form."""
+        """Apply `A_dagger` by CGLS, even if there is a closed form."""
         dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
 
     def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
-        """`A_dagger` by the decomposition of the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        """Apply `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
         if image_shape not in self.decompositions:
             with kept_for_gradients():
                 entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
@@ -124,7 +113,7 @@ class LinearOperator(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        """The constructor's arguments as JSON can hold them; tensors go to `tensors`, by a name that stands for them."""
+        """Return the constructor's arguments for JSON. Tensors go to `tensors`, and their names to the config."""
         config: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, value in self._arguments.items():
             if isinstance(value, torch.Tensor):
@@ -139,10 +128,10 @@ class LinearOperator(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> "LinearOperator":
         """
-        Build the operator that `to_config` described, of whichever class.
+        Build an operator of any class from the config of `to_config`.
 
         Raises:
-            ValueError: if the class is not known: that of an operator of your own must have been imported.
+            ValueError: if the class is unknown. The class of an operator of your own must be imported before.
         """
         config = dict(config)
         name, kinds = config.pop("_class_name", None), {kind.__name__: kind for kind in subclasses(LinearOperator)}
@@ -158,7 +147,7 @@ class LinearOperator(nn.Module):
         return kinds[name](**config)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `operator_config.json`, and the tensors of masks and kernels as `operator.safetensors`."""
+        """Save the config as `operator_config.json` and the tensors as `operator.safetensors`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -168,13 +157,7 @@ class LinearOperator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "LinearOperator":
-        """
-        Read what `save_pretrained` wrote.
-
-        Raises:
-            OSError: if a file is missing.
-            ValueError: if the class is not known.
-        """
+        """Load what `save_pretrained` wrote. Raises as `from_config`, and `OSError` if a file is missing."""
         folder = Path(save_directory)
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return cls.from_config(config, safetensors.torch.load_file(folder / TENSORS_FILE))
@@ -182,14 +165,13 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator of two functions, or of anybody's object that has them: A^+ is solved for.
+    An operator of two functions, which solves for A^+. It can't be saved: a config can't hold functions.
+
+    The functions are called with contiguous copies of batches, which they may change, in the dtype of the measurement.
 
     Args:
-        A (`Callable`): Maps images (B, C, H, W) to measurements (B, ...), linearly.
+        A (`Callable`): A linear map of images (B, C, H, W) to measurements (B, ...).
         A_adjoint (`Callable`): Its adjoint.
-
-    It is not saved: a config can't hold functions. The functions are called with contiguous
-    copies of batches, which they may change, in the dtype of what is restored or solved for: float32, or float64 where the measurement is.
     """
 
     solver_dtype = None
@@ -209,7 +191,7 @@ class FunctionOperator(LinearOperator):
         return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        raise ValueError("An operator made of functions can't be saved: there is no config of a function.")
+        raise ValueError("A `FunctionOperator` can't be saved: a config can't hold functions.")
 
 
 def check_damping(damping: float) -> None:
@@ -223,11 +205,8 @@ def subclasses(kind: type) -> set[type]:
 
 def as_operator(operator: Any) -> LinearOperator:
     """
-    An operator of whatever serves as one: a [`LinearOperator`]; an object with `A` and `A_adjoint`, such as a
-    `LinearPhysics` of deepinv; or a pair of functions (A, A_adjoint).
-
-    Raises:
-        ValueError: if it is none of them.
+    Convert a [`LinearOperator`], an object with `A` and `A_adjoint` (a `LinearPhysics` of deepinv, for example), or a pair of
+    functions (A, A_adjoint) to an operator. Raises `ValueError` for anything else.
     """
     if getattr(operator, "is_linear_operator", False):
         return operator

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Measurements of single pixels: all of them, some of them, their gray value."""
+"""Measurements of single pixels: all, some, or their gray values."""
 
 import torch
 
@@ -7,7 +7,7 @@ from .linear_operator import LinearOperator
 
 
 class Denoising(LinearOperator):
-    """A x = x: all there is to undo is noise."""
+    """A x = x: only noise is to be removed."""
 
     row_norm = 1.0
     is_diagonal = True
@@ -24,34 +24,32 @@ class Denoising(LinearOperator):
 
 class Inpainting(LinearOperator):
     """
-    A x = m x, pixel by pixel. A measurement has the image's shape, and 0 where nothing was observed: middle gray in a
+    A x = m x, pixel by pixel. A measurement has the image's shape, and is 0 where nothing was observed: middle gray in a
     tensor, black in a picture.
 
     Args:
         mask (`torch.Tensor` of shape `(H, W)`, `(1 or C, H, W)` or `(B, 1 or C, H, W)`):
-            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has a mask for each image.
+            1 (True) where a pixel is OBSERVED, 0 (False) where it is missing. The last shape has one mask per image.
     """
 
     row_norm = 1.0
     is_diagonal = True
 
     def __init__(self, mask: torch.Tensor):
-        if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3, 4) or mask.numel() == 0:
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else mask
-            raise ValueError(f"`mask` must be a tensor of shape (H, W), (C, H, W) or (B, C, H, W), but is {shape!r}.")
+        if mask.ndim not in (2, 3, 4):
+            raise ValueError(f"`mask` must have shape (H, W), (C, H, W) or (B, C, H, W), but has {tuple(mask.shape)}.")
         if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("`mask` must hold 0 (missing) and 1 (observed) only.")
+            raise ValueError("`mask` must hold only 0 (missing) and 1 (observed).")
         super().__init__(mask=mask.bool())
         self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
 
     @classmethod
     def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
-        """Images of `height` x `width` of which a box is missing, whose first row and column are `top` and `left`."""
+        """Make the operator for images with a missing box, whose first row and column are `top` and `left`."""
         fits = top + box_height <= height and left + box_width <= width
         if min(top, left, box_height, box_width) < 0 or not fits:
-            raise ValueError(
-                f"The box of {box_height}x{box_width} at ({top}, {left}) does not lie in an image of {height}x{width}."
-            )
+            box = f"{box_height}x{box_width} px at ({top}, {left})"
+            raise ValueError(f"`box_height` and `box_width` must fit the image of {height}x{width} px, but are {box}.")
         mask = torch.ones(height, width, dtype=torch.bool)
         mask[top : top + box_height, left : left + box_width] = False
         return cls(mask)
@@ -66,8 +64,8 @@ class Inpainting(LinearOperator):
         num_masks: int | None = None,
     ) -> "Inpainting":
         """
-        Each pixel is observed with probability `observed`, by itself; all its channels or none. `num_masks` makes a
-        batch of as many masks.
+        Make the operator that observes each pixel, with all its channels, with probability `observed`. With `num_masks` it has
+        as many masks, one per image.
         """
         if not 0 <= observed <= 1:
             raise ValueError(f"`observed` must be from 0 to 1, but is {observed}.")
@@ -76,7 +74,7 @@ class Inpainting(LinearOperator):
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         if self.mask.ndim == 4 and len(self.mask) not in (1, len(x)):
-            raise ValueError(f"`mask` is one of {len(self.mask)} images, but there are {len(x)}.")
+            raise ValueError(f"`mask` holds masks of {len(self.mask)} images, but there are {len(x)}.")
         self.measurement_shape(tuple(x.shape[1:]))
         return x * self.mask.to(x)
 
@@ -88,9 +86,7 @@ class Inpainting(LinearOperator):
         if mask_shape[-2:] != tuple(image_shape[-2:]) or (
             len(mask_shape) == 3 and mask_shape[0] not in (1, image_shape[0])
         ):
-            raise ValueError(
-                f"`mask` has shape {tuple(self.mask.shape)}, and does not fit images of {tuple(image_shape)}."
-            )
+            raise ValueError(f"`mask` of shape {tuple(self.mask.shape)} does not fit images of {tuple(image_shape)}.")
         return tuple(image_shape)
 
 
@@ -100,7 +96,7 @@ class Colorization(LinearOperator):
 
     Args:
         weights (`tuple[float]`, *optional*, defaults to `(0.299, 0.587, 0.114)`):
-            w, one for each channel. By default what PIL's `convert("L")` weighs red, green and blue by.
+            w, one per channel. Defaults to the weights of red, green and blue in PIL's `convert("L")`.
     """
 
     def __init__(self, weights: tuple[float, ...] = (0.299, 0.587, 0.114)):

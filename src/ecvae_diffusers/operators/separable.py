@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Measurements that treat rows and columns apart: :math:`Y = R_h X R_w^T`, for each channel.
+r"""Separable measurements: :math:`Y = R_h X R_w^T` for each channel.
 
-Their singular values are the products of those of :math:`R_h` and :math:`R_w`, so that the pseudo-inverse is as exact as
-two small decompositions.
+Their singular values are the products of those of :math:`R_h` and :math:`R_w`: the pseudo-inverse is as exact as two small
+decompositions.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Factors(NamedTuple):
 
 @contextmanager
 def kept_for_gradients() -> Iterator[None]:
-    """What is made here, and kept, serves gradients later, though it is first asked for in inference mode."""
+    """Make tensors that can be used for gradients later, even in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -34,14 +34,14 @@ def factorize(matrix: torch.Tensor) -> Factors:
 
 
 def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`rows` X `columns`^T for each channel of (B, C, H, W)."""
+    """Return `rows` X `columns`^T for each channel of (B, C, H, W)."""
     return rows.to(x) @ x @ columns.to(x).mT
 
 
 def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
     """
-    A_s y for `damping` s above 0; for 0 A^+ y, which leaves out singular values up to `rcond` times the largest.
-    In float64 where the device has it: products of small singular values are divided by.
+    Return A_s y for `damping` s above 0, or A^+ y for 0, which leaves out singular values up to `rcond` times the largest.
+    Computes in float64 if the device has it, since it divides by products of small singular values.
     """
     exact = y if y.device.type == "mps" else y.double()
     values = torch.outer(rows.values, columns.values).to(exact)

@@ -1,9 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Least squares with operators that are functions: conjugate gradients on the normal equations (CGLS).
+r"""Least squares by conjugate gradients on the normal equations (CGLS), for operators that are functions:
 
 .. math:: \min_x \|y - A x\|^2 + s \|x\|^2
 
-From x = 0, so that every iterate lies in the range of A^T, and the limit for s = 0 is the solution of least norm, A^+ y.
+From x = 0 every iterate lies in the range of A^T, and the limit for s = 0 is the solution of least norm, A^+ y.
 """
 
 import warnings
@@ -13,7 +13,7 @@ import torch
 
 
 MAX_ITERATIONS = 1000
-# In float32: iterations without a smaller gradient after which an entry is as good as it gets.
+# Iterations without a smaller gradient after which float32 can't improve an entry.
 STAGNATION = 50
 
 
@@ -26,16 +26,16 @@ def cgls(
     max_iterations: int = MAX_ITERATIONS,
 ) -> torch.Tensor:
     """
-    Solve for each entry of a batch by itself (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
+    Solve each entry of a batch independently (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
 
     Args:
         A, A_adjoint (`Callable`): A linear map of batches (B, ...), and its adjoint.
         y (`torch.Tensor` of shape `(B, ...)`): Right-hand sides, float32 or float64.
         damping (`float`, *optional*, defaults to 0.0): s, at least 0.
         tolerance (`float`, *optional*, defaults to 1e-10):
-            An entry is done where its A^T r - s x is at most so many times A^T y, or its r so many times y, in norm.
-            float32 comes to 1e-6 or so, and stops where it comes no nearer.
-        max_iterations (`int`, *optional*, defaults to 1000): Where to stop, with a warning, if some are not done.
+            An entry is done if its A^T r - s x is at most this times A^T y in norm, or its r this times y. float32 reaches
+            about 1e-6, and stops where it no longer improves.
+        max_iterations (`int`, *optional*, defaults to 1000): Iterations after which to stop with a warning.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`: x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0.
@@ -52,33 +52,32 @@ def cgls(
     enough_gradient, enough_residual = tolerance**2 * gradient_norm, tolerance**2 * squares(y)
     least, since = gradient_norm, torch.zeros_like(gradient_norm)
     for _ in range(max_iterations):
-        going_on = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
+        is_active = (gradient_norm > enough_gradient) & (squares(residual) > enough_residual)
         if x.dtype == torch.float32:
-            # Below what it can resolve the gradient no longer falls: nothing is gained by going on.
-            going_on &= since < STAGNATION
-        if not going_on.any():
+            is_active &= since < STAGNATION
+        if not is_active.any():
             return x
         image = A(direction)
         curvature = squares(image) + damping * squares(direction)
         # An entry that is done stays where it is: its direction may be 0.
-        step = torch.where(going_on, gradient_norm / curvature.where(going_on, torch.ones_like(curvature)), 0.0)
+        step = torch.where(is_active, gradient_norm / curvature.where(is_active, torch.ones_like(curvature)), 0.0)
         x, residual = x + each(step, direction), residual - each(step, image)
         gradient = A_adjoint(residual) - damping * x
-        before, gradient_norm = gradient_norm, torch.where(going_on, squares(gradient), gradient_norm)
-        ratio = torch.where(going_on, gradient_norm / before.where(going_on, torch.ones_like(before)), 0.0)
+        before, gradient_norm = gradient_norm, torch.where(is_active, squares(gradient), gradient_norm)
+        ratio = torch.where(is_active, gradient_norm / before.where(is_active, torch.ones_like(before)), 0.0)
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
     warnings.warn(
-        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual came to {tolerance}."
+        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual reached {tolerance}."
     )
     return x
 
 
 class LeastSquares(torch.autograd.Function):
     """
-    [`cgls`] as a linear map of y that can be differentiated, without a graph of its iterations: the adjoint of
-    (A^T A + s I)^{-1} A^T is (A A^T + s I)^{-1} A, the same problem with A^T in the place of A.
+    Make [`cgls`] differentiable in y without a graph of its iterations: the adjoint of (A^T A + s I)^{-1} A^T is
+    (A A^T + s I)^{-1} A, the same problem with A^T instead of A.
     """
 
     @staticmethod

@@ -11,13 +11,13 @@ from .linear_operator import LinearOperator, check_damping
 
 
 MODES = ("average", "bicubic", "decimation")
-# Of the bicubic form's pseudo-inverse, whose condition number is below 3.
+# Cutoff of the bicubic pseudo-inverse, whose condition number is below 3.
 RCOND = 1e-10
 
 
 @lru_cache(maxsize=32)
 def bicubic_factors(size: int, scale: int) -> separable.Factors:
-    """The matrix that resizes a line of `size` pixels as PIL does (BICUBIC: antialiased, a = -0.5), decomposed."""
+    """Decompose the matrix that resizes a line of `size` pixels as PIL does (BICUBIC: antialiased, a = -0.5)."""
     with separable.kept_for_gradients():
         lines = torch.eye(size, dtype=torch.float64)[None, None]
         matrix = F.interpolate(lines, (size // scale, size), mode="bicubic", antialias=True, align_corners=False)
@@ -26,18 +26,18 @@ def bicubic_factors(size: int, scale: int) -> separable.Factors:
 
 class SuperResolution(LinearOperator):
     """
-    A low resolution: (B, C, H, W) to (B, C, H / scale, W / scale).
+    A lower resolution: (B, C, H, W) to (B, C, H / scale, W / scale).
 
     Args:
-        scale (`int`): How many pixels become one in each direction, at least 1; it must divide H and W.
+        scale (`int`): Pixels that become one in each direction; must divide H and W.
         mode (`str`, *optional*, defaults to `"average"`):
-            `"average"`: the mean of scale x scale pixels; `"bicubic"`: bicubic with antialiasing, what PIL's
-            `image.resize(..., Image.BICUBIC)` does; `"decimation"`: the first pixel of scale x scale.
+            `"average"` is the mean of scale x scale pixels, `"bicubic"` is PIL's `image.resize(..., Image.BICUBIC)` (with
+            antialiasing), `"decimation"` is the first pixel of scale x scale.
     """
 
     def __init__(self, scale: int, mode: str = "average"):
-        if not isinstance(scale, int) or scale < 1:
-            raise ValueError(f"`scale` must be an integer of at least 1, but is {scale!r}.")
+        if scale < 1:
+            raise ValueError(f"`scale` must be at least 1, but is {scale}.")
         if mode not in MODES:
             raise ValueError(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.")
         super().__init__(scale=scale, mode=mode)

@@ -1,13 +1,16 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Read pictures and masks: one reader for training, for evaluation and for every pipeline."""
+"""Reads pictures, masks, tensors and latents: one reader for training, for evaluation and for every pipeline."""
 
 import struct
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
 
 
 logger = logging.get_logger(__name__)
@@ -29,44 +32,32 @@ UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-# Values of pictures that are beyond [0, 1] by less are rounding, of a resize or of half precision.
+# Resizing and half precision leave [0, 1] by less than this.
 RANGE_TOLERANCE = 1e-3
-# Levels of a mask that are nearly black and nearly white.
+# Levels of a mask below and above which it is nearly black and nearly white.
 DARK, BRIGHT = 0.06, 0.94
-# Share of the pixels of a mask that a region of labels has at least.
+# Share of a mask's pixels that a region of labels has at least.
 LEAST_REGION = 0.005
-# Masks of more colours may be paint as JPEG files blur it, besides labels.
+# A mask with more colours may be paint that JPEG blurred instead of labels.
 MAX_LABELS = 8
-PAINT_ON_DARK = (
-    "To repaint bright paint on a dark ground: PIL.Image.fromarray(numpy.asarray(mask.convert('RGB')).max(-1) >= 128)"
-)
-PAINT_ON_BRIGHT = (
-    "To repaint coloured paint on a bright ground: "
-    "PIL.Image.fromarray(numpy.ptp(numpy.asarray(mask.convert('RGB')), axis=-1) >= 64)"
-)
-# Shades of one colour are equal to so many of 255 levels, or of 65,535.
+# Shades of one colour differ from its multiples by at most this many levels.
 SHADE_TOLERANCE = 2
+# Latents have a standard deviation of 1 in training.
+LARGEST_TEMPERATURE = 100.0
 
 
-# Pictures of PIL
+# Pictures
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
-    """Return the value of white in a picture's pixels, `None` if the mode has no agreed one."""
+    """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
     return None if image.mode in UNRANGED_MODES else 255
 
 
-def check_pixels(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if pixels are not finite."""
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ValueError("mode F holds values that are not finite.")
-
-
 def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the mode has no agreed white, or if pixels are not finite."""
-    check_pixels(image)
+    """Raise `ValueError` if the picture's mode has no agreed white."""
     if white_level(image) is None:
         low, high = image.getextrema()
         white = next((level for level in (1, 255, 65535) if high <= level), high)
@@ -77,12 +68,7 @@ def check_mode(image: PIL.Image.Image) -> None:
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """
-    Return how the EXIF data say that a picture lies, from 1 (upright) to 8.
-
-    Raises:
-        ValueError: if the EXIF data can't be read.
-    """
+    """Return the EXIF orientation from 1 (upright) to 8, or raise `ValueError` if the EXIF data can't be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
@@ -92,19 +78,19 @@ def orientation(image: PIL.Image.Image) -> int:
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn a picture as its EXIF data say. Photographs are stored as the camera was held."""
+    """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
     image.load()  # Pillow turns TIFF files itself.
     turn = UPRIGHT.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the alpha channel that the transparent colour of an L, I;16 or RGB picture stands for."""
+    """Return the alpha channel of an L, I;16 or RGB picture with a transparent colour."""
     pixels, key = np.asarray(image), np.array(image.info["transparency"])
     if image.mode == "RGB" and key.max() > 255:
         key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
     if image.mode == "L":
-        # Pillow spreads 2- and 4-bit pixels over 8 bits, and leaves the key.
+        # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
     transparent = pixels == key
@@ -115,8 +101,9 @@ def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     """
-    Bring a picture of any mode to 1, 3 or 4 channels of 8 bits: upright by its EXIF data, with 16 bits scaled and rounded, and
-    with transparency on white unless the channels include alpha.
+    Convert a picture of any mode to 1, 3 or 4 channels of 8 bits.
+
+    The EXIF data turn it upright, 16 bits are scaled and rounded, and transparency is laid on white unless alpha is a channel.
 
     Raises:
         ValueError: if the mode has no agreed white, or the EXIF data can't be read.
@@ -135,65 +122,54 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
         image.info.pop("transparency", None)
         image.putalpha(alpha)
     elif image.has_transparency_data:
-        # Pillow converts La, whose colours are multiplied by alpha, to LA alone.
+        # Pillow converts La, whose colours are multiplied by alpha, only to LA.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     if channels < 4 and image.mode == "RGBA":
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    # Pillow converts LAB to RGB alone.
+    # Pillow converts LAB only to RGB.
     return (image.convert("RGB") if image.mode == "LAB" else image).convert(MODES[channels])
 
 
-# Masks of PIL
+# Masks
 
 
 def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     """
-    Return which pixels of a mask are to be repainted, a bool array of shape (H, W). Of black and one other level or colour, that is
-    whatever is not black: labels 0 and 1, palettes of one object, paint. Of shades of white, or of one bright paint, on a dark
-    ground, it is what has at least half of white.
+    Return the pixels that a mask repaints, a bool array of shape (H, W).
+
+    A mask of black and one other level or colour repaints all that is not black: labels 0 and 1, palettes of one object, paint.
+    A mask of shades of white, or of one bright paint, on a dark ground repaints what has at least half of white.
 
     Raises:
-        ValueError: if the mask is neither, or has pixels that are transparent or not finite; with what it holds.
+        ValueError: if the mask is neither, or has transparent pixels. The message says what it holds and how to convert it.
     """
-    check_pixels(mask)
     white = white_level(mask)
     if mask.has_transparency_data and read_picture(mask, 4).getextrema()[3][0] < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
         raise ValueError(
-            f"mode {mask.mode} with transparent pixels does not say what is to be repainted. What is transparent or erased: "
-            f"{alpha}.point(lambda a: 255 - a). What is opaque or painted: {alpha}"
+            f"mode {mask.mode} with transparent pixels does not say what to repaint. To repaint what is transparent or erased: "
+            f"{alpha}.point(lambda a: 255 - a). To repaint what is opaque or painted: {alpha}"
         )
-    if white == 255:
-        picture = read_picture(mask, 3)
-        pixels, found = np.asarray(picture), picture.getcolors(256)
-        paint_recipe = PAINT_ON_DARK if np.median(pixels.max(-1)) < 128 else PAINT_ON_BRIGHT
-        if found is None:
-            raise ValueError(f"mode {mask.mode} with more than 256 colours is not in black and white. {paint_recipe}")
-        counts, colours = zip(*sorted(found, key=lambda one: max(one[1])))
-    else:
-        pixels = np.asarray(upright(mask))[..., None]
-        values, counts = np.unique(pixels, return_counts=True)
-        colours = values[:, None]
-    colours = np.array(colours)
-    level = colours.max(1)  # in ascending order
-    if level[0] == 0 and (len(level) == 1 or (len(level) == 2 and level[1] > 0)):
-        return pixels.any(-1)
-    # Shades of one colour, white or a paint, on black.
-    shades = np.abs(colours - level[:, None] / max(level[-1], 1) * colours[-1]).max() <= SHADE_TOLERANCE
-    if white is not None and shades and is_in_black_and_white(pixels.max(-1) / white, gray=len(set(colours[-1])) == 1):
-        return pixels.max(-1) >= white / 2
-    texts = [str(one[0] if len(set(one)) == 1 else tuple(one)) for one in colours.tolist()]
-    most = np.argsort(counts)[::-1]
-    named = ", ".join(texts[i] for i in sorted(most[:5])) + (", ..." if len(texts) > 5 else "")
-    example = texts[next((i for i in most if level[i] > 0), 0)]
-    equal = (
-        f"(numpy.asarray(mask.convert('RGB')) == {example}).all(-1)"
-        if white == 255
-        else f"numpy.asarray(mask) == {example}"
-    )
+    pixels = np.asarray(read_picture(mask, 3)) if white == 255 else np.asarray(upright(mask))[..., None]
+    level = pixels.max(-1)
+    brightest = pixels.reshape(-1, pixels.shape[-1])[level.argmax()]
+    if level.min() == 0 and np.isfinite(brightest).all() and (pixels == brightest)[level > 0].all():
+        return level > 0
+    if white is not None:
+        shades = (level / max(level.max(), 1))[..., None] * brightest
+        is_gray = len(set(brightest.tolist())) == 1
+        if np.abs(pixels - shades).max() <= SHADE_TOLERANCE and is_in_black_and_white(level / white, is_gray):
+            return level >= white / 2
+    counts = Counter(map(tuple, pixels.reshape(-1, pixels.shape[-1]).tolist()))
+    values = [one[0] if len(set(one)) == 1 else one for one, _ in counts.most_common(5)]
+    example = next((value for value in values if value != 0), 0)
+    array = "numpy.asarray(mask.convert('RGB'))" if white == 255 else "numpy.asarray(mask)"
+    recipe = f"PIL.Image.fromarray({f'({array} == {example}).all(-1)' if white == 255 else f'{array} == {example}'})"
+    if white == 255 and len(counts) > MAX_LABELS:
+        recipe += f". To repaint paint: PIL.Image.fromarray(abs({array}.astype(int) - {values[0]}).max(-1) >= 96)"
     raise ValueError(
-        f"mode {mask.mode} with the values {named} is not in black (kept) and white (repainted). To repaint one of them: "
-        f"PIL.Image.fromarray({equal})" + (f". {paint_recipe}" if white == 255 and len(texts) > MAX_LABELS else "")
+        f"mode {mask.mode} with the values {', '.join(map(str, values))}{', ...' if len(counts) > 5 else ''} is not in black "
+        f"(kept) and white (repainted). To repaint one of them: {recipe}"
     )
 
 
@@ -219,78 +195,54 @@ def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
     return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
 
 
-# What pipelines are given
+# Arguments of pipelines
 
 
-def as_list(image: Images, name: str) -> list:
-    """Return what an argument holds as a list of PIL images, of arrays or of tensors; arrays and tensors of one shape."""
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    if not images:
-        raise ValueError(f"`{name}` is an empty list.")
-    if not any(all(isinstance(one, kind) for one in images) for kind in (PIL.Image.Image, np.ndarray, torch.Tensor)):
-        kinds = sorted({type(one).__name__ for one in images})
-        raise ValueError(
-            f"`{name}` must be PIL images, numpy arrays or a tensor, or a list of one, but holds {kinds}."
-        )
-    if not isinstance(images[0], PIL.Image.Image):
-        check_sizes(name, [tuple(one.shape) for one in images])
+def as_list(images: Images, name: str) -> list:
+    """Return an argument as a list of PIL images, of arrays or of tensors."""
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
+    if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
+        found = sorted({type(one).__name__ for one in images})
+        raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
     return images
 
 
-def check_sizes(name: str, sizes: list[tuple[int, ...]]) -> None:
-    if len(set(sizes)) > 1:
-        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(set(sizes))}.")
-
-
-def prepare_measurement(image: Images) -> torch.Tensor:
-    """Return tensors (one, or a list of one shape) as one floating-point tensor (batch, ...), with their values."""
-    images = as_list(image, "image")
-    tensor = torch.stack(images) if isinstance(image, list | tuple) else image
-    if tensor.ndim < 2 or tensor.shape[0] == 0 or not tensor.is_floating_point():
-        raise ValueError(
-            "`image` as a tensor must be a floating-point measurement of shape (batch, ...), but is "
-            f"{tensor.dtype} of shape {tuple(tensor.shape)}."
-        )
-    return tensor
+def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image.Image], np.ndarray]) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.stack([read(one) for one in images]))
+    except ValueError as error:
+        raise ValueError(f"`{name}` can't be read: {error}") from error
 
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Return pictures as one tensor (B, C, H, W) in [0, 1]. PIL images get `channels` channels; arrays (B, H, W, C) and tensors
-    (B, C, H, W) keep theirs, and may hold values that are not finite.
+    Convert pictures to one tensor (B, C, H, W) in [0, 1].
+
+    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and may hold values that are
+    not finite.
 
     Raises:
-        ValueError: if there is none, sizes differ, or a picture can't be read or is not in [0, 1].
+        ValueError: if there is no picture, sizes differ, or a picture can't be read or is not in [0, 1].
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
-        try:
-            pictures = [read_picture(one, channels) for one in images]
-        except ValueError as error:
-            raise ValueError(f"`image` can't be read: {error}") from error
-        check_sizes("image", [one.size for one in pictures])
+        levels = read_all(images, "image", lambda one: np.atleast_3d(read_picture(one, channels)))
         if channels == 1 and any(has_colours(one) for one in images):
-            logger.warning(
-                "`image` has colours, and the model is gray: it is read as gray, as training with 1 channel does."
-            )
-        levels = np.stack([np.asarray(one).reshape(*one.size[::-1], channels) for one in pictures])
-        return torch.from_numpy(levels).permute(0, 3, 1, 2).float() / 255
-    kind = images[0].dtype
-    if not (kind.is_floating_point if isinstance(images[0], torch.Tensor) else np.issubdtype(kind, np.floating)):
-        raise ValueError(
-            f"`image` as an array or tensor must be floating-point in [0, 1], but is {kind}. Of levels from 0 to 255: image / 255."
-        )
-    image = images if isinstance(image, tuple) else image
+            logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
+        return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
-        image = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
-    picture = processor.preprocess(image)
-    finite = picture[picture.isfinite()]
-    if len(finite) and (finite.min() < -RANGE_TOLERANCE or finite.max() > 1 + RANGE_TOLERANCE):
-        of_model = finite.min() >= -1 - RANGE_TOLERANCE and finite.max() <= 1 + RANGE_TOLERANCE
+        images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
+    picture = processor.preprocess(images[0] if len(images) == 1 else images)
+    if not picture.is_floating_point():
         raise ValueError(
-            f"`image` must have values in [0, 1], but they go from {finite.min():.4g} to {finite.max():.4g}."
-            + (" From [-1, 1]: image / 2 + 0.5." if of_model else "")
+            f"`image` must be floating-point in [0, 1], but is {picture.dtype}. From 8-bit levels: image / 255."
         )
+    finite = picture[picture.isfinite()]
+    if ((finite < -RANGE_TOLERANCE) | (finite > 1 + RANGE_TOLERANCE)).any():
+        low, high = finite.min(), finite.max()
+        recipe = " From [-1, 1]: image / 2 + 0.5." if max(-low, high) <= 1 + RANGE_TOLERANCE else ""
+        raise ValueError(f"`image` must have values in [0, 1], but they go from {low:.4g} to {high:.4g}.{recipe}")
     return picture
 
 
@@ -301,37 +253,28 @@ def has_colours(image: PIL.Image.Image) -> bool:
     return bool((pixels[..., 1:] != pixels[..., :1]).any())
 
 
-def prepare_mask(
-    mask_image: Images, processor: VaeImageProcessor, batch_size: int, height: int, width: int
-) -> torch.Tensor:
+def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.Tensor) -> torch.Tensor:
     """
-    Return which pixels were observed, bool of shape (1 or B, 1, H, W): those where the mask is black. Warns of a mask that repaints
-    nothing or everything.
+    Return the pixels that were observed, bool of shape (1 or B, 1, H, W): those where the mask is black.
+
+    Warns of a mask that repaints nothing or everything.
 
     Raises:
-        ValueError: if a mask can't be read, or number, size or values do not fit.
+        ValueError: if a mask can't be read, or its number, size or values do not fit pictures `like` (B, C, H, W).
     """
     masks = as_list(mask_image, "mask_image")
     if isinstance(masks[0], PIL.Image.Image):
-        try:
-            read = [read_mask(one) for one in masks]
-        except ValueError as error:
-            raise ValueError(f"`mask_image` can't be read: {error}") from error
-        check_sizes("mask_image", [one.shape for one in read])
-        repainted = torch.from_numpy(np.stack(read)).unsqueeze(1)
+        repainted = read_all(masks, "mask_image", read_mask).unsqueeze(1)
     else:
-        if not all(bool(((one >= 0) & (one <= 1)).all()) for one in masks):
+        if not all(((one >= 0) & (one <= 1)).all() for one in masks):
             raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
-        repainted = processor.preprocess(masks if isinstance(mask_image, tuple) else mask_image) >= 0.5
-    if repainted.ndim != 4 or repainted.shape[1] != 1 or tuple(repainted.shape[2:]) != (height, width):
+        repainted = processor.preprocess(masks[0] if len(masks) == 1 else masks) >= 0.5
+    batch_size, _, *size = like.shape
+    if list(repainted.shape) not in ([1, 1, *size], [batch_size, 1, *size]):
         raise ValueError(
-            f"`mask_image` must have one channel and the image's {height}x{width} px, but has shape "
-            f"{tuple(repainted.shape)} (batch, channels, height, width)."
+            f"`mask_image` must have shape (1 or {batch_size}, 1, {size[0]}, {size[1]}), but has {tuple(repainted.shape)}."
         )
-    if repainted.shape[0] not in (1, batch_size):
-        raise ValueError(f"`mask_image` must be one or {batch_size}, as many as images, but is {repainted.shape[0]}.")
-    flat = repainted.flatten(1)
-    for found, what in ((~flat.any(1), "nothing"), (flat.all(1), "everything")):
+    for found, what in ((~repainted.flatten(1).any(1), "nothing"), (repainted.flatten(1).all(1), "everything")):
         if found.any():
             logger.warning(
                 f"`mask_image` repaints {what} in {int(found.sum())} of {len(found)} mask(s): white is repainted."
@@ -340,14 +283,74 @@ def prepare_mask(
 
 
 def check_turned_together(image: Images, mask_image: Images) -> None:
-    """Warn where the EXIF data turn pictures, and their masks say nothing of it."""
+    """Warn if the EXIF data turn pictures, but not their masks."""
 
-    def turned(argument: Images) -> bool:
-        images = argument if isinstance(argument, list | tuple) else [argument]
-        return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in images)
+    def turned(images: Images) -> bool:
+        return any(
+            isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image")
+        )
 
     if turned(image) and not turned(mask_image):
         logger.warning(
-            "`image` is turned upright by its EXIF data, and `mask_image`, which has none, is taken to be upright. Of a picture as "
-            "it is stored: draw the mask on PIL.ImageOps.exif_transpose(image)."
+            "`image` is turned upright by its EXIF data, and `mask_image`, which has none, is taken to be upright. To draw a mask "
+            "on the upright picture: PIL.ImageOps.exif_transpose(image)."
         )
+
+
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+    kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
+    if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
+        )
+
+
+def prepare_latents(
+    batch_size: int,
+    num_latents: int,
+    temperature: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """
+    Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
+
+    Raises:
+        ValueError: if an argument is outside its range, or `latents` do not fit the others.
+    """
+    if not 0 <= temperature <= LARGEST_TEMPERATURE or (temperature != 1.0 and latents is not None):
+        raise ValueError(
+            f"`temperature` must be from 0 to {LARGEST_TEMPERATURE:g}, and 1 with `latents`, but is {temperature}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    if latents is not None and batch_size == 1:
+        batch_size = max(1, len(latents))
+    check_generator(generator, batch_size)
+    shape = (batch_size, num_latents, 1, 1)
+    if latents is None:
+        return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+    return latents.to(device=device, dtype=dtype)
+
+
+def check_finite(images: torch.Tensor, temperature: float) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(
+            f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
+            "`temperature`, or load the pipeline with dtype=torch.float32."
+        )
+
+
+def postprocess(
+    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
+) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    if output_type not in ("pil", "np", "pt", None):
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")

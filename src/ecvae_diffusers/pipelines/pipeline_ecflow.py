@@ -6,12 +6,11 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.energy_model import EnergyModel
 from ..models.flow_ec import FlowEC
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .sampling_inputs import check_finite, check_sampling
+from .inputs import check_finite, postprocess, prepare_latents
 from .self_contained import SelfContained
 
 
@@ -30,20 +29,20 @@ EXAMPLE_DOC_STRING = """
 
 class ECFlowPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for unconditional image generation with an energy-calibrated normalizing flow: one pass of its inverse an image.
+    Pipeline for unconditional image generation with an energy-calibrated normalizing flow: one pass of its inverse per image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
-    Parameters:
-        flow ([`FlowEC`]): The flow whose inverse makes images of latents drawn from N(0, I).
-        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated it. Not needed to sample.
-        scheduler ([`LangevinScheduler`], *optional*): The chain it was calibrated with. Not needed to sample.
+    Args:
+        flow ([`FlowEC`]): The flow whose inverse maps latents from N(0, I) to images.
+        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated it. Sampling does not need it.
+        scheduler ([`LangevinScheduler`], *optional*): The chain that it was calibrated with. Sampling does not need it.
     """
 
     model_cpu_offload_seq = "flow->energy_model"
     _optional_components = ["energy_model", "scheduler"]
-    # One pass, which nothing interrupts.
+    # Nothing interrupts its one pass.
     num_timesteps, interrupt = 1, False
 
     def __init__(
@@ -73,14 +72,14 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator, or a list of one an image, to make generation deterministic.
+                One generator, or a list of one per image, to make generation deterministic.
             latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`, *optional*):
                 Latents to map to images as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
-                images are clamped; or `"latent"`, the latents themselves. `None` is `"np"`.
+                images are clamped; or `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -92,19 +91,15 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
                 returned where the first element is a list with the generated images.
 
         Raises:
-            ValueError: if an argument is outside what is listed above.
+            ValueError: if an argument is outside its range.
         """
-        check_sampling(batch_size, generator, latents, self.flow.num_latents, temperature, output_type)
-        device, dtype = self._execution_device, self.flow.dtype
-        if latents is None:
-            shape = (batch_size, self.flow.num_latents, 1, 1)
-            latents = temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        image = latents.to(device=device, dtype=dtype)
+        image = prepare_latents(
+            batch_size, self.flow.num_latents, temperature, generator, latents, self._execution_device, self.flow.dtype
+        )
         if output_type != "latent":
             sample = self.flow.decode(image)
             check_finite(sample, temperature)
-            sample = self.image_processor.denormalize(sample)
-            image = self.image_processor.postprocess(sample, output_type=output_type or "np")
+            image = postprocess(sample, self.image_processor, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:

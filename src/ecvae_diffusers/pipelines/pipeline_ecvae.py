@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable
 from itertools import takewhile
-from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..hub.saving import write_restoration_code
@@ -20,8 +18,7 @@ from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .inputs import prepare_picture
-from .sampling_inputs import check_finite, check_generator, check_sampling
+from .inputs import check_finite, check_generator, postprocess, prepare_latents, prepare_picture
 from .self_contained import SelfContained
 
 
@@ -41,25 +38,25 @@ PipelineImageInput = (
     PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 )
 
-# On a CPU so many bytes of the decoder's widest activations are computed at a time: beyond, they outgrow the cache, and
-# each buffer is fetched from the system anew, which made batches of 256 up to 2.5 times slower.
+# Bytes of the decoder's widest activations that a CPU computes at a time. More outgrow the cache, and each buffer is fetched
+# from the system anew: batches of 256 were up to 2.5 times slower.
 CPU_PART_BYTES = 8 * 2**20
 
 
 class ECVAEPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass an image.
+    Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass per image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
-    Parameters:
+    Args:
         vae ([`AutoencoderEC`]):
-            The autoencoder whose decoder makes images of latents drawn from N(0, I).
+            The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
-            The energy model that calibrated it. Needed by `score` and `num_refinement_steps` only.
+            The energy model that calibrated it. Only `score` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
-            The chain it was calibrated with. Needed by `num_refinement_steps` only.
+            The chain that it was calibrated with. Only `num_refinement_steps` requires it.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -76,37 +73,25 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
-    def check_inputs(
-        self,
-        batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        temperature: float,
-        num_refinement_steps: int,
-        output_type: str | None,
-    ) -> None:
-        num_latents = self.vae.config.latent_channels
-        check_sampling(batch_size, generator, latents, num_latents, temperature, output_type)
-        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
+    def check_inputs(self, num_refinement_steps: int, output_type: str | None) -> None:
+        if num_refinement_steps < 0 or (num_refinement_steps > 0 and output_type == "latent"):
             raise ValueError(
-                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
+                f"`num_refinement_steps` must be at least 0, and 0 with output_type='latent', but is {num_refinement_steps}."
             )
         if num_refinement_steps > 0 and (self.energy_model is None or self.scheduler is None):
+            missing = "energy_model" if self.energy_model is None else "scheduler"
             raise ValueError(
-                "`num_refinement_steps` above 0 needs an energy model and a scheduler, and this pipeline has not both. "
-                "Load it without `energy_model=None`, or pass them to the constructor."
+                f"`num_refinement_steps` requires an energy model and a scheduler; this pipeline has no `{missing}`."
             )
-        if output_type == "latent" and num_refinement_steps > 0:
-            raise ValueError("`num_refinement_steps` refines images, so `output_type` can't be 'latent' with it.")
 
     @property
     def num_timesteps(self) -> int:
-        """Number of refinement steps that were last asked for."""
+        """Number of refinement steps of the latest call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether refinement ends before its next step: `_interrupt` may be set meanwhile, by another thread for example."""
+        """Whether refinement stops before its next step. Set `_interrupt` to stop it, from another thread for example."""
         return self._interrupt
 
     def refinement_steps(self, num_steps: int) -> Iterable[int]:
@@ -115,9 +100,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
-        Where and as what the decoder takes its latents. Both are those of the layer that reads them, unless a hook
-        (offloading, layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all
-        modules five times to find that there is none, which takes as long as half a pass of a small decoder.
+        Return device and dtype of the decoder's latents: those of the layer that reads them, unless a hook (offloading,
+        layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all modules five times,
+        which takes as long as half a pass of a small decoder.
         """
         conv_in = self.vae.decoder.conv_in
         # A hook that reaches this layer sits on it or on a module around it.
@@ -127,7 +112,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return conv_in.weight.device, conv_in.weight.dtype
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1]; on a CPU a large batch in parts."""
+        """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
         part = len(latents)
         if latents.device.type == "cpu":
             config = self.vae.config
@@ -137,36 +122,21 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             return self.vae.decode(latents, return_dict=False)[0]
         return torch.cat([self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)])
 
-    def prepare_latents(
-        self,
-        batch_size: int,
-        temperature: float,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
-        device, dtype = self.latents_placement()
-        if latents is not None:
-            return latents.to(device=device, dtype=dtype)
-        shape = (batch_size, self.vae.config.latent_channels, 1, 1)
-        return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-
     def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
         """
-        Read and check images, and bring them to the model's range: PIL images of any mode, arrays (B, H, W, C) or tensors
-        (B, C, H, W) in [0, 1] become a tensor in [-1, 1].
+        Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1].
 
         Raises:
             ValueError: if size, channels or range are not the model's, or a value is not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
-        if images.shape[0] == 0 or tuple(images.shape[1:]) != (channels, size, size):
+        if tuple(images.shape) != (max(1, len(images)), channels, size, size):
             raise ValueError(
-                f"`image` must have {channels} channel(s) and {size}x{size} px, but has shape {tuple(images.shape)} "
-                "(batch, channels, height, width)."
+                f"`image` must have shape (batch, {channels}, {size}, {size}), but has {tuple(images.shape)}."
             )
-        if not torch.isfinite(images).all():
-            raise ValueError("`image` holds values that are not finite.")
+        if not images.isfinite().all():
+            raise ValueError("`image` must have finite values.")
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
         return self.image_processor.normalize(images)
 
@@ -176,10 +146,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         num_refinement_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Run the calibrating chain on images in [-1, 1]: the correction that training teaches the decoder."""
+        """Run the calibrating chain, which training teaches the decoder, on images in [-1, 1]."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
-        # A scheduler of its own: the pipeline's may be that of a calibrator, whose chain has another length.
+        # A copy, since the pipeline's scheduler may belong to a calibrator with another number of steps.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
@@ -187,13 +157,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 gradient = energy_and_gradient(self.energy_model, sample)[1]
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
-
-    def postprocess(
-        self, sample: torch.Tensor, output_type: str | None
-    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Images in [-1, 1] to `output_type`. At once: asked to denormalize, the processor goes image by image."""
-        sample = self.image_processor.denormalize(sample)
-        return self.image_processor.postprocess(sample, output_type=output_type or "np")
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -214,17 +177,16 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             batch_size (`int`, *optional*, defaults to 1):
                 The number of images to generate.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator, or a list of one an image, to make generation deterministic.
+                One generator, or a list of one per image, to make generation deterministic.
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
                 Latents to decode as they are, instead of draws from N(0, I).
             temperature (`float`, *optional*, defaults to 1.0):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of Langevin steps on the energy model after decoding. For comparison: calibration makes the
-                decoder do without.
+                Number of Langevin steps on the energy model after decoding. A calibrated decoder does not need them.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents themselves, not decoded. `None` is `"np"`.
+                `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
 
@@ -236,10 +198,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 returned where the first element is a list with the generated images.
 
         Raises:
-            ValueError: if an argument is outside what is listed above.
+            ValueError: if an argument is outside its range.
         """
-        self.check_inputs(batch_size, generator, latents, temperature, num_refinement_steps, output_type)
-        latents = self.prepare_latents(batch_size, temperature, generator, latents)
+        self.check_inputs(num_refinement_steps, output_type)
+        num_latents = self.vae.config.latent_channels
+        latents = prepare_latents(batch_size, num_latents, temperature, generator, latents, *self.latents_placement())
         if output_type == "latent":
             image = latents
         else:
@@ -247,7 +210,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             check_finite(image, temperature)
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
-            image = self.postprocess(image, output_type)
+            image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:
@@ -274,30 +237,27 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of steps, each a decoder pass there and back, by which the latents are brought nearer to the true
-                posterior, -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 but for a constant: of Langevin dynamics from a
-                draw, of gradient descent (towards the likeliest latent) from the mean.
+                Number of steps, each a decoder pass forth and back, that move the latents towards the true posterior,
+                -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant: Langevin steps from a draw, gradient descent to the
+                likeliest latents from the mean.
             variance (`float`, *optional*, defaults to 0.5):
-                s^2 of a pixel, above 0: half of the KL weight that the autoencoder was trained with.
-            generator (`torch.Generator` or a list of one an image, *optional*): Makes the draws deterministic.
+                s^2 per pixel, above 0: half of the KL weight that the autoencoder was trained with.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or a list of one per image, to make the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                As for generation; `"latent"` gives the encoding, shape `(batch_size, latent_channels, 1, 1)`.
+                As for generation; `"latent"` gives the encoding, of shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
-            ValueError: if size, channels or range of `image` are not the model's, a value is not finite, or the number of
-                steps or the variance is out of its range.
+            ValueError: if `image` does not fit the model, or another argument is outside its range.
         """
-        self.check_inputs(1, None, None, 1.0, 0, output_type)
-        if not isinstance(num_refinement_steps, Integral) or num_refinement_steps < 0:
-            raise ValueError(
-                f"`num_refinement_steps` must be an integer of at least 0, but is {num_refinement_steps!r}."
-            )
-        if not isinstance(variance, Real) or not 0 < variance < float("inf"):
-            raise ValueError(f"`variance` must be a finite number above 0, but is {variance!r}.")
+        if num_refinement_steps < 0:
+            raise ValueError(f"`num_refinement_steps` must be at least 0, but is {num_refinement_steps}.")
+        if not 0 < variance < float("inf"):
+            raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
         images = self.prepare_image(image)
         check_generator(generator, images.shape[0])
         posterior = self.vae.encode(images).latent_dist
@@ -326,9 +286,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
         Args:
             image_a, image_b (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                B images each, as for `reconstruct`.
+                B images each, or one, as for `reconstruct`.
             num_steps (`int`, *optional*, defaults to 8):
-                Number of images from a to b, both ends' reconstructions included; at least 2.
+                Number of images from a to b, including the reconstructions of both; at least 2.
             output_type (`str`, *optional*, defaults to `"pil"`): As for generation.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
 
@@ -336,13 +296,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             [`~pipelines.ImagePipelineOutput`] or `tuple` with B * `num_steps` images, pair by pair.
 
         Raises:
-            ValueError: if there are fewer than 2 steps, the numbers of images differ, or an image does not fit.
+            ValueError: if there are fewer than 2 steps, or an image does not fit the model.
         """
-        if not isinstance(num_steps, Integral) or num_steps < 2:
-            raise ValueError(f"`num_steps` must be an integer of at least 2, but is {num_steps!r}.")
+        if num_steps < 2:
+            raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}.")
         ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
-        if ends[0].shape != ends[1].shape:
-            raise ValueError(f"`image_a` holds {ends[0].shape[0]} image(s) and `image_b` {ends[1].shape[0]}.")
         weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
         latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
@@ -350,7 +308,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     @torch.no_grad()
     def score(self, image: PipelineImageInput) -> torch.Tensor:
         """
-        The energy of images: low = like the training data. Only differences mean anything.
+        Return the energies of images: low means like the training data. Only differences between energies are meaningful.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
@@ -360,10 +318,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             `torch.Tensor` of shape `(B,)`, float32.
 
         Raises:
-            ValueError: if the pipeline has no energy model, or an image does not fit.
+            ValueError: if the pipeline has no energy model, or an image does not fit the model.
         """
         if self.energy_model is None:
-            raise ValueError("`score` needs an energy model, and this pipeline was loaded or made without one.")
+            raise ValueError("`score` requires an energy model; this pipeline has no `energy_model`.")
         sample = self.prepare_image(image).to(self.energy_model.dtype)
         with frozen(self.energy_model):
             energy = compute_energy(self.energy_model, sample)
@@ -371,6 +329,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return energy
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """As for every pipeline of ours, and the code by which the same components restore pictures."""
+        """Save what every pipeline of this package saves, and the code that restores pictures with the same components."""
         write_restoration_code(save_directory)
         super().save_config(save_directory, **kwargs)
