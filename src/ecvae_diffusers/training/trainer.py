@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
+from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
 from ecvae_diffusers.training.data.feeds import DecodedFeed, StreamFeed
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.data.ranges import to_range
@@ -100,8 +100,13 @@ class Trainer:
         task.prepare(accelerator)
         own = {"ema": self.ema, "calibrator": self.calibrator, "task": task.state}
         self.recovery = Recovery(args, accelerator, self.generator, self.energy, own)
-        self.evaluation = Evaluation(args, accelerator, feed, task) if args.evaluation_steps is not None else None
-        metric = self.evaluation.metric if self.evaluation is not None else args.early_stopping_metric
+        self.evaluation, metric = None, "frechet_distance"
+        if args.evaluation_steps is not None:
+            self.evaluation = Evaluator(
+                accelerator, feed, task, features=args.evaluation_features, num_samples=args.evaluation_samples,
+                batch_size=args.train_batch_size, seed=args.seed,
+            )  # fmt: skip
+            metric = self.evaluation.metric
         self.patience = Patience(metric, args.early_stopping_patience)
         self.stopwatch = Stopwatch()
         resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)
