@@ -74,7 +74,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
     count = at_least(1)
-    parser.add_argument("--resolution", type=count, help="That of the model, or of the generated images, if not given.")
+    parser.add_argument(
+        "--resolution", type=count, help="That of the model, or of the generated images, if not given."
+    )
     parser.add_argument("--num_samples", type=count, default=10_000, help="Generated images per seed.")
     parser.add_argument("--num_reference", type=count, default=10_000, help="Training images, drawn at random.")
     parser.add_argument("--num_test", type=count, default=10_000, help="Test images, drawn at random.")

@@ -29,7 +29,7 @@ from ecvae_diffusers.evaluation.schema import (
 )
 from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
 from ecvae_diffusers.evaluation.work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
-from ecvae_diffusers.figures import why_no_frechet_distance
+from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
 from ecvae_diffusers.metrics import GenerationMetrics, out_of_distribution_auroc
 from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_diffusers.training.data.ranges import to_range
@@ -44,7 +44,6 @@ FEATURE_LIBRARIES = {
     "digits": ("scikit-learn",),
     "inception": ("torch-fidelity",),
 }
-DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_std")
 GENERATION = (*DISTANCES, "precision", "recall", "density", "coverage")
 NUM_GRID_IMAGES = 64
 NUM_SUBSETS, MOST_IN_A_SUBSET = 100, 1000  # of the kernel distance
