@@ -19,7 +19,7 @@ from training_runs import TINY, TINY_DECODER, TINY_FLOW, metrics, weights, write
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.atomic import WriteError
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
-from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
+from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
 from ecvae_diffusers.report import report
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.run.checkpoints import weights_only
@@ -325,13 +325,12 @@ def test_lines_that_are_no_records_are_left_out(cut, images, finished, caplog, c
 def test_early_stopping_where_no_evaluation_gives_a_number(images, tmp_path, monkeypatch):
     """There is no best model then: the last one is saved."""
     measures = {"kernel_distance": math.nan, "coverage": math.nan}
-    monkeypatch.setattr(Evaluation, "measure", lambda self, exported, output_dir, step: dict(measures))
+    monkeypatch.setattr(Evaluator, "measure", lambda self, exported, output_dir, step: dict(measures))
     train(
         images, tmp_path / "out", 20, "--evaluation_steps", 1, "--evaluation_samples", 24, "--early_stopping_patience", 2,
-        "--early_stopping_metric", "coverage",
     )  # fmt: skip
     (event,) = read_metrics(tmp_path / "out" / "events.jsonl")
-    assert event["kind"] == "early_stopping" and event["step"] == 2 and "coverage" in event["message"]
+    assert event["kind"] == "early_stopping" and event["step"] == 2 and "kernel_distance" in event["message"]
     assert not (tmp_path / "out" / "best").exists()
     ECVAEPipeline.from_pretrained(tmp_path / "out")
     for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines():
@@ -340,6 +339,6 @@ def test_early_stopping_where_no_evaluation_gives_a_number(images, tmp_path, mon
 
 
 def test_patience_knows_whether_there_is_a_best_one():
-    patience = Patience("coverage", 2)
-    assert not patience.is_best({"coverage": math.nan}, 1) and not patience.has_best
-    assert patience.is_best({"coverage": 0.5}, 2) and patience.has_best
+    patience = Patience("kernel_distance", 2)
+    assert not patience.is_best({"kernel_distance": math.nan}, 1) and not patience.has_best
+    assert patience.is_best({"kernel_distance": 0.5}, 2) and patience.has_best
