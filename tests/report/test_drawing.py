@@ -13,7 +13,7 @@ from ecvae_diffusers.report.drawing import FEW_POINTS, Chart, Curve, use_log_sca
 @pytest.mark.parametrize("num_points, all_shown", [(2, True), (FEW_POINTS, True), (10 * FEW_POINTS, False)])
 def test_every_point_of_a_short_run_is_on_its_axis(num_points, all_shown):
     values = 1000.0 / (1 + np.arange(num_points))
-    limits = value_limits(Chart("KL", np.arange(num_points), [Curve("KL", values)], ""))
+    limits = value_limits(Chart("KL", [Curve("KL", values)], ""), np.arange(num_points))
     assert limits[0] <= values.min() and (limits[1] >= values.max()) == all_shown
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import matplotlib
 import numpy as np
 
-from ecvae_diffusers.report.read import data_uri, spread_over
+from ecvae_diffusers.report.read import data_uri, series, spread_over
 
 
 matplotlib.use("Agg")
@@ -62,7 +62,6 @@ class Chart:
     """
     Args:
         title: Of the figure.
-        steps: Where the values were logged.
         curves: Those without any finite value are left out, and so is a chart without curves.
         note: A sentence on how to read it.
         log: Whether the values' axis is logarithmic.
@@ -71,7 +70,6 @@ class Chart:
     """
 
     title: str
-    steps: np.ndarray
     curves: list[Curve]
     note: str
     log: bool = False
@@ -81,15 +79,16 @@ class Chart:
     labels: list[str] = field(default_factory=list)
 
 
-def drawn(charts: list[Chart], events: list[dict]) -> list[Chart]:
-    """Draw charts, with dotted lines at events, and return those that have values."""
+def drawn(charts: list[Chart], records: list[dict], events: list[dict]) -> list[Chart]:
+    """Draw charts over the steps of `records`, with dotted lines at events, and return those that have values."""
+    steps = series(records, "step")
     marks = sorted({(event["step"], str(event.get("kind"))) for event in events})
     for chart in charts:
-        draw(chart, marks)
+        draw(chart, steps, marks)
     return [chart for chart in charts if chart.source]
 
 
-def draw(chart: Chart, marks: list[tuple[int, str]]) -> None:
+def draw(chart: Chart, steps: np.ndarray, marks: list[tuple[int, str]]) -> None:
     """Set a chart's `source` and `labels`."""
     for curve in chart.curves:
         curve.values = drawable(curve.values)
@@ -104,14 +103,13 @@ def draw(chart: Chart, marks: list[tuple[int, str]]) -> None:
             axis.axhspan(*chart.healthy, color=HEALTHY_COLOUR, alpha=0.1, linewidth=0, label="healthy range")
         for bound in chart.bounds:
             axis.axhline(bound, color="#888888", linestyle="--", linewidth=1)
-        steps = thinned(chart.steps)[0]
         for curve, colour in zip(curves, COLOURS):
             if log:
                 curve.values = np.where(curve.values > 0, curve.values, np.nan)
-            draw_curve(axis, steps, curve, colour)
+            draw_curve(axis, thinned(steps)[0], curve, colour)
         if log:
             use_log_scale(axis)
-        elif limits := value_limits(chart):
+        elif limits := value_limits(chart, steps):
             axis.set_ylim(*limits)
         for step, kind in marks:
             axis.axvline(step, color=EVENT_COLOURS.get(kind, "#666666"), linestyle=":", linewidth=1.2)
@@ -146,13 +144,12 @@ def draw_curve(axis, steps: np.ndarray, curve: Curve, colour: str) -> None:
         axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def value_limits(chart: Chart) -> tuple[float, float] | None:
+def value_limits(chart: Chart, steps: np.ndarray) -> tuple[float, float] | None:
     """
     Return what the values' axis shows: the healthy range and all values. A run of more than `FEW_POINTS` points is shown without
     its first tenth, whose values are often many times the later ones.
     """
-    first_shown = chart.steps[0] + 0.1 * (chart.steps[-1] - chart.steps[0])
-    shown = chart.steps >= (first_shown if len(chart.steps) > FEW_POINTS else chart.steps[0])
+    shown = steps >= steps[0] + (0.1 * (steps[-1] - steps[0]) if len(steps) > FEW_POINTS else 0)
     ends = [np.array([*(chart.healthy or ()), *chart.bounds])]
     for curve in chart.curves:
         spread = 0 if curve.spread is None else np.nan_to_num(curve.spread)
