@@ -8,10 +8,44 @@ import json
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, Self, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NoReturn, Self, TypeVar, get_args, get_origin, get_type_hints
 
 
 EVALUATION_FILE = "evaluation.json"
+
+
+P, M = TypeVar("P"), TypeVar("M")
+Figures = dict[str, float | None]  # by their names
+
+
+@dataclass(kw_only=True)
+class Section(Generic[P, M]):
+    """Figures, and what they are of."""
+
+    protocol: P
+    measures: M
+
+
+@dataclass(kw_only=True)
+class OverSeeds:
+    """A measure of each seed's samples, with mean and standard deviation; `std` of one seed is `None`."""
+
+    mean: float | None
+    std: float | None
+    values: list[float | None]
+
+
+@dataclass(kw_only=True)
+class Protocol:
+    """What all sections have in common."""
+
+    images: str
+    features: str
+    files: dict[str, str] | None = None
+    libraries: dict[str, str] | None = None
+    machine: str | None = None
+    device: str | None = None
+    computed_in: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -32,29 +66,9 @@ class Pairs:
 
 
 @dataclass(kw_only=True)
-class Protocol:
-    """What all sections have in common."""
-
-    images: str
-    features: str
-    files: dict[str, str] | None = None
-    libraries: dict[str, str] | None = None
-    machine: str | None = None
-    device: str | None = None
-    computed_in: str | None = None
-
-
-@dataclass(kw_only=True)
-class OverSeeds:
-    """A measure of each seed's samples, with mean and standard deviation; `std` of one seed is `None`."""
-
-    mean: float | None
-    std: float | None
-    values: list[float | None]
-
-
-@dataclass(kw_only=True)
 class GenerationProtocol(Pairs):
+    """Samples against training images."""
+
     reference: ImageSet
     num_samples: int
     num_features: int | None = None
@@ -65,8 +79,6 @@ class GenerationProtocol(Pairs):
 
 @dataclass(kw_only=True)
 class Generation:
-    """Samples against training images."""
-
     protocol: GenerationProtocol
     measures: dict[str, OverSeeds]
     why_no_frechet_distance: str | None = None
@@ -74,42 +86,24 @@ class Generation:
 
 @dataclass(kw_only=True)
 class HeldOutProtocol(ImageSet):
+    """Test images, of which some may be training images (`num_trained_on`)."""
+
     compared_with: str
     same: str | None = None
 
 
 @dataclass(kw_only=True)
-class HeldOut:
-    """How many of the test images are training images (`num_trained_on`)."""
-
-    protocol: HeldOutProtocol
-    measures: dict[str, int]
-
-
-@dataclass(kw_only=True)
 class FloorProtocol(Pairs):
+    """Test images against training images: how low the distances of samples can be."""
+
     reference: ImageSet
     compared: ImageSet
     meaning: str | None = None
 
 
 @dataclass(kw_only=True)
-class Floor:
-    """Test images against training images: how low the distances of samples can be."""
-
-    protocol: FloorProtocol
-    measures: dict[str, float | None]
-
-
-@dataclass(kw_only=True)
 class ReconstructionProtocol(ImageSet, Pairs):
     latents: str | None = None
-
-
-@dataclass(kw_only=True)
-class Reconstruction:
-    protocol: ReconstructionProtocol
-    measures: dict[str, float | None]
 
 
 @dataclass(kw_only=True)
@@ -123,28 +117,17 @@ class LikelihoodProtocol(ImageSet):
 
 
 @dataclass(kw_only=True)
-class Likelihood:
-    protocol: LikelihoodProtocol
-    measures: dict[str, float | None]
-
-
-@dataclass(kw_only=True)
 class OutOfDistributionProtocol:
-    """`outside` has the number of images of each other data set; `error` and `bits_per_dimension` say what these scores are."""
+    """
+    How well scores tell other images from test images: the AUROC of each score by the name of the other data. `outside` has their
+    numbers of images; `error` and `bits_per_dimension` say what these scores are.
+    """
 
     inside: ImageSet
     outside: dict[str, int]
     measure: str | None = None
     error: str | None = None
     bits_per_dimension: str | None = None
-
-
-@dataclass(kw_only=True)
-class OutOfDistribution:
-    """The AUROC of each score, for each other data set."""
-
-    protocol: OutOfDistributionProtocol
-    measures: dict[str, dict[str, float | None]]
 
 
 @dataclass(kw_only=True)
@@ -171,11 +154,11 @@ class Measured:
     weights: str | None
     protocol: Protocol
     generation: Generation
-    held_out: HeldOut | None = None
-    floor: Floor | None = None
-    reconstruction: Reconstruction | None = None
-    likelihood: Likelihood | None = None
-    out_of_distribution: OutOfDistribution | None = None
+    held_out: Section[HeldOutProtocol, dict[str, int]] | None = None
+    floor: Section[FloorProtocol, Figures] | None = None
+    reconstruction: Section[ReconstructionProtocol, Figures] | None = None
+    likelihood: Section[LikelihoodProtocol, Figures] | None = None
+    out_of_distribution: Section[OutOfDistributionProtocol, dict[str, Figures]] | None = None
 
 
 @dataclass(kw_only=True)
@@ -225,6 +208,8 @@ def read(kind: Any, value: Any, name: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if NoneType in arguments:
         return None if value is None else read(arguments[0], value, name)
+    section = {P: arguments[0], M: arguments[1]} if origin is Section else {}
+    kind = Section if origin is Section else kind
     expected = dict if is_dataclass(kind) or origin is dict else origin or kind
     allowed = (int, float) if expected is float else expected
     if not isinstance(value, allowed) or isinstance(value, bool):
@@ -243,7 +228,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
     # What this version does not know would be lost when the file is written again.
     for key in value.keys() - known:
         raise ValueError(f"`{within}{key}` is unknown")
-    types = get_type_hints(kind)
+    types = {key: section.get(one, one) for key, one in get_type_hints(kind).items()}
     return kind(**{key: read(types[key], one, f"{within}{key}") for key, one in value.items()})
 
 

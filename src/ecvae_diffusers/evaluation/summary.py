@@ -11,21 +11,17 @@ import torch.nn as nn
 
 from ecvae_diffusers.evaluation.schema import (
     Evaluation,
-    Floor,
     FloorProtocol,
     Generation,
     GenerationProtocol,
-    HeldOut,
     HeldOutProtocol,
     ImageSet,
-    Likelihood,
     LikelihoodProtocol,
-    OutOfDistribution,
     OutOfDistributionProtocol,
     OverSeeds,
     Protocol,
-    Reconstruction,
     ReconstructionProtocol,
+    Section,
 )
 from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
 from ecvae_diffusers.evaluation.work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
@@ -144,7 +140,7 @@ def summarize(args, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]
             "num_images": len(images["test"]),
         }
         recorded = "what its run has recorded, and the reference"
-        evaluation.held_out = HeldOut(
+        evaluation.held_out = Section(
             protocol=HeldOutProtocol(
                 **held_out,
                 compared_with="all training images" if work.recorded is None else recorded,
@@ -152,7 +148,7 @@ def summarize(args, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]
             ),
             measures={"num_trained_on": sum(work.is_trained_on)},
         )
-        evaluation.floor = Floor(
+        evaluation.floor = Section(
             protocol=FloorProtocol(
                 reference=train,
                 compared=ImageSet(**held_out),
@@ -171,13 +167,13 @@ def add_held_out_measures(evaluation: Evaluation, work: Work, test: dict[str, to
     """Add reconstruction, likelihood, and how well scores tell other images from the held-out ones."""
     if work.model.is_flow:
         bits = test["bits_per_dimension"].double().mean().item()
-        evaluation.likelihood = Likelihood(
+        evaluation.likelihood = Section(
             protocol=LikelihoodProtocol(**held_out, unit="bits per dimension of dequantized 8-bit images"),
             measures={"bits_per_dimension": bits},
         )
     else:
         distances = compare(test["features"], test["reconstructed"])
-        evaluation.reconstruction = Reconstruction(
+        evaluation.reconstruction = Section(
             protocol=ReconstructionProtocol(
                 **held_out,
                 latents="posterior mean",
@@ -191,7 +187,7 @@ def add_held_out_measures(evaluation: Evaluation, work: Work, test: dict[str, to
         )
     if "likelihood" in work.counts:
         bounds = work.collect("likelihood")
-        evaluation.likelihood = Likelihood(
+        evaluation.likelihood = Section(
             protocol=LikelihoodProtocol(
                 **{**held_out, "num_images": work.num_likelihood_images},
                 unit="nats an image, density of images in [-1, 1]",
@@ -204,7 +200,7 @@ def add_held_out_measures(evaluation: Evaluation, work: Work, test: dict[str, to
     scores = [name for name in ("energy", *MEANINGS) if name in test]
     others = [name for name in work.images.decoded if name.startswith("outside_")]
     collected = {name.removeprefix("outside_"): work.collect(name) for name in others}
-    evaluation.out_of_distribution = OutOfDistribution(
+    evaluation.out_of_distribution = Section(
         protocol=OutOfDistributionProtocol(
             inside=ImageSet(**held_out),
             outside={name: len(one[scores[-1]]) for name, one in collected.items()},

@@ -178,10 +178,9 @@ class _ByteInception(nn.Module):
         return self.network(images.round().to(torch.uint8))[0]
 
 
-class InceptionFeatures(nn.Module):
+class InceptionFeatures(FeatureExtractor):
     """
-    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity. Takes and gives what [`FeatureExtractor`]
-    does: gray images are repeated to 3 channels, transparency is laid on white.
+    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity.
 
     Args:
         weights (`str`, *optional*): The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, which fetches
@@ -192,16 +191,10 @@ class InceptionFeatures(nn.Module):
         OSError: if the weights can't be fetched or read.
     """
 
-    name = "Inception-v3 (torch-fidelity)"
-
     def __init__(self, weights: str | os.PathLike | None = None):
-        super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError("Inception features need: pip install torch-fidelity (and torchvision).") from error
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-        self.extractor = FeatureExtractor(_ByteInception(network), self.name, mean=0.0, std=1 / 255)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.extractor(images)
+        super().__init__(_ByteInception(network), "Inception-v3 (torch-fidelity)", mean=0.0, std=1 / 255)

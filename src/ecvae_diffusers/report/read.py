@@ -134,10 +134,7 @@ class Picture:
 
 
 def read_records(path: Path) -> list[dict]:
-    try:
-        records = read_metrics(path) if path.is_file() else []
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
+    records = read_metrics(path) if path.is_file() else []
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
