@@ -63,7 +63,9 @@ def test_a_run_resumes_on_its_own_images_alone(script, tiny, tmp_path):
     assert not (out / "checkpoint-3").exists()
     # Another run, from this one: what that was trained on counts for its model as well.
     if script == "train_ecvae":
-        further = ["--output_dir", tmp_path / "further", "--max_train_steps", 1, "--pretrained_model_name_or_path", out]
+        further = [
+            "--output_dir", tmp_path / "further", "--max_train_steps", 1, "--pretrained_model_name_or_path", out,
+        ]  # fmt: skip
         call(*tiny[script], "--train_data_dir", data, *further)
         assert trained_hashes(tmp_path / "further" / "vae") > hashes
 

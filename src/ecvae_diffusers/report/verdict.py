@@ -110,14 +110,11 @@ def judge_bounds(run: Run, name: str, bound: float, title: str, at_zero: str, at
 
 def judge_dual(run: Run) -> Finding | None:
     return judge_bounds(
-        run,
-        "dual",
-        run.argument("max_dual"),
-        "Dual variable λ",
+        run, "dual", run.argument("max_dual"), "Dual variable λ",
         "The constraint is kept without any weight: a larger --langevin_drift_step or a smaller --drift_tolerance.",
         "Let the chain move less (a smaller --langevin_drift_step) or allow it more (--drift_tolerance); lower "
         "--energy_learning_rate if the energy gap is wide; then raise --max_dual.",
-    )
+    )  # fmt: skip
 
 
 def judge_posterior_dual(run: Run) -> Finding | None:
@@ -126,29 +123,24 @@ def judge_posterior_dual(run: Run) -> Finding | None:
     if run.argument("initial_posterior_dual") == bound and run.median("posterior_dual") > 0.99 * bound:
         return None
     return judge_bounds(
-        run,
-        "posterior_dual",
-        bound,
-        "Posterior's λ",
+        run, "posterior_dual", bound, "Posterior's λ",
         "The constraint is kept without any weight: a lower --posterior_tolerance.",
         "A Gaussian with independent latents is not the posterior itself, and may never keep the bound 'auto', which asks for "
         "that: then λ is a fixed weight, --max_posterior_dual. Give --posterior_tolerance a number a little below the "
         "constraint that was reached, or a smaller --posterior_drift_step.",
-    )
+    )  # fmt: skip
 
 
 def judge_constraint(run: Run) -> Finding | None:
     value = ratio(run.median("constraint"), run.median("tolerance"))
     return in_range(
-        "Constraint",
-        value,
-        CONSTRAINT_RANGE,
+        "Constraint", value, CONSTRAINT_RANGE,
         f"{value:.2f} times its tolerance",
         "How far the chain moves a sample, squared and summed, against what it may: λ is to bring the two together.",
         "λ has not caught up, or is at its bound: raise --dual_learning_rate, or lower --energy_learning_rate.",
         "Usual while λ is still falling: train longer, or start from a lower --initial_dual. If λ stands still, a larger "
         "--langevin_drift_step.",
-    )
+    )  # fmt: skip
 
 
 def judge_drift(run: Run) -> Finding | None:
@@ -156,15 +148,13 @@ def judge_drift(run: Run) -> Finding | None:
         return None
     value = ratio(run.median("drift"), run.drift_tolerance)
     return in_range(
-        "Drift of the chain",
-        value,
-        DRIFT_RANGE,
+        "Drift of the chain", value, DRIFT_RANGE,
         f"{run.median('drift'):.4f} per pixel, {value:.2f} times --drift_tolerance",
         "What the energy moves a pixel by, without noise: too little teaches the decoder nothing, too much is no small correction "
         "any more.",
         "The energy model is far ahead of the decoder: lower --energy_learning_rate, or a smaller --langevin_drift_step.",
         "Train longer if λ is still falling; else a larger --langevin_drift_step or a higher --energy_learning_rate.",
-    )
+    )  # fmt: skip
 
 
 def energy_gap(records: list[dict]) -> np.ndarray:
@@ -180,14 +170,12 @@ def judge_gap(run: Run) -> Finding | None:
     gaps = gaps[np.isfinite(gaps)]
     gap = np.median(gaps) if len(gaps) else math.nan
     return in_range(
-        "Energy gap",
-        gap,
-        GAP_RANGE,
+        "Energy gap", gap, GAP_RANGE,
         f"{gap:+.2f} standard deviations of the energies",
         "Calibrated samples minus data, in the eyes of the energy model: near 0 it can hardly tell them apart.",
         "It tells samples from data with ease: train longer, lower --energy_learning_rate, or give the decoder more channels.",
         "Samples have a lower energy than data, so that the energy model points away from data: raise --energy_learning_rate.",
-    )
+    )  # fmt: skip
 
 
 def judge_energy_model(run: Run) -> Finding | None:
@@ -195,41 +183,35 @@ def judge_energy_model(run: Run) -> Finding | None:
     course = course[np.isfinite(course)]
     value = ratio(run.median("energy_gradient_norm"), np.median(course)) if len(course) else math.nan
     return in_range(
-        "Energy model",
-        value,
-        (MIN_GRADIENT, math.inf),
+        "Energy model", value, (MIN_GRADIENT, math.inf),
         f"gradient norm {run.median('energy_gradient_norm'):.3g}, {value:.2g} times the whole run's",
         "A gradient that has all but vanished is an energy model that tells nothing apart any more, and teaches nothing.",
         "",
         "Lower --energy_learning_rate, and resume from the last step at which the energy model was alive.",
-    )
+    )  # fmt: skip
 
 
 def judge_samples(run: Run) -> Finding | None:
     value = ratio(run.median("sample_spread"), run.median("data_spread"))
     return in_range(
-        "Variety of samples",
-        value,
-        SPREAD_RANGE,
+        "Variety of samples", value, SPREAD_RANGE,
         f"{value:.2f} times the data's",
         "The spread of pixels over a batch of prior samples: near 0 all samples are the same and the generator is dead.",
         "The samples vary more than the data, as noise does: train longer, or lower --energy_learning_rate.",
         "Lower --energy_learning_rate and --max_dual, and look at the samples: if they are all alike, start again from before "
         "that.",
-    )
+    )  # fmt: skip
 
 
 def judge_active_units(run: Run) -> Finding | None:
     active, total = run.median("active_units"), run.argument("latent_channels")
     return in_range(
-        "Active units",
-        active,
-        (1.0 if math.isnan(total) else max(1.0, MIN_ACTIVE * total), math.inf),
+        "Active units", active, (1.0 if math.isnan(total) else max(1.0, MIN_ACTIVE * total), math.inf),
         f"{active:g}" + ("" if math.isnan(total) else f" of {total:g} latent dimensions"),
         "Latent dimensions that carry something about the image: none is posterior collapse.",
         "",
         "Lower --kl_weight, or use --kl_warmup_steps or --free_bits; or fewer --latent_channels.",
-    )
+    )  # fmt: skip
 
 
 def judge_events(run: Run) -> Finding:
