@@ -1,5 +1,7 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Metrics against independent computations in float64, in one process and sharded over two."""
 
+import json
 import math
 import os
 import subprocess
@@ -105,15 +107,11 @@ def test_equal_sets_are_at_no_distance_and_reset_forgets():
     assert abs(values["frechet_distance"]) < 1e-3
     assert values["precision"] == values["recall"] == values["coverage"] == 1
     metrics.reset()
-    with pytest.raises(ValueError, match="call `update`"):
+    with pytest.raises(ValueError, match="`update`"):
         metrics.compute()
-
-
-def test_kernel_distance_of_one_distribution_is_zero_within_its_spread():
-    metrics = GenerationMetrics(pixel_features(), kernel_subset_size=200)
-    metrics.update(images(1000, 0), real=True)
-    metrics.update(images(1000, 1), real=False)
-    values = metrics.compute()
+    for seed, is_real in ((0, True), (1, False)):
+        metrics.update(images(1000, seed), real=is_real)
+    values = metrics.compute()  # one distribution
     assert abs(values["kernel_distance"]) < 3 * values["kernel_distance_std"]
 
 
@@ -137,8 +135,6 @@ dist.destroy_process_group()
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path):
-    import json
-
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
@@ -160,18 +156,12 @@ def test_too_few_images_are_refused():
     metrics = GenerationMetrics(pixel_features(), num_neighbours=5)
     metrics.update(images(6, 0), real=True)
     metrics.update(images(50, 1), real=False)
-    with pytest.raises(ValueError, match="at least 7 images of each kind.*6 real and 50 generated"):
+    with pytest.raises(ValueError, match="`num_neighbours`.*6 real and 50 generated"):
         metrics.compute()
     metrics.update(images(1, 2), real=True)
     assert 0 <= metrics.compute()["coverage"] <= 1
-    with pytest.raises(ValueError, match="`num_neighbours` must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`num_neighbours`"):
         GenerationMetrics(pixel_features(), num_neighbours=0)
-
-
-def test_neighbour_measures_of_disjoint_sets():
-    far = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    values = neighbour_measures(far, far + 1000)
-    assert set(values) == {"precision", "recall", "density", "coverage"} and not any(values.values())
 
 
 def test_nearest_neighbours_equal_brute_force():
@@ -182,7 +172,9 @@ def test_nearest_neighbours_equal_brute_force():
         expected = (bank - query).norm(dim=1).sort()
         assert torch.equal(indices[i], expected.indices[:3])
         torch.testing.assert_close(distances[i], expected.values[:3])
-    with pytest.raises(ValueError, match="from 1 to the bank's size"):
+    disjoint = neighbour_measures(bank, bank + 1000)
+    assert set(disjoint) == {"precision", "recall", "density", "coverage"} and not any(disjoint.values())
+    with pytest.raises(ValueError, match="`num_neighbours`"):
         nearest_neighbours(queries, bank, num_neighbours=51)
 
 
@@ -198,9 +190,9 @@ def test_reconstruction_metrics():
     flat = torch.full((1, 1, 16, 16), 0.4)
     expected = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
     assert reconstruction_metrics(flat + 0.2, flat)["ssim"].item() == pytest.approx(expected, rel=1e-3)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="`originals`"):
         reconstruction_metrics(originals, originals[:2])
-    with pytest.raises(ValueError, match="at least 11 px"):
+    with pytest.raises(ValueError, match="`images`.*11"):
         reconstruction_metrics(originals[..., :8, :8], originals[..., :8, :8])
 
 
@@ -209,11 +201,9 @@ def test_reconstruction_metrics():
     "wrong",
     [
         lambda images: (images * 255).byte(),
-        lambda images: images.round().bool(),
         lambda images: images * 255,
         lambda images: images * 2 - 1,
         lambda images: images * float("nan"),
-        lambda images: images / 0,
     ],
 )
 def test_reconstruction_metrics_of_another_range_are_refused(name, wrong):
@@ -259,9 +249,9 @@ def test_transparency_is_laid_on_white():
     probe = FeatureExtractor(nn.Flatten(), "pixels", mean=0.0, std=1.0)
     clear = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
     assert torch.equal(probe(clear), torch.ones(1, 12))
-    with pytest.raises(ValueError, match="has 2 channels, but pixels takes 3"):
+    with pytest.raises(ValueError, match="2 channels"):
         probe(torch.zeros(1, 2, 2, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="must be uint8"):
+    with pytest.raises(ValueError, match="uint8"):
         probe(torch.zeros(1, 3, 2, 2))
 
 
@@ -270,9 +260,8 @@ def test_lite0_features_tell_noise_from_structure():
     features = lite0_features(image_size=64)
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     picture = (127 + 120 * torch.sin(x / 6) * torch.cos(y / 9)).to(torch.uint8).expand(1, 3, 64, 64)
-    noise = (picture.float() + 40 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))).clamp(
-        0, 255
-    )
+    noise = 40 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise = (picture.float() + noise).clamp(0, 255)
     base = features(picture)
     assert base.shape == (1, 1280)
     assert (features(noise.to(torch.uint8)) - base).norm() > 2 * (features(picture.roll(1, 3)) - base).norm()
@@ -301,5 +290,5 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
 
 @pytest.mark.parametrize("scores", [torch.tensor([]), torch.tensor([1.0, float("nan")])])
 def test_auroc_refuses(scores):
-    with pytest.raises(ValueError, match="`outside` must hold finite scores"):
+    with pytest.raises(ValueError, match="`outside`"):
         out_of_distribution_auroc(torch.ones(2), scores)

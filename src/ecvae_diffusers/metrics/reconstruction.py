@@ -11,7 +11,7 @@ RANGE_TOLERANCE = 1e-3
 
 def reconstruction_metrics(images: torch.Tensor, originals: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    PSNR and SSIM (Wang et al. 2004; Gaussian window of 11 px, sigma 1.5) of each image.
+    Compute PSNR and SSIM (Wang et al. 2004; Gaussian window of 11 px, sigma 1.5) per image.
 
     Args:
         images, originals (`torch.Tensor` of shape `(B, C, H, W)`): In [0, 1]; at least 11 px a side.

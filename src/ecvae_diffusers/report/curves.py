@@ -1,3 +1,4 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """The curves of a run as one picture, for the demo and for cards."""
 
 from pathlib import Path
@@ -5,14 +6,21 @@ from pathlib import Path
 from ecvae_diffusers.atomic import replacing
 
 
+# Panels by their titles, with the names of what they show.
+CALIBRATION = {
+    "dual variable $\\lambda$": ("dual",),
+    "constraint (squared error summed over an image)": ("constraint", "tolerance", "noise_floor"),
+    "drift of the chain (RMS per pixel)": ("drift",),
+    "energy gap: calibrated samples minus data": ("energy_gap",),
+}
 # What a run without an energy model may have logged: of an autoencoder, a flow, a posterior that is calibrated alone.
 LOSSES = ("reconstruction", "kl", "bits_per_dimension", "posterior_constraint", "posterior_dual")
 
 
 def plot_curves(records: list[dict], path: Path) -> None:
     """
-    The dual variable, the constraint against its tolerance, the drift and the energy gap over the iterations; of a run without
-    an energy model its losses, and the posterior's constraint and dual variable where there are these.
+    Plot the dual variable, the constraint against its tolerance, the drift and the energy gap over the iterations; of a run without
+    an energy model its losses, and the posterior's constraint and dual variable if there are these.
 
     Args:
         records (`list[dict]`): Of `metrics.jsonl`.
@@ -24,33 +32,22 @@ def plot_curves(records: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     calibrated = "dual" in records[-1]
-    records = [record for record in records if not calibrated or "dual" in record]
+    if calibrated:
+        records = [
+            one | {"energy_gap": one["energy_targets"] - one["energy_real"]} for one in records if "dual" in one
+        ]
     steps = [record["step"] for record in records]
-
-    def values(name: str) -> list[float]:
-        return [record[name] for record in records]
-
-    if not calibrated:
-        names = [name for name in LOSSES if name in records[-1]]
-        figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3), layout="constrained", squeeze=False)
-        for axis, name in zip(axes.flat, names):
-            axis.plot(steps, values(name))
-            axis.set(title=name.replace("_", " "), xlabel="iteration")
-    else:
-        figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-        axes[0, 0].plot(steps, values("dual"))
-        axes[0, 0].set_title("dual variable $\\lambda$")
-        axes[0, 1].plot(steps, values("constraint"), label="constraint")
-        axes[0, 1].plot(steps, values("tolerance"), "--", label="tolerance $\\epsilon$")
-        axes[0, 1].plot(steps, values("noise_floor"), ":", label="noise floor")
-        axes[0, 1].set_title("constraint (squared error summed over an image)")
-        axes[0, 1].legend()
-        axes[1, 0].plot(steps, values("drift"))
-        axes[1, 0].set_title("drift of the chain (RMS a pixel)")
-        axes[1, 1].plot(steps, [fake - real for fake, real in zip(values("energy_targets"), values("energy_real"))])
-        axes[1, 1].set_title("energy gap: calibrated samples minus data")
-        for axis in axes[1]:
-            axis.set_xlabel("iteration")
+    panels = CALIBRATION if calibrated else {name.replace("_", " "): (name,) for name in LOSSES if name in records[-1]}
+    rows, columns, size = (2, 2, (10, 6)) if calibrated else (1, len(panels), (5 * len(panels), 3))
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, layout="constrained", squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        axis.set_title(title)
+        for name, style in zip(names, ("-", "--", ":")):
+            axis.plot(steps, [record[name] for record in records], style, label=name.replace("_", " "))
+        if len(names) > 1:
+            axis.legend()
+    for axis in axes[-1]:
+        axis.set_xlabel("iteration")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)

@@ -1,47 +1,46 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Lay a training run out as one HTML file, to see whether its calibration is healthy: `training/report.py my_model`.
 
-The file needs nothing beside itself, neither the network nor a script. What a run lacks (calibration, evaluations,
+The file needs nothing besides itself, neither the network nor a script. What a run lacks (calibration, evaluations,
 pictures) is left out.
 """
 
 import argparse
 import math
+import re
 import sys
+from importlib import resources
 from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
 
 from ecvae_diffusers.atomic import write_text
 from ecvae_diffusers.report.charts import calibration_charts, evaluation_charts, training_charts
-from ecvae_diffusers.report.page import (
-    FEW_POINTS,
-    MARKER,
-    Chart,
-    chart_html,
-    histograms_html,
-    page_html,
-    picture_html,
-    pictures_html,
-    spread_over,
-    step_pictures,
-    table_html,
-)
-from ecvae_diffusers.report.verdict import Run, number, verdict_html
+from ecvae_diffusers.report.drawing import FEW_POINTS, drawn, histograms
+from ecvae_diffusers.report.read import Picture, Run, number, spread_over
+from ecvae_diffusers.report.verdict import findings
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
 from ecvae_diffusers.training.run.places import local_path
 
 
+# Tells a report of ours, which may be replaced, from other files.
+MARKER = "<!-- ecvae-diffusers training report -->"
 CHAIN_NOTE = (
-    "One row an image. From left to right: the sample, each step of the chain, and where it moved (end minus "
+    "One row per image. From left to right: the sample, each step of the chain, and where it moved (end minus "
     "start, magnified, grey = nowhere). Healthy: changes too small to see. The last column is what the energy model still "
     "objects to: once a run has settled it has little form, and while it learns that of strokes and outlines."
 )
 # Of a run with `--use_ema`.
 AVERAGE_NOTE = (
-    ". The chain starts at samples of the network as it is trained; the pictures under Samples are of the average of its weights, which is "
-    "what is saved. Early in a run the two differ, in colours too."
+    " The chain starts at samples of the network as it is trained; the pictures under Samples are of the average of its weights, "
+    "which is what is saved. Early in a run the two differ, in colours too."
 )
-AXES_NOTE = " Axes that are not logarithmic leave out what the first tenth of the run alone would need."
-# Of each `Task.component` and `--calibration`.
+ENERGIES_NOTE = (
+    "Data (filled), samples and calibrated samples (lines), relative to the data's mean. Healthy: the three come to lie on one "
+    "another."
+)
+# By `Task.component` and `--calibration`.
 KINDS = {
     "vae": {
         "none": "Plain VAE, no calibration", "energy": "Energy-calibrated", "posterior": "VAE with a calibrated posterior",
@@ -63,110 +62,83 @@ FACTS = (
 )  # fmt: skip
 
 
-def charts_html(charts: list[Chart], events: list[dict]) -> str:
-    figures = "".join(chart_html(chart, events) for chart in charts)
-    return f'<div class="charts">{figures}</div>' if figures else ""
-
-
-def facts_html(run: Run) -> str:
-    last, arguments = run.metrics[-1], run.arguments
-    planned = arguments.get("max_train_steps")
-    steps = f"{last['step']} of {planned}" if planned is not None else str(last["step"])
-    facts = [("steps", steps)]
-    if "epoch" in last:
-        facts.append(("epoch", last["epoch"]))
-    if run.evaluations and len(values := finite_evaluations(run, "frechet_distance")):
-        best_step, best = min(values, key=lambda pair: pair[1])
-        facts.append(("best Frechet distance", f"{best:.4g} (step {best_step})"))
-    shown = [name for name in FACTS if arguments.get(name) is not None]
-    facts += [(f"--{name}", arguments[name]) for name in shown]
-    # One table a fact, so that the columns of the page may break between them.
-    tables = "".join(table_html([fact]) for fact in facts)
-    everything = table_html([(f"--{name}", value) for name, value in sorted(arguments.items())])
-    folded = f"<details><summary>All {len(arguments)} arguments</summary>{everything}</details>" if arguments else ""
-    return f'<div class="facts">{tables}</div>{folded}'
-
-
-def finite_evaluations(run: Run, name: str) -> list[tuple[int, float]]:
-    pairs = [(record["step"], number(record.get(name))) for record in run.evaluations]
-    return [pair for pair in pairs if math.isfinite(pair[1])]
-
-
-def over_time_html(run: Run, kind: str, what: str, note: str, count: int = 6, small_width: int = 150) -> str:
-    """Pictures of at most `count` steps, the last one large."""
-    pictures = spread_over(step_pictures(run.folder / kind), count)
-    if not pictures:
-        return ""
-    *earlier, (last_step, last) = pictures
-    small = [picture_html(path, what, step, width=small_width, limit=800) for step, path in earlier]
-    large = picture_html(last, what, last_step, width=640)
-    return f'<p>{note}</p><div class="course">{large}{pictures_html(small)}</div>'
-
-
-def neighbours_html(run: Run) -> str:
-    pictures = step_pictures(run.folder / "neighbours")
-    if not pictures:
-        return ""
-    step, path = pictures[-1]
-    note = "One row a sample: itself, then the training images nearest to it. A copy of one would be memorised."
-    figure = picture_html(path, "Samples beside their nearest training images", step, width=480)
-    return f"<p>{note}</p>{pictures_html([figure])}"
-
-
-def events_html(run: Run) -> str:
-    if not run.events:
-        return ""
-    rows = [
-        (event["step"], event.get("kind", ""), event.get("message", ""), event.get("to_step", ""))
-        for event in run.events
-    ]
-    return table_html(rows, header=("step", "kind", "what happened", "back to step"))
-
-
-def report_html(run: Run) -> str:
-    energies = histograms_html(run.energies)
-    if energies:
-        energies = (
-            "<p>Data (filled), samples and calibrated samples (lines), relative to the data's mean. Healthy: the "
-            "three come to lie on one another.</p>" + energies
-        )
-    name = run.folder.resolve().name
-    calibration = run.arguments.get("calibration")
-    # Folders of before it was written down are of autoencoders.
-    component = run.arguments.get("component", "vae")
-    kind = KINDS.get(component, {}).get(calibration, "Training run")
-    lines = ". Dotted vertical lines are events of the guard" if run.events else ""
-    intro = (
-        f"<p>{kind}. Green: the healthy range, where there is one{lines}."
-        + (AXES_NOTE if len(run.metrics) > FEW_POINTS else "")
-        + "</p>"
+def render(run: Run) -> str:
+    """Return the page."""
+    # Folders of before the component was written down are of autoencoders.
+    component, arguments = run.arguments.get("component", "vae"), run.arguments
+    intro = KINDS.get(component, {}).get(arguments.get("calibration"), "Training run")
+    intro += ". Green: the healthy range, where there is one"
+    intro += ". Dotted vertical lines are events of the guard." if run.events else "."
+    if len(run.metrics) > FEW_POINTS:
+        intro += " Axes that are not logarithmic leave out what the first tenth of the run alone would need."
+    judged = (
+        f"On the last part of the run, steps {run.judged[0]['step']} to {run.judged[-1]['step']} ({len(run.judged)} logged). A run "
+        "that has only just begun is not yet in its healthy range."
     )
-    chain_note = CHAIN_NOTE + (AVERAGE_NOTE if run.arguments.get("use_ema") else "")
-    sections = {
-        "Verdict": verdict_html(run),
-        "Run": facts_html(run),
-        "Samples": over_time_html(
-            run, "samples", "Grid of samples", SAMPLES_NOTES.get(component, SAMPLES_NOTES["vae"])
-        ),
-        "Calibration": charts_html(calibration_charts(run), run.events),
-        "Energies": energies,
-        "Chain": over_time_html(run, "chain", "Chain from prior samples", chain_note, count=3, small_width=240),
-        "Training": charts_html(training_charts(run), run.events),
-        "Reconstructions": over_time_html(
-            run, "reconstructions", "Reconstructions", "Rows in pairs: data above its reconstruction."
-        ),
-        "Evaluation": charts_html(evaluation_charts(run), run.events),
-        "Nearest neighbours": neighbours_html(run),
-        "Guard events": events_html(run),
-    }
-    return page_html(f"Training report: {name}", intro, sections)
+    samples, chain = SAMPLES_NOTES.get(component, SAMPLES_NOTES["vae"]), CHAIN_NOTE
+    if arguments.get("use_ema"):
+        chain += AVERAGE_NOTE
+    pairs = "Rows in pairs: data above its reconstruction."
+    neighbours = (
+        "One row per sample: itself, then the training images nearest to it. A copy of one would be memorised."
+    )
+    # Each with what it shows; one that has nothing to show is left out.
+    sections = [
+        {"heading": "Verdict", "note": judged, "findings": findings(run)},
+        {"heading": "Run", "facts": facts(run), "arguments": [(f"--{k}", v) for k, v in sorted(arguments.items())]},
+        {"heading": "Samples", "note": samples, "course": course(run, "samples", "Grid of samples")},
+        {"heading": "Calibration", "charts": drawn(calibration_charts(run), run.metrics, run.events)},
+        {"heading": "Energies", "note": ENERGIES_NOTE, "histograms": histograms(run.energies)},
+        {"heading": "Chain", "note": chain, "course": course(run, "chain", "Chain from prior samples", 3, 240)},
+        {"heading": "Training", "charts": drawn(training_charts(run), run.metrics, run.events)},
+        {"heading": "Reconstructions", "note": pairs, "course": course(run, "reconstructions", "Reconstructions")},
+        {"heading": "Evaluation", "charts": drawn(evaluation_charts(run), run.evaluations, run.events)},
+        {"heading": "Nearest neighbours", "note": neighbours, "picture": nearest_neighbours(run)},
+        {"heading": "Guard events", "events": run.events},
+    ]
+    sections = [one for one in sections if any(one[part] for part in one.keys() - {"heading", "note"})]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"prose": prose, "anchor": lambda heading: heading.lower().replace(" ", "-")}
+    files = resources.files("ecvae_diffusers.report")
+    template, css = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html.jinja", "page.css"))
+    name = run.folder.resolve().name
+    return environment.from_string(template).render(name=name, intro=intro, sections=sections, css=css, marker=MARKER)
+
+
+def prose(text: str) -> Markup:
+    """Escape text, and set command line flags apart: they must not be broken over lines."""
+    return Markup(re.sub(r"--\w+", lambda match: f"<code>{match[0]}</code>", str(escape(text))))
+
+
+def facts(run: Run) -> list[tuple[str, object]]:
+    """Return what there is to know about a run at once: its last step, its best evaluation, and the arguments that matter."""
+    last, planned = run.metrics[-1], run.arguments.get("max_train_steps")
+    found = [("steps", f"{last['step']} of {planned}" if planned is not None else last["step"])]
+    if "epoch" in last:
+        found.append(("epoch", last["epoch"]))
+    distances = [(number(record.get("frechet_distance")), record["step"]) for record in run.evaluations]
+    if distances := [pair for pair in distances if math.isfinite(pair[0])]:
+        best, step = min(distances)
+        found.append(("best Frechet distance", f"{best:.4g} (step {step})"))
+    return found + [(f"--{name}", value) for name in FACTS if (value := run.arguments.get(name)) is not None]
+
+
+def course(run: Run, kind: str, what: str, count: int = 6, small_width: int = 150) -> list[Picture]:
+    """Return pictures of at most `count` steps, the last one large."""
+    *earlier, last = spread_over(run.pictures(kind), count) or [None]
+    if last is None:
+        return []
+    small = [Picture(what, step, path, small_width, limit=800) for step, path in earlier]
+    return [*small, Picture(what, *last, 640)]
+
+
+def nearest_neighbours(run: Run) -> Picture | None:
+    pictures = run.pictures("neighbours")
+    return Picture("Samples beside their nearest training images", *pictures[-1], 480) if pictures else None
 
 
 def check_output(path: Path, is_default: bool) -> None:
-    """
-    Raises:
-        ValueError: if the report can't be written there without losing something.
-    """
+    """Raise `ValueError` if the report can't be written there without losing something."""
     if path.is_dir():
         raise ValueError(f"--output must be a file, but {str(path)!r} is a folder.")
     if not path.parent.is_dir():
@@ -189,13 +161,9 @@ def main(argv: list[str] | None = None, prog: str = "report.py") -> None:
     try:
         run = Run.read(args.run)
         check_output(output, is_default=output.resolve() == default.resolve())
-    except (ValueError, OSError) as error:
-        fail(f"{prog}: error: {error}")
-    text = report_html(run)
-    try:
         # An argument may hold a file name that is no text.
-        write_text(output, text, errors="xmlcharrefreplace")
-    except OSError as error:
+        write_text(output, render(run), errors="xmlcharrefreplace")
+    except (ValueError, OSError) as error:
         fail(f"{prog}: error: {error}")
     print(f"Wrote {output}.")
 

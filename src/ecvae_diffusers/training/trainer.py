@@ -4,7 +4,6 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 """
 
 import gc
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
+from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.feeds import DecodedFeed, StreamFeed
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
@@ -108,12 +107,13 @@ class Trainer:
             enabled=config.guard.divergence_guard, max_rollbacks=config.guard.max_rollbacks,
             max_dual=config.calibration.max_dual, max_grad_norm=optimizer.max_grad_norm, log_steps=config.run.log_steps,
         )  # fmt: skip
-        self.evaluation = (
-            Evaluation(Namespace(**config.flat(), early_stopping_metric="frechet_distance"), accelerator, feed, task)
-            if evaluation.evaluation_steps is not None
-            else None
-        )
-        metric = self.evaluation.metric if self.evaluation is not None else "frechet_distance"
+        self.evaluation, metric = None, "frechet_distance"
+        if evaluation.evaluation_steps is not None:
+            self.evaluation = Evaluator(
+                accelerator, feed, task, features=evaluation.evaluation_features, num_samples=evaluation.evaluation_samples,
+                batch_size=optimizer.train_batch_size, seed=optimizer.seed,
+            )  # fmt: skip
+            metric = self.evaluation.metric
         self.patience = Patience(metric, evaluation.early_stopping_patience)
         self.stopwatch = Stopwatch()
         resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)

@@ -8,7 +8,7 @@ import pytest
 from training_runs import TINY, write_images
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.evaluation.while_training import Evaluation
+from ecvae_diffusers.evaluation.while_training import Evaluator
 from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run.log import RunLog, read_metrics
 
@@ -31,7 +31,7 @@ def test_lines_that_are_no_records_are_skipped(tmp_path, caplog):
 def test_early_stopping_if_no_evaluation_gives_a_number(tmp_path, monkeypatch):
     """There is no best model then: the last one is saved."""
     measures = {"frechet_distance": math.nan, "kernel_distance": math.nan}
-    monkeypatch.setattr(Evaluation, "measure", lambda self, exported, output_dir, step: dict(measures))
+    monkeypatch.setattr(Evaluator, "measure", lambda self, exported, output_dir, step: dict(measures))
     out = tmp_path / "out"
     given = [
         "--train_data_dir", write_images(tmp_path / "images"), "--output_dir", out, *TINY, "--max_train_steps", 20,

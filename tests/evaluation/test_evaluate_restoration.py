@@ -1,12 +1,10 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""training/evaluate_restoration.py as a user runs it, and what its measures are worth."""
+"""Evaluations of restorations, and what their measures are worth."""
 
 import json
 import math
-import subprocess
 from pathlib import Path
 
-import fork_server
 import PIL.Image
 import pytest
 import torch
@@ -27,7 +25,6 @@ from ecvae_diffusers.training.data.digits import load_digits
 from ecvae_diffusers.training.data.ranges import to_range
 
 
-SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate_restoration.py"
 NUM_IMAGES = 8
 
 
@@ -46,17 +43,12 @@ def run(make_pipeline, tmp_path_factory) -> Path:
     (folder / "images").mkdir()
     for i, image in enumerate(load_digits()[0][-NUM_IMAGES:]):
         PIL.Image.fromarray(image[0].numpy()).save(folder / "images" / f"{i}.png")
-    command = [
-        "--pretrained_model_name_or_path", str(folder / "model"),
-        "--baseline", str(folder / "baseline"), "--image_dir", str(folder / "images"), "--output_dir", str(folder / "out"),
-        "--tasks", "box_inpainting", "super_resolution_x4", "--num_restorations", "2", "--num_inference_steps", "2", "6",
-        "--classical", "--batch_size", "3", "--device", "cpu",
+    given = [
+        "--pretrained_model_name_or_path", folder / "model", "--baseline", folder / "baseline", "--image_dir", folder / "images",
+        "--output_dir", folder / "out", "--tasks", "box_inpainting", "super_resolution_x4", "--num_restorations", 2,
+        "--num_inference_steps", 2, 6, "--classical", "--batch_size", 3, "--device", "cpu",
     ]  # fmt: skip
-    process = script(*command)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith((folder / "out" / "restoration.md").read_text())
-    for picture in (folder / "out").glob("*.png"):
-        assert str(picture) in process.stdout
+    evaluate_restoration.main(list(map(str, given)))
     return folder
 
 
@@ -95,30 +87,28 @@ def test_pictures(run):
         assert picture.size == (2 * (20 * 17 - 1), 2 * (4 * 17 - 1))
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess:
-    return fork_server.run(SCRIPT, *arguments)
-
-
 def test_wrong_input(run, tmp_path, capsys):
-    needed = ["--pretrained_model_name_or_path", str(run / "model"), "--output_dir", str(tmp_path / "out")]
-    for arguments, message in (
-        ([*needed, "--image_dir", str(tmp_path / "none")], "--image_dir must be a folder of images"),
-        ([*needed, "--image_dir", str(tmp_path)], "--image_dir must hold images"),
-        ([*needed, "--image_dir", str(run / "images"), "--tasks", "colorization"], "colorization needs colour images"),
-        ([*needed, "--image_dir", str(run / "images"), "--noise_std", "-1"], "--noise_std"),
-        ([*needed, "--image_dir", str(run / "images"), "--noise_std", "0", "nan"], "--noise_std"),
-        ([*needed, "--image_dir", str(run / "images"), "--noise_std", "25"], "--noise_std"),
-        ([*needed, "--image_dir", str(run / "images"), "--energy_weight", "nan"], "--energy_weight"),
-        ([*needed, "--image_dir", str(run / "images"), "--device", "nonsense"], "--device"),
-        ([*needed, "--image_dir", str(run / "images"), "--max_images", "0"], "--max_images must be at least 1"),
-        ([*needed[:2], "--output_dir", str(run / "out"), "--image_dir", str(run / "images")], "give another folder"),
+    given = [
+        "--pretrained_model_name_or_path", run / "model", "--output_dir", tmp_path / "out", "--image_dir", run / "images",
+    ]  # fmt: skip
+    for arguments, named in (
+        (["--image_dir", tmp_path / "none"], "--image_dir"),
+        (["--image_dir", tmp_path], "--image_dir"),
+        (["--tasks", "colorization"], "--tasks colorization"),
+        (["--noise_std", "-1"], "--noise_std"),
+        (["--noise_std", "0", "nan"], "--noise_std"),
+        (["--noise_std", "25"], "--noise_std"),
+        (["--energy_weight", "nan"], "--energy_weight"),
+        (["--device", "nonsense"], "--device"),
+        (["--max_images", "0"], "--max_images"),
+        (["--output_dir", run / "out"], "--output_dir"),
     ):
-        with pytest.raises((SystemExit, ValueError, OSError)) as raised:
-            evaluate_restoration.run(evaluate_restoration.parse_args(arguments))
-        assert message in capsys.readouterr().err + str(raised.value)
-    # Through the process: one line.
-    process = script(*arguments)
-    assert process.returncode != 0 and message in process.stderr and "Traceback" not in process.stderr
+        with pytest.raises(SystemExit) as raised:
+            evaluate_restoration.main(list(map(str, [*given, *arguments])))
+        # One line, of the parser or of what came after it.
+        printed = capsys.readouterr().err.splitlines()
+        line = raised.value.code if isinstance(raised.value.code, str) else printed[0]
+        assert named in line and "\n" not in line
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "colorization"])
@@ -160,7 +150,7 @@ def test_one_image_has_no_coverage():
 
 def test_colours():
     assert make_operator("colorization", (3, 16, 16)).measurement_shape((3, 16, 16)) == (1, 16, 16)
-    with pytest.raises(ValueError, match="--tasks must be of"):
+    with pytest.raises(ValueError, match="--tasks"):
         make_operator("dehazing", (3, 16, 16))
 
 

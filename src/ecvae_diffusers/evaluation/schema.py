@@ -1,0 +1,246 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The content of `evaluation.json`: written by `evaluate.py`, read by model cards and by `publish.py`.
+
+Each section has a protocol, which says of what the figures are, and measures. A figure that may not be stated is `None`.
+"""
+
+import json
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Generic, NoReturn, Self, TypeVar, get_args, get_origin, get_type_hints
+
+
+EVALUATION_FILE = "evaluation.json"
+
+
+P, M = TypeVar("P"), TypeVar("M")
+Figures = dict[str, float | None]  # by their names
+
+
+@dataclass(kw_only=True)
+class Section(Generic[P, M]):
+    """Figures, and what they are of."""
+
+    protocol: P
+    measures: M
+
+
+@dataclass(kw_only=True)
+class OverSeeds:
+    """A measure of each seed's samples, with mean and standard deviation; `std` of one seed is `None`."""
+
+    mean: float | None
+    std: float | None
+    values: list[float | None]
+
+
+@dataclass(kw_only=True)
+class Protocol:
+    """What all sections have in common."""
+
+    images: str
+    features: str
+    files: dict[str, str] | None = None
+    libraries: dict[str, str] | None = None
+    machine: str | None = None
+    device: str | None = None
+    computed_in: str | None = None
+
+
+@dataclass(kw_only=True)
+class ImageSet:
+    """Images by the name of their data and its split."""
+
+    data: str
+    split: str
+    num_images: int
+
+
+@dataclass(kw_only=True)
+class Pairs:
+    """How images were compared in pairs, by all measures except the Frechet distance: the first ones of each set."""
+
+    most_images_in_pairs: int | None = None
+    kernel_distance_std: str | None = None
+
+
+@dataclass(kw_only=True)
+class GenerationProtocol(Pairs):
+    """Samples against training images."""
+
+    reference: ImageSet
+    num_samples: int
+    num_features: int | None = None
+    seeds: list[int | None] | None = None
+    latents: str | None = None
+    num_neighbours: int | None = None
+
+
+@dataclass(kw_only=True)
+class Generation:
+    protocol: GenerationProtocol
+    measures: dict[str, OverSeeds]
+    why_no_frechet_distance: str | None = None
+
+
+@dataclass(kw_only=True)
+class HeldOutProtocol(ImageSet):
+    """Test images, of which some may be training images (`num_trained_on`)."""
+
+    compared_with: str
+    same: str | None = None
+
+
+@dataclass(kw_only=True)
+class FloorProtocol(Pairs):
+    """Test images against training images: how low the distances of samples can be."""
+
+    reference: ImageSet
+    compared: ImageSet
+    meaning: str | None = None
+
+
+@dataclass(kw_only=True)
+class ReconstructionProtocol(ImageSet, Pairs):
+    latents: str | None = None
+
+
+@dataclass(kw_only=True)
+class LikelihoodProtocol(ImageSet):
+    """A VAE's likelihood has bounds, for a `variance` of the decoder; a flow's is exact."""
+
+    unit: str
+    variance: float | None = None
+    importance_samples: int | None = None
+    amortisation_steps: int | None = None
+
+
+@dataclass(kw_only=True)
+class OutOfDistributionProtocol:
+    """
+    How well scores tell other images from test images: the AUROC of each score by the name of the other data. `outside` has their
+    numbers of images; `error` and `bits_per_dimension` say what these scores are.
+    """
+
+    inside: ImageSet
+    outside: dict[str, int]
+    measure: str | None = None
+    error: str | None = None
+    bits_per_dimension: str | None = None
+
+
+@dataclass(kw_only=True)
+class SeedRun:
+    """What `publish.py` takes from the evaluation of the same training with another seed."""
+
+    seed: str
+    weights: str | None
+    frechet_distance: float | None
+    kernel_distance: float | None
+
+
+@dataclass(kw_only=True)
+class TrainingSeeds:
+    published: str
+    runs: list[SeedRun]
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What an evaluation of any model holds. `weights` is the model's fingerprint, `None` for a folder of images."""
+
+    model: str | None = None
+    weights: str | None
+    protocol: Protocol
+    generation: Generation
+    held_out: Section[HeldOutProtocol, dict[str, int]] | None = None
+    floor: Section[FloorProtocol, Figures] | None = None
+    reconstruction: Section[ReconstructionProtocol, Figures] | None = None
+    likelihood: Section[LikelihoodProtocol, Figures] | None = None
+    out_of_distribution: Section[OutOfDistributionProtocol, dict[str, Figures]] | None = None
+
+
+@dataclass(kw_only=True)
+class Baseline(Measured):
+    """The evaluation of another model, with what to call it."""
+
+    name: str
+
+
+@dataclass(kw_only=True)
+class Evaluation(Measured):
+    """An evaluation, and what `publish.py` has added to it."""
+
+    baseline: Baseline | None = None
+    training_seeds: TrainingSeeds | None = None
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Return the evaluation that the content of a JSON file holds. Raises `ValueError` naming the field that is wrong."""
+        return read(cls, value, "")
+
+    def to_json(self) -> dict:
+        """Return the content of the JSON file. Fields that were not measured are left out."""
+        return to_plain(self)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """
+        Read `evaluation.json` of a folder.
+
+        Raises:
+            ValueError: in one line, if the file can't be read or holds no evaluation.
+        """
+        path = Path(folder) / EVALUATION_FILE
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is no {EVALUATION_FILE} of evaluate.py: {error}") from error
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read(kind: Any, value: Any, name: str) -> Any:
+    """Return JSON's `value` as an instance of the type `kind`. `name` is the field that an error names."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if NoneType in arguments:
+        return None if value is None else read(arguments[0], value, name)
+    section = {P: arguments[0], M: arguments[1]} if origin is Section else {}
+    kind = Section if origin is Section else kind
+    expected = dict if is_dataclass(kind) or origin is dict else origin or kind
+    allowed = (int, float) if expected is float else expected
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise ValueError(f"`{name or 'the file'}` must be a {expected.__name__}, but is {str(value)[:50]!r}")
+    if origin is list:
+        return [read(arguments[0], one, f"{name}[{i}]") for i, one in enumerate(value)]
+    if origin is dict:
+        return {key: read(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
+    if not is_dataclass(kind):
+        return value
+    within = f"{name}." if name else ""
+    known = {field.name: field for field in fields(kind)}
+    for key, field in known.items():
+        if key not in value and is_required(field):
+            raise ValueError(f"`{within}{key}` is missing")
+    # What this version does not know would be lost when the file is written again.
+    for key in value.keys() - known:
+        raise ValueError(f"`{within}{key}` is unknown")
+    types = {key: section.get(one, one) for key, one in get_type_hints(kind).items()}
+    return kind(**{key: read(types[key], one, f"{within}{key}") for key, one in value.items()})
+
+
+def to_plain(value: Any) -> Any:
+    """Return dataclasses as dictionaries, without the optional fields that are `None`."""
+    if is_dataclass(value):
+        found = {field: getattr(value, field.name) for field in fields(value)}
+        return {field.name: to_plain(one) for field, one in found.items() if one is not None or is_required(field)}
+    if isinstance(value, dict):
+        return {key: to_plain(one) for key, one in value.items()}
+    return [to_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def is_required(field: Field) -> bool:
+    return field.default is MISSING

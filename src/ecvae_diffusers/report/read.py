@@ -1,0 +1,157 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Reads what a training run left in its folder: arguments, logged steps, evaluations, events, pictures."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import PIL.Image
+
+from ecvae_diffusers.training.run.folder import STEP_FILE
+from ecvae_diffusers.training.run.log import (
+    ENERGIES_FILE,
+    EVALUATIONS_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    read_arguments,
+    read_metrics,
+)
+
+
+# The verdict is on the last quarter of a run, but on at least so many logged steps.
+MIN_JUDGED = 5
+MAX_PICTURE_SIZE = 1600
+
+
+@dataclass
+class Run:
+    """What a training script left in `folder`. Records are those with a step."""
+
+    folder: Path
+    arguments: dict
+    metrics: list[dict]
+    evaluations: list[dict]
+    events: list[dict]
+    energies: list[dict]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Raises `ValueError` if `folder` is not the output folder of a run, or its files can't be read."""
+        if not folder.is_dir():
+            raise ValueError(f"RUN must be the output folder of a training run, but {str(folder)!r} is no folder.")
+        if not (folder / METRICS_FILE).is_file():
+            raise ValueError(
+                f"RUN must be the output folder of a training run, but {str(folder)!r} holds no {METRICS_FILE}."
+            )
+        files = (METRICS_FILE, EVALUATIONS_FILE, EVENTS_FILE, ENERGIES_FILE)
+        run = cls(folder, read_arguments(folder), *(read_records(folder / name) for name in files))
+        if not run.metrics:
+            raise ValueError(f"{str(folder / METRICS_FILE)!r} holds no logged step: has the run logged anything yet?")
+        return run
+
+    @property
+    def judged(self) -> list[dict]:
+        """The last part of the run, which the verdict is on."""
+        return self.metrics[-max(len(self.metrics) // 4, MIN_JUDGED) :]
+
+    def last(self, name: str) -> np.ndarray:
+        """Return the finite values of the last part of the run."""
+        values = series(self.judged, name)
+        return values[np.isfinite(values)]
+
+    def median(self, name: str) -> float:
+        """Return the median over the last part of the run, NaN if nothing was logged."""
+        return float(np.median(self.last(name))) if len(self.last(name)) else math.nan
+
+    def argument(self, name: str) -> float:
+        return number(self.arguments.get(name))
+
+    @property
+    def drift_is_judged(self) -> bool:
+        """Whether `drift_tolerance` decides how far the chain may go, instead of a tolerance that the user set."""
+        adapted = "auto" in (
+            self.arguments.get("calibration_tolerance", "auto"),
+            self.arguments.get("langevin_drift_step"),
+        )
+        return adapted and self.drift_tolerance > 0
+
+    @property
+    def drift_tolerance(self) -> float:
+        """Root-mean-square drift per pixel that is allowed. Of runs that did not log it, their argument."""
+        logged = self.median("drift_tolerance")
+        return self.argument("drift_tolerance") if math.isnan(logged) else logged
+
+    def pictures(self, kind: str) -> list[tuple[int, Path]]:
+        """Return the pictures of a kind with their steps, in order."""
+        found = [(STEP_FILE.fullmatch(path.name), path) for path in (self.folder / kind).glob("step-*.png")]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+
+@dataclass
+class Picture:
+    """
+    A picture of a step, as a `data:` URI.
+
+    Args:
+        what (`str`): What it shows.
+        step (`int`): Of the run.
+        path (`Path`): Its file.
+        width (`int`): About how many px it takes on the page. A smaller picture is magnified by a whole number, so that its pixels
+            stay squares of one size.
+        limit (`int`): A picture of more than `limit` px a side is scaled down before it is embedded.
+    """
+
+    what: str
+    step: int
+    path: Path
+    width: int
+    limit: int = MAX_PICTURE_SIZE
+    source: str = ""
+    magnified: bool = False
+    error: str = ""
+
+    def __post_init__(self):
+        self.name = self.path.name
+        try:
+            content = self.path.read_bytes()
+            with PIL.Image.open(io.BytesIO(content)) as image:
+                image.load()
+                if max(image.size) > self.limit:
+                    image.thumbnail((self.limit, self.limit), PIL.Image.Resampling.LANCZOS)
+                    buffer = io.BytesIO()
+                    image.save(buffer, format="PNG")
+                    content = buffer.getvalue()
+                self.width = image.width * (self.width // image.width) or self.width
+                self.magnified = self.width >= image.width
+            self.source = data_uri("image/png", content)
+        except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, of a broken PNG
+            self.error = str(error)
+
+
+def read_records(path: Path) -> list[dict]:
+    records = read_metrics(path) if path.is_file() else []
+    return [record for record in records if isinstance(record.get("step"), int)]
+
+
+def number(value) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def series(records: list[dict], name: str) -> np.ndarray:
+    """Return the course of a value, NaN where it was not logged."""
+    return np.array([number(record.get(name)) for record in records])
+
+
+def spread_over(items: Sequence, count: int) -> list:
+    """Return at most `count` of `items` at even distances, the first and the last among them."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[place] for place in sorted({round(place) for place in places})]
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

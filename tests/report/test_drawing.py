@@ -1,0 +1,42 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Axes of charts, and the curves of a run as one picture."""
+
+import numpy as np
+import PIL.Image
+import pytest
+from matplotlib.figure import Figure
+
+from ecvae_diffusers.report.curves import plot_curves
+from ecvae_diffusers.report.drawing import FEW_POINTS, Chart, Curve, use_log_scale, value_limits
+
+
+@pytest.mark.parametrize("num_points, all_shown", [(2, True), (FEW_POINTS, True), (10 * FEW_POINTS, False)])
+def test_every_point_of_a_short_run_is_on_its_axis(num_points, all_shown):
+    values = 1000.0 / (1 + np.arange(num_points))
+    limits = value_limits(Chart("KL", [Curve("KL", values)], ""), np.arange(num_points))
+    assert limits[0] <= values.min() and (limits[1] >= values.max()) == all_shown
+
+
+@pytest.mark.parametrize("low, high", [(2.1, 4.9), (0.011, 0.012), (3.0, 3.2), (1.5, 40.0), (0.1, 1000.0)])
+def test_a_logarithmic_axis_has_ticks(low, high):
+    axis = Figure().subplots()
+    axis.plot([1, 2], [low, high])
+    use_log_scale(axis)
+    bottom, top = axis.get_ylim()
+    assert sum(bottom <= tick <= top for tick in axis.get_yticks()) >= 2
+
+
+@pytest.mark.parametrize(
+    "names, width",
+    [
+        (("reconstruction", "kl"), 1000),
+        (("bits_per_dimension",), 500),
+        (("reconstruction",), 500),
+        (("reconstruction", "kl", "posterior_constraint", "posterior_dual"), 2000),
+    ],
+)
+def test_curves_of_runs_without_an_energy_model(tmp_path, names, width):
+    """Of an autoencoder, a flow, a foreign decoder, a posterior calibrated alone: a panel for each loss that they log."""
+    plot_curves([{"step": step, **dict.fromkeys(names, 1 / step)} for step in (1, 2, 3)], tmp_path / "curves.png")
+    with PIL.Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (width, 300)
