@@ -167,9 +167,8 @@ def main() -> None:
             for name in args.settings
         }
         results.fill(list(arguments), args.seeds, make, args.max_train_steps, arguments)
-    print(
-        study.results_table(results, [f"{model}, {name}" for model in MODELS for name in SETTINGS], "decoder", COLUMNS)
-    )
+    names = [f"{model}, {name}" for model in MODELS for name in SETTINGS]
+    print(study.results_table(results, names, "decoder", COLUMNS))
     if args.picture is not None:
         rows = [data.test[:12]]
         for model in args.models:

@@ -115,9 +115,7 @@ def picture(folders: list[Path], path: Path) -> None:
 def main() -> None:
     made = study.parser(__doc__, NAMES, "fashion_mnist")
     made.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=16)
-    made.add_argument(
-        "--pretraining_steps", type=positive, default=1500, help="on likelihood alone, before the others"
-    )
+    made.add_argument("--pretraining_steps", type=positive, default=1500, help="before, on likelihood alone")
     made.add_argument("--picture", type=picture_file, help="samples of the first seed: a block per setting")
     made.add_argument(
         "--likelihood_rate", default="1e-2",
@@ -126,9 +124,6 @@ def main() -> None:
     args = made.parse_args()
     likelihood_rate = ["--learning_rate", args.likelihood_rate, "--lr_scheduler", "cosine"]
     results = study.Results(args.output_dir / f"flow_{args.resolution}.jsonl", NUM_SAMPLES)
-    folders = [
-        study.run_folder(args.output_dir, f"flow_{args.resolution}", name, args.seeds[0]) for name in args.settings
-    ]
     if not args.table:
         data = FlowData(args.output_dir, args.fashion_mnist, args.resolution, args.device)
         print(f"{data.about}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
@@ -156,6 +151,7 @@ def main() -> None:
         results.fill(args.settings, args.seeds, make, iterations, arguments)
     print(study.results_table(results, NAMES, "flow", COLUMNS))
     if args.picture is not None:
+        folders = [study.run_folder(args.output_dir, results.path.stem, name, args.seeds[0]) for name in args.settings]
         if missing := [folder.name for folder in folders if not is_finished(folder)]:
             made.error(f"--picture needs the flows of --settings, but there is no {', '.join(missing)}.")
         picture(folders, args.picture)

@@ -85,10 +85,7 @@ def main() -> None:
         data = study.load_data(args)
         print(f"{data.about}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
         images = held_out(args.fashion_mnist)
-        in_all = args.max_train_steps + args.encoder_steps
-        iterations = dict.fromkeys(SETTINGS, args.max_train_steps) | dict.fromkeys(
-            [*AS_LONG, *THEN_THE_ENCODER], in_all
-        )
+        iterations = {name: args.max_train_steps + (0 if name in SETTINGS else args.encoder_steps) for name in NAMES}
         second = {
             name: ["--calibration", calibration, *ENCODER_ALONE] for name, (_, calibration) in THEN_THE_ENCODER.items()
         }
