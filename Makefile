@@ -22,6 +22,7 @@ quality: environment  ## Check style, and that generated files are up to date
 	@$(IN_ROOT) -m ruff check .
 	@$(IN_ROOT) -m ruff format --check .
 	@$(IN_ROOT) pipelines/generate.py --check
+	@$(IN_ROOT) benchmarks/common/results.py --check
 
 style: environment  ## Mend style
 	@$(IN_ROOT) -m ruff check --fix .

@@ -1,24 +1,22 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the studies are made of, at toy size: rows that are not made twice, runs that go on, peers that train."""
+"""What the studies are made of, at toy size: rows that are not made twice, runs that resume, peers that train."""
 
 import importlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import peers
 import pytest
-import study
 import torch
 from training_runs import TINY, metrics, write_images
 
+from common import study
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.training.data.digits import DigitFeatures, sample_images
+from studies import peers
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +28,7 @@ def data(tmp_path_factory):
     measured = study.reference(DigitFeatures().eval(), real)
     return SimpleNamespace(
         name="disks", device="cpu", num_samples=64, resolution=16, latent_channels=4, channels=(16, 16), learning_rate=5e-4,
-        train=real, data_arguments=["--train_data_dir", str(images)],
-        arguments=[*TINY, "--evaluation_steps", "4", "--log_steps", "2", "--evaluation_samples", "12"],
+        train=real, data_arguments=["--train_data_dir", str(images)], arguments=[*TINY, "--log_steps", "2"],
         measure=lambda samples: study.against(measured, samples),
     )  # fmt: skip
 
@@ -43,7 +40,13 @@ def trained(data, tmp_path_factory):
     return folder
 
 
-def test_rows_that_are_there_are_not_made_again(tmp_path):
+def python(code: str, *arguments) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(study.__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_existing_rows_are_not_made_again(tmp_path):
     results, made = study.Results(tmp_path / "new" / "rows.jsonl"), []
 
     def make(name: str, seed: int) -> dict:
@@ -58,26 +61,20 @@ def test_rows_that_are_there_are_not_made_again(tmp_path):
 
 
 def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
-    """Of another length or other arguments they are refused, of another number of samples measured anew; half a line is no row."""
+    """Another length or other arguments are refused, another number of samples measured anew; half a line is no row."""
     path = tmp_path / "rows.jsonl"
     results = study.Results(path, num_samples=32)
     for count in (16, 32, 32):
-        row = {"num_generated": count, "frechet_distance": float(count)}
-        study.Results(path, num_samples=count).fill(["a"], [0], lambda name, seed, row=row: row, iterations=8)
+        row = {"frechet_distance": float(count)}
+        made_with = {"iterations": 8, "arguments": {"a": ["--kl_weight", "1"]}}
+        study.Results(path, num_samples=count).fill(["a"], [0], lambda name, seed, row=row: row, **made_with)
     assert [row["frechet_distance"] for row in results.rows()] == [32.0]
-    with pytest.raises(ValueError, match="'a' is to be of 9 iterations, but rows.jsonl holds it after 8"):
-        results.fill(["a"], [0], lambda name, seed: {}, iterations={"a": 9, "b": 8})
-
-    def make(name: str, seed: int) -> dict:
-        return {"num_generated": 32}
-
-    results.fill(["c"], [0], make, arguments={"c": ["--kl_weight", "1"]})
-    with pytest.raises(ValueError, match="'c' is --kl_weight 2, but rows.jsonl holds it with --kl_weight 1"):
-        results.fill(["c"], [0], make, arguments={"c": ["--kl_weight", "2"]})
-    results.write([row for row in results.rows() if row["setting"] != "c"])
+    for other in ({"iterations": {"a": 9, "b": 8}}, {"arguments": {"a": ["--kl_weight", "2"]}}):
+        with pytest.raises(ValueError, match=next(iter(other))):
+            results.fill(["a"], [0], lambda name, seed: {}, **other)
     with open(path, "a") as file:
         file.write('{"setting": "b", "se')
-    results.fill(["b"], [0], lambda name, seed: {"num_generated": 32}, iterations=8)
+    results.fill(["b"], [0], lambda name, seed: {}, iterations=8)
     assert [row["setting"] for row in results.rows()] == ["a", "b"]
 
 
@@ -85,17 +82,13 @@ def test_rows_of_other_runs_are_not_taken_for_these(tmp_path):
 def test_training_ends_with_the_study(tmp_path):
     """However it ends: a restarted study must not find its run being trained still."""
     code = (
-        "import subprocess, sys, study\n"
+        "import subprocess; from common import study\n"
         "child = subprocess.Popen(['sleep', '300'], preexec_fn=study.end_with_parent)\n"
         "print(child.pid, flush=True); child.wait()"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(study.__file__).parent)},
-    )  # fmt: skip
-    pid = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
+    with python(code) as parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
     for _ in range(100):
         status = Path(f"/proc/{pid}/status")
         if not status.is_file() or "State:\tZ" in status.read_text():
@@ -105,13 +98,13 @@ def test_training_ends_with_the_study(tmp_path):
     raise AssertionError("the child has outlived the study")
 
 
-def test_a_finished_run_is_not_trained_again_and_a_cut_one_goes_on(data, trained, tmp_path):
+def test_a_finished_run_is_not_trained_again_and_a_cut_one_resumes(data, trained, tmp_path):
     written = (trained / "model_index.json").stat().st_mtime_ns
     study.train(data, trained, 0, 8)
     assert (trained / "model_index.json").stat().st_mtime_ns == written
-
-    with pytest.raises(ValueError, match="--pretraining_steps is 9, but run was trained for 8"):
-        study.train(data, trained, 0, 9, steps="--pretraining_steps")
+    for other in ([9], [8, "--kl_weight", "2"]):
+        with pytest.raises(ValueError, match="run was trained with .*--output_dir"):
+            study.train(data, trained, 0, *other)
 
     arguments = [8, "--checkpointing_steps", "4"]
     study.train(data, tmp_path / "run", 0, *arguments)
@@ -122,53 +115,33 @@ def test_a_finished_run_is_not_trained_again_and_a_cut_one_goes_on(data, trained
     assert metrics(tmp_path / "run") == first and (tmp_path / "run" / "model_index.json").is_file()
 
 
-def test_a_run_that_another_study_is_at_is_waited_for(data, tmp_path):
-    """Not removed as one that was cut off: rows of two studies may go on from the same run."""
+def test_a_run_that_another_study_has_is_waited_for(data, tmp_path):
+    """It is not removed as a broken one: two studies may resume the same run."""
     code = (
-        "import sys, time, study; from pathlib import Path\n"
+        "import sys, time; from pathlib import Path; from common import study\n"
         "with study.alone(Path(sys.argv[1])):\n"
         "    print('held', flush=True); time.sleep(4); Path(sys.argv[2]).touch()"
     )
     folder, ended = tmp_path / "runs" / "run", tmp_path / "ended"
-    environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parent)}
-    command = [sys.executable, "-c", code, str(tmp_path / "runs" / "run.lock"), str(ended)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
+    with python(code, tmp_path / "runs" / "run.lock", ended) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(subprocess.CalledProcessError):
             study.train(data, folder, 0, 1, "--no_such_argument")
         assert ended.is_file()
 
 
-def test_row_and_curve_of_a_run(data, trained, tmp_path):
-    row = study.trained_row(data, trained)
-    last = metrics(trained)[-1]
-    assert {key: row[key] for key in ("dual", "training_seconds")} == {
-        key: last[key] for key in ("dual", "training_seconds")
-    }
+def test_row_of_a_run(data, trained):
+    row, last = study.trained_row(data, trained), metrics(trained)[-1]
+    assert [row[key] for key in ("dual", "training_seconds")] == [last["dual"], last["training_seconds"]]
     assert row["frechet_distance"] > 0 and row["rollbacks"] == 0
-    # New networks' energies are nearly straight over so short a chain.
+    # New networks' energies are nearly straight over so short a chain, and over one step they are a critic's.
     assert 0.9 < row["cosine_to_critic"] <= 1 + 1e-6
-
-    curve = study.curve(trained)
-    assert [point["step"] for point in curve] == [4, 8]
-    assert 0 < curve[0]["training_seconds"] < curve[1]["training_seconds"] == last["training_seconds"]
-    # So few images have no Frechet distance, which is what is plotted.
-    run = shutil.copytree(trained, tmp_path / "run")
-    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    (run / "evaluations.jsonl").write_text(
-        "".join(json.dumps(r | {"frechet_distance": 9.0 / r["step"]}) + "\n" for r in rows)
-    )
-    study.plot_curves({"a": [run, run]}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_one_step_is_a_critic(trained):
     pipeline = ECVAEPipeline.from_pretrained(trained)
     pipeline.scheduler = type(pipeline.scheduler)(num_steps=1)
     assert study.cosine_to_critic(pipeline) == pytest.approx(1, abs=1e-5)
 
 
-def test_features_of_the_data_are_remembered(tmp_path):
+def test_features_of_the_data_are_remembered_and_know_it_from_noise(data, tmp_path):
     torch.manual_seed(0)
     features, calls = DigitFeatures().eval(), []
     features.register_forward_hook(lambda *_: calls.append(1))
@@ -179,6 +152,8 @@ def test_features_of_the_data_are_remembered(tmp_path):
         assert torch.equal(remembered(first), expected)
         assert not torch.equal(remembered(other), expected)
     assert len(calls) == 1 + 2
+    distances = [data.measure(images)["frechet_distance"] for images in (data.train, torch.zeros_like(data.train))]
+    assert distances[0] < 1e-3 < distances[1]
 
 
 @pytest.mark.parametrize("weight", [None, 10.0])
@@ -202,7 +177,7 @@ def test_adversarial_peers_train_both_networks(data, weight):
     assert sample_images(pipeline, 6, seed=1).shape == (6, 1, 16, 16) and seconds > 0
 
 
-def test_the_vaebm_way_holds_the_vae_still(data, trained):
+def test_the_vaebm_way_freezes_the_vae(data, trained):
     pipeline, _ = peers.vaebm(data, 2, trained, drift=1.0)
     expected = ECVAEPipeline.from_pretrained(trained).vae.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in pipeline.vae.state_dict().items())
@@ -218,53 +193,43 @@ def test_the_ddpm_has_as_many_parameters_and_trains(data):
     assert images.shape == (2, 1, 16, 16) and images.dtype == torch.uint8
 
 
-def test_measures_know_the_data_from_noise(data):
-    measures = [data.measure(images) for images in (data.train, torch.zeros_like(data.train))]
-    assert measures[0]["frechet_distance"] < 1e-3 < measures[1]["frechet_distance"]
+ROW = {"frechet_distance": 314.7, "training_seconds": 90.0, "kernel_distance": 0.2, "dual": 12.0, "rollbacks": 0}
+POSTERIOR = {"importance_weighted": -165.04, "elbo": -167.0, "amortisation_gap": 0.42}
+TABLES = {
+    "posterior_study": (
+        "posterior_digits", 50_000, {"setting": "none", **POSTERIOR},
+        "| none | -165.04 | -165.04 | -167.00 | 0.42 | 0.42 | 314.7 | 314.7 | 0.060 |",
+    ),
+    "flow_study": (
+        "flow_16", 5_000, {"setting": "trained on", "bits_per_dimension": 3.5},
+        "| trained on | 3.500 | 3.500 | 314.7 | 314.7 | 0.2000 | 12 | | 0 | 0.060 |",
+    ),
+    "decoder_study": (
+        "decoder", 5_000, {"setting": "AutoencoderKL, calibrated", "psnr": 24.0},
+        "| AutoencoderKL, calibrated | 314.7 | 314.7 | 0.2000 | 24.00 | 24.00 | 12 |",
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name, rows, cells",
-    [
-        (
-            "posterior_study",
-            {"posterior_digits": {"setting": "none", "importance_weighted": -165.04, "elbo": -167.0, "num_samples": 50_000,
-                                  "amortisation_gap": 0.42, "frechet_distance": 314.7, "training_seconds": 90.0}},
-            ["| none | -165.04 | -165.04 | -167.00 | 0.42 | 0.42 | 314.7 | 314.7 | 0.060 |"],
-        ),
-        (
-            "flow_study",
-            {"flow_16": {"setting": "trained on", "bits_per_dimension": 3.5, "frechet_distance": 200.0, "kernel_distance": 0.2,
-                         "rollbacks": 0, "training_seconds": 300.0, "num_samples": 5_000}},
-            ["| trained on | 3.500 | 3.500 | 200.0 | 200.0 | 0.2000 |  |  | 0 | 0.200 |"],
-        ),
-        (
-            "decoder_study",
-            {"decoder": {"setting": "AutoencoderKL, calibrated", "frechet_distance": 50.0, "kernel_distance": 0.05,
-                         "psnr": 24.0, "dual": 12.0, "num_samples": 5_000}},
-            ["| AutoencoderKL | calibrated | 50.0 | 50.0 | 0.0500 | 24.00 | 24.00 | 12 |"],
-        ),
-    ],
-)  # fmt: skip
-def test_tables_of_the_extensions(name, rows, cells, tmp_path, capsys, monkeypatch):
-    """What a study has found is printed without its data being there."""
-    study_script = importlib.import_module(name)
-    ((file, row),) = rows.items()
-    study.Results(tmp_path / f"{file}.jsonl").write([{"seed": 0, "seconds": 1, "iterations": 1500, **row}])
-    data = {"flow_study": ["--fashion_mnist", "nothing"], "decoder_study": ["--cifar10", "nothing"]}.get(name, [])
-    monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path), "--table", *data])
-    study_script.main()
-    printed = capsys.readouterr().out.splitlines()
-    if name == "flow_study":  # pictures of what is not there are refused
-        for argument, said in (
-            ("--picture", "there is no trained-on_0"),
-            ("--plot", "must be a file that ends in .png"),
-            ("--likelihood_rate", "must be a finite number above 0, but is inf"),
-        ):
-            values = {"--plot": tmp_path / "a.picture", "--likelihood_rate": "inf"}
-            more = [argument, str(values.get(argument, tmp_path / "a.png")), "--settings", "trained on"]
-            monkeypatch.setattr(sys, "argv", [name, "--output_dir", str(tmp_path), "--table", *data, *more])
-            with pytest.raises(SystemExit):
-                study_script.main()
-            assert said in capsys.readouterr().err
-    assert printed[2:] == cells and printed[0].count("|") == printed[1].count("|") == cells[0].count("|")
+def printed_by(name: str, monkeypatch, capsys, *arguments) -> str:
+    dataset = {"flow_study": ["--fashion_mnist", "nothing"], "decoder_study": ["--cifar10", "nothing"]}
+    monkeypatch.setattr(sys, "argv", [name, "--table", *dataset.get(name, []), *map(str, arguments)])
+    importlib.import_module(f"studies.{name}").main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_printed_without_the_data(name, tmp_path, capsys, monkeypatch):
+    file, num_samples, own, line = TABLES[name]
+    rows = [{"seed": 0, "seconds": 1, "iterations": 1500, "num_samples": num_samples, **ROW, **own}]
+    study.Results(tmp_path / f"{file}.jsonl").write(rows)
+    printed = printed_by(name, monkeypatch, capsys, "--output_dir", tmp_path).splitlines()
+    assert printed[2:] == [line] and printed[0].count("|") == printed[1].count("|") == line.count("|")
+
+
+@pytest.mark.parametrize("picture, said", [("a.png", "there is no trained-on_0"), ("a.picture", "ends in .png")])
+def test_pictures_that_can_not_be_made_are_refused(picture, said, tmp_path, capsys, monkeypatch):
+    arguments = ["--output_dir", tmp_path, "--picture", tmp_path / picture, "--settings", "trained on"]
+    with pytest.raises(SystemExit):
+        printed_by("flow_study", monkeypatch, capsys, *arguments)
+    assert said in capsys.readouterr().err

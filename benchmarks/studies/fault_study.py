@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a fault in the energy model does to a run, with the guard and without: `python benchmarks/fault_study.py`.
+"""What a fault in the energy model does to a run, with the guard and without: `python benchmarks/studies/fault_study.py`.
 
 Trains the demo's EC-VAE on the digits, undisturbed and with a fault from iteration 600 on, and measures the Frechet
 distance as the demo does. Faults: a gradient of the energy model that is not a number, once; its learning rate 1,000
@@ -13,7 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from study import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.study import (
     Results,
     end_with_parent,
     load_data,
@@ -21,7 +24,6 @@ from study import (
     parser,
     versions,
 )
-
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.training.data.digits import sample_images
 from ecvae_diffusers.training.run.log import EVENTS_FILE, METRICS_FILE, read_metrics

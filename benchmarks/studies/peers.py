@@ -1,39 +1,34 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What people would train instead, on the same data with the same networks: `python benchmarks/peers.py --output_dir STUDY`.
+"""What people would train instead, on the same data with the same networks: `python benchmarks/studies/peers.py --output_dir STUDY`.
 
-Same autoencoder, energy model (as the critic), batch, learning rates, Adam and average as the EC-VAE of chain_study.py, and
-as many iterations (the VAEBM way as many again for its energy model, with K 16); the DDPM has a UNet of about the
+Autoencoder, energy model (as the critic), batch, learning rates, Adam, average and iterations are those of the EC-VAE of
+chain_study.py (the VAEBM way trains as many again for its energy model, with K 16). The DDPM has a UNet of about the
 autoencoder's and energy model's parameters together. Where a method has a weight, a rate or a drift, three are tried.
 
 - VAE-GAN: ELBO plus a weight times the hinge loss on prior samples (Larsen et al. 2016, with a spectrally normalized critic).
 - SN-GAN: the decoder alone, hinge loss (Miyato et al. 2018).
-- VAEBM way: the VAE held still, the energy model trained against chains from its samples, and a chain of 16 steps for each
+- VAEBM way: the VAE frozen, the energy model trained against chains from its samples, and a chain of 16 steps per
   image at test time (Xiao et al. 2021).
 - EC-VAE and the chain of 16 steps at test time, on the pair that training left.
 - DDPM: noise prediction, 1,000 steps (Ho et al. 2020), sampled by DDIM in 50.
 """
 
+import functools
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
-from study import (
-    Results,
-    epochs,
-    load_data,
-    median,
-    open_results,
-    parser,
-    train,
-    trained_row,
-    versions,
-)
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import study
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy
 from ecvae_diffusers.training.data.digits import sample_images
@@ -43,16 +38,23 @@ from ecvae_diffusers.variational import elbo_loss
 
 BATCH, ADAM_BETAS, EMA_DECAY = 64, (0.0, 0.9), 0.999
 TEST_STEPS = 16
-# 50 passes an image: more would take longer than the training.
+# 50 passes per image: more would take longer than the training.
 NUM_DDIM_SAMPLES = 5_000
 # Weights, rates and drifts of which the best one is taken, as the VAE is given its own best beta.
 SETTINGS = {
-    "EC-VAE (defaults)": {},
-    "EC-VAE (defaults) + 16 steps at test time": {},
-    **{f"VAE-GAN, weight {weight}": {"weight": weight} for weight in (10, 30, 100)},
-    **{f"SN-GAN, rate {rate:g}": {"rate": rate} for rate in (5e-4, 1e-4, 2e-5)},
-    **{f"VAEBM way, drift {drift:g}": {"drift": drift} for drift in (1.0, 4.0, 16.0)},
-    **{f"DDPM, rate {rate:g}, DDIM 50": {"rate": rate} for rate in (2e-3, 5e-4, 2e-4)},
+    "EC-VAE (defaults)": None,
+    "EC-VAE (defaults) + 16 steps at test time": None,
+    **{f"VAE-GAN, weight {weight}": weight for weight in (10, 30, 100)},
+    **{f"SN-GAN, rate {rate:g}": rate for rate in (5e-4, 1e-4, 2e-5)},
+    **{f"VAEBM way, drift {drift:g}": drift for drift in (1.0, 4.0, 16.0)},
+    **{f"DDPM, rate {rate:g}, DDIM 50": rate for rate in (2e-3, 5e-4, 2e-4)},
+}
+COLUMNS = {
+    "Frechet distance, each seed": study.each("frechet_distance", ".1f"),
+    "median": study.middle("frechet_distance", ".1f"),
+    "precision": study.middle("precision", ".2f"),
+    "recall": study.middle("recall", ".2f"),
+    "coverage": study.middle("coverage", ".2f"),
 }
 
 
@@ -77,8 +79,8 @@ def latents(data, count: int = BATCH) -> torch.Tensor:
 
 
 def loop(data, num_steps: int, train_step: Callable[[torch.Tensor], None], name: str) -> float:
-    """Seconds of `num_steps` steps."""
-    started, batches = time.perf_counter(), epochs(data.train, BATCH)
+    """Return the seconds of `num_steps` steps."""
+    started, batches = time.perf_counter(), study.epochs(data.train, BATCH)
     for _ in tqdm(range(num_steps), desc=name, mininterval=5):
         train_step(next(batches).to(memory_format=torch.channels_last))
     return time.perf_counter() - started
@@ -92,7 +94,7 @@ def critic_step(energy: EnergyModel, optimizer, real: torch.Tensor, samples: tor
 
 
 def adversarial(data, name: str, num_steps: int, weight: float | None, rate: float) -> tuple[ECVAEPipeline, float]:
-    """A VAE-GAN, or an SN-GAN without a weight: then there is no ELBO, and the encoder is not trained."""
+    """Train a VAE-GAN, or without a weight an SN-GAN: it has no ELBO, and its encoder is not trained."""
     vae, energy = networks(data)
     average = moving_average(vae, EMA_DECAY)
     optimizers = adam(vae, rate), adam(energy, rate)
@@ -116,7 +118,7 @@ def adversarial(data, name: str, num_steps: int, weight: float | None, rate: flo
 
 
 def vaebm(data, num_steps: int, folder, drift: float) -> tuple[ECVAEPipeline, float]:
-    """The trained VAE of `folder` held still, and an energy model of its own for the chain."""
+    """Return the frozen VAE of `folder`, with a new energy model for the chain."""
     vae = ECVAEPipeline.from_pretrained(folder).vae
     _, energy = networks(data)
     scheduler = LangevinScheduler(num_steps=TEST_STEPS, drift_step_size=drift / TEST_STEPS)
@@ -136,7 +138,7 @@ def parameters(*modules: torch.nn.Module) -> int:
 
 
 def small_unet(data) -> UNet2DModel:
-    """As many levels as the autoencoder, attention at 4 px, the width that comes nearest to both networks' parameters."""
+    """Return as many levels as the autoencoder has, attention at 4 px, and about as many parameters as both networks."""
     wanted = parameters(*networks(data))
 
     def unet(width: int) -> UNet2DModel:
@@ -154,7 +156,7 @@ def small_unet(data) -> UNet2DModel:
 def ddpm(data, name: str, num_steps: int, rate: float) -> tuple[DDIMPipeline, float]:
     unet, scheduler = small_unet(data), DDPMScheduler(num_train_timesteps=1000)
     unet.to(memory_format=torch.channels_last)
-    average: AveragedModel = moving_average(unet, EMA_DECAY)
+    average = moving_average(unet, EMA_DECAY)
     # With the first moment, as diffusion models are trained.
     optimizer = adam(unet, rate, betas=(0.9, 0.999))
 
@@ -168,79 +170,66 @@ def ddpm(data, name: str, num_steps: int, rate: float) -> tuple[DDIMPipeline, fl
     return DDIMPipeline(unet=average.module.eval(), scheduler=scheduler), seconds
 
 
-def ddim_images(pipeline: DDIMPipeline, num_images: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for start in tqdm(range(0, num_images, 500), desc="DDIM"):
-        pipeline.set_progress_bar_config(disable=True)
-        count = min(500, num_images - start)
-        images = pipeline(count, generator, num_inference_steps=50, output_type="np").images
-        batches.append((torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8))
-    return torch.cat(batches)
-
-
-def refined_images(pipeline: ECVAEPipeline, num_images: int, seed: int) -> torch.Tensor:
+def images_of(call: Callable, num_images: int, seed: int) -> torch.Tensor:
+    """Return uint8 images of a pipeline's call, 500 at a time."""
     generator, batches = torch.Generator().manual_seed(seed), []
-    pipeline.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, num_images, 500), desc="Chains"):
-        images = pipeline(
-            min(500, num_images - start),
-            generator=generator,
-            num_refinement_steps=TEST_STEPS,
-            output_type="pt",
-        ).images
+    for start in tqdm(range(0, num_images, 500), desc="Sampling"):
+        images = torch.as_tensor(call(min(500, num_images - start), generator=generator).images)
         batches.append((images * 255).round().to(torch.uint8))
     return torch.cat(batches)
 
 
-def make_row(data, name: str, seed: int, args) -> dict:
+def ddim_images(pipeline: DDIMPipeline, num_images: int, seed: int) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    call = functools.partial(pipeline, num_inference_steps=50, output_type="np")
+    return images_of(call, num_images, seed).permute(0, 3, 1, 2)
+
+
+def refined_images(pipeline: ECVAEPipeline, num_images: int, seed: int) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return images_of(functools.partial(pipeline, num_refinement_steps=TEST_STEPS, output_type="pt"), num_images, seed)
+
+
+def make_row(data, name: str, seed: int, output_dir: Path, num_steps: int) -> dict:
     """Train what `name` names, and measure its samples."""
-    folder, num_steps, setting = args.output_dir / data.name, args.max_train_steps, SETTINGS[name]
+    folder, setting, vae_gan = output_dir / data.name, SETTINGS[name], name.startswith("VAE-GAN")
     torch.manual_seed(seed)
     if name.startswith("EC-VAE"):
         run = folder / f"peers_ecvae_{seed}"
-        train(data, run, seed, num_steps)
+        study.train(data, run, seed, num_steps)
         if "test time" not in name:
-            return trained_row(data, run)
+            return study.trained_row(data, run)
         return data.measure(refined_images(ECVAEPipeline.from_pretrained(run), data.num_samples, seed=1))
     if name.startswith("VAEBM"):
         run = folder / f"peers_vae_{seed}"
-        train(data, run, seed, num_steps, "--calibration", "none")
-        pipeline, seconds = vaebm(data, num_steps, run, setting["drift"])
+        study.train(data, run, seed, num_steps, "--calibration", "none")
+        pipeline, seconds = vaebm(data, num_steps, run, setting)
         samples = refined_images(pipeline, data.num_samples, seed=1)
     elif name.startswith("DDPM"):
-        pipeline, seconds = ddpm(data, name, num_steps, setting["rate"])
+        pipeline, seconds = ddpm(data, name, num_steps, setting)
         samples = ddim_images(pipeline, min(data.num_samples, NUM_DDIM_SAMPLES), seed=1)
     else:
-        rate = setting.get("rate", data.learning_rate)
-        pipeline, seconds = adversarial(data, name, num_steps, setting.get("weight"), rate)
+        weight, rate = (setting, data.learning_rate) if vae_gan else (None, setting)
+        pipeline, seconds = adversarial(data, name, num_steps, weight, rate)
         samples = sample_images(pipeline, data.num_samples, seed=1)
     return {**data.measure(samples), "training_seconds": round(seconds, 1)}
 
 
-def table(results: Results) -> str:
-    lines = ["| model | Frechet distance, each seed | median | precision | recall | coverage |"]
-    lines.append("|---|---|---|---|---|---|")
-    for name in SETTINGS:
-        rows = results.of(name)
-        if rows:
-            distances = ", ".join(f"{row['frechet_distance']:.1f}" for row in rows)
-            others = " | ".join(f"{median(rows, key):.2f}" for key in ("precision", "recall", "coverage"))
-            lines.append(f"| {name} | {distances} | {median(rows, 'frechet_distance'):.1f} | {others} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    args = parser(__doc__, list(SETTINGS)).parse_args()
-    results = open_results(args, "peers")
+    args = study.parser(__doc__, list(SETTINGS)).parse_args()
+    results = study.open_results(args, "peers")
     if not args.table:
-        data = load_data(args)
+        data = study.load_data(args)
         both, unet = parameters(*networks(data)), parameters(small_unet(data))
-        print(f"{data.about}; {both:,} parameters, UNet {unet:,}; {args.max_train_steps} iterations; {versions()}")
-        results.fill(
-            args.settings, args.seeds, lambda name, seed: make_row(data, name, seed, args), args.max_train_steps
+        print(
+            f"{data.about}; {both:,} parameters, UNet {unet:,}; {args.max_train_steps} iterations; {study.versions()}"
         )
-    print(table(results))
+
+        def make(name: str, seed: int) -> dict:
+            return make_row(data, name, seed, args.output_dir, args.max_train_steps)
+
+        results.fill(args.settings, args.seeds, make, args.max_train_steps)
+    print(study.results_table(results, list(SETTINGS), "model", COLUMNS))
 
 
 if __name__ == "__main__":

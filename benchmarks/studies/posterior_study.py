@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What calibration of the posterior is worth: `python benchmarks/studies/posterior_study.py --output_dir STUDY`; `--fashion_mnist DATASET`.
+
+Each row trains the demo's networks (or Fashion-MNIST's) with one `--calibration` and equal iterations. It measures, on
+held-out images, the evidence lower bound, the importance-weighted bound of 500 samples and the amortisation gap (q optimised
+per image in 200 steps, less the encoder's), and the Frechet distance of prior samples. Rows "..., then the encoder" continue
+such a run for `--encoder_steps` with its decoder frozen; "..., as long" have as many iterations in all. Rows are kept in
+STUDY/posterior_<data>.jsonl and not made again.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import study
+from common.command_line import positive
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers.posterior import posterior_bounds
+from ecvae_diffusers.training.data.ranges import to_range
+from studies.restoration import held_out
+
+
+POSTERIOR, FEW = ["--calibration", "posterior"], ["--max_train_samples", "2000"]
+# The Adam that suits likelihood, not an energy model's opponent.
+AVERAGING = ["--adam_beta1", "0.9", "--adam_beta2", "0.999"]
+SETTINGS = {
+    "none": ["--calibration", "none"],
+    "posterior": POSTERIOR,
+    "posterior, encoder alone": [*POSTERIOR, "--posterior_decoder_weight", "0"],
+    "posterior, decoder weight 1": [*POSTERIOR, "--posterior_decoder_weight", "1"],
+    "energy": ["--calibration", "energy"],
+    "both": ["--calibration", "both"],
+    # Few images, each seen often: where an encoder knows those it was trained on better than others.
+    "none, 2,000 images": ["--calibration", "none", *FEW],
+    "posterior, 2,000 images": [*POSTERIOR, *FEW],
+    "none, averaging Adam": ["--calibration", "none", *AVERAGING],
+    "posterior, averaging Adam": [*POSTERIOR, *AVERAGING],
+}
+ENCODER_ALONE = ["--freeze_decoder", *AVERAGING, "--lr_scheduler", "cosine"]
+# A short second run of the encoder alone: the setting that it continues, and its own --calibration.
+THEN_THE_ENCODER = {
+    "none, then the encoder": ("none", "none"),
+    "posterior, then the encoder": ("posterior", "posterior"),
+    "energy, then the encoder": ("energy", "posterior"),
+    "none, averaging Adam, then the encoder": ("none, averaging Adam", "none"),
+    "posterior, averaging Adam, then the encoder": ("posterior, averaging Adam", "posterior"),
+}
+# The setting that is trained for as many iterations in all.
+AS_LONG = {f"{name}, as long": name for name in ("none", "none, averaging Adam")}
+NAMES = [*SETTINGS, *AS_LONG, *THEN_THE_ENCODER]
+COLUMNS = {
+    "importance-weighted bound": study.each("importance_weighted", ".2f"),
+    "its mean": study.middle("importance_weighted", ".2f", statistics.mean),
+    "ELBO, mean": study.middle("elbo", ".2f", statistics.mean),
+    "amortisation gap": study.each("amortisation_gap", ".2f"),
+    "mean": study.middle("amortisation_gap", ".2f", statistics.mean),
+    "Frechet distance": study.each("frechet_distance", ".1f"),
+    "median": study.middle("frechet_distance", ".1f"),
+    "s per iteration": study.seconds_per_iteration,
+}
+
+
+def posterior_measures(folder: Path, images: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Return means over held-out images, in nats per image, of a pixel's variance of 1/2."""
+    vae = ECVAEPipeline.from_pretrained(folder).vae.to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    parts = tqdm(to_range(images).split(64), "Bounds")
+    found = [posterior_bounds(part.to(device), vae, generator=generator) for part in parts]
+    return {name: torch.cat([bounds[name] for bounds in found]).mean().item() for name in found[0]}
+
+
+def main() -> None:
+    made = study.parser(__doc__, NAMES)
+    made.add_argument("--encoder_steps", type=positive, default=150, help="of the encoder alone")
+    args = made.parse_args()
+    results = study.open_results(args, "posterior")
+    if not args.table:
+        data = study.load_data(args)
+        print(f"{data.about}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
+        images = held_out(args.fashion_mnist)
+        iterations = {name: args.max_train_steps + (0 if name in SETTINGS else args.encoder_steps) for name in NAMES}
+        second = {
+            name: ["--calibration", calibration, *ENCODER_ALONE] for name, (_, calibration) in THEN_THE_ENCODER.items()
+        }
+
+        def make(name: str, seed: int) -> dict:
+            folder = study.run_folder(args.output_dir, data.name, name, seed)
+            if name in THEN_THE_ENCODER:
+                first = THEN_THE_ENCODER[name][0]
+                start = study.run_folder(args.output_dir, data.name, first, seed)
+                study.train(data, start, seed, args.max_train_steps, *SETTINGS[first])
+                own = ["--pretrained_model_name_or_path", str(start), *second[name]]
+                study.train(data, folder, seed, args.encoder_steps, *own)
+            else:
+                study.train(data, folder, seed, iterations[name], *SETTINGS[AS_LONG.get(name, name)])
+            return study.trained_row(data, folder) | posterior_measures(folder, images, args.device)
+
+        own = SETTINGS | {name: SETTINGS[longer] for name, longer in AS_LONG.items()}
+        for name, (first, _) in THEN_THE_ENCODER.items():
+            own[name] = [*SETTINGS[first], "--encoder_steps", str(args.encoder_steps), *second[name]]
+        arguments = {name: [*data.arguments, *given] for name, given in own.items()}
+        results.fill(args.settings, args.seeds, make, iterations, arguments)
+    print(study.results_table(results, NAMES, "calibration", COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

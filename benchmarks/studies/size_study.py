@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Does calibration hold at every size? `python benchmarks/studies/size_study.py --emoji DATASET --output_dir STUDY --sizes 16 32 64`.
+
+One data set at many sizes, gray and in colour, is a controlled experiment: a VAE and an EC-VAE are trained at each with the
+same arguments, the script's defaults except networks and batch. A row says where lambda came to rest, how long the gradients
+from both losses were at the images, and how far samples are from the training images over two layers of EfficientNet-Lite0.
+The data set has RGB images of 256 px, such as Fluent emoji on white.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import study
+from common.command_line import positive
+from common.results import table
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers.metrics import FeatureExtractor, lite0_features
+from ecvae_diffusers.training.data.images import ImageDataset, load_images
+
+
+NUM_SAMPLES = 5000
+# Steps that the share with calibration on leaves out, and the part at the end of a run whose medians are stated.
+SETTLING_STEPS, LAST_PART = 200, 0.25
+SETTINGS = {"VAE": ["--calibration", "none"], "EC-VAE": [], "EC-VAE, K 1": ["--langevin_steps", "1"]}
+CHANNELS = (16, 32, 64, 64, 64, 64, 64)
+LOGGED = ("dual", "drift", "langevin_drift_step", "calibration_gradient_norm", "reconstruction_gradient_norm")
+
+
+class MiddleFeatures(nn.Module):
+    """Pooled features of the first blocks of EfficientNet-Lite0, to stride 16: textures rather than objects."""
+
+    def __init__(self, network: nn.Module, num_blocks: int = 11):
+        super().__init__()
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
+        self.blocks = nn.Sequential(*network._blocks[:num_blocks])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.stem(images)).mean((2, 3))
+
+
+class Emoji:
+    """The data set at one size and number of channels, over two layers of EfficientNet-Lite0: all its training images."""
+
+    def __init__(self, dataset: str, size: int, channels: int, batch_size: int, output_dir: Path, device):
+        self.device, self.name = device, f"{channels}x{size}x{size}"
+        blocks = [str(width) for width in CHANNELS[: size.bit_length() - 2]]
+        self.data_arguments = ["--dataset_name", dataset, "--image_column", "image"]
+        self.arguments = [
+            "--resolution", str(size), "--in_channels", str(channels), "--latent_channels", "64",
+            "--block_out_channels", *blocks, "--train_batch_size", str(batch_size), *study.precision(device),
+        ]  # fmt: skip
+        images = ImageDataset(load_images(dataset, None, None, "image", None, None), size, channels)
+        images = torch.stack([images[i] for i in range(len(images))])
+        lite0 = lite0_features()
+        middle = MiddleFeatures(lite0.network.network)
+        middle = FeatureExtractor(middle, "Lite0, stride 16", 128, mean=127 / 255, std=128 / 255)
+        self.metrics = {
+            name: study.reference(features.to(device), images, output_dir / f"features_{name}")
+            for name, features in (("", lite0), ("middle_", middle))
+        }
+
+    def measure(self, images: torch.Tensor) -> dict[str, float]:
+        found = {name: study.against(metrics, images) for name, metrics in self.metrics.items()}
+        return {f"{name}{key}": value for name, measures in found.items() for key, value in measures.items()}
+
+
+def calibration_row(records: list[dict]) -> dict:
+    """Return where calibration came to rest, from the logged steps of a run: medians over its last quarter."""
+    last = records[-max(1, int(LAST_PART * len(records))) :]
+    row = {name: study.median(last, name) for name in LOGGED if name in last[0]}
+    if "constraint" in last[0]:
+        row["violation"] = statistics.median(record["constraint"] / record["tolerance"] for record in last)
+        settled = [record["calibrating"] for record in records if record["step"] > SETTLING_STEPS]
+        row["share_on"] = statistics.mean(settled) if settled else None
+    return row
+
+
+def sizes_table(results: study.Results, names: list[str]) -> str:
+    rows = []
+    for name in names:
+        plain, calibrated = results.of(f"VAE, {name}"), results.of(f"EC-VAE, {name}")
+        if plain and calibrated:
+            cells = [f"{study.median(calibrated, key):.3g}" for key in ("violation", *LOGGED)]
+            cells.append(f"{study.median(calibrated, 'share_on'):.0%}")
+            cells += [", ".join(f"{row['frechet_distance']:.0f}" for row in some) for some in (plain, calibrated)]
+            for key in ("frechet_distance", "middle_frechet_distance"):
+                cells.append(f"{study.median(plain, key) / study.median(calibrated, key):.2f}")
+            rows.append([name, *cells])
+    columns = [
+        "size",
+        "C / tolerance",
+        "lambda",
+        "drift",
+        "step a",
+        "gradient of calibration",
+        "of reconstruction",
+        "on",
+    ]
+    return table([*columns, "Frechet distance, VAE", "EC-VAE", "ratio", "middle layer, ratio"], rows)
+
+
+def main() -> None:
+    made = study.parser(__doc__, list(SETTINGS), "emoji")
+    made.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64], choices=(16, 32, 64, 128, 256))
+    made.add_argument("--channels", type=int, nargs="+", default=[1, 3], choices=(1, 3))
+    made.add_argument("--train_batch_size", type=positive, default=32)
+    args = made.parse_args()
+    results = study.Results(args.output_dir / "size.jsonl", NUM_SAMPLES)
+    shapes = [(size, channels) for size in args.sizes for channels in args.channels]
+    for size, channels in [] if args.table else shapes:
+        data = Emoji(args.emoji, size, channels, args.train_batch_size, args.output_dir, args.device)
+        print(f"{data.name}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
+
+        def make(name: str, seed: int, data: Emoji = data) -> dict:
+            setting = name.removesuffix(f", {data.name}")
+            folder = study.run_folder(args.output_dir, data.name, setting, seed)
+            study.train(data, folder, seed, args.max_train_steps, *SETTINGS[setting])
+            pipeline = ECVAEPipeline.from_pretrained(folder).to(data.device)
+            measures = data.measure(study.sample_images(pipeline, NUM_SAMPLES, seed=1, batch_size=100))
+            return measures | calibration_row(study.read_metrics(folder / study.METRICS_FILE))
+
+        wanted = {f"{name}, {data.name}": [*data.arguments, *SETTINGS[name]] for name in args.settings}
+        results.fill(list(wanted), args.seeds, make, args.max_train_steps, wanted)
+    print(sizes_table(results, [f"{channels}x{size}x{size}" for size, channels in shapes]))
+
+
+if __name__ == "__main__":
+    main()
