@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ecvae_diffusers.evaluation.pictures import draw_images, open_source
 from ecvae_diffusers.metrics import lite0_features, reconstruction_metrics
-from ecvae_diffusers.training.data.ranges import to_range, to_uint8
+from ecvae_diffusers.training.data.transforms import to_range, to_uint8
 from ecvae_diffusers.training.run.folder import METRICS_FILE, image_grid, read_metrics
 from ecvae_diffusers.training.tasks.decoders import CalibratedDecoder
 

@@ -23,7 +23,7 @@ from ecvae_diffusers.evaluation.pictures import draw_images, open_source
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_diffusers.models import bits_per_dimension, dequantize
 from ecvae_diffusers.training.data.digits import sample_images
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.folder import EVENTS_FILE, METRICS_FILE, image_grid, is_finished, read_metrics
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_bounds
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 
 
 PART = 64  # images at a time

@@ -37,7 +37,7 @@ from ecvae_diffusers.training.data.digits import (  # noqa: E402
     train_digit_features,
     write_digits,
 )
-from ecvae_diffusers.training.data.ranges import to_range  # noqa: E402
+from ecvae_diffusers.training.data.transforms import to_range  # noqa: E402
 from ecvae_diffusers.training.run.folder import (  # noqa: E402
     EVALUATIONS_FILE,
     EVENTS_FILE,

@@ -27,7 +27,7 @@ from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.training import calibrate_decoder
 from ecvae_diffusers.training.arguments.decoder import parse_args
-from ecvae_diffusers.training.data.feeds import build_feed
+from ecvae_diffusers.training.data.loaders import build_feed
 from ecvae_diffusers.training.randomness import StepNoise
 from ecvae_diffusers.training.tasks.decoders import (
     CalibratedDecoder,
@@ -263,7 +263,7 @@ def test_the_spread_of_latents_is_measured_when_the_decoder_is_on_its_device(mod
         images, "--output_dir", tmp_path / "run", "--latent_noise", 0.5, "--in_channels", 3]))
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
-    feed = build_feed(args, accelerator)
+    feed = build_feed(args, accelerator, train_batch_size=args.train_batch_size, seed=args.seed)
     decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
     task = calibrate_decoder.DecoderTask(args, decoder, None, feed, None)
     assert task.noise_scale == 0
@@ -398,7 +398,8 @@ def test_the_encoder_runs_once_a_step(models, images, tmp_path):
     ]  # fmt: skip
     args, accelerator = parse_args(list(map(str, arguments))), Accelerator(cpu=True)
     decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
-    task = calibrate_decoder.DecoderTask(args, decoder, None, build_feed(args, accelerator), None)
+    feed = build_feed(args, accelerator, train_batch_size=args.train_batch_size, seed=args.seed)
+    task = calibrate_decoder.DecoderTask(args, decoder, None, feed, None)
     task.prepare(accelerator)
     calls = []
     decoder.autoencoder.encoder.register_forward_hook(lambda *_: calls.append(1))

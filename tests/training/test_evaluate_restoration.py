@@ -24,7 +24,7 @@ from ecvae_diffusers.evaluation.restoration import (
     unknown_pixels,
 )
 from ecvae_diffusers.training.data.digits import load_digits
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate_restoration.py"

@@ -12,8 +12,9 @@ from training_runs import TINY, metrics, run, succeed, weights, write_images
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.evaluation.while_training import Patience
 from ecvae_diffusers.training.arguments.vae import parse_args
+from ecvae_diffusers.training.data.transforms import batch_spread
 from ecvae_diffusers.training.run.folder import read_metrics
-from ecvae_diffusers.training.run.observation import batch_spread, chain_strip, pairs_grid, reduce_scalars
+from ecvae_diffusers.training.run.observation import chain_strip, pairs_grid, reduce_scalars
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from ecvae_diffusers.hub.saving import fingerprint
 from ecvae_diffusers.hub.upload import CONFIG
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.training.arguments.decoder import parse_args
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.session import run_script, train
 from ecvae_diffusers.training.tasks.base import Task, evaluating
 from ecvae_diffusers.training.tasks.decoders import (

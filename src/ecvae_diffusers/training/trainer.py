@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from ecvae_diffusers.evaluation.while_training import Evaluation, Patience
-from ecvae_diffusers.training.data.feeds import DecodedFeed, StreamFeed
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.loaders import DecodedFeed, StreamFeed
+from ecvae_diffusers.training.data.transforms import batch_spread, crop_at_random, flip_at_random, to_range
 from ecvae_diffusers.training.optimization import build_trained, clip_gradients
 from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
 from ecvae_diffusers.training.run.checkpoints import load_checkpoint, save_checkpoint, save_folder, save_pipeline
@@ -38,9 +38,6 @@ from ecvae_diffusers.training.run.guard import is_calibrating, is_calibration_of
 from ecvae_diffusers.training.run.observation import (
     NUM_ENERGIES,
     Observer,
-    batch_spread,
-    crop_at_random,
-    flip_at_random,
     moments,
     peak_memory,
     reduce_scalars,

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ecvae_diffusers.atomic import discard, remove, replacing, to_json, write_json, write_text, writing
-from ecvae_diffusers.training.data.ranges import to_uint8
+from ecvae_diffusers.training.data.transforms import to_uint8
 from ecvae_diffusers.training.run.lock import LOCK_FILE
 
 

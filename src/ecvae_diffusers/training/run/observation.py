@@ -11,8 +11,7 @@ from accelerate import Accelerator
 
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.energy import compute_energy, frozen
-from ecvae_diffusers.training.data.ranges import to_range
-from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.folder import ENERGIES_FILE, RunLog, image_grid, save_atomically, step_file
 from ecvae_diffusers.training.run.progress import progress
 
@@ -29,27 +28,9 @@ def num_energies(resolution: int) -> int:
     return max(32, min(NUM_ENERGIES, NUM_ENERGIES * FULL_SIZE**2 // resolution**2))
 
 
-def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
-    """Left to right, every other image."""
-    flip = noise.uniform(images.shape[0], 1, 1, 1) < 0.5
-    return torch.where(flip, images.flip(-1), images)
-
-
-def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
-    """A square of `size` from each image, anywhere in it."""
-    height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
-    places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
-
-
 def moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the mean and the spread over all processes are made of: averaged over them, see `reduce_scalars`."""
     return {name: values.mean(), f"{name}_square": values.square().mean()}
-
-
-def batch_spread(images: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over the batch, averaged over pixels: 0 where all images are one."""
-    return images.float().std(0, correction=0).mean()
 
 
 def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 
 from ecvae_diffusers.atomic import WriteError
 from ecvae_diffusers.hub.upload import UploadError, open_repository, upload_folder
-from ecvae_diffusers.training.data.feeds import build_feed
+from ecvae_diffusers.training.data.loaders import build_feed
 from ecvae_diffusers.training.run.folder import (
     check_output_dir,
     check_pretrained_stays,
@@ -74,7 +74,7 @@ def train_alone(
         check_pretrained_stays(output_dir, args.pretrained_model_name_or_path)
     # Opened, checked and decoded before anything is written.
     loaded = load(checkpoint)
-    feed = build_feed(args, accelerator)
+    feed = build_feed(args, accelerator, train_batch_size=args.train_batch_size, seed=args.seed)
     num_steps = args.max_train_steps
     if num_steps is None:
         num_steps = max(args.num_epochs * feed.batches_per_epoch // args.gradient_accumulation_steps, 1)

@@ -22,7 +22,7 @@ from ecvae_diffusers.training.run.places import check_places, name_as_text, why_
 from ecvae_diffusers.training.run.session import run_script
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TRAINING = ["--train_data_dir", "x", "--output_dir", "x"]
 MODEL = ["--pretrained_model_name_or_path", "x"]
 SCRIPTS = {
