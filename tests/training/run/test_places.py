@@ -1,4 +1,4 @@
-"""Folders, files and Hub ids on all command lines: `~` is expanded, nothing empty is taken, and what is not there is told at once."""
+"""All command lines expand `~` in folders, files and Hub ids, refuse empty ones, and say at once what does not exist."""
 
 import argparse
 import ast
@@ -143,29 +143,23 @@ def test_names_of_folders_are_text(tmp_path):
     assert name_as_text("user/name") == "user/name"
 
 
-def text_files() -> list[Path]:
-    folders = (ROOT / name for name in ("src", "training", "benchmarks", "pipelines"))
-    return sorted(path for folder in folders for path in folder.rglob("*.py"))
-
-
-def mode_of(call: ast.Call, is_method: bool) -> str:
-    given = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or call.args[
-        0 if is_method else 1 :
-    ][:1]
-    return given[0].value if given and isinstance(given[0], ast.Constant) else "r"
-
-
 def test_text_files_name_their_encoding():
-    """Or what is read and written would depend on the locale, which is ASCII in many containers."""
+    """Otherwise reading and writing would depend on the locale, which is ASCII in many containers."""
     found = []
-    for path in text_files():
+    for path in (
+        path for name in ("src", "training", "benchmarks", "pipelines") for path in (ROOT / name).rglob("*.py")
+    ):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
                 continue
             is_method = isinstance(call.func, ast.Attribute)
             name = call.func.attr if is_method else getattr(call.func, "id", None)
-            owner = getattr(call.func.value, "id", ast.unparse(call.func.value)) if is_method else ""
+            owner = ast.unparse(call.func.value) if is_method else ""
             opens = name == "open" and not owner.startswith(("PIL", "Image", "os", "wave", "webbrowser"))
-            if (is_method and name in ("read_text", "write_text")) or (opens and "b" not in mode_of(call, is_method)):
+            modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] + call.args[not is_method :][
+                :1
+            ]
+            is_binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+            if (is_method and name in ("read_text", "write_text")) or (opens and not is_binary):
                 found.append(f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]}")
     assert not found, "\n".join(found)
