@@ -46,7 +46,7 @@ def opened(argument: str):
 READERS = {
     "train_data_dir": lambda folder, cache: levels(load_images(None, None, folder, None, None, None)),
     "dataset_name": lambda folder, cache: levels(load_images(folder, None, None, None, cache, None)),
-    "streaming": lambda folder, cache: StreamedImages(folder, None, None, cache, None, 16, 1).first(9)[:, 0, 0, 0].tolist(),
+    "streaming": lambda folder, cache: StreamedImages(folder, None, None, None, 16, 1).first(9)[:, 0, 0, 0].tolist(),
     **{
         f"evaluate --{argument}": opened(argument)
         for argument in ("train_data_dir", "test_data_dir", "generated_image_dir", "out_of_distribution", "dataset_name")

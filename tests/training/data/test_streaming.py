@@ -54,7 +54,7 @@ def data(tmp_path_factory):
 
 
 def stream(folder, image_column=None, max_train_samples=None, resolution=8, channels=3, **kwargs) -> StreamedImages:
-    return StreamedImages(str(folder), None, image_column, None, max_train_samples, resolution, channels, **kwargs)
+    return StreamedImages(str(folder), None, image_column, max_train_samples, resolution, channels, **kwargs)
 
 
 def numbers(batches, count: int) -> list[int]:

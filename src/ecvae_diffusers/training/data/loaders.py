@@ -124,7 +124,6 @@ def build_feed(data, accelerator: Accelerator, *, train_batch_size: int, seed: i
             data.dataset_name,
             data.dataset_config_name,
             data.image_column,
-            data.cache_dir,
             data.max_train_samples,
             size,
             data.in_channels,
@@ -141,7 +140,7 @@ def build_feed(data, accelerator: Accelerator, *, train_batch_size: int, seed: i
         data.dataset_config_name,
         data.train_data_dir,
         data.image_column,
-        data.cache_dir,
+        None,
         data.max_train_samples,
     )
     main_process = accelerator.is_main_process

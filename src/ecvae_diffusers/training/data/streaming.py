@@ -40,7 +40,6 @@ class StreamedImages:
         dataset_name (`str`): Hub id or local folder.
         dataset_config_name (`str`, *optional*): Configuration of the data set, if it has several.
         image_column (`str`, *optional*): Column with the images. The only column of images if not given.
-        cache_dir (`str`, *optional*): Where `datasets` keeps the little that it downloads.
         max_train_samples (`int`, *optional*):
             Use only the first so many images of the stream. It is then read in the order of its files, by one worker.
         resolution (`int`): Height and width.
@@ -64,7 +63,6 @@ class StreamedImages:
         dataset_name: str,
         dataset_config_name: str | None,
         image_column: str | None,
-        cache_dir: str | None,
         max_train_samples: int | None,
         resolution: int,
         channels: int,
@@ -79,7 +77,7 @@ class StreamedImages:
         self.dataset_name, self.resolution, self.channels = dataset_name, resolution, channels
         self.skip_broken, self.seed = skip_broken, seed
         self.num_skipped, self.named = 0, set()
-        dataset = load_split(dataset_name, dataset_config_name, cache_dir, streaming=True)
+        dataset = load_split(dataset_name, dataset_config_name, None, streaming=True)
         try:
             # Formats without a schema show their columns only in their first rows.
             dataset = dataset._resolve_features()
