@@ -105,12 +105,6 @@ class ModelTests:
                 # Rounding to 8 (bfloat16) or 11 (float16) bits, through a few layers; float64 gives float32's own.
                 assert error < {torch.float16: 0.01, torch.bfloat16: 0.1, torch.float64: 1e-5}[dtype]
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    def test_saving_dtype(self, model, tmp_path, dtype):
-        """A checkpoint saved in another precision comes back in it, unrounded."""
-        model.to(dtype).save_pretrained(tmp_path)
-        self.assert_same_state(model, type(model).from_pretrained(tmp_path, torch_dtype=dtype))
-
     @pytest.mark.parametrize("variant", [None, "fp16"])
     def test_sharded_checkpoint(self, model, tmp_path, variant):
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -203,18 +197,16 @@ class ModelTests:
             for a, b in zip(self.outputs(model, self.sample()), self.outputs(other, self.sample()), strict=True):
                 assert (a - b).abs().max() <= tolerance * a.abs().max()
 
-    def test_sequential_offload(self, model):
-        """By Accelerate, to the CPU: between the passes of its modules the weights are on no device."""
-        offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
-        assert all(parameter.is_meta for parameter in offloaded.parameters())
-        self.assert_nearly_same_outputs(model, offloaded)
-
-    @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-    def test_group_offload(self, model, offload_type, tmp_path):
-        """By diffusers, to a disk: what is in memory between the passes of its modules is not the weights."""
+    @pytest.mark.parametrize("offload_type", ["sequential", "leaf_level", "block_level"])
+    def test_offload(self, model, offload_type, tmp_path):
+        """By Accelerate to the CPU, or by diffusers to a disk: between the passes of its modules the weights are elsewhere."""
         offloaded, cpu = copy.deepcopy(model), torch.device("cpu")
-        blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
-        apply_group_offloading(offloaded, cpu, cpu, offload_type, offload_to_disk_path=str(tmp_path), **blocks)
+        if offload_type == "sequential":
+            accelerate.cpu_offload(offloaded, execution_device=cpu)
+            assert all(parameter.is_meta for parameter in offloaded.parameters())
+        else:
+            blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+            apply_group_offloading(offloaded, cpu, cpu, offload_type, offload_to_disk_path=str(tmp_path), **blocks)
         for _ in range(2):
             self.assert_nearly_same_outputs(model, offloaded)
 
