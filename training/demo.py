@@ -34,7 +34,7 @@ from ecvae_diffusers.training.data.digits import (
     train_digit_features,
     write_digits,
 )
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.folder import locked
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
 from ecvae_diffusers.training.run.log import METRICS_FILE, read_metrics

@@ -36,8 +36,9 @@ from ecvae_diffusers.training.data.digits import (
     train_digit_features,
     write_digits,
 )
-from ecvae_diffusers.training.data.ranges import to_range
-from ecvae_diffusers.training.run.folder import EVENTS_FILE, METRICS_FILE, is_finished, read_metrics
+from ecvae_diffusers.training.data.transforms import to_range
+from ecvae_diffusers.training.run.folder import is_finished
+from ecvae_diffusers.training.run.log import EVENTS_FILE, METRICS_FILE, read_metrics
 
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"

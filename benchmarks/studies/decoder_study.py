@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import study
 from common.command_line import picture_file, positive
 from ecvae_diffusers.metrics import lite0_features, reconstruction_metrics
-from ecvae_diffusers.training.data.ranges import to_range, to_uint8
-from ecvae_diffusers.training.run.folder import image_grid
-from ecvae_diffusers.training.tasks.decoders import CalibratedDecoder
+from ecvae_diffusers.training.data.transforms import to_range, to_uint8
+from ecvae_diffusers.training.run.pictures import image_grid
+from ecvae_diffusers.training.tasks.autoencoders import CalibratedDecoder
 
 
 NUM_TRAIN, NUM_TEST, RESOLUTION = 20_000, 5_000, 32

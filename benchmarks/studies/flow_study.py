@@ -24,8 +24,9 @@ from ecvae_diffusers import ECFlowPipeline, FlowEC
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_diffusers.models import bits_per_dimension, dequantize
 from ecvae_diffusers.training.data.digits import sample_images
-from ecvae_diffusers.training.data.ranges import to_range
-from ecvae_diffusers.training.run.folder import image_grid, is_finished
+from ecvae_diffusers.training.data.transforms import to_range
+from ecvae_diffusers.training.run.folder import is_finished
+from ecvae_diffusers.training.run.pictures import image_grid
 
 
 NUM_REFERENCE, NUM_TEST, NUM_SAMPLES = 10_000, 2_000, 5_000

@@ -23,7 +23,7 @@ from common import study
 from common.command_line import positive
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_bounds
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 from studies.restoration import held_out
 
 

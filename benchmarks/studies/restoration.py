@@ -33,7 +33,7 @@ from ecvae_diffusers.evaluation.restoration import (
 )
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits, train_digit_features
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 
 
 NUM_IMAGES, NOISES = 256, (0.0, 0.05)

@@ -25,7 +25,7 @@ from ecvae_diffusers.hub.card import evaluation_table, write_card
 from ecvae_diffusers.hub.saving import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
 from ecvae_diffusers.model_error import squared_error
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 
 
 SECTIONS = ("generation", "held_out", "floor", "reconstruction", "likelihood", "out_of_distribution")

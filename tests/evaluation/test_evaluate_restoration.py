@@ -22,7 +22,7 @@ from ecvae_diffusers.evaluation.restoration import (
     unknown_pixels,
 )
 from ecvae_diffusers.training.data.digits import load_digits
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 
 
 NUM_IMAGES = 8

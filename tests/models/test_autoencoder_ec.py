@@ -5,18 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from model_tests import ModelTests, images, seeded, unsettle
-from torch.distributions import Normal, kl_divergence
 
 from ecvae_diffusers import AutoencoderEC
 from ecvae_diffusers.models import AutoencoderECOutput
 
 
 CONFIGS = {
-    "group": {"norm_num_groups": 4, "act_fn": "gelu", "reconstruction_variance": 0.01},
+    "group": {
+        "norm_num_groups": 4, "act_fn": "gelu", "reconstruction_variance": 0.01, "reconstruction_spectrum": [2.0, 0.5, 0.0],
+    },
     "batch": {"norm_type": "batch", "layers_per_block": 2},
-}
+}  # fmt: skip
 
 
 def tiny(sample_size: int = 16, in_channels: int = 1, **kwargs) -> AutoencoderEC:
@@ -47,7 +47,7 @@ class TestAutoencoderECModel(ModelTests):
         return [output.sample, output.latent_dist.parameters, output.prior_sample]
 
     def loss(self, model, sample, step=0):
-        """The negative ELBO, beside a term on prior samples that stands for calibration."""
+        """The negative ELBO, plus a term on prior samples in place of calibration."""
         output = model(sample, True, latents(2, seed=step), posterior_noise=latents(len(sample), seed=step + 1))
         squared_error = (output.sample - sample).square().flatten(1).sum(1).mean()
         return squared_error + output.latent_dist.kl().mean() + output.prior_sample.square().mean()
@@ -56,48 +56,30 @@ class TestAutoencoderECModel(ModelTests):
 # Shapes and structure
 
 
-@pytest.mark.parametrize("in_channels", [1, 3, 4])
-@pytest.mark.parametrize("sample_size", [8, 16, 32, 64, 128, 256])
-def test_shapes_and_range(sample_size, in_channels):
-    """At every size and number of channels, down to 4 px. Images are in [-1, 1] whatever the latents are."""
-    num_resolutions = sample_size.bit_length() - 2
-    vae = tiny(sample_size, in_channels, block_out_channels=(8,) * num_resolutions).eval()
+@pytest.mark.parametrize(
+    "sample_size, in_channels, block_out_channels, num_excitations",
+    [
+        (8, 1, (8, 8), 0), (16, 3, (16, 8), 0), (32, 4, (8, 12, 16), 0), (64, 1, (8,), 0), (64, 3, (8,) * 5, 0),
+        (128, 3, (8,) * 6, 1), (128, 1, (4, 8, 8, 12, 16), 1), (128, 1, (4, 8, 8, 12), 0), (256, 4, (8,) * 7, 2),
+        (256, 1, (4, 4, 8, 8, 16), 1),
+    ],
+)  # fmt: skip
+def test_shapes_and_range(sample_size, in_channels, block_out_channels, num_excitations):
+    """
+    Images are in [-1, 1] whatever the latents are. A resolution from 128 px on has an excitation if there is one that is 16 times
+    smaller.
+    """
+    vae = tiny(sample_size, in_channels, block_out_channels=block_out_channels).eval()
+    assert len(vae.decoder.excitations) == num_excitations
     # Weights as wild as this reach both ends of the range.
     unsettle(vae, images(1, in_channels, sample_size))
     with torch.no_grad():
         posterior = vae.encode(images(2, in_channels, sample_size)).latent_dist
-        assert isinstance(posterior, DiagonalGaussianDistribution)
-        for moment in (posterior.mean, posterior.std, posterior.logvar, posterior.mode(), posterior.sample()):
-            assert moment.shape == (2, 4, 1, 1)
+        assert posterior.mean.shape == posterior.std.shape == (2, 4, 1, 1)
         decoded = vae.decode(100 * latents(2)).sample
         assert decoded.shape == (2, in_channels, sample_size, sample_size)
         assert decoded.min() >= -1 and decoded.max() <= 1 and decoded.std() > 0
         assert vae(images(2, in_channels, sample_size)).sample.shape == decoded.shape
-    # Four doublings lie between 8 and 128 px, and 16 and 256 px: excitation is there from 128 px on.
-    assert len(vae.decoder.excitations) == {128: 1, 256: 2}.get(sample_size, 0)
-
-
-@pytest.mark.parametrize(
-    "sample_size, block_out_channels, num_excitations",
-    [
-        (8, (8,), 0),
-        (16, (16, 8), 0),
-        (32, (8, 12, 16), 0),
-        (64, (8,), 0),
-        (64, (8,) * 5, 0),
-        (128, (4, 8, 8, 12, 16), 1),
-        (128, (4, 8, 8, 12), 0),
-        (256, (4, 4, 8, 8, 16), 1),
-    ],
-)
-def test_shorter_block_out_channels(sample_size, block_out_channels, num_excitations):
-    """Any last resolution of at least 4 px will do; without one that is 16 times smaller there is no excitation."""
-    vae = tiny(sample_size, block_out_channels=block_out_channels).eval()
-    assert len(vae.decoder.excitations) == num_excitations
-    with torch.no_grad():
-        output = vae(images(2, 1, sample_size))
-    assert output.sample.shape == (2, 1, sample_size, sample_size)
-    assert output.latent_dist.mean.shape == (2, 4, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -130,58 +112,21 @@ def test_skip_layer_excitation_gates_channels():
 
 @pytest.mark.parametrize(
     "channels, norm_num_groups, expected",
-    [
-        (64, 8, 8),
-        (32, 8, 8),
-        (16, 8, 4),
-        (8, 8, 2),
-        (4, 8, 1),
-        (2, 8, 1),
-        (16, 32, 4),
-        (16, 1, 1),
-        (9, 8, 1),
-        (18, 8, 2),
-    ],
+    [(64, 8, 8), (32, 8, 8), (16, 8, 4), (4, 8, 1), (2, 8, 1), (16, 32, 4), (16, 1, 1), (9, 8, 1), (18, 8, 2)],
 )
 def test_group_counts_adapt(channels, norm_num_groups, expected):
-    """With 16 channels, 8 groups would be of 2: group normalization then nears instance normalization."""
+    """With 16 channels, 8 groups would have 2 each: group normalization would near instance normalization."""
     vae = tiny(8, block_out_channels=(channels,), norm_num_groups=norm_num_groups)
     norms = [module for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)]
     assert len(norms) == 6 and {norm.num_groups for norm in norms} == {expected}
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in vae.modules())
 
 
-def test_batch_norm_everywhere():
-    vae = tiny(norm_type="batch")
-    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in vae.modules())
-    assert not any(isinstance(module, torch.nn.GroupNorm) for module in vae.modules())
-
-
 # The posterior
 
 
-def test_kl_in_closed_form(vae):
-    posterior = vae.encode(images(3)).latent_dist
-    reference = kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0)).sum(dim=(1, 2, 3))
-    assert posterior.kl().shape == (3,)
-    assert torch.allclose(posterior.kl(), reference, rtol=1e-5)
-
-
-def test_kl_by_monte_carlo(vae):
-    """KL(q || p) is the mean of log q - log p over draws of q: `sample` and `kl` belong to the same Gaussian."""
-    with torch.no_grad():
-        posterior = DiagonalGaussianDistribution(vae.encode(images(3)).latent_dist.parameters.double())
-        generator = seeded(0)
-        draws = torch.stack([posterior.sample(generator) for _ in range(20_000)])
-        log_ratio = Normal(posterior.mean, posterior.std).log_prob(draws) - Normal(0.0, 1.0).log_prob(draws)
-        log_ratio = log_ratio.sum(dim=(2, 3, 4))
-    standard_error = log_ratio.std(0) / len(draws) ** 0.5
-    assert ((log_ratio.mean(0) - posterior.kl()).abs() < 5 * standard_error).all()
-    assert (posterior.kl() > 20 * standard_error).all()
-
-
 def test_posterior_is_float32_under_autocast(vae):
-    """The KL divergence is a sum of small differences, which bfloat16 would round away."""
+    """The KL divergence is a sum of small differences, which bfloat16 rounds away."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = vae(images(3), True, latents(2), generator=seeded(0))
     assert output.latent_dist.parameters.dtype == output.latent_dist.kl().dtype == torch.float32
@@ -223,29 +168,20 @@ def test_extra_images_are_encoded_and_nothing_else(vae):
 
 
 def test_generator_makes_the_posterior_reproducible(vae):
-    sample = images(3)
     with torch.no_grad():
-        first, second, other = (vae(sample, True, generator=seeded(seed)).sample for seed in (0, 0, 1))
-        z = vae.encode(sample).latent_dist.sample(seeded(0))
-        assert torch.equal(first, vae.decode(z).sample)
-    assert torch.equal(first, second)
-    assert not torch.allclose(first, other, atol=1e-3)
+        first, second, other = (vae(images(3), True, generator=seeded(seed)).sample for seed in (0, 0, 1))
+        assert torch.equal(first, vae.decode(vae.encode(images(3)).latent_dist.sample(seeded(0))).sample)
+    assert torch.equal(first, second) and not torch.allclose(first, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("prior", [False, True])
-def test_tuple_and_dict_equivalence(vae, prior):
-    kwargs = {"prior_latents": latents(2)} if prior else {}
+def test_tuple_and_dict_equivalence(vae):
     with torch.no_grad():
-        output, as_tuple = vae(images(3), **kwargs), vae(images(3), return_dict=False, **kwargs)
-        assert len(as_tuple) == (3 if prior else 2) and len(output.to_tuple()) == len(as_tuple)
-        assert torch.equal(as_tuple[0], output.sample)
-        assert torch.equal(as_tuple[1].parameters, output.latent_dist.parameters)
-        if prior:
-            assert torch.equal(as_tuple[2], output.prior_sample)
-        (posterior,) = vae.encode(images(3), return_dict=False)
-        assert torch.equal(posterior.parameters, vae.encode(images(3)).latent_dist.parameters)
-        (decoded,) = vae.decode(latents(2), return_dict=False)
-        assert torch.equal(decoded, vae.decode(latents(2)).sample)
+        output, as_tuple = (vae(images(3), prior_latents=latents(2), return_dict=given) for given in (True, False))
+        (posterior,), (decoded,) = vae.encode(images(3), return_dict=False), vae.decode(latents(2), return_dict=False)
+    assert len(as_tuple) == len(output.to_tuple()) == 3
+    assert torch.equal(as_tuple[0], output.sample) and torch.equal(as_tuple[2], output.prior_sample)
+    assert torch.equal(as_tuple[1].parameters, output.latent_dist.parameters)
+    assert posterior.mean.shape == (3, 4, 1, 1) and decoded.shape == (2, 1, 16, 16)
 
 
 def test_output_survives_accelerate(vae):
@@ -298,6 +234,7 @@ def test_group_norm_sees_one_image_at_a_time(vae, training):
 
 def test_batch_norm_sees_the_batch_in_training_only():
     vae = unsettle(tiny(norm_type="batch"), images(3))
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in vae.modules())
     batch = images(4)
     neighbours = torch.cat([batch[:1], images(3, seed=1)])
     with torch.no_grad():
@@ -328,66 +265,31 @@ def test_slicing(vae):
     assert torch.allclose(sliced.latent_dist.parameters, whole.latent_dist.parameters, atol=1e-5)
 
 
-def test_tiling_is_refused(vae):
-    """The latent is global: tiles of it make no sense."""
-    with pytest.raises(NotImplementedError, match="AutoencoderEC"):
-        vae.enable_tiling()
-
-
-# What training writes into the config
-
-
-def test_the_reconstruction_error_is_saved(vae, tmp_path):
-    assert vae.config.reconstruction_variance is None
-    vae.register_to_config(reconstruction_variance=0.0123, reconstruction_spectrum=[2.0, 0.5, 0.0])
-    vae.save_pretrained(tmp_path)
-    config = AutoencoderEC.from_pretrained(tmp_path).config
-    assert config.reconstruction_variance == 0.0123 and config.reconstruction_spectrum == [2.0, 0.5, 0.0]
-
-
 # Refusals
 
 
 @pytest.mark.parametrize(
-    "kwargs, name",
+    "name, value",
     [
-        ({"sample_size": 48}, "sample_size"),
-        ({"sample_size": 4}, "sample_size"),
-        ({"sample_size": 512}, "sample_size"),
-        ({"in_channels": 2}, "in_channels"),
-        ({"in_channels": 0}, "in_channels"),
-        ({"latent_channels": 0}, "latent_channels"),
-        ({"block_out_channels": (8, 8, 8, 8)}, "block_out_channels"),
-        ({"sample_size": 8, "block_out_channels": (8, 8, 8)}, "block_out_channels"),
-        ({"block_out_channels": ()}, "block_out_channels"),
-        ({"block_out_channels": (8, 0)}, "block_out_channels"),
-        ({"layers_per_block": 0}, "layers_per_block"),
-        ({"layers_per_block": 10**6}, "layers_per_block"),
-        ({"block_out_channels": (8, 10**6)}, "block_out_channels"),
-        ({"latent_channels": 10**6}, "latent_channels"),
-        *(
-            ({"reconstruction_spectrum": value}, "reconstruction_spectrum")
-            for value in ([], 1.0, [0.0], [1, -1], ["1"], [float("nan")])
-        ),
-        ({"norm_type": "layer"}, "norm_type"),
-        ({"norm_num_groups": 0}, "norm_num_groups"),
-        ({"act_fn": "sine"}, "activation function sine"),
+        ("sample_size", 48), ("sample_size", 4), ("sample_size", 512), ("in_channels", 2), ("latent_channels", 0),
+        ("latent_channels", 10**6), ("layers_per_block", 0), ("layers_per_block", 10**6), ("block_out_channels", (8, 8, 8, 8)),
+        ("block_out_channels", ()), ("block_out_channels", (8, 0)), ("block_out_channels", (8, 10**6)), ("norm_type", "layer"),
+        *(("reconstruction_spectrum", value) for value in ([], [0.0], [1, -1], [float("nan")])),
     ],
-)
-def test_invalid_arguments(kwargs, name):
+)  # fmt: skip
+def test_invalid_arguments(name, value):
     with pytest.raises(ValueError, match=name):
-        tiny(**kwargs)
+        tiny(**{name: value})
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (2, 1, 16, 8), (1, 16, 16), (2, 1, 32, 32)])
-def test_encode_refuses_other_shapes(vae, shape):
-    with pytest.raises(ValueError, match=r"`x` must have shape \(batch_size, 1, 16, 16\)"):
-        vae.encode(torch.zeros(shape))
-    with pytest.raises(ValueError, match="`x` must have shape"):
-        vae(torch.zeros(shape))
+def test_other_shapes_of_images_are_refused(vae, shape):
+    for method in (vae.encode, vae):
+        with pytest.raises(ValueError, match="`x`"):
+            method(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 3, 1, 1), (2, 4, 2, 2), (4, 1, 1), (2, 8, 1, 1)])
-def test_decode_refuses_other_shapes(vae, shape):
-    with pytest.raises(ValueError, match=r"`z` must have shape \(batch_size, 4, 1, 1\)"):
+def test_other_shapes_of_latents_are_refused(vae, shape):
+    with pytest.raises(ValueError, match="`z`"):
         vae.decode(torch.zeros(shape))

@@ -22,7 +22,7 @@ from ecvae_diffusers.evaluation.pictures import decode_all
 from ecvae_diffusers.operators import Colorization, Denoising, SuperResolution
 from ecvae_diffusers.pipelines.inputs import read_mask, read_picture
 from ecvae_diffusers.training.data.images import decode_image
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 
 
 # What brings an upright array to what a camera that was held otherwise stores.

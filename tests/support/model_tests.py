@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What must hold of every model, after the mixins of diffusers' own tests, and what tests of models share."""
+"""Tests that every model passes, after the mixins of diffusers' own tests, and helpers of tests of models."""
 
 import copy
 import itertools
@@ -32,8 +32,7 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def unsettle(model: torch.nn.Module, sample: torch.Tensor) -> torch.nn.Module:
     """
-    Move every parameter and buffer away from the value that construction gives it, so that a part that is not saved,
-    loaded or copied shows.
+    Move every parameter and buffer away from its value at construction, so that a part that is not saved, loaded or copied shows.
     """
     with torch.no_grad():
         for parameter in trained_parameters(model).values():
@@ -46,24 +45,23 @@ def unsettle(model: torch.nn.Module, sample: torch.Tensor) -> torch.nn.Module:
 
 class ModelTests:
     """
-    A subclass gives the fixture `model` (evaluation mode, unsettled), and the methods below. It holds no test of one
-    model alone, and is not collected by itself.
+    A subclass gives the fixture `model` (evaluation mode, unsettled), and the methods below. It is not collected by itself.
     """
 
     def sample(self, batch_size: int = 3) -> torch.Tensor:
         raise NotImplementedError
 
     def outputs(self, model: torch.nn.Module, sample: torch.Tensor) -> list[torch.Tensor]:
-        """All that a forward pass gives, as tensors."""
+        """The outputs of a forward pass, as tensors."""
         raise NotImplementedError
 
     def loss(self, model: torch.nn.Module, sample: torch.Tensor, step: int = 0) -> torch.Tensor:
-        """What training minimises, with the same random numbers at the same `step`."""
+        """What training minimizes, with the same random numbers at the same `step`."""
         raise NotImplementedError
 
     def assert_same_outputs(self, model: torch.nn.Module, other: torch.nn.Module):
-        # Copies lie in aligned memory. What safetensors loads does not, and there a dot product (spectral norm takes
-        # one) may be summed in another order: the last bit would differ without any bit of the state doing so.
+        # Copies lie in aligned memory. What safetensors loads does not: a dot product (of spectral norm) may be summed in another
+        # order, and the last bit differ although the states are equal.
         model, other = copy.deepcopy(model), copy.deepcopy(other)
         with torch.no_grad():
             for a, b in zip(self.outputs(model, self.sample()), self.outputs(other, self.sample()), strict=True):
@@ -80,27 +78,16 @@ class ModelTests:
 
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_from_save_pretrained(self, model, tmp_path, low_cpu_mem_usage):
-        """Bit-equal, the buffers of spectral and batch norm too; with `low_cpu_mem_usage` it is built without memory."""
+        """Bit-equal, including the buffers of batch norm; `low_cpu_mem_usage` builds it without memory. It can be trained."""
         model.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert not loaded.training
         assert not any(tensor.is_meta for tensor in itertools.chain(loaded.parameters(), loaded.buffers()))
         self.assert_same_state(model, loaded)
         self.assert_same_outputs(model, loaded)
-
-    def test_loaded_model_trains(self, model, tmp_path):
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path).train()
-        self.loss(loaded, self.sample()).backward()
+        self.loss(loaded.train(), self.sample()).backward()
         assert trained_parameters(loaded).keys() == trained_parameters(model).keys()
         assert all(parameter.grad is not None for parameter in trained_parameters(loaded).values())
-
-    def test_variant(self, model, tmp_path):
-        model.save_pretrained(tmp_path, variant="fp16")
-        assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").is_file()
-        self.assert_same_outputs(model, type(model).from_pretrained(tmp_path, variant="fp16"))
-        with pytest.raises(OSError, match="diffusion_pytorch_model"):
-            type(model).from_pretrained(tmp_path)
 
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -118,12 +105,6 @@ class ModelTests:
                 # Rounding to 8 (bfloat16) or 11 (float16) bits, through a few layers; float64 gives float32's own.
                 assert error < {torch.float16: 0.01, torch.bfloat16: 0.1, torch.float64: 1e-5}[dtype]
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    def test_saving_dtype(self, model, tmp_path, dtype):
-        """A checkpoint saved in another precision comes back in it, unrounded."""
-        model.to(dtype).save_pretrained(tmp_path)
-        self.assert_same_state(model, type(model).from_pretrained(tmp_path, torch_dtype=dtype))
-
     @pytest.mark.parametrize("variant", [None, "fp16"])
     def test_sharded_checkpoint(self, model, tmp_path, variant):
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -136,6 +117,9 @@ class ModelTests:
         loaded = type(model).from_pretrained(tmp_path, variant=variant)
         self.assert_same_state(model, loaded)
         self.assert_same_outputs(model, loaded)
+        if variant is not None:
+            with pytest.raises(OSError, match="diffusion_pytorch_model"):
+                type(model).from_pretrained(tmp_path)
 
     def test_config_round_trip(self, model, tmp_path):
         """`from_config` is what EMA and pipelines rebuild a model with: it must lose no argument."""
@@ -160,9 +144,6 @@ class ModelTests:
         names = {type(module).__name__ for module in model.modules()}
         assert model._repeated_blocks and set(model._repeated_blocks) <= names
         assert set(model._repeated_blocks) <= set(model._no_split_modules)
-
-    def test_determinism(self, model):
-        self.assert_same_outputs(model, model)
 
     def test_deepcopy(self, model):
         """Copies, also of a model in training (legacy spectral norm fails there), and shares nothing with the copy."""
@@ -216,18 +197,16 @@ class ModelTests:
             for a, b in zip(self.outputs(model, self.sample()), self.outputs(other, self.sample()), strict=True):
                 assert (a - b).abs().max() <= tolerance * a.abs().max()
 
-    def test_sequential_offload(self, model):
-        """By Accelerate, to the CPU: between the passes of its modules the weights are on no device."""
-        offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
-        assert all(parameter.is_meta for parameter in offloaded.parameters())
-        self.assert_nearly_same_outputs(model, offloaded)
-
-    @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-    def test_group_offload(self, model, offload_type, tmp_path):
-        """By diffusers, to a disk: what is in memory between the passes of its modules is not the weights."""
+    @pytest.mark.parametrize("offload_type", ["sequential", "leaf_level", "block_level"])
+    def test_offload(self, model, offload_type, tmp_path):
+        """By Accelerate to the CPU, or by diffusers to a disk: between the passes of its modules the weights are elsewhere."""
         offloaded, cpu = copy.deepcopy(model), torch.device("cpu")
-        blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
-        apply_group_offloading(offloaded, cpu, cpu, offload_type, offload_to_disk_path=str(tmp_path), **blocks)
+        if offload_type == "sequential":
+            accelerate.cpu_offload(offloaded, execution_device=cpu)
+            assert all(parameter.is_meta for parameter in offloaded.parameters())
+        else:
+            blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+            apply_group_offloading(offloaded, cpu, cpu, offload_type, offload_to_disk_path=str(tmp_path), **blocks)
         for _ in range(2):
             self.assert_nearly_same_outputs(model, offloaded)
 
@@ -290,14 +269,14 @@ class ModelTests:
         assert not model.is_gradient_checkpointing
         self.loss(model, self.sample()).backward()
         assert len(calls) == num_calls
-
-    def test_gradient_checkpointing_by_default_function(self, model):
-        plain = copy.deepcopy(model).train()
-        model.enable_gradient_checkpointing()
-        model.train()
-        self.loss(plain, self.sample()).backward()
-        self.loss(model, self.sample()).backward()
-        for name, parameter in trained_parameters(model).items():
+        # With diffusers' own function.
+        other = copy.deepcopy(plain)
+        other.zero_grad()
+        plain.zero_grad()
+        other.enable_gradient_checkpointing()
+        for one in (plain, other):
+            self.loss(one, self.sample()).backward()
+        for name, parameter in trained_parameters(other).items():
             assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
@@ -323,15 +302,14 @@ class ModelTests:
         weights = tmp_path / "diffusion_pytorch_model.safetensors"
         torch.save(load_file(weights), weights.with_suffix(".bin"))
         weights.unlink()
-        with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+        with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
             type(model).from_pretrained(tmp_path)
         with pytest.raises(ValueError, match="use_safetensors"):
             type(model).from_pretrained(tmp_path, use_safetensors=False)
         for arguments in ((True, None, False), ()):  # by place, as diffusers has it, or by name
+            kwargs = {} if arguments else {"safe_serialization": False}
             with pytest.raises(ValueError, match="safe_serialization"):
-                model.save_pretrained(
-                    tmp_path / "new", *arguments, **({} if arguments else {"safe_serialization": False})
-                )
+                model.save_pretrained(tmp_path / "new", *arguments, **kwargs)
         assert not (tmp_path / "new").exists()
 
     def test_damaged_weights_are_refused(self, model, tmp_path):
@@ -340,7 +318,7 @@ class ModelTests:
         content = weights.read_bytes()
         whole = load(content)
         weights.write_bytes(content[:-10])
-        with pytest.raises(OSError, match="Unable to load weights"):
+        with pytest.raises(OSError):
             type(model).from_pretrained(tmp_path)
         missing = sorted(whole)[0]
         save_file({name: value for name, value in whole.items() if name != missing}, weights, {"format": "pt"})

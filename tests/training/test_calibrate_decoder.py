@@ -27,7 +27,7 @@ from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.training import calibrate_decoder
 from ecvae_diffusers.training.calibrate_decoder import parse_args
-from ecvae_diffusers.training.data.feeds import build_feed
+from ecvae_diffusers.training.data.loaders import build_feed
 from ecvae_diffusers.training.randomness import StepNoise
 from ecvae_diffusers.training.tasks.autoencoders import (
     CalibratedDecoder,
@@ -259,14 +259,14 @@ def test_the_hub_is_not_asked_for_what_a_local_folder_lacks(tmp_path, monkeypatc
 
 
 def test_the_spread_of_latents_is_measured_when_the_decoder_is_on_its_device(models, images, tmp_path):
-    args = parse_args(
+    config = parse_args(
         list(map(str, [*TINY_DECODER, "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir",
         images, "--output_dir", tmp_path / "run", "--latent_noise", 0.5, "--in_channels", 3]))
     )  # fmt: skip
     accelerator = Accelerator(cpu=True)
-    feed = build_feed(args, accelerator)
+    feed = build_feed(config.data, accelerator, train_batch_size=8, seed=0)
     decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
-    task = DecoderTask(args, decoder, None, feed, None)
+    task = DecoderTask(config, decoder, None, feed, None)
     assert task.noise_scale == 0
     task.prepare(accelerator)
     assert task.noise_scale == pytest.approx(0.5 * task.encodings(24).std().item()) and task.noise_scale > 0
@@ -397,9 +397,10 @@ def test_the_encoder_runs_once_a_step(models, images, tmp_path):
         *TINY_DECODER, "--pretrained_model_name_or_path", models["AutoencoderTiny"], "--train_data_dir", images,
         "--output_dir", tmp_path / "run", "--latent_noise", 0.5, "--in_channels", 3,
     ]  # fmt: skip
-    args, accelerator = parse_args(list(map(str, arguments))), Accelerator(cpu=True)
+    config, accelerator = parse_args(list(map(str, arguments))), Accelerator(cpu=True)
     decoder = CalibratedDecoder(load_autoencoder(models["AutoencoderTiny"]), "here")
-    task = DecoderTask(args, decoder, None, build_feed(args, accelerator), None)
+    feed = build_feed(config.data, accelerator, train_batch_size=8, seed=0)
+    task = DecoderTask(config, decoder, None, feed, None)
     task.prepare(accelerator)
     calls = []
     decoder.autoencoder.encoder.register_forward_hook(lambda *_: calls.append(1))

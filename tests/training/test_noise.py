@@ -2,9 +2,8 @@
 
 import torch
 
-from ecvae_diffusers.training.data.ranges import center_crop
+from ecvae_diffusers.training.data.transforms import center_crop, crop_at_random
 from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
-from ecvae_diffusers.training.run.pictures import crop_at_random
 
 
 CPU = torch.device("cpu")

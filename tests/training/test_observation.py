@@ -11,8 +11,9 @@ from training_runs import TINY, metrics, succeed, weights, write_images
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features
+from ecvae_diffusers.training.data.transforms import batch_spread
 from ecvae_diffusers.training.run.log import read_metrics, reduce_scalars
-from ecvae_diffusers.training.run.pictures import batch_spread, chain_strip, pairs_grid
+from ecvae_diffusers.training.run.pictures import chain_strip, pairs_grid
 from ecvae_diffusers.training.train_ecvae import parse_args
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler  # noqa: E402
 from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits, measure, train_digit_features  # noqa: E402
-from ecvae_diffusers.training.data.ranges import to_range, to_uint8  # noqa: E402
+from ecvae_diffusers.training.data.transforms import to_range, to_uint8  # noqa: E402
 from ecvae_diffusers.training.run.pictures import image_grid  # noqa: E402
 
 

@@ -1,14 +1,12 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""The variational autoencoder of EC-VAE: a convolutional encoder and a decoder that makes an image in one pass.
+r"""The variational autoencoder of EC-VAE: a convolutional encoder, and a decoder that generates an image in one pass.
 
 .. math::
     q(z \mid x) = \mathcal N(\mu(x), \operatorname{diag} \sigma^2(x)), \qquad x = G(z), \quad z \sim \mathcal N(0, I)
 
-This file imports only torch and diffusers, so that it can travel to the Hub beside its weights.
+This file imports only torch and diffusers, so that it can be on the Hub next to its weights.
 """
 
-import functools
-import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,9 +24,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 
-# Below this resolution a decoder block's receptive field covers the image anyway, so excitation would add nothing.
+# Below this resolution, the receptive field of a decoder block covers the image: excitation would add nothing.
 SKIP_EXCITATION_MIN_SIZE = 128
-# Bounds of a config's numbers, far above any use: a config from elsewhere must not fill the memory.
+# Bounds far above any use: a downloaded config must not fill the memory.
 MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 8192, 128
 
 
@@ -63,9 +61,9 @@ class AutoencoderECOutput(BaseOutput):
         latent_dist (`DiagonalGaussianDistribution`):
             The posterior q(z|x), whose mean and log-variance have shape `(batch_size, latent_channels, 1, 1)`.
         prior_sample (`torch.Tensor` of shape `(num_prior_samples, num_channels, height, width)`, *optional*):
-            The images that the decoder makes of `prior_latents`, in [-1, 1]. `None` where none were asked for.
+            The images decoded from `prior_latents`, in [-1, 1]. `None` if none were given.
         extra_latent_dist (`DiagonalGaussianDistribution`, *optional*):
-            The posterior of `extra_sample`. `None` where none was given.
+            The posterior of `extra_sample`. `None` if none was given.
     """
 
     # All but the first have defaults: Accelerate rebuilds outputs from one mapping under mixed precision.
@@ -78,12 +76,12 @@ class AutoencoderECOutput(BaseOutput):
 def get_norm(norm_type: str, channels: int, num_groups: int) -> nn.Module:
     if norm_type == "batch":
         return nn.BatchNorm2d(channels)
-    # At least four channels a group: with one, group normalization would be instance normalization.
+    # At least four channels per group: with one, group normalization would be instance normalization.
     return nn.GroupNorm(math.gcd(num_groups, channels, max(channels // 4, 1)), channels)
 
 
 class ResidualBlock(nn.Module):
-    """Two pre-activated 3x3 convolutions beside a shortcut, at one resolution."""
+    """Two pre-activated 3x3 convolutions with a shortcut, at one resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_type: str, norm_num_groups: int, act_fn: str):
         super().__init__()
@@ -101,12 +99,11 @@ class ResidualBlock(nn.Module):
 
 
 class GatedUpsample(nn.Module):
-    """A convolution whose second half of channels gates the first, beside a shortcut, and their sum at twice the
-    resolution.
+    """A gated convolution (the second half of its channels gates the first) with a shortcut, then twice the resolution.
 
-    Upsampling is bilinear and comes last, where it costs least. Neighbours of a nearest-neighbour upsampling share all of
-    their input, and a transposed convolution gives neighbours different numbers of inputs: both leave a grid that an
-    energy model finds first, and that the decoder then spends its training on.
+    Upsampling is bilinear, and comes last, where it costs least. With nearest-neighbour upsampling, neighbours share all their
+    input; with a transposed convolution, they have different numbers of inputs. Both leave a grid, which an energy model finds
+    first, and which the decoder then spends its training on.
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm_type: str, norm_num_groups: int, act_fn: str):
@@ -162,7 +159,7 @@ class ECEncoder(nn.Module):
             self.blocks.append(nn.Sequential(*layers))
         self.norm_out = get_norm(norm_type, channels, norm_num_groups)
         self.act_out = get_activation(act_fn)
-        # A kernel as large as the last feature map: a linear layer on it, in 4-D.
+        # The kernel covers the last feature map: a linear layer, in 4-D.
         self.conv_out = nn.Conv2d(channels, 2 * latent_channels, sample_size >> (len(block_out_channels) - 1))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
@@ -223,7 +220,7 @@ class ECDecoder(nn.Module):
             else:
                 hidden_states = block(hidden_states)
             if str(i) in self.excitations:
-                # Four doublings below: 16 times fewer pixels a side.
+                # Four doublings below: 16 times fewer pixels per side.
                 hidden_states = self.excitations[str(i)](outputs[i - 4], hidden_states)
             outputs.append(hidden_states if self.excitations else None)
         return torch.tanh(self.conv_out(self.act_out(self.norm_out(hidden_states))))
@@ -231,8 +228,8 @@ class ECDecoder(nn.Module):
 
 class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
-    The variational autoencoder of EC-VAE (Luo et al., ECCV 2024, arXiv 2311.04071): a convolutional encoder, and a
-    decoder that is also the generator: it maps a latent vector from N(0, I) to an image in one pass.
+    The variational autoencoder of EC-VAE (Luo et al., ECCV 2024, arXiv 2311.04071). Its decoder is also the generator: it maps a
+    latent vector from N(0, I) to an image in one pass.
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for
     all models (such as downloading or saving). Construct it with keyword arguments only: positional ones are lost by
@@ -246,24 +243,24 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         latent_channels (`int`, *optional*, defaults to `128`):
             The dimension d of the latent vector, from 1 to 8192. Latents have shape `(batch_size, latent_channels, 1, 1)`.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
-            Channels at each resolution, from 1 to 8192: the first entry at `sample_size`, each further one at half the size of the
-            one before. The last resolution must be at least 4 px; a linear layer joins it to the latents.
+            Channels at each resolution, from 1 to 8192: the first entry at `sample_size`, each further one at half the size. The
+            last resolution must be at least 4 px; a linear layer joins it to the latents.
         layers_per_block (`int`, *optional*, defaults to `1`):
             Number of residual blocks at each resolution, from 1 to 128.
         norm_type (`str`, *optional*, defaults to `"group"`):
-            `"group"` or `"batch"`. Batch normalization sees posterior and prior batches in turn, and its running
-            statistics then fit neither: see `benchmarks/RESULTS.md` for what that costs. diffusers' `EMAModel` does not keep them.
+            `"group"` or `"batch"`. Batch normalization sees posterior and prior batches in turn, so its running statistics fit
+            neither (`benchmarks/RESULTS.md` lists the cost). diffusers' `EMAModel` does not keep them.
         norm_num_groups (`int`, *optional*, defaults to `8`):
-            Upper bound on the number of groups of group normalization. Fewer are used where there would otherwise be
-            less than four channels a group, or groups of unequal size.
+            Upper bound on the number of groups of group normalization. Fewer are used if a group would have less than four
+            channels, or groups would differ in size.
         act_fn (`str`, *optional*, defaults to `"silu"`):
             Activation function: `"silu"`, `"gelu"`, `"relu"` or `"mish"`.
         reconstruction_variance (`float`, *optional*):
-            Mean squared error a pixel of the reconstructions, in the unit of images in [-1, 1]; training measures it
-            and writes it here. Restoration uses it as the model's own error.
+            Mean squared error per pixel of the reconstructions, for images in [-1, 1]. Training measures it and writes it here;
+            restoration uses it as the error of the model.
         reconstruction_spectrum (`list[float]`, *optional*):
-            Over which frequencies that error spreads (its mean is 1; see `model_error.py`), which training measures too.
-            Restoration needs it to say what the model leaves open; not given, all frequencies have the same.
+            How that error spreads over frequencies, with mean 1 (see `model_error.py`). Training measures it too; restoration needs
+            it for its uncertainty. By default, all frequencies have the same error.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -293,49 +290,40 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`sample_size` must be a power of two from 8 to 256, but is {sample_size}.")
         if in_channels not in (1, 3, 4):
             raise ValueError(f"`in_channels` must be 1, 3 or 4, but is {in_channels}.")
-        for name, value, limit in (
-            ("latent_channels", latent_channels, MAX_CHANNELS),
-            ("layers_per_block", layers_per_block, MAX_LAYERS_PER_BLOCK),
+        for name, values, limit in (
+            ("latent_channels", [latent_channels], MAX_CHANNELS),
+            ("block_out_channels", block_out_channels, MAX_CHANNELS),
+            ("layers_per_block", [layers_per_block], MAX_LAYERS_PER_BLOCK),
         ):
-            if not 1 <= value <= limit:
-                raise ValueError(f"`{name}` must be from 1 to {limit}, but is {value}.")
-        if not block_out_channels or not 1 <= min(block_out_channels) <= max(block_out_channels) <= MAX_CHANNELS:
+            if not all(1 <= value <= limit for value in values):
+                raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
+        most = int(math.log2(sample_size)) - 1
+        if not 1 <= len(block_out_channels) <= most:
             raise ValueError(
-                f"`block_out_channels` must hold numbers from 1 to {MAX_CHANNELS}, but is {tuple(block_out_channels)}."
-            )
-        if sample_size >> (len(block_out_channels) - 1) < 4:
-            raise ValueError(
-                f"`block_out_channels` has {len(block_out_channels)} entries, which would end below 4 px: at "
-                f"`sample_size` {sample_size} at most {int(math.log2(sample_size)) - 1} are allowed."
+                f"`block_out_channels` must have from 1 to {most} entries at `sample_size` {sample_size}, so that the last "
+                f"resolution is at least 4 px, but is {block_out_channels}."
             )
         if norm_type not in ("group", "batch"):
             raise ValueError(f"`norm_type` must be 'group' or 'batch', but is {norm_type!r}.")
         if reconstruction_spectrum is not None and not (
-            isinstance(reconstruction_spectrum, (list, tuple))
-            and all(isinstance(value, (int, float)) and value >= 0 for value in reconstruction_spectrum)
+            reconstruction_spectrum
+            and min(reconstruction_spectrum) >= 0
             and 0 < sum(reconstruction_spectrum) < math.inf
         ):
             raise ValueError(
-                "`reconstruction_spectrum` must be a list of finite numbers of at least 0, not all of them 0, but is "
-                f"{reconstruction_spectrum!r}."
+                "`reconstruction_spectrum` must hold finite numbers of at least 0, and one above 0, but is "
+                f"{reconstruction_spectrum}."
             )
-        if norm_num_groups < 1:
-            raise ValueError(f"`norm_num_groups` must be at least 1, but is {norm_num_groups}.")
 
-        self.encoder = ECEncoder(
-            sample_size, in_channels, latent_channels, block_out_channels, layers_per_block, norm_type,
-            norm_num_groups, act_fn,
-        )  # fmt: skip
-        self.decoder = ECDecoder(
-            sample_size, in_channels, latent_channels, block_out_channels, layers_per_block, norm_type,
-            norm_num_groups, act_fn,
-        )  # fmt: skip
+        sizes = (sample_size, in_channels, latent_channels, block_out_channels, layers_per_block)
+        self.encoder = ECEncoder(*sizes, norm_type, norm_num_groups, act_fn)
+        self.decoder = ECDecoder(*sizes, norm_type, norm_num_groups, act_fn)
         self.use_slicing = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, from safetensors only.
+        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors, complete and finite.
 
         Raises:
             ValueError: if `use_safetensors` is False, or weights are missing or not finite.
@@ -344,22 +332,26 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        # Weights that are offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
-        weights = model.state_dict().items()
-        broken = [name for name, weight in weights if not (weight.is_meta or weight.float().isfinite().all())]
-        if broken := info["missing_keys"] or broken:
+        broken = info["missing_keys"] or [
+            name
+            for name, weight in model.state_dict().items()
+            # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+            if not (weight.is_meta or weight.float().isfinite().all())
+        ]
+        if broken:
             raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} must hold all weights of {cls.__name__}, and finite ones, but "
-                f"{sorted(broken)[:3]} are missing or not finite."
+                f"{str(pretrained_model_name_or_path)!r} lacks weights of {cls.__name__}, or they are not finite: "
+                f"{sorted(broken)[:3]}."
             )
         return (model, info) if kwargs.get("output_loading_info") else model
 
-    @functools.wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args, **kwargs):
-        given = inspect.signature(ModelMixin.save_pretrained).bind(self, *args, **kwargs).arguments
-        if not given.get("safe_serialization", True):
+    def save_pretrained(
+        self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, *args, **kwargs
+    ):
+        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors."""
+        if not safe_serialization:
             raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, save_function, True, *args, **kwargs)
 
     @apply_forward_hook
     def encode(
@@ -398,10 +390,10 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """
-        Make images of latents, in one pass.
+        Decode latents into images, in one pass.
 
         Args:
-            z (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`): Latents; N(0, I) gives new images.
+            z (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`): Latents. Draws from N(0, I) give new images.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`DecoderOutput`] instead of a plain tuple.
 
@@ -435,8 +427,8 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         extra_sample: torch.Tensor | None = None,
     ) -> AutoencoderECOutput | tuple:
         """
-        Reconstruct images and, in the same pass, make new ones: all that a training step needs, so that gradients are
-        synchronised over processes (only a wrapped `forward` is).
+        Reconstruct images and generate new ones in the same pass, so that a training step needs only `forward`: distributed wrappers
+        synchronize no other method's gradients.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
@@ -445,16 +437,16 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             prior_latents (`torch.Tensor` of shape `(num_prior_samples, latent_channels, 1, 1)`, *optional*):
                 Draws from N(0, I) to decode too.
             posterior_noise (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
-                The standard normal draws to sample the posterior with. Drawn from `generator` where not given.
+                Standard normal draws to sample the posterior with. Drawn from `generator` if not given.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`AutoencoderECOutput`] instead of a plain tuple.
             generator (`torch.Generator`, *optional*): Makes the posterior's draws deterministic.
             extra_sample (`torch.Tensor` of shape `(num_extra, in_channels, sample_size, sample_size)`, *optional*):
-                Images in [-1, 1] to encode too, and not to reconstruct.
+                Images in [-1, 1] to encode too, without reconstructing them.
 
         Returns:
-            [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)` with `prior_sample` and `extra_latent_dist` behind where
-            asked for.
+            [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)`, followed by `prior_sample` and `extra_latent_dist` if they
+            were asked for.
         """
         extra_posterior = None
         if extra_sample is None:

@@ -1,15 +1,15 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""One step of unadjusted Langevin dynamics on a conditional energy, for images or latents.
+r"""Unadjusted Langevin dynamics on an energy, conditioned on the initial sample, for images or latents.
 
 .. math::
     x_{k+1} = x_k - a \nabla f(x_k) - c_k (x_k - x_0) + b \, n_k, \qquad n_k \sim \mathcal N(0, I), \quad
     c_k = a \, w \, (K - 1 - k) / K
 
 with the drift step a (`drift_step_size`), the noise scale b (`noise_scale`), the conditioning weight w
-(`conditioning_weight`) and K steps (`num_steps`). The temperature of the energy stands in a. The chain samples
-exp(-f) at temperature 1 where b = sqrt(2 a); short calibration chains use far less noise, and follow the drift.
+(`conditioning_weight`) and K steps (`num_steps`). The temperature of the energy is part of a. The chain samples exp(-f), at
+temperature 1, if b = sqrt(2 a); short calibration chains use far less noise, and follow the drift.
 
-This file imports only torch and diffusers, so that it can travel to the Hub beside its config.
+This file imports only torch and diffusers, so that it can be on the Hub next to its config.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# Far above any use: a config from elsewhere must not fill the memory.
+# Far above any use: a downloaded config must not fill the memory.
 MAX_STEPS = 1_000_000
 
 
@@ -40,7 +40,7 @@ class LangevinSchedulerOutput(BaseOutput):
 
 class LangevinScheduler(SchedulerMixin, ConfigMixin):
     """
-    Langevin dynamics towards low energy, from a sample that it may be conditioned on.
+    Langevin dynamics from a sample towards low energy, optionally conditioned on that sample.
 
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
     methods the library implements for all schedulers such as loading and saving.
@@ -49,13 +49,11 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         num_steps (`int`, *optional*, defaults to `5`):
             The length K of the chain, from 1 to 1,000,000.
         drift_step_size (`float`, *optional*, defaults to `0.2`):
-            The step a on the energy's gradient, at least 0. In units of the sample squared over energy.
+            The step a on the energy's gradient, at least 0, in units of the sample squared over energy.
         noise_scale (`float`, *optional*, defaults to `1e-3`):
-            The standard deviation b of the noise added at each step, at least 0. In units of the sample.
+            The standard deviation b of the noise added at each step, at least 0, in units of the sample.
         conditioning_weight (`float`, *optional*, defaults to `0.0`):
             Strength w of the pull towards the initial sample, from 0 to 1 / a; it fades to 0 at the last step.
-        max_gradient_norm (`float`, *optional*):
-            If given, each sample's energy gradient is scaled down to at most this Euclidean norm.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -70,7 +68,6 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         drift_step_size: float = 0.2,
         noise_scale: float = 1e-3,
         conditioning_weight: float = 0.0,
-        max_gradient_norm: float | None = None,
     ):
         for name, value in (
             ("drift_step_size", drift_step_size),
@@ -79,15 +76,12 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         ):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
-        if max_gradient_norm is not None and not 0 < max_gradient_norm < float("inf"):
-            raise ValueError(f"`max_gradient_norm` must be None or a number above 0, but is {max_gradient_norm}.")
         if drift_step_size * conditioning_weight > 1:
             raise ValueError(
                 "`drift_step_size` times `conditioning_weight` must be at most 1, or the pull overshoots the initial "
                 f"sample, but is {drift_step_size} * {conditioning_weight}."
             )
-        # Standard deviation of the noise that a chain starts from, as pipelines ask of any scheduler: a Langevin
-        # chain starts from a sample, which it takes as it is.
+        # Pipelines scale the initial sample of any scheduler by it; a Langevin chain takes it as it is.
         self.init_noise_sigma = 1.0
         self.set_timesteps(num_steps)
 
@@ -106,7 +100,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
         if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= MAX_STEPS:
             raise ValueError(
-                f"`num_steps`, or `num_inference_steps`, must be an integer from 1 to {MAX_STEPS}, but is {num_inference_steps!r}."
+                f"`num_steps` or `num_inference_steps` must be an integer from 1 to {MAX_STEPS}, but is {num_inference_steps!r}."
             )
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps, device=device)
@@ -116,15 +110,15 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def conditioning_coefficient(self, timestep: int) -> float:
-        """The pull c_k = a w (K - 1 - k) / K of step k towards the initial sample."""
+        """Return the pull c_k = a w (K - 1 - k) / K of step k towards the initial sample."""
         remaining = (self.num_inference_steps - 1 - timestep) / self.num_inference_steps
         return self.config.drift_step_size * self.config.conditioning_weight * remaining
 
     def noise_variance(self) -> float:
         """
-        Variance an entry that the noise alone gives the end of the chain: K b^2 without conditioning; a pull c_k takes
-        the share 1 - (1 - c_k)^2 of what has gathered. Times the number of entries, it is the noise floor of the
-        squared distance between the two ends of a chain.
+        Return the variance per entry that the noise alone gives the end of the chain: K b^2 without conditioning, while a pull c_k
+        reduces what has gathered to the share (1 - c_k)^2. Times the number of entries, it is the noise floor of the squared distance
+        between the two ends of a chain.
         """
         variance = 0.0
         for timestep in range(self.num_inference_steps):
@@ -151,11 +145,11 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             timestep (`int`): The step k, from 0 to K - 1.
             sample (`torch.Tensor` of shape `(batch_size, ...)`): The current sample x_k.
             initial_sample (`torch.Tensor`, *optional*):
-                The start x_0 of the chain. Needed where `conditioning_weight` is above 0.
-            generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
-            noise (`torch.Tensor`, *optional*): The standard normal draws n_k to use instead of drawing them.
+                The start x_0 of the chain. Required if `conditioning_weight` is above 0.
+            generator (`torch.Generator` or a list of one per sample, *optional*): Makes the noise deterministic.
+            noise (`torch.Tensor`, *optional*): The standard normal draws n_k. Drawn if not given.
             drift_scale (`float` or `torch.Tensor` of no dimension, *optional*, defaults to 1.0):
-                Multiplies the step on the energy gradient, for a caller that adapts it.
+                Factor of the step on the energy gradient, for callers that adapt it.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`LangevinSchedulerOutput`] instead of a plain tuple.
 
@@ -163,20 +157,15 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             [`LangevinSchedulerOutput`] or a tuple with the next sample.
 
         Raises:
-            ValueError: if `timestep` is not one of the chain, or `initial_sample` is needed and missing.
+            ValueError: if `timestep` is not one of the chain, or `initial_sample` is required and missing.
         """
         timestep = int(timestep)
         if not 0 <= timestep < self.num_inference_steps:
             raise ValueError(f"`timestep` must be from 0 to {self.num_inference_steps - 1}, but is {timestep}.")
-        if self.config.max_gradient_norm is not None:
-            norm = torch.linalg.vector_norm(energy_gradient.flatten(1).float(), dim=1)
-            scale = (self.config.max_gradient_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
-            energy_gradient = energy_gradient * scale.view(-1, *[1] * (sample.ndim - 1)).to(energy_gradient.dtype)
-
         prev_sample = sample - self.config.drift_step_size * drift_scale * energy_gradient.to(sample.dtype)
         if self.config.conditioning_weight > 0:
             if initial_sample is None:
-                raise ValueError("`initial_sample` is needed where `conditioning_weight` is above 0.")
+                raise ValueError("`initial_sample` is required if `conditioning_weight` is above 0.")
             prev_sample = prev_sample - self.conditioning_coefficient(timestep) * (sample - initial_sample)
         if self.config.noise_scale > 0:
             if noise is None:

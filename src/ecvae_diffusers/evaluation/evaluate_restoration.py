@@ -25,7 +25,7 @@ from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOURS, load_featu
 from ecvae_diffusers.metrics import GenerationMetrics
 from ecvae_diffusers.training.data.files import trained_hashes
 from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.folder import locked
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
 from ecvae_diffusers.training.run.launch import device_name, keep_freed_memory

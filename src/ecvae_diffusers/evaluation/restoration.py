@@ -21,7 +21,7 @@ from ecvae_diffusers.operators import (
     SuperResolution,
     gaussian_kernel,
 )
-from ecvae_diffusers.training.data.ranges import to_uint8
+from ecvae_diffusers.training.data.transforms import to_uint8
 
 
 # Share of the pixels that "random_inpainting" observes.

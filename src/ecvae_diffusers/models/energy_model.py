@@ -1,17 +1,15 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""The energy-based model of EC-VAE: one scalar an image, low where the image is like the data.
+r"""The energy-based model of EC-VAE: one scalar per image, low if the image is like the data.
 
 .. math::
     p(x) \propto \exp(-f(x) / \tau)
 
-The network gives the raw energy f. The temperature never divides it (f / tau overflows in half precision); it is part
-of the Langevin drift step instead: see [`LangevinScheduler`].
+The network gives the raw energy f. The temperature is part of the Langevin drift step (see [`LangevinScheduler`]) instead of
+dividing the energy, because f / tau overflows in half precision.
 
-This file imports only torch and diffusers, so that it can travel to the Hub beside its weights.
+This file imports only torch and diffusers, so that it can be on the Hub next to its weights.
 """
 
-import functools
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from diffusers.utils import BaseOutput
 from torch.nn.utils import parametrize
 
 
-# Bounds of a config's numbers, far above any use: a config from elsewhere must not fill the memory.
+# Bounds far above any use: a downloaded config must not fill the memory.
 MAX_SAMPLE_SIZE, MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 4096, 8192, 128
 
 
@@ -49,9 +47,9 @@ def get_energy_activation(act_fn: str) -> nn.Module:
 
 class SpectralNorm(nn.Module):
     """
-    Division of a weight by its largest singular value, which a power iteration per training-mode pass estimates (Miyato et al.
-    2018, arXiv 1802.05957, algorithm 1). Values and names are those of `torch.nn.utils.parametrizations.spectral_norm`, but the
-    singular vectors are parameters without gradients instead of buffers: diffusers' `EMAModel` keeps parameters only.
+    Division of a weight by its largest singular value (Miyato et al. 2018, arXiv 1802.05957, algorithm 1), with one power
+    iteration per pass in training mode. Values and names are those of `torch.nn.utils.parametrizations.spectral_norm`, except that
+    the singular vectors are parameters without gradients instead of buffers: diffusers' `EMAModel` keeps only parameters.
     """
 
     def __init__(self, weight: torch.Tensor):
@@ -72,7 +70,7 @@ class SpectralNorm(nn.Module):
         matrix = weight.flatten(1)
         if self.training:
             self.iterate(matrix)
-        # Copies: backward needs the vectors of this pass, also after another one.
+        # Copies: backward needs the vectors of this pass, even after another one.
         u, v = self._u.detach().clone(), self._v.detach().clone()
         return weight / torch.vdot(u, torch.mv(matrix, v))
 
@@ -81,7 +79,7 @@ class SpectralNorm(nn.Module):
 
 
 class EnergyConv2d(nn.Conv2d):
-    """A convolution that can be pickled, with its spectral norm too."""
+    """A convolution that can be pickled, including its spectral norm."""
 
     def apply_spectral_norm(self) -> "EnergyConv2d":
         return parametrize.register_parametrization(self, "weight", SpectralNorm(self.weight))
@@ -89,19 +87,19 @@ class EnergyConv2d(nn.Conv2d):
     def __reduce_ex__(self, protocol: int):
         if not parametrize.is_parametrized(self):
             return super().__reduce_ex__(protocol)
-        # A parametrized module's class is made at runtime, so torch refuses to pickle it.
+        # The class of a parametrized module is made at runtime, so torch refuses to pickle it.
         return parametrized_conv, (parametrize.type_before_parametrizations(self),), self.__dict__
 
 
 def parametrized_conv(conv_class: type[EnergyConv2d]) -> EnergyConv2d:
-    """A convolution of the right class, for unpickling to fill."""
+    """Return a convolution of the given class for unpickling to fill."""
     return conv_class(1, 1, 1, device="meta").apply_spectral_norm()
 
 
 class PooledConv2d(EnergyConv2d):
     """
-    `F.avg_pool2d(conv(sample), 2)` of a 3x3 convolution with padding 1, computed as one 4x4 convolution of stride 2: each of the
-    four pooled positions shifts the kernel by one pixel. It takes 16 multiplications instead of 36.
+    `F.avg_pool2d(conv(sample), 2)` of a 3x3 convolution with padding 1, computed as a 4x4 convolution of stride 2: each of the four
+    pooled positions shifts the kernel by one pixel. It takes 16 multiplications instead of 36.
     """
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
@@ -111,10 +109,10 @@ class PooledConv2d(EnergyConv2d):
 
 
 class EnergyResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut, then a halving of the resolution by average pooling.
+    """Two convolutions with a shortcut, then average pooling to half the resolution.
 
-    No normalization of activations: one over the batch would make an image's energy depend on its neighbours in the batch,
-    and with it the gradient that the Langevin chain follows.
+    Activations are not normalized: over the batch, it would make an image's energy depend on its neighbours, and with it the
+    gradient that the Langevin chain follows.
     """
 
     def __init__(self, in_channels: int, out_channels: int, downsample: bool, act_fn: str):
@@ -136,9 +134,8 @@ class EnergyResidualBlock(nn.Module):
 
 def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    `block` for one pass under gradient checkpointing. In training mode spectral norm takes a power iteration at each
-    call, so that the second call, in backward, would differentiate other weights than the first one used; evaluation
-    mode gives the same ones.
+    Wrap a block for one pass under gradient checkpointing. In training mode, spectral norm takes a power iteration at each call, so
+    the second call (in backward) would differentiate other weights than the first one used. It is made in evaluation mode.
     """
     called = False
 
@@ -191,7 +188,7 @@ class EnergyNetwork(nn.Module):
 
 class EnergyModel(ModelMixin, ConfigMixin):
     r"""
-    A residual convolutional network f(x) that gives one energy an image.
+    A residual convolutional network f(x) that gives one energy per image.
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for
     all models (such as downloading or saving). Construct it with keyword arguments only.
@@ -205,15 +202,14 @@ class EnergyModel(ModelMixin, ConfigMixin):
         layers_per_block (`int`, *optional*, defaults to `1`):
             Number of residual blocks at each resolution, from 1 to 128.
         num_scales (`int`, *optional*, defaults to `1`):
-            With more than one, the energy is the sum over copies of the network that see the image at full, half,
-            quarter ... size; each copy drops the first entries of `block_out_channels`.
+            With more than one, the energy is a sum over networks that see the image at full, half, quarter ... size. Each drops
+            one more of the first entries of `block_out_channels`.
         act_fn (`str`, *optional*, defaults to `"leaky_relu"`):
-            Activation function: `"leaky_relu"` (slope 0.2), `"silu"`, `"gelu"`, `"relu"` or `"mish"`. Under spectral
-            norm, one of slope near 1 keeps the energy's gradient alive through the layers: see
-            `benchmarks/RESULTS.md`.
+            Activation function: `"leaky_relu"` (slope 0.2), `"silu"`, `"gelu"`, `"relu"` or `"mish"`. Under spectral norm, a slope
+            near 1 preserves the energy's gradient through the layers (see `benchmarks/RESULTS.md`).
         spectral_norm (`bool`, *optional*, defaults to `True`):
-            Whether to divide every weight by its largest singular value (Miyato et al. 2018), which bounds the
-            energy's slope and with it the drift of the chain.
+            Whether to divide each weight by its largest singular value (Miyato et al. 2018), which bounds the slope of the energy
+            and the drift of the chain.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -239,26 +235,21 @@ class EnergyModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`sample_size` must be a power of two from 8 to {MAX_SAMPLE_SIZE}, but is {sample_size}."
             )
-        for name, value, limit in (
-            ("in_channels", in_channels, MAX_CHANNELS),
-            ("layers_per_block", layers_per_block, MAX_LAYERS_PER_BLOCK),
+        for name, values, limit in (
+            ("in_channels", [in_channels], MAX_CHANNELS),
+            ("block_out_channels", block_out_channels, MAX_CHANNELS),
+            ("layers_per_block", [layers_per_block], MAX_LAYERS_PER_BLOCK),
         ):
-            if not 1 <= value <= limit:
-                raise ValueError(f"`{name}` must be from 1 to {limit}, but is {value}.")
-        if not block_out_channels or not 1 <= min(block_out_channels) <= max(block_out_channels) <= MAX_CHANNELS:
+            if not all(1 <= value <= limit for value in values):
+                raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
+        most = int(math.log2(sample_size)) - 1
+        if not 1 <= len(block_out_channels) <= most:
             raise ValueError(
-                f"`block_out_channels` must hold numbers from 1 to {MAX_CHANNELS}, but is {tuple(block_out_channels)}."
-            )
-        if sample_size >> (len(block_out_channels) - 1) < 4:
-            raise ValueError(
-                f"`block_out_channels` has {len(block_out_channels)} entries, which would end below 4 px: at "
-                f"`sample_size` {sample_size} at most {int(math.log2(sample_size)) - 1} are allowed."
+                f"`block_out_channels` must have from 1 to {most} entries at `sample_size` {sample_size}, so that the last "
+                f"resolution is at least 4 px, but is {block_out_channels}."
             )
         if not 1 <= num_scales <= len(block_out_channels):
-            raise ValueError(
-                f"`num_scales` must be from 1 to the number of resolutions ({len(block_out_channels)}), but is "
-                f"{num_scales}."
-            )
+            raise ValueError(f"`num_scales` must be from 1 to {len(block_out_channels)}, but is {num_scales}.")
         self.networks = nn.ModuleList(
             EnergyNetwork(sample_size >> scale, in_channels, block_out_channels[scale:], layers_per_block, act_fn)
             for scale in range(num_scales)
@@ -271,7 +262,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, from safetensors only.
+        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors, complete and finite.
 
         Raises:
             ValueError: if `use_safetensors` is False, or weights are missing or not finite.
@@ -280,32 +271,38 @@ class EnergyModel(ModelMixin, ConfigMixin):
             raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        # Weights that are offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
-        weights = model.state_dict().items()
-        broken = [name for name, weight in weights if not (weight.is_meta or weight.float().isfinite().all())]
-        if broken := info["missing_keys"] or broken:
+        broken = info["missing_keys"] or [
+            name
+            for name, weight in model.state_dict().items()
+            # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+            if not (weight.is_meta or weight.float().isfinite().all())
+        ]
+        if broken:
             raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} must hold all weights of {cls.__name__}, and finite ones, but "
-                f"{sorted(broken)[:3]} are missing or not finite."
+                f"{str(pretrained_model_name_or_path)!r} lacks weights of {cls.__name__}, or they are not finite: "
+                f"{sorted(broken)[:3]}."
             )
         return (model, info) if kwargs.get("output_loading_info") else model
 
-    @functools.wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args, **kwargs):
-        given = inspect.signature(ModelMixin.save_pretrained).bind(self, *args, **kwargs).arguments
-        if not given.get("safe_serialization", True):
+    def save_pretrained(
+        self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, *args, **kwargs
+    ):
+        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors."""
+        if not safe_serialization:
             raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, save_function, True, *args, **kwargs)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> EnergyModelOutput | tuple[torch.Tensor]:
         """
+        Return the energy of images.
+
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`EnergyModelOutput`] instead of a plain tuple.
 
         Returns:
-            [`EnergyModelOutput`] with one float32 energy an image, shape `(batch_size,)`.
+            [`EnergyModelOutput`] with one float32 energy per image, shape `(batch_size,)`.
 
         Raises:
             ValueError: if `sample` has another number of channels, height or width.

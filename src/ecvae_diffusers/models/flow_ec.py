@@ -1,22 +1,19 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""A normalizing flow for images: a map of images to standard normal latents that can be inverted, and its density.
+r"""A normalizing flow for images: an invertible map of images to standard normal latents, and its density.
 
 .. math::
     \log p(x) = \log \mathcal N(F(x); 0, I) + \log \left| \det \tfrac{\partial F}{\partial x} \right|
 
 F is multi-scale (Dinh et al. 2017, arXiv 1605.08803, section 3.6) and made of Glow's steps (Kingma and Dhariwal 2018, arXiv
-1807.03039): activation normalization, an invertible 1x1 convolution, an affine coupling. Each transform gives its output
-and the logarithm of its Jacobian's determinant, an image at a time, and with `inverse=True` those of its inverse: both ways
-lead through `forward`, where diffusers and Accelerate hook in what moves weights, casts and compiles them.
+1807.03039): activation normalization, an invertible 1x1 convolution, an affine coupling. Each transform gives its output and, per
+image, the logarithm of its Jacobian's determinant; with `inverse=True`, those of its inverse. Both directions are `forward`, where
+diffusers and Accelerate hook in to move, cast and compile weights.
 
-This file imports only torch and diffusers, so that it can travel to the Hub beside its config.
+This file imports only torch and diffusers, so that it can be on the Hub next to its config.
 """
 
-import functools
-import inspect
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 import torch.nn as nn
@@ -28,14 +25,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# Bound of what one coupling scales by, e^2 either way: what is not bounded can't be inverted in float32.
+# A coupling scales by at most e^2 either way: without a bound it can't be inverted in float32.
 MAX_LOG_SCALE = 2.0
-# Bounds of a config's numbers, far above any use: a config from elsewhere must not fill the memory.
+# Bounds far above any use: a downloaded config must not fill the memory.
 MAX_STEPS_PER_LEVEL, MAX_HIDDEN_CHANNELS = 512, 8192
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Sums over an image and inverses of matrices are taken in float32 or more."""
+    """Convert to float32 or more, for sums over an image and inverses of matrices."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -58,7 +55,7 @@ class FlowECOutput(BaseOutput):
 
 
 class ActNorm(nn.Module):
-    """y = (x + bias) e^log_scale, a channel: normalization whose statistics are set once, from data."""
+    """y = (x + bias) e^log_scale, per channel: normalization whose statistics are set once, from data."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -66,13 +63,13 @@ class ActNorm(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def initialize(self, x: torch.Tensor) -> None:
-        """Mean 0 and variance 1 of each channel of `x`."""
+        """Give each channel of `x` mean 0 and variance 1."""
         self.bias.copy_(-x.mean((0, 2, 3), keepdim=True))
         self.log_scale.copy_(-x.std((0, 2, 3), correction=0, keepdim=True).clamp(min=1e-3).log())
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
-        # In the precision of what comes: layerwise casting leaves these two as they are stored.
+        # In the precision of the input: layerwise casting leaves these two as they are stored.
         bias, log_scale = self.bias.to(x.dtype), self.log_scale.to(x.dtype)
         if inverse:
             return x * (-log_scale).exp() - bias, -log_det
@@ -81,19 +78,19 @@ class ActNorm(nn.Module):
 
 class InvertibleConv(nn.Module):
     """
-    A 1x1 convolution by W = P L (U + diag(s)): its determinant is that of s, its inverse two triangular solves (Kingma and
-    Dhariwal 2018, section 3.2). It begins as a random rotation.
+    A 1x1 convolution by W = P L (U + diag(s)): its determinant is the product of s, its inverse two triangular solves (Kingma and
+    Dhariwal 2018, section 3.2). It starts as a random rotation.
 
-    Autocast leaves it alone: W and its inverse, each rounded to bfloat16, are not inverse to each other. The couplings' networks
-    may compute with less, since they are given the same input both ways.
+    Autocast leaves it alone: W and its inverse, each rounded to bfloat16, are not inverse to each other. The networks of couplings
+    may use less precision, since they have the same input in both directions.
     """
 
     def __init__(self, channels: int):
         super().__init__()
-        # In float32, where a model is made in half precision too: that has no decompositions.
+        # In float32 even for a model in half precision, which has no decompositions.
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float32))[0]
         permutation, lower, upper = (m.to(torch.get_default_dtype()) for m in torch.linalg.lu(rotation))
-        # Fixed, but no buffers: diffusers' `EMAModel` keeps parameters only.
+        # Fixed, but not buffers: diffusers' `EMAModel` keeps only parameters.
         self.permutation = nn.Parameter(permutation, requires_grad=False)
         self.sign = nn.Parameter(upper.diagonal().sign(), requires_grad=False)
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
@@ -101,7 +98,7 @@ class InvertibleConv(nn.Module):
         self.upper = nn.Parameter(upper.triu(1))
 
     def triangles(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """L and U + diag(s)."""
+        """Return L and U + diag(s)."""
         lower, upper, log_scale = map(at_least_float32, (self.lower, self.upper, self.log_scale))
         identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
         return lower.tril(-1) + identity, upper.triu(1) + torch.diag(self.sign.detach() * log_scale.exp())
@@ -121,8 +118,8 @@ class InvertibleConv(nn.Module):
 
 class AffineCoupling(nn.Module):
     """
-    The first channels stay, and a network of them shifts and scales the rest: y_b = (x_b + t(x_a)) e^s(x_a), |s| <= 2. It
-    begins as the identity.
+    The first channels stay, and a network of them shifts and scales the rest: y_b = (x_b + t(x_a)) e^s(x_a), |s| <= 2. It starts
+    as the identity.
     """
 
     def __init__(self, kept_channels: int, changed_channels: int, hidden_channels: int):
@@ -171,8 +168,8 @@ class FlowStep(nn.Module):
 
 class FlowLevel(nn.Module):
     """
-    Squeezes 2x2 pixels into channels, transforms them, and lets half of the channels go as latents, seen from the other
-    half, which goes on. The last level lets all go.
+    A level that squeezes 2x2 pixels into channels, transforms them, and returns half of the channels as latents, normalized by the
+    other half, which the next level takes. The last level returns all of them.
     """
 
     def __init__(self, in_channels: int, num_steps: int, hidden_channels: int, is_last: bool):
@@ -181,15 +178,15 @@ class FlowLevel(nn.Module):
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(FlowStep(channels, hidden_channels) for _ in range(num_steps))
         self.kept_channels = 0 if is_last else channels // 2
-        # What goes is normalized by what stays: a coupling whose second half is let go.
+        # A coupling whose second half becomes latents.
         self.split = None if is_last else AffineCoupling(channels // 2, channels - channels // 2, hidden_channels)
 
     def forward(
         self, x: torch.Tensor | None, gone: torch.Tensor | None = None, inverse: bool = False
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """
-        Images -> what goes on (`None` of the last level), the latents that go, and the log-determinant; with `inverse` what
-        went on and what is `gone` -> images, `None`, and the inverse's log-determinant.
+        Map images to the input of the next level (`None` for the last), the latents, and the log-determinant. With `inverse`, map
+        the next level's input and the latents `gone` to images, `None`, and the log-determinant of the inverse.
         """
         if inverse:
             y, total = gone, 0.0
@@ -216,7 +213,7 @@ class FlowLevel(nn.Module):
 
 class FlowEC(ModelMixin, ConfigMixin):
     r"""
-    A multi-scale normalizing flow for images, whose samples energy calibration can correct (EC-NF, Luo et al., ECCV 2024, arXiv
+    A multi-scale normalizing flow for images, whose samples energy calibration can improve (EC-NF, Luo et al., ECCV 2024, arXiv
     2311.04071).
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for all
@@ -231,7 +228,7 @@ class FlowEC(ModelMixin, ConfigMixin):
             Number of scales L, from 1 to log2(`sample_size`). Each halves the resolution.
         steps_per_level (`int`, *optional*, defaults to `8`): Steps at each scale, from 1 to 512.
         hidden_channels (`int`, *optional*, defaults to `128`):
-            Channels of the couplings' networks, from 1 to 8192.
+            Channels of the networks of couplings, from 1 to 8192.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -267,7 +264,7 @@ class FlowEC(ModelMixin, ConfigMixin):
             if not 1 <= value <= limit:
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {value}.")
         self.levels = nn.ModuleList()
-        self.latent_shapes: list[tuple[int, int, int]] = []  # of what each level lets go
+        self.latent_shapes: list[tuple[int, int, int]] = []  # per level
         channels, size = in_channels, sample_size
         for i in range(num_levels):
             is_last = i == num_levels - 1
@@ -280,7 +277,7 @@ class FlowEC(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, from safetensors only.
+        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors, complete and finite.
 
         Raises:
             ValueError: if `use_safetensors` is False, or weights are missing or not finite.
@@ -289,33 +286,37 @@ class FlowEC(ModelMixin, ConfigMixin):
             raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        # Weights that are offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
-        weights = model.state_dict().items()
-        broken = [name for name, weight in weights if not (weight.is_meta or weight.float().isfinite().all())]
-        if broken := info["missing_keys"] or broken:
+        broken = info["missing_keys"] or [
+            name
+            for name, weight in model.state_dict().items()
+            # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+            if not (weight.is_meta or weight.float().isfinite().all())
+        ]
+        if broken:
             raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} must hold all weights of {cls.__name__}, and finite ones, but "
-                f"{sorted(broken)[:3]} are missing or not finite."
+                f"{str(pretrained_model_name_or_path)!r} lacks weights of {cls.__name__}, or they are not finite: "
+                f"{sorted(broken)[:3]}."
             )
         return (model, info) if kwargs.get("output_loading_info") else model
 
-    @functools.wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, *args, **kwargs):
-        given = inspect.signature(ModelMixin.save_pretrained).bind(self, *args, **kwargs).arguments
-        if not given.get("safe_serialization", True):
+    def save_pretrained(
+        self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, *args, **kwargs
+    ):
+        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors."""
+        if not safe_serialization:
             raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, save_function, True, *args, **kwargs)
 
     @property
     def num_latents(self) -> int:
-        """D: as many latents as an image has entries."""
+        """The number D of latents, which is that of an image's entries."""
         return self.config.in_channels * self.config.sample_size**2
 
     @torch.no_grad()
     def initialize(self, sample: torch.Tensor) -> None:
         """
-        Set the statistics of each activation normalization so that its output on `sample` has mean 0 and variance 1 a
-        channel (Kingma and Dhariwal 2018, section 3.1). To be called once, before training.
+        Set each activation normalization so that its output on `sample` has mean 0 and variance 1 per channel (Kingma and Dhariwal
+        2018, section 3.1). Call it once, before training.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
@@ -367,17 +368,15 @@ class FlowEC(ModelMixin, ConfigMixin):
         Map latents to images: the inverse of `encode`.
 
         Args:
-            latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`): N(0, I) gives new images.
+            latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`): Draws from N(0, I) give new images.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images, around [-1, 1]; nothing holds
-            a flow to that range.
+            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images. Most entries lie in [-1, 1], but
+            a flow is not bounded.
 
         Raises:
-            ValueError: if `latents` has another shape, or holds integers.
+            ValueError: if `latents` has another shape.
         """
-        if not latents.is_floating_point():
-            raise ValueError(f"`latents` must be of a floating point dtype, but is {latents.dtype}.")
         if latents.ndim != 4 or tuple(latents.shape[1:]) != (self.num_latents, 1, 1):
             raise ValueError(
                 f"`latents` must have shape (batch_size, {self.num_latents}, 1, 1), not {tuple(latents.shape)}."
@@ -395,28 +394,19 @@ class FlowEC(ModelMixin, ConfigMixin):
         temperature: float = 1.0,
     ) -> torch.Tensor:
         """
-        New images: latents drawn from N(0, `temperature`^2 I), decoded. With gradients to the parameters, as calibration needs
-        them, unless they are turned off around it.
+        Generate images: draw latents from N(0, `temperature`^2 I) and decode them, with gradients to the parameters.
 
         Args:
-            batch_size (`int`): The number of images, at least 1.
-            generator (`torch.Generator` or a list of one an image, *optional*): Draws the latents.
-            temperature (`float`, *optional*, defaults to 1.0): Standard deviation of the latents, at least 0.
+            batch_size (`int`): The number of images.
+            generator (`torch.Generator` or a list of one per image, *optional*): Draws the latents.
+            temperature (`float`, *optional*, defaults to 1.0): Standard deviation of the latents.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images, around [-1, 1].
+            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`, see `decode`.
 
         Raises:
-            ValueError: if `batch_size` or `temperature` is outside what is listed above, or `generator` is a list of another
-                length than `batch_size`.
+            ValueError: if `generator` is a list of another length than `batch_size`.
         """
-        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, but is {batch_size!r}.")
-        if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
-            raise ValueError(f"`temperature` must be a finite number of at least 0, but is {temperature!r}.")
-        generators = generator if isinstance(generator, list) else [generator]
-        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
-            raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}.")
         shape = (batch_size, self.num_latents, 1, 1)
@@ -426,11 +416,11 @@ class FlowEC(ModelMixin, ConfigMixin):
 
     def log_prob(self, sample: torch.Tensor) -> torch.Tensor:
         """
-        Log-density of images.
+        Return the log-density of images.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
-                In [-1, 1); 8-bit images are to be dequantized first, see `dequantize`.
+                In [-1, 1). Dequantize 8-bit images first, see `dequantize`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`, nats, float32.
@@ -445,8 +435,8 @@ class FlowEC(ModelMixin, ConfigMixin):
         self, sample: torch.Tensor, prior_latents: torch.Tensor | None = None, return_dict: bool = True
     ) -> FlowECOutput | tuple:
         """
-        The density of images and, in the same pass, new images: all that a training step needs, so that gradients are
-        synchronised over processes (only a wrapped `forward` is).
+        Return the density of images and generate new ones in the same pass, so that a training step needs only `forward`: distributed
+        wrappers synchronize no other method's gradients.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1).
@@ -456,7 +446,7 @@ class FlowEC(ModelMixin, ConfigMixin):
                 Whether to return a [`FlowECOutput`] instead of a plain tuple.
 
         Returns:
-            [`FlowECOutput`], or a tuple `(log_prob, latents)` with `prior_sample` behind where asked for.
+            [`FlowECOutput`], or a tuple `(log_prob, latents)`, followed by `prior_sample` if it was asked for.
         """
         latents, log_det = self.encode(sample)
         log_prob = self.latents_log_prob(latents, log_det)

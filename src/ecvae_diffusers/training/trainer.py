@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
 from ecvae_diffusers.training.config import TrainingConfig
-from ecvae_diffusers.training.data.feeds import DecodedFeed, StreamFeed
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.loaders import DecodedFeed, StreamFeed
+from ecvae_diffusers.training.data.transforms import batch_spread, crop_at_random, flip_at_random, to_range
 from ecvae_diffusers.training.optimization import build_trained, clip_gradients
 from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
 from ecvae_diffusers.training.run.checkpoints import (
@@ -40,7 +40,7 @@ from ecvae_diffusers.training.run.log import (
     reduce_scalars,
     write_arguments,
 )
-from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer, batch_spread, crop_at_random, flip_at_random
+from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer
 from ecvae_diffusers.training.run.progress import Stopwatch, progress
 from ecvae_diffusers.training.run.signals import StopSignal
 from ecvae_diffusers.training.tasks.base import Task

@@ -1,7 +1,7 @@
-"""scikit-learn's handwritten digits as image folders, and distances over a classifier trained on them.
+"""Write scikit-learn's handwritten digits as image folders, and measure samples with a classifier trained on them.
 
-1,797 gray images of 8x8 px, inside the scikit-learn wheel: real data without a download. Images are resized to 16x16 px
-(bicubic). 1,500 are for training, 297 are held out.
+The 1,797 gray images are part of the scikit-learn wheel: real data without a download. They are resized from 8x8 to 16x16 px
+(bicubic); 1,500 are for training, 297 are held out.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ecvae_diffusers.metrics import GenerationMetrics
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 
 
 NUM_TRAIN = 1500
@@ -22,7 +22,7 @@ SIZE = 16
 
 
 def load_digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """All digits in a seeded order: uint8 images (1797, 1, 16, 16) and labels (1797,). The first 1,500 are to train on."""
+    """Return all digits in a seeded order, uint8 (1797, 1, 16, 16), and their labels (1797,). The first 1,500 are for training."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     pixels, labels = sklearn_digits(return_X_y=True)
@@ -35,7 +35,7 @@ def load_digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write_digits(folder: Path, seed: int = 0) -> None:
-    """Write `train/` (1,500 images) and `test/` (297) as PNG files, one sub-folder a class."""
+    """Write `train/` (1,500 images) and `test/` (297) as PNG files, with a sub-folder per class."""
     images, labels = load_digits(seed)
     for i, (image, label) in enumerate(zip(images, labels)):
         path = folder / ("train" if i < NUM_TRAIN else "test") / str(int(label)) / f"{i:04d}.png"
@@ -44,7 +44,7 @@ def write_digits(folder: Path, seed: int = 0) -> None:
 
 
 class DigitFeatures(nn.Module):
-    """64 features of a small convolutional classifier. Takes uint8 images (B, 1, 16, 16), gives (B, 64)."""
+    """A small convolutional classifier that maps uint8 images (B, 1, 16, 16) to features (B, 64)."""
 
     num_features = 64
 
@@ -63,11 +63,11 @@ class DigitFeatures(nn.Module):
 
 def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFeatures, float]:
     """
-    Train the classifier on the 1,500 training digits, with a little noise; the generative models never see it. On one
-    thread: sums in another order would make another classifier, whose distances are others.
+    Train the classifier on the 1,500 training digits with a little noise, on one thread: sums in another order would give another
+    classifier with other distances.
 
     Returns:
-        The classifier and its accuracy on the 297 held-out digits.
+        `tuple`: The classifier, and its accuracy on the 297 held-out digits.
     """
     images, labels = load_digits()
     threads = torch.get_num_threads()
@@ -90,7 +90,7 @@ def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFea
 
 
 def measure(features: DigitFeatures, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
-    """Frechet and kernel distance, precision, recall, density, coverage of uint8 images (N, 1, 16, 16)."""
+    """Return Frechet and kernel distance, precision, recall, density and coverage of uint8 images (N, 1, 16, 16)."""
     metrics = GenerationMetrics(features)
     for images, is_real in ((real, True), (generated, False)):
         for batch in images.split(500):
@@ -100,7 +100,7 @@ def measure(features: DigitFeatures, real: torch.Tensor, generated: torch.Tensor
 
 @torch.no_grad()
 def sample_images(pipeline, num_images: int, seed: int, batch_size: int = 500) -> torch.Tensor:
-    """`num_images` samples of a pipeline as uint8 (N, C, H, W): what a reader of PNG files would get."""
+    """Generate images with a pipeline, as uint8 (N, C, H, W), rounded as in PNG files."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for start in tqdm(range(0, num_images, batch_size), desc="Sampling"):

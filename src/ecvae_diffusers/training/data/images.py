@@ -1,4 +1,4 @@
-"""Images for training, through `datasets`: checked and decoded once, before any training, and kept as uint8."""
+"""Open, check and decode images before training, and keep them as uint8."""
 
 import io
 import math
@@ -14,8 +14,11 @@ from ecvae_diffusers.pipelines.inputs import GRAY_MODES, check_mode, read_pictur
 from ecvae_diffusers.training.data.files import Pictures, content_hash, find_images, local_data_files
 
 
-# Above this, images are decoded again at each use instead of being kept.
+# Above this, images are decoded at each use instead of being kept.
 MAX_CACHED_BYTES = 4 * 2**30
+
+
+# Opening
 
 
 def load_images(
@@ -27,12 +30,12 @@ def load_images(
     max_train_samples: int | None,
 ) -> Pictures:
     """
-    Open the pictures to train on: those of a folder, or the train split of a data set, undecoded.
+    Open the pictures to train on, undecoded: those of a folder, or of the train split of a data set.
 
     Raises:
-        ImportError: if `datasets`, which a data set needs, is not installed.
-        ValueError: if the folder does not exist or holds no image, the data set can't be loaded, or the column is not
-            one of images.
+        ImportError: if a data set is named and `datasets` is not installed.
+        ValueError: if the folder does not exist or holds no image, the data set can't be loaded, or the column does not hold
+            images.
     """
     if train_data_dir is not None:
         pictures = open_folder(train_data_dir, "train_data_dir")
@@ -46,25 +49,25 @@ def load_images(
 
 
 def open_folder(folder: str, argument: str) -> Pictures:
-    """The undecoded pictures of a folder. Raises `ValueError`, naming the command line's `argument`, if it holds none."""
-    files = find_images(folder, argument)
-    if not files:
-        why = f": left out are {'; '.join(files.left_out)}" if files.left_out else ""
+    """Open the pictures of a folder, undecoded. Raise `ValueError`, naming the command line's `argument`, if it holds none."""
+    pictures = find_images(folder, argument)
+    if not len(pictures):
+        why = f": left out are {'; '.join(pictures.left_out)}" if pictures.left_out else ""
         raise ValueError(f"--{argument} must hold images, but {folder!r} holds none{why}.")
-    return Pictures(files, files.left_out)
+    return pictures
 
 
 def column_of_images(dataset, column: str, dataset_name: str) -> Pictures:
-    """The undecoded pictures of a split: so a broken one can be named, and a header read without decoding the rest."""
-    datasets = import_datasets()
+    """Open a column of a data set, undecoded, so that a broken image can be named and a header read without the pixels."""
     dataset = dataset.select_columns([column])
     if column != "image":
         dataset = dataset.rename_column(column, "image")
-    return Pictures(dataset.cast_column("image", datasets.Image(decode=False)), local_data_files(dataset_name)[1])
+    dataset = dataset.cast_column("image", import_datasets().Image(decode=False))
+    return Pictures(dataset, local_data_files(dataset_name)[1])
 
 
 def import_datasets():
-    """The package `datasets`. Raises `ImportError`, saying what to install, without it."""
+    """Import the package `datasets`. Raise `ImportError`, saying what to install, without it."""
     try:
         import datasets
     except ImportError as error:
@@ -80,7 +83,7 @@ def load_split(
     streaming: bool = False,
     argument: str = "dataset_name",
 ):
-    """A split of a data set. Raises `ValueError` if it can't be loaded, naming the command line's `argument`."""
+    """Load a split of a data set. Raise `ValueError`, naming the command line's `argument`, if that fails."""
     datasets = import_datasets()
     try:
         return datasets.load_dataset(
@@ -92,13 +95,13 @@ def load_split(
             streaming=streaming,
         )
     except Exception as error:  # each format has its own ways to fail
-        # `datasets` says of some errors only where they happened.
+        # Some errors of `datasets` only say where they happened.
         reason = str(error.__cause__ or error) or "it is empty"
         raise ValueError(f"--{argument} {dataset_name!r}, split {split!r}, can't be loaded: {reason}") from error
 
 
 def find_image_column(features, dataset_name: str, image_column: str | None) -> str:
-    """`image_column`, or the only column of images. Raises `ValueError` if it is not one of images, or not the only."""
+    """Return `image_column`, or the only column of images. Raise `ValueError` if it holds no images, or there are several."""
     datasets = import_datasets()
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is not None and image_column not in columns:
@@ -108,19 +111,12 @@ def find_image_column(features, dataset_name: str, image_column: str | None) -> 
     return image_column or columns[0]
 
 
-def to_size(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
-    """Resize the shorter side to `resolution` (bicubic, antialiased), and crop the center."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+# Decoding
 
 
 def open_image(source: dict | None) -> PIL.Image.Image:
     """
-    Read the header of an undecoded image: what a column `Image(decode=False)` gives.
+    Read the header of an undecoded image, as [`Pictures`] gives it.
 
     Raises:
         ValueError: if there is no image, or its pixels have no agreed range.
@@ -136,52 +132,69 @@ def open_image(source: dict | None) -> PIL.Image.Image:
     return image
 
 
-def decode_image(source: dict | None, channels: int, resolution: int) -> torch.Tensor:
-    """An undecoded image as uint8 (C, H, W), upright, resized and cropped. Raises what `open_image` raises."""
-    with open_image(source) as image:
-        return to_tensor(image, channels, resolution)
+def to_size(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
+    """Resize the shorter side to `resolution` (bicubic, antialiased), and crop the center."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
 
 
 def to_tensor(image: PIL.Image.Image, channels: int, resolution: int) -> torch.Tensor:
-    """An opened image as uint8 (C, H, W), upright, resized and cropped."""
+    """Convert an opened image to uint8 (C, H, W), upright, resized and cropped."""
     array = np.array(to_size(read_picture(image, channels), resolution))
     return torch.from_numpy(array).view(resolution, resolution, channels).permute(2, 0, 1)
 
 
-class BrokenImage(ValueError):
-    """An image that could be read before. One line, also from a worker of a `DataLoader`, which puts a traceback before it."""
+def decode_image(source: dict | None, channels: int, resolution: int) -> torch.Tensor:
+    """Decode an image to uint8 (C, H, W), upright, resized and cropped. Raise what `open_image` and Pillow raise."""
+    with open_image(source) as image:
+        return to_tensor(image, channels, resolution)
 
-    def __init__(self, message: str):
-        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+
+def hashes_of(pictures: Pictures) -> list[bytes]:
+    """Return the [`content_hash`] of each picture that can be read."""
+    found = []
+    for i in range(len(pictures)):
+        try:
+            with open_image(pictures[i]) as image:
+                found.append(content_hash(read_picture(image, 3)))
+        except Exception:  # PIL raises a different class for nearly every kind of damage
+            continue
+    return found
+
+
+def name_of(pictures: Pictures, i: int) -> str:
+    return (pictures[i] or {}).get("path") or f"image {i}"
 
 
 class CheckedPictures:
     """
-    Pictures of which each was opened and decoded once, and what that has found.
+    Pictures that were each opened and decoded once, and what that found.
 
     Args:
         pictures ([`Pictures`]): The pictures.
-        skip_broken (`bool`, *optional*, defaults to `False`):
-            Leave out pictures that can't be read. Otherwise they are refused.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
-        keep (`Callable`, *optional*): Called with each picture that can be read, decoded, in their order.
+        skip_broken (`bool`, *optional*, defaults to `False`): Whether to leave out unreadable pictures instead of refusing them.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        keep (`Callable`, *optional*): Called with each readable picture, decoded, in their order.
 
     Attributes:
-        pictures ([`Pictures`]): Those that can be read.
-        skipped (`str`, *optional*): Which can't, in words.
+        pictures ([`Pictures`]): The readable ones.
+        skipped (`str`, *optional*): Which are unreadable, in words.
         sizes (`Counter`): How many there are of each (width, height), upright.
         num_gray, num_transparent (`int`): How many have no colour, and how many have transparency.
-        num_frames (`int`): Further frames and pages, and in `num_animated` of how many files: only the first one is read.
-        hashes (`list[bytes]`): What each shows, see [`content_hash`].
+        num_frames, num_animated (`int`): Frames and pages after the first, which alone is read, and the number of their files.
+        hashes (`list[bytes]`): The [`content_hash`] of each.
 
     Raises:
-        ValueError: if a picture can't be read (or, with `skip_broken`, none can); the message names the first ones and
-            counts all.
+        ValueError: if a picture is unreadable (with `skip_broken`: if all are). Names the first ones and counts all.
     """
 
     def __init__(
         self,
-        pictures,
+        pictures: Pictures,
         skip_broken: bool = False,
         progress: bool = True,
         keep: Callable[[PIL.Image.Image], None] | None = None,
@@ -191,8 +204,8 @@ class CheckedPictures:
         whole, broken = [], []
         for i in tqdm(range(len(pictures)), desc="Checking images", disable=not progress):
             try:
-                with open_image(pictures[i]["image"]) as image:
-                    further = getattr(image, "n_frames", 1) - 1  # which seeks: later it would have to be decoded again
+                with open_image(pictures[i]) as image:
+                    further = getattr(image, "n_frames", 1) - 1  # before `load`, since it seeks
                     image.load()
                     shown = read_picture(image, 3)
                     if keep is not None:
@@ -219,11 +232,11 @@ class CheckedPictures:
 
     @property
     def channels(self) -> int:
-        """1 where every picture is gray, else 3."""
+        """1 if every picture is gray, else 3."""
         return 1 if self.num_gray == len(self) else 3
 
     def left_out(self) -> str | None:
-        """What is not among the images, and why, in words."""
+        """Say what is not among the images, and why."""
         parts = list(self.pictures.left_out)
         if self.num_frames:
             parts.insert(0, f"{self.num_frames} further frame(s) or page(s) of {self.num_animated} file(s)")
@@ -232,7 +245,7 @@ class CheckedPictures:
         return "; ".join(parts) or None
 
     def converted(self, channels: int) -> str | None:
-        """What becomes of pictures of other channels than are asked for, in words."""
+        """Say which pictures change when all get `channels` channels."""
         parts, total = [], len(self)
         if channels == 1 and self.num_gray < total:
             parts.append(f"{total - self.num_gray} of {total} are in colour and become gray")
@@ -243,79 +256,41 @@ class CheckedPictures:
         return "; ".join(parts) or None
 
     def describe(self, channels: int) -> str:
-        """Sizes, what becomes of other channels than are asked for, and what was left out, in words."""
+        """Describe sizes, conversions to `channels` channels, and what was left out."""
         left_out = self.left_out()
         parts = [self.describe_sizes(), self.converted(channels), left_out and f"left out: {left_out}"]
         return "; ".join(filter(None, parts))
 
     def describe_sizes(self) -> str:
-        """The sizes, in words."""
         if len(self.sizes) <= 3:
             return ", ".join(f"{count} of {w}x{h}" for (w, h), count in self.sizes.most_common())
-        (least_w, least_h), (most_w, most_h) = (pick(self.sizes, key=lambda s: s[0] * s[1]) for pick in (min, max))
+        (least_w, least_h), (most_w, most_h) = (pick(self.sizes, key=math.prod) for pick in (min, max))
         return f"{len(self.sizes)} sizes from {least_w}x{least_h} to {most_w}x{most_h}"
 
 
-def hashes_of(pictures: Pictures) -> list[bytes]:
-    """The hashes of those pictures that can be read, see [`content_hash`]."""
-    found = []
-    for i in range(len(pictures)):
-        try:
-            with open_image(pictures[i]["image"]) as image:
-                found.append(content_hash(read_picture(image, 3)))
-        except Exception:  # PIL raises a different class for nearly every kind of damage
-            continue
-    return found
+# For a `DataLoader`
 
 
-def name_of(pictures, i: int) -> str:
-    return (pictures[i]["image"] or {}).get("path") or f"image {i}"
+class BrokenImage(ValueError):
+    """An image that could be read before. Its message is one line, even from a `DataLoader`'s worker, which adds a traceback."""
 
-
-class ImageCache:
-    """
-    Images as uint8 (N, C, H, W), one after the other: gray ones for as long as all are, unless `in_channels` says otherwise.
-
-    Args:
-        count (`int`): The most images that come.
-        resolution (`int`): Height and width.
-        in_channels (`int`, *optional*): 1, 3 or 4.
-    """
-
-    def __init__(self, count: int, resolution: int, in_channels: int | None):
-        self.most, self.resolution, self.in_channels, self.count = count, resolution, in_channels, 0
-        self.images = self.empty(in_channels or 1)
-
-    def empty(self, channels: int) -> torch.Tensor | None:
-        """Return room for all images, `None` if that is more than `MAX_CACHED_BYTES`."""
-        shape = (self.most, channels, self.resolution, self.resolution)
-        return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MAX_CACHED_BYTES else None
-
-    def add(self, image: PIL.Image.Image) -> None:
-        if self.images is None:
-            return
-        if self.in_channels is None and self.images.shape[1] == 1 and image.mode not in GRAY_MODES:
-            gray, self.images = self.images[: self.count], self.empty(3)
-            if self.images is None:
-                return
-            self.images[: self.count] = gray
-        self.images[self.count] = to_tensor(image, self.images.shape[1], self.resolution)
-        self.count += 1
+    def __init__(self, message: str):
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
 
 
 class ImageDataset(torch.utils.data.Dataset):
     """
-    Images as uint8 tensors (C, H, W), each opened and checked at construction.
+    Images as uint8 tensors (C, H, W), each opened and checked at construction, and kept in memory up to 4 GiB.
 
     Args:
-        pictures ([`Pictures`] or [`CheckedPictures`]): What [`load_images`] gives, or what was made of it.
+        pictures ([`Pictures`] or [`CheckedPictures`]): The pictures.
         resolution (`int`): Height and width.
-        in_channels (`int`, *optional*): 1, 3 or 4; if not given 1 where every image is gray, else 3.
+        in_channels (`int`, *optional*): 1, 3 or 4; by default 1 if every image is gray, else 3.
         skip_broken (`bool`, *optional*, defaults to `False`): As for [`CheckedPictures`].
-        progress (`bool`, *optional*, defaults to `True`): Whether to show bars.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Attributes:
-        checked ([`CheckedPictures`]): What a look at each picture has found.
+        checked ([`CheckedPictures`]): What a look at each picture found.
 
     Raises:
         ValueError: as [`CheckedPictures`].
@@ -330,23 +305,41 @@ class ImageDataset(torch.utils.data.Dataset):
         progress: bool = True,
     ):
         is_checked = isinstance(pictures, CheckedPictures)
-        cache = ImageCache(
-            len(pictures), resolution, (in_channels or pictures.channels) if is_checked else in_channels
-        )
-        # What is looked at for the first time is kept as it is decoded.
-        self.checked = pictures if is_checked else CheckedPictures(pictures, skip_broken, progress, cache.add)
+        self.resolution, self.channels, self.num_kept = resolution, in_channels, 0
+        if is_checked:
+            self.channels = in_channels or pictures.channels
+        # Gray as long as all images are.
+        self.cache = self.room_for(len(pictures), self.channels or 1)
+        # The first look at an image also decodes it.
+        self.checked = pictures if is_checked else CheckedPictures(pictures, skip_broken, progress, self.keep)
         self.pictures, self.skipped = self.checked.pictures, self.checked.skipped
-        self.resolution = resolution
-        self.channels = in_channels or self.checked.channels
-        if is_checked and cache.images is not None:
+        self.channels = self.channels or self.checked.channels
+        if is_checked and self.cache is not None:
             for i in tqdm(range(len(self)), desc="Decoding images", disable=not progress):
-                with open_image(self.pictures[i]["image"]) as image:
-                    cache.add(image)
-        self.cache = cache.images[: cache.count] if cache.images is not None else None
+                with open_image(self.pictures[i]) as image:
+                    self.keep(image)
+        if self.cache is not None:
+            self.cache = self.cache[: self.num_kept]
+
+    def room_for(self, count: int, channels: int) -> torch.Tensor | None:
+        shape = (count, channels, self.resolution, self.resolution)
+        return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MAX_CACHED_BYTES else None
+
+    def keep(self, image: PIL.Image.Image) -> None:
+        """Decode an image into the cache. The first one in colour widens it."""
+        if self.cache is None:
+            return
+        if self.channels is None and self.cache.shape[1] == 1 and image.mode not in GRAY_MODES:
+            gray, self.cache = self.cache, self.room_for(len(self.cache), 3)
+            if self.cache is None:
+                return
+            self.cache[: self.num_kept] = gray[: self.num_kept]
+        self.cache[self.num_kept] = to_tensor(image, self.cache.shape[1], self.resolution)
+        self.num_kept += 1
 
     def decode(self, i: int) -> torch.Tensor:
         try:
-            return decode_image(self.pictures[i]["image"], self.channels, self.resolution)
+            return decode_image(self.pictures[i], self.channels, self.resolution)
         except Exception as error:  # PIL raises a different class for nearly every kind of damage
             raise BrokenImage(f"{name_of(self.pictures, i)} can't be read any more: {error}") from error
 
@@ -357,11 +350,15 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.cache[i] if self.cache is not None else self.decode(i)
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        """A batch at once: indexing the cache is far cheaper than stacking its items."""
+        """Return a batch: indexing the cache is far cheaper than stacking its items."""
         if self.cache is not None:
             return self.cache[torch.tensor(indices)]
         return torch.stack([self.decode(i) for i in indices])
 
 
-def collate(batch: torch.Tensor) -> torch.Tensor:
-    return batch
+def check_batch_size(batch_size: int, num_images: int) -> None:
+    """Raise `ValueError` if a process has fewer images than a batch."""
+    if num_images < batch_size:
+        raise ValueError(
+            f"--train_batch_size must be at most the number of images per process ({num_images}), but is {batch_size}."
+        )

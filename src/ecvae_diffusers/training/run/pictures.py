@@ -8,8 +8,7 @@ import torch
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.atomic import replacing
 from ecvae_diffusers.energy import compute_energy, frozen
-from ecvae_diffusers.training.data.ranges import to_range, to_uint8
-from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.data.transforms import to_range, to_uint8
 from ecvae_diffusers.training.run.log import ENERGIES_FILE, RunLog
 from ecvae_diffusers.training.run.progress import progress
 
@@ -147,21 +146,3 @@ def save_atomically(image: PIL.Image.Image, path: Path) -> None:
 
 def step_file(output_dir: Path, kind: str, step: int) -> Path:
     return output_dir / kind / f"step-{step:06d}.png"
-
-
-def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
-    """Flip each image horizontally with probability 1/2."""
-    flip = noise.uniform(images.shape[0], 1, 1, 1) < 0.5
-    return torch.where(flip, images.flip(-1), images)
-
-
-def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
-    """Cut a square of `size` out of each image, at a random place."""
-    height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
-    places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
-
-
-def batch_spread(images: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation over the batch, averaged over pixels: 0 if all images are the same."""
-    return images.float().std(0, correction=0).mean()

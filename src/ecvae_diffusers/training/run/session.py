@@ -15,7 +15,7 @@ from ecvae_diffusers.atomic import WriteError
 from ecvae_diffusers.hub.upload import UploadError, open_repository, upload_folder
 from ecvae_diffusers.training.command_line import RETIRED
 from ecvae_diffusers.training.config import TrainingConfig
-from ecvae_diffusers.training.data.feeds import build_feed
+from ecvae_diffusers.training.data.loaders import build_feed
 from ecvae_diffusers.training.run.checkpoints import check_resumed_arguments, checkpoints, find_checkpoint
 from ecvae_diffusers.training.run.folder import check_output_dir, check_pretrained_stays, is_finished, locked_by_main
 from ecvae_diffusers.training.run.last_line import announce, fail
@@ -73,9 +73,8 @@ def train_alone(
         check_pretrained_stays(output_dir, model.pretrained_model_name_or_path)
     # Opened, checked and decoded before anything is written.
     loaded = load(checkpoint)
-    feed = build_feed(
-        Namespace(**config.flat(), cache_dir=None, shuffle_buffer_size=RETIRED["shuffle_buffer_size"][0]), accelerator
-    )
+    optimizer = config.optimizer
+    feed = build_feed(config.data, accelerator, train_batch_size=optimizer.train_batch_size, seed=optimizer.seed)
 
     set_seed(config.optimizer.seed)
     trainer = Trainer(config, accelerator, feed, build_task(loaded, feed))

@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 
 from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
 from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.session import train
 from ecvae_diffusers.training.tasks.base import Task, evaluating
 from ecvae_diffusers.training.tasks.networks import build_models, load_pretrained

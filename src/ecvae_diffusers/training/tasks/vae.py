@@ -16,7 +16,7 @@ import torch
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.posterior import posterior_bounds
-from ecvae_diffusers.training.data.ranges import to_range
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.progress import progress
 from ecvae_diffusers.training.run.session import train
 from ecvae_diffusers.training.tasks.base import Task, evaluating

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The constraint's tolerance, the dual variable, and where the two come to rest."""
+"""The tolerance of the constraint, the dual variable, and the fixed points of both."""
 
 import math
 
@@ -23,18 +23,14 @@ def test_auto_tolerance_allows_a_drift_of_one_length_at_every_size(shape):
     calibrator.calibrate(torch.zeros(2, *shape))
     assert calibrator.resolve_tolerance() == pytest.approx(math.prod(shape) * 4 * 0.01**2 + HEALTHY_MOVE**2)
     assert calibrator.resolve_drift_tolerance() == pytest.approx(HEALTHY_MOVE / math.sqrt(math.prod(shape)))
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16)])
-def test_drift_tolerance_is_per_entry(shape):
-    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01)
+    # A given one is per entry.
     calibrator = EnergyCalibrator(Linear(torch.zeros(shape)), scheduler, drift_tolerance=0.02)
     calibrator.calibrate(torch.zeros(2, *shape))
     assert calibrator.resolve_tolerance() == pytest.approx(math.prod(shape) * (4 * 0.01**2 + 0.02**2))
 
 
 def test_auto_tolerance_follows_the_chain():
-    """With conditioning less noise gathers; and one calibrator may serve samples of several sizes."""
+    """With conditioning, less noise gathers; and one calibrator may have samples of several sizes."""
     scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01, conditioning_weight=2.0)
     calibrator = EnergyCalibrator(lambda sample: sample.flatten(1).sum(1), scheduler)
     for entries in (8, 32):
@@ -46,7 +42,7 @@ def test_auto_tolerance_follows_the_chain():
 
 
 def test_a_healthy_run_neither_raises_nor_lowers_the_dual():
-    """At the noise floor, with just the drift that is allowed, lambda is at rest."""
+    """At the noise floor, with exactly the allowed drift, lambda is at rest."""
     scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.1, noise_scale=1e-3)
     slope = torch.full((3, 8, 8), HEALTHY_MOVE / math.sqrt(3 * 8 * 8) / (5 * 0.1))
     calibrator = EnergyCalibrator(Linear(slope), scheduler, dual_learning_rate=1.0)
@@ -57,20 +53,13 @@ def test_a_healthy_run_neither_raises_nor_lowers_the_dual():
 
 def test_auto_tolerance_needs_a_sample():
     calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler())
-    with pytest.raises(RuntimeError, match="call `calibrate` first"):
-        calibrator.resolve_tolerance()
-    with pytest.raises(RuntimeError, match="call `calibrate` first"):
-        calibrator.dual_step(1.0)
-
-
-def test_auto_tolerance_of_zero_is_refused():
+    for method, arguments in ((calibrator.resolve_tolerance, ()), (calibrator.dual_step, (1.0,))):
+        with pytest.raises(RuntimeError, match="`calibrate`"):
+            method(*arguments)
     calibrator = EnergyCalibrator(tiny_energy_model(), drift_only(), drift_tolerance=0.0)
     calibrator.calibrate(randn(2, 1, 8, 8))
-    with pytest.raises(ValueError, match="can't both be 0"):
+    with pytest.raises(ValueError, match="drift_tolerance"):
         calibrator.resolve_tolerance()
-
-
-def test_fixed_tolerance_needs_no_sample():
     assert EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=3).resolve_tolerance() == 3.0
 
 
@@ -115,7 +104,7 @@ def test_dual_step_is_relative(scale):
 
 
 def test_absolute_dual_step():
-    """lambda <- clip(lambda + eta (C - epsilon), 0, lambda_max), as published: neither relative nor clipped."""
+    """lambda <- clip(lambda + eta (C - epsilon), 0, lambda_max), as published: the step is neither relative nor clipped."""
     calibrator = EnergyCalibrator(
         tiny_energy_model(), LangevinScheduler(), tolerance=0.5, dual_learning_rate=0.2, relative_dual_step=False
     )
@@ -123,12 +112,6 @@ def test_absolute_dual_step():
     assert calibrator.dual.item() == pytest.approx(30.0 - 0.2 * 0.1)
     calibrator.dual_step(torch.tensor(200.0))
     assert calibrator.dual.item() == pytest.approx(30.0 - 0.2 * 0.1 + 0.2 * 199.5)
-
-
-def test_dual_learning_rate_of_zero_keeps_the_dual():
-    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5, dual_learning_rate=0.0)
-    calibrator.dual_step(1e9)
-    assert calibrator.dual.item() == 30.0
 
 
 def test_max_dual_bounds_the_loss():
@@ -146,13 +129,13 @@ def test_max_dual_bounds_the_loss():
 # Primal and dual together
 
 
-@pytest.mark.parametrize("size, channels", [(16, 1), (32, 3), (64, 3)])
+@pytest.mark.parametrize("size, channels", [(16, 1), (64, 3)])
 def test_auto_tolerance_rests_at_the_fixed_point_at_every_size(size, channels):
     r"""
-    The energy f(x) = |x - m|^2 / 2 has a known slope |x - m|. With K = 1 and no noise the constraint is a^2 |theta - m|^2 for a
-    generator that gives theta, and the iteration of `test_active_constraint_converges_to_the_fixed_point` rests where
-    lambda = (a |t - m| / rho - 1) / a, whatever the size: with t at the same distance from m, at the same lambda. A tolerance
-    that grew with the number of entries would be kept from the start, and lambda would fall to 0.
+    The energy f(x) = |x - m|^2 / 2 has slope |x - m|. With K = 1 and no noise, the constraint is a^2 |theta - m|^2 for a generator
+    that gives theta, and the iteration of `test_active_constraint_converges_to_the_fixed_point` rests where
+    lambda = (a |t - m| / rho - 1) / a: with t at the same distance from m, at the same lambda for every size. A tolerance that
+    grew with the number of entries would hold from the start, and lambda would fall to 0.
     """
     shape, a, distance = (channels, size, size), 0.5, 2.0
     direction = torch.nn.functional.normalize(randn(math.prod(shape), seed=1), dim=0).view(shape)
@@ -195,17 +178,14 @@ T, M, SHARE = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.0, 0.5, 0.5]), 1 -
 @pytest.mark.parametrize("tolerance", [0.05, 0.3, 1.0])
 def test_active_constraint_converges_to_the_fixed_point(tolerance, initial_dual):
     r"""
-    A problem with a closed solution. On f(x) = |x - m|^2 / 2 without noise, x~ - x = -s (x - m) with
-    s = 1 - (1 - a)^K, so that the constraint is s^2 |theta - m|^2 <= epsilon.
-
-    The target is a constant to the primal step: the gradient of lambda C that the generator receives is
-    2 lambda (x - x~) = 2 lambda s (theta - m), not the 2 lambda s^2 (theta - m) of the constraint as a function of
-    theta. The iteration rests where
+    On f(x) = |x - m|^2 / 2 without noise, x~ - x = -s (x - m) with s = 1 - (1 - a)^K: the constraint is
+    s^2 |theta - m|^2 <= epsilon. The target is a constant in the primal step: the gradient of lambda C that the generator receives is
+    2 lambda (x - x~) = 2 lambda s (theta - m), not 2 lambda s^2 (theta - m). The iteration rests where
 
         2 (theta - t) + 2 lambda s (theta - m) = 0    and    s^2 |theta - m|^2 = epsilon,
 
-    that is at theta - m = (t - m) / (1 + lambda s) and lambda = (s |t - m| / sqrt(epsilon) - 1) / s. This theta is the
-    constrained minimum, the projection of t onto a ball around m; lambda is s times its Lagrange multiplier.
+    at theta - m = (t - m) / (1 + lambda s) and lambda = (s |t - m| / sqrt(epsilon) - 1) / s. This theta is the constrained minimum:
+    the projection of t onto a ball around m. lambda is s times its Lagrange multiplier.
     """
     theta, dual = solve(T, M, tolerance, initial_dual)
     distance = torch.linalg.vector_norm(T - M).item()
@@ -223,7 +203,7 @@ def test_active_constraint_converges_to_the_fixed_point(tolerance, initial_dual)
 @pytest.mark.parametrize("initial_dual", [0.0, 4.0])
 @pytest.mark.parametrize("tolerance", [4.0, 100.0])
 def test_inactive_constraint_lets_go(tolerance, initial_dual):
-    """Where t itself satisfies the constraint, lambda goes to 0 and the generator to its own minimum."""
+    """If t itself satisfies the constraint, lambda goes to 0 and the generator to its own minimum."""
     assert SHARE**2 * (T - M).square().sum() < tolerance
     theta, dual = solve(T, M, tolerance, initial_dual)
     assert dual == 0.0

@@ -1,4 +1,4 @@
-"""Every image of a stream is there once an epoch, decoded as before training, whoever reads it."""
+"""Each image of a stream comes once per epoch, decoded as before training, whichever process or worker reads it."""
 
 import hashlib
 import io
@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from ecvae_diffusers.training.data import streaming
 from ecvae_diffusers.training.data.images import ImageDataset, load_images
 from ecvae_diffusers.training.data.streaming import MAX_NAMED, StreamedImages
 
@@ -53,7 +54,7 @@ def data(tmp_path_factory):
 
 
 def stream(folder, image_column=None, max_train_samples=None, resolution=8, channels=3, **kwargs) -> StreamedImages:
-    return StreamedImages(str(folder), None, image_column, None, max_train_samples, resolution, channels, **kwargs)
+    return StreamedImages(str(folder), None, image_column, max_train_samples, resolution, channels, **kwargs)
 
 
 def numbers(batches, count: int) -> list[int]:
@@ -67,22 +68,27 @@ def numbers(batches, count: int) -> list[int]:
     return found[:count]
 
 
-def test_every_image_once_an_epoch_in_another_order(data):
-    images = stream(data, shuffle_buffer_size=10)
-    order = numbers(images.batches(4), 3 * 27)  # batches reach over the ends of epochs
+def test_every_image_once_per_epoch_in_another_order(data, monkeypatch):
+    monkeypatch.setattr(streaming, "SHUFFLE_BUFFER_SIZE", 10)
+    order = numbers(stream(data).batches(4), 3 * 27)  # batches reach over the ends of epochs
     epochs = [order[:27], order[27:54], order[54:]]
     assert all(sorted(epoch) == list(range(27)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, range(27)]}) == 4
-    assert numbers(stream(data, shuffle_buffer_size=10).batches(9), 3 * 27) == order
+    assert numbers(stream(data).batches(9), 3 * 27) == order
+    monkeypatch.setattr(streaming, "SHUFFLE_BUFFER_SIZE", 2)
+    order = numbers(stream(data, max_train_samples=27).batches(27), 27)
+    assert sorted(order) == list(range(27)) and all(number <= i + 2 for i, number in enumerate(order))
 
 
 def test_the_order_depends_on_seed_reseed_and_first_batch(data):
     images = stream(data)
+    state = torch.get_rng_state()
     orders = [numbers(images.batches(9), 27), numbers(stream(data, seed=1).batches(9), 27)]
     orders += [numbers(images.batches(9, reseed=1), 27), numbers(images.batches(9, first_batch=1), 27)]
     assert all(sorted(order) == list(range(27)) for order in orders)
     assert len(set(map(tuple, orders))) == 4
     assert numbers(images.batches(9, first_batch=1), 27) == orders[3]
+    assert torch.equal(torch.get_rng_state(), state)  # and not on the global generator
 
 
 @pytest.mark.parametrize("max_train_samples", [None, 20])
@@ -102,17 +108,14 @@ def test_shares_are_disjoint_and_together_whole(num_processes, max_train_samples
         assert sorted(itertools.chain(*epoch)) == list(range(total))
 
 
-def test_the_first_samples_only(data):
+def test_the_first_samples_only(data, caplog):
     images = stream(data, max_train_samples=12)  # more than the first file
     assert images.first(100)[:, 0, 0, 0].tolist() == list(range(12))
-    order = numbers(images.batches(5), 24)
-    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12)) and order[:12] != order[12:]
+    for num_workers in (0, 2):
+        order = numbers(images.batches(5, num_workers=num_workers), 24)
+        assert sorted(order[:12]) == sorted(order[12:]) == list(range(12)) and order[:12] != order[12:]
+    assert "--dataloader_num_workers 2 becomes 1" in caplog.text and "--max_train_samples" in caplog.text
     assert len(stream(data, max_train_samples=1000).first(1000)) == 27
-
-
-def test_small_buffer_draws_from_few_images(data):
-    order = numbers(stream(data, max_train_samples=27, shuffle_buffer_size=2).batches(27), 27)
-    assert sorted(order) == list(range(27)) and all(number <= i + 2 for i, number in enumerate(order))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
@@ -125,14 +128,7 @@ def test_workers_read_the_same_images(num_processes, data, caplog):
         shares.append([numbers(batches, size) for _ in range(2)])
     for epoch in zip(*shares):
         assert sorted(itertools.chain(*epoch)) == list(range(27))
-    warned = "--dataloader_num_workers 2 becomes 1: a worker needs files of its own" in caplog.text
-    assert warned == (num_processes == 3)
-
-
-def test_a_limited_stream_has_one_worker(data, caplog):
-    order = numbers(stream(data, max_train_samples=12).batches(4, num_workers=2), 12)
-    assert sorted(order) == list(range(12))
-    assert "--dataloader_num_workers 2 becomes 1" in caplog.text and "--max_train_samples" in caplog.text
+    assert ("--dataloader_num_workers 2 becomes 1" in caplog.text) == (num_processes == 3)
 
 
 def write_folder(folder):
@@ -206,14 +202,12 @@ def test_broken_image_is_refused_and_named(tmp_path):
     sources = numbered(9)
     sources[5]["bytes"] = sources[5]["bytes"][:40]
     images = stream(write_parquet(tmp_path / "data", sources, 3))
-    for broken in (
-        lambda: images.first(9),
-        lambda: next(images.batches(9)),
-        lambda: next(images.batches(9, num_workers=2)),
-    ):
-        with pytest.raises(ValueError, match=r"holds images that can't be read, among them: 5\.png \("):
-            broken()
     assert len(images.first(5)) == 5
+    with pytest.raises(ValueError, match=r"data.* 5\.png \("):
+        images.first(9)
+    for num_workers in (0, 2):
+        with pytest.raises(ValueError, match=r"data.* 5\.png \("):
+            next(images.batches(9, num_workers=num_workers))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -234,11 +228,9 @@ def test_broken_images_are_passed_over_and_counted(num_workers, tmp_path, caplog
     assert 9 <= images.num_skipped <= 12  # anew in each epoch, and the fourth has begun
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3
-    assert "a row without an image (there is none)" in messages[0]
     assert (
-        f"an image without a path, SHA-256 {hashlib.sha256(b'no picture').hexdigest()} (cannot identify" in messages[1]
+        "row" in messages[0] and hashlib.sha256(b"no picture").hexdigest() in messages[1] and "9.tiff" in messages[2]
     )
-    assert "9.tiff (mode F has no agreed range" in messages[2]
 
 
 def test_only_the_first_broken_images_are_named(tmp_path, caplog):
@@ -246,57 +238,47 @@ def test_only_the_first_broken_images_are_named(tmp_path, caplog):
     images = stream(write_parquet(tmp_path / "data", [*broken, *numbered(2)]), skip_broken=True)
     assert sorted(numbers(images.batches(2), 4)) == [0, 0, 1, 1]
     assert images.num_skipped >= MAX_NAMED + 5
-    assert len(caplog.records) == MAX_NAMED and "Further ones are not named." in caplog.records[-1].message
+    assert len(caplog.records) == MAX_NAMED
 
 
-def test_global_generator_is_left_alone(data):
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    numbers(stream(data).batches(9), 54)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_data_without_images_are_refused(data, tmp_path):
+    folder = tmp_path / "folder"
+    torn = next(data.iterdir()).read_bytes()[:300]
+    with pytest.raises(ValueError, match="dataset_name .*folder"):
+        stream(folder)
+    with pytest.raises(ValueError, match="dataset_name .*folder"):
+        stream(write_parquet(folder, []))
+    for name, content, argument in (
+        ("train.parquet", torn, "dataset_name"), ("train.jsonl", b"", "dataset_name"), ("train.jsonl", b'{"label": 1}\n', "image_column"),
+    ):  # fmt: skip
+        for path in folder.iterdir():
+            path.unlink()
+        with pytest.raises(ValueError, match="dataset_name .*folder"):
+            stream(folder)
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=argument):
+            stream(folder)
 
 
-def test_wrong_arguments_are_named(data, tmp_path):
-    with pytest.raises(ValueError, match=r"--image_column must be one of \['picture'\] in .*, but is 'label'"):
+def test_a_column_without_images_is_refused(data):
+    with pytest.raises(ValueError, match=r"image_column .*\['picture'\].*'label'"):
         stream(data, image_column="label")
     assert len(stream(data, image_column="picture").first(3)) == 3
-    with pytest.raises(ValueError, match="--dataset_name .*nothing.* can't be loaded"):
-        stream(tmp_path / "nothing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="--dataset_name .*empty.* can't be loaded"):
-        stream(tmp_path / "empty")
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "train.parquet").write_bytes(next(data.iterdir()).read_bytes()[:300])
-    with pytest.raises(ValueError, match="--dataset_name .*torn.* can't be (loaded|streamed)"):
-        stream(tmp_path / "torn")
-    with pytest.raises(ValueError, match="--dataset_name .*rows.* holds no image that can be read"):
-        stream(write_parquet(tmp_path / "rows", []))
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "train.jsonl").write_text("")
-    with pytest.raises(ValueError, match="--dataset_name .*text.* can't be loaded: it is empty"):
-        stream(tmp_path / "text")
-    (tmp_path / "text" / "train.jsonl").write_text('{"label": 1}\n')
-    with pytest.raises(ValueError, match=r"has the image columns \[\]: choose one with --image_column"):
-        stream(tmp_path / "text")
 
 
 def test_nothing_but_broken_images(tmp_path):
     write_parquet(tmp_path / "data", [{"bytes": b"no picture", "path": f"{i}.png"} for i in range(3)])
-    with pytest.raises(ValueError, match=r"--dataset_name .*data.* can't be streamed: .*0\.png"):
-        stream(tmp_path / "data")
-    with pytest.raises(ValueError, match="--dataset_name .*data.* holds no image that can be read"):
-        stream(tmp_path / "data", skip_broken=True)
+    for skip_broken, named in ((False, r".*0\.png"), (True, "")):
+        with pytest.raises(ValueError, match=f"dataset_name .*data.*{named}"):
+            stream(tmp_path / "data", skip_broken=skip_broken)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_fewer_images_than_a_batch(num_workers, data):
+def test_fewer_images_than_a_batch(num_workers, data, tmp_path):
     images = stream(data, num_processes=3)
     assert len(next(images.batches(9, num_workers=num_workers))) == 9
-    with pytest.raises(ValueError, match=r"--train_batch_size must be at most .* a process \(9\), but is 10"):
+    with pytest.raises(ValueError, match=r"train_batch_size .*\(9\).* 10"):
         next(images.batches(10, num_workers=num_workers))
-
-
-def test_process_without_images(tmp_path):
     images = stream(write_parquet(tmp_path / "data", numbered(1)), process_index=1, num_processes=2)
-    with pytest.raises(ValueError, match=r"a process \(0\)"):
+    with pytest.raises(ValueError, match=r"train_batch_size .*\(0\)"):
         next(images.batches(1))

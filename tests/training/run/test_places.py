@@ -1,4 +1,4 @@
-"""Folders, files and Hub ids on all command lines: `~` is expanded, nothing empty is taken, and what is not there is told at once."""
+"""All command lines expand `~` in folders, files and Hub ids, refuse empty ones, and say at once what does not exist."""
 
 import argparse
 import ast
@@ -15,26 +15,24 @@ from training_runs import write_images
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
 from ecvae_diffusers.hub import publish
 from ecvae_diffusers.report import report
-from ecvae_diffusers.training.arguments import decoder as decoder_arguments
-from ecvae_diffusers.training.arguments import flow as flow_arguments
-from ecvae_diffusers.training.arguments import vae as ecvae_arguments
+from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.run.places import check_places, name_as_text, why_missing
 from ecvae_diffusers.training.run.session import run_script
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TRAINING = ["--train_data_dir", "x", "--output_dir", "x"]
 MODEL = ["--pretrained_model_name_or_path", "x"]
 SCRIPTS = {
-    "train_ecvae": (ecvae_arguments.parse_args, TRAINING),
-    "train_flow": (flow_arguments.parse_args, TRAINING),
-    "calibrate_decoder": (decoder_arguments.parse_args, [*TRAINING, *MODEL]),
+    "train_ecvae": (train_ecvae.parse_args, TRAINING),
+    "train_flow": (train_flow.parse_args, TRAINING),
+    "calibrate_decoder": (calibrate_decoder.parse_args, [*TRAINING, *MODEL]),
     "evaluate": (evaluate.parse_args, [*TRAINING, *MODEL]),
     "evaluate_restoration": (evaluate_restoration.parse_args, [*MODEL, "--image_dir", "x", "--output_dir", "x"]),
     "publish": (publish.parse_args, ["x", "--output_dir", "x"]),
 }  # fmt: skip
 OF_TRAINING = (
-    "train_data_dir", "output_dir", "cache_dir", "pretrained_model_name_or_path", "resume_from_checkpoint",
+    "train_data_dir", "output_dir", "pretrained_model_name_or_path", "resume_from_checkpoint",
     "evaluation_features",
 )  # fmt: skip
 PLACES = [
@@ -56,8 +54,10 @@ PLACES = [
 def test_home_is_expanded_and_nothing_empty_is_taken(script, argument, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     parse, given = SCRIPTS[script]
-    assert getattr(parse([*given, f"--{argument}=~/x"]), argument) == str(tmp_path / "x")
-    assert getattr(parse([*given, f"--{argument}", "./~/x"]), argument) == "./~/x"
+    for text, expected in (("~/x", str(tmp_path / "x")), ("./~/x", "./~/x")):
+        parsed = parse([*given, f"--{argument}", text])
+        values = vars(parsed) if isinstance(parsed, argparse.Namespace) else parsed.flat()
+        assert values[argument] == expected
     for wrong in ("", "  ", "~nobody-of-that-name/x"):
         with pytest.raises(SystemExit):
             parse([*given, f"--{argument}={wrong}"])
@@ -69,8 +69,8 @@ def test_places_of_a_config_and_places_with_names(tmp_path, monkeypatch):
     # In UTF-8, with and without a byte order mark, as editors of Windows write it.
     for mark in (b"", b"\xef\xbb\xbf"):
         (tmp_path / "a.yaml").write_bytes(mark + "# Größe\ndataset_name: ~/Bücher\noutput_dir: ~/out\n".encode())
-        args = ecvae_arguments.parse_args(["--config", "~/a.yaml"])
-        assert (args.dataset_name, args.output_dir) == (str(tmp_path / "Bücher"), str(tmp_path / "out"))
+        config = train_ecvae.parse_args(["--config", "~/a.yaml"])
+        assert (config.data.dataset_name, config.run.output_dir) == (str(tmp_path / "Bücher"), str(tmp_path / "out"))
     parse, given = SCRIPTS["evaluate"]
     args = parse([*given, "--out_of_distribution", "a=~/x", "b=y"])
     assert args.out_of_distribution == [f"a={tmp_path}/x", "b=y"]
@@ -143,29 +143,23 @@ def test_names_of_folders_are_text(tmp_path):
     assert name_as_text("user/name") == "user/name"
 
 
-def text_files() -> list[Path]:
-    folders = (ROOT / name for name in ("src", "training", "benchmarks", "pipelines"))
-    return sorted(path for folder in folders for path in folder.rglob("*.py"))
-
-
-def mode_of(call: ast.Call, is_method: bool) -> str:
-    given = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or call.args[
-        0 if is_method else 1 :
-    ][:1]
-    return given[0].value if given and isinstance(given[0], ast.Constant) else "r"
-
-
 def test_text_files_name_their_encoding():
-    """Or what is read and written would depend on the locale, which is ASCII in many containers."""
+    """Otherwise reading and writing would depend on the locale, which is ASCII in many containers."""
     found = []
-    for path in text_files():
+    for path in (
+        path for name in ("src", "training", "benchmarks", "pipelines") for path in (ROOT / name).rglob("*.py")
+    ):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
                 continue
             is_method = isinstance(call.func, ast.Attribute)
             name = call.func.attr if is_method else getattr(call.func, "id", None)
-            owner = getattr(call.func.value, "id", ast.unparse(call.func.value)) if is_method else ""
+            owner = ast.unparse(call.func.value) if is_method else ""
             opens = name == "open" and not owner.startswith(("PIL", "Image", "os", "wave", "webbrowser"))
-            if (is_method and name in ("read_text", "write_text")) or (opens and "b" not in mode_of(call, is_method)):
+            modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] + call.args[not is_method :][
+                :1
+            ]
+            is_binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+            if (is_method and name in ("read_text", "write_text")) or (opens and not is_binary):
                 found.append(f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]}")
     assert not found, "\n".join(found)

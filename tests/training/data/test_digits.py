@@ -1,11 +1,10 @@
-"""The demo's data and its yardstick."""
+"""The digits and the features that measure them."""
 
 import numpy as np
 import PIL.Image
 import torch
 
 from ecvae_diffusers.training.data.digits import DigitFeatures, load_digits, measure, write_digits
-from ecvae_diffusers.training.run.pictures import image_grid
 
 
 def test_folders_hold_the_split(tmp_path):
@@ -18,8 +17,7 @@ def test_folders_hold_the_split(tmp_path):
     assert np.array_equal(np.asarray(PIL.Image.open(path)), images[3, 0].numpy())
 
 
-def test_samples_are_as_near_as_they_are():
-    """Held-out digits are nearer to the training digits than noised ones, and noised ones than noise."""
+def test_distances_order_digits_noised_digits_and_noise():
     images = load_digits()[0]
     torch.manual_seed(0)
     features = DigitFeatures().eval()
@@ -27,11 +25,3 @@ def test_samples_are_as_near_as_they_are():
     sets = [images[1500:], (images[1500:] + noise).clamp(0, 255), (128 + noise).clamp(0, 255)]
     distances = [measure(features, images[:1500], s.to(torch.uint8))["frechet_distance"] for s in sets]
     assert distances == sorted(distances) and distances[1] > 2 * distances[0]
-
-
-def test_image_grid_places_images_row_by_row():
-    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 4, 4)
-    grid = image_grid(images, num_columns=3, scale=2)
-    assert grid.size == ((3 * 5 - 1) * 2, (2 * 5 - 1) * 2)
-    assert grid.getpixel((1, 1)) == 0 and grid.getpixel((11, 1)) == 64 and grid.getpixel((11, 11)) == 255
-    assert grid.getpixel((8, 1)) == 255  # the line between two images

@@ -1,4 +1,4 @@
-"""Which pictures a folder holds: the same ones for every script, each once, and what was left out is said."""
+"""Every script finds the same pictures in a folder, each once, and says what was left out."""
 
 import os
 import socket
@@ -23,17 +23,16 @@ def save(path: Path, level: int = 0, **kwargs) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in find_images(folder)]
+    return [os.path.relpath(picture["path"], folder) for picture in find_images(folder)]
+
+
+def checked(folder: Path) -> CheckedPictures:
+    return CheckedPictures(load_images(None, None, str(folder), None, None, None), progress=False)
 
 
 def levels(pictures) -> list[int]:
     """The one level of each picture: which pictures they are."""
     return [int(image[0, 0, 0]) for image in ImageDataset(pictures, 16, 1, progress=False)]
-
-
-def levels_of_stream(folder: str, cache: str) -> list[int]:
-    stream = StreamedImages(folder, None, None, cache, None, 16, 1)
-    return stream.first(100)[:, 0, 0, 0].tolist()
 
 
 def opened(argument: str):
@@ -47,7 +46,7 @@ def opened(argument: str):
 READERS = {
     "train_data_dir": lambda folder, cache: levels(load_images(None, None, folder, None, None, None)),
     "dataset_name": lambda folder, cache: levels(load_images(folder, None, None, None, cache, None)),
-    "streaming": levels_of_stream,
+    "streaming": lambda folder, cache: StreamedImages(folder, None, None, None, 16, 1).first(9)[:, 0, 0, 0].tolist(),
     **{
         f"evaluate --{argument}": opened(argument)
         for argument in ("train_data_dir", "test_data_dir", "generated_image_dir", "out_of_distribution", "dataset_name")
@@ -103,7 +102,7 @@ def test_links_are_followed_to_what_is_elsewhere(tmp_path):
     (data / "itself.png").symlink_to("itself.png")
     assert names(data) == ["a.png", "c.png", "gone.png", "itself.png", "linked/b.PNG"]
     with pytest.raises(ValueError, match="2 of 5 .*gone.png"):
-        CheckedPictures(load_images(None, None, str(data), None, None, None), progress=False)
+        checked(data)
     # The folder of pictures may itself be a link, and hold one to itself.
     (tmp_path / "alias").symlink_to(data)
     (data / "up").symlink_to(tmp_path / "alias")
@@ -131,22 +130,19 @@ def test_what_is_left_out_is_counted(data):
     frames = [PIL.Image.new("L", (16, 16), level) for level in range(8)]
     frames[0].save(data / "stack.tif", save_all=True, append_images=frames[1:])
     frames[0].save(data / "film.gif", save_all=True, append_images=frames[1:3])
-    checked = CheckedPictures(load_images(None, None, str(data), None, None, None), progress=False)
-    assert len(checked) == 8
-    text = checked.left_out()
+    pictures = checked(data)
+    assert len(pictures) == 8
+    text = pictures.left_out()
     for part in ("9 further frame", "2 file", "12 file", "8 .heic", "1 .h5", "a/samples.png", "1 hidden", "5 link"):
         assert part in text, (part, text)
-    assert str(data) not in text and text in checked.describe(1)
+    assert str(data) not in text and text in pictures.describe(1)
     # Of a data set, whose files `datasets` reads, pictures that can't be read are told as well.
     assert "8 .heic" in local_data_files(str(data))[1][0]
 
 
 def test_nothing_left_out_is_nothing_said(tmp_path):
     write_images(tmp_path / "data", count=3)
-    assert (
-        CheckedPictures(load_images(None, None, str(tmp_path / "data"), None, None, None), progress=False).left_out()
-        is None
-    )
+    assert checked(tmp_path / "data").left_out() is None
     assert local_data_files(str(tmp_path / "data")) == (None, [])
     assert local_data_files("user/name") == (None, [])
 
@@ -194,7 +190,7 @@ def test_hashes_tell_pictures_apart_by_what_they_show(tmp_path):
     picture.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "d.png")
     pixels[0, 0] ^= 1
     PIL.Image.fromarray(pixels).save(tmp_path / "e.png")
-    hashes = CheckedPictures(load_images(None, None, str(tmp_path), None, None, None), progress=False).hashes
+    hashes = checked(tmp_path).hashes
     assert hashes[0] == hashes[1] == hashes[2] and len(set(hashes)) == 3 and len(hashes[0]) == HASH_BYTES
     # Not by their bytes alone: of another shape they show something else.
     assert content_hash(PIL.Image.new("RGB", (2, 8))) != content_hash(PIL.Image.new("RGB", (8, 2)))
@@ -202,13 +198,10 @@ def test_hashes_tell_pictures_apart_by_what_they_show(tmp_path):
 
 def test_conversions_are_told(tmp_path):
     save(tmp_path / "gray.png")
+    assert checked(tmp_path).channels == 1 and checked(tmp_path).converted(1) is None
     PIL.Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     PIL.Image.new("RGBA", (16, 20)).save(tmp_path / "clear.png")
-    checked = CheckedPictures(load_images(None, None, str(tmp_path), None, None, None), progress=False)
-    assert checked.channels == 3 and (checked.num_gray, checked.num_transparent) == (1, 1)
-    assert "2 of 3" in checked.converted(1) and "1 of 3" in checked.converted(3)
-    assert "2 of 16x16" in checked.describe(3) and "1 of 16x20" in checked.describe(3)
-    (tmp_path / "red.png").unlink()
-    (tmp_path / "clear.png").unlink()
-    alone = CheckedPictures(load_images(None, None, str(tmp_path), None, None, None), progress=False)
-    assert alone.channels == 1 and alone.converted(1) is None
+    pictures = checked(tmp_path)
+    assert pictures.channels == 3 and (pictures.num_gray, pictures.num_transparent) == (1, 1)
+    assert "2 of 3" in pictures.converted(1) and "1 of 3" in pictures.converted(3)
+    assert "2 of 16x16" in pictures.describe(3) and "1 of 16x20" in pictures.describe(3)

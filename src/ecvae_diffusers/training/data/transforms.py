@@ -1,0 +1,39 @@
+"""Change batches of images: their range, their crop, their orientation."""
+
+import torch
+
+from ecvae_diffusers.training.randomness import StepNoise
+
+
+def to_range(images: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 to float in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Convert [-1, 1] to the nearest uint8, clipped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Crop (..., H, W) to its central (..., size, size)."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
+    """Crop a square of `size` pixels from each image, anywhere in it."""
+    height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
+    places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
+    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
+
+
+def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
+    """Flip each image horizontally with probability 1/2."""
+    flip = noise.uniform(images.shape[0], 1, 1, 1) < 0.5
+    return torch.where(flip, images.flip(-1), images)
+
+
+def batch_spread(images: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation over the batch, averaged over pixels: 0 if all images are the same."""
+    return images.float().std(0, correction=0).mean()
