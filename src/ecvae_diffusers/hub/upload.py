@@ -11,14 +11,12 @@ import os
 import re
 import socket
 import ssl
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import PIL.Image
-from diffusers import DiffusionPipeline
 from diffusers.models import autoencoders
 from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -26,7 +24,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..atomic import writing
 from .card import CARD_MARKER, with_location
 from .saving import fingerprint
 
@@ -494,58 +491,3 @@ def explanation(error: Exception, what: str, repo_id: str, endpoint: str) -> str
     if status is not None:
         return f"the Hub could not {what} {repo_id!r}: {message}"
     return f"the Hub at {endpoint} can't be reached, {len(WAITS) + 1} times: {message}"
-
-
-def upload_arguments(save_directory: str | os.PathLike, kwargs: dict) -> dict | None:
-    """Take the arguments of `upload_folder` out of those of `save_pretrained`; `None` without `push_to_hub=True`."""
-    if not kwargs.pop("push_to_hub", False):
-        return None
-    names = ("token", "private", "revision", "commit_message", "create_pr", "subfolder")
-    found = {name: kwargs.pop(name) for name in names if name in kwargs}
-    return {"repo_id": kwargs.pop("repo_id", Path(save_directory).resolve().name), **found}
-
-
-def push_to_hub(
-    self: DiffusionPipeline,
-    repo_id: str,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-    safe_serialization: bool = True,
-    variant: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-) -> str:
-    """
-    Save the pipeline and publish it on the Hub: components, code and card. A card that somebody has edited there stays, and one
-    with figures as long as they are of the same weights, see [`~upload.upload_folder`].
-
-    Args:
-        repo_id (`str`): `"user/name"`, or a name alone for one's own.
-        commit_message, private, token, create_pr, subfolder, revision: As for [`~upload.upload_folder`].
-        safe_serialization (`bool`, *optional*, defaults to `True`): Weights are safetensors only.
-        variant (`str`, *optional*):
-            Such as `"fp16"`: files of that name beside those that are there. Push full weights first: when others come, variants
-            of those before are removed.
-
-    Returns:
-        `str`: URL of the commit, or of the pull request.
-
-    Raises:
-        ValueError, UploadError: as [`~upload.upload_folder`].
-        OSError: if the folder for temporary files is full.
-    """
-    with local_errors(), tempfile.TemporaryDirectory() as folder:
-        with writing(folder):
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-        return upload_folder(
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            subfolder=subfolder,
-        )

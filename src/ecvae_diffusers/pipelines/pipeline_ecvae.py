@@ -4,7 +4,6 @@
 from collections.abc import Iterable
 from itertools import takewhile
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -15,7 +14,6 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..energy import compute_energy, energy_and_gradient, frozen
-from ..hub.saving import write_restoration_code
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
@@ -369,8 +367,3 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             energy = compute_energy(self.energy_model, sample)
         self.maybe_free_model_hooks()
         return energy
-
-    def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """As for every pipeline of ours, and the code by which the same components restore pictures."""
-        write_restoration_code(save_directory)
-        super().save_config(save_directory, **kwargs)
