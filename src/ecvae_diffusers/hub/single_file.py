@@ -34,7 +34,12 @@ def single_file(name: str) -> str:
     imports = [import_block(inlined.imports, standard=True), import_block(inlined.imports, standard=False)]
     head = f'{module.lines[0]}\n{HEADER}"""{ast.get_docstring(module.tree, clean=False)}"""'
     stand_ins = "\n".join(sorted(inlined.stand_ins))
-    return "\n\n".join([head, *filter(None, imports)]) + "\n\n\n" + "\n\n\n".join([stand_ins, *inlined.texts, body]) + "\n"
+    return (
+        "\n\n".join([head, *filter(None, imports)])
+        + "\n\n\n"
+        + "\n\n\n".join([stand_ins, *inlined.texts, body])
+        + "\n"
+    )
 
 
 class Module:
@@ -94,7 +99,9 @@ class Inlined:
         used = used_names(nodes)
         for node in module.nodes:
             if isinstance(node, ast.Import):
-                self.imports |= {(ast.unparse(a), "") for a in node.names if (a.asname or a.name).split(".")[0] in used}
+                self.imports |= {
+                    (ast.unparse(a), "") for a in node.names if (a.asname or a.name).split(".")[0] in used
+                }
             elif isinstance(node, ast.ImportFrom):
                 names = [alias for alias in node.names if (alias.asname or alias.name) in used]
                 if not node.level:
