@@ -10,11 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.hub.single_file import single_file
-
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))  # this checkout, whatever is installed
+
+from ecvae_diffusers import ECVAEPipeline  # noqa: E402
+from ecvae_diffusers.hub.single_file import single_file  # noqa: E402
+
+
 PIPELINES = ("ecvae", "ecvae_restoration", "ecflow")
 
 
