@@ -7,7 +7,7 @@ $(if $(ROOT),,$(error The path of this Makefile can't be made out: call make wit
 PYTHON ?= python3
 IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 
-.PHONY: demo test test-slow quality style pipelines environment clean
+.PHONY: demo test test-slow quality style pipelines cards environment clean
 
 demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look at demo/comparison.png
 	@$(IN_ROOT) training/demo.py --output_dir demo
@@ -30,6 +30,9 @@ style: environment  ## Mend style
 
 pipelines: environment  ## Generate the single-file pipelines from src
 	@$(IN_ROOT) pipelines/generate.py
+
+cards: environment  ## Write the code of the models in model_cards, without which they load only with the package
+	@$(IN_ROOT) pipelines/generate.py --cards
 
 environment:  ## Make .venv with the tested set of versions, whatever is newest today
 	@cd "$(ROOT)" && if [ ! -e .venv/.installed ] || [ pyproject.toml -nt .venv/.installed ] || [ constraints.txt -nt .venv/.installed ]; then \

@@ -14,10 +14,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.figures import NOISE
-from ecvae_diffusers.hub.card import CARD_MARKER, evaluation_table, figure, write_card
+from ecvae_diffusers.hub.card import CARD_MARKER, evaluation_table, figure
+from ecvae_diffusers.hub.contents import files_to_publish
 from ecvae_diffusers.hub.saving import weights_fingerprint
-from ecvae_diffusers.hub.upload import files_to_publish
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,23 +67,6 @@ def test_the_card_says_what_the_evaluation_of_these_weights_says(folder):
     baseline = evaluation["baseline"]["generation"]["measures"]["frechet_distance"]["mean"]
     ours = measures["frechet_distance"]["mean"]
     assert f"| {figure(ours)} | {figure(baseline)} | {baseline / ours:.1f} |" in card.text
-
-
-@pytest.mark.parametrize("name, is_stated", [("fashion_mnist", True), ("digits", False)])
-def test_a_kernel_distance_within_its_noise_is_not_stated(name, is_stated, pipe, tmp_path):
-    evaluation = json.loads((ROOT / "model_cards" / name / "evaluation.json").read_text())
-    details = {"title": "x", "license": "mit", "data": {"name": "x", "license": "CC0"}, "known_failures": "All."}
-    write_card(pipe, tmp_path, evaluation, details)
-    card = ModelCard.load(tmp_path / "README.md")
-    measures = evaluation["generation"]["measures"]
-    (row,) = [line for line in card.text.splitlines() if line.startswith("| kernel distance |") and "samples" in line]
-    assert (figure(measures["kernel_distance"]["mean"]) in card.content) == is_stated
-    assert (NOISE in row) != is_stated and f"{measures['kernel_distance_std']['mean']:.2g} over subsets" in row
-    assert any(result.metric_type == "kernel_distance" for result in card.data.eval_results) == is_stated
-    for run in evaluation["training_seeds"]["runs"]:
-        assert (figure(run["kernel_distance"]) in card.text) == is_stated and figure(
-            run["frechet_distance"]
-        ) in card.text
 
 
 def test_the_median_of_three_training_seeds_is_published(folder):

@@ -20,11 +20,15 @@ import PIL.Image
 import safetensors.torch
 import torch
 import torch.nn as nn
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
+
+
+AutoencoderEC = ModelMixin
+EnergyModel = ModelMixin
 
 
 @contextmanager
@@ -1191,97 +1195,81 @@ def postprocess(
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
+OURS = ("ecvae_diffusers", "diffusers_modules")
+
+
+KNOWN = (*OURS, "diffusers", "transformers", "builtins")
+
+
 def unwrapped(component):
     """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
     return getattr(component, "_orig_mod", component)
 
 
-def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
-    """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
-    classes = {name: type(unwrapped(component)) for name, component in pipeline.components.items()}
-    own = ("ecvae_diffusers", "diffusers_modules")
-    return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in own}
-
-
-def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
-    """
-    The text of a `model_index.json` that names the code files in the folder: a list as `_class_name`, a file stem as
-    the library of each component of ours. Without `_name_or_path`, which would leak a path of the writer's machine.
-    """
-    index = json.loads(model_index)
-    index.pop("_name_or_path", None)
-    index["_class_name"] = ["pipeline", pipeline.saved_class.__name__]
-    for name, component_class in travelling_components(pipeline).items():
-        index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
-    return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
-    """
-    Write `pipeline.py` and one code file per component, and take the writer's paths out of the components' configs. Warn of
-    classes from elsewhere, whose code is not written.
-    """
-    save_directory = Path(save_directory)
-    save_directory.mkdir(parents=True, exist_ok=True)
-    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
-    for name, component in pipeline.components.items():
-        kind = type(unwrapped(component))
-        if kind.__module__.split(".")[0] not in known:
-            warnings.warn(
-                f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that module "
-                "can be imported."
-            )
-    if type(pipeline) is not pipeline.saved_class:
-        warnings.warn(
-            f"The code of {type(pipeline).__name__} is not saved: `DiffusionPipeline.from_pretrained` loads the folder as its base "
-            f"class, {pipeline.saved_class.__name__}, and only {type(pipeline).__name__}.from_pretrained as what it is."
-        )
-    (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
-    for name, component_class in travelling_components(pipeline).items():
-        source = Path(inspect.getfile(component_class))
-        (save_directory / name).mkdir(exist_ok=True)
-        (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-        for config_file in (save_directory / name).glob("*config.json"):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            if config.pop("_name_or_path", None) is not None:
-                config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 class SelfContained:
-    """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
+    """
+    Saves a pipeline with its code, so that its folder loads without this package too. Stands before `DiffusionPipeline`.
+
+    In a single file this class is all there is; in the package [`~pipelines.self_contained.SelfContained`] adds to it.
+    """
 
     @property
     def saved_class(self) -> type:
         """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
-        return next(kind for kind in type(self).__mro__ if SelfContained in kind.__bases__)
+        return next(kind for kind in type(self).__mro__ if DiffusionPipeline in kind.__bases__)
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """
-        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`] for the arguments.
+    def pipeline_code(self) -> str:
+        """Return the content of `pipeline.py`."""
+        return Path(inspect.getfile(self.saved_class)).read_text(encoding="utf-8")
 
-        Raises:
-            ValueError: if `safe_serialization` is False: weights are safetensors only.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
-        kwargs |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
-        super().save_pretrained(save_directory, **kwargs)
+    def travelling_components(self) -> dict[str, type]:
+        """Return the classes of the components that neither diffusers nor transformers has, so that their code must travel."""
+        classes = {name: type(unwrapped(component)) for name, component in self.components.items()}
+        return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in OURS}
+
+    def save_code(self, save_directory: str | Path) -> None:
+        """Write `pipeline.py` and the code of each component. Warn of classes from elsewhere, whose code is not written."""
+        for name, component in self.components.items():
+            kind = type(unwrapped(component))
+            if kind.__module__.split(".")[0] not in KNOWN:
+                warnings.warn(
+                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that "
+                    "module can be imported."
+                )
+        mine, saved = type(self).__name__, self.saved_class.__name__
+        if type(self) is not self.saved_class:
+            warnings.warn(
+                f"The code of {mine} is not saved: {mine}.from_pretrained loads the folder as what it is, but "
+                f"`DiffusionPipeline.from_pretrained` as its base class, {saved}."
+            )
+        save_directory = Path(save_directory)
+        save_directory.mkdir(parents=True, exist_ok=True)
+        (save_directory / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
+        for name, kind in self.travelling_components().items():
+            source = Path(inspect.getfile(kind))
+            (save_directory / name).mkdir(exist_ok=True)
+            (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
     def to_json_string(self) -> str:
-        return self_contained_index(self, super().to_json_string())
+        """
+        Return `model_index.json`, which names the code files in the folder: a list as `_class_name`, a file's stem as the library
+        of each component of ours. Leave out `_name_or_path`, a path of the writer's machine.
+        """
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        index["_class_name"] = ["pipeline", self.saved_class.__name__]
+        for name, kind in self.travelling_components().items():
+            index[name] = [Path(inspect.getfile(kind)).stem, kind.__name__]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
-        write_code_files(self, save_directory, Path(__file__).read_text(encoding="utf-8"))
+        """Save the code and `model_index.json`, and take the writer's paths out of the components' configs."""
+        self.save_code(save_directory)
+        for name in self.travelling_components():
+            for path in (Path(save_directory) / name).glob("*config.json"):
+                config = json.loads(path.read_text(encoding="utf-8"))
+                if config.pop("_name_or_path", None) is not None:
+                    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_config(save_directory, **kwargs)
 
 
@@ -1289,11 +1277,9 @@ EXAMPLE_DOC_STRING = """
     Examples:
         ```py
         >>> from PIL import Image
-        >>> from diffusers import DiffusionPipeline
+        >>> from ecvae_diffusers import ECVAERestorationPipeline
 
-        >>> pipe = DiffusionPipeline.from_pretrained(
-        ...     "path/or/hub-id", custom_pipeline="restoration", trust_remote_code=True
-        ... )  # doctest: +SKIP
+        >>> pipe = ECVAERestorationPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
         >>> output = pipe(Image.open("damaged.png"), mask_image=Image.open("mask.png"))  # doctest: +SKIP
         >>> output.images[0].save("restored.png")  # doctest: +SKIP
         ```
@@ -1375,8 +1361,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
     def __init__(
         self,
-        vae,
-        energy_model=None,
+        vae: AutoencoderEC,
+        energy_model: EnergyModel | None = None,
     ):
         super().__init__()
         self.register_modules(vae=vae, energy_model=energy_model)

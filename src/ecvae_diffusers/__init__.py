@@ -1,6 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Energy-calibrated VAEs for diffusers: one-step image generation, trained with an energy model that samples without it."""
 
+from diffusers import ModelMixin, SchedulerMixin
+
 from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
 from .hub.registration import register
 from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput, FlowEC, FlowECOutput

@@ -19,10 +19,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Return the content of all files in a folder, by path."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 ID = r"(?P<id>[\w.-]+/[\w.-]+)"
 ROUTES = [
-    ("GET", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-    ("HEAD", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET HEAD", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", rf"/api/models/{ID}(/revision/(?P<revision>[^/]+))?", "info"),
     ("GET", rf"/api/models/{ID}/tree/(?P<revision>[^/]+)", "tree"),
     ("POST", r"/api/repos/create", "create"),
@@ -32,8 +36,7 @@ ROUTES = [
     ("POST", rf"/api/models/{ID}/commit/(?P<revision>[^/]+)", "commit"),
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
-    ("GET", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_get"),
-    ("HEAD", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_get"),
+    ("GET HEAD", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_get"),
 ]
 # What the Hub keeps as large files (LFS), whatever their size: uploaded and downloaded from another address than the rest.
 LARGE_FILES = (".safetensors", ".png", ".bin", ".pt", ".pkl")
@@ -56,9 +59,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_request(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
-        for method, pattern, action in ROUTES:
+        for methods, pattern, action in ROUTES:
             match = re.fullmatch(pattern, path)
-            if method == self.command and match:
+            if self.command in methods.split() and match:
                 try:
                     self.fail_as_told(action, match.groupdict().get("id"))
                     getattr(self, action)(**match.groupdict())
@@ -147,20 +150,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, id: str, revision: str) -> None:
         _, files = self.at(id, revision)
-        entries = [
-            {
-                "type": "file",
-                "path": path,
-                "size": len(content),
-                "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
-                **(
-                    {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
-                    if path.endswith(LARGE_FILES)
-                    else {}
-                ),
-            }
-            for path, content in sorted(files.items())
-        ]
+        entries = []
+        for path, content in sorted(files.items()):
+            oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "path": path, "size": len(content), "oid": oid}
+            if path.endswith(LARGE_FILES):
+                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                entry["lfs"] = lfs
+            entries.append(entry)
         self.answer_json(entries)
 
     def create(self) -> None:
@@ -187,15 +184,9 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, id: str, revision: str) -> None:
         self.require_write_access(id)
         self.at(id, revision)
-        files = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(LARGE_FILES) else "regular",
-                "shouldIgnore": False,
-                "oid": None,
-            }
-            for file in json.loads(self.body)["files"]
-        ]
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = {path: "lfs" if path.endswith(LARGE_FILES) else "regular" for path in paths}
+        files = [{"path": p, "uploadMode": mode, "shouldIgnore": False, "oid": None} for p, mode in modes.items()]
         self.answer_json({"files": files})
 
     def commit(self, id: str, revision: str) -> None:
@@ -262,8 +253,7 @@ class HubServer:
         return sha
 
     def add_folder(self, id: str, folder: Path) -> None:
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        self.commit(id, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+        self.commit(id, files(folder))
 
     def files(self, id: str, branch: str = "main") -> dict[str, bytes]:
         return self.repositories[id][self.heads[id][branch]]

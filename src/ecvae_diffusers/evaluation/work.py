@@ -14,8 +14,8 @@ from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.evaluation.parts import Parts
 from ecvae_diffusers.evaluation.pictures import EvaluatedImages
 from ecvae_diffusers.evaluation.while_training import load_features
+from ecvae_diffusers.hub.contents import INDEX, check_components, class_name, held_class
 from ecvae_diffusers.hub.saving import weights_fingerprint
-from ecvae_diffusers.hub.upload import INDEX, check_components, class_name, held_class
 from ecvae_diffusers.metrics import reconstruction_metrics
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.models import bits_per_dimension, dequantize

@@ -2,6 +2,7 @@
 """Model cards: what a checkpoint is, the snippet that loads it, and the figures of its `evaluation.json`, which `evaluate.py` writes."""
 
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..atomic import write_text
 from ..figures import NOISE, is_above_noise
-from .saving import packaged_file
 
 
 # Stands in every card that `write_card` wrote; a card without it is somebody's work.
 CARD_MARKER = (
     "<!-- Written by ecvae_diffusers on saving, and again at each saving: take this line out to keep your changes. -->"
 )
-TEMPLATE = "model_cards/template.md"
 # What the snippets load until it is known where the model will lie.
 LOCATION = "path/or/hub-id"
 # What a card with an evaluation must say beside its figures, and what it may.
@@ -282,7 +281,7 @@ def write_card(
     pictures: dict[str, str] | None = None,
 ) -> None:
     """
-    Write `README.md` from `model_cards/template.md`, unless there is one that is not, or no more, ours.
+    Write `README.md` from `card_template.md`, unless there is one that is not, or no more, ours.
 
     Args:
         pipeline ([`DiffusionPipeline`]): What it describes.
@@ -324,7 +323,7 @@ def write_card(
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(packaged_file(TEMPLATE)),
+        template_str=files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
         card_marker=CARD_MARKER,
         title=stated.get("title", f"{kind}, {facts['sample_size']} px"),
         details=stated,

@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Make a model's folder ready for the Hub, and upload it: `python training/publish.py RUN --evaluation EVALUATION --details FILE`.
 
-The folder holds weights, code, `evaluation.json`, pictures and a card with the evaluation's figures, which must be of these
-very weights. An autoencoder with a calibrated decoder is published as it is, without an evaluation.
+The folder holds weights, code, `evaluation.json`, pictures and a card with the figures of the evaluation, which must be of these
+weights. An autoencoder with a calibrated decoder is published as it is, without an evaluation.
 `--output_dir` keeps the folder, `--hub_model_id` uploads it. The token is that of `hf auth login` or HF_TOKEN.
 """
 
@@ -21,34 +21,38 @@ import yaml
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
 from ecvae_diffusers.atomic import replacing, write_json, write_text
 from ecvae_diffusers.hub.card import CARD_MARKER, LOCATION, check_details, stated_mean, with_location, write_card
-from ecvae_diffusers.hub.saving import weights_fingerprint
-from ecvae_diffusers.hub.upload import (
+from ecvae_diffusers.hub.contents import (
     CARD,
+    EVALUATION,
     PICTURES,
-    UploadError,
-    check_no_link,
-    check_picture,
+    check_file,
     class_name,
     files_to_publish,
     read_index,
-    upload_folder,
 )
+from ecvae_diffusers.hub.saving import weights_fingerprint
+from ecvae_diffusers.hub.upload import UploadError, upload_folder
 from ecvae_diffusers.report.curves import plot_curves
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
 from ecvae_diffusers.training.run.log import METRICS_FILE, read_arguments, read_metrics
 from ecvae_diffusers.training.run.places import named_place, place
 
 
-EVALUATION_FILE = "evaluation.json"
 EVALUATED = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
 SECTIONS = ("weights", "protocol", "generation")  # of every evaluation
 CAPTIONS = {
     "samples.png": "Samples, the first ones of the first seed",
-    "neighbours.png": "Each sample (left) beside the training images nearest to it in features",
+    "neighbours.png": "Each sample (left) next to the training images nearest to it in features",
     "curves.png": "Curves of training",
 }
 # Not bfloat16, which rounds weights so that their fingerprint is no more that of the evaluation.
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def named_folder(text: str) -> str:
+    if not all(text.partition("=")):
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, but is {text!r}")
+    return named_place(text)
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -61,19 +65,17 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--details", type=place, help="YAML file: title, license, data (name, license), known_failures, and more."
     )
     parser.add_argument(
-        "--baseline", type=named_place, metavar="NAME=FOLDER", help="Evaluation of another model to compare with."
+        "--baseline", type=named_folder, metavar="NAME=FOLDER", help="Evaluation of another model to compare with."
     )
     parser.add_argument(
-        "--training_seeds", type=named_place, nargs="+", default=[], metavar="SEED=FOLDER",
-        help="Evaluations of the same training with each seed, this model's among them.",
+        "--training_seeds", type=named_folder, nargs="+", default=[], metavar="SEED=FOLDER",
+        help="Evaluations of the same training with each seed, including this model's.",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights that are published.")
-    parser.add_argument(
-        "--output_dir", type=place, help="Where to keep the folder. Must not hold anything but an earlier one."
-    )
+    parser.add_argument("--output_dir", type=place, help="Where to keep the folder: a new one, or an earlier one.")
     parser.add_argument("--hub_model_id", help="Repository to upload to: user/name.")
     parser.add_argument("--hub_private_repo", action=argparse.BooleanOptionalAction, help="Of a new repository.")
-    parser.add_argument("--hub_revision", help="Branch, made if it is not there. main if not given.")
+    parser.add_argument("--hub_revision", help="Branch, created if there is none. main if not given.")
     parser.add_argument("--commit_message")
     parser.add_argument(
         "--location", help="What the card's snippets load; the repository, or the folder, if not given."
@@ -85,32 +87,25 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         parser.error("--evaluation and --details must be given together.")
     if args.evaluation is None and (args.baseline is not None or args.training_seeds):
         parser.error("--baseline and --training_seeds need --evaluation.")
-    for argument, values in (
-        ("baseline", [args.baseline] if args.baseline else []),
-        ("training_seeds", args.training_seeds),
-    ):
-        for value in values:
-            if not all(value.partition("=")):
-                parser.error(
-                    f"--{argument} must be {'NAME' if argument == 'baseline' else 'SEED'}=FOLDER, but is {value!r}."
-                )
     return args
 
 
 def read_evaluation(argument: str, folder: str) -> dict:
-    path = Path(folder) / EVALUATION_FILE
+    """Return the `evaluation.json` in a folder. Raise `ValueError` if it is not one of evaluate.py."""
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{argument} {folder!r} holds no {EVALUATION_FILE} that can be read: {error}") from error
-    missing = [name for name in SECTIONS if not isinstance(evaluation, dict) or name not in evaluation]
-    if missing:
-        raise ValueError(
-            f"--{argument} {folder!r} must hold an {EVALUATION_FILE} of evaluate.py, but it has no {missing[0]!r}."
+        evaluation = json.loads(
+            (Path(folder) / EVALUATION).read_text(encoding="utf-8"), parse_constant=refuse_constant
         )
-    measures = evaluation["generation"].get("measures") if isinstance(evaluation["generation"], dict) else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{argument} {folder!r} holds no {EVALUATION} that can be read: {error}") from error
+    if not isinstance(evaluation, dict) or not set(SECTIONS) <= evaluation.keys():
+        raise ValueError(
+            f"--{argument} {folder!r} must hold an {EVALUATION} of evaluate.py: with {', '.join(SECTIONS)}."
+        )
+    generation = evaluation["generation"]
+    measures = generation.get("measures") if isinstance(generation, dict) else None
     if not isinstance(measures, dict) or not all(isinstance(one, dict) for one in measures.values()):
-        raise ValueError(f"--{argument} {folder!r}: `generation` of its {EVALUATION_FILE} must hold measures by name.")
+        raise ValueError(f"--{argument} {folder!r}: `generation` of its {EVALUATION} must hold measures by name.")
     return evaluation
 
 
@@ -121,17 +116,14 @@ def refuse_constant(name: str) -> NoReturn:
 def read_details(path: str) -> dict:
     try:
         details = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--details {path!r} can't be read: {' '.join(str(error).split())}") from error
-    try:
         check_details(details)
-    except ValueError as error:
-        raise ValueError(f"--details {path!r}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--details {path!r}: {' '.join(str(error).split())}") from error
     return details
 
 
 def check_comparable(argument: str, evaluation: dict, other: dict) -> None:
-    """Raises `ValueError` if another evaluation's protocol of generation is another."""
+    """Raise `ValueError` if two evaluations differ in their protocol of generation."""
 
     def protocol(one: dict) -> dict:
         return one["generation"]["protocol"] | {
@@ -139,15 +131,14 @@ def check_comparable(argument: str, evaluation: dict, other: dict) -> None:
             "images": one["protocol"]["images"],
         }
 
-    changed = [name for name, value in protocol(evaluation).items() if protocol(other).get(name) != value]
+    ours, theirs = protocol(evaluation), protocol(other)
+    changed = [name for name, value in ours.items() if theirs.get(name) != value]
     if changed:
-        raise ValueError(
-            f"--{argument} was evaluated in another way, so that it can't be compared: {', '.join(changed)}."
-        )
+        raise ValueError(f"--{argument} can't be compared, since it was evaluated with another {', '.join(changed)}.")
 
 
 def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> dict:
-    """The evaluation, with those of the baseline and of other training seeds."""
+    """Return the evaluation, with those of the baseline and of other training seeds."""
     evaluation = read_evaluation("evaluation", args.evaluation)
     if evaluation.get("weights") != fingerprint:
         raise ValueError(
@@ -175,7 +166,7 @@ def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> dict:
 
 
 def card_location(args: argparse.Namespace) -> str:
-    """What the card's snippets load: never an absolute path, which is of this machine."""
+    """Return what the card's snippets load: never an absolute path, which is of this machine."""
     if args.location is not None:
         return args.location
     if args.hub_model_id is not None:
@@ -185,12 +176,10 @@ def card_location(args: argparse.Namespace) -> str:
 
 
 def copy_as_it_is(args: argparse.Namespace, held: str, folder: Path) -> None:
-    """A model that evaluate.py does not measure: its own files, and its own card, with the place that it goes to."""
+    """Copy a model that evaluate.py does not measure: its own files, and its own card, with the place that it goes to."""
     for argument, is_given in (("evaluation", args.evaluation is not None), ("dtype", args.dtype != "float32")):
         if is_given:
-            raise ValueError(
-                f"--{argument} must be left out of {held}, which is published as it is: it is for an ECVAEPipeline or an ECFlowPipeline."
-            )
+            raise ValueError(f"--{argument} is for {' and '.join(EVALUATED)}, but {args.model!r} holds a {held}.")
     for name in files_to_publish(args.model):
         if not (folder / name).exists():  # an edited card
             (folder / name).parent.mkdir(exist_ok=True)
@@ -200,38 +189,28 @@ def copy_as_it_is(args: argparse.Namespace, held: str, folder: Path) -> None:
 
 
 def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipeline, folder: Path) -> None:
-    """Everything that is published of a model that evaluate.py measures."""
+    """Write everything that is published of a model that evaluate.py measures."""
     fingerprint = weights_fingerprint(pipeline)
     details = read_details(args.details) if args.details is not None else None
     evaluation = merged_evaluation(args, fingerprint) if args.evaluation is not None else None
     pipeline.to(DTYPES[args.dtype]).save_pretrained(folder)
-    sources = {}
     if evaluation is not None:
-        write_json(folder / EVALUATION_FILE, evaluation)
-        sources = {name: Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")}
-    for name, source in sources.items():
-        if source.is_file():
-            check_no_link(source, Path(args.evaluation))
-            check_picture(source)
-            shutil.copyfile(source, folder / name)
+        write_json(folder / EVALUATION, evaluation)
+        for source in (Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")):
+            if source.is_file():
+                check_file(source, Path(args.evaluation))
+                shutil.copyfile(source, folder / source.name)
     metrics = Path(args.model) / METRICS_FILE
     records = read_metrics(metrics) if metrics.is_file() else []
     if records:
         plot_curves(records, folder / "curves.png")
     trained = read_arguments(args.model)
     if details is not None and trained:
-        stated = {
-            name: trained[name]
-            for name in ("seed", "max_train_steps", "train_batch_size", "calibration")
-            if name in trained
-        }
-        details["training"] = {
-            **details.get("training", {}),
-            **{name.replace("_", " "): v for name, v in stated.items()},
-        }
-        details["training"] |= calibration_facts(records)
+        names = ("seed", "max_train_steps", "train_batch_size", "calibration")
+        facts = {name.replace("_", " "): trained[name] for name in names if name in trained}
         if "use_ema" in trained:
-            details["training"]["averaged weights (EMA)"] = "yes" if trained["use_ema"] else "no"
+            facts["averaged weights (EMA)"] = "yes" if trained["use_ema"] else "no"
+        details["training"] = details.get("training", {}) | facts | calibration_facts(records)
     pictures = {name: caption for name, caption in CAPTIONS.items() if (folder / name).is_file()}
     write_card(pipeline, folder, evaluation, details, card_location(args), pictures)
 
@@ -251,14 +230,14 @@ def run(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir).resolve() if args.output_dir is not None else None
     own: list[str] = []
     if output_dir is not None and output_dir.exists() and any(output_dir.iterdir()):
-        # An earlier one, and nothing else, may be replaced: what is published is all that is in it.
+        # Only an earlier one may be replaced: with it goes all that is in it.
         known = set(files_to_publish(output_dir))
         found = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
         if found - known:
             raise ValueError(
                 f"--output_dir {args.output_dir!r} holds other files, such as {sorted(found - known)[0]!r}."
             )
-        # What somebody has laid beside it; all else is of the earlier model.
+        # What somebody has laid next to it. All else is of the earlier model.
         own = [name for name in known if name == "LICENSE" or (Path(name).suffix in PICTURES and name not in CAPTIONS)]
 
     held = class_name(read_index(Path(args.model)))
@@ -269,12 +248,10 @@ def run(args: argparse.Namespace) -> None:
         if output_dir is not None and (output_dir / CARD).is_file():
             card = (output_dir / CARD).read_bytes()
             if CARD_MARKER.encode() not in card:
-                print(
-                    f"{output_dir / CARD} was edited and stays as it is: compare its figures with {EVALUATION_FILE}."
-                )
+                print(f"{output_dir / CARD} was edited and stays as it is: compare its figures with {EVALUATION}.")
                 (folder / CARD).write_bytes(card)
         if pipeline is None:
-            copy_as_it_is(args, f"a {held}", folder)
+            copy_as_it_is(args, held, folder)
         else:
             write_folder(args, pipeline, folder)
         for name in own:
@@ -284,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() if output_dir is None else nullcontext() as temporary:
         folder = output_dir or Path(temporary) / "model"
-        # What may lie there already is whole until this is.
+        # What lies there stays complete until this is.
         with replacing(folder) as unfinished:
             fill(unfinished)
         if output_dir is not None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Writes a pipeline's folder so that it holds all that is needed to load it, code included."""
+"""Writes a pipeline's folder with all that is needed to load it, code included, and identifies its weights."""
 
 import hashlib
 import inspect
@@ -11,30 +11,87 @@ import torch
 from diffusers import DiffusionPipeline
 
 
-def packaged_file(name: str) -> Path:
+# Where the classes lie whose code must travel: in this package, or in a folder that was loaded without it.
+OURS = ("ecvae_diffusers", "diffusers_modules")
+KNOWN = (*OURS, "diffusers", "transformers", "builtins")
+
+
+def unwrapped(component):
+    """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
+    return getattr(component, "_orig_mod", component)
+
+
+class SelfContained:
     """
-    A file of the repository's top level that travels in the wheel too, such as `pipelines/ecvae/pipeline.py`.
+    Saves a pipeline with its code, so that its folder loads without this package too. Stands before `DiffusionPipeline`.
 
-    Raises:
-        FileNotFoundError: if it is neither in the installed package nor in a checkout around it.
+    In a single file this class is all there is; in the package [`~pipelines.self_contained.SelfContained`] adds to it.
     """
-    package = Path(__file__).parents[1]
-    for path in (package / "files" / name, package.parents[1] / name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{name} is missing from the installation of ecvae_diffusers: install it again.")
 
+    @property
+    def saved_class(self) -> type:
+        """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
+        return next(kind for kind in type(self).__mro__ if DiffusionPipeline in kind.__bases__)
 
-def single_file_source(pipeline_class: type) -> str:
-    """The code of one of our pipelines as one file that imports only torch and diffusers, generated from the package."""
-    name = Path(inspect.getfile(pipeline_class)).stem.removeprefix("pipeline_")
-    return packaged_file(f"pipelines/{name}/pipeline.py").read_text(encoding="utf-8")
+    def pipeline_code(self) -> str:
+        """Return the content of `pipeline.py`."""
+        return Path(inspect.getfile(self.saved_class)).read_text(encoding="utf-8")
+
+    def travelling_components(self) -> dict[str, type]:
+        """Return the classes of the components that neither diffusers nor transformers has, so that their code must travel."""
+        classes = {name: type(unwrapped(component)) for name, component in self.components.items()}
+        return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in OURS}
+
+    def save_code(self, save_directory: str | Path) -> None:
+        """Write `pipeline.py` and the code of each component. Warn of classes from elsewhere, whose code is not written."""
+        for name, component in self.components.items():
+            kind = type(unwrapped(component))
+            if kind.__module__.split(".")[0] not in KNOWN:
+                warnings.warn(
+                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that "
+                    "module can be imported."
+                )
+        mine, saved = type(self).__name__, self.saved_class.__name__
+        if type(self) is not self.saved_class:
+            warnings.warn(
+                f"The code of {mine} is not saved: {mine}.from_pretrained loads the folder as what it is, but "
+                f"`DiffusionPipeline.from_pretrained` as its base class, {saved}."
+            )
+        save_directory = Path(save_directory)
+        save_directory.mkdir(parents=True, exist_ok=True)
+        (save_directory / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
+        for name, kind in self.travelling_components().items():
+            source = Path(inspect.getfile(kind))
+            (save_directory / name).mkdir(exist_ok=True)
+            (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def to_json_string(self) -> str:
+        """
+        Return `model_index.json`, which names the code files in the folder: a list as `_class_name`, a file's stem as the library
+        of each component of ours. Leave out `_name_or_path`, a path of the writer's machine.
+        """
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        index["_class_name"] = ["pipeline", self.saved_class.__name__]
+        for name, kind in self.travelling_components().items():
+            index[name] = [Path(inspect.getfile(kind)).stem, kind.__name__]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save the code and `model_index.json`, and take the writer's paths out of the components' configs."""
+        self.save_code(save_directory)
+        for name in self.travelling_components():
+            for path in (Path(save_directory) / name).glob("*config.json"):
+                config = json.loads(path.read_text(encoding="utf-8"))
+                if config.pop("_name_or_path", None) is not None:
+                    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        super().save_config(save_directory, **kwargs)
 
 
 def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
     """
-    SHA-256 of a pipeline's weights, rounded to half precision: the same for a model and its `fp16` variant, so that figures
-    can be told to be of these weights.
+    Return the SHA-256 of a pipeline's weights in half precision: the same for a model and its `fp16` variant. It tells which
+    weights an evaluation is of.
     """
     modules = {
         name: unwrapped(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
@@ -43,76 +100,10 @@ def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
 
 
 def fingerprint(weights: dict[str, dict[str, torch.Tensor]]) -> str:
-    """That of `weights_fingerprint`, of the tensors of each component."""
+    """Return the same as `weights_fingerprint`, from the tensors of each component."""
     digest = hashlib.sha256()
     for component, tensors in sorted(weights.items()):
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{component}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().half().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_restoration_code(save_directory: str | Path) -> None:
-    """
-    Write `restoration.py`: without this package the folder's components become a restoration pipeline by
-    `DiffusionPipeline.from_pretrained(..., custom_pipeline="restoration", trust_remote_code=True)`.
-    """
-    source = packaged_file("pipelines/ecvae_restoration/pipeline.py").read_text(encoding="utf-8")
-    Path(save_directory).mkdir(parents=True, exist_ok=True)
-    (Path(save_directory) / "restoration.py").write_text(source, encoding="utf-8")
-
-
-def unwrapped(component):
-    """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
-    return getattr(component, "_orig_mod", component)
-
-
-def travelling_components(pipeline: DiffusionPipeline) -> dict[str, type]:
-    """The components whose class neither diffusers nor transformers has, so that their code must travel with them."""
-    classes = {name: type(unwrapped(component)) for name, component in pipeline.components.items()}
-    own = ("ecvae_diffusers", "diffusers_modules")
-    return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in own}
-
-
-def self_contained_index(pipeline: DiffusionPipeline, model_index: str) -> str:
-    """
-    The text of a `model_index.json` that names the code files in the folder: a list as `_class_name`, a file stem as
-    the library of each component of ours. Without `_name_or_path`, which would leak a path of the writer's machine.
-    """
-    index = json.loads(model_index)
-    index.pop("_name_or_path", None)
-    index["_class_name"] = ["pipeline", pipeline.saved_class.__name__]
-    for name, component_class in travelling_components(pipeline).items():
-        index[name] = [Path(inspect.getfile(component_class)).stem, component_class.__name__]
-    return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def write_code_files(pipeline: DiffusionPipeline, save_directory: str | Path, pipeline_code: str) -> None:
-    """
-    Write `pipeline.py` and one code file per component, and take the writer's paths out of the components' configs. Warn of
-    classes from elsewhere, whose code is not written.
-    """
-    save_directory = Path(save_directory)
-    save_directory.mkdir(parents=True, exist_ok=True)
-    known = ("ecvae_diffusers", "diffusers_modules", "diffusers", "transformers", "builtins")
-    for name, component in pipeline.components.items():
-        kind = type(unwrapped(component))
-        if kind.__module__.split(".")[0] not in known:
-            warnings.warn(
-                f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that module "
-                "can be imported."
-            )
-    if type(pipeline) is not pipeline.saved_class:
-        warnings.warn(
-            f"The code of {type(pipeline).__name__} is not saved: `DiffusionPipeline.from_pretrained` loads the folder as its base "
-            f"class, {pipeline.saved_class.__name__}, and only {type(pipeline).__name__}.from_pretrained as what it is."
-        )
-    (save_directory / "pipeline.py").write_text(pipeline_code, encoding="utf-8")
-    for name, component_class in travelling_components(pipeline).items():
-        source = Path(inspect.getfile(component_class))
-        (save_directory / name).mkdir(exist_ok=True)
-        (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-        for config_file in (save_directory / name).glob("*config.json"):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            if config.pop("_name_or_path", None) is not None:
-                config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

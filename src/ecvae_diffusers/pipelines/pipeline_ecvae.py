@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable
 from itertools import takewhile
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,7 +12,6 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 
 from ..energy import compute_energy, energy_and_gradient, frozen
-from ..hub.saving import write_restoration_code
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
@@ -327,8 +325,3 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             energy = compute_energy(self.energy_model, sample)
         self.maybe_free_model_hooks()
         return energy
-
-    def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Save what every pipeline of this package saves, and the code that restores pictures with the same components."""
-        write_restoration_code(save_directory)
-        super().save_config(save_directory, **kwargs)

@@ -1,22 +1,36 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What every pipeline of this package does when it is saved: take its code and its card along."""
+"""What every pipeline of this package does when it is saved: take its code and its card along, and be published if asked to."""
 
+import inspect
+import tempfile
 from pathlib import Path
 
+from ..atomic import writing
+from ..hub import saving
 from ..hub.card import write_card
-from ..hub.saving import self_contained_index, single_file_source, write_code_files
-from ..hub.upload import push_to_hub, upload_arguments, upload_folder
+from ..hub.single_file import single_file
+from ..hub.upload import local_errors, upload_folder
 
 
-class SelfContained:
-    """Saves a pipeline so that its folder loads without this package too. To stand before `DiffusionPipeline`."""
+class SelfContained(saving.SelfContained):
+    """Saves and publishes a pipeline so that its folder loads without this package too. Stands before `DiffusionPipeline`."""
 
-    push_to_hub = push_to_hub
+    def pipeline_code(self) -> str:
+        return single_file(Path(inspect.getfile(self.saved_class)).stem.removeprefix("pipeline_"))
 
-    @property
-    def saved_class(self) -> type:
-        """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
-        return next(kind for kind in type(self).__mro__ if SelfContained in kind.__bases__)
+    def save_code(self, save_directory: str | Path) -> None:
+        """
+        Write the code of the pipeline and its components. With an [`ECVAEPipeline`], whose components restore pictures too, also
+        `restoration.py`: `DiffusionPipeline.from_pretrained(..., custom_pipeline="restoration", trust_remote_code=True)`.
+        """
+        super().save_code(save_directory)
+        if self.saved_class.__name__ == "ECVAEPipeline":
+            (Path(save_directory) / "restoration.py").write_text(single_file("ecvae_restoration"), encoding="utf-8")
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Save the card, the code and `model_index.json`."""
+        write_card(self, save_directory)
+        super().save_config(save_directory, **kwargs)
 
     def save_pretrained(
         self,
@@ -28,25 +42,54 @@ class SelfContained:
         **kwargs,
     ) -> None:
         """
-        Save the pipeline: components, code and card; with `push_to_hub=True` publish the folder too. See
-        [`DiffusionPipeline.save_pretrained`] for the arguments.
+        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`] for the arguments. With
+        `push_to_hub=True` publish the folder too, as `repo_id` (its name if not given); further arguments are those of
+        [`~hub.upload.upload_folder`].
+        """
+        saved = (safe_serialization, variant, max_shard_size)
+        super().save_pretrained(save_directory, *saved, **({} if push_to_hub else kwargs))
+        if push_to_hub:
+            upload_folder(save_directory, kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """
+        Save the pipeline and publish it on the Hub: components, code and card. What somebody has edited there stays, see
+        [`~hub.upload.upload_folder`], of which the arguments are.
+
+        Args:
+            repo_id (`str`): `"user/name"`, or a name alone for one's own.
+            variant (`str`, *optional*):
+                Such as `"fp16"`: files of that name next to those that are there. Push full weights first: when others come,
+                the variants that are there are removed.
+
+        Returns:
+            `str`: URL of the commit, or of the pull request.
 
         Raises:
-            ValueError: if `safe_serialization` is False: weights are safetensors only.
+            ValueError, UploadError: as [`~hub.upload.upload_folder`].
+            OSError: if the folder for temporary files is full.
         """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
-        kwargs |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
-        upload = upload_arguments(save_directory, kwargs)
-        super().save_pretrained(save_directory, **kwargs)
-        if upload is not None:
-            upload_folder(save_directory, **upload)
-
-    def to_json_string(self) -> str:
-        return self_contained_index(self, super().to_json_string())
-
-    def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Save `model_index.json` with the code and the card beside it, so that the folder loads without this package."""
-        write_code_files(self, save_directory, single_file_source(self.saved_class))
-        write_card(self, save_directory)
-        super().save_config(save_directory, **kwargs)
+        with local_errors(), tempfile.TemporaryDirectory() as folder:
+            with writing(folder):
+                self.save_pretrained(folder, safe_serialization, variant)
+            return upload_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+                revision=revision,
+            )

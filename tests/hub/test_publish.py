@@ -14,14 +14,14 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from hub_server import HubServer
+from hub_server import HubServer, files
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_runs import SCRIPT, TINY, write_autoencoder, write_images
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline, FlowEC
 from ecvae_diffusers.hub import publish
-from ecvae_diffusers.hub.card import CARD_MARKER, baseline_rows, check_details, figure, write_card
+from ecvae_diffusers.hub.card import CARD_MARKER, figure
 from ecvae_diffusers.hub.publish import parse_args
 
 
@@ -93,32 +93,21 @@ def arguments(folder: Path) -> list:
     ]  # fmt: skip
 
 
-def published(hub: HubServer, name: str) -> dict[str, bytes]:
-    return {path: content for path, content in hub.files(name).items() if path != ".gitattributes"}
-
-
-def local(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 def test_a_run_is_pushed_at_its_end(hub, work):
-    files = published(hub, "user/trained")
-    assert (
-        files["vae/diffusion_pytorch_model.safetensors"]
-        == local(work / "run0")["vae/diffusion_pytorch_model.safetensors"]
-    )
-    assert {path.split("/")[0] for path in files} == {
+    pushed, weights = hub.files("user/trained"), "vae/diffusion_pytorch_model.safetensors"
+    assert pushed[weights] == (work / "run0" / weights).read_bytes()
+    assert {path.split("/")[0] for path in pushed} == {
         "README.md", "energy_model", "model_index.json", "pipeline.py", "restoration.py", "scheduler", "vae",
     }  # fmt: skip
     assert hub.private["user/trained"] is True
     log = (work / "train0.log").read_text()
     assert "Published: " in log and "hf_token" not in log
     assert "hf_token" not in (work / "run0" / "training_args.json").read_text()
-    assert b'from_pretrained("user/trained")' in files["README.md"]
+    assert b'from_pretrained("user/trained")' in pushed["README.md"]
 
 
 def test_what_is_uploaded_is_what_is_kept(hub, work):
-    assert published(hub, "user/published") == local(work / "card")
+    assert hub.files("user/published") == files(work / "card")
     assert "hf_token" not in (work / "publish.log").read_text()
 
 
@@ -169,41 +158,33 @@ def test_the_snippets_of_the_card_run(work, tmp_path):
 
 
 def test_published_again_in_the_same_place(hub, work, environment):
-    before = local(work / "card")
+    before = files(work / "card")
     (work / "card" / "README.md").write_text(before["README.md"].decode().replace(CARD_MARKER, "") + "By hand.\n")
     result = succeed("publish.py", *arguments(work)[:-2], environment=environment)
-    assert "was edited and stays as it is" in result.stdout
-    assert local(work / "card")["README.md"].decode().endswith("By hand.\n")
+    assert str(work / "card" / "README.md") in result.stdout
+    assert files(work / "card")["README.md"].decode().endswith("By hand.\n")
     (work / "card" / "README.md").write_bytes(before["README.md"])
 
     (work / "card" / "mine.txt").write_text("mine")
     result = run("publish.py", *arguments(work)[:-2], environment=environment)
-    assert result.returncode == 1 and "holds other files, such as 'mine.txt'" in result.stderr
+    assert result.returncode == 1 and "mine.txt" in result.stderr
     (work / "card" / "mine.txt").unlink()
-    assert local(work / "card") == before
+    assert files(work / "card") == before
 
 
 def test_what_lies_beside_an_earlier_one_stays(work, tmp_path):
     """An absolute folder is not named in the card: it is of this machine."""
     card = tmp_path / "card"
-    listed = [
-        work / "run0",
-        "--evaluation",
-        work / "evaluation0",
-        "--details",
-        work / "details.yaml",
-        "--output_dir",
-        card,
-    ]
-    publish.run(parse_args(list(map(str, listed))))
+    listed = ["--evaluation", work / "evaluation0", "--details", work / "details.yaml", "--output_dir", card]
+    publish.run(parse_args(list(map(str, [work / "run0", *listed]))))
     assert 'from_pretrained("card")' in (card / "README.md").read_text()
     (card / "LICENSE").write_text("Mine.")
     PIL.Image.new("L", (8, 8), 7).save(card / "teaser.png")
     teaser = (card / "teaser.png").read_bytes()
     # Without an evaluation its file and pictures are gone, and nothing else.
-    before = set(local(card))
+    before = set(files(card))
     publish.run(parse_args([str(work / "run0"), "--output_dir", str(card)]))
-    assert before - set(local(card)) == {"evaluation.json", "samples.png", "neighbours.png"}
+    assert before - set(files(card)) == {"evaluation.json", "samples.png", "neighbours.png"}
     assert (card / "LICENSE").read_text() == "Mine." and (card / "teaser.png").read_bytes() == teaser
 
 
@@ -218,10 +199,10 @@ def test_flows_and_autoencoders_are_published_as_they_are(hub, work, environment
         "publish.py", autoencoder, "--hub_model_id", "decoder", "--output_dir", tmp_path / "kept", environment=environment
     )  # fmt: skip
     for name, folder in (("user/a-flow", flow), ("user/decoder", autoencoder)):
-        expected = {path: content for path, content in local(folder).items() if path != "metrics.jsonl"}
+        expected = {path: content for path, content in files(folder).items() if path != "metrics.jsonl"}
         expected["README.md"] = expected["README.md"].replace(b"path/or/hub-id", name.encode())
-        assert b"path/or" not in expected["README.md"] and published(hub, name) == expected
-    assert set(local(tmp_path / "kept")) == set(published(hub, "user/decoder"))
+        assert b"path/or" not in expected["README.md"] and hub.files(name) == expected
+    assert set(files(tmp_path / "kept")) == set(hub.files("user/decoder"))
 
 
 def test_a_folder_from_elsewhere_does_not_lead_out_of_what_is_written(tmp_path):
@@ -243,7 +224,7 @@ def test_a_restoration_pipeline_stays_one(listed, argument, make_pipeline, tmp_p
     """Its components would load as an ECVAEPipeline too."""
     model, card = tmp_path / "model", tmp_path / "card"
     ECVAERestorationPipeline(vae=make_pipeline().vae).save_pretrained(model)
-    with pytest.raises(ValueError, match=f"--{argument} must be left out of a ECVAERestorationPipeline"):
+    with pytest.raises(ValueError, match=f"--{argument} .*ECVAERestorationPipeline"):
         publish.run(parse_args([str(model), *listed, "--output_dir", str(card)]))
     assert not card.exists()
     publish.run(parse_args([str(model), "--output_dir", str(card)]))
@@ -251,61 +232,64 @@ def test_a_restoration_pipeline_stays_one(listed, argument, make_pipeline, tmp_p
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, named",
     [
-        ({"--evaluation": "evaluation1"}, "is not of the weights of"),
-        ({"--evaluation": "images"}, "holds no evaluation.json that can be read"),
-        ({"--evaluation": "list"}, "must hold an evaluation.json of evaluate.py, but it has no 'weights'"),
-        ({"--baseline": "other=part"}, "must hold an evaluation.json of evaluate.py, but it has no 'generation'"),
-        ({"--details": "untrained.yaml"}, "field `training` must be names with what they were, but is None"),
-        ({"--details": "untitled.yaml"}, "untitled.yaml': the card's field `title` is missing"),
-        ({"--details": "broken.yaml"}, "can't be read"),
-        ({"--training_seeds": "1=evaluation1"}, "--training_seeds must hold this model once, but holds it 0 times"),
-        ({"--baseline": "other=fewer"}, "--baseline was evaluated in another way, so that it can't be compared: num_samples"),
+        ({"--evaluation": "evaluation1"}, "--evaluation .*run0"),
+        ({"--evaluation": "images"}, "--evaluation .*images"),
+        ({"--evaluation": "list"}, "--evaluation .*list"),
+        ({"--baseline": "other=part"}, "--baseline .*generation"),
+        ({"--details": "untrained.yaml"}, "--details .*`training`"),
+        ({"--details": "untitled.yaml"}, "--details .*`title`"),
+        ({"--details": "broken.yaml"}, "--details .*broken.yaml"),
+        ({"--training_seeds": "1=evaluation1"}, "--training_seeds .*0 times"),
+        ({"--baseline": "other=fewer"}, "--baseline .*num_samples"),
+        ({"--training_seeds": "1=fewer"}, "--training_seeds .*num_samples"),
     ],
 )  # fmt: skip
-def test_refused_in_one_line_with_nothing_written(change, message, work, environment, tmp_path):
+def test_refused_in_one_line_with_nothing_written(change, named, work, tmp_path, capsys):
     (work / "untitled.yaml").write_text(yaml.safe_dump({k: v for k, v in DETAILS.items() if k != "title"}))
     (work / "broken.yaml").write_text("title: [")
     (work / "untrained.yaml").write_text(yaml.safe_dump({**DETAILS, "training": None}))
-    for name, content in (("list", []), ("part", {"weights": None, "protocol": {}})):
-        (work / name).mkdir(exist_ok=True)
-        (work / name / "evaluation.json").write_text(json.dumps(content))
     fewer = json.loads((work / "evaluation1" / "evaluation.json").read_text())
     fewer["generation"]["protocol"]["num_samples"] = 5
-    (work / "fewer").mkdir(exist_ok=True)
-    (work / "fewer" / "evaluation.json").write_text(json.dumps(fewer))
+    for name, content in (("list", []), ("part", {"weights": None, "protocol": {}}), ("fewer", fewer)):
+        (work / name).mkdir(exist_ok=True)
+        (work / name / "evaluation.json").write_text(json.dumps(content))
     given = {
         "--evaluation": "evaluation0", "--details": "details.yaml", "--training_seeds": "0=evaluation0",
         "--baseline": "other=evaluation1", **change,
     }  # fmt: skip
-    listed = []
+    listed = [work / "run0", "--output_dir", tmp_path / "card"]
     for name, value in given.items():
         seed, equals, folder = value.rpartition("=")
         listed += [name, f"{seed}{equals}{work / folder}"]
-    result = run("publish.py", work / "run0", *listed, "--output_dir", tmp_path / "card", environment=environment)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert message in result.stderr.splitlines()[-1]
+    assert re.search(named, refused(listed))
     assert not (tmp_path / "card").exists()
 
 
+def refused(listed: list) -> str:
+    """Return the line with which publishing ends."""
+    with pytest.raises(SystemExit) as ended:
+        publish.main(list(map(str, listed)))
+    assert isinstance(ended.value.code, str) and len(ended.value.code.splitlines()) == 1
+    return ended.value.code
+
+
 @pytest.mark.parametrize(
-    "listed, message",
+    "listed, named",
     [
-        ([], "--output_dir or --hub_model_id must say where the model goes"),
-        (["--output_dir", "x", "--details", "d"], "--evaluation and --details must be given together"),
-        (["--output_dir", "x", "--dtype", "bfloat16"], "invalid choice: 'bfloat16' (choose from"),
-        (["--output_dir", "x", "--baseline", "a=b"], "--baseline and --training_seeds need --evaluation"),
-        (
-            ["--output_dir", "x", "--evaluation", "e", "--details", "d", "--baseline", "b"],
-            "--baseline must be NAME=FOLDER, but is 'b'",
-        ),
+        ([], "--output_dir"),
+        (["--output_dir", "x", "--details", "d"], "--evaluation"),
+        (["--output_dir", "x", "--dtype", "bfloat16"], "--dtype"),
+        (["--output_dir", "x", "--baseline", "a=b"], "--baseline"),
+        (["--output_dir", "x", "--baseline", "b"], "--baseline.*NAME=FOLDER.*'b'"),
+        (["--output_dir", "x", "--training_seeds", "=b"], "--training_seeds.*NAME=FOLDER.*'=b'"),
     ],
 )
-def test_refused_before_anything_is_done(listed, message, capsys):
+def test_refused_before_anything_is_done(listed, named, capsys):
     with pytest.raises(SystemExit):
         parse_args(["model", *listed])
-    assert message in capsys.readouterr().err
+    assert re.search(named, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("token, status", [("hf_wrong", "(401)"), ("hf_token", "(403)")])
@@ -331,74 +315,7 @@ def test_a_model_that_could_not_be_uploaded_is_saved(hub, work, environment, tmp
     assert advice == f"publish.py {tmp_path / 'unlucky'} --hub_model_id unlucky"
     ECVAEPipeline.from_pretrained(tmp_path / "unlucky")
     succeed(*advice.split(), environment=environment)
-    assert "model_index.json" in published(hub, "user/unlucky")
-
-
-@pytest.mark.parametrize("name", ["title", "license", "data", "known_failures"])
-def test_a_card_lacks_nothing(name):
-    check_details(DETAILS)
-    with pytest.raises(ValueError, match=f"field `{name}` is missing"):
-        check_details({**DETAILS, name: None})
-
-
-@pytest.mark.parametrize(
-    "details, message",
-    [
-        ({**DETAILS, "author": "me"}, "field `author` is unknown"),
-        ({**DETAILS, "data": {"name": "x"}}, "field `data.license` is missing"),
-        ({**DETAILS, "data": "digits"}, "field `data` must be `name` and `license`"),
-        ({**DETAILS, "data": {**DETAILS["data"], "id": None}}, "field `data.id` must be text, but is None"),
-        ({**DETAILS, "training": "a week"}, "field `training` must be names with what they were, but is 'a week'"),
-        ({**DETAILS, "training": None}, "field `training` must be names with what they were, but is None"),
-        ({**DETAILS, "tags": "faces"}, "field `tags` must be a list of texts, but is 'faces'"),
-        ({**DETAILS, "tags": None}, "field `tags` must be a list of texts, but is None"),
-        ({**DETAILS, "tags": [1]}, r"field `tags` must be a list of texts, but is \[1\]"),
-        ({**DETAILS, "license": ["mit"]}, "field `license` must be text"),
-        ([], "must be fields with values"),
-    ],
-)
-def test_details_that_are_none(details, message):
-    with pytest.raises(ValueError, match=message):
-        check_details(details)
-
-
-@pytest.mark.parametrize("with_energy", [True, False])
-def test_a_card_says_what_the_model_is(with_energy, make_pipeline, tmp_path):
-    """Of a plain VAE not that it is calibrated, and of one without a variance, which restoration needs, no restoration."""
-    pipe = make_pipeline(with_energy=with_energy)
-    for variance in (None, 0.1):
-        pipe.vae.register_to_config(reconstruction_variance=variance)
-        write_card(pipe, tmp_path)
-        card = ModelCard.load(tmp_path / "README.md")
-        assert ("energy-calibrated" in card.text) == ("EC-VAE" in card.text) == with_energy
-        assert ("ecvae" in card.data.tags) == ("energy-based-model" in card.data.tags) == with_energy
-        assert ("image-restoration" in card.data.tags) == ("restored" in card.text) == (variance is not None)
-        write_card(ECVAERestorationPipeline(vae=pipe.vae), tmp_path)
-        assert ("mask_image=mask" in ModelCard.load(tmp_path / "README.md").text) == (variance is not None)
-
-
-def test_beside_the_energy_stands_what_the_plain_model_tells_apart(pipe, work, tmp_path):
-    """Its reconstruction error on the same sets: elsewhere than on these it says nothing of them."""
-    evaluation = json.loads((work / "evaluation0" / "evaluation.json").read_text())
-    protocol = {"inside": {"data": "disks", "num_images": 9}, "outside": {"noise": 5, "stripes": 7}}
-    measures = {"noise": {"energy": 0.75, "error": 0.5}, "stripes": {"energy": 0.25, "error": 0.5}}
-    evaluation["out_of_distribution"] = {"protocol": protocol, "measures": measures}
-    other = {"protocol": {**protocol, "outside": {"noise": 5, "stripes": 8}}, "measures": {}}
-    other["measures"] = {"noise": {"error": 0.875}, "stripes": {"error": 1.0}}
-    evaluation["baseline"] = {**evaluation, "name": "a VAE", "out_of_distribution": other}
-    write_card(pipe, tmp_path, evaluation, DETAILS)
-    row = "| AUROC by which noise is told apart: by the energy here, by the reconstruction error there | 0.75 | 0.875 |  |"
-    card = (tmp_path / "README.md").read_text()
-    assert row in card and "stripes is told apart" not in card
-    del evaluation["baseline"]["out_of_distribution"]
-    assert len(baseline_rows(evaluation)) == 2
-
-
-def test_a_card_with_figures_needs_details(pipe, work, tmp_path):
-    evaluation = json.loads((work / "evaluation0" / "evaluation.json").read_text())
-    with pytest.raises(ValueError, match="a card with an evaluation needs `details`"):
-        write_card(pipe, tmp_path, evaluation)
-    assert not (tmp_path / "README.md").exists()
+    assert "model_index.json" in hub.files("user/unlucky")
 
 
 @pytest.mark.parametrize(
@@ -412,14 +329,18 @@ def test_a_card_with_figures_needs_details(pipe, work, tmp_path):
         (lambda folder: change(folder, lambda e: e["generation"].update(measures=[])), "--evaluation"),
     ],
 )  # fmt: skip
-def test_an_evaluation_that_can_not_be_published(harm, named, work, environment, tmp_path):
+def test_an_evaluation_that_can_not_be_published(harm, named, work, tmp_path):
     shutil.copytree(work / "evaluation0", tmp_path / "evaluation")
     harm(tmp_path / "evaluation")
-    result = run(
-        "publish.py", work / "run0", "--evaluation", tmp_path / "evaluation", "--details", work / "details.yaml",
-        "--output_dir", tmp_path / "card", environment=environment,
-    )  # fmt: skip
-    assert result.returncode == 1 and named in result.stderr.splitlines()[-1], result.stderr
+    listed = [
+        "--evaluation",
+        tmp_path / "evaluation",
+        "--details",
+        work / "details.yaml",
+        "--output_dir",
+        tmp_path / "card",
+    ]
+    assert named in refused([work / "run0", *listed])
     assert not (tmp_path / "card").exists()
 
 
@@ -432,16 +353,3 @@ def change(folder: Path, update) -> None:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     update(evaluation)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-
-
-def test_evaluation_of_another_model_is_refused_after_a_change_of_weights(work, environment, tmp_path):
-    shutil.copytree(work / "run0", tmp_path / "run")
-    pipe = ECVAEPipeline.from_pretrained(tmp_path / "run")
-    with torch.no_grad():
-        next(pipe.vae.parameters()).add_(0.1)
-    pipe.save_pretrained(tmp_path / "run")
-    result = run(
-        "publish.py", tmp_path / "run", "--evaluation", work / "evaluation0", "--details", work / "details.yaml",
-        "--output_dir", tmp_path / "card", environment=environment,
-    )  # fmt: skip
-    assert result.returncode == 1 and "is not of the weights of" in result.stderr

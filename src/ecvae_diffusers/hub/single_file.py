@@ -1,0 +1,125 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""
+Writes out a pipeline as one file, as the Hub needs it: a file there imports no other of ours.
+
+Behind the imports stand the definitions that the pipeline's module takes from the package, each behind what it uses itself, and then
+the module. Two things are not written out: what only the installed package can do (`STANDS_FOR`), and the component classes, whose
+code travels in files of their own and for which their base classes stand.
+"""
+
+import ast
+import functools
+import sys
+from pathlib import Path
+
+
+PACKAGE = Path(__file__).parents[1]
+HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
+# Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+"""
+# A module whose definitions come from another one, under the same names.
+STANDS_FOR = {PACKAGE / "pipelines" / "self_contained.py": PACKAGE / "hub" / "saving.py"}
+BASE_CLASSES = {PACKAGE / "models": "ModelMixin", PACKAGE / "schedulers": "SchedulerMixin"}
+
+
+@functools.cache
+def single_file(name: str) -> str:
+    """Return the code of `pipelines/pipeline_<name>.py` as a file that imports only torch, diffusers and what they need."""
+    module = Module(PACKAGE / "pipelines" / f"pipeline_{name}.py")
+    inlined = Inlined()
+    inlined.take_imports(module, module.nodes)
+    # Text, not the nodes, so that comments stay.
+    last_import = max(node.end_lineno for node in module.nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    body = "\n".join(module.lines[last_import:]).strip("\n")
+    imports = [import_block(inlined.imports, standard=True), import_block(inlined.imports, standard=False)]
+    head = f'{module.lines[0]}\n{HEADER}"""{ast.get_docstring(module.tree, clean=False)}"""'
+    stand_ins = "\n".join(sorted(inlined.stand_ins))
+    return (
+        "\n\n".join([head, *filter(None, imports)])
+        + "\n\n\n"
+        + "\n\n\n".join([stand_ins, *inlined.texts, body])
+        + "\n"
+    )
+
+
+class Module:
+    """A module's text and tree, with the functions, classes and constants that it defines."""
+
+    def __init__(self, path: Path):
+        self.path, text = path, path.read_text(encoding="utf-8")
+        self.lines, self.tree = text.splitlines(), ast.parse(text)
+        self.nodes = self.tree.body
+        self.definitions: dict[str, ast.stmt] = {}
+        for node in self.nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                self.definitions[node.name] = node
+            elif isinstance(node, ast.Assign):
+                names = [name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+                self.definitions |= {name.id: node for name in names}
+
+    def with_helpers(self, names: list[str]) -> list[ast.stmt]:
+        """Return the definitions of `names`, and of what they use of their own module, in its order."""
+        wanted, todo = set(), list(names)
+        while todo:
+            name = todo.pop()
+            if name in self.definitions and name not in wanted:
+                wanted.add(name)
+                todo += used_names([self.definitions[name]])
+        return [node for node in self.nodes if any(node is self.definitions[name] for name in wanted)]
+
+    def source_of(self, node: ast.stmt) -> str:
+        """Return the text of a definition with its decorators, which `ast.get_source_segment` leaves out."""
+        first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
+        return "\n".join(self.lines[first - 1 : node.end_lineno])
+
+
+class Inlined:
+    """What a single file takes from elsewhere: imports, definitions of the package, and stand-ins for component classes."""
+
+    def __init__(self):
+        self.imports: set[tuple[str, str]] = set()  # module and name; no name for `import module`
+        self.texts: list[str] = []
+        self.stand_ins: set[str] = set()
+
+    def take(self, path: Path, names: list[str]) -> None:
+        """Take definitions of a module of the package, behind what they use."""
+        path = STANDS_FOR.get(path, path)
+        if path.parent in BASE_CLASSES:
+            base = BASE_CLASSES[path.parent]
+            self.imports.add(("diffusers", base))
+            self.stand_ins |= {f"{name} = {base}" for name in names}
+            return
+        module = Module(path)
+        nodes = module.with_helpers(names)
+        self.take_imports(module, nodes)
+        self.texts += [text for text in map(module.source_of, nodes) if text not in self.texts]
+
+    def take_imports(self, module: Module, nodes: list[ast.stmt]) -> None:
+        """Take what `nodes` use of the imports of their module."""
+        used = used_names(nodes)
+        for node in module.nodes:
+            if isinstance(node, ast.Import):
+                self.imports |= {
+                    (ast.unparse(a), "") for a in node.names if (a.asname or a.name).split(".")[0] in used
+                }
+            elif isinstance(node, ast.ImportFrom):
+                names = [alias for alias in node.names if (alias.asname or alias.name) in used]
+                if not node.level:
+                    self.imports |= {(node.module, ast.unparse(alias)) for alias in names}
+                elif names:
+                    folder = module.path.parents[node.level - 1]
+                    path = folder.joinpath(*node.module.split(".")).with_suffix(".py")
+                    self.take(path, [alias.name for alias in names])
+
+
+def used_names(nodes: list[ast.stmt]) -> set[str]:
+    return {node.id for part in nodes for node in ast.walk(part) if isinstance(node, ast.Name)}
+
+
+def import_block(imports: set[tuple[str, str]], standard: bool) -> str:
+    """Return imports sorted as ruff sorts them: plain ones first, then one `from` line per module."""
+    chosen = [one for one in imports if (one[0].split(".")[0].split()[0] in sys.stdlib_module_names) == standard]
+    lines = [f"import {module}" for module in sorted((m for m, name in chosen if not name), key=str.lower)]
+    for module in sorted({module for module, name in chosen if name}, key=str.lower):
+        lines.append(f"from {module} import {', '.join(sorted(name for m, name in chosen if m == module and name))}")
+    return "\n".join(lines)
