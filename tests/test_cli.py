@@ -74,6 +74,23 @@ def test_an_unknown_command_is_refused(capsys):
     assert "COMMAND" in refusal(capsys, "tran")
 
 
+@pytest.mark.parametrize("first", ["ecvae_diffusers", "diffusers"])
+def test_importing_the_package_is_cheap_and_registers_it(first, model):
+    script = f"""
+import sys
+import {first}
+assert ("torch" in sys.modules) == ({first!r} == "diffusers")
+import ecvae_diffusers
+from diffusers import AutoModel, DiffusionPipeline
+model = AutoModel.from_pretrained(sys.argv[1], subfolder="vae")
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert type(pipeline) is ecvae_diffusers.ECVAEPipeline and type(model) is ecvae_diffusers.AutoencoderEC
+assert ecvae_diffusers.operators.Inpainting and set(ecvae_diffusers.__all__) <= set(dir(ecvae_diffusers))
+assert not hasattr(ecvae_diffusers, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", script, model], check=True)
+
+
 # What training is given, and what is started
 
 
@@ -99,26 +116,27 @@ def test_data_may_be_the_first_argument(file, argv, argument, tmp_path):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The command lines that replace this process, of a machine with two GPUs."""
+    """The command lines that take the place of this process, which ends, of a machine with two GPUs."""
     lines = []
+
+    def execv(_, line):
+        lines.append(line)
+        raise SystemExit
+
     for variable in cli.LAUNCHED:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(os, "execv", lambda _, line: lines.append(line))
+    monkeypatch.setattr(os, "execv", execv)
     return lines
 
 
 def test_several_gpus_get_a_process_each(started, capsys):
-    cli.launch("train", ["--seed", "1"])
+    with pytest.raises(SystemExit):
+        cli.launch("train", ["--seed", "1"])
     (line,) = started
     assert line[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert line[line.index("--num_processes") + 1] == "2" and line[-5:] == [
-        "-m",
-        "ecvae_diffusers.cli",
-        "train",
-        "--seed",
-        "1",
-    ]
+    assert line[line.index("--num_processes") + 1] == "2"
+    assert line[-5:] == ["-m", "ecvae_diffusers.cli", "train", "--seed", "1"]
     assert capsys.readouterr().err.count("\n") == 1
 
 

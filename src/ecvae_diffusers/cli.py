@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         module = importlib.import_module(f".{command.module}", __package__)
     except ImportError as error:
-        fail(f"{prog}: error: {error}. It needs: pip install 'ecvae-diffusers[training,metrics]'.")
+        what_to_do = "" if "pip install" in str(error) else ": pip install 'ecvae-diffusers[training]'"
+        fail(f"{prog}: error: {error}{what_to_do}")
     if command.launched and not asks_for_help:
         launch(name, argv)
     try:
