@@ -4,6 +4,7 @@
 import importlib
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -73,19 +74,20 @@ class RegisterBeforeLoading:
 
     module = "diffusers.configuration_utils"
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Find the module that reads configs, as `sys.meta_path` asks, so that it is patched once it has been imported."""
         if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def execute_and_patch(module: ModuleType) -> None:
-            execute(module)
-            self.patch(module)
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                self.patch(module)
 
-        spec.loader.exec_module = execute_and_patch
+            setattr(spec.loader, "exec_module", execute_and_patch)
         return spec
 
     @staticmethod

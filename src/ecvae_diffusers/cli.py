@@ -137,7 +137,7 @@ def launch(name: str, argv: list[str]) -> None:
         where = f"on {torch.accelerator.current_accelerator()}"
     else:
         if "OMP_NUM_THREADS" not in os.environ:
-            usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(min(psutil.cpu_count(logical=False) or usable, usable))
         where = f"on the CPU, with {torch.get_num_threads()} thread(s)"
     print(f"ecvae {name}: one process {where}.", file=sys.stderr, flush=True)

@@ -83,7 +83,8 @@ def find_pictures(sources: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for source in sources:
         if os.path.isdir(source):
-            paths = [Path(row["image"]["path"]) for row in open_folder(source, "pictures")]
+            found_there = open_folder(source, "pictures")
+            paths = [Path(found_there[i]["image"]["path"]) for i in range(len(found_there))]
         elif os.path.isfile(source):
             paths = [Path(source)]
         else:
@@ -142,6 +143,7 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
     from ecvae_diffusers.training.run.folder import save_atomically
 
     image: PIL.Image.Image = PIL.Image.open(path)
+    measured: dict[str, Any]
     if args.task is None:
         measured = {"mask_image": PIL.Image.open(args.mask)}
     else:
