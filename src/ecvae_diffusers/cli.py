@@ -5,6 +5,7 @@ This module imports what a command needs only when the command is run, so that h
 """
 
 import importlib
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ def launch(name: str, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run a command: that of this process's command line, or of `argv`."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return
