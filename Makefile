@@ -18,9 +18,10 @@ test: environment  ## Run the test suite, a file at a time on each core
 test-slow: environment  ## Run what takes minutes: several processes, kills, a file at a time on each core
 	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 -n logical --dist loadfile tests/slow
 
-quality: environment  ## Check style, and that generated files are up to date
+quality: environment  ## Check style and types, and that generated files are up to date
 	@$(IN_ROOT) -m ruff check .
 	@$(IN_ROOT) -m ruff format --check .
+	@$(IN_ROOT) -m mypy
 	@$(IN_ROOT) pipelines/generate.py --check
 	@$(IN_ROOT) benchmarks/common/results.py --check
 

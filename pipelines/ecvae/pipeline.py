@@ -71,8 +71,11 @@ def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dt
         output = energy_model(sample)
     else:
         with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
-            output = type(energy_model).forward(energy_model, sample)
+            if isinstance(energy_model, nn.Module):
+                # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
+                output = type(energy_model).forward(energy_model, sample)
+            else:
+                output = energy_model(sample)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__

@@ -1,13 +1,32 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Energy-calibrated VAEs for diffusers: one-step image generation, trained with an energy model that samples without it."""
 
-from diffusers import ModelMixin, SchedulerMixin
+import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
-from .hub.registration import register
-from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput, FlowEC, FlowECOutput
-from .pipelines import ECFlowPipeline, ECVAEPipeline, ECVAERestorationOutput, ECVAERestorationPipeline
-from .schedulers import LangevinScheduler, LangevinSchedulerOutput
+
+if TYPE_CHECKING:
+    from .public import (
+        AutoencoderEC,
+        AutoencoderECOutput,
+        CalibrationOutput,
+        ECFlowPipeline,
+        ECVAEPipeline,
+        ECVAERestorationOutput,
+        ECVAERestorationPipeline,
+        EnergyCalibrator,
+        EnergyLossOutput,
+        EnergyModel,
+        EnergyModelOutput,
+        FlowEC,
+        FlowECOutput,
+        LangevinScheduler,
+        LangevinSchedulerOutput,
+    )
 
 
 __version__ = "0.1.0"
@@ -30,7 +49,65 @@ __all__ = [
     "LangevinSchedulerOutput",
 ]
 
-register(
-    components=(AutoencoderEC, EnergyModel, FlowEC, LangevinScheduler),
-    pipelines=(ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline),
-)
+
+# diffusers looks up base classes of components in the package that an index names.
+PUBLIC = (*__all__, "ModelMixin", "SchedulerMixin")
+
+
+# Importing torch and diffusers takes seconds, and the command's help needs neither. So the public names are imported at
+# their first use, as diffusers does it.
+def __getattr__(name: str) -> Any:
+    if name in PUBLIC:
+        public = importlib.import_module(".public", __name__)
+        globals().update({one: getattr(public, one) for one in PUBLIC})
+        return globals()[name]
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class RegisterBeforeLoading:
+    """
+    Registers the public classes with diffusers just before it reads its first config: after `import ecvae_diffusers`,
+    `DiffusionPipeline.from_pretrained` loads a folder of this package. diffusers may be imported before or after it.
+    """
+
+    module = "diffusers.configuration_utils"
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find the module that reads configs, as `sys.meta_path` asks, so that it is patched once it has been imported."""
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                self.patch(module)
+
+            setattr(spec.loader, "exec_module", execute_and_patch)
+        return spec
+
+    @staticmethod
+    def patch(module: ModuleType) -> None:
+        mixin = module.ConfigMixin
+        original = mixin.__dict__["_dict_from_json_file"]
+
+        def _dict_from_json_file(cls, json_file):
+            mixin._dict_from_json_file = original
+            importlib.import_module(".public", __name__)
+            return cls._dict_from_json_file(json_file)
+
+        mixin._dict_from_json_file = classmethod(_dict_from_json_file)
+
+
+if RegisterBeforeLoading.module in sys.modules:
+    RegisterBeforeLoading.patch(sys.modules[RegisterBeforeLoading.module])
+else:
+    sys.meta_path.insert(0, RegisterBeforeLoading())

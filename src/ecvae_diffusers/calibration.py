@@ -224,7 +224,7 @@ class EnergyCalibrator:
         if self.tolerance != "auto":
             return float(self.tolerance)
         tolerance = self.resolve_drift_tolerance() ** 2 + self.scheduler.noise_variance()
-        tolerance *= self.num_entries
+        tolerance *= self.known_entries()
         if tolerance == 0:
             raise ValueError("The 'auto' tolerance is 0: `noise_scale` and `drift_tolerance` can't both be 0.")
         return tolerance
@@ -236,9 +236,14 @@ class EnergyCalibrator:
         Raises:
             RuntimeError: if it depends on the number D of entries, and no sample was calibrated yet.
         """
+        healthy = HEALTHY_MOVE / math.sqrt(self.known_entries())
+        return healthy if self.drift_tolerance is None else self.drift_tolerance
+
+    def known_entries(self) -> int:
+        """Return the number D of entries of a sample. Raises `RuntimeError` if no sample was calibrated yet."""
         if self.num_entries is None:
             raise RuntimeError("The tolerance of the drift depends on the size of a sample: call `calibrate` first.")
-        return HEALTHY_MOVE / math.sqrt(self.num_entries) if self.drift_tolerance is None else self.drift_tolerance
+        return self.num_entries
 
     def _chain(
         self,
@@ -266,7 +271,8 @@ class EnergyCalibrator:
                     generator,
                     noise=noise[timestep] if noise is not None else None,
                     drift_scale=drift_scale,
-                ).prev_sample
+                    return_dict=False,
+                )[0]
                 yield energy, sample
 
     def run_chain(
@@ -385,10 +391,10 @@ class EnergyCalibrator:
 
     def _drift(self, constraint: torch.Tensor) -> torch.Tensor:
         """sqrt(max(C - noise floor, 0) / D)."""
-        return (constraint / self.num_entries - self.scheduler.noise_variance()).clamp(min=0).sqrt()
+        return (constraint / self.known_entries() - self.scheduler.noise_variance()).clamp(min=0).sqrt()
 
     def energy_loss(
-        self, real: torch.Tensor, targets: torch.Tensor, energy_model: nn.Module | None = None
+        self, real: torch.Tensor, targets: torch.Tensor, energy_model: Callable | None = None
     ) -> EnergyLossOutput:
         """
         Return the loss of the energy step. Without a gradient penalty it takes one forward pass over data and calibrated
@@ -404,11 +410,14 @@ class EnergyCalibrator:
             [`EnergyLossOutput`]
 
         Raises:
-            ValueError: if `real` holds integers: targets are given to the energy model beside it, in its precision.
+            ValueError: if `real` holds integers, since targets are given to the energy model next to it, in its precision, or if
+                there is no energy model.
         """
         if not real.is_floating_point():
             raise ValueError(f"`real` must be of a floating point dtype, as samples are, but is {real.dtype}.")
         energy_model = self.energy_model if energy_model is None else energy_model
+        if energy_model is None:
+            raise ValueError("`energy_model` must be given where the calibrator has none of its own.")
         targets = targets.detach().to(real.dtype)
         if self.gradient_penalty == 0:
             energy = compute_energy(energy_model, torch.cat([real, targets]))

@@ -90,11 +90,10 @@ def spectrum_of(power: torch.Tensor, width: int) -> list[float]:
     # Small images have no frequency near some bands: those lie on the line between their neighbours.
     found = (weights > 1e-9).nonzero().flatten().tolist()
     values = (sums / weights.clamp(min=1e-9)).tolist()
-    for band in range(NUM_BANDS):
-        if band not in found:
-            left, right = max(b for b in found if b < band), min((b for b in found if b > band), default=None)
-            share = 0.0 if right is None else (band - left) / (right - left)
-            values[band] = values[left] if right is None else (1 - share) * values[left] + share * values[right]
+    for missing in set(range(NUM_BANDS)).difference(found):
+        left, right = max(b for b in found if b < missing), min((b for b in found if b > missing), default=None)
+        weight = 0.0 if right is None else (missing - left) / (right - left)
+        values[missing] = values[left] if right is None else (1 - weight) * values[left] + weight * values[right]
     spectrum = torch.tensor(values, dtype=torch.float64)
     return (spectrum / mean_over_frequencies(at_frequencies(spectrum, height, width), width)).tolist()
 

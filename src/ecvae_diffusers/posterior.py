@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
+from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -161,7 +161,7 @@ def coupled_ends(scheduler: LangevinScheduler, whitened: torch.Tensor, noise: Se
     """
     ends = whitened
     for timestep in range(len(scheduler)):
-        ends = scheduler.step(ends, timestep, ends, whitened, noise=noise[timestep]).prev_sample
+        ends = scheduler.step(ends, timestep, ends, whitened, noise=noise[timestep], return_dict=False)[0]
     return ends
 
 
@@ -301,7 +301,7 @@ class PosteriorBounds(BaseOutput):
 
 def posterior_bounds(
     images: torch.Tensor,
-    vae: nn.Module,
+    vae: ModelMixin,
     num_samples: int = 500,
     num_steps: int = 200,
     variance: float = 0.5,

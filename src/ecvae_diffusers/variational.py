@@ -160,7 +160,7 @@ def likelihood_bounds(
     mean, spread = posterior.mean.float(), posterior.std.float()
     # All at once: torch draws other numbers where they are asked for in other parts.
     draws = randn_tensor((num_samples, *mean.shape), generator=generator, device=mean.device)
-    log_weights = []
+    parts = []
     for noise in draws.split(max(1, batch_size // count)):
         latents = mean + spread * noise
         images = decode(latents.flatten(0, 1).to(posterior.mean.dtype)).float().unflatten(0, (-1, count))
@@ -168,8 +168,8 @@ def likelihood_bounds(
         log_likelihood = -0.5 * (error / variance + dimension * math.log(2 * math.pi * variance))
         # log p(z) - log q(z|x), where the 2 pi of both cancel.
         log_prior = -0.5 * (latents.square() - noise.square() - 2 * spread.log()).flatten(2).sum(2)
-        log_weights.append(log_likelihood + log_prior)
-    log_weights = torch.cat(log_weights)
+        parts.append(log_likelihood + log_prior)
+    log_weights = torch.cat(parts)
     if log_weights.device.type != "mps":  # which has no float64
         log_weights = log_weights.double()
     return LikelihoodBounds(

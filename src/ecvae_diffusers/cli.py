@@ -1,0 +1,180 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The command `ecvae`: train, sample, restore, evaluate and publish energy-calibrated models. `ecvae --help` lists all commands.
+
+This module imports what a command needs only when the command is run, so that help answers at once.
+"""
+
+import importlib
+import io
+import os
+import sys
+from dataclasses import dataclass
+
+from . import __version__
+from .training.run.last_line import fail
+
+
+@dataclass(frozen=True)
+class Command:
+    """
+    A command of `ecvae`.
+
+    Args:
+        module (`str`): The module of this package whose `main(argv, prog)` runs it.
+        summary (`str`): What it does, in one line.
+        example (`str`): Its arguments in an example.
+        launched (`bool`, *optional*, defaults to `False`):
+            Whether it computes on every GPU of the machine, so that Accelerate starts a process for each.
+        data (`bool`, *optional*, defaults to `False`): Whether its first argument may be the data.
+    """
+
+    module: str
+    summary: str
+    example: str
+    launched: bool = False
+    data: bool = False
+
+
+COMMANDS = {
+    "train": Command(
+        "training.train_ecvae",
+        "Train an energy-calibrated VAE on images.",
+        "my_images --resolution 32 --output_dir my_model",
+        launched=True,
+        data=True,
+    ),
+    "train-flow": Command(
+        "training.train_flow",
+        "Train an energy-calibrated normalizing flow on images.",
+        "my_images --resolution 16 --output_dir my_flow",
+        launched=True,
+        data=True,
+    ),
+    "calibrate-decoder": Command(
+        "training.calibrate_decoder",
+        "Calibrate the decoder of an autoencoder of diffusers.",
+        "my_images --pretrained_model_name_or_path my_vae --resolution 64 --output_dir my_calibrated_vae",
+        launched=True,
+        data=True,
+    ),
+    "sample": Command(
+        "commands.sample", "Sample images from a trained model.", "my_model -n 64 --seed 0 -o samples.png"
+    ),
+    "restore": Command(
+        "commands.restore",
+        "Restore damaged pictures with a trained model.",
+        "damaged.png --mask mask.png --model my_model -o restored/",
+    ),
+    "evaluate": Command(
+        "evaluation.evaluate",
+        "Measure a model, or a folder of generated images, against data.",
+        "--pretrained_model_name_or_path my_model --train_data_dir my_images --test_data_dir my_other_images "
+        "--output_dir my_evaluation",
+        launched=True,
+    ),
+    "evaluate-restoration": Command(
+        "evaluation.evaluate_restoration",
+        "Measure restorations of a folder of clean images.",
+        "--pretrained_model_name_or_path my_model --image_dir my_other_images --output_dir my_restorations",
+    ),
+    "report": Command("report.report", "Write the report of a training run as one HTML file.", "my_model"),
+    "publish": Command(
+        "hub.publish",
+        "Make a model's folder ready for the Hub, and upload it.",
+        "my_model --evaluation my_evaluation --details details.yaml --hub_model_id me/my-model",
+    ),
+}
+# Set by `torchrun` and by `accelerate launch`, which have started the processes already.
+LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+# Files of a folder that `datasets` reads as a data set, instead of as pictures.
+DATA_FILES = (".parquet", ".arrow", ".jsonl", ".csv", ".tar", ".zip")
+
+
+def overview() -> str:
+    """Return the help of `ecvae` itself."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    example = f"  ecvae train {COMMANDS['train'].example}\n  ecvae sample {COMMANDS['sample'].example}"
+    return (
+        f"usage: ecvae COMMAND ...\n\nEnergy-calibrated VAEs for diffusers.\n\ncommands:\n{commands}\n\nexample:\n{example}\n\n"
+        "`ecvae COMMAND --help` lists the arguments of a command."
+    )
+
+
+def named_data(argv: list[str]) -> list[str]:
+    """
+    Turn data that a training command is given as its first argument into `--train_data_dir` or `--dataset_name`: a folder of
+    pictures is the first, a folder with data files and a Hub id are the second.
+    """
+    if not argv or argv[0].startswith("-"):
+        return argv
+    source = os.path.expanduser(argv[0])
+    if os.path.isdir(source):
+        is_data_set = "--streaming" in argv or any(name.endswith(DATA_FILES) for name in os.listdir(source))
+    else:
+        is_data_set = not source.startswith((".", "~", os.sep))
+    return ["--dataset_name" if is_data_set else "--train_data_dir", source, *argv[1:]]
+
+
+def launch(name: str, argv: list[str]) -> None:
+    """
+    Use all of the machine, and say so: become `accelerate launch` where there are several GPUs, and give PyTorch a thread
+    per physical core where there is none. Does nothing in a process that a launcher has started.
+    """
+    if any(variable in os.environ for variable in LAUNCHED):
+        return
+    import psutil
+    import torch
+
+    if (num_gpus := torch.cuda.device_count()) > 1:
+        launcher = [
+            "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_gpus), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ecvae_diffusers.cli", name,
+        ]  # fmt: skip
+        print(f"ecvae {name}: {num_gpus} processes, one per GPU, by accelerate launch.", file=sys.stderr, flush=True)
+        # In the place of this process: signals reach the launcher, and its exit code is this one's.
+        os.execv(sys.executable, [sys.executable, *launcher, *argv])
+    if torch.accelerator.is_available():
+        where = f"on {torch.accelerator.current_accelerator()}"
+    else:
+        if "OMP_NUM_THREADS" not in os.environ:
+            usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(min(psutil.cpu_count(logical=False) or usable, usable))
+        where = f"on the CPU, with {torch.get_num_threads()} thread(s)"
+    print(f"ecvae {name}: one process {where}.", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command: that of this process's command line, or of `argv`."""
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return
+    name, *argv = argv
+    if name == "--version":
+        print(__version__)
+        return
+    if name not in COMMANDS:
+        fail(f"ecvae: error: COMMAND must be one of {', '.join(COMMANDS)}, but is {name!r}.")
+    command, prog = COMMANDS[name], f"ecvae {name}"
+    asks_for_help = "-h" in argv or "--help" in argv
+    argv = named_data(argv) if command.data else argv
+    try:
+        module = importlib.import_module(f".{command.module}", __package__)
+    except ImportError as error:
+        what_to_do = "" if "pip install" in str(error) else ": pip install 'ecvae-diffusers[training]'"
+        fail(f"{prog}: error: {error}{what_to_do}")
+    if command.launched and not asks_for_help:
+        launch(name, argv)
+    try:
+        module.main(argv, prog)
+    except SystemExit as end:
+        if asks_for_help and not end.code:
+            print(f"\nexample:\n  {prog} {command.example}")
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The wheel, installed into an environment of its own, does all that a person without a clone needs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from training_runs import TINY, write_images
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1800, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def install(tmp_path_factory) -> Callable[[str], Path]:
+    """Installs what pip is given into an environment of its own, and returns the folder of its programs."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder, check=True)
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+
+    def install(requirement: str) -> Path:
+        run(programs / "python", "-m", "pip", "install", "-c", ROOT / "constraints.txt", requirement, check=True)
+        return programs
+
+    try:
+        install("Jinja2")
+    except subprocess.CalledProcessError:
+        pytest.skip("needs a package index")
+    return install
+
+
+def test_everything_works_after_installing_the_wheel(install, tmp_path):
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    programs = install(f"{wheel}[training]")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+
+    def ecvae(*arguments) -> subprocess.CompletedProcess:
+        return run(programs / "ecvae", *arguments, cwd=tmp_path, env=environment)
+
+    def succeed(*arguments) -> None:
+        result = ecvae(*arguments)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    write_images(tmp_path / "my_images", count=40)
+    write_images(tmp_path / "other_images", count=24)
+    mask = np.repeat(np.uint8([0, 255]), 8)[:, None].repeat(16, axis=1)
+    PIL.Image.fromarray(mask).save(tmp_path / "mask.png")
+
+    succeed("train", "my_images", *TINY, "--max_train_steps", 20, "--output_dir", "my_model")
+    succeed("sample", "my_model", "-n", 16, "-o", "samples.png")
+    assert PIL.Image.open(tmp_path / "samples.png").size == (67, 67)
+    succeed(
+        "restore",
+        "other_images/000.png",
+        "--mask",
+        "mask.png",
+        "--model",
+        "my_model",
+        "-o",
+        "restored",
+        "--num_inference_steps",
+        5,
+    )
+    assert (tmp_path / "restored" / "000-uncertainty.png").is_file()
+    succeed("report", "my_model")
+    assert (tmp_path / "my_model" / "report.html").stat().st_size > 10_000
+    succeed("publish", "my_model", "--output_dir", "published")
+    assert (tmp_path / "published" / "README.md").is_file()
+
+    evaluate = [
+        "evaluate", "--pretrained_model_name_or_path", "my_model", "--train_data_dir", "my_images", "--test_data_dir",
+        "other_images", "--output_dir", "my_evaluation", "--num_samples", 32, "--num_reference", 24, "--num_test", 20,
+        "--num_likelihood_images", 4, "--importance_samples", 5, "--seeds", 0, 1,
+    ]  # fmt: skip
+    refused = ecvae(*evaluate)
+    assert refused.returncode and refused.stderr.splitlines()[-1].count("pip install") == 1
+    install(f"{wheel}[metrics]")
+    succeed(*evaluate)
+    evaluation = json.loads((tmp_path / "my_evaluation" / "evaluation.json").read_text())
+    assert evaluation["generation"]["measures"]
