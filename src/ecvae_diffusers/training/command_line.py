@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from ecvae_diffusers.training.config import ConfigError, TrainingConfig
-from ecvae_diffusers.training.run.checkpoints import arguments_of_run
 from ecvae_diffusers.training.run.last_line import ArgumentParser
 from ecvae_diffusers.training.run.places import place
 
@@ -153,6 +152,8 @@ def read_config(config_class: type[Config], argv: list[str] | None = None, prog:
         args = parser.parse_args(argv)
     own = {}
     if args.resume_from_checkpoint is not None and args.output_dir is not None:
+        from ecvae_diffusers.training.run.checkpoints import arguments_of_run
+
         # What is not given is as the run has it, whatever the defaults are by now.
         own = arguments_of_run(args.output_dir)
         flags = {action.dest for action in parser._actions} - RETIRED.keys()
