@@ -8,8 +8,8 @@ NOISE = "within its noise"
 
 def why_no_frechet_distance(num_real: int, num_generated: int, num_features: int) -> str | None:
     """
-    Say why a Frechet distance may not be stated; `None` if it may. The covariance of fewer images than features lacks full rank,
-    and the distance then depends on the number of images.
+    Say why a Frechet distance may not be stated; `None` if it may. The covariance of fewer images than features lacks
+    full rank, and the distance then depends on the number of images.
     """
     fewest = min(num_real, num_generated)
     if fewest >= num_features:
@@ -19,7 +19,8 @@ def why_no_frechet_distance(num_real: int, num_generated: int, num_features: int
 
 def is_above_noise(kernel_distance: float | None, std: float | None) -> bool:
     """
-    Return whether a kernel distance lies above its standard deviation over subsets. It is an unbiased estimate, negative by chance
-    where two sets are alike. Below its noise it says that the sets can't be told apart, and can't be compared.
+    Return whether a kernel distance lies above its standard deviation over subsets. It is an unbiased estimate,
+    negative by chance where two sets are alike. Below its noise it says that the sets can't be told apart, and can't
+    be compared.
     """
     return kernel_distance is not None and std is not None and kernel_distance > std

@@ -1,5 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Evaluations of models: figures that are right, kept, and told with what they are of. Kills and processes: tests/slow."""
+"""
+Evaluations of models: figures that are right, kept, and told with what they are of. Kills and processes: tests/slow.
+"""
 
 import json
 import math

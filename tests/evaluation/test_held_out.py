@@ -26,7 +26,9 @@ def write_colour(folder: Path, first: int, count: int, mode: str = "RGB") -> Pat
 
 
 def test_gray_samples_are_measured_against_colour(tmp_path):
-    """If one set has colour all are compared in colour; if none has, in gray; and the protocol says what became of which."""
+    """
+    If one set has colour all are compared in colour; if none has, in gray; and the protocol says what became of which.
+    """
     colour, gray = write_colour(tmp_path / "colour", 0, 12), write_colour(tmp_path / "gray", 0, 12, "L")
     shutil.copytree(gray, tmp_path / "as_rgb")
     for path in (tmp_path / "as_rgb").iterdir():

@@ -1,5 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Early stopping, and the features that a run is measured with. The figures of a run: tests/training/test_observation.py."""
+"""
+Early stopping, and the features that a run is measured with. The figures of a run: tests/training/test_observation.py.
+"""
 
 import math
 
@@ -19,7 +21,10 @@ def images(tmp_path_factory):
 
 
 def test_early_stopping_saves_the_best(images, tmp_path):
-    """Nothing is learned, so the first evaluation is the best. Cut off between two of which neither was better, it resumes."""
+    """
+    Nothing is learned, so the first evaluation is the best. Cut off between two of which neither was better, it
+    resumes.
+    """
     out = tmp_path / "out"
     arguments = [
         "--train_data_dir", images, "--output_dir", out, *TINY, "--learning_rate", 1e-12, "--log_steps", 2,

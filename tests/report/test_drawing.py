@@ -36,7 +36,9 @@ def test_a_logarithmic_axis_has_ticks(low, high):
     ],
 )
 def test_curves_of_runs_without_an_energy_model(tmp_path, names, width):
-    """Of an autoencoder, a flow, a foreign decoder, a posterior calibrated alone: a panel for each loss that they log."""
+    """
+    Of an autoencoder, a flow, a foreign decoder, a posterior calibrated alone: a panel for each loss that they log.
+    """
     plot_curves([{"step": step, **dict.fromkeys(names, 1 / step)} for step in (1, 2, 3)], tmp_path / "curves.png")
     with PIL.Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (width, 300)

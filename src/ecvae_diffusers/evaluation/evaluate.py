@@ -1,9 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Measure a model, or a folder of generated images, against data: `accelerate launch training/evaluate.py --help`.
 
-Writes `evaluation.json` (every figure with its protocol), `samples.png` and `neighbours.png` (samples, each next to the
-training images that are nearest to it). Any number of processes gives the same figures. An interrupted evaluation resumes when
-it is started again with the same arguments.
+Writes `evaluation.json` (every figure with its protocol), `samples.png` and `neighbours.png` (samples, each next to
+the training images that are nearest to it). Any number of processes gives the same figures. An interrupted evaluation
+resumes when it is started again with the same arguments.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--test_data_dir", type=place, help="Folder of images instead of --test_split.")
     parser.add_argument(
         "--out_of_distribution", type=named_place, nargs="+", default=[], metavar="NAME=SOURCE",
-        help="Other data that the energy should tell from the model's: folder of images or data set (its --test_split).",
+        help="Other data that the energy should tell from the model's: folder of images or data set (its "
+        "--test_split).",
     )  # fmt: skip
     parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
     count = at_least(1)
@@ -156,8 +157,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def how_to_read(evaluation: Evaluation, folder: Path, pictures: Iterable[str]) -> str:
     """
-    Return the lines that follow the table of an evaluation: which direction is good, how far the best can be, where the pictures
-    are.
+    Return the lines that follow the table of an evaluation: which direction is good, how far the best can be, where
+    the pictures are.
 
     Args:
         evaluation ([`Evaluation`]): What was measured.

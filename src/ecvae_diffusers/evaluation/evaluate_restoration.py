@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Restore a folder of images from what a list of tasks leaves of them: `python training/evaluate_restoration.py --help`.
+"""Restore a folder of images from what tasks leave of them: `python training/evaluate_restoration.py --help`.
 
 Writes `restoration.json` (every measure, with the protocol), `restoration.md` (a table) and a picture per noise level:
 clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The model should not be trained on the images.
@@ -49,8 +49,8 @@ COLUMNS = {
 NUM_PICTURES = 8
 FEWEST_COMPARED = NUM_NEIGHBOURS + 2  # images that can be compared as a set
 HOW_TO_READ = (
-    "Good: PSNR and SSIM high; feature distance and residuals low; within 2 std near 95%, less is an uncertainty that claims too "
-    "much. `ours` should be better than every other method of the same task and noise."
+    "Good: PSNR and SSIM high; feature distance and residuals low; within 2 std near 95%, less is an uncertainty that "
+    "claims too much. `ours` should be better than every other method of the same task and noise."
 )
 
 
@@ -119,7 +119,7 @@ def count_trained_on(checked: CheckedPictures, model: str) -> int | None:
 
 
 def load(name: str, device: str | torch.device) -> ECVAERestorationPipeline:
-    """Load a pipeline for many decoder passes: on a CPU this layout, and memory that is kept, take a third off their time."""
+    """Load a pipeline for many decoder passes: on a CPU, this layout and kept memory take a third off their time."""
     try:
         pipeline = ECVAERestorationPipeline.from_pretrained(name).to(device)
     except LOADING_ERRORS as error:
@@ -225,7 +225,8 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
     print(HOW_TO_READ)
     for noise_std in pictures:
         print(
-            f"{output_dir / f'restoration_noise-{noise_std:g}.png'}: clean, measured, by the linear answer, restored, uncertainty."
+            f"{output_dir / f'restoration_noise-{noise_std:g}.png'}: clean, measured, by the linear answer, restored, "
+            "uncertainty."
         )
     print(f"{output_dir / 'restoration.json'}: every figure with its protocol.")
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Splits an evaluation into numbered parts. Processes share them, and finished parts are cached on disk, so an interrupted
-evaluation resumes."""
+"""Splits an evaluation into numbered parts. Processes share them, and finished parts are cached on disk, so an
+interrupted evaluation resumes."""
 
 import json
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from ecvae_diffusers.atomic import remove, replacing, to_json, write_json
 
 class Parts:
     """
-    Files of tensors, each made by one process. A part's content depends only on its number, so any number of processes makes the
-    same parts.
+    Files of tensors, each made by one process. A part's content depends only on its number, so any number of processes
+    makes the same parts.
 
     Args:
         folder (`Path`): Where they are kept until the evaluation is done. All processes must see the same one.
@@ -41,8 +41,8 @@ class Parts:
             if before != identity:
                 changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
                 raise ValueError(
-                    f"--output_dir holds parts of an evaluation with other arguments ({', '.join(changed)}): give those again, "
-                    f"another folder, or remove {str(folder)!r}."
+                    f"--output_dir holds parts of an evaluation with other arguments ({', '.join(changed)}): give "
+                    f"those again, another folder, or remove {str(folder)!r}."
                 )
         # Every process looks before one of them writes.
         accelerator.wait_for_everyone()
@@ -73,8 +73,8 @@ class Parts:
         paths = [self.path(kind, index) for index in range(count)]
         if missing := sum(not path.is_file() for path in paths):
             raise ValueError(
-                f"{missing} of {count} parts of {kind!r} are not in {str(self.folder)!r}: --output_dir must be a folder that all "
-                "processes share."
+                f"{missing} of {count} parts of {kind!r} are not in {str(self.folder)!r}: --output_dir must be a "
+                "folder that all processes share."
             )
         loaded = []
         for path in paths:

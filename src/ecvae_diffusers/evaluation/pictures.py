@@ -46,15 +46,16 @@ def open_source(
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if len(columns) != 1:
         raise ValueError(
-            f"--out_of_distribution {source!r} must have one column of images, but has {columns}: give a folder of images."
+            f"--out_of_distribution {source!r} must have one column of images, but has {columns}: give a folder of "
+            "images."
         )
     return column_of_images(dataset, columns[0], source)
 
 
 def draw(pictures: Pictures, count: int | None, seed: int, progress: bool) -> CheckedPictures:
     """
-    Draw `count` pictures, or all of them, in random order; the same ones in the same order for a seed. Data are often sorted by
-    class, and some measures take the first images.
+    Draw `count` pictures, or all of them, in random order; the same ones in the same order for a seed. Data are often
+    sorted by class, and some measures take the first images.
 
     Raises:
         ValueError: if one of them can't be read.
@@ -67,7 +68,7 @@ def draw_images(
     pictures: Pictures, count: int | None, resolution: int, channels: int | None, seed: int, progress: bool
 ) -> torch.Tensor:
     """
-    Return what [`draw`] draws as uint8 images (N, C, H, W). `channels` of `None` are 1 where every image is gray, else 3.
+    Return what [`draw`] draws as uint8 images (N, C, H, W). `channels` of `None` are 1 if every image is gray, else 3.
 
     Raises:
         ValueError: if one of them can't be read.
@@ -84,11 +85,11 @@ def decode_all(
 
 
 def common_size(checked: CheckedPictures, argument: str) -> int:
-    """Return the shorter side of pictures of one size. Raises `ValueError`, naming `argument`, if their sizes differ."""
+    """Return the shorter side of pictures of one size. Raises `ValueError`, naming `argument`, if sizes differ."""
     if len(checked.sizes) > 1:
         raise ValueError(
-            f"--{argument} must hold images of one size, but holds {checked.describe_sizes()}: give --resolution, to which all "
-            "are resized."
+            f"--{argument} must hold images of one size, but holds {checked.describe_sizes()}: give --resolution, to "
+            "which all are resized."
         )
     return min(next(iter(checked.sizes)))
 
@@ -109,8 +110,8 @@ class EvaluatedImages:
     @classmethod
     def read(cls, args: argparse.Namespace, model, main_process: bool) -> "EvaluatedImages":
         """
-        Read the images that the command line of `evaluate.py` names, for an `EvaluatedModel`, or for generated images alone. The
-        main process warns of generated images that are training images, and of pictures that are left out.
+        Read the images that the command line of `evaluate.py` names, for an `EvaluatedModel`, or for generated images
+        alone. The main process warns of generated images that are training images, and of pictures that are left out.
         """
         checked, opened = {}, {}
 
@@ -130,8 +131,8 @@ class EvaluatedImages:
             known = set(checked["real"].hashes)
             if count := sum(one in known for one in checked["generated"].hashes):
                 logger.warning(
-                    f"WARNING {count} of {len(checked['generated'])} images of --generated_image_dir are training images: their "
-                    "quality says nothing about a model."
+                    f"WARNING {count} of {len(checked['generated'])} images of --generated_image_dir are training "
+                    "images: their quality says nothing about a model."
                 )
         if args.test_data_dir is not None:
             look("test", "test_data_dir", args.test_data_dir, args.test_split, args.num_test)

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Restoration tasks, and the quality of an answer to one: PSNR, SSIM, feature distance, residual, calibrated uncertainty."""
+"""Restoration tasks, and the quality of an answer: PSNR, SSIM, feature distance, residual, calibrated uncertainty."""
 
 import time
 from collections.abc import Callable
@@ -91,8 +91,8 @@ class Task:
 
     def linear_answers(self) -> dict[str, torch.Tensor]:
         """
-        Return what linear algebra alone gives: A^+ y, and with noise also A_s y with the best damping for images of independent
-        pixels around 0, sigma^2 over the mean square of the clean ones.
+        Return what linear algebra alone gives: A^+ y, and with noise also A_s y with the best damping for images of
+        independent pixels around 0, sigma^2 over the mean square of the clean ones.
         """
         answers = {"A^+ y": self.operator.A_dagger(self.measured)}
         if self.noise_std > 0:
@@ -169,12 +169,12 @@ def restore(
 def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) -> dict[str, float | None]:
     """
     Args:
-        metrics ([`GenerationMetrics`], *optional*): Has seen the clean images as real ones. `None` if they are too few.
+        metrics ([`GenerationMetrics`], *optional*): Has seen the clean images as real. `None` if they are too few.
 
     Returns:
-        `dict` with PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the mean, the
-        distances between single answers and the clean images over the metrics' features (`None` without `metrics`), and the other
-        fields of `answers`.
+        `dict` with PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the
+        mean, the distances between single answers and the clean images over the metrics' features (`None` without
+        `metrics`), and the other fields of `answers`.
     """
     of_mean, of_single = (
         reconstruction_metrics((images + 1) / 2, (task.clean + 1) / 2) for images in (answers.mean, answers.single)
@@ -218,8 +218,8 @@ def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[f
 
 def classical(task: Task) -> tuple[str, Answers] | None:
     """
-    Return the name and the answers of scikit-image's method for a task, `None` if it has none. TV's weight and Wiener's balance
-    are chosen for the highest PSNR on these very images.
+    Return the name and the answers of scikit-image's method for a task, `None` if it has none. TV's weight and
+    Wiener's balance are chosen for the highest PSNR on these very images.
     """
     import numpy as np
     from skimage.restoration import denoise_tv_chambolle, inpaint_biharmonic, wiener

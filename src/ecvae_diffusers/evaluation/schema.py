@@ -1,7 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """The content of `evaluation.json`: written by `evaluate.py`, read by model cards and by `publish.py`.
 
-Each section has a protocol, which says of what the figures are, and measures. A figure that may not be stated is `None`.
+Each section has a protocol, which says of what the figures are, and measures. A figure that may not be stated is
+`None`.
 """
 
 import json
@@ -119,8 +120,8 @@ class LikelihoodProtocol(ImageSet):
 @dataclass(kw_only=True)
 class OutOfDistributionProtocol:
     """
-    How well scores tell other images from test images: the AUROC of each score by the name of the other data. `outside` has their
-    numbers of images; `error` and `bits_per_dimension` say what these scores are.
+    How well scores tell other images from test images: the AUROC of each score by the name of the other data.
+    `outside` has their numbers of images; `error` and `bits_per_dimension` say what these scores are.
     """
 
     inside: ImageSet
@@ -177,7 +178,7 @@ class Evaluation(Measured):
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Return the evaluation that the content of a JSON file holds. Raises `ValueError` naming the field that is wrong."""
+        """Return the evaluation that a JSON file's content holds. Raises `ValueError` naming the wrong field."""
         return read(cls, value, "")
 
     def to_json(self) -> dict:

@@ -60,8 +60,8 @@ def over_seeds(values: list[float | None]) -> OverSeeds:
 
 def subset_size(num_real: int, num_generated: int) -> int:
     """
-    Return the subset size of the kernel distance: at most half of the smaller set, since subsets that are all of it have no
-    spread.
+    Return the subset size of the kernel distance: at most half of the smaller set, since subsets that are all of it
+    have no spread.
     """
     return max(2, min(MOST_IN_A_SUBSET, min(num_real, num_generated) // 2))
 
@@ -103,8 +103,8 @@ def summarize(args, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]
         machine=platform.machine(),
         device=work.device.type,
         computed_in="float32",
-        images=f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, antialiased), "
-        "center cropped",
+        images=f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, "
+        "antialiased), center cropped",
         features=work.features.name,
     )
     real = work.collect("real")["features"]

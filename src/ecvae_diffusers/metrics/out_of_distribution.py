@@ -8,7 +8,8 @@ from torchmetrics.functional.classification import binary_auroc
 def out_of_distribution_auroc(inside: torch.Tensor, outside: torch.Tensor) -> float:
     """
     Compute the area under the ROC curve: the probability that an image of another kind has the higher score (energy,
-    reconstruction error). Ties count one half. 0.5 tells nothing, 1 tells the kinds apart, and below 0.5 the score is inverted.
+    reconstruction error). Ties count one half. 0.5 tells nothing, 1 tells the kinds apart, and below 0.5 the score is
+    inverted.
 
     Args:
         inside (`torch.Tensor` of shape `(N,)`), outside (`torch.Tensor` of shape `(M,)`): Scores of images like the

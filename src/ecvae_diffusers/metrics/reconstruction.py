@@ -20,7 +20,8 @@ def reconstruction_metrics(images: torch.Tensor, originals: torch.Tensor) -> dic
         `dict` with `psnr` in dB and `ssim`, tensors of shape `(B,)`. PSNR of identical images is infinite.
 
     Raises:
-        ValueError: if the shapes differ, an image is too small for the window, or values are not finite numbers in [0, 1].
+        ValueError: if the shapes differ, an image is too small for the window, or values are not finite or outside
+            [0, 1].
     """
     if images.shape != originals.shape or images.ndim != 4:
         raise ValueError(

@@ -45,36 +45,36 @@ def calibration_charts(run: Run) -> list[Chart]:
     return [
         Chart(
             "dual variable λ", curves(records, dual="λ"), healthy=bounds or None, bounds=bounds,
-            note="Healthy inside its bounds (dashed), at neither of them: there it has found the weight at which the constraint "
-            "meets its tolerance. It may take a long part of the run to come down.",
+            note="Healthy inside its bounds (dashed), at neither of them: there it has found the weight at which the "
+            "constraint meets its tolerance. It may take a long part of the run to come down.",
         ),
         Chart(
             "constraint", constraint, log=True, healthy=scaled(CONSTRAINT_RANGE, run.median("tolerance")),
-            note="Squared distance that the chain moves an image. Healthy near the tolerance; what lies below the noise floor is "
-            "the chain's noise alone.",
+            note="Squared distance that the chain moves an image. Healthy near the tolerance; what lies below the "
+            "noise floor is the chain's noise alone.",
         ),
         Chart(
             "drift per pixel", curves(records, drift="drift"), log=True,
             healthy=scaled(DRIFT_RANGE, run.drift_tolerance) if run.drift_is_judged else None,
-            note="Root-mean-square move that is not noise, for images in [-1, 1]; 0.0078 is one grey level. Healthy: 0.5 to 2 "
-            "times --drift_tolerance.",
+            note="Root-mean-square move that is not noise, for images in [-1, 1]; 0.0078 is one grey level. Healthy: "
+            "0.5 to 2 times --drift_tolerance.",
         ),
         Chart(
             "gradients at images", log=True,
             curves=curves(records, calibration_gradient_norm="calibration", reconstruction_gradient_norm="reconstruction"),
-            note="Euclidean norm of the gradient that one sample receives from calibration, and one reconstruction from the "
-            "generator's own loss. Calibration is off where the first is below a hundredth of the second.",
+            note="Euclidean norm of the gradient that one sample receives from calibration, and one reconstruction "
+            "from the generator's own loss. Calibration is off where the first is below a hundredth of the second.",
         ),
         Chart("energy gap", [Curve("calibrated samples minus data", gap)], gap_note, healthy=gap_range),
         Chart(
             "energies", energies,
-            "Mean, and one standard deviation to each side (low = like the data). Only differences mean something: that the three "
-            "wander together is healthy, that they part is not.",
+            "Mean, and one standard deviation to each side (low = like the data). Only differences mean something: "
+            "that the three wander together is healthy, that they part is not.",
         ),
         Chart(
             "spread of samples", curves(records, **spreads), healthy=scaled(SPREAD_RANGE, run.median("data_spread")),
-            note="Standard deviation over a batch, averaged over pixels. Healthy: 0.5 to 1.5 times the data's; near 0 all samples "
-            "are the same.",
+            note="Standard deviation over a batch, averaged over pixels. Healthy: 0.5 to 1.5 times the data's; near 0 "
+            "all samples are the same.",
         ),
         Chart(
             "drift step a of the chain", varying(curves(records, langevin_drift_step="a")), log=True,
@@ -92,14 +92,14 @@ def training_charts(run: Run) -> list[Chart]:
     return [
         Chart(
             "bits per dimension", curves(records, bits_per_dimension="bits"),
-            "What a flow's density makes an entry of an 8-bit image cost. It falls, ever more slowly; a lasting rise says that "
-            "calibration weighs too much.",
+            "What a flow's density makes an entry of an 8-bit image cost. It falls, ever more slowly; a lasting rise "
+            "says that calibration weighs too much.",
         ),
         Chart(
             "reconstruction", log=True,
             curves=curves(records, reconstruction="squared error", refined_reconstruction="of the posterior's chains' ends"),
-            note="Summed over an image. It falls, ever more slowly; a lasting rise says that calibration weighs too much. Ends of "
-            "chains on the posterior should lie below samples of q, or near them.",
+            note="Summed over an image. It falls, ever more slowly; a lasting rise says that calibration weighs too "
+            "much. Ends of chains on the posterior should lie below samples of q, or near them.",
         ),
         Chart(
             "KL divergence", curves(records, kl="KL divergence"),
@@ -115,7 +115,8 @@ def training_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "variance of the posterior", curves(records, posterior_variance="q's variance"), log=True,
-            note="Averaged over images and latent dimensions. 1 is the prior's; a steady fall to 0 is a posterior that shrinks.",
+            note="Averaged over images and latent dimensions. 1 is the prior's; a steady fall to 0 is a posterior "
+            "that shrinks.",
         ),
         Chart(
             "posterior's constraint", curves(records, posterior_constraint="constraint"),
@@ -123,21 +124,24 @@ def training_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "posterior's dual variable", curves(records, posterior_dual="dual variable"),
-            "The weight of the posterior's constraint. At its bound the constraint is not kept, whatever the encoder learns.",
+            "The weight of the posterior's constraint. At its bound the constraint is not kept, whatever the encoder "
+            "learns.",
             bounds=between(run.argument("max_posterior_dual")),
         ),
         Chart(
             "gradient norms", curves(records, gradient_norm="generator", energy_gradient_norm="energy model"), log=True,
-            note="Healthy in a steady band. Growth over decades is divergence; an energy model whose norm vanishes is dead.",
+            note="Healthy in a steady band. Growth over decades is divergence; an energy model whose norm vanishes is "
+            "dead.",
         ),
         Chart(
             "learning rates", rates, log=True,
-            note="As scheduled. A rollback of the guard halves one, the energy model's if there is one, and it is raised again "
-            "while the run is healthy.",
+            note="As scheduled. A rollback of the guard halves one, the energy model's if there is one, and it is "
+            "raised again while the run is healthy.",
         ),
         Chart(
             "images per second", curves(records, images_per_second="images per second"),
-            "Since the start, the last resumption or the last rollback, without the time of evaluations, pictures and checkpoints.",
+            "Since the start, the last resumption or the last rollback, without the time of evaluations, pictures and "
+            "checkpoints.",
         ),
         Chart(
             "peak memory", curves(records, peak_memory_gib="GiB"),
@@ -163,7 +167,8 @@ def evaluation_charts(run: Run) -> list[Chart]:
         Chart(
             "precision, recall, density, coverage",
             curves(records, precision="precision", recall="recall", density="density", coverage="coverage"),
-            "Precision and density: how many samples look like data; recall and coverage: how much of the data is met.",
+            "Precision and density: how many samples look like data; recall and coverage: how much of the data is "
+            "met.",
         ),
         Chart(
             "bits per dimension of training images", curves(records, bits_per_dimension="bits"),
@@ -179,7 +184,8 @@ def evaluation_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "amortisation gap", curves(records, amortisation_gap="amortisation gap"),
-            "Nats per image: by how much the bound rises where q is optimised for each image. 0 is an encoder that leaves nothing.",
+            "Nats per image: by how much the bound rises where q is optimised for each image. 0 is an encoder that "
+            "leaves nothing.",
         ),
     ]  # fmt: skip
 

@@ -19,8 +19,8 @@ LOSSES = ("reconstruction", "kl", "bits_per_dimension", "posterior_constraint", 
 
 def plot_curves(records: list[dict], path: Path) -> None:
     """
-    Plot the dual variable, the constraint against its tolerance, the drift and the energy gap over the iterations; of a run without
-    an energy model its losses, and the posterior's constraint and dual variable if there are these.
+    Plot the dual variable, the constraint against its tolerance, the drift and the energy gap over the iterations; of
+    a run without an energy model its losses, and the posterior's constraint and dual variable if there are these.
 
     Args:
         records (`list[dict]`): Of `metrics.jsonl`.

@@ -46,8 +46,8 @@ STYLE = {
 @dataclass
 class Curve:
     """
-    Values over a chart's steps, with a band of `spread` to each side if it is given. Of curves that lie on one another, the first
-    should have the greatest width.
+    Values over a chart's steps, with a band of `spread` to each side if it is given. Of curves that lie on one
+    another, the first should have the greatest width.
     """
 
     label: str
@@ -146,8 +146,8 @@ def draw_curve(axis, steps: np.ndarray, curve: Curve, colour: str) -> None:
 
 def value_limits(chart: Chart, steps: np.ndarray) -> tuple[float, float] | None:
     """
-    Return what the values' axis shows: the healthy range and all values. A run of more than `FEW_POINTS` points is shown without
-    its first tenth, whose values are often many times the later ones.
+    Return what the values' axis shows: the healthy range and all values. A run of more than `FEW_POINTS` points is
+    shown without its first tenth, whose values are often many times the later ones.
     """
     shown = steps >= steps[0] + (0.1 * (steps[-1] - steps[0]) if len(steps) > FEW_POINTS else 0)
     ends = [np.array([*(chart.healthy or ()), *chart.bounds])]
@@ -164,8 +164,8 @@ def value_limits(chart: Chart, steps: np.ndarray) -> tuple[float, float] | None:
 
 def use_log_scale(axis) -> None:
     """
-    Make the values' axis logarithmic, with plain numbers at the ticks: 1, 2 and 5 of each decade if there are few decades, and
-    equal distances within a decade, which may hold only one of these.
+    Make the values' axis logarithmic, with plain numbers at the ticks: 1, 2 and 5 of each decade if there are few
+    decades, and equal distances within a decade, which may hold only one of these.
     """
     axis.set_yscale("log")
     low, high = axis.get_ylim()
@@ -177,8 +177,8 @@ def use_log_scale(axis) -> None:
 
 def histograms(records: list[dict]) -> dict | None:
     """
-    Draw the energies of the three kinds of images at some steps, on shared axes and relative to the data's mean. Return the
-    picture's `source` and its `steps`, or `None` without energies.
+    Draw the energies of the three kinds of images at some steps, on shared axes and relative to the data's mean.
+    Return the picture's `source` and its `steps`, or `None` without energies.
     """
     panels = spread_over([panel for record in records if (panel := energy_panel(record))], 8)
     if not panels:

@@ -101,8 +101,8 @@ class Picture:
         what (`str`): What it shows.
         step (`int`): Of the run.
         path (`Path`): Its file.
-        width (`int`): About how many px it takes on the page. A smaller picture is magnified by a whole number, so that its pixels
-            stay squares of one size.
+        width (`int`): About how many px it takes on the page. A smaller picture is magnified by a whole number, so
+            that its pixels stay squares of one size.
         limit (`int`): A picture of more than `limit` px a side is scaled down before it is embedded.
     """
 

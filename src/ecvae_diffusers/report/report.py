@@ -28,17 +28,17 @@ from ecvae_diffusers.training.run.places import local_path
 MARKER = "<!-- ecvae-diffusers training report -->"
 CHAIN_NOTE = (
     "One row per image. From left to right: the sample, each step of the chain, and where it moved (end minus "
-    "start, magnified, grey = nowhere). Healthy: changes too small to see. The last column is what the energy model still "
-    "objects to: once a run has settled it has little form, and while it learns that of strokes and outlines."
+    "start, magnified, grey = nowhere). Healthy: changes too small to see. The last column is what the energy model "
+    "still objects to: once a run has settled it has little form, and while it learns that of strokes and outlines."
 )
 # Of a run with `--use_ema`.
 AVERAGE_NOTE = (
-    " The chain starts at samples of the network as it is trained; the pictures under Samples are of the average of its weights, "
-    "which is what is saved. Early in a run the two differ, in colours too."
+    " The chain starts at samples of the network as it is trained; the pictures under Samples are of the average of "
+    "its weights, which is what is saved. Early in a run the two differ, in colours too."
 )
 ENERGIES_NOTE = (
-    "Data (filled), samples and calibrated samples (lines), relative to the data's mean. Healthy: the three come to lie on one "
-    "another."
+    "Data (filled), samples and calibrated samples (lines), relative to the data's mean. Healthy: the three come to "
+    "lie on one another."
 )
 # By `Task.component` and `--calibration`.
 KINDS = {
@@ -72,8 +72,8 @@ def render(run: Run) -> str:
     if len(run.metrics) > FEW_POINTS:
         intro += " Axes that are not logarithmic leave out what the first tenth of the run alone would need."
     judged = (
-        f"On the last part of the run, steps {run.judged[0]['step']} to {run.judged[-1]['step']} ({len(run.judged)} logged). A run "
-        "that has only just begun is not yet in its healthy range."
+        f"On the last part of the run, steps {run.judged[0]['step']} to {run.judged[-1]['step']} ({len(run.judged)} "
+        "logged). A run that has only just begun is not yet in its healthy range."
     )
     samples, chain = SAMPLES_NOTES.get(component, SAMPLES_NOTES["vae"]), CHAIN_NOTE
     if arguments.get("use_ema"):
@@ -111,7 +111,10 @@ def prose(text: str) -> Markup:
 
 
 def facts(run: Run) -> list[tuple[str, object]]:
-    """Return what there is to know about a run at once: its last step, its best evaluation, and the arguments that matter."""
+    """
+    Return what there is to know about a run at once: its last step, its best evaluation, and the arguments that
+    matter.
+    """
     last, planned = run.metrics[-1], run.arguments.get("max_train_steps")
     found = [("steps", f"{last['step']} of {planned}" if planned is not None else last["step"])]
     if "epoch" in last:

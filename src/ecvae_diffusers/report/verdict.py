@@ -56,7 +56,8 @@ def judge_finite(run: Run) -> Finding:
         name
         for record in run.judged
         for name, value in record.items()
-        # fp16's loss scaling lets gradients overflow now and then, and leaves that step out. JSON has `null` for such numbers.
+        # fp16's loss scaling lets gradients overflow now and then, and leaves that step out. JSON has `null` for such
+        # numbers.
         if (value is None or isinstance(value, float) and not math.isfinite(value)) and "gradient_norm" not in name
     }
     return Finding(
@@ -64,8 +65,8 @@ def judge_finite(run: Run) -> Finding:
         not broken,
         f"not finite: {', '.join(sorted(broken))}" if broken else "all finite",
         "A value that is not finite means that training has broken down.",
-        "Keep --divergence_guard on; lower --learning_rate and --energy_learning_rate; use --max_grad_norm, or bf16 instead of "
-        "fp16.",
+        "Keep --divergence_guard on; lower --learning_rate and --energy_learning_rate; use --max_grad_norm, or bf16 "
+        "instead of fp16.",
     )
 
 
@@ -82,8 +83,8 @@ def judge_calibration(run: Run) -> Finding | None:
         "Calibration",
         is_on,
         "on" if is_on else in_words,
-        "Calibration is off where λ is 0, or the gradient that samples receive from it is below a hundredth of the one that "
-        "reconstructions receive, while the energy model tells samples from data.",
+        "Calibration is off where λ is 0, or the gradient that samples receive from it is below a hundredth of the "
+        "one that reconstructions receive, while the energy model tells samples from data.",
         "A lower --calibration_tolerance or --drift_tolerance, or a larger --langevin_drift_step.",
     )
 
@@ -103,7 +104,8 @@ def judge_bounds(run: Run, name: str, bound: float, title: str, at_zero: str, at
         title,
         max(top, zero) <= 0.5,
         seen,
-        "λ is the weight of the calibration. It finds its own value between its bounds; at a bound it no longer steers.",
+        "λ is the weight of the calibration. It finds its own value between its bounds; at a bound it no longer "
+        "steers.",
         at_bound if top > 0.5 else at_zero,
     )
 
@@ -125,9 +127,9 @@ def judge_posterior_dual(run: Run) -> Finding | None:
     return judge_bounds(
         run, "posterior_dual", bound, "Posterior's λ",
         "The constraint is kept without any weight: a lower --posterior_tolerance.",
-        "A Gaussian with independent latents is not the posterior itself, and may never keep the bound 'auto', which asks for "
-        "that: then λ is a fixed weight, --max_posterior_dual. Give --posterior_tolerance a number a little below the "
-        "constraint that was reached, or a smaller --posterior_drift_step.",
+        "A Gaussian with independent latents is not the posterior itself, and may never keep the bound 'auto', which "
+        "asks for that: then λ is a fixed weight, --max_posterior_dual. Give --posterior_tolerance a number a little "
+        "below the constraint that was reached, or a smaller --posterior_drift_step.",
     )  # fmt: skip
 
 
@@ -138,8 +140,8 @@ def judge_constraint(run: Run) -> Finding | None:
         f"{value:.2f} times its tolerance",
         "How far the chain moves a sample, squared and summed, against what it may: λ is to bring the two together.",
         "λ has not caught up, or is at its bound: raise --dual_learning_rate, or lower --energy_learning_rate.",
-        "Usual while λ is still falling: train longer, or start from a lower --initial_dual. If λ stands still, a larger "
-        "--langevin_drift_step.",
+        "Usual while λ is still falling: train longer, or start from a lower --initial_dual. If λ stands still, a "
+        "larger --langevin_drift_step.",
     )  # fmt: skip
 
 
@@ -150,9 +152,10 @@ def judge_drift(run: Run) -> Finding | None:
     return in_range(
         "Drift of the chain", value, DRIFT_RANGE,
         f"{run.median('drift'):.4f} per pixel, {value:.2f} times --drift_tolerance",
-        "What the energy moves a pixel by, without noise: too little teaches the decoder nothing, too much is no small correction "
-        "any more.",
-        "The energy model is far ahead of the decoder: lower --energy_learning_rate, or a smaller --langevin_drift_step.",
+        "What the energy moves a pixel by, without noise: too little teaches the decoder nothing, too much is no "
+        "small correction any more.",
+        "The energy model is far ahead of the decoder: lower --energy_learning_rate, or a smaller "
+        "--langevin_drift_step.",
         "Train longer if λ is still falling; else a larger --langevin_drift_step or a higher --energy_learning_rate.",
     )  # fmt: skip
 
@@ -173,8 +176,10 @@ def judge_gap(run: Run) -> Finding | None:
         "Energy gap", gap, GAP_RANGE,
         f"{gap:+.2f} standard deviations of the energies",
         "Calibrated samples minus data, in the eyes of the energy model: near 0 it can hardly tell them apart.",
-        "It tells samples from data with ease: train longer, lower --energy_learning_rate, or give the decoder more channels.",
-        "Samples have a lower energy than data, so that the energy model points away from data: raise --energy_learning_rate.",
+        "It tells samples from data with ease: train longer, lower --energy_learning_rate, or give the decoder more "
+        "channels.",
+        "Samples have a lower energy than data, so that the energy model points away from data: raise "
+        "--energy_learning_rate.",
     )  # fmt: skip
 
 
@@ -185,7 +190,8 @@ def judge_energy_model(run: Run) -> Finding | None:
     return in_range(
         "Energy model", value, (MIN_GRADIENT, math.inf),
         f"gradient norm {run.median('energy_gradient_norm'):.3g}, {value:.2g} times the whole run's",
-        "A gradient that has all but vanished is an energy model that tells nothing apart any more, and teaches nothing.",
+        "A gradient that has all but vanished is an energy model that tells nothing apart any more, and teaches "
+        "nothing.",
         "",
         "Lower --energy_learning_rate, and resume from the last step at which the energy model was alive.",
     )  # fmt: skip
@@ -196,10 +202,11 @@ def judge_samples(run: Run) -> Finding | None:
     return in_range(
         "Variety of samples", value, SPREAD_RANGE,
         f"{value:.2f} times the data's",
-        "The spread of pixels over a batch of prior samples: near 0 all samples are the same and the generator is dead.",
+        "The spread of pixels over a batch of prior samples: near 0 all samples are the same and the generator is "
+        "dead.",
         "The samples vary more than the data, as noise does: train longer, or lower --energy_learning_rate.",
-        "Lower --energy_learning_rate and --max_dual, and look at the samples: if they are all alike, start again from before "
-        "that.",
+        "Lower --energy_learning_rate and --max_dual, and look at the samples: if they are all alike, start again "
+        "from before that.",
     )  # fmt: skip
 
 
