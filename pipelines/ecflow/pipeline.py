@@ -17,6 +17,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 
+# The code of component classes travels in files of their own. Here their base classes stand for them.
 EnergyModel = ModelMixin
 FlowEC = ModelMixin
 LangevinScheduler = SchedulerMixin

@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
 
 
+# The code of component classes travels in files of their own. Here their base classes stand for them.
 AutoencoderEC = ModelMixin
 EnergyModel = ModelMixin
 LangevinScheduler = SchedulerMixin

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1]
 HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
 # Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
 """
+STAND_INS = "# The code of component classes travels in files of their own. Here their base classes stand for them."
 # A module whose definitions come from another one, under the same names.
 STANDS_FOR = {PACKAGE / "pipelines" / "self_contained.py": PACKAGE / "hub" / "saving.py"}
 BASE_CLASSES = {PACKAGE / "models": "ModelMixin", PACKAGE / "schedulers": "SchedulerMixin"}
@@ -33,13 +34,9 @@ def single_file(name: str) -> str:
     body = "\n".join(module.lines[last_import:]).strip("\n")
     imports = [import_block(inlined.imports, standard=True), import_block(inlined.imports, standard=False)]
     head = f'{module.lines[0]}\n{HEADER}"""{ast.get_docstring(module.tree, clean=False)}"""'
-    stand_ins = "\n".join(sorted(inlined.stand_ins))
-    return (
-        "\n\n".join([head, *filter(None, imports)])
-        + "\n\n\n"
-        + "\n\n\n".join([stand_ins, *inlined.texts, body])
-        + "\n"
-    )
+    stand_ins = "\n".join([STAND_INS, *sorted(inlined.stand_ins)])
+    top = "\n\n".join([head, *filter(None, imports)])
+    return "\n\n\n".join([top, stand_ins, *inlined.texts, body]) + "\n"
 
 
 class Module:
