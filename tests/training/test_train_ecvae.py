@@ -1,6 +1,5 @@
 """The training script, run as a user runs it: in a subprocess, on image folders made here."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -15,6 +14,7 @@ from training_runs import TINY, metrics, run, succeed, weights, write_images
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.model_error import spectrum_of
 from ecvae_diffusers.training.tasks.networks import load_pretrained
+from ecvae_diffusers.training.train_ecvae import ECVAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_goes_on_from_a_pipeline_and_from_an_autoencoder(finished, images, tmp_p
     start, a, b = weights(finished), weights(tmp_path / "a"), weights(tmp_path / "b")
 
     def load(path):
-        args = argparse.Namespace(pretrained_model_name_or_path=str(path), resolution=16)
-        return load_pretrained(args, "vae", AutoencoderEC)
+        values = {"pretrained_model_name_or_path": str(path), "resolution": 16}
+        return load_pretrained(ECVAEConfig.from_flat(values), "vae", AutoencoderEC)
 
     for path in (finished, tmp_path / "vae_only"):
         assert load(path)[0].training

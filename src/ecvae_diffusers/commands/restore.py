@@ -84,7 +84,7 @@ def find_pictures(sources: list[str]) -> dict[str, Path]:
     for source in sources:
         if os.path.isdir(source):
             found_there = open_folder(source, "pictures")
-            paths = [Path(found_there[i]["image"]["path"]) for i in range(len(found_there))]
+            paths = [Path(found_there[i]["path"]) for i in range(len(found_there))]
         elif os.path.isfile(source):
             paths = [Path(source)]
         else:

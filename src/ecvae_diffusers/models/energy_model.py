@@ -285,12 +285,22 @@ class EnergyModel(ModelMixin, ConfigMixin):
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def save_pretrained(
-        self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, *args, **kwargs
+        self,
+        save_directory,
+        is_main_process=True,
+        save_function=None,
+        safe_serialization=True,
+        # Named, or a pipeline would not hand its variant on.
+        variant=None,
+        max_shard_size="10GB",
+        **kwargs,
     ):
         """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors."""
         if not safe_serialization:
             raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
-        super().save_pretrained(save_directory, is_main_process, save_function, True, *args, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, True, variant, max_shard_size, **kwargs
+        )
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> EnergyModelOutput | tuple[torch.Tensor]:
         """
