@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import psutil
-
 
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 # A launcher that takes longer, such as one that starts its processes again, has other news by then.
@@ -23,6 +21,10 @@ MAX_SECONDS = 60
 
 def launcher_id() -> int | None:
     """Return the id of the launcher that waits for this process, or `None` if it was started by anything else."""
+    try:
+        import psutil
+    except ImportError:
+        return None  # without the extra `training` nothing is launched
     try:
         parent = psutil.Process().parent()
         # As `launcher ...`, `python launcher ...` or `python -m launcher ...`.
@@ -66,6 +68,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def repeat_after(launcher: int, line: str) -> None:
     """Wait until a launcher has ended, and print a line, once if several of its processes end with the same one."""
+    import psutil
+
     if sys.platform == "linux":
         # A name without a file, which is free again when this process ends.
         only_one = socket.socket(socket.AF_UNIX)
