@@ -179,7 +179,7 @@ def test_train_sample_restore_and_report(damaged):
         ]
     )
     main(["report", folder])
-    for written in ("samples.png", "restored/restoration.json", "my_model/report.html"):
+    for written in ("samples.png", "restored/restored.json", "my_model/report.html"):
         assert (damaged / written).is_file()
 
 
@@ -249,10 +249,10 @@ def test_restore_by_a_mask(model, damaged):
             *FEW_STEPS,
         ]
     )
-    record = json.loads((output / "restoration.json").read_text())
+    record = json.loads((output / "restored.json").read_text())
     (restoration,) = record["restorations"]
     names = [*restoration["answers"], restoration["mean"], restoration["uncertainty"]]
-    assert sorted(path.name for path in output.iterdir()) == sorted([*names, "restoration.json"])
+    assert sorted(path.name for path in output.iterdir()) == sorted([*names, "restored.json"])
     assert (
         record["arguments"]["seed"] == 0 and len(restoration["answers"]) == len(restoration["relative_residuals"]) == 2
     )

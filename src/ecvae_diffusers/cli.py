@@ -5,13 +5,12 @@ This module imports what a command needs only when the command is run, so that h
 """
 
 import importlib
-import io
 import os
 import sys
 from dataclasses import dataclass
 
 from . import __version__
-from .training.run.last_line import fail
+from .training.run.last_line import fail, printable
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,8 @@ def named_data(argv: list[str]) -> list[str]:
         return argv
     source = os.path.expanduser(argv[0])
     if os.path.isdir(source):
-        is_data_set = "--streaming" in argv or any(name.endswith(DATA_FILES) for name in os.listdir(source))
+        names = os.listdir(source) if os.access(source, os.R_OK) else []  # training says what is wrong
+        is_data_set = "--streaming" in argv or any(name.endswith(DATA_FILES) for name in names)
     else:
         is_data_set = not source.startswith((".", "~", os.sep))
     return ["--dataset_name" if is_data_set else "--train_data_dir", source, *argv[1:]]
@@ -147,8 +147,7 @@ def launch(name: str, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run a command: that of this process's command line, or of `argv`."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    printable()
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return

@@ -52,12 +52,12 @@ def test_one_fault_alone(tmp_path):
 @pytest.mark.parametrize(
     "dual, rate, initial, seen, remedy",
     [
-        (10.0, 0.1, None, "at its upper bound (10) in 100%", "--max_posterior_dual"),
-        (0.0, 0.1, None, "at 0 in 100%", "--posterior_tolerance"),
-        (3.0, 0.1, None, "3, inside its bounds 0 and 10", None),
-        (10.0, 0.0, None, None, None),  # a weight that the user chose
+        (10.0, 0.1, 1.0, "at its upper bound (10) in 100%", "--max_posterior_dual"),
+        (0.0, 0.1, 1.0, "at 0 in 100%", "calibration"),
+        (3.0, 0.1, 1.0, "3, inside its bounds 0 and 10", None),
+        (10.0, 0.0, 1.0, None, None),  # a weight that the user chose
         (10.0, 0.1, 10.0, None, None),  # it begins at its bound: a fixed weight is meant
-        (0.0, 0.1, 10.0, "at 0 in 100%", "--posterior_tolerance"),
+        (0.0, 0.1, 10.0, "at 0 in 100%", "calibration"),
     ],
 )
 def test_a_posterior_pinned_at_a_bound(tmp_path, dual, rate, initial, seen, remedy):

@@ -25,9 +25,8 @@ from ecvae_diffusers.training.run.log import read_metrics
 
 
 STEPS = 20
-# A posterior's chain that moves latents far, and a dual variable that is free to move.
-MOVING = ("--posterior_langevin_steps", 5, "--posterior_drift_step", 0.1)
-MOVING += ("--initial_posterior_dual", 1, "--max_posterior_dual", 10)
+# A dual variable that is free to move.
+MOVING = ("--max_posterior_dual", 10)
 HEADLINES = {
     "train_flow": ("bits_per_dimension",),
     "calibrate_decoder": ("reconstruction",),

@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Restore damaged pictures with a trained model: `ecvae restore --help`.
 
-Writes several answers per picture, their mean, a map of the uncertainty, and `restoration.json`.
+Writes several answers per picture, their mean, a map of the uncertainty, and `restored.json`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Those of `ecvae evaluate-restoration` whose measurement is a picture.
 TASKS = ("super_resolution_x2", "super_resolution_x4", "deblurring", "colorization", "denoising")
-RECORD = "restoration.json"
+RECORD = "restored.json"
 # The standard deviation, in the unit of images in [0, 1], that is white in a map of the uncertainty.
 WHITE_STD = 0.25
 

@@ -36,6 +36,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
             parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature must be a number of at least 0, but is {args.temperature}.")
+    if (suffix := Path(args.output).suffix.lower()) in (".jpg", ".jpeg", ".webp", ".gif", ".tiff", ".bmp"):
+        parser.error(f"--output must be a .png or a folder, but is a {suffix} file.")
     args.files = output_files(args.output, args.num_images)
     existing = [str(path) for path in args.files if path.exists()]
     if existing and not args.overwrite:

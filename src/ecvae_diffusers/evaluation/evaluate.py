@@ -9,7 +9,6 @@ resumes when it is started again with the same arguments.
 import argparse
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ecvae_diffusers.evaluation.summary import summarize
 from ecvae_diffusers.evaluation.work import EvaluatedModel, Work
 from ecvae_diffusers.hub.card import evaluation_table
 from ecvae_diffusers.training.run.folder import locked_by_main
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
 from ecvae_diffusers.training.run.pictures import save_atomically
 from ecvae_diffusers.training.run.places import check_places, named_place, place
 
@@ -191,7 +190,7 @@ def how_to_read(evaluation: Evaluation, folder: Path, pictures: Iterable[str]) -
 
 def main(argv: list[str] | None = None, prog: str = "evaluate.py") -> None:
     """Evaluate as a command line says: that of this process, or `argv`."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    printable()
     args = parse_args(argv, prog)
     try:
         check_places(args)

@@ -27,7 +27,7 @@ from ecvae_diffusers.training.data.files import trained_hashes
 from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.folder import locked
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
 from ecvae_diffusers.training.run.launch import device_name, keep_freed_memory
 from ecvae_diffusers.training.run.pictures import image_grid, save_atomically
 from ecvae_diffusers.training.run.places import check_places, place
@@ -233,7 +233,7 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "evaluate_restoration.py") -> None:
     """Evaluate restorations as a command line says: that of this process, or `argv`."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    printable()
     args = parse_args(argv, prog)
     try:
         check_places(args)

@@ -9,7 +9,6 @@ weights. An autoencoder with a calibrated decoder is published as it is, without
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +32,7 @@ from ecvae_diffusers.hub.contents import (
 from ecvae_diffusers.hub.saving import weights_fingerprint
 from ecvae_diffusers.hub.upload import UploadError, upload_folder
 from ecvae_diffusers.report.curves import plot_curves
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
 from ecvae_diffusers.training.run.log import METRICS_FILE, read_arguments, read_metrics
 from ecvae_diffusers.training.run.places import named_place, place
 
@@ -279,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "publish.py") -> None:
     """Publish as a command line says: that of this process, or `argv`."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    printable()
     args = parse_args(argv, prog)
     try:
         run(args)

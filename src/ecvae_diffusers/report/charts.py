@@ -120,7 +120,7 @@ def training_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "posterior's constraint", curves(records, posterior_constraint="constraint"),
-            "What --posterior_tolerance bounds: how far the chains on the images' posteriors lead away from q.",
+            "How far the chains on the images' posteriors lead away from q.",
         ),
         Chart(
             "posterior's dual variable", curves(records, posterior_dual="dual variable"),

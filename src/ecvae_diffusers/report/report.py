@@ -8,7 +8,6 @@ pictures) is left out.
 import argparse
 import math
 import re
-import sys
 from importlib import resources
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ecvae_diffusers.report.charts import calibration_charts, evaluation_charts,
 from ecvae_diffusers.report.drawing import FEW_POINTS, drawn, histograms
 from ecvae_diffusers.report.read import Picture, Run, number, spread_over
 from ecvae_diffusers.report.verdict import findings
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
 from ecvae_diffusers.training.run.places import local_path
 
 
@@ -154,7 +153,7 @@ def check_output(path: Path, is_default: bool) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "report.py") -> None:
     """Write a report as a command line says: that of this process, or `argv`."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # The locale may have no letters for a name.
+    printable()
     parser = ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=local_path, metavar="RUN", help="The training script's --output_dir.")
     parser.add_argument("--output", type=local_path, help="The HTML file to write. RUN/report.html if not given.")

@@ -122,14 +122,13 @@ def judge_dual(run: Run) -> Finding | None:
 def judge_posterior_dual(run: Run) -> Finding | None:
     # If it begins at its bound, as by default, and is there still, it is meant as a fixed weight.
     bound = run.argument("max_posterior_dual")
-    if run.argument("initial_posterior_dual") == bound and run.median("posterior_dual") > 0.99 * bound:
+    if run.arguments.get("initial_posterior_dual", bound) == bound and run.median("posterior_dual") > 0.99 * bound:
         return None
     return judge_bounds(
         run, "posterior_dual", bound, "Posterior's λ",
-        "The constraint is kept without any weight: a lower --posterior_tolerance.",
-        "A Gaussian with independent latents is not the posterior itself, and may never keep the bound 'auto', which "
-        "asks for that: then λ is a fixed weight, --max_posterior_dual. Give --posterior_tolerance a number a little "
-        "below the constraint that was reached, or a smaller --posterior_drift_step.",
+        "The constraint is kept without any weight: the encoder needs no calibration.",
+        "A Gaussian with independent latents is not the posterior itself, and may never keep the bound, which asks for "
+        "that: then λ is a fixed weight. Set it with --max_posterior_dual.",
     )  # fmt: skip
 
 
@@ -217,7 +216,7 @@ def judge_active_units(run: Run) -> Finding | None:
         f"{active:g}" + ("" if math.isnan(total) else f" of {total:g} latent dimensions"),
         "Latent dimensions that carry something about the image: none is posterior collapse.",
         "",
-        "Lower --kl_weight, or use --kl_warmup_steps or --free_bits; or fewer --latent_channels.",
+        "Lower --kl_weight, or use --kl_warmup_steps, or fewer --latent_channels.",
     )  # fmt: skip
 
 

@@ -24,11 +24,11 @@ RETIRED: dict[str, tuple[Any, str]] = {
     "early_stopping_metric": ("frechet_distance", "the Frechet distance decides"),
     "energy_act_fn": ("leaky_relu", "it is leaky_relu"),
     "energy_adam_beta1": (0.0, "it is 0"),
-    "energy_adam_beta2": (None, "it is 0.99, and that of a resumed run as it was"),
+    "energy_adam_beta2": (None, "it is 0.99 (0.9 for flows and decoders), and a resumed run keeps its own"),
     "free_bits": (0.0, "see --kl_warmup_steps"),
     "healthy_state_steps": (100, "it is 100"),
     "healthy_states": (3, "there are 3"),
-    "hub_revision": (None, "publish the run's folder with publish.py instead"),
+    "hub_revision": (None, "publish the run's folder with `ecvae publish --hub_revision` instead"),
     "initial_posterior_dual": (None, "it begins at --max_posterior_dual"),
     "langevin_dtype": (None, "the chain has the precision of training"),
     "norm_type": ("group", "group normalization is the only one that every calibration can use"),
@@ -46,8 +46,8 @@ RETIRED: dict[str, tuple[Any, str]] = {
     "tracker_project_name": ("ecvae", "it is ecvae"),
     "use_8bit_adam": (False, "the networks are small"),
 }
-# Ignoring these would cost hours.
-REFUSED = ("num_epochs",)
+# Ignoring these would cost hours, or publish where it was not meant.
+REFUSED = ("hub_revision", "num_epochs")
 # The command line may give one where the YAML file gives the other.
 EITHER_OR = ("dataset_name", "train_data_dir")
 
@@ -118,6 +118,8 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions)))
     if any(getattr(given, name) is not None for name in EITHER_OR):
         entries = {name: value for name, value in entries.items() if name not in EITHER_OR}
+    if given.max_train_steps is not None:
+        entries.pop("num_epochs", None)
     arguments = []
     for name, value in entries.items():
         is_switch = isinstance(actions[name], argparse.BooleanOptionalAction)
@@ -126,13 +128,16 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
             value = "no"
         if value is None:
             continue
-        if is_switch != isinstance(value, bool) and name not in RETIRED:
+        if name in RETIRED:
+            arguments.append(f"--{name}")
+            continue
+        if is_switch != isinstance(value, bool):
             parser.error(
                 f"--config {path!r}: {name} must be {'true or false' if is_switch else 'one value'}, but is {value!r}."
             )
         if isinstance(value, bool):
             arguments.append(f"--{'' if value else 'no-'}{name}")
-        elif actions[name].nargs in ("+", "*"):
+        elif actions[name].nargs == "+":
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         elif isinstance(value, (list, dict)):
             parser.error(f"--config {path!r}: {name} must be one value, but is {value!r}.")

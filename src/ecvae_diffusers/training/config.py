@@ -73,7 +73,9 @@ class Group:
             value, limits = getattr(self, own.name), own.metadata["limits"]
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            if not (math.isfinite(value) and all(WITHIN[kind](value, limit) for kind, limit in limits.items())):
+            if (isinstance(value, float) and not math.isfinite(value)) or not all(
+                WITHIN[kind](value, limit) for kind, limit in limits.items()
+            ):
                 finite = ["a finite number"] if isinstance(value, float) else []
                 refuse(own.name, value, ", ".join([*finite, *(f"{kind} {limit:g}" for kind, limit in limits.items())]))
 

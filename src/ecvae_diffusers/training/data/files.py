@@ -23,6 +23,7 @@ from ecvae_diffusers.training.run.places import check_picture_folder
 # Formats that Pillow recognizes but can't read without a program of the user's. MPEG is video.
 STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 MODEL_FILE = "model_index.json"
+RESTORED_FILE = "restored.json"
 # What scripts write into any folder, by the file that is always part of it. `datasets` takes JSON for data too.
 SHEETS = re.compile(r"(model_index|evaluation)\.json|(samples|neighbours|curves)\.png")
 WRITTEN = {
@@ -114,8 +115,11 @@ class FolderFiles:
 
 
 def is_written(folder: Path) -> bool:
-    """Tell whether a folder (its real path) is a training run, a saved pipeline, or a part of a run such as its sample sheets."""
-    if (folder / ARGUMENTS_FILE).is_file() or (folder / MODEL_FILE).is_file():
+    """
+    Tell whether a folder (its real path) is a training run, a saved pipeline, what `ecvae restore` wrote, or a part of a run such as
+    its sample sheets.
+    """
+    if any((folder / name).is_file() for name in (ARGUMENTS_FILE, MODEL_FILE, RESTORED_FILE)):
         return True
     is_part = folder.name in RUN_FOLDERS or CHECKPOINT.fullmatch(folder.name)
     return bool(is_part) and (folder.parent / ARGUMENTS_FILE).is_file()

@@ -33,7 +33,7 @@ FREE_ON_RESUME = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
     "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
     "checkpoints_total_limit", "log_steps", "save_images_steps", "config", "report_to", "tracker_project_name",
-    "evaluation_steps", "early_stopping_patience", "max_rollbacks",
+    "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_states", "healthy_state_steps",
     "divergence_guard", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 # What runs did that were saved before an argument existed.

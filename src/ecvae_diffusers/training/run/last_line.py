@@ -6,6 +6,7 @@ of them, a process of a few lines waits for its end and repeats the line below t
 
 import argparse
 import hashlib
+import io
 import socket
 import subprocess
 import sys
@@ -55,6 +56,12 @@ def fail(message: str) -> NoReturn:
     line = " ".join(message.split())
     announce(line)
     sys.exit(line)
+
+
+def printable() -> None:
+    """Let standard output show letters that the locale does not have, such as those of a file name, as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class ArgumentParser(argparse.ArgumentParser):

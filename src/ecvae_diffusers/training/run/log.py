@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -126,5 +125,7 @@ def peak_memory(device: torch.device) -> float:
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
         if found:
             return int(found[1]) / 2**20
+    import resource  # POSIX only
+
     # In KiB, but on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

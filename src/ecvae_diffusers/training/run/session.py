@@ -109,7 +109,7 @@ def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) ->
     except UploadError as error:
         where = f"--hub_model_id {config.hub.hub_model_id or output_dir.resolve().name}"
         where += " --hub_private_repo" if config.hub.hub_private_repo else ""
-        what_to_do = f" The model is saved: training/publish.py {output_dir} {where} uploads it."
+        what_to_do = f" The model is saved: ecvae publish {output_dir} {where} uploads it."
         what_to_do = what_to_do if is_finished(output_dir) else ""
         fail(f"{name}: error: --push_to_hub: {error}{what_to_do}")
     except WriteError as error:
