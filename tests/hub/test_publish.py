@@ -311,10 +311,10 @@ def test_a_model_that_could_not_be_uploaded_is_saved(hub, work, environment, tmp
     )  # fmt: skip
     assert result.returncode == 1
     assert "the token may not write to 'user/unlucky' (403)" in result.stderr
-    advice = re.search(r"The model is saved: training/(publish.py .*) uploads it\.", result.stderr)[1]
-    assert advice == f"publish.py {tmp_path / 'unlucky'} --hub_model_id unlucky"
+    advice = re.search(r"The model is saved: ecvae publish (.*) uploads it\.", result.stderr)[1]
+    assert advice == f"{tmp_path / 'unlucky'} --hub_model_id unlucky"
     ECVAEPipeline.from_pretrained(tmp_path / "unlucky")
-    succeed(*advice.split(), environment=environment)
+    succeed("publish.py", *advice.split(), environment=environment)
     assert "model_index.json" in hub.files("user/unlucky")
 
 
