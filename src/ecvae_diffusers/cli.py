@@ -132,7 +132,7 @@ def launch(name: str, argv: list[str]) -> None:
             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ecvae_diffusers.cli", name,
         ]  # fmt: skip
         print(f"ecvae {name}: {num_gpus} processes, one per GPU, by accelerate launch.", file=sys.stderr, flush=True)
-        # In the place of this process: signals reach the launcher, and its exit code is this one's.
+        # Replaces this process: signals reach the launcher, and its exit code is this one's.
         os.execv(sys.executable, [sys.executable, *launcher, *argv])
     if torch.accelerator.is_available():
         where = f"on {torch.accelerator.current_accelerator()}"

@@ -19,7 +19,7 @@ CARD_MARKER = (
 )
 # What the snippets load until it is known where the model will lie.
 LOCATION = "path/or/hub-id"
-# What a card with an evaluation must say beside its figures, and what it may.
+# Details that a card with an evaluation requires in addition to its figures, and optional ones.
 REQUIRED_DETAILS = {
     "title": "what the model makes, in a few words",
     "license": "of the weights, as the Hub spells it",
@@ -171,7 +171,7 @@ def generation_rows(evaluation: dict) -> list[tuple]:
 
 
 def floor_rows(evaluation: dict) -> list[tuple]:
-    """What held-out images get in the place of samples."""
+    """Return the row of held-out images, measured instead of samples."""
     if "floor" not in evaluation:
         return []
     protocol, measures = evaluation["floor"]["protocol"], evaluation["floor"]["measures"]

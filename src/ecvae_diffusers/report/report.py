@@ -136,7 +136,7 @@ def course(run: Run, kind: str, what: str, count: int = 6, small_width: int = 15
 
 def nearest_neighbours(run: Run) -> Picture | None:
     pictures = run.pictures("neighbours")
-    return Picture("Samples beside their nearest training images", *pictures[-1], 480) if pictures else None
+    return Picture("Samples next to their nearest training images", *pictures[-1], 480) if pictures else None
 
 
 def check_output(path: Path, is_default: bool) -> None:

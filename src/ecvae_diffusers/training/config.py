@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of training: a dataclass per group of flags, with each field's default, help and range beside it.
+"""Configuration of training: a dataclass per group of flags, with the default, help and range of each field.
 
 A script's configuration is a [`TrainingConfig`] with the model's own group, see `tasks/`. `command_line.py` reads it from flags
 and YAML files; `TrainingConfig.resolved` fills in the defaults that depend on other fields, and `TrainingConfig.check` refuses
