@@ -176,7 +176,7 @@ def floor_rows(evaluation: dict) -> list[tuple]:
         return []
     protocol, measures = evaluation["floor"]["protocol"], evaluation["floor"]["measures"]
     compared = protocol["compared"]
-    of = f"{compared['num_images']:,} of {compared['data']} ({compared['split']}) in the place of samples"
+    of = f"{compared['num_images']:,} of {compared['data']} ({compared['split']}) instead of samples"
     return [
         ("Frechet distance, floor", figure(measures["frechet_distance"]), "", of),
         (
