@@ -15,34 +15,25 @@ from ecvae_diffusers.model_error import (
 
 
 SMOOTH = [8.0, 6.0, 3.0, 1.0, 0.5] + [0.1] * (NUM_BANDS - 5)
-SIZES = [(8, 8), (16, 16), (15, 12), (9, 32), (1, 1), (33, 7)]
+SIZES = [(16, 16), (15, 12), (1, 1), (33, 7)]
 
 
 def white(*shape, seed=0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_squared_error_is_one_number_an_image():
-    images, other = white(3, 2, 4, 4), white(3, 2, 4, 4, seed=1)
-    expected = torch.stack([((a - b) ** 2).mean() for a, b in zip(images, other)]).float()
-    torch.testing.assert_close(squared_error(images, other), expected)
-
-
 @pytest.mark.parametrize("height, width", SIZES)
 def test_the_mean_power_is_the_mean_squared_error(height, width):
-    """Parseval's identity, whatever the parity of height and width."""
+    """Parseval's identity, whatever the parity of height and width. The spectrum of white errors is flat."""
     images, other = white(3, 2, height, width), white(3, 2, height, width, seed=1)
     mean = mean_over_frequencies(error_power(images, other), width)
     torch.testing.assert_close(mean, (images - other).square().mean())
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-def test_the_spectrum_of_white_errors_is_flat(height, width):
+    torch.testing.assert_close(squared_error(images, other).mean(), mean.float())
     power = torch.full((height, width // 2 + 1), 0.3, dtype=torch.float64)
     assert spectrum_of(power, width) == pytest.approx([1.0] * NUM_BANDS)
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (15, 12), (32, 32)])
+@pytest.mark.parametrize("height, width", [(16, 16), (15, 12)])
 def test_a_spectrum_is_found_again_in_errors_drawn_of_it(height, width):
     errors = colored(white(4000, 1, height, width), SMOOTH)
     assert errors.square().mean().item() == pytest.approx(1, abs=0.05)

@@ -5,13 +5,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from energies import randn, seeded
 
-from ecvae_diffusers.variational import (
-    active_units,
-    elbo_loss,
-    kl_per_dimension,
-    kl_warmup,
-    likelihood_bounds,
-)
+from ecvae_diffusers.variational import active_units, elbo_loss, kl_per_dimension, kl_warmup, likelihood_bounds
 
 
 def posterior(batch_size: int = 6, dimensions: int = 5, seed: int = 0) -> DiagonalGaussianDistribution:
@@ -22,17 +16,12 @@ def images(seed: int) -> torch.Tensor:
     return torch.rand(6, 3, 8, 8, generator=seeded(seed)) * 2 - 1
 
 
-def test_kl_is_the_divergence_of_normal_distributions():
-    q = posterior()
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(q.mean, q.std), normal(0.0, 1.0)).flatten(1)
-    assert torch.allclose(kl_per_dimension(q), expected, atol=1e-6)
-    assert torch.allclose(kl_per_dimension(q).sum(1), q.kl(), atol=1e-5)
-
-
 def test_loss_is_summed_error_plus_beta_kl():
     q, real, made = posterior(), images(1), images(2)
     output = elbo_loss(real, made, q, kl_weight=0.3)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(q.mean, q.std), normal(0.0, 1.0)).flatten(1)
+    assert torch.allclose(kl_per_dimension(q), expected, atol=1e-6)
     error = (real - made).square().sum() / len(real)
     assert output.reconstruction == pytest.approx(error.item(), rel=1e-6)
     assert output.kl == pytest.approx(q.kl().mean().item(), rel=1e-5)
@@ -90,9 +79,7 @@ def linear_model(dimensions: int = 3, pixels: int = 16, variance: float = 0.5):
 
 
 def diagonal(mean: torch.Tensor, variance: torch.Tensor) -> DiagonalGaussianDistribution:
-    return DiagonalGaussianDistribution(
-        torch.cat([mean, variance.log().expand_as(mean)], dim=1).unsqueeze(-1).unsqueeze(-1)
-    )
+    return DiagonalGaussianDistribution(torch.cat([mean, variance.log().expand_as(mean)], dim=1)[..., None, None])
 
 
 def test_bounds_are_log_p_if_the_posterior_is_exact(like_mps):
@@ -101,6 +88,8 @@ def test_bounds_are_log_p_if_the_posterior_is_exact(like_mps):
     bounds = likelihood_bounds(sample, q, decode, 7, generator=seeded(1))
     assert torch.allclose(bounds.importance_weighted, exact, atol=1e-3)
     assert torch.allclose(bounds.elbo, exact, atol=1e-3)
+    parts = likelihood_bounds(sample, q, decode, 7, generator=seeded(1), batch_size=6)
+    assert torch.allclose(parts.importance_weighted, bounds.importance_weighted, atol=1e-5)
     with like_mps():  # without float64
         bounds = likelihood_bounds(sample, q, decode, 7, generator=seeded(1))
     assert torch.allclose(bounds.importance_weighted, exact, atol=1e-2)
@@ -124,18 +113,7 @@ def test_bounds_lie_below_log_p_and_rise_with_the_number_of_samples():
     assert torch.allclose(of.elbo, expected, atol=0.1)
 
 
-def test_bounds_do_not_depend_on_the_batch_size():
-    sample, decode, mean, precision, _ = linear_model()
-    q = diagonal(mean, 1 / precision.diagonal())
-    whole, parts = (
-        likelihood_bounds(sample, q, decode, 10, generator=seeded(1), batch_size=size) for size in (100, 6)
-    )
-    assert torch.allclose(whole.importance_weighted, parts.importance_weighted, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"num_samples": 0}, {"variance": 0.0}, {"batch_size": 0}, {"variance": float("nan")}]
-)
+@pytest.mark.parametrize("wrong", [{"num_samples": 0}, {"variance": float("nan")}, {"batch_size": 0}])
 def test_bounds_refuse(wrong):
     sample, decode, mean, precision, _ = linear_model()
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -102,13 +102,12 @@ class EnergyLossOutput(BaseOutput):
 
 class EnergyCalibrator:
     r"""
-    Calibrates the samples of any generator with an energy model.
+    Calibrate the samples of any generator with an energy model.
 
     Args:
         energy_model (`nn.Module` or any callable, or `None`):
             f: maps samples (B, ...) to an [`EnergyModelOutput`] or to a tensor of B energies; low = like the data. A
-            module is held still while a chain runs on it. `None` where the energy is another for each batch, and is given
-            with it.
+            module is frozen while a chain runs on it. `None` if each batch is given with an energy of its own.
         scheduler ([`LangevinScheduler`]):
             The chain: its number of steps, drift step, noise and conditioning.
         tolerance (`float` or `"auto"`, *optional*, defaults to `"auto"`):
@@ -130,9 +129,6 @@ class EnergyCalibrator:
             gamma >= 0, on the mean squared norm of the energy's gradient at the data (R1, Mescheder et al. 2018, arXiv
             1801.04406). It damps the game of energy model and generator, which otherwise circle each other. Where it is above
             0, the energy model must be differentiable twice.
-        chain_dtype (`torch.dtype`, *optional*):
-            Precision in which the chain evaluates a module, by autocast: `torch.float32`, `torch.bfloat16` or
-            `torch.float16`. That of the module's own `forward` if not given. State and update are float32 always.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -175,7 +171,6 @@ class EnergyCalibrator:
         dual_learning_rate: float = 0.1,
         max_dual: float = 100.0,
         energy_regularization: float = 0.1,
-        chain_dtype: torch.dtype | None = None,
         relative_dual_step: bool = True,
         gradient_penalty: float = 0.0,
     ):
@@ -185,23 +180,14 @@ class EnergyCalibrator:
             raise ValueError(f"`max_dual` must be a finite number above 0, but is {max_dual}.")
         if not 0 <= initial_dual <= max_dual:
             raise ValueError(f"`initial_dual` must be from 0 to `max_dual` ({max_dual}), but is {initial_dual}.")
+        rates = {"dual_learning_rate": dual_learning_rate, "energy_regularization": energy_regularization}
         for name, value in (
-            ("drift_tolerance", drift_tolerance),
-            ("dual_learning_rate", dual_learning_rate),
-            ("energy_regularization", energy_regularization),
-            ("gradient_penalty", gradient_penalty),
-        ):
+            rates | {"drift_tolerance": drift_tolerance, "gradient_penalty": gradient_penalty}
+        ).items():
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
-        if chain_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"`chain_dtype` must be None, torch.float32, torch.bfloat16 or torch.float16, but is {chain_dtype}."
-            )
-        if chain_dtype is not None and not isinstance(energy_model, nn.Module):
-            raise ValueError("`chain_dtype` must be None where `energy_model` is not a module.")
         self.energy_model = energy_model
         self.scheduler = scheduler
-        self.chain_dtype = chain_dtype
         self.tolerance = tolerance
         self.drift_tolerance = drift_tolerance
         self.dual_learning_rate = dual_learning_rate
@@ -223,8 +209,7 @@ class EnergyCalibrator:
         """
         if self.tolerance != "auto":
             return float(self.tolerance)
-        tolerance = self.resolve_drift_tolerance() ** 2 + self.scheduler.noise_variance()
-        tolerance *= self.known_entries()
+        tolerance = self.known_entries() * (self.resolve_drift_tolerance() ** 2 + self.scheduler.noise_variance())
         if tolerance == 0:
             raise ValueError("The 'auto' tolerance is 0: `noise_scale` and `drift_tolerance` can't both be 0.")
         return tolerance
@@ -245,6 +230,12 @@ class EnergyCalibrator:
             raise RuntimeError("The tolerance of the drift depends on the size of a sample: call `calibrate` first.")
         return self.num_entries
 
+    def _choose(self, energy_model: Callable | None) -> Callable:
+        energy_model = self.energy_model if energy_model is None else energy_model
+        if energy_model is None:
+            raise ValueError("`energy_model` must be given: the calibrator has none of its own.")
+        return energy_model
+
     def _chain(
         self,
         samples: torch.Tensor,
@@ -252,17 +243,13 @@ class EnergyCalibrator:
         noise: torch.Tensor | Sequence[torch.Tensor] | None,
         energy_model: Callable | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The energies f(x_k) and the next state x_{k+1}, for each step k of a chain from `samples`."""
-        energy_model, chain_dtype = (
-            (self.energy_model, self.chain_dtype) if energy_model is None else (energy_model, None)
-        )
-        if energy_model is None:
-            raise ValueError("`energy_model` must be given with the samples where the calibrator has none of its own.")
+        """Yield the energies f(x_k) and the next state x_{k+1}, for each step k of a chain from `samples`."""
+        energy_model = self._choose(energy_model)
         initial_sample = sample = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
         drift_scale = self.drift_scale.to(sample.device)
         with frozen(energy_model) if isinstance(energy_model, nn.Module) else nullcontext():
             for timestep in range(len(self.scheduler)):
-                energy, gradient = energy_and_gradient(energy_model, sample, chain_dtype)
+                energy, gradient = energy_and_gradient(energy_model, sample)
                 sample = self.scheduler.step(
                     gradient,
                     timestep,
@@ -284,15 +271,15 @@ class EnergyCalibrator:
         energy_model: Callable | None = None,
     ) -> torch.Tensor:
         """
-        The end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
+        Return the end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
         precision the energy model computes in.
 
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): The start x_0.
-            generator (`torch.Generator` or a list of one a sample, *optional*): Makes the noise deterministic.
-            noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, or a sequence of one a step, *optional*):
-                The chain's standard normal draws, instead of draws of its own.
-            return_trajectory (`bool`, *optional*, defaults to `False`): Whether to return all states, to be looked at.
+            generator (`torch.Generator` or a list of one per sample, *optional*): Makes the noise deterministic.
+            noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, or a sequence of one per step, *optional*):
+                The chain's standard normal draws. Drawn if not given.
+            return_trajectory (`bool`, *optional*, defaults to `False`): Whether to return all states.
             energy_model (`Callable`, *optional*): As for `calibrate`.
 
         Returns:
@@ -319,19 +306,19 @@ class EnergyCalibrator:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
             generator, noise: As for `run_chain`.
             energy_model (`Callable`, *optional*):
-                The energy of these very samples, where it is another for each batch: that of latents given images, for
-                example. The calibrator's own if not given.
+                The energy of these samples, if it differs between batches: that of latents given images, for example. The
+                calibrator's own if not given.
             distance (`Callable`, *optional*):
                 What the constraint bounds the mean of, instead of the squared error: maps samples and targets (the chain's
-                ends, no gradient) to one number a sample, with gradients. `noise_floor` and `drift` are of the squared error
-                still.
+                ends, no gradient) to one number per sample, with gradients. `noise_floor` and `drift` remain those of the
+                squared error.
 
         Returns:
             [`CalibrationOutput`]
 
         Raises:
-            ValueError: if `samples` has fewer than two dimensions or none in the batch, or the energy model or the
-                distance does not give one number a sample.
+            ValueError: if `samples` has fewer than two dimensions or an empty batch, or the energy model or the distance does
+                not give one number per sample.
         """
         if samples.ndim < 2 or samples.shape[0] == 0:
             raise ValueError(f"`samples` must have shape (batch_size, ...), but has {tuple(samples.shape)}.")
@@ -348,7 +335,8 @@ class EnergyCalibrator:
         distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> CalibrationOutput:
         """
-        What `calibrate` gives, of samples whose chain was run before: by `run_chain`, from the same values without gradients.
+        Return what `calibrate` returns, for samples whose chain was run before: by `run_chain`, from the same values without
+        gradients.
 
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
@@ -360,11 +348,11 @@ class EnergyCalibrator:
             [`CalibrationOutput`]
 
         Raises:
-            ValueError: if `targets` have another shape than `samples`, or the distance does not give one number a sample.
+            ValueError: if `targets` have another shape than `samples`, or the distance does not give one number per sample.
         """
         if samples.shape != targets.shape:
             raise ValueError(
-                f"`targets` must have the shape of `samples`, {tuple(samples.shape)}, but have {tuple(targets.shape)}."
+                f"`samples` and `targets` differ in shape: {tuple(samples.shape)}, {tuple(targets.shape)}."
             )
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
@@ -372,10 +360,8 @@ class EnergyCalibrator:
         constraint = squared_error = (samples.to(targets.dtype) - targets).square().flatten(1).sum(1).mean()
         if distance is not None:
             distances = distance(samples, targets)
-            if distances.numel() != samples.shape[0]:
-                raise ValueError(
-                    f"`distance` must give one number a sample ({samples.shape[0]}), but gave {tuple(distances.shape)}."
-                )
+            if distances.numel() != len(samples):
+                raise ValueError(f"`distance` must give {len(samples)} numbers, but gave {tuple(distances.shape)}.")
             constraint = distances.mean()
         noise_floor = constraint.new_tensor(self.num_entries * self.scheduler.noise_variance())
         drift = self._drift(squared_error.detach())
@@ -410,14 +396,11 @@ class EnergyCalibrator:
             [`EnergyLossOutput`]
 
         Raises:
-            ValueError: if `real` holds integers, since targets are given to the energy model next to it, in its precision, or if
-                there is no energy model.
+            ValueError: if `real` holds integers, since the energy model gets targets in its precision.
         """
         if not real.is_floating_point():
             raise ValueError(f"`real` must be of a floating point dtype, as samples are, but is {real.dtype}.")
-        energy_model = self.energy_model if energy_model is None else energy_model
-        if energy_model is None:
-            raise ValueError("`energy_model` must be given where the calibrator has none of its own.")
+        energy_model = self._choose(energy_model)
         targets = targets.detach().to(real.dtype)
         if self.gradient_penalty == 0:
             energy = compute_energy(energy_model, torch.cat([real, targets]))
@@ -432,7 +415,7 @@ class EnergyCalibrator:
         return output
 
     def contrast(self, energy_real: torch.Tensor, energy_targets: torch.Tensor) -> EnergyLossOutput:
-        """The loss of the energy step from the energies of data and of calibrated samples, each of any number."""
+        """Return the loss of the energy step from the energies of data and of calibrated samples, each of any number."""
         loss = energy_real.mean() - energy_targets.mean()
         if self.energy_regularization > 0:
             squares = energy_real.square().mean() + energy_targets.square().mean()
@@ -445,15 +428,13 @@ class EnergyCalibrator:
         Take the dual step lambda <- clip(lambda + eta v, 0, lambda_max) with the violation v = clip(C / epsilon - 1, -1, 1),
         or, without `relative_dual_step`, v = C - epsilon.
 
-        Before the energy model knows anything, C can be many times epsilon whatever the generator does, and lambda would
-        wind up to its bound there and take the rest of a run to come down. A squared error is at least 0, and so the
-        violation at least -1; another `distance`, a difference of log-probabilities for example, can be far below 0, and lambda
-        would fall to 0 at once. Where lambda rests is not changed by either.
+        Before the energy model has learned anything, C can be many times epsilon whatever the generator does: without clipping,
+        lambda would rise to its bound and take the rest of a run to come down. A `distance` that can be far below 0 would let it
+        fall to 0 at once. Clipping does not change where lambda rests.
 
         Args:
             constraint (`torch.Tensor` or `float`):
-                C of this step. Where training is distributed, its mean over the processes, so that lambda stays one
-                number.
+                C of this step. In distributed training its mean over the processes, so that lambda is the same in all.
         """
         tolerance = self.resolve_tolerance()
         if self.relative_dual_step:
@@ -470,8 +451,8 @@ class EnergyCalibrator:
         by at most a factor e each way before the power, where a_0 is the scheduler's. Call it after each step where the
         energy's scale is not known.
 
-        a never rises above a_0. Were it to keep the drift AT its tolerance, the constraint would always just be kept, and
-        lambda have no say: with a weak energy model a would grow without end, and noise lead the generator.
+        a never rises above a_0. If it kept the drift at its tolerance, the constraint would always just hold and lambda have no
+        effect: with a weak energy model, a would grow without end, and noise lead the generator.
 
         Args:
             constraint (`torch.Tensor` or `float`): As for `dual_step`.
@@ -487,11 +468,11 @@ class EnergyCalibrator:
 
     @property
     def drift_step_size(self) -> float:
-        """a as it is now: the scheduler's, and what `adapt_drift_step` has made of it."""
+        """The current a: the scheduler's, as `adapt_drift_step` has changed it."""
         return self.scheduler.config.drift_step_size * self.drift_scale.item()
 
     def adapted_scheduler(self) -> LangevinScheduler:
-        """The chain as it is now, to be saved: with a as `adapt_drift_step` has left it, and the same pull a w."""
+        """Return the current chain, to be saved: with the adapted a, and the same pull a w."""
         config = self.scheduler.config
         # a w is at most 1: not a rounding above it.
         largest_weight = (1 - 1e-12) / max(self.drift_step_size, 1e-12)
@@ -502,10 +483,10 @@ class EnergyCalibrator:
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold beside the energy model: the dual variable and the adapted drift step."""
+        """Return what a checkpoint must hold next to the energy model: the dual variable and the adapted drift step."""
         return {"dual": self.dual.detach().cpu(), "drift_scale": self.drift_scale.detach().cpu()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.dual = state_dict["dual"].to(self.dual).clamp(0.0, self.max_dual)
         self.drift_scale = state_dict["drift_scale"].to(self.drift_scale)

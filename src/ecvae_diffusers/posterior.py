@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Calibration of an amortised posterior: what a chain on the true posterior does to the encoder's samples.
+r"""Calibration of an amortised posterior: a chain on the true posterior corrects the encoder's samples.
 
-The posterior of a decoder G with a Gaussian likelihood of variance s^2 a pixel and a standard normal prior is
+The posterior of a decoder G with a Gaussian likelihood of variance s^2 per pixel and a standard normal prior is
 proportional to exp(-U), with
 
 .. math:: U(z) = \frac{\| x - G(z) \|^2}{2 s^2} + \frac{\| z \|^2}{2}
@@ -10,10 +10,10 @@ proportional to exp(-U), with
 starts at a sample of q(z|x) and follows U comes nearer to that posterior, and the encoder learns from where it ends, as a
 generator learns from the ends of its own chains: [`EnergyCalibrator`] serves both.
 
-It runs on whitened latents u = (z - m) / sigma, with the mean and standard deviation of q(z|x) held still. There q is standard
-normal whatever it has learned, so that one drift step fits every dimension, those that are known to a hundredth and those
-that the image says nothing of. With a noise of sqrt(2 a) a step, the chain is unadjusted Langevin dynamics, preconditioned by
-sigma^2, whose stationary law is the posterior but for terms of the order of a.
+It runs on whitened latents u = (z - m) / sigma, with the mean and standard deviation of q(z|x) frozen. There q is standard
+normal whatever it has learned, so that one drift step fits every dimension, whether or not the image determines it. With a noise
+of sqrt(2 a) per step, the chain is unadjusted Langevin dynamics, preconditioned by sigma^2, whose stationary law is the posterior
+except for terms of the order of a.
 """
 
 import math
@@ -31,21 +31,19 @@ from .schedulers.scheduling_langevin import LangevinScheduler
 from .variational import likelihood_bounds
 
 
-# The two forms of the constraint: the squared distance of latents to their chain's ends, or the ends' -log q.
-
 # a, on whitened latents: a tenth of the step that is 1 in a standard normal posterior.
 DRIFT_STEP = 0.1
 
 
 class PosteriorEnergy:
     """
-    U of a batch of images, as a function of whitened latents: an energy for `EnergyCalibrator.calibrate(..., energy_model=)`.
+    The energy U of a batch of images, as a function of whitened latents, for `EnergyCalibrator.calibrate(..., energy_model=)`.
 
     Args:
         decode (`Callable`): G: latents (B, d, 1, 1) -> images (B, C, H, W).
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
-        posterior (`DiagonalGaussianDistribution`): q(z|x); its mean and standard deviation are taken as they are now.
-        variance (`float`): s^2 > 0, a pixel.
+        posterior (`DiagonalGaussianDistribution`): q(z|x), whose mean and standard deviation are frozen.
+        variance (`float`): s^2 > 0, per pixel.
 
     Raises:
         ValueError: if `variance` is not above 0.
@@ -61,15 +59,15 @@ class PosteriorEnergy:
         self.mean, self.std = (out_of_inference_mode(moment.detach().float()) for moment in moments)
 
     def whiten(self, latents: torch.Tensor) -> torch.Tensor:
-        """u = (z - m) / sigma, with gradients to z alone."""
+        """Return u = (z - m) / sigma, with gradients to z alone."""
         return (latents - self.mean) / self.std
 
     def unwhiten(self, whitened: torch.Tensor) -> torch.Tensor:
-        """z = m + sigma u."""
+        """Return z = m + sigma u."""
         return self.mean + self.std * whitened
 
     def __call__(self, whitened: torch.Tensor) -> torch.Tensor:
-        """U(m + sigma u), one number an image: shape (B,)."""
+        """Return U(m + sigma u), shape (B,)."""
         latents = self.unwhiten(whitened)
         error = (self.decode(latents).float() - self.images.float()).square().flatten(1).sum(1)
         return error / (2 * self.variance) + latents.square().flatten(1).sum(1) / 2
@@ -79,7 +77,7 @@ def posterior_chain(
     num_steps: int, drift_step_size: float = DRIFT_STEP, conditioning_weight: float = 0.0
 ) -> LangevinScheduler:
     """
-    The chain of K steps on whitened latents: with a noise of sqrt(2 a) it leaves the posterior as it is, but for terms of
+    Return a chain of K steps on whitened latents: with a noise of sqrt(2 a) it leaves the posterior as it is, except for terms of
     the order of a. Steps are stable below 2 over the largest curvature of U in u, which is 1 where q is right.
     """
     return LangevinScheduler(
@@ -98,18 +96,18 @@ def refine(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U, which never rises. Written
-    out, because a pipeline on the Hub has no scheduler but the one it was saved with.
+    Return the end of `posterior_chain` from whitened latents, or without noise that of gradient descent on U, which never rises.
+    Written out, because a pipeline on the Hub has only the scheduler that it was saved with.
 
-    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step lead uphill: in
-    descent such a step is not taken, and those of that image are halved from there on.
+    The step fits where q is near the posterior. For an image unlike the data, q may be far too wide, and a step lead uphill: descent
+    does not take such a step, and halves the next ones of that image.
 
     Args:
-        energy ([`PosteriorEnergy`]): U, of a decoder that is held still.
+        energy ([`PosteriorEnergy`]): U, of a frozen decoder.
         whitened (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, float32.
-        steps (`Iterable`): As many as there are to be steps, a progress bar for example.
-        noise (`bool`): Whether to draw it.
-        generator (`torch.Generator` or a list of one an image, *optional*): Draws the noise.
+        steps (`Iterable`): One item per step, a progress bar for example.
+        noise (`bool`): Whether to add noise.
+        generator (`torch.Generator` or a list of one per image, *optional*): Draws the noise.
     """
     if noise:
         for _ in steps:
@@ -132,10 +130,8 @@ def refine(
 
 def stationary_constraint(scheduler: LangevinScheduler, num_latents: int) -> float:
     """
-    Return the mean of the constraint that a chain on whitened latents leaves where q is the posterior already.
-
-    There U(u) = |u|^2 / 2, and x_k = alpha_k u_0 + noise of variance v_k, so that -log q less q's entropy has the mean
-    d / 2 (alpha^2 + v - 1).
+    Return the mean of the constraint that a chain on whitened latents leaves if q is the posterior already. Then
+    U(u) = |u|^2 / 2, x_k = alpha_k u_0 + noise of variance v_k, and -log q minus q's entropy has the mean d / 2 (alpha^2 + v - 1).
 
     Args:
         scheduler ([`LangevinScheduler`]): The chain.
@@ -151,7 +147,7 @@ def stationary_constraint(scheduler: LangevinScheduler, num_latents: int) -> flo
 
 def coupled_ends(scheduler: LangevinScheduler, whitened: torch.Tensor, noise: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    The end of the same chain, from the same start and with the same noise, were q the posterior: on the energy
+    Return the end of the same chain, from the same start and with the same noise, if q were the posterior: on the energy
     |u|^2 / 2, whose gradient is u.
 
     Args:
@@ -172,22 +168,22 @@ def negative_log_posterior(
     remainder: float = 0.0,
 ) -> Callable:
     r"""
-    The other form of the constraint, for `EnergyCalibrator.calibrate(..., distance=)`: by how much less likely under q the
-    chain's ends are than the samples it began at,
+    Return a distance for `EnergyCalibrator.calibrate(..., distance=)`: by how much less likely under q the chain's ends are than
+    the samples it started from,
 
     .. math:: \log q(\operatorname{sg}[z_0] | x) - \log q(\operatorname{sg}[\tilde z] | x), \qquad z_0 \sim q,
 
-    in nats an image. Its gradient has the mean of that of -log q(z~|x), since the score of q has none over samples of q.
+    in nats per image. Its gradient has the mean of that of -log q(z~|x), since the score of q has mean 0 over samples of q.
 
-    The chain's noise moves its ends far more than the posterior does, and an encoder that learned from them would hear little
-    else. So in the place of z_0 stands, where `reference` gives it, the end of the same chain with the same noise, were q the
-    posterior (`coupled_ends`). What that chain leaves of the difference in the mean is known, `remainder`, so that neither
-    value nor gradient changes in the mean but for the chain's own error of the order of a; and where q is the posterior both
-    ends are equal, and the gradient has no variance at all, as the one of Roeder et al. 2017 (arXiv 1703.09194) for K = 1.
+    The chain's noise moves its ends far more than the posterior does, and would dominate the gradient. With `reference`, z_0 is
+    replaced by the end of the same chain with the same noise, if q were the posterior (`coupled_ends`). The mean difference that
+    this leaves is known, `remainder`, so that value and gradient keep their means, except for the chain's own error of the order of
+    a; and if q is the posterior, both ends are equal and the gradient has no variance at all, as the one of Roeder et al. 2017
+    (arXiv 1703.09194) for K = 1.
 
     For short chains of small steps the mean gradient is 0 where E_q grad U = 0 and E_q u grad U = 1, which is where q has the
     highest evidence lower bound; the longer the chain, the more q covers the posterior. Unlike the squared distance between a
-    sample and its chain's end, it widens q where the ends lie wider.
+    sample and its chain's end, it widens q if the ends lie wider.
 
     Args:
         posterior (`DiagonalGaussianDistribution`): q(z|x), with gradients.
@@ -217,16 +213,14 @@ def generated_images(
     prior: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Images of the model's own, with real residuals: x' = G(z') + x - G(z), with z' ~ N(0, I) and z ~ q(z|x).
-
-    Were q the posterior and the model right, x - G(z) would be the likelihood's noise, and x' a draw of the model: other
-    images at every step, for an encoder that knows its training images better than others.
+    Return images of the model with real residuals: x' = G(z') + x - G(z), with z' ~ N(0, I) and z ~ q(z|x). If q is the posterior
+    and the model right, x - G(z) is the likelihood's noise, and x' a draw of the model: new images at every step.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
         posterior (`DiagonalGaussianDistribution`): q(z|x), latents (B, d, 1, 1).
         decode (`Callable`): G: latents (B, d, 1, 1) -> images.
-        noise (`torch.Tensor` of shape `(B, d, 1, 1)`): The standard normal draws that z is made of.
+        noise (`torch.Tensor` of shape `(B, d, 1, 1)`): The standard normal draws of z.
         prior (`torch.Tensor` of shape `(B, d, 1, 1)`): z'.
 
     Returns:
@@ -248,32 +242,26 @@ def optimized_posterior(
     generator: torch.Generator | None = None,
 ) -> DiagonalGaussianDistribution:
     """
-    The posterior of each image by itself: q with mean and variance optimised for the evidence lower bound of that image,
-    from the encoder's, by Adam with a rate that falls to 0. What its bound is above the encoder's is the amortisation gap
-    (Cremer et al. 2018, arXiv 1801.03558).
+    Optimise mean and variance of q for the evidence lower bound of each image, from the encoder's, by Adam with a rate that falls
+    to 0. The difference of the two bounds is the amortisation gap (Cremer et al. 2018, arXiv 1801.03558).
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
         posterior ([`DiagonalGaussianDistribution`]): q(z|x) of the encoder, latents (B, d, 1, 1).
-        decode (`Callable`): G, of a module that is held still: latents (B, d, 1, 1) -> images.
-        variance (`float`, *optional*, defaults to 0.5): s^2 of a pixel.
+        decode (`Callable`): G, of a frozen module: latents (B, d, 1, 1) -> images.
+        variance (`float`, *optional*, defaults to 0.5): s^2, per pixel.
         num_steps (`int`, *optional*, defaults to 200): At least 1.
         learning_rate (`float`, *optional*, defaults to 0.1): On the mean in units of the standard deviation, and on the
             logarithm of the variance.
-        generator (`torch.Generator`, *optional*): Draws a latent an image and step.
-
-    Raises:
-        ValueError: if `num_steps` is below 1.
+        generator (`torch.Generator`, *optional*): Draws one latent per image and step.
     """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1, but is {num_steps}.")
     energy = PosteriorEnergy(decode, images, posterior, variance)
     moved, widened = (torch.zeros_like(energy.mean, requires_grad=True) for _ in range(2))
     optimizer = torch.optim.Adam([moved, widened], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, num_steps)
     for _ in range(num_steps):
         noise = randn_tensor(moved.shape, generator=generator, device=moved.device, dtype=moved.dtype)
-        # E_q U less the entropy of q, which is what the bound is the negative of.
+        # The negative bound: E_q U minus the entropy of q.
         bound = energy(moved + (widened / 2).exp() * noise).sum() - widened.sum() / 2
         moved.grad, widened.grad = torch.autograd.grad(bound, [moved, widened])
         optimizer.step()
@@ -286,12 +274,12 @@ def optimized_posterior(
 @dataclass
 class PosteriorBounds(BaseOutput):
     """
-    Output of `posterior_bounds`: nats an image, shape (B,), float32.
+    Output of `posterior_bounds`: nats per image, shape (B,), float32.
 
     Args:
         importance_weighted (`torch.Tensor`): The importance-weighted bound on log p(x).
         elbo (`torch.Tensor`): The evidence lower bound.
-        amortisation_gap (`torch.Tensor`): How much higher the bound is of the posterior optimised for each image.
+        amortisation_gap (`torch.Tensor`): By how much optimising the posterior of each image raises the bound.
     """
 
     importance_weighted: torch.Tensor
@@ -309,11 +297,11 @@ def posterior_bounds(
     batch_size: int = 256,
 ) -> PosteriorBounds:
     """
-    How likely images are, and how much of that the encoder leaves.
+    Bound the likelihood of images, and measure how much of it the encoder loses.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
-        vae ([`AutoencoderEC`]): Held still meanwhile.
+        vae ([`AutoencoderEC`]): Frozen meanwhile.
         num_samples, variance, generator, batch_size: As for [`~variational.likelihood_bounds`].
         num_steps (`int`, *optional*, defaults to 200): As for `optimized_posterior`.
 
@@ -331,8 +319,7 @@ def posterior_bounds(
         state = generator.get_state()
         bounds = likelihood_bounds(images, posterior, decode, num_samples, variance, generator, batch_size)
         best = optimized_posterior(images, posterior, decode, variance, num_steps, generator=generator)
-        # The same draws for both, whose noise is then in neither's favour.
-        generator.set_state(state)
+        generator.set_state(state)  # the same draws for both, whose noise then favours neither
         best_bounds = likelihood_bounds(images, best, decode, num_samples, variance, generator, batch_size)
     return PosteriorBounds(
         importance_weighted=bounds.importance_weighted,

@@ -1,14 +1,14 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""The variational bound that the autoencoder is trained on, and what guards it against posterior collapse.
+r"""The variational bound that the autoencoder is trained on, with free bits and a warm-up against posterior collapse.
 
 .. math::
     L = \mathbb E_x \Big[ \| x - \hat x \|^2 + \beta \sum_j \max\big(\lambda_\text{free}, \mathbb E_x
     \operatorname{KL}(q(z_j|x) \,\|\, p(z_j))\big) \Big]
 
-with the squared error SUMMED over an image, which is -log p(x|z) up to constants at a variance of 1/2. Free bits (Kingma
+with the squared error SUMMED per image, which is -log p(x|z) up to constants at a variance of 1/2. Free bits (Kingma
 et al. 2016, arXiv 1606.04934) leave each latent dimension its first nats without charge.
 
-How likely images are is measured by the importance-weighted bound (Burda et al. 2016, arXiv 1509.00519),
+The likelihood of images is measured by the importance-weighted bound (Burda et al. 2016, arXiv 1509.00519),
 
 .. math:: \log p(x) \ge \mathbb E_{z_1..z_K \sim q(z|x)} \log \tfrac1K \sum_k \frac{p(x|z_k)\, p(z_k)}{q(z_k|x)},
 
@@ -37,7 +37,7 @@ class ELBOOutput(BaseOutput):
 
     Args:
         loss (`torch.Tensor`): L, with gradients.
-        reconstruction (`torch.Tensor`): Squared error, summed over an image and averaged over the batch. No gradient.
+        reconstruction (`torch.Tensor`): Squared error, summed per image and averaged over the batch. No gradient.
         kl (`torch.Tensor`): KL divergence in nats, summed over dimensions and averaged over the batch, without beta
             and free bits. No gradient.
     """
@@ -48,9 +48,8 @@ class ELBOOutput(BaseOutput):
 
 
 def kl_per_dimension(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """KL(q(z_j|x) || N(0, 1)) = (mean^2 + var - 1 - log var) / 2 in nats: shape (B, d)."""
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar)
-    return kl.flatten(1)
+    """Return KL(q(z_j|x) || N(0, 1)) = (mean^2 + var - 1 - log var) / 2 in nats, shape (B, d)."""
+    return 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).flatten(1)
 
 
 def elbo_loss(
@@ -61,13 +60,13 @@ def elbo_loss(
     free_bits: float = 0.0,
 ) -> ELBOOutput:
     """
-    The (negative) variational bound.
+    Return the (negative) variational bound.
 
     Args:
-        sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and what the decoder made.
+        sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and their reconstructions.
         posterior ([`DiagonalGaussianDistribution`]): q(z|x), latents of shape (B, d, 1, 1).
         kl_weight (`float`, *optional*, defaults to 1.0): beta, at least 0.
-        free_bits (`float`, *optional*, defaults to 0.0): Nats a dimension, at least 0, averaged over this batch.
+        free_bits (`float`, *optional*, defaults to 0.0): Nats per dimension, at least 0, averaged over the batch.
 
     Returns:
         [`ELBOOutput`]
@@ -85,25 +84,23 @@ def error_gradient_norm(sample: torch.Tensor, reconstruction: torch.Tensor) -> t
     2 mean |x - x^|, a tensor of no dimension.
 
     Args:
-        sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and what the decoder made.
+        sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and their reconstructions.
     """
     return 2 * (reconstruction.float() - sample).flatten(1).norm(dim=1).mean()
 
 
 def kl_warmup(kl_weight: float, step: int, num_steps: int) -> float:
     """
-    beta of a step: from `kl_weight` / `num_steps` at step 0 up to `kl_weight` in equal parts, against posterior collapse
-    (Bowman et al. 2016, arXiv 1511.06349). `num_steps` 0 is no warm-up.
+    Return beta of a step: from `kl_weight` / `num_steps` at step 0 up to `kl_weight` in equal parts, against posterior collapse
+    (Bowman et al. 2016, arXiv 1511.06349). 0 `num_steps` mean no warm-up.
     """
     return kl_weight * min(1.0, (step + 1) / max(num_steps, 1))
 
 
 def active_units(posterior_mean: torch.Tensor) -> torch.Tensor:
     """
-    Number of latent dimensions whose posterior mean varies over the data, by more than 0.01 in variance.
-
-    Args:
-        posterior_mean (`torch.Tensor` of shape `(B, d, 1, 1)` or `(B, d)`):.
+    Return the number of latent dimensions whose posterior mean, of shape `(B, d, 1, 1)` or `(B, d)`, has a variance above 0.01 over
+    the data.
     """
     return (posterior_mean.float().flatten(1).var(0, correction=0) > ACTIVE_VARIANCE).sum()
 
@@ -111,7 +108,7 @@ def active_units(posterior_mean: torch.Tensor) -> torch.Tensor:
 @dataclass
 class LikelihoodBounds(BaseOutput):
     """
-    Output of `likelihood_bounds`: nats an image, shape (B,), float32.
+    Output of `likelihood_bounds`: nats per image, shape (B,), float32.
 
     Args:
         importance_weighted (`torch.Tensor`): The importance-weighted bound on log p(x).
@@ -133,14 +130,14 @@ def likelihood_bounds(
     batch_size: int = 256,
 ) -> LikelihoodBounds:
     """
-    Lower bounds on the density of images in [-1, 1] under p(x|z) = N(G(z), variance I), p(z) = N(0, I).
+    Bound from below the density of images in [-1, 1] under p(x|z) = N(G(z), variance I), p(z) = N(0, I).
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
         posterior ([`DiagonalGaussianDistribution`]): q(z|x) of these images, latents (B, d, 1, 1).
         decode (`Callable`): G, of latents (N, d, 1, 1) to images (N, C, H, W).
         num_samples (`int`, *optional*, defaults to 500): K, at least 1.
-        variance (`float`, *optional*, defaults to 0.5): Of a pixel. 1/2 is what the training loss stands for at beta 1.
+        variance (`float`, *optional*, defaults to 0.5): Of a pixel. The training loss has 1/2 at beta 1.
             Bounds at different variances can't be compared.
         generator (`torch.Generator`, *optional*): Draws the latents.
         batch_size (`int`, *optional*, defaults to 256): Latents decoded at a time.
@@ -152,13 +149,11 @@ def likelihood_bounds(
         ValueError: if `num_samples` or `batch_size` is below 1 or `variance` is not a finite number above 0.
     """
     if num_samples < 1 or batch_size < 1 or not 0 < variance < math.inf:
-        raise ValueError(
-            f"`num_samples` and `batch_size` must be at least 1 and `variance` a finite number above 0, but are {num_samples}, "
-            f"{batch_size} and {variance}."
-        )
+        given = f"`num_samples` {num_samples}, `batch_size` {batch_size}, `variance` {variance}"
+        raise ValueError(f"Numbers must be at least 1 and the variance finite and above 0, but are {given}.")
     count, dimension = len(sample), sample[0].numel()
     mean, spread = posterior.mean.float(), posterior.std.float()
-    # All at once: torch draws other numbers where they are asked for in other parts.
+    # All at once: drawn in parts, torch's numbers would depend on the parts.
     draws = randn_tensor((num_samples, *mean.shape), generator=generator, device=mean.device)
     parts = []
     for noise in draws.split(max(1, batch_size // count)):

@@ -15,30 +15,20 @@ from ecvae_diffusers.calibration import HEALTHY_MOVE
 # The tolerance
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16), (3, 64, 64), (20,)])
-def test_auto_tolerance_allows_a_drift_of_one_length_at_every_size(shape):
-    """D K b^2 + rho^2: only the noise floor grows with the number of entries."""
-    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01)
-    calibrator = EnergyCalibrator(Linear(torch.zeros(shape)), scheduler)
+@pytest.mark.parametrize("drift_tolerance", [None, 0.02])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64), (20,)])
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_auto_tolerance_allows_a_drift_of_one_length_at_every_size(shape, weight, drift_tolerance):
+    """D K b^2 + rho^2: only the noise floor grows with the number D of entries. A given tolerance is per entry."""
+    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01, conditioning_weight=weight)
+    energy, entries = Linear(torch.zeros(shape)), math.prod(shape)
+    calibrator = EnergyCalibrator(energy, scheduler, drift_tolerance=drift_tolerance)
+    with pytest.raises(RuntimeError, match="`calibrate`"):
+        calibrator.dual_step(1.0)
     calibrator.calibrate(torch.zeros(2, *shape))
-    assert calibrator.resolve_tolerance() == pytest.approx(math.prod(shape) * 4 * 0.01**2 + HEALTHY_MOVE**2)
-    assert calibrator.resolve_drift_tolerance() == pytest.approx(HEALTHY_MOVE / math.sqrt(math.prod(shape)))
-    # A given one is per entry.
-    calibrator = EnergyCalibrator(Linear(torch.zeros(shape)), scheduler, drift_tolerance=0.02)
-    calibrator.calibrate(torch.zeros(2, *shape))
-    assert calibrator.resolve_tolerance() == pytest.approx(math.prod(shape) * (4 * 0.01**2 + 0.02**2))
-
-
-def test_auto_tolerance_follows_the_chain():
-    """With conditioning, less noise gathers; and one calibrator may have samples of several sizes."""
-    scheduler = LangevinScheduler(num_steps=4, noise_scale=0.01, conditioning_weight=2.0)
-    calibrator = EnergyCalibrator(lambda sample: sample.flatten(1).sum(1), scheduler)
-    for entries in (8, 32):
-        calibrator.calibrate(torch.zeros(2, entries))
-        expected = entries * scheduler.noise_variance() + HEALTHY_MOVE**2
-        assert calibrator.resolve_tolerance() == pytest.approx(expected)
-    scheduler.set_timesteps(1)
-    assert calibrator.resolve_tolerance() == pytest.approx(32 * 0.01**2 + HEALTHY_MOVE**2)
+    drift = HEALTHY_MOVE / math.sqrt(entries) if drift_tolerance is None else drift_tolerance
+    assert calibrator.resolve_drift_tolerance() == pytest.approx(drift)
+    assert calibrator.resolve_tolerance() == pytest.approx(entries * (scheduler.noise_variance() + drift**2))
 
 
 def test_a_healthy_run_neither_raises_nor_lowers_the_dual():
@@ -51,16 +41,11 @@ def test_a_healthy_run_neither_raises_nor_lowers_the_dual():
     assert calibrator.dual.item() == pytest.approx(30.0, abs=0.1)
 
 
-def test_auto_tolerance_needs_a_sample():
-    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler())
-    for method, arguments in ((calibrator.resolve_tolerance, ()), (calibrator.dual_step, (1.0,))):
-        with pytest.raises(RuntimeError, match="`calibrate`"):
-            method(*arguments)
+def test_a_tolerance_of_0_is_refused():
     calibrator = EnergyCalibrator(tiny_energy_model(), drift_only(), drift_tolerance=0.0)
     calibrator.calibrate(randn(2, 1, 8, 8))
     with pytest.raises(ValueError, match="drift_tolerance"):
         calibrator.resolve_tolerance()
-    assert EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=3).resolve_tolerance() == 3.0
 
 
 # The dual step
@@ -73,16 +58,11 @@ def test_auto_tolerance_needs_a_sample():
         (30.0, 0.5, 30.0),  # on the bound
         (30.0, 1.0, 30.2),  # twice the bound: a relative violation of 1
         (30.0, 0.25, 29.9),
-        (30.0, 0.0, 29.8),
         (0.1, 0.0, 0.0),  # not below 0
-        (0.0, 0.1, 0.0),
         (0.0, 1.0, 0.2),  # and back
         (99.9, 2.0, 100.0),  # not above max_dual
-        (100.0, 1e6, 100.0),
-        (30.0, 1.5, 30.2),  # a larger violation than 1 counts as 1
-        (30.0, 1e6, 30.2),
-        (30.0, -0.5, 29.8),  # of a constraint that can be negative, likewise
-        (30.0, -1e6, 29.8),
+        (30.0, 1e6, 30.2),  # a larger violation than 1 counts as 1
+        (30.0, -1e6, 29.8),  # of a constraint that can be negative, likewise
     ],
 )
 def test_dual_step(initial_dual, constraint, expected, as_tensor):
@@ -95,14 +75,6 @@ def test_dual_step(initial_dual, constraint, expected, as_tensor):
     assert calibrator.dual.shape == () and not calibrator.dual.requires_grad
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_dual_step_is_relative(scale):
-    """It depends on C / epsilon alone, and so not on the size of the images."""
-    calibrator = EnergyCalibrator(tiny_energy_model(), LangevinScheduler(), tolerance=0.5 * scale)
-    calibrator.dual_step(0.8 * scale)
-    assert calibrator.dual.item() == pytest.approx(30.0 + 0.1 * 0.6, rel=1e-6)
-
-
 def test_absolute_dual_step():
     """lambda <- clip(lambda + eta (C - epsilon), 0, lambda_max), as published: the step is neither relative nor clipped."""
     calibrator = EnergyCalibrator(
@@ -112,18 +84,6 @@ def test_absolute_dual_step():
     assert calibrator.dual.item() == pytest.approx(30.0 - 0.2 * 0.1)
     calibrator.dual_step(torch.tensor(200.0))
     assert calibrator.dual.item() == pytest.approx(30.0 - 0.2 * 0.1 + 0.2 * 199.5)
-
-
-def test_max_dual_bounds_the_loss():
-    calibrator = EnergyCalibrator(
-        Quadratic(torch.zeros(4)), drift_only(), tolerance=1e-6, initial_dual=0.0, max_dual=5.0, dual_learning_rate=4.0
-    )
-    for _ in range(3):
-        output = calibrator.calibrate(torch.ones(2, 4))
-        calibrator.dual_step(output.constraint)
-    assert calibrator.dual.item() == 5.0
-    output = calibrator.calibrate(torch.ones(2, 4))
-    assert output.loss.item() == pytest.approx(5.0 * output.constraint.item())
 
 
 # Primal and dual together
@@ -174,8 +134,7 @@ def solve(t: torch.Tensor, m: torch.Tensor, tolerance: float, initial_dual: floa
 T, M, SHARE = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.0, 0.5, 0.5]), 1 - (1 - 0.2) ** 4
 
 
-@pytest.mark.parametrize("initial_dual", [0.0, 1.0, 4.0])
-@pytest.mark.parametrize("tolerance", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("tolerance, initial_dual", [(0.05, 4.0), (1.0, 0.0)])
 def test_active_constraint_converges_to_the_fixed_point(tolerance, initial_dual):
     r"""
     On f(x) = |x - m|^2 / 2 without noise, x~ - x = -s (x - m) with s = 1 - (1 - a)^K: the constraint is
@@ -200,11 +159,9 @@ def test_active_constraint_converges_to_the_fixed_point(tolerance, initial_dual)
     assert dual == pytest.approx(SHARE * multiplier.item(), rel=2e-3)
 
 
-@pytest.mark.parametrize("initial_dual", [0.0, 4.0])
-@pytest.mark.parametrize("tolerance", [4.0, 100.0])
-def test_inactive_constraint_lets_go(tolerance, initial_dual):
+def test_inactive_constraint_lets_go():
     """If t itself satisfies the constraint, lambda goes to 0 and the generator to its own minimum."""
-    assert SHARE**2 * (T - M).square().sum() < tolerance
-    theta, dual = solve(T, M, tolerance, initial_dual)
+    assert SHARE**2 * (T - M).square().sum() < 4.0
+    theta, dual = solve(T, M, tolerance=4.0, initial_dual=4.0)
     assert dual == 0.0
     assert torch.allclose(theta, T, atol=1e-3)

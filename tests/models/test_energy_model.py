@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from model_tests import ModelTests, images, seeded, trained_parameters, unsettle
+from energies import seeded
+from model_tests import ModelTests, images, trained_parameters, unsettle
 from torch.nn.utils import parametrize
 
 from ecvae_diffusers import EnergyModel
@@ -16,9 +17,8 @@ from ecvae_diffusers.models.energy_model import PooledConv2d
 
 
 CONFIGS = {
-    "spectral_norm": {},
+    "spectral_norm": {"num_scales": 2, "act_fn": "silu"},
     "plain": {"spectral_norm": False, "act_fn": "gelu", "layers_per_block": 2},
-    "two_scales": {"num_scales": 2, "act_fn": "silu"},
 }
 
 
@@ -38,15 +38,15 @@ class TestEnergyModelModel(ModelTests):
     def model(self, energy_model):
         return energy_model
 
-    def sample(self, batch_size=3):
-        return images(batch_size)
+    def sample(self):
+        return images(3)
 
     def outputs(self, model, sample):
         return [model(sample).energy]
 
-    def loss(self, model, sample, step=0):
+    def loss(self, model, sample):
         """Data against other samples, with the regularization that bounds the loss."""
-        energy = model(torch.cat([sample, torch.zeros_like(sample) + 0.1 * step])).energy
+        energy = model(torch.cat([sample, torch.zeros_like(sample)])).energy
         real, fake = energy.chunk(2)
         return real.mean() - fake.mean() + 0.01 * (real.square().mean() + fake.square().mean())
 
@@ -56,17 +56,17 @@ class TestEnergyModelModel(ModelTests):
 
 @pytest.mark.parametrize(
     "in_channels, sample_size, block_out_channels, num_scales",
-    [(1, 8, (8,), 1), (3, 8, (8, 8), 2), (4, 16, (8, 12, 8), 3), (3, 32, (8,), 1), (1, 512, (4, 4, 4, 4, 4), 2)],
+    [(1, 8, (8,), 1), (4, 16, (8, 12, 8), 3), (3, 32, (8,), 1), (1, 512, (4, 4, 4, 4, 4), 2)],
 )
 def test_one_energy_per_image(in_channels, sample_size, block_out_channels, num_scales):
     model = tiny(sample_size, in_channels, block_out_channels=block_out_channels, num_scales=num_scales)
     with torch.no_grad():
         energy = model(images(2, in_channels, sample_size)).energy
-        assert model(images(1, in_channels, sample_size)).energy.shape == (1,)
-    assert energy.shape == (2,) and torch.isfinite(energy).all() and energy[0] != energy[1]
+        (first,) = model(images(1, in_channels, sample_size), return_dict=False)
+    assert energy.shape == (2,) and first.shape == (1,) and torch.isfinite(energy).all() and energy[0] != energy[1]
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_energy_is_float32(energy_model, dtype, autocast):
     """In any precision of the model, energies are summed and compared in float32."""
@@ -77,23 +77,14 @@ def test_energy_is_float32(energy_model, dtype, autocast):
     assert torch.isfinite(energy).all()
 
 
-def test_tuple_and_dict_equivalence(energy_model):
-    (energy,) = energy_model(images(3), return_dict=False)
-    assert torch.equal(energy, energy_model(images(3)).energy)
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_energy_does_not_depend_on_neighbours(energy_model, training):
     """Nor does its gradient: the chain of one image must not depend on the other images of the batch."""
     batch = images(4)
     neighbours = torch.cat([batch[:1], images(3, seed=1)])
-    energies = []
-    for sample in (batch, neighbours, batch[:1]):
-        # A copy each: in training mode, spectral norm moves with every forward pass.
-        energies.append(copy.deepcopy(energy_model).train(training)(sample).energy[0])
-    assert torch.equal(energies[0], energies[1])
-    assert torch.allclose(energies[0], energies[2], rtol=1e-5, atol=1e-6)
-
+    # A copy each: in training mode, spectral norm moves with every forward pass.
+    copies = [copy.deepcopy(energy_model).train(training) for _ in range(2)]
+    assert torch.equal(copies[0](batch).energy[0], copies[1](neighbours).energy[0])
     sample = batch.requires_grad_()
     (gradient,) = torch.autograd.grad(energy_model.train(training)(sample).energy[0], sample)
     assert gradient[0].abs().max() > 0 and gradient[1:].abs().max() == 0
@@ -113,28 +104,22 @@ def energy_in_double(model: EnergyModel, sample: torch.Tensor) -> torch.Tensor:
     return energy
 
 
-@pytest.mark.parametrize("num_scales", [1, 2, 3])
-@pytest.mark.parametrize("spectral_norm", [False, True])
-def test_energy_is_the_sum_over_scales(num_scales, spectral_norm):
+@pytest.mark.parametrize("num_scales", [1, 3])
+def test_energy_is_the_sum_over_scales(num_scales):
     """Of networks on the image at full, half, quarter size."""
-    model = tiny(block_out_channels=(8, 12, 8), num_scales=num_scales, spectral_norm=spectral_norm)
-    unsettle(model, images(3)).double()
+    model = tiny(block_out_channels=(8, 12, 8), num_scales=num_scales)
     sample = images(3).double()
+    unsettle(model, images(3)).double()
     with torch.no_grad():
         assert len(model.networks) == num_scales
-        assert torch.allclose(model(sample).energy.double(), energy_in_double(model, sample), rtol=1e-6)
-        total = energy_in_double(model, sample)
         for network in model.networks:
-            bias = network.conv_out.bias.clone()
+            before = energy_in_double(model, sample)
             network.conv_out.bias += 1.0
-            assert torch.allclose(energy_in_double(model, sample), total + 1.0, rtol=1e-12)
-            assert torch.allclose(model(sample).energy.double(), total + 1.0, rtol=1e-6)
-            network.conv_out.bias.copy_(bias)
+            assert torch.allclose(model(sample).energy.double(), before + 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_scales", [1, 2])
-@pytest.mark.parametrize("spectral_norm", [False, True])
-@pytest.mark.parametrize("act_fn", ["silu", "leaky_relu"])
+@pytest.mark.parametrize("act_fn, spectral_norm", [("silu", True), ("leaky_relu", False)])
 def test_energy_gradient_by_finite_differences(act_fn, spectral_norm, num_scales):
     """Central differences at every pixel, in float64: their error is h^2 and rounding / h, so 1e-6 is generous."""
     model = tiny(8, 2, block_out_channels=(4, 6), act_fn=act_fn, spectral_norm=spectral_norm, num_scales=num_scales)
@@ -158,47 +143,34 @@ def test_energy_gradient_leaves_sample_and_parameters_alone(energy_model):
         gradient = energy_and_gradient(energy_model, sample)[1]
     assert not gradient.requires_grad and sample.grad is None
     assert all(parameter.grad is None for parameter in energy_model.parameters())
-    (expected,) = torch.autograd.grad(energy_model(sample).energy.sum(), sample)
-    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("act_fn", ["leaky_relu", "silu", "gelu", "relu", "mish"])
 def test_activations(act_fn):
-    model = tiny(act_fn=act_fn)
-    assert {module.negative_slope for module in model.modules() if isinstance(module, nn.LeakyReLU)} <= {0.2}
-    gradient = energy_and_gradient(model, images(2))[1]
+    gradient = energy_and_gradient(tiny(act_fn=act_fn), images(2))[1]
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
 
 
 # Spectral norm
 
 
-def convolutions(model: EnergyModel) -> list[nn.Conv2d]:
-    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-
-
-def largest_singular_value(weight: torch.Tensor) -> float:
-    return torch.linalg.matrix_norm(weight.detach().flatten(1).double(), ord=2).item()
-
-
-@pytest.mark.parametrize("num_scales", [1, 2])
-def test_spectral_norm_bounds_every_weight(num_scales):
+def test_spectral_norm_bounds_every_weight():
     """
     After enough power iterations, of which each training-mode forward pass takes one. The estimate of the largest
     singular value is never too large, so a weight's own is never below 1.
     """
-    model = tiny(num_scales=num_scales, layers_per_block=2)
+    model = tiny(num_scales=2)
     with torch.no_grad():
         for parameter in trained_parameters(model).values():
             parameter.mul_(7.0).add_(0.5 * torch.randn(parameter.shape, generator=seeded(parameter.numel())))
         model.train()
         for _ in range(100):
             model(images(1))
-    model.eval()
-    assert len(convolutions(model)) == {1: 11, 2: 17}[num_scales]
-    for conv in convolutions(model):
-        assert largest_singular_value(conv.weight) == pytest.approx(1.0, abs=0.01)
-        assert largest_singular_value(conv.parametrizations.weight.original) > 2.0
+    convolutions = [module for module in model.eval().modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 11
+    for conv in convolutions:
+        value = torch.linalg.matrix_norm(conv.weight.detach().flatten(1).double(), ord=2)
+        assert value.item() == pytest.approx(1.0, abs=0.01)
 
 
 def test_spectral_norm_moves_in_training_mode_only():
@@ -207,40 +179,23 @@ def test_spectral_norm_moves_in_training_mode_only():
     model(images(2))
     with frozen(model):
         model(images(2))
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    model.train()
-    model(images(2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.train()(images(2))
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and all(name.endswith(("._u", "._v")) for name in moved)
+    assert not any(parametrize.is_parametrized(module) for module in tiny(spectral_norm=False).modules())
 
 
-def test_spectral_norm_is_optional():
-    model = tiny(spectral_norm=False)
-    assert not any(parametrize.is_parametrized(module) for module in model.modules())
-    assert not any(name.endswith(("._u", "._v")) for name in model.state_dict())
-    assert all(parametrize.is_parametrized(conv, "weight") for conv in convolutions(tiny()))
-
-
-def convolve_then_pool(conv, sample):
-    return F.avg_pool2d(nn.Conv2d.forward(conv, sample), 2)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_pooled_convolution_is_convolution_and_pooling(channels_last):
+def test_pooled_convolution_is_convolution_and_pooling():
     """Including borders and gradients."""
     torch.manual_seed(0)
     conv = PooledConv2d(3, 5, 3, padding=1).double()
-    sample = torch.randn(2, 3, 8, 6, dtype=torch.float64)
-    if channels_last:
-        conv, sample = conv.to(memory_format=torch.channels_last), sample.to(memory_format=torch.channels_last)
-    sample.requires_grad_()
-    results = [function(conv, sample) for function in (PooledConv2d.__call__, convolve_then_pool)]
+    sample = torch.randn(2, 3, 8, 6, dtype=torch.float64).requires_grad_()
+    results = conv(sample), F.avg_pool2d(nn.Conv2d.forward(conv, sample), 2)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
     direction = torch.randn_like(results[0])
     gradients = [torch.autograd.grad(result, (sample, conv.weight, conv.bias), direction) for result in results]
-    for found, expected in zip(*gradients):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 # Refusals
@@ -250,9 +205,8 @@ def test_pooled_convolution_is_convolution_and_pooling(channels_last):
     "name, value",
     [
         ("sample_size", 48), ("sample_size", 4), ("sample_size", 2**30), ("in_channels", 0), ("in_channels", 10**6),
-        ("block_out_channels", ()), ("block_out_channels", (8, 0)), ("block_out_channels", (8, 10**6)),
-        ("block_out_channels", (8, 8, 8, 8)), ("layers_per_block", 0), ("layers_per_block", 10**6), ("num_scales", 0),
-        ("num_scales", 3),
+        ("block_out_channels", ()), ("block_out_channels", (8, 10**6)), ("block_out_channels", (8, 8, 8, 8)),
+        ("layers_per_block", 0), ("layers_per_block", 10**6), ("num_scales", 0), ("num_scales", 3),
     ],
 )  # fmt: skip
 def test_invalid_arguments(name, value):
@@ -260,7 +214,7 @@ def test_invalid_arguments(name, value):
         tiny(**{name: value})
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (2, 1, 16, 8), (1, 16, 16), (2, 1, 32, 32)])
-def test_other_shapes_are_refused(energy_model, shape):
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (1, 16, 16), (2, 1, 32, 32)])
+def test_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="`sample`"):
-        energy_model(torch.zeros(shape))
+        tiny()(torch.zeros(shape))

@@ -2,23 +2,19 @@
 """Tests of `FlowEC`: it can be inverted, its density is one, and normflows finds the same."""
 
 import math
-from collections.abc import Callable
 
 import normflows
 import pytest
 import torch
-from model_tests import ModelTests, images, seeded, trained_parameters, unsettle
+from energies import seeded
+from model_tests import ModelTests, images, trained_parameters, unsettle
 
 from ecvae_diffusers import FlowEC
 from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
-from ecvae_diffusers.models.flow_ec import MAX_LOG_SCALE, FlowStep
+from ecvae_diffusers.models.flow_ec import FlowStep
 
 
-CONFIGS = {
-    "one_level": {"num_levels": 1},
-    "two_levels": {"num_levels": 2, "steps_per_level": 2},
-    "colour": {"num_levels": 3, "in_channels": 3},
-}
+CONFIGS = {"one_level": {"num_levels": 1, "steps_per_level": 2}, "colour": {"num_levels": 3, "in_channels": 3}}
 
 
 def tiny(sample_size: int = 8, in_channels: int = 1, **kwargs) -> FlowEC:
@@ -46,15 +42,15 @@ class TestFlowECModel(ModelTests):
     def model(self):
         return unsettle(tiny(), images(3, 1, 8))
 
-    def sample(self, batch_size=3):
-        return images(batch_size, 1, 8)
+    def sample(self):
+        return images(3, 1, 8)
 
     def outputs(self, model, sample):
         return list(model(sample, prior_latents=latents_of(model).to(sample.dtype)).to_tuple())
 
-    def loss(self, model, sample, step=0):
+    def loss(self, model, sample):
         """The likelihood, plus a term on samples, which carry gradients too."""
-        output = model(sample, prior_latents=latents_of(model, seed=step))
+        output = model(sample, prior_latents=latents_of(model))
         return -output.log_prob.mean() + output.prior_sample.square().flatten(1).sum(1).mean()
 
 
@@ -101,11 +97,12 @@ def test_each_transform_is_inverted_with_its_determinant(flow):
         again, inverse_log_det = transform(y, inverse=True)
         torch.testing.assert_close(again, x)
         torch.testing.assert_close(inverse_log_det, -log_det)
-    level, images = flow.levels[0], sample_of(flow).double()
-    again, nothing, inverse_log_det = level(*level(images)[:2], inverse=True)
-    assert nothing is None
-    torch.testing.assert_close(again, images)
-    torch.testing.assert_close(inverse_log_det, -level(images)[2])
+    for level in flow.levels:
+        x = torch.randn(3, level.blocks[0].norm.bias.shape[1] // 4, 4, 4, generator=seeded(3)).double()
+        y, log_det = level(x)
+        again, inverse_log_det = level(y, inverse=True)
+        torch.testing.assert_close(again, x)
+        torch.testing.assert_close(inverse_log_det, -log_det)
 
 
 def test_log_prob_is_the_normal_density_times_the_determinant(flow):
@@ -136,10 +133,9 @@ def test_samples_are_decoded_draws():
     expected = flow.decode(0.7 * latents_of(flow, 4, seed=5))
     sample = flow.sample(4, seeded(5), temperature=0.7)
     assert torch.equal(sample, expected) and sample.requires_grad
-    # One generator an image: each is its own, whatever else is drawn.
+    # One generator per image: each is drawn by itself.
     both = flow.sample(2, [seeded(5), seeded(6)])
     torch.testing.assert_close(both[1:], flow.sample(1, [seeded(6)]), rtol=1e-5, atol=1e-5)
-    assert torch.equal(flow.sample(2, temperature=0)[0], flow.decode(torch.zeros(2, flow.num_latents, 1, 1))[0])
 
 
 def normflows_step(step: FlowStep) -> list[normflows.flows.Flow]:
@@ -181,18 +177,6 @@ def test_log_prob_is_that_of_normflows():
         torch.testing.assert_close(flow.decode(latents), torch.nn.functional.pixel_shuffle(images_of_other, 2))
 
 
-def test_density_integrates_to_one():
-    """Over all images of 8x8 px it can't be summed; over what draws of another density are worth it can: E_r[p / r] = 1."""
-    flow = tiny(steps_per_level=1)
-    sample = flow.decode(1.2 * latents_of(flow, 20_000)).detach()
-    with torch.no_grad():
-        latents, log_det = flow.encode(sample)
-        log_wider = torch.distributions.Normal(0, 1.2).log_prob(latents).flatten(1).sum(1) + log_det
-        ratio = (flow.log_prob(sample) - log_wider).double().exp()
-    # Of 64 dimensions: the standard error is measured.
-    assert abs(ratio.mean().item() - 1) < 5 * ratio.std().item() / math.sqrt(len(ratio)) < 0.5
-
-
 def test_initialized_on_data_it_is_normalized():
     flow = tiny(steps_per_level=2)
     data = 0.3 * images(200, 1, 8) + 0.5
@@ -209,14 +193,6 @@ def test_initialized_on_data_it_is_normalized():
         assert (output.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
 
 
-def test_scales_are_bounded():
-    flow = tiny()
-    coupling = flow.levels[0].blocks[0].coupling
-    coupling.net[-1].bias.data.fill_(1000.0)
-    _, log_scale = coupling.shift_and_log_scale(torch.zeros(1, coupling.kept_channels, 4, 4))
-    assert (log_scale == MAX_LOG_SCALE).all()
-
-
 # Bits
 
 
@@ -225,10 +201,7 @@ def test_dequantized_levels_fill_the_range_once():
     low, high = dequantize(levels, torch.zeros_like(levels)), dequantize(levels, torch.ones_like(levels))
     assert low.min() == -1 and high.max() == 1
     assert torch.equal(low.flatten()[1:], high.flatten()[:-1])
-
-
-def test_bits_of_a_uniform_density_are_eight():
-    """Each of 256 levels as likely as any: 1/2 over [-1, 1)."""
+    # Of a uniform density, 1/2 over [-1, 1), bits are eight.
     assert abs(bits_per_dimension(torch.tensor([-64 * math.log(2)]), 64).item() - 8) < 1e-6
 
 
@@ -249,34 +222,17 @@ def test_samples_are_calibrated_as_they_are_shown():
     assert as_shown(torch.full((1, 1, 2, 2), math.nan))[0].isnan().all()  # nothing is hidden
 
 
-def test_descent_on_what_is_shown_ends_in_range():
-    """On an energy that falls without end towards black, entries go to -1 and no further."""
-    samples = torch.tensor([-3.0, 0.5, 2.0]).view(1, 1, 1, 3).requires_grad_()
-    for _ in range(100):
-        as_shown(samples)[0].sum().backward()
-        with torch.no_grad():
-            samples -= 0.1 * samples.grad
-        samples.grad = None
-    assert samples[0, 0, 0, 0] == -3.0
-    assert (samples[0, 0, 0, 1:] < -1).all() and (samples[0, 0, 0, 1:] > -1.11).all()
-
-
 def test_a_sample_that_is_far_away_weighs_little_more_than_others(flow):
     """Though the inverse's Jacobian is enormous there."""
 
-    def gradient_norm(latents: torch.Tensor, shown: Callable) -> float:
+    def gradient_norm(latents: torch.Tensor) -> float:
         flow.zero_grad()
-        shown(flow.decode(latents)).square().sum().backward()
-        return torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None]).norm().item()
-
-    def unscaled(samples: torch.Tensor) -> torch.Tensor:
-        return samples.detach().clamp(-1, 1) + samples - samples.detach()
+        as_shown(flow.decode(latents))[0].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in trained_parameters(flow).values()]).norm().item()
 
     near, far = latents_of(flow, 1, seed=1), 1e4 * latents_of(flow, 1, seed=1)
     assert as_shown(flow.decode(far))[1].all()
-    usual = gradient_norm(near, lambda samples: as_shown(samples)[0])
-    assert gradient_norm(far, unscaled) > 1e3 * usual
-    assert 0 < gradient_norm(far, lambda samples: as_shown(samples)[0]) < 10 * usual
+    assert 0 < gradient_norm(far) < 10 * gradient_norm(near)
 
 
 # Wrong input
@@ -297,11 +253,8 @@ def test_invalid_arguments(name, value):
 def test_wrong_input_is_refused():
     """Also images of 0 to 255, which would get a density far outside of [-1, 1]."""
     flow = tiny()
-    for sample in (images(2, 3, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)):
+    for sample in (images(2, 3, 8), images(2, 1, 16), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="`sample`"):
             flow.log_prob(sample)
     with pytest.raises(ValueError, match="`latents`"):
         flow.decode(torch.zeros(2, 64))
-    for count in (1, 3):
-        with pytest.raises(ValueError, match="`generator`"):
-            flow.sample(2, [seeded(i) for i in range(count)])

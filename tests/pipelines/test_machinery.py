@@ -124,9 +124,6 @@ def test_methods_take_the_arguments_of_diffusers_in_their_order(make, name, meth
 def test_saved_by_position(make, name, tmp_path):
     make(name).save_pretrained(tmp_path, True, "fp16")
     assert len(list(tmp_path.glob("*/diffusion_pytorch_model.fp16.safetensors"))) == 2
-    for arguments, wrong in (((False,), {}), ((), {"safe_serialization": False})):
-        with pytest.raises(ValueError, match="safe_serialization"):
-            make(name).save_pretrained(tmp_path, *arguments, **wrong)
 
 
 @pytest.mark.parametrize("name", NAMES)

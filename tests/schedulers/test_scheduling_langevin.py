@@ -1,13 +1,10 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Tests of `LangevinScheduler`: as a scheduler of diffusers, and against closed forms of Langevin chains."""
 
-import json
-import logging
 import math
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from energies import randn as randn_of
 from energies import seeded
 
@@ -29,63 +26,37 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
 def test_config_round_trip(tmp_path):
     scheduler = LangevinScheduler(**CONFIG)
     scheduler.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert {name: saved[name] for name in CONFIG} == CONFIG and saved["_class_name"] == "LangevinScheduler"
     for loaded in (LangevinScheduler.from_pretrained(tmp_path), LangevinScheduler.from_config(scheduler.config)):
         assert {name: loaded.config[name] for name in CONFIG} == CONFIG
         assert loaded.num_inference_steps == len(loaded) == 7
-        args = (randn(4, 6), 2, randn(4, 6, seed=1), randn(4, 6, seed=2))
-        expected = scheduler.step(*args, generator=seeded(0)).prev_sample
-        assert torch.equal(loaded.step(*args, generator=seeded(0)).prev_sample, expected)
-
-
-def test_public_api():
-    """What pipelines ask of any scheduler."""
-    scheduler = LangevinScheduler.from_config(LangevinScheduler(**CONFIG).config, num_steps=3)
-    assert len(scheduler) == 3 and scheduler.config.drift_step_size == 0.3
-    assert isinstance(scheduler, SchedulerMixin) and scheduler.order == 1 and scheduler.init_noise_sigma == 1.0
     sample = randn(2, 3)
-    assert scheduler.scale_model_input(sample) is sample and scheduler.scale_model_input(sample, 1) is sample
+    assert scheduler.order == scheduler.init_noise_sigma == 1 and scheduler.scale_model_input(sample, 1) is sample
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 15])
-def test_timesteps(num_steps):
-    for scheduler in (LangevinScheduler(num_steps=num_steps), LangevinScheduler(num_steps=4)):
-        scheduler.set_timesteps(num_steps)
-        assert scheduler.timesteps.tolist() == list(range(num_steps))
-        assert len(scheduler) == scheduler.num_inference_steps == num_steps
+def test_timesteps():
+    """K is the length of the chain that is run, not the one of the config."""
+    scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.5, noise_scale=0.1, conditioning_weight=2.0)
+    scheduler.set_timesteps(4, device="cpu")
+    assert scheduler.timesteps.tolist() == [0, 1, 2, 3] and len(scheduler) == scheduler.num_inference_steps == 4
+    assert [scheduler.conditioning_coefficient(k) for k in range(4)] == [0.75, 0.5, 0.25, 0.0]
+    scheduler.set_timesteps(1)
+    assert scheduler.noise_variance() == pytest.approx(0.1**2)
     scheduler.set_timesteps()
-    assert len(scheduler) == len(scheduler.timesteps) == 4
-    scheduler.set_timesteps(3, device="meta")
-    assert scheduler.timesteps.device.type == "meta" and scheduler.timesteps.shape == (3,)
+    assert len(scheduler) == len(scheduler.timesteps) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_step_shape_and_dtype(shape, dtype):
+    """Arguments stay as they are. Energies are float32, and so may their gradients be."""
     scheduler = LangevinScheduler(**CONFIG)
     sample, start = randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype)
-    # Energies are float32, and so may their gradients be.
-    output = scheduler.step(randn(*shape, seed=2, dtype=torch.float32), 0, sample, start, seeded(0)).prev_sample
+    gradient = randn(*shape, seed=2, dtype=torch.float32)
+    before = [tensor.clone() for tensor in (gradient, sample, start)]
+    output = scheduler.step(gradient, scheduler.timesteps[0], sample, start, seeded(0)).prev_sample
     assert output.shape == shape and output.dtype == dtype and torch.isfinite(output).all()
-
-
-def test_step_as_tuple_and_by_a_timestep_of_timesteps():
-    scheduler = LangevinScheduler(**CONFIG)
-    args = (randn(4, 6, seed=1), randn(4, 6, seed=2))
-    for k, timestep in enumerate(scheduler.timesteps):
-        output = scheduler.step(randn(4, 6), timestep, *args, generator=seeded(0))
-        (by_number,) = scheduler.step(randn(4, 6), k, *args, generator=seeded(0), return_dict=False)
-        assert torch.equal(output.prev_sample, by_number)
-
-
-def test_step_leaves_its_arguments_alone():
-    tensors = [randn(4, 6, seed=seed) for seed in range(3)]
-    before = [tensor.clone() for tensor in tensors]
-    gradient, sample, start = tensors
-    LangevinScheduler(**CONFIG).step(100 * gradient, 0, sample, start)
-    LangevinScheduler(drift_step_size=0.0, noise_scale=0.0).step(gradient, 0, sample).prev_sample.add_(1.0)
-    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+    assert torch.equal(output, scheduler.step(gradient, 0, sample, start, seeded(0), return_dict=False)[0])
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip((gradient, sample, start), before))
 
 
 # The equation
@@ -110,57 +81,25 @@ def test_step_is_the_formula(shape, num_steps, weight, noise_scale):
         assert scheduler.conditioning_coefficient(k) == pytest.approx(c_k)
 
 
-def test_coefficients_follow_set_timesteps():
-    """K is the length of the chain that is run, not the one of the config."""
-    scheduler = LangevinScheduler(num_steps=5, drift_step_size=0.5, conditioning_weight=2.0)
-    scheduler.set_timesteps(4)
-    assert [scheduler.conditioning_coefficient(k) for k in range(4)] == [0.75, 0.5, 0.25, 0.0]
-    scheduler = LangevinScheduler(num_steps=5, noise_scale=0.1)
-    scheduler.set_timesteps(2)
-    assert scheduler.noise_variance() == pytest.approx(2 * 0.1**2)
-
-
 # Noise
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_list_of_generators_is_one_per_sample(shape, dtype):
+def test_a_list_of_generators_is_one_per_sample(shape):
     """The chain of a sample does not depend on its batch, to the last bit."""
     scheduler = LangevinScheduler(**CONFIG)
-    gradient, x, x0 = (randn(*shape, seed=seed, dtype=dtype) for seed in range(3))
+    gradient, x, x0 = (randn(*shape, seed=seed) for seed in range(3))
     batch = scheduler.step(gradient, 0, x, x0, generator=[seeded(seed) for seed in range(len(x))]).prev_sample
     for i in range(len(x)):
         row = slice(i, i + 1)
-        alone = scheduler.step(gradient[row], 0, x[row], x0[row], generator=seeded(i)).prev_sample
-        assert torch.equal(batch[row], alone)
-        alone = scheduler.step(gradient[row], 0, x[row], x0[row], generator=[seeded(i)]).prev_sample
-        assert torch.equal(batch[row], alone)
-    assert not torch.equal(batch[0] - x[0], batch[1] - x[1])
+        for generator in (seeded(i), [seeded(i)]):
+            alone = scheduler.step(gradient[row], 0, x[row], x0[row], generator=generator).prev_sample
+            assert torch.equal(batch[row], alone)
+    given = torch.cat([randn(1, *shape[1:], seed=seed) for seed in range(len(x))])
+    assert torch.equal(scheduler.step(gradient, 0, x, x0, noise=given).prev_sample, batch)
 
 
-def test_given_noise_stands_for_drawn_noise():
-    scheduler = LangevinScheduler(**CONFIG)
-    args = (randn(4, 6), 0, randn(4, 6, seed=1), randn(4, 6, seed=2))
-    drawn = scheduler.step(*args, generator=seeded(9)).prev_sample
-    assert torch.equal(scheduler.step(*args, noise=randn(4, 6, seed=9)).prev_sample, drawn)
-    assert not torch.equal(scheduler.step(*args, noise=randn(4, 6, seed=8)).prev_sample, drawn)
-
-
-def test_generator_is_advanced():
-    """Each step draws anew; the same seed gives the same chain, another seed another one."""
-    scheduler = LangevinScheduler(drift_step_size=0.0, noise_scale=1.0)
-    chains = []
-    for seed in (0, 0, 1):
-        generator, x = seeded(seed), torch.zeros(1, 8)
-        chains.append([x := scheduler.step(x, k, x, generator=generator).prev_sample for k in range(2)])
-    assert all(torch.equal(a, b) for a, b in zip(chains[0], chains[1], strict=True))
-    assert not torch.equal(chains[0][1], chains[2][1])
-    assert not torch.equal(chains[0][1] - chains[0][0], chains[0][0])
-
-
-@pytest.mark.parametrize("num_steps", [1, 3, 10])
-@pytest.mark.parametrize("weight", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("num_steps, weight", [(1, 4.0), (3, 0.0), (10, 1.0), (10, 4.0)])
 def test_noise_variance_by_monte_carlo(num_steps, weight):
     """Of the end of a chain with no gradient, around the start that the conditioning pulls it to."""
     scheduler = LangevinScheduler(
@@ -182,7 +121,7 @@ def test_noise_variance_by_monte_carlo(num_steps, weight):
 # The stationary distribution
 
 
-@pytest.mark.parametrize("shape", [(10_000, 3, 4, 4), (30_000, 16, 1, 1)], ids=["images", "latents"])
+@pytest.mark.parametrize("shape", [(10_000, 3, 4, 4)], ids=["images"])
 @pytest.mark.parametrize("noise_scale", [None, 0.3], ids=["temperature 1", "another"])
 @pytest.mark.parametrize("drift_step_size", [0.1, 0.4])
 def test_quadratic_energy_is_sampled(shape, noise_scale, drift_step_size):
@@ -216,32 +155,26 @@ def test_quadratic_energy_is_sampled(shape, noise_scale, drift_step_size):
 
 def test_conditioning_pulls_towards_the_start():
     """On a linear energy the unconditioned chain leaves at a constant speed; the more weight, the less far it comes."""
-    slope, x0 = randn(3, 8), randn(3, 8, seed=1)
-    distances = []
+    slope, x0, distances = randn(8), randn(3, 8, seed=1), []
     for weight in (0.0, 0.5, 1.0, 2.0, 4.0):
         scheduler = LangevinScheduler(num_steps=8, drift_step_size=0.2, noise_scale=0.0, conditioning_weight=weight)
         x = x0
         for k in scheduler.timesteps:
             x = scheduler.step(slope, k, x, x0).prev_sample
-        distances.append(torch.linalg.vector_norm(x - x0, dim=1))
-    assert torch.allclose(distances[0], 8 * 0.2 * torch.linalg.vector_norm(slope, dim=1))
-    for nearer, farther in zip(distances[1:], distances[:-1], strict=True):
-        assert (nearer < 0.95 * farther).all() and (nearer > 0).all()
+        distances.append((x - x0).norm().item())
+    assert distances[0] == pytest.approx(8 * 0.2 * slope.norm().item() * math.sqrt(3))
+    assert all(0 < nearer < 0.95 * farther for nearer, farther in zip(distances[1:], distances[:-1]))
 
 
 # Refusals
 
 
-@pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["drift_step_size", "noise_scale", "conditioning_weight"])
-def test_invalid_numbers(name, value):
+def test_invalid_numbers(name):
     assert LangevinScheduler(**{name: 0.0}).config[name] == 0
-    with pytest.raises(ValueError, match=name):
-        LangevinScheduler(**{name: value})
-
-
-def test_a_pull_beyond_the_initial_sample_is_refused():
-    LangevinScheduler(drift_step_size=0.5, conditioning_weight=2.0)
+    for value in (-1e-3, math.nan, math.inf):
+        with pytest.raises(ValueError, match=name):
+            LangevinScheduler(**{name: value})
     with pytest.raises(ValueError, match="conditioning_weight"):
         LangevinScheduler(drift_step_size=0.5, conditioning_weight=2.1)
 
@@ -262,13 +195,3 @@ def test_invalid_steps(timestep):
         scheduler.step(randn(2, 3), timestep, randn(2, 3), randn(2, 3))
     with pytest.raises(ValueError, match="`initial_sample`"):
         scheduler.step(randn(2, 3), 0, randn(2, 3))
-
-
-def test_an_unknown_key_of_a_config_is_warned_of(tmp_path, caplog, monkeypatch):
-    """As by diffusers."""
-    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    scheduler = LangevinScheduler(num_steps=7)
-    scheduler.register_to_config(num_wings=2)
-    scheduler.save_pretrained(tmp_path)
-    assert LangevinScheduler.from_pretrained(tmp_path).num_inference_steps == 7
-    assert "num_wings" in caplog.text

@@ -8,14 +8,14 @@ This file imports only torch and diffusers, so that it can be on the Hub next to
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.activations import get_activation
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -30,10 +30,6 @@ SKIP_EXCITATION_MIN_SIZE = 128
 MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 8192, 128
 
 
-def flatten_posterior(posterior: DiagonalGaussianDistribution) -> tuple[list, list[str]]:
-    return list(vars(posterior).values()), list(vars(posterior))
-
-
 def unflatten_posterior(values: Iterable, names: list[str]) -> DiagonalGaussianDistribution:
     posterior = object.__new__(DiagonalGaussianDistribution)
     vars(posterior).update(zip(names, values))
@@ -44,9 +40,9 @@ def unflatten_posterior(values: Iterable, names: list[str]) -> DiagonalGaussianD
 if DiagonalGaussianDistribution not in pytree.SUPPORTED_NODES:
     pytree.register_pytree_node(
         DiagonalGaussianDistribution,
-        flatten_posterior,
+        lambda posterior: (list(vars(posterior).values()), list(vars(posterior))),
         unflatten_posterior,
-        serialized_type_name=f"{DiagonalGaussianDistribution.__module__}.{DiagonalGaussianDistribution.__name__}",
+        serialized_type_name="diffusers.models.autoencoders.vae.DiagonalGaussianDistribution",
     )
 
 
@@ -73,23 +69,23 @@ class AutoencoderECOutput(BaseOutput):
     extra_latent_dist: DiagonalGaussianDistribution | None = None
 
 
-def get_norm(norm_type: str, channels: int, num_groups: int) -> nn.Module:
-    if norm_type == "batch":
+def get_norm(channels: int, config: FrozenDict) -> nn.Module:
+    if config.norm_type == "batch":
         return nn.BatchNorm2d(channels)
     # At least four channels per group: with one, group normalization would be instance normalization.
-    return nn.GroupNorm(math.gcd(num_groups, channels, max(channels // 4, 1)), channels)
+    return nn.GroupNorm(math.gcd(config.norm_num_groups, channels, max(channels // 4, 1)), channels)
 
 
 class ResidualBlock(nn.Module):
     """Two pre-activated 3x3 convolutions with a shortcut, at one resolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_type: str, norm_num_groups: int, act_fn: str):
+    def __init__(self, in_channels: int, out_channels: int, config: FrozenDict):
         super().__init__()
-        self.norm1 = get_norm(norm_type, in_channels, norm_num_groups)
+        self.norm1 = get_norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = get_norm(norm_type, out_channels, norm_num_groups)
+        self.norm2 = get_norm(out_channels, config)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.act = get_activation(act_fn)
+        self.act = get_activation(config.act_fn)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -106,10 +102,10 @@ class GatedUpsample(nn.Module):
     first, and which the decoder then spends its training on.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm_type: str, norm_num_groups: int, act_fn: str):
+    def __init__(self, in_channels: int, out_channels: int, config: FrozenDict):
         super().__init__()
-        self.norm = get_norm(norm_type, in_channels, norm_num_groups)
-        self.act = get_activation(act_fn)
+        self.norm = get_norm(in_channels, config)
+        self.act = get_activation(config.act_fn)
         self.conv = nn.Conv2d(in_channels, 2 * out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -135,32 +131,25 @@ class SkipLayerExcitation(nn.Module):
 class ECEncoder(nn.Module):
     """Image (B, C, H, W) -> moments (B, 2d, 1, 1)."""
 
-    def __init__(
-        self,
-        sample_size: int,
-        in_channels: int,
-        latent_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: int,
-        norm_type: str,
-        norm_num_groups: int,
-        act_fn: str,
-    ):
+    _gradient_checkpointing_func: Callable
+
+    def __init__(self, config: FrozenDict):
         super().__init__()
         self.gradient_checkpointing = False
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        channels = config.block_out_channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
         self.blocks = nn.ModuleList()
-        channels = block_out_channels[0]
-        for i, out_channels in enumerate(block_out_channels):
-            layers = [nn.Conv2d(channels, channels, 4, stride=2, padding=1)] if i > 0 else []
-            for _ in range(layers_per_block):
-                layers.append(ResidualBlock(channels, out_channels, norm_type, norm_num_groups, act_fn))
+        for i, out_channels in enumerate(config.block_out_channels):
+            layers: list[nn.Module] = [nn.Conv2d(channels, channels, 4, stride=2, padding=1)] if i > 0 else []
+            for _ in range(config.layers_per_block):
+                layers.append(ResidualBlock(channels, out_channels, config))
                 channels = out_channels
             self.blocks.append(nn.Sequential(*layers))
-        self.norm_out = get_norm(norm_type, channels, norm_num_groups)
-        self.act_out = get_activation(act_fn)
+        self.norm_out = get_norm(channels, config)
+        self.act_out = get_activation(config.act_fn)
         # The kernel covers the last feature map: a linear layer, in 4-D.
-        self.conv_out = nn.Conv2d(channels, 2 * latent_channels, sample_size >> (len(block_out_channels) - 1))
+        size = config.sample_size >> (len(config.block_out_channels) - 1)
+        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, size)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(sample)
@@ -175,45 +164,31 @@ class ECEncoder(nn.Module):
 class ECDecoder(nn.Module):
     """Latents (B, d, 1, 1) -> image (B, C, H, W) in [-1, 1]."""
 
-    def __init__(
-        self,
-        sample_size: int,
-        out_channels: int,
-        latent_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: int,
-        norm_type: str,
-        norm_num_groups: int,
-        act_fn: str,
-    ):
+    _gradient_checkpointing_func: Callable
+
+    def __init__(self, config: FrozenDict):
         super().__init__()
         self.gradient_checkpointing = False
-        reversed_channels = list(reversed(block_out_channels))
-        size = sample_size >> (len(block_out_channels) - 1)
-        self.conv_in = nn.ConvTranspose2d(latent_channels, reversed_channels[0], size)
+        channels, size = config.block_out_channels[-1], config.sample_size >> (len(config.block_out_channels) - 1)
+        self.conv_in = nn.ConvTranspose2d(config.latent_channels, channels, size)
         self.blocks = nn.ModuleList()
         self.excitations = nn.ModuleDict()
-        channels, channels_at = reversed_channels[0], {}
-        for i, block_channels in enumerate(reversed_channels):
-            layers = []
-            if i > 0:
-                layers.append(GatedUpsample(channels, block_channels, norm_type, norm_num_groups, act_fn))
-                size *= 2
-            layers += [
-                ResidualBlock(block_channels, block_channels, norm_type, norm_num_groups, act_fn)
-                for _ in range(layers_per_block)
-            ]
+        channels_at = {}
+        for i, out_channels in enumerate(reversed(config.block_out_channels)):
+            layers: list[nn.Module] = [GatedUpsample(channels, out_channels, config)] if i > 0 else []
+            layers += [ResidualBlock(out_channels, out_channels, config) for _ in range(config.layers_per_block)]
             self.blocks.append(nn.Sequential(*layers))
-            channels = channels_at[size] = block_channels
+            size *= 2 if i > 0 else 1
+            channels = channels_at[size] = out_channels
             if size >= SKIP_EXCITATION_MIN_SIZE and size // 16 in channels_at:
-                self.excitations[str(i)] = SkipLayerExcitation(channels_at[size // 16], channels, act_fn)
-        self.norm_out = get_norm(norm_type, channels, norm_num_groups)
-        self.act_out = get_activation(act_fn)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+                self.excitations[str(i)] = SkipLayerExcitation(channels_at[size // 16], channels, config.act_fn)
+        self.norm_out = get_norm(channels, config)
+        self.act_out = get_activation(config.act_fn)
+        self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(latents)
-        outputs = []
+        outputs: list[torch.Tensor | None] = []
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states)
@@ -299,69 +274,31 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
         most = int(math.log2(sample_size)) - 1
         if not 1 <= len(block_out_channels) <= most:
-            raise ValueError(
-                f"`block_out_channels` must have from 1 to {most} entries at `sample_size` {sample_size}, so that the last "
-                f"resolution is at least 4 px, but is {block_out_channels}."
-            )
+            raise ValueError(f"`block_out_channels` must have from 1 to {most} entries, but is {block_out_channels}.")
         if norm_type not in ("group", "batch"):
             raise ValueError(f"`norm_type` must be 'group' or 'batch', but is {norm_type!r}.")
-        if reconstruction_spectrum is not None and not (
-            reconstruction_spectrum
-            and min(reconstruction_spectrum) >= 0
-            and 0 < sum(reconstruction_spectrum) < math.inf
-        ):
-            raise ValueError(
-                "`reconstruction_spectrum` must hold finite numbers of at least 0, and one above 0, but is "
-                f"{reconstruction_spectrum}."
-            )
-
-        sizes = (sample_size, in_channels, latent_channels, block_out_channels, layers_per_block)
-        self.encoder = ECEncoder(*sizes, norm_type, norm_num_groups, act_fn)
-        self.decoder = ECDecoder(*sizes, norm_type, norm_num_groups, act_fn)
+        spectrum = reconstruction_spectrum
+        if spectrum is not None and not (spectrum and min(spectrum) >= 0 and 0 < sum(spectrum) < math.inf):
+            raise ValueError(f"`reconstruction_spectrum` must be finite, at least 0 and not all 0, but is {spectrum}.")
+        self.encoder, self.decoder = ECEncoder(self.config), ECDecoder(self.config)
         self.use_slicing = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors, complete and finite.
+        Load a model as [`ModelMixin.from_pretrained`] does, but always from safetensors: a pickle runs code when it is read.
 
         Raises:
-            ValueError: if `use_safetensors` is False, or weights are missing or not finite.
+            ValueError: if weights are missing or not finite.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        broken = info["missing_keys"] or [
-            name
-            for name, weight in model.state_dict().items()
-            # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
-            if not (weight.is_meta or weight.float().isfinite().all())
-        ]
-        if broken:
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} lacks weights of {cls.__name__}, or they are not finite: "
-                f"{sorted(broken)[:3]}."
-            )
+        # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        weights = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
+        broken = [name for name, weight in weights.items() if not weight.float().isfinite().all()]
+        if broken := sorted(info["missing_keys"] or broken):
+            raise ValueError(f"Weights in {pretrained_model_name_or_path} are missing or not finite: {broken[:3]}.")
         return (model, info) if kwargs.get("output_loading_info") else model
-
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process=True,
-        save_function=None,
-        safe_serialization=True,
-        # Named, or a pipeline would not hand its variant on.
-        variant=None,
-        max_shard_size="10GB",
-        **kwargs,
-    ):
-        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors."""
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
-        super().save_pretrained(
-            save_directory, is_main_process, save_function, True, variant, max_shard_size, **kwargs
-        )
 
     @apply_forward_hook
     def encode(
@@ -382,14 +319,9 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: if `x` has another number of channels, height or width.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"`x` must have shape (batch_size, {', '.join(map(str, expected))}), not {tuple(x.shape)}."
-            )
-        if self.use_slicing and x.shape[0] > 1:
-            moments = torch.cat([self.encoder(x_slice) for x_slice in x.split(1)])
-        else:
-            moments = self.encoder(x)
+        if x.shape[1:] != expected:
+            raise ValueError(f"Each image of `x` must have shape {expected}, but `x` has {tuple(x.shape)}.")
+        moments = torch.cat([self.encoder(part) for part in x.split(1)]) if self.use_slicing else self.encoder(x)
         if torch.is_autocast_enabled(x.device.type):
             moments = moments.float()  # the KL divergence is a sum of small differences
         posterior = DiagonalGaussianDistribution(moments)
@@ -414,14 +346,10 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: if `z` has another shape.
         """
-        if z.ndim != 4 or tuple(z.shape[1:]) != (self.config.latent_channels, 1, 1):
-            raise ValueError(
-                f"`z` must have shape (batch_size, {self.config.latent_channels}, 1, 1), not {tuple(z.shape)}."
-            )
-        if self.use_slicing and z.shape[0] > 1:
-            sample = torch.cat([self.decoder(z_slice) for z_slice in z.split(1)])
-        else:
-            sample = self.decoder(z)
+        expected = (self.config.latent_channels, 1, 1)
+        if z.shape[1:] != expected:
+            raise ValueError(f"Each latent of `z` must have shape {expected}, but `z` has {tuple(z.shape)}.")
+        sample = torch.cat([self.decoder(part) for part in z.split(1)]) if self.use_slicing else self.decoder(z)
         if not return_dict:
             return (sample,)
         return DecoderOutput(sample=sample)
@@ -458,14 +386,14 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)`, followed by `prior_sample` and `extra_latent_dist` if they
             were asked for.
         """
-        extra_posterior = None
+        # One pass over both halves of a batch: half the kernel launches, and every parameter is touched exactly once.
+        extra_posterior = prior_sample = None
         if extra_sample is None:
             posterior = self.encode(sample).latent_dist
         else:
-            # One pass over both, as below.
             moments = self.encode(torch.cat([sample, extra_sample.to(sample)])).latent_dist.parameters
             posterior, extra_posterior = map(
-                DiagonalGaussianDistribution, moments.split([sample.shape[0], extra_sample.shape[0]])
+                DiagonalGaussianDistribution, moments.split([len(sample), len(extra_sample)])
             )
         if not sample_posterior:
             z = posterior.mode()
@@ -474,11 +402,10 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         else:
             z = posterior.sample(generator=generator)
         if prior_latents is None:
-            reconstruction, prior_sample = self.decode(z).sample, None
+            reconstruction = self.decode(z).sample
         else:
-            # One pass over both: half the kernel launches, and every parameter is touched exactly once.
             images = self.decode(torch.cat([z, prior_latents.to(z)])).sample
-            reconstruction, prior_sample = images.split([z.shape[0], prior_latents.shape[0]])
+            reconstruction, prior_sample = images.split([len(z), len(prior_latents)])
         if not return_dict:
             asked_for = tuple(part for part in (prior_sample, extra_posterior) if part is not None)
             return (reconstruction, posterior) + asked_for

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.activations import get_activation
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -55,10 +55,9 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         matrix = weight.detach().flatten(1)
-        for name, size in (("_u", matrix.shape[0]), ("_v", matrix.shape[1])):
-            vector = F.normalize(matrix.new_empty(size).normal_(0, 1), dim=0)
-            self.register_parameter(name, nn.Parameter(vector, requires_grad=False))
-        for _ in range(15):
+        u, v = (F.normalize(matrix.new_empty(size).normal_(0, 1), dim=0) for size in matrix.shape)
+        self._u, self._v = nn.Parameter(u, requires_grad=False), nn.Parameter(v, requires_grad=False)
+        for _ in range(0 if weight.is_meta else 15):
             self.iterate(matrix)
 
     @torch.no_grad()
@@ -81,17 +80,17 @@ class SpectralNorm(nn.Module):
 class EnergyConv2d(nn.Conv2d):
     """A convolution that can be pickled, including its spectral norm."""
 
-    def apply_spectral_norm(self) -> "EnergyConv2d":
+    def apply_spectral_norm(self) -> nn.Module:
         return parametrize.register_parametrization(self, "weight", SpectralNorm(self.weight))
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol):
         if not parametrize.is_parametrized(self):
             return super().__reduce_ex__(protocol)
         # The class of a parametrized module is made at runtime, so torch refuses to pickle it.
         return parametrized_conv, (parametrize.type_before_parametrizations(self),), self.__dict__
 
 
-def parametrized_conv(conv_class: type[EnergyConv2d]) -> EnergyConv2d:
+def parametrized_conv(conv_class: type[EnergyConv2d]) -> nn.Module:
     """Return a convolution of the given class for unpickling to fill."""
     return conv_class(1, 1, 1, device="meta").apply_spectral_norm()
 
@@ -104,8 +103,8 @@ class PooledConv2d(EnergyConv2d):
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        weight = sum(F.pad(weight, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)) / 4
-        return F.conv2d(sample, weight, self.bias, stride=2, padding=1)
+        shifted = [F.pad(weight, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)]
+        return F.conv2d(sample, sum(shifted[1:], shifted[0]) / 4, self.bias, stride=2, padding=1)
 
 
 class EnergyResidualBlock(nn.Module):
@@ -153,28 +152,24 @@ def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class EnergyNetwork(nn.Module):
-    """The energy at one scale: image (B, C, H, W) -> (B,)."""
+    """The energy at one scale: image (B, C, H / 2^scale, W / 2^scale) -> (B,)."""
 
-    def __init__(
-        self,
-        sample_size: int,
-        in_channels: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: int,
-        act_fn: str,
-    ):
+    _gradient_checkpointing_func: Callable
+
+    def __init__(self, config: FrozenDict, scale: int):
         super().__init__()
         self.gradient_checkpointing = False
-        self.conv_in = EnergyConv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.blocks = nn.ModuleList()
+        block_out_channels = config.block_out_channels[scale:]
         channels = block_out_channels[0]
+        self.conv_in = EnergyConv2d(config.in_channels, channels, 3, padding=1)
+        self.blocks = nn.ModuleList()
         for i, out_channels in enumerate(block_out_channels):
-            for j in range(layers_per_block):
-                downsample = j == layers_per_block - 1 and i < len(block_out_channels) - 1
-                self.blocks.append(EnergyResidualBlock(channels, out_channels, downsample, act_fn))
+            for j in range(config.layers_per_block):
+                downsample = j == config.layers_per_block - 1 and i < len(block_out_channels) - 1
+                self.blocks.append(EnergyResidualBlock(channels, out_channels, downsample, config.act_fn))
                 channels = out_channels
-        self.act_out = get_energy_activation(act_fn)
-        self.conv_out = EnergyConv2d(channels, 1, sample_size >> (len(block_out_channels) - 1))
+        self.act_out = get_energy_activation(config.act_fn)
+        self.conv_out = EnergyConv2d(channels, 1, config.sample_size >> (len(config.block_out_channels) - 1))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv_in(sample)
@@ -244,16 +239,10 @@ class EnergyModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
         most = int(math.log2(sample_size)) - 1
         if not 1 <= len(block_out_channels) <= most:
-            raise ValueError(
-                f"`block_out_channels` must have from 1 to {most} entries at `sample_size` {sample_size}, so that the last "
-                f"resolution is at least 4 px, but is {block_out_channels}."
-            )
+            raise ValueError(f"`block_out_channels` must have from 1 to {most} entries, but is {block_out_channels}.")
         if not 1 <= num_scales <= len(block_out_channels):
             raise ValueError(f"`num_scales` must be from 1 to {len(block_out_channels)}, but is {num_scales}.")
-        self.networks = nn.ModuleList(
-            EnergyNetwork(sample_size >> scale, in_channels, block_out_channels[scale:], layers_per_block, act_fn)
-            for scale in range(num_scales)
-        )
+        self.networks = nn.ModuleList(EnergyNetwork(self.config, scale) for scale in range(num_scales))
         if spectral_norm:
             for module in self.networks.modules():
                 if isinstance(module, EnergyConv2d):
@@ -262,45 +251,19 @@ class EnergyModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors, complete and finite.
+        Load a model as [`ModelMixin.from_pretrained`] does, but always from safetensors: a pickle runs code when it is read.
 
         Raises:
-            ValueError: if `use_safetensors` is False, or weights are missing or not finite.
+            ValueError: if weights are missing or not finite.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        broken = info["missing_keys"] or [
-            name
-            for name, weight in model.state_dict().items()
-            # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
-            if not (weight.is_meta or weight.float().isfinite().all())
-        ]
-        if broken:
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} lacks weights of {cls.__name__}, or they are not finite: "
-                f"{sorted(broken)[:3]}."
-            )
+        # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        weights = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
+        broken = [name for name, weight in weights.items() if not weight.float().isfinite().all()]
+        if broken := sorted(info["missing_keys"] or broken):
+            raise ValueError(f"Weights in {pretrained_model_name_or_path} are missing or not finite: {broken[:3]}.")
         return (model, info) if kwargs.get("output_loading_info") else model
-
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process=True,
-        save_function=None,
-        safe_serialization=True,
-        # Named, or a pipeline would not hand its variant on.
-        variant=None,
-        max_shard_size="10GB",
-        **kwargs,
-    ):
-        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors."""
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
-        super().save_pretrained(
-            save_directory, is_main_process, save_function, True, variant, max_shard_size, **kwargs
-        )
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> EnergyModelOutput | tuple[torch.Tensor]:
         """
@@ -318,14 +281,11 @@ class EnergyModel(ModelMixin, ConfigMixin):
             ValueError: if `sample` has another number of channels, height or width.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
-        if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
-            raise ValueError(
-                f"`sample` must have shape (batch_size, {', '.join(map(str, expected))}), not {tuple(sample.shape)}."
-            )
-        energy = 0.0
-        for scale, network in enumerate(self.networks):
-            scaled = F.avg_pool2d(sample, 2**scale) if scale > 0 else sample
-            energy = energy + network(scaled).float()
+        if sample.shape[1:] != expected:
+            raise ValueError(f"Images of `sample` must have shape {expected}, but `sample` has {tuple(sample.shape)}.")
+        energy = self.networks[0](sample).float()
+        for scale in range(1, len(self.networks)):
+            energy = energy + self.networks[scale](F.avg_pool2d(sample, 2**scale)).float()
         if not return_dict:
             return (energy,)
         return EnergyModelOutput(energy=energy)

@@ -13,6 +13,7 @@ This file imports only torch and diffusers, so that it can be on the Hub next to
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,15 +126,12 @@ class AffineCoupling(nn.Module):
     def __init__(self, kept_channels: int, changed_channels: int, hidden_channels: int):
         super().__init__()
         self.kept_channels = kept_channels
-        self.net = nn.Sequential(
-            nn.Conv2d(kept_channels, hidden_channels, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(hidden_channels, hidden_channels, 1),
-            nn.SiLU(),
-            nn.Conv2d(hidden_channels, 2 * changed_channels, 3, padding=1),
-        )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        first = nn.Conv2d(kept_channels, hidden_channels, 3, padding=1)
+        second = nn.Conv2d(hidden_channels, hidden_channels, 1)
+        last = nn.Conv2d(hidden_channels, 2 * changed_channels, 3, padding=1)
+        self.net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def shift_and_log_scale(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shift, raw = self.net(kept).to(kept.dtype).chunk(2, dim=1)
@@ -159,7 +157,8 @@ class FlowStep(nn.Module):
         self.coupling = AffineCoupling(kept, channels - kept, hidden_channels)
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        transforms, total = (self.norm, self.conv, self.coupling), 0.0
+        transforms = (self.norm, self.conv, self.coupling)
+        total = x.new_zeros(())
         for transform in reversed(transforms) if inverse else transforms:
             x, log_det = transform(x, inverse)
             total = total + log_det
@@ -168,9 +167,11 @@ class FlowStep(nn.Module):
 
 class FlowLevel(nn.Module):
     """
-    A level that squeezes 2x2 pixels into channels, transforms them, and returns half of the channels as latents, normalized by the
-    other half, which the next level takes. The last level returns all of them.
+    A level that squeezes 2x2 pixels into channels and transforms them. The first `kept_channels`, half of them, are the next
+    level's images; the others are latents, which a last coupling normalizes by the first. The last level keeps none.
     """
+
+    _gradient_checkpointing_func: Callable
 
     def __init__(self, in_channels: int, num_steps: int, hidden_channels: int, is_last: bool):
         super().__init__()
@@ -178,37 +179,18 @@ class FlowLevel(nn.Module):
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(FlowStep(channels, hidden_channels) for _ in range(num_steps))
         self.kept_channels = 0 if is_last else channels // 2
-        # A coupling whose second half becomes latents.
         self.split = None if is_last else AffineCoupling(channels // 2, channels - channels // 2, hidden_channels)
 
-    def forward(
-        self, x: torch.Tensor | None, gone: torch.Tensor | None = None, inverse: bool = False
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        """
-        Map images to the input of the next level (`None` for the last), the latents, and the log-determinant. With `inverse`, map
-        the next level's input and the latents `gone` to images, `None`, and the log-determinant of the inverse.
-        """
-        if inverse:
-            y, total = gone, 0.0
-            if x is not None:
-                y, total = self.split(torch.cat([x, gone], dim=1), inverse)
-            y, log_det = self.steps(y, inverse)
-            return F.pixel_shuffle(y, 2), None, total + log_det
-        x, total = self.steps(F.pixel_unshuffle(x, 2), inverse)
-        if self.split is None:
-            return None, x, total
-        x, log_det = self.split(x)
-        return x[:, : self.kept_channels], x[:, self.kept_channels :], total + log_det
-
-    def steps(self, x: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        total = 0.0
-        for block in reversed(self.blocks) if inverse else self.blocks:
+    def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        transforms = [*self.blocks] if self.split is None else [*self.blocks, self.split]
+        x, total = x if inverse else F.pixel_unshuffle(x, 2), x.new_zeros(())
+        for transform in reversed(transforms) if inverse else transforms:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, log_det = self._gradient_checkpointing_func(block, x, inverse)
+                x, log_det = self._gradient_checkpointing_func(transform, x, inverse)
             else:
-                x, log_det = block(x, inverse)
+                x, log_det = transform(x, inverse)
             total = total + log_det
-        return x, total
+        return F.pixel_shuffle(x, 2) if inverse else x, total
 
 
 class FlowEC(ModelMixin, ConfigMixin):
@@ -253,10 +235,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         if in_channels not in (1, 3, 4):
             raise ValueError(f"`in_channels` must be 1, 3 or 4, but is {in_channels}.")
         if not 1 <= num_levels <= int(math.log2(sample_size)):
-            raise ValueError(
-                f"`num_levels` must be from 1 to {int(math.log2(sample_size))} at `sample_size` {sample_size}, but is "
-                f"{num_levels}."
-            )
+            raise ValueError(f"`num_levels` must be from 1 to {int(math.log2(sample_size))}, but is {num_levels}.")
         for name, value, limit in (
             ("steps_per_level", steps_per_level, MAX_STEPS_PER_LEVEL),
             ("hidden_channels", hidden_channels, MAX_HIDDEN_CHANNELS),
@@ -267,8 +246,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         self.latent_shapes: list[tuple[int, int, int]] = []  # per level
         channels, size = in_channels, sample_size
         for i in range(num_levels):
-            is_last = i == num_levels - 1
-            level = FlowLevel(channels, steps_per_level, hidden_channels, is_last)
+            level = FlowLevel(channels, steps_per_level, hidden_channels, is_last=i == num_levels - 1)
             size //= 2
             self.levels.append(level)
             self.latent_shapes.append((4 * channels - level.kept_channels, size, size))
@@ -277,45 +255,19 @@ class FlowEC(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors, complete and finite.
+        Load a model as [`ModelMixin.from_pretrained`] does, but always from safetensors: a pickle runs code when it is read.
 
         Raises:
-            ValueError: if `use_safetensors` is False, or weights are missing or not finite.
+            ValueError: if weights are missing or not finite.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("`use_safetensors` must not be False: a pickle runs code when it is read.")
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        broken = info["missing_keys"] or [
-            name
-            for name, weight in model.state_dict().items()
-            # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
-            if not (weight.is_meta or weight.float().isfinite().all())
-        ]
-        if broken:
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} lacks weights of {cls.__name__}, or they are not finite: "
-                f"{sorted(broken)[:3]}."
-            )
+        # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        weights = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
+        broken = [name for name, weight in weights.items() if not weight.float().isfinite().all()]
+        if broken := sorted(info["missing_keys"] or broken):
+            raise ValueError(f"Weights in {pretrained_model_name_or_path} are missing or not finite: {broken[:3]}.")
         return (model, info) if kwargs.get("output_loading_info") else model
-
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process=True,
-        save_function=None,
-        safe_serialization=True,
-        # Named, or a pipeline would not hand its variant on.
-        variant=None,
-        max_shard_size="10GB",
-        **kwargs,
-    ):
-        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors."""
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must not be False: a pickle runs code when it is read.")
-        super().save_pretrained(
-            save_directory, is_main_process, save_function, True, variant, max_shard_size, **kwargs
-        )
 
     @property
     def num_latents(self) -> int:
@@ -332,11 +284,8 @@ class FlowEC(ModelMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
                 Dequantized data in [-1, 1).
         """
-        hooks = [
-            module.register_forward_pre_hook(lambda module, inputs: module.initialize(inputs[0]))
-            for module in self.modules()
-            if isinstance(module, ActNorm)
-        ]
+        norms = [module for module in self.modules() if isinstance(module, ActNorm)]
+        hooks = [norm.register_forward_pre_hook(lambda norm, inputs: norm.initialize(inputs[0])) for norm in norms]
         try:
             self.encode(sample)
         finally:
@@ -361,13 +310,12 @@ class FlowEC(ModelMixin, ConfigMixin):
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if not sample.is_floating_point():
             raise ValueError(f"`sample` must be of a floating point dtype, in [-1, 1], but is {sample.dtype}.")
-        if sample.ndim != 4 or tuple(sample.shape[1:]) != expected:
-            raise ValueError(
-                f"`sample` must have shape (batch_size, {', '.join(map(str, expected))}), not {tuple(sample.shape)}."
-            )
-        latents, total, kept = [], 0.0, sample
+        if sample.shape[1:] != expected:
+            raise ValueError(f"Images of `sample` must have shape {expected}, but `sample` has {tuple(sample.shape)}.")
+        latents, kept, total = [], sample, sample.new_zeros(())
         for level in self.levels:
-            kept, gone, log_det = level(kept)
+            x, log_det = level(kept)
+            kept, gone = x[:, : level.kept_channels], x[:, level.kept_channels :]
             latents.append(gone.flatten(1))
             total = total + log_det
         return torch.cat(latents, dim=1)[..., None, None], total
@@ -387,14 +335,13 @@ class FlowEC(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if `latents` has another shape.
         """
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != (self.num_latents, 1, 1):
-            raise ValueError(
-                f"`latents` must have shape (batch_size, {self.num_latents}, 1, 1), not {tuple(latents.shape)}."
-            )
+        expected = (self.num_latents, 1, 1)
+        if latents.shape[1:] != expected:
+            raise ValueError(f"Each of `latents` must be of shape {expected}, but all are {tuple(latents.shape)}.")
         parts = latents.flatten(1).split([math.prod(shape) for shape in self.latent_shapes], dim=1)
-        kept = None
+        kept = latents.new_empty(len(latents), 0, *self.latent_shapes[-1][1:])
         for level, part, shape in zip(reversed(self.levels), reversed(parts), reversed(self.latent_shapes)):
-            kept, _, _ = level(kept, part.unflatten(1, shape), inverse=True)
+            kept, _ = level(torch.cat([kept, part.unflatten(1, shape)], dim=1), inverse=True)
         return kept
 
     def sample(
@@ -413,16 +360,9 @@ class FlowEC(ModelMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`, see `decode`.
-
-        Raises:
-            ValueError: if `generator` is a list of another length than `batch_size`.
         """
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}.")
         shape = (batch_size, self.num_latents, 1, 1)
-        return self.decode(
-            temperature * randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
-        )
+        return self.decode(temperature * randn_tensor(shape, generator, self.device, self.dtype))
 
     def log_prob(self, sample: torch.Tensor) -> torch.Tensor:
         """
@@ -435,11 +375,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `(batch_size,)`, nats, float32.
         """
-        return self.latents_log_prob(*self.encode(sample))
-
-    def latents_log_prob(self, latents: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
-        squares = at_least_float32(latents).square().flatten(1).sum(1)
-        return log_det - 0.5 * (squares + self.num_latents * math.log(2 * math.pi))
+        return self.forward(sample, return_dict=False)[0]
 
     def forward(
         self, sample: torch.Tensor, prior_latents: torch.Tensor | None = None, return_dict: bool = True
@@ -459,7 +395,8 @@ class FlowEC(ModelMixin, ConfigMixin):
             [`FlowECOutput`], or a tuple `(log_prob, latents)`, followed by `prior_sample` if it was asked for.
         """
         latents, log_det = self.encode(sample)
-        log_prob = self.latents_log_prob(latents, log_det)
+        squares = at_least_float32(latents).square().flatten(1).sum(1)
+        log_prob = log_det - 0.5 * (squares + self.num_latents * math.log(2 * math.pi))
         prior_sample = None if prior_latents is None else self.decode(prior_latents.to(latents.dtype))
         if not return_dict:
             return (log_prob, latents) + (() if prior_sample is None else (prior_sample,))

@@ -13,7 +13,6 @@ This file imports only torch and diffusers, so that it can be on the Hub next to
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -69,18 +68,11 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         noise_scale: float = 1e-3,
         conditioning_weight: float = 0.0,
     ):
-        for name, value in (
-            ("drift_step_size", drift_step_size),
-            ("noise_scale", noise_scale),
-            ("conditioning_weight", conditioning_weight),
-        ):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
-        if drift_step_size * conditioning_weight > 1:
-            raise ValueError(
-                "`drift_step_size` times `conditioning_weight` must be at most 1, or the pull overshoots the initial "
-                f"sample, but is {drift_step_size} * {conditioning_weight}."
-            )
+        for name in ("drift_step_size", "noise_scale", "conditioning_weight"):
+            if not 0 <= self.config[name] < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {self.config[name]}.")
+        if (pull := drift_step_size * conditioning_weight) > 1:
+            raise ValueError(f"`drift_step_size` times `conditioning_weight` must be at most 1, but is {pull}.")
         # Pipelines scale the initial sample of any scheduler by it; a Langevin chain takes it as it is.
         self.init_noise_sigma = 1.0
         self.set_timesteps(num_steps)
@@ -97,13 +89,12 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: if the number is outside that range.
         """
-        num_inference_steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
-        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= MAX_STEPS:
-            raise ValueError(
-                f"`num_steps` or `num_inference_steps` must be an integer from 1 to {MAX_STEPS}, but is {num_inference_steps!r}."
-            )
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps, device=device)
+        num_steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
+        if num_steps not in range(1, MAX_STEPS + 1):
+            allowed = f"an integer from 1 to {MAX_STEPS}"
+            raise ValueError(f"`num_steps` or `num_inference_steps` must be {allowed}, but is {num_steps!r}.")
+        self.num_inference_steps = int(num_steps)
+        self.timesteps = torch.arange(self.num_inference_steps, device=device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """Return `sample` as it is: the energy model takes the chain's samples unscaled."""
