@@ -180,12 +180,6 @@ class EnergyCalibrator:
             raise ValueError(f"`max_dual` must be a finite number above 0, but is {max_dual}.")
         if not 0 <= initial_dual <= max_dual:
             raise ValueError(f"`initial_dual` must be from 0 to `max_dual` ({max_dual}), but is {initial_dual}.")
-        rates = {"dual_learning_rate": dual_learning_rate, "energy_regularization": energy_regularization}
-        for name, value in (
-            rates | {"drift_tolerance": drift_tolerance, "gradient_penalty": gradient_penalty}
-        ).items():
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
         self.energy_model = energy_model
         self.scheduler = scheduler
         self.tolerance = tolerance
@@ -198,6 +192,9 @@ class EnergyCalibrator:
         self.dual = torch.tensor(float(initial_dual))
         self.drift_scale = torch.tensor(1.0)
         self.num_entries: int | None = None
+        for name in ("drift_tolerance", "dual_learning_rate", "energy_regularization", "gradient_penalty"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
 
     def resolve_tolerance(self) -> float:
         """

@@ -44,7 +44,8 @@ class TestAutoencoderECModel(ModelTests):
         return images(3)
 
     def outputs(self, model, sample):
-        output = model(sample, prior_latents=latents(2).to(sample.dtype))
+        # Latents and noise are drawn in float32; they follow the precision of the model.
+        output = model(sample, True, latents(2), latents(len(sample), seed=1))
         return [output.sample, output.latent_dist.parameters, output.prior_sample]
 
     def loss(self, model, sample):
@@ -86,18 +87,6 @@ def test_shapes_and_range(sample_size, in_channels, block_out_channels, num_exci
             excitation.conv2.bias -= 2.0
 
 
-def test_skip_layer_excitation_gates_channels():
-    """One gate in (0, 1) per channel and image, from the low resolution alone."""
-    excitation = tiny(128, block_out_channels=(8, 8, 8, 8, 12, 12)).decoder.excitations["5"]
-    low, high = torch.randn(2, 12, 4, 4), torch.randn(2, 8, 128, 128).abs() + 1.0
-    with torch.no_grad():
-        gates = excitation(low, high) / high
-        assert torch.allclose(gates, gates[:, :, :1, :1].expand_as(gates), rtol=1e-5)
-        assert gates.min() > 0 and gates.max() < 1
-        assert torch.allclose(excitation(low, torch.ones_like(high)), gates, rtol=1e-5)
-        assert not torch.allclose(excitation(low.flip(0), high) / high, gates, rtol=1e-3)
-
-
 @pytest.mark.parametrize(
     "channels, norm_num_groups, expected", [(64, 8, 8), (16, 8, 4), (2, 8, 1), (16, 32, 4), (16, 1, 1), (18, 8, 2)]
 )
@@ -131,13 +120,6 @@ def test_forward_is_encode_and_decode(vae, sample_posterior):
     assert len(as_tuple) == 4
 
 
-def test_generator_makes_the_posterior_reproducible(vae):
-    with torch.no_grad():
-        first, second, other = (vae(images(3), True, generator=seeded(seed)).sample for seed in (0, 0, 1))
-        assert torch.equal(first, vae.decode(vae.encode(images(3)).latent_dist.sample(seeded(0))).sample)
-    assert torch.equal(first, second) and not torch.allclose(first, other, atol=1e-3)
-
-
 def test_posterior_is_float32_under_autocast(vae):
     """The KL divergence is a sum of small differences, which bfloat16 rounds away. Accelerate rebuilds what `forward` returns."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -150,19 +132,9 @@ def test_posterior_is_float32_under_autocast(vae):
     assert torch.equal(converted.latent_dist.parameters, output.latent_dist.parameters)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_noise_in_float32_for_any_model(vae, dtype):
-    """Latents and noise are drawn in float32; they follow the precision of the model."""
-    output = vae.to(dtype)(images(2).to(dtype), True, latents(3), latents(2, seed=1))
-    assert output.sample.dtype == output.prior_sample.dtype == dtype
-    assert torch.isfinite(output.sample).all() and torch.isfinite(output.prior_sample).all()
-
-
-@pytest.mark.parametrize("sample_size, block_out_channels", [(16, (4, 8)), (128, (4, 4, 4, 4, 8))])
-def test_every_parameter_gets_a_gradient(sample_size, block_out_channels):
+def test_every_parameter_gets_a_gradient():
     """In one forward pass of prior and posterior: DistributedDataParallel waits for each of them."""
-    vae = tiny(sample_size, block_out_channels=block_out_channels)
-    sample = images(2, 1, sample_size)
+    vae, sample = tiny(128, block_out_channels=(4, 4, 4, 4, 8)), images(2, 1, 128)
     output = vae(sample, True, prior_latents=latents(2), generator=seeded(0))
     loss = F.mse_loss(output.sample, sample) + output.latent_dist.kl().mean() + output.prior_sample.square().mean()
     loss.backward()
