@@ -65,7 +65,7 @@ class CalibrationOutput(BaseOutput):
         constraint (`torch.Tensor`): C, the squared distance between the ends of the chain, summed over a sample and
             averaged over the batch. No gradient.
         noise_floor (`torch.Tensor`): The part of C that the chain's noise accounts for.
-        drift (`torch.Tensor`): Root-mean-square move an entry that is not noise (the energy's gradient, and the pull
+        drift (`torch.Tensor`): Root-mean-square move per entry that is not noise (the energy's gradient, and the pull
             of a conditioned chain): sqrt(max(C - noise_floor, 0) / D).
         targets (`torch.Tensor`): The calibrated samples x~, float32 or more, no gradient. The energy step takes them as
             its negatives.
@@ -102,7 +102,7 @@ class EnergyLossOutput(BaseOutput):
 
 class EnergyCalibrator:
     r"""
-    Calibrate the samples of any generator with an energy model.
+    Calibration of the samples of any generator with an energy model.
 
     Args:
         energy_model (`nn.Module` or any callable, or `None`):

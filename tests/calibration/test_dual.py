@@ -101,10 +101,10 @@ def test_auto_tolerance_rests_at_the_fixed_point_at_every_size(size, channels):
     direction = torch.nn.functional.normalize(randn(math.prod(shape), seed=1), dim=0).view(shape)
     center = 0.1 * randn(*shape, seed=2)
     target = center + distance * direction
-    calibrator = EnergyCalibrator(Quadratic(center), drift_only(1, a), initial_dual=5.0, dual_learning_rate=0.05)
+    calibrator = EnergyCalibrator(Quadratic(center), drift_only(1, a), initial_dual=12.0, dual_learning_rate=0.05)
     theta = nn.Parameter(torch.zeros(shape))
     optimizer = torch.optim.SGD([theta], lr=0.05)
-    for _ in range(1000):
+    for _ in range(800):
         calibration = calibrator.calibrate(theta[None])
         ((theta - target).square().sum() + calibration.loss).backward()
         optimizer.step()
@@ -119,10 +119,10 @@ def solve(t: torch.Tensor, m: torch.Tensor, tolerance: float, initial_dual: floa
     """Primal-dual iteration for a generator that gives one vector theta, with primal loss |theta - t|^2."""
     theta = nn.Parameter(torch.zeros(3))
     calibrator = EnergyCalibrator(
-        Quadratic(m), drift_only(4, 0.2), tolerance=tolerance, initial_dual=initial_dual, dual_learning_rate=0.05
+        Quadratic(m), drift_only(4, 0.2), tolerance=tolerance, initial_dual=initial_dual, dual_learning_rate=0.2
     )
     optimizer = torch.optim.SGD([theta], lr=0.1)
-    for _ in range(1500):
+    for _ in range(500):
         calibration = calibrator.calibrate(theta.expand(4, -1))
         ((theta - t).square().sum() + calibration.loss).backward()
         optimizer.step()
