@@ -247,15 +247,9 @@ class EnergyCalibrator:
         with frozen(energy_model) if isinstance(energy_model, nn.Module) else nullcontext():
             for timestep in range(len(self.scheduler)):
                 energy, gradient = energy_and_gradient(energy_model, sample)
+                draws = None if noise is None else noise[timestep]
                 sample = self.scheduler.step(
-                    gradient,
-                    timestep,
-                    sample,
-                    initial_sample,
-                    generator,
-                    noise=noise[timestep] if noise is not None else None,
-                    drift_scale=drift_scale,
-                    return_dict=False,
+                    gradient, timestep, sample, initial_sample, generator, draws, drift_scale, return_dict=False
                 )[0]
                 yield energy, sample
 
@@ -373,7 +367,7 @@ class EnergyCalibrator:
         )
 
     def _drift(self, constraint: torch.Tensor) -> torch.Tensor:
-        """sqrt(max(C - noise floor, 0) / D)."""
+        """Return sqrt(max(C - noise floor, 0) / D)."""
         return (constraint / self.known_entries() - self.scheduler.noise_variance()).clamp(min=0).sqrt()
 
     def energy_loss(

@@ -23,12 +23,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .energy import energy_and_gradient, frozen, out_of_inference_mode
 from .schedulers.scheduling_langevin import LangevinScheduler
-from .variational import likelihood_bounds
+from .variational import LikelihoodBounds, likelihood_bounds
 
 
 # a, on whitened latents: a tenth of the step that is 1 in a standard normal posterior.
@@ -272,18 +271,15 @@ def optimized_posterior(
 
 
 @dataclass
-class PosteriorBounds(BaseOutput):
+class PosteriorBounds(LikelihoodBounds):
     """
     Output of `posterior_bounds`: nats per image, shape (B,), float32.
 
     Args:
-        importance_weighted (`torch.Tensor`): The importance-weighted bound on log p(x).
-        elbo (`torch.Tensor`): The evidence lower bound.
-        amortisation_gap (`torch.Tensor`): By how much optimising the posterior of each image raises the bound.
+        importance_weighted, elbo (`torch.Tensor`): As in [`~variational.LikelihoodBounds`].
+        amortisation_gap (`torch.Tensor`): By how much optimising the posterior of each image raises `elbo`.
     """
 
-    importance_weighted: torch.Tensor
-    elbo: torch.Tensor
     amortisation_gap: torch.Tensor
 
 
@@ -321,8 +317,4 @@ def posterior_bounds(
         best = optimized_posterior(images, posterior, decode, variance, num_steps, generator=generator)
         generator.set_state(state)  # the same draws for both, whose noise then favours neither
         best_bounds = likelihood_bounds(images, best, decode, num_samples, variance, generator, batch_size)
-    return PosteriorBounds(
-        importance_weighted=bounds.importance_weighted,
-        elbo=bounds.elbo,
-        amortisation_gap=best_bounds.elbo - bounds.elbo,
-    )
+    return PosteriorBounds(**bounds, amortisation_gap=best_bounds.elbo - bounds.elbo)
