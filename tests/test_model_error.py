@@ -29,20 +29,16 @@ def test_squared_error_is_one_number_an_image():
 
 
 @pytest.mark.parametrize("height, width", SIZES)
-def test_the_mean_power_is_the_mean_squared_error(height, width):
-    """Parseval's identity, whatever the parity of height and width."""
+def test_power_and_spectrum_of_white_errors(height, width):
+    """Parseval's identity and a flat spectrum, whatever the parity of height and width."""
     images, other = white(3, 2, height, width), white(3, 2, height, width, seed=1)
     mean = mean_over_frequencies(error_power(images, other), width)
     torch.testing.assert_close(mean, (images - other).square().mean())
-
-
-@pytest.mark.parametrize("height, width", SIZES)
-def test_the_spectrum_of_white_errors_is_flat(height, width):
     power = torch.full((height, width // 2 + 1), 0.3, dtype=torch.float64)
     assert spectrum_of(power, width) == pytest.approx([1.0] * NUM_BANDS)
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (15, 12), (32, 32)])
+@pytest.mark.parametrize("height, width", [(16, 16), (15, 12)])
 def test_a_spectrum_is_found_again_in_errors_drawn_of_it(height, width):
     errors = colored(white(4000, 1, height, width), SMOOTH)
     assert errors.square().mean().item() == pytest.approx(1, abs=0.05)

@@ -159,7 +159,7 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     example = next((value for value in values if value != 0), 0)
     array, each = ("numpy.asarray(mask.convert('RGB'))", ".all(-1)") if white == 255 else ("numpy.asarray(mask)", "")
     raise ValueError(
-        f"mode {mask.mode} with the values {values} is not in black (kept) and white (repainted). To repaint one of them: "
+        f"mode {mask.mode} with the values {values} is not in black (kept) and white (repainted). To repaint one: "
         f"PIL.Image.fromarray(({array} == {example}){each})"
     )
 

@@ -40,8 +40,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
     Args:
-        vae ([`AutoencoderEC`]):
-            The autoencoder whose decoder maps latents from N(0, I) to images.
+        vae ([`AutoencoderEC`]): The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
             The energy model that calibrated it. Only `score` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
@@ -145,8 +144,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         The call function to the pipeline for generation: one decoder pass, and no other network.
 
         Args:
-            batch_size (`int`, *optional*, defaults to 1):
-                The number of images to generate.
+            batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per image, to make generation deterministic.
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):

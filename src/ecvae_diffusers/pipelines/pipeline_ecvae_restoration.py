@@ -161,7 +161,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
             raise ValueError(
-                f"`image` must measure images of {channels} channel(s) and at least {size}x{size} px, not {tuple(back.shape[1:])}."
+                f"`image` must measure images of {channels} channel(s) from {size}x{size} px, not {tuple(back.shape[1:])}."
             )
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         check_shape("image", y, tuple(measured.shape))
@@ -233,12 +233,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 Decoder passes, forth and back, that search the latents; one more makes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
                 `"langevin"` draws answers from the posterior, `"map"` finds the likeliest latents near each start.
-            energy_weight (`float`, *optional*, defaults to 0.0):
-                w: how much the energy of an answer counts.
+            energy_weight (`float`, *optional*, defaults to 0.0): w: how much the energy of an answer counts.
             start (`str`, *optional*, defaults to `"encoding"`):
                 Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
-            tile_overlap (`int`, *optional*):
-                Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
+            tile_overlap (`int`, *optional*): Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
             reconstruction_variance (`float`, *optional*):
                 v: mean squared error of the model's reconstructions per pixel of images in [-1, 1]. Defaults to what training
                 measured, which in any case says how the error spreads over frequencies.
@@ -370,6 +368,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             faults.append(f"agree with `image` only to {residual:.1g}")
         if faults:
             logger.warning(
-                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}: `image` has more noise, is outside the operator's "
-                "range (a hole of `Inpainting` is not 0, for example), or measures no images in [-1, 1] that the model knows."
+                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}: `image` has more noise, is outside the "
+                "operator's range (a hole of `Inpainting` is not 0), or measures no images in [-1, 1] that the model knows."
             )
