@@ -134,21 +134,12 @@ def test_gradients_of_the_solver_by_finite_differences():
     assert torch.autograd.gradgradcheck(lambda y: operator.A_dagger(y, 0.1).square(), y)
 
 
-def test_half_precision_measures():
+def test_half_precision_measures(operator):
     """An operator follows the precision of the image, as in a pipeline in bf16."""
-    x = torch.randn(BATCH, *IMAGE_SHAPE).bfloat16()
-    for name in (
-        "box",
-        "colorization",
-        "hadamard",
-        "x2, average",
-        "x2, bicubic",
-        "gaussian, circular",
-        "gaussian, reflect",
-    ):
-        measured = EVERY[name].A(x)
-        assert measured.dtype == torch.bfloat16
-        torch.testing.assert_close(measured.float(), EVERY[name].A(x.float()), rtol=0.05, atol=0.05)
+    x = torch.randn(BATCH, *IMAGE_SHAPE, generator=seeded())
+    measured = operator.A(x.bfloat16())
+    assert measured.dtype == torch.bfloat16
+    torch.testing.assert_close(measured.float(), operator.A(x), rtol=0.1, atol=0.1)
 
 
 def test_composition_is_not_the_product_of_inverses():

@@ -161,15 +161,8 @@ def test_kinds_of_masks(pipe):
     array, x = (np.asarray(box_mask()) / 255).astype(np.float32), images()
     expected = restore(pipe, x, Inpainting.box(16, 16, 4, 4, 8, 8), noise_std=0.0).images
     tensor = torch.from_numpy(array)[None, None]
-    for mask in (
-        box_mask(),
-        box_mask().convert("1"),
-        array,
-        tensor,
-        [box_mask()] * 2,
-        (array, array),
-        [tensor[0]] * 2,
-    ):
+    masks = [box_mask(), box_mask().convert("1"), array, tensor, [box_mask()] * 2, (array, array), [tensor[0]] * 2]
+    for mask in masks:
         found = restore(pipe, x / 2 + 0.5, mask_image=mask, noise_std=0.0).images
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert torch.equal(tensor[0, 0], torch.from_numpy(array))
