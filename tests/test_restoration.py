@@ -77,17 +77,16 @@ def test_curvature_probes_have_the_curvature_for_covariance(operator, noise_std)
     matrix = dense(operator)
     # Without noise A A^T may be singular: what is never measured, such as a missing pixel's row, has no say.
     expected = matrix.mT @ torch.linalg.pinv(covariance(operator, noise_std), rtol=1e-8) @ matrix
-    draws = likelihood.curvature_probe(torch.zeros(20_000, *SHAPE, dtype=torch.float64), seeded()).flatten(1)
+    draws = likelihood.curvature_probe(torch.zeros(8_000, *SHAPE, dtype=torch.float64), seeded()).flatten(1)
     error = (draws.mT @ draws / len(draws) - expected).norm() / expected.norm()
-    assert error < 0.06
+    assert error < 0.1
 
 
 def test_draws_have_the_conditional_mean_and_covariance(operator):
     """Of x given z and y in the range of A; what is measured less well than noise is left as the decoder has it."""
-    count = 20_000
-    y = operator.A(images(1))
+    count = 8_000
+    y, x = operator.A(images(1)), images(1, seed=3).expand(count, *SHAPE)
     likelihood = Likelihood(operator, y.expand(count, *y.shape[1:]), NOISE, VARIANCE)
-    x = images(1, seed=3).expand(count, *SHAPE)
     draws = likelihood.sample(x, seeded()).flatten(1)
     matrix, identity = dense(operator), torch.eye(64, dtype=torch.float64)
     gain = VARIANCE * matrix.mT @ torch.linalg.inv(covariance(operator, NOISE))
@@ -99,32 +98,32 @@ def test_draws_have_the_conditional_mean_and_covariance(operator):
     expected = VARIANCE * left @ seen @ seen.mT @ left.mT + noise @ noise.mT
     assert (draws.mean(0) - mean).norm() < 5 * expected.trace().sqrt() / math.sqrt(count)
     found = (draws - mean).mT @ (draws - mean) / count
-    assert (found - expected).norm() < 0.06 * expected.norm()
+    assert (found - expected).norm() < 0.1 * expected.norm()
     # Each pixel's variance, with that of the null space; exact where I - A_s A is diagonal.
     variance = Likelihood(operator, y, NOISE, VARIANCE).variance(x[:1]).flatten()
-    conditional = (VARIANCE * (identity - gain @ matrix)).diagonal()
-    exact = isinstance(operator, Inpainting)
-    assert (variance - conditional).abs().max() < (1e-12 if exact else 0.5 * VARIANCE)
-    assert (variance - conditional).mean().abs() < (1e-12 if exact else 0.1 * VARIANCE)
+    error, exact = variance - (VARIANCE * left).diagonal(), isinstance(operator, Inpainting)
+    assert error.abs().max() < (1e-12 if exact else 0.5 * VARIANCE)
+    assert error.mean().abs() < (1e-12 if exact else 0.1 * VARIANCE)
 
 
 def test_the_variance_knows_the_spectrum_of_the_model_s_error(operator):
     """It is that of the error of x^, for images whose distance from the decoder's is drawn of that spectrum."""
-    count, spectrum = 20_000, [8.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.1]
+    count, spectrum = 8_000, [8.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.1]
     clean = images(1, seed=3).expand(count, *SHAPE)
     white = torch.randn(count, *SHAPE, generator=seeded(), dtype=torch.float64)
-    decoded = clean + math.sqrt(VARIANCE) * colored(white, spectrum)
-    y = operator.A(clean)
+    decoded, y = clean + math.sqrt(VARIANCE) * colored(white, spectrum), operator.A(clean)
     y = y + NOISE * torch.randn(y.shape, generator=seeded(1), dtype=torch.float64)
     error = (Likelihood(operator, y, NOISE, VARIANCE).mean(decoded) - clean).square().mean(0)
-    variance = Likelihood(operator, y[:1], NOISE, VARIANCE, 1, spectrum).variance(clean[:1])[0]
+    variance, of_white = (
+        Likelihood(operator, y[:1], NOISE, VARIANCE, 1, one).variance(clean[:1])[0] for one in (spectrum, None)
+    )
     assert variance.mean().item() == pytest.approx(error.mean().item(), rel=0.1)
     assert (variance - error).abs().max() < 0.6 * VARIANCE
     if isinstance(operator, Inpainting):  # it has a say in no pixel's own variance
-        torch.testing.assert_close(variance, Likelihood(operator, y[:1], NOISE, VARIANCE).variance(clean[:1])[0])
+        torch.testing.assert_close(variance, of_white)
     # Smooth errors are largely seen by an operator that averages, so that less of them is left open.
     if isinstance(operator, SuperResolution):
-        assert variance.mean() < 0.9 * Likelihood(operator, y[:1], NOISE, VARIANCE).variance(clean[:1]).mean()
+        assert variance.mean() < 0.9 * of_white.mean()
 
 
 def test_projection_is_the_derivative_of_the_restored_image(operator):
@@ -147,18 +146,14 @@ def test_without_noise_the_restored_image_agrees_with_the_measurement(operator, 
 
 
 def test_what_a_cutoff_leaves_out_is_restored():
-    """A wide blur's A^+ leaves out half of the spectrum; the certificate does not."""
+    """A wide blur's A^+ leaves out half of the spectrum; the certificate does not. Where nothing is measured it is 0."""
     blur = Blur(gaussian_kernel(1.5), "reflect", rcond=1e-2)
     x = torch.randn(2, 1, 16, 16, generator=seeded())
     likelihood = Likelihood(blur, blur.A(x), 0.0, VARIANCE)
     assert likelihood.relative_residual(blur.A_dagger(likelihood.y)).max() > 1e-4
     assert likelihood.relative_residual(likelihood.mean(x.flip(0))).max() < 1e-6
-
-
-def test_residual_is_zero_where_there_is_no_measurement():
-    nothing = Inpainting(torch.zeros(8, 8))
-    likelihood = Likelihood(nothing, torch.zeros(2, *SHAPE), 0.0, VARIANCE)
-    assert torch.equal(likelihood.relative_residual(images(2).float()), torch.zeros(2))
+    nothing = Likelihood(Inpainting(torch.zeros(16, 16)), torch.zeros(2, 1, 16, 16), 0.0, VARIANCE)
+    assert torch.equal(nothing.relative_residual(x), torch.zeros(2))
 
 
 def test_operator_is_called_with_the_callers_batch():
@@ -217,46 +212,20 @@ def test_drift_of_tiles_is_a_gradient():
         return fit + apart + weight * energy(canvas.split(likelihood.mean(x))).sum()
 
     def energy_gradient(tiles):
-        with torch.enable_grad():
-            tiles = tiles.detach().requires_grad_()
-            return torch.autograd.grad(energy(tiles).sum(), tiles)[0]
+        return points * (tiles * points).cos()
 
     tiles = torch.randn(len(canvas), 1, 8, 8, dtype=torch.float64, generator=seeded(1)).requires_grad_()
     (expected,) = torch.autograd.grad(negative_log_density(tiles), tiles)
-    # One step down by plain descent from latents that ARE tiles: Adam's first step has the gradient's sign only, so the
-    # gradient is taken where the decoder is asked for it.
+    # Adam's first step has the gradient's sign only, so the gradient is taken where the decoder, here none, is asked for it.
     found = []
 
-    class Identity(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, latents):
-            return latents.clone()
+    def decode(latents):
+        tiles = latents.clone()
+        tiles.register_hook(found.append)
+        return tiles
 
-        @staticmethod
-        def backward(ctx, gradient):
-            found.append(gradient)
-            return gradient
-
-    neural_transport(
-        Identity.apply,
-        likelihood,
-        canvas,
-        tiles.detach(),
-        1,
-        "map",
-        energy_gradient=energy_gradient,
-        energy_weight=weight,
-    )
+    neural_transport(decode, likelihood, canvas, tiles.detach(), 1, "map", energy_gradient, weight)
     torch.testing.assert_close(found[0], expected)
-
-
-def test_no_seam_in_the_weights():
-    """From pixel to pixel the share of a tile changes by little: none begins or ends with a step."""
-    canvas = Canvas(32, 32, 16, 8)
-    for (top, left), weight in zip(canvas.corners, canvas.weights[:, 0]):
-        placed = torch.zeros(32, 32)
-        placed[top : top + 16, left : left + 16] = weight
-        assert placed.diff(dim=0).abs().max() < 0.2 and placed.diff(dim=1).abs().max() < 0.2
 
 
 # The sampler
@@ -299,7 +268,7 @@ def test_map_finds_the_lowest_point(operator):
 
 def test_langevin_draws_from_the_posterior():
     """Where it is Gaussian: its mean and its spread, up to what four probes of the curvature and a finite step leave."""
-    found, mean, expected = transported(operators()["pooling"], "langevin", 200, 2000)
+    found, mean, expected = transported(operators()["pooling"], "langevin", 200, 1000)
     assert (found.mean(0) - mean).abs().max() < 0.1 * expected.diagonal().sqrt().max()
     ratio = found.var(0) / expected.diagonal()
     assert 0.9 < ratio.min() and ratio.max() < 1.35
@@ -321,50 +290,27 @@ def test_energy_pulls_answers():
     assert distances[1] < 0.7 * distances[0]
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("num_steps", [1, 2, 10])
 @pytest.mark.parametrize("method", ["langevin", "map"])
 def test_number_of_decoder_passes(method, num_steps):
-    steps, passes = [], []
+    steps, passes, decoder = [], [], LinearDecoder()
 
-    class Counted(LinearDecoder):
-        def __call__(self, latents):
-            passes.append(len(latents))
-            return super().__call__(latents)
-
-    operator = SuperResolution(2)
-    likelihood = likelihood_of(operator, num_answers=3)
-    latents = torch.zeros(6, 4, 1, 1, dtype=torch.float64)
+    def decode(latents):
+        passes.append(len(latents))
+        return decoder(latents)
 
     def on_step(step, latents):
         steps.append(step)
         return latents
 
+    likelihood, start = likelihood_of(SuperResolution(2), num_answers=3), torch.zeros(6, 4, 1, 1, dtype=torch.float64)
     neural_transport(
-        Counted(), likelihood, Canvas(8, 8, 8, 0), latents, num_steps, method, generator=seeded(), on_step=on_step
+        decode, likelihood, Canvas(8, 8, 8, 0), start, num_steps, method, generator=seeded(), on_step=on_step
     )
     assert passes == [6] * num_steps and steps == list(range(num_steps))
-
-
-def test_tiles_agree_where_they_overlap():
-    """Of two tiles only the first one's own pixels are measured: the second learns of them through what they share."""
-    decoder, canvas = LinearDecoder(32), Canvas(8, 12, 8, 4)
-    decoder.bias *= 0
-    mask = Inpainting.box(8, 12, 0, 4, 8, 8)
-    y = mask.A(canvas.join(decoder(torch.randn(2, 32, generator=seeded(), dtype=torch.float64))))
-    likelihood = Likelihood(mask, y, NOISE, VARIANCE)
-
-    def difference(latents):
-        first, second = decoder(latents)
-        return (first[:, :, 4:] - second[:, :, :4]).square().mean()
-
-    found = neural_transport(decoder, likelihood, canvas, torch.zeros(2, 32, 1, 1, dtype=torch.float64), 200, "map")
-    alone = torch.cat([found[:1], torch.zeros_like(found[:1])])
-    assert difference(found) < 0.6 * difference(alone)
 
 
 def test_a_list_of_generators_draws_each_answer_by_itself():
     like = torch.zeros(1)
     both = draw((4, 3), [seeded(1), seeded(2)], like)
-    assert torch.equal(both[:2], draw((2, 3), seeded(1), like)) and torch.equal(
-        both[2:], draw((2, 3), seeded(2), like)
-    )
+    assert torch.equal(both, torch.cat([draw((2, 3), seeded(seed), like) for seed in (1, 2)]))

@@ -1,18 +1,18 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 r"""The error that an autoencoder makes even of images whose latents it knows: how large it is, and at which frequencies.
 
-An image is :math:`x \sim N(G(z), v C)`, v the mean squared error a pixel. Errors of neighbouring pixels are alike: C is the same
-everywhere in the image and in all directions, so that Fourier's basis makes it diagonal, with a **spectrum** S(r) of the radius r
-of a frequency (cycles a pixel) whose mean over the image's frequencies is 1. It is kept as its values at equal steps of r from 0 to
-:math:`1 / \sqrt 2`, the corner of the plane of frequencies, between which it is linear: so it fits images of other sizes, too, as far as errors
-that change over more than 20 pixels are no large part. Channels are taken to err independently, so that where they err alike what
-`Colorization` leaves open is overstated.
+An image is :math:`x \sim N(G(z), v C)`, where v is the mean squared error per pixel. Errors of neighbouring pixels are alike: C is the
+same everywhere in the image and in all directions, so that Fourier's basis makes it diagonal, with a **spectrum** S(r) of the radius
+r of a frequency (cycles per pixel) whose mean over the image's frequencies is 1. A config holds its values at 16 equal steps of r from
+0 to :math:`1 / \sqrt 2`, the corner of the plane of frequencies, between which it is linear. So it fits images of other sizes too,
+except for errors that change over more than 20 pixels. Channels are taken to err independently.
 
 The likelihood by which latents are searched has C = I (`restoration.py`); C tells only what is left open when they are known.
 """
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -22,14 +22,8 @@ HIGHEST_FREQUENCY = math.sqrt(0.5)
 
 def squared_error(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """
-    Mean squared error a pixel of each image, in the images' unit: its mean over data is an autoencoder's
-    `reconstruction_variance`, the error that restoration allows the model itself.
-
-    Args:
-        images, reconstructions (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, float32.
+    Return the mean squared error per pixel of images (B, C, H, W) in [-1, 1], shape (B,) and float32. Its mean over data is an
+    autoencoder's `reconstruction_variance`, the error that restoration allows the model itself.
     """
     return (reconstructions.float() - images.float()).square().flatten(1).mean(1)
 
@@ -37,31 +31,27 @@ def squared_error(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.
 def bands_around(
     height: int, width: int, num_bands: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The band below each frequency of `torch.fft.rfft2`, and how much the one above it counts, from 0 to 1: (H, W // 2 + 1)."""
+    """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the one above it: (H, W // 2 + 1)."""
     vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=device)
     horizontal = torch.fft.rfftfreq(width, dtype=torch.float64, device=device)
-    radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles a pixel
+    radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles per pixel
     place = radius / HIGHEST_FREQUENCY * (num_bands - 1)
     below = place.floor().long().clamp(max=max(num_bands - 2, 0))
     return below, (place - below).clamp(0, 1)
 
 
 def multiplicity(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """
-    How many of all frequencies each one of `rfft2` stands for: 2, but for the columns that are their own mirror image, 1. Shape
-    (H, W // 2 + 1).
-    """
+    """Return how many frequencies each one of `rfft2` stands for: 1 in columns that are their own mirror image, 2 elsewhere."""
     count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device=device)
     count[0] = 1
-    if width % 2 == 0:
-        count[-1] = 1
+    count[width - width // 2 :] = 1  # only of an even width
     return count.expand(height, -1)
 
 
 def error_power(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """
-    Power of the error at each frequency, mean over images and channels: (H, W // 2 + 1), float64, on the CPU. Its mean over
-    all frequencies is v.
+    Return the power of the error at each frequency, mean over images and channels: (H, W // 2 + 1), float64, on the CPU. Its mean
+    over all frequencies is v.
     """
     error = (reconstructions.float() - images.float()).cpu().double()
     return torch.fft.rfft2(error, norm="ortho").abs().square().mean((0, 1))
@@ -69,15 +59,8 @@ def error_power(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Te
 
 def spectrum_of(power: torch.Tensor, width: int) -> list[float]:
     """
-    S at its bands, from a power at each frequency (`error_power`'s, or a mean of such): what an autoencoder's config keeps as
-    `reconstruction_spectrum`.
-
-    Args:
-        power (`torch.Tensor` of shape `(H, W // 2 + 1)`): Finite, and not 0 everywhere.
-        width (`int`): W.
-
-    Raises:
-        ValueError: if `power` is not.
+    Return S at its bands, an autoencoder's `reconstruction_spectrum`, of means of `error_power` (H, W // 2 + 1) of images of `width`
+    W. Raises `ValueError` if they are not finite or 0 everywhere.
     """
     if not (power.isfinite().all() and power.sum() > 0):
         raise ValueError(f"`power` must be finite, and not 0 everywhere, but has the sum {power.sum().item()}.")
@@ -88,24 +71,20 @@ def spectrum_of(power: torch.Tensor, width: int) -> list[float]:
         sums.index_add_(0, band.flatten(), (share * count * power).flatten())
         weights.index_add_(0, band.flatten(), (share * count).flatten())
     # Small images have no frequency near some bands: those lie on the line between their neighbours.
-    found = (weights > 1e-9).nonzero().flatten().tolist()
-    values = (sums / weights.clamp(min=1e-9)).tolist()
-    for missing in set(range(NUM_BANDS)).difference(found):
-        left, right = max(b for b in found if b < missing), min((b for b in found if b > missing), default=None)
-        weight = 0.0 if right is None else (missing - left) / (right - left)
-        values[missing] = values[left] if right is None else (1 - weight) * values[left] + weight * values[right]
-    spectrum = torch.tensor(values, dtype=torch.float64)
+    found = (weights > 1e-9).nonzero().flatten().cpu().numpy()
+    values = (sums / weights.clamp(min=1e-9)).cpu().numpy()
+    spectrum = torch.from_numpy(np.interp(np.arange(NUM_BANDS), found, values[found]))
     return (spectrum / mean_over_frequencies(at_frequencies(spectrum, height, width), width)).tolist()
 
 
 def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Of values at the frequencies of `rfft2`, each of which counts as often as it stands for."""
+    """Return the mean over all frequencies of values at those of `rfft2`."""
     count = multiplicity(values.shape[0], width, values.device)
     return (values * count).sum() / count.sum()
 
 
 def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """S at the frequencies of `rfft2`, by its values at the bands: (H, W // 2 + 1)."""
+    """Return S at the frequencies of `rfft2`, (H, W // 2 + 1), by its values at the bands."""
     if len(spectrum) == 1:
         return spectrum.expand(height, width // 2 + 1)
     below, above = bands_around(height, width, len(spectrum), spectrum.device)
@@ -114,11 +93,8 @@ def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Ten
 
 def colored(white: torch.Tensor, spectrum: list[float] | None) -> torch.Tensor:
     """
-    C^(1/2) applied to images: of independent entries of variance 1 it makes such as the model's error, variance 1 a pixel too.
-
-    Args:
-        white (`torch.Tensor` of shape `(B, C, H, W)`): Images.
-        spectrum (`list[float]`, *optional*): S at its bands; not given, C is the identity.
+    Apply C^(1/2) to images (B, C, H, W): independent entries of variance 1 become errors like the model's, of variance 1 per pixel
+    too. Without a `spectrum` C is the identity.
     """
     if spectrum is None:
         return white

@@ -56,23 +56,14 @@ class Likelihood:
 
     Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
     after the other: it may have a mask per image.
-
-    Args:
-        operator ([`LinearOperator`]): A.
-        y (`torch.Tensor` of shape `(B, ...)`): Measurements of images in [-1, 1].
-        noise_std (`float`): sigma, in the unit of y.
-        model_variance (`float`): v, above 0.
-        num_answers (`int`): M.
-        error_spectrum (`list[float]`, *optional*):
-            Spectrum of the model's error, with which `variance` knows it better than as v I (`model_error.py`).
     """
 
-    operator: LinearOperator
-    y: torch.Tensor
-    noise_std: float
-    model_variance: float
-    num_answers: int = 1
-    error_spectrum: list[float] | None = None
+    operator: LinearOperator  # A
+    y: torch.Tensor  # (B, ...), of images in [-1, 1]
+    noise_std: float  # sigma, in the unit of y
+    model_variance: float  # v, above 0
+    num_answers: int = 1  # M
+    error_spectrum: list[float] | None = None  # S, by which `variance` knows the model's error better than as v I
 
     @property
     def damping(self) -> float:
@@ -80,10 +71,8 @@ class Likelihood:
         return self.noise_std**2 / self.model_variance
 
     def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-        answers = tensor.unflatten(0, (-1, self.num_answers))
-        return torch.stack([function(answers[:, m].contiguous()) for m in range(self.num_answers)], dim=1).flatten(
-            0, 1
-        )
+        answers = tensor.unflatten(0, (-1, self.num_answers)).unbind(1)
+        return torch.stack([function(answer.contiguous()) for answer in answers], dim=1).flatten(0, 1)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         return self.each_answer(self.operator.A, x)
@@ -121,8 +110,8 @@ class Likelihood:
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Return x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
-        blur's A^+ leaves out is added with less and less damping, in float64.
+        Return x^ = G + A_s r. Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a blur's A^+
+        leaves out is added with less and less damping, in float64.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
         for level in CUTOFF_LEVELS if self.noise_std == 0 else ():
@@ -194,31 +183,19 @@ def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> t
 
 class Canvas:
     """
-    Images of any size as overlapping tiles of the model's size, or as one tile if the sizes are equal.
-
-    Args:
-        height, width (`int`): Size of the image, each at least `tile_size`.
-        tile_size (`int`): Height and width of a tile.
-        overlap (`int`): Least number of pixels that neighbours share.
+    Images of `height` x `width` pixels as overlapping tiles of the model's size, or as one tile if the sizes are equal. Neighbours
+    share at least `overlap` pixels.
     """
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
         self.height, self.width, self.tile_size = height, width, tile_size
-        self.corners = [
-            (top, left)
-            for top in self.starts(height, tile_size, overlap)
-            for left in self.starts(width, tile_size, overlap)
-        ]
+        tops, lefts = (self.starts(size, tile_size, overlap) for size in (height, width))
+        self.corners = [(top, left) for top in tops for left in lefts]
         # A tile counts less near its border.
         ramp = torch.arange(tile_size) + 0.5
         ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
-        weight = torch.outer(ramp, ramp)
-        total = torch.zeros(height, width)
-        for top, left in self.corners:
-            total[top : top + tile_size, left : left + tile_size] += weight
-        self.weights = torch.stack(
-            [weight / total[top : top + tile_size, left : left + tile_size] for top, left in self.corners]
-        ).unsqueeze(1)
+        weight = torch.outer(ramp, ramp).expand(len(self.corners), 1, -1, -1)
+        self.weights = weight / self.split(self.split_adjoint(weight))
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
@@ -264,7 +241,7 @@ def neural_transport(
     num_steps: int,
     method: str = "langevin",
     energy_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    energy_weight: float = 0.0,
+    energy_weight: float = 1.0,
     generator: Generators = None,
     on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -277,18 +254,11 @@ def neural_transport(
 
     Args:
         decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
-        likelihood ([`Likelihood`]): B measurements with M answers.
-        canvas ([`Canvas`]): T tiles.
-        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents.
+        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
-        method (`str`, *optional*, defaults to `"langevin"`): Or `"map"`.
         energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
-        energy_weight (`float`, *optional*, defaults to 0.0): w, at least 0.
-        generator (`torch.Generator` or a list of one per answer, *optional*): Makes the draws deterministic.
+        energy_weight (`float`, *optional*, defaults to 1.0): w.
         on_step (`Callable`, *optional*): Called with the number of the step and the latents; returns the next latents.
-
-    Returns:
-        `torch.Tensor` of the shape of `latents`.
     """
     num_probes = min(NUM_CURVATURE_PROBES, num_steps // 5) if method == "langevin" else 0
     num_descents = num_steps if method == "map" else max(1, round(DESCENT_SHARE * num_steps))
@@ -305,7 +275,7 @@ def neural_transport(
     def tile_gradient(tiles: torch.Tensor) -> torch.Tensor:
         x = canvas.join(tiles)
         gradient = likelihood.gradient(x)
-        if energy_weight > 0:
+        if energy_gradient is not None:
             restored = x - likelihood.model_variance * gradient  # x^ = G + A_s r
             along = canvas.split_adjoint(energy_gradient(canvas.split(restored)))
             gradient = gradient + energy_weight * likelihood.project(along)
@@ -315,6 +285,9 @@ def neural_transport(
             # it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
+
+    def probe_gradient(tiles: torch.Tensor) -> torch.Tensor:
+        return canvas.join_adjoint(likelihood.curvature_probe(canvas.join(tiles), generator))
 
     def gradient(latents: torch.Tensor) -> torch.Tensor:
         return pull_back(latents, tile_gradient) + latents
@@ -336,10 +309,6 @@ def neural_transport(
 
     curvature = torch.zeros_like(latents)
     for probe in range(num_probes):
-
-        def probe_gradient(tiles: torch.Tensor) -> torch.Tensor:
-            return canvas.join_adjoint(likelihood.curvature_probe(canvas.join(tiles), generator))
-
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
     # Answers to one measurement are near each other and share their estimate.

@@ -1,8 +1,6 @@
 """What each kind of operator measures, against PIL and scipy; saving; wrong arguments."""
 
-import json
 import math
-import warnings
 
 import numpy as np
 import PIL.Image
@@ -75,26 +73,22 @@ def test_kernels():
     assert variance.item() == pytest.approx(4, rel=0.02)
 
 
-def test_the_cutoff_of_a_blur():
+@pytest.mark.parametrize("padding", ["circular", "reflect"])
+def test_the_cutoff_of_a_blur(padding):
     """On a picture in 8 bits the uncut pseudo-inverse restores nothing, the cut one something near the picture."""
     x = torch.nn.functional.interpolate(torch.rand(1, 1, 8, 8, generator=seeded()), (32, 32), mode="bicubic")
-    for padding in ("circular", "reflect"):
-        blur = Blur(gaussian_kernel(1.5), padding)
-        picture = (blur.A(x) * 255).round() / 255
-        uncut = Blur(gaussian_kernel(1.5), padding, rcond=0.0)
-        assert (uncut.A_dagger(picture) - x).abs().max() > 100
-        assert (Blur(gaussian_kernel(1.5), padding, rcond=0.05).A_dagger(picture) - x).abs().mean() < 0.05
-        damped = blur.A_dagger(picture, damping=1e-3)
-        assert (damped - x).abs().mean() < 0.05
+    blur = Blur(gaussian_kernel(1.5), padding)
+    picture = (blur.A(x) * 255).round() / 255
+    assert (Blur(gaussian_kernel(1.5), padding, rcond=0.0).A_dagger(picture) - x).abs().max() > 100
+    assert (Blur(gaussian_kernel(1.5), padding, rcond=0.05).A_dagger(picture) - x).abs().mean() < 0.05
+    assert (blur.A_dagger(picture, damping=1e-3) - x).abs().mean() < 0.05
 
 
 def test_large_mirrored_blur_is_solved():
     """Beyond 1,024 pixels, with a kernel that is no product: by CGLS, for A_s as well as ever."""
     blur = Blur(motion_kernel(7, 30), "reflect")
-    x = torch.rand(1, 1, 40, 48, generator=seeded(), dtype=torch.float64)
-    y = blur.A(x)
+    back = blur.A_adjoint(y := blur.A(torch.rand(1, 1, 40, 48, generator=seeded(), dtype=torch.float64)))
     damped = blur.A_dagger(y, 1e-2)
-    back = blur.A_adjoint(y)
     assert (blur.A_adjoint(blur.A(damped)) + 1e-2 * damped - back).norm() < 1e-8 * back.norm()
 
 
@@ -161,12 +155,13 @@ def test_saved_and_loaded(name, tmp_path):
     assert torch.equal(loaded.A_dagger(y), operator.A_dagger(y))
 
 
-def test_parts_that_share_a_tensor_are_saved(tmp_path):
-    mask, kernel = torch.rand(12, 16, generator=seeded()) < 0.5, gaussian_kernel(1.0)
-    masks = Inpainting(mask)
-    operator = Stack([masks, masks, Inpainting(mask), Blur(kernel), Blur(kernel, "reflect")], (1, 12, 16))
+def test_parts_that_share_a_tensor_and_weights_of_any_kind_are_saved(tmp_path):
+    masks = Inpainting(torch.rand(12, 16, generator=seeded()) < 0.5)
+    gray = Colorization(np.array([0.5, 0.25, 0.25], dtype=np.float32))
+    operator = Stack([Compose([masks, gray]), masks], (3, 12, 16))
     operator.save_pretrained(tmp_path)
-    assert torch.equal(LinearOperator.from_pretrained(tmp_path).A(image()), operator.A(image()))
+    loaded, x = LinearOperator.from_pretrained(tmp_path), torch.randn(1, 3, 12, 16, generator=seeded())
+    assert torch.equal(loaded.A(x), operator.A(x)) and loaded.parts[0].parts[1].weights == (0.5, 0.25, 0.25)
 
 
 def test_stack_of_functions_that_ask_for_their_own_batch():
@@ -187,23 +182,11 @@ def test_stack_of_functions_that_ask_for_their_own_batch():
         operator.A_adjoint(torch.zeros(3, 52))
 
 
-def test_what_can_not_be_saved_or_loaded(tmp_path):
-    with pytest.raises(ValueError, match="FunctionOperator"):
-        EVERY["functions"].save_pretrained(tmp_path)
-    Inpainting.random(4, 4, 0.5).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "operator_config.json").read_text())
-    for name in ("Tomography", "as_operator", "gaussian_kernel"):
-        (tmp_path / "operator_config.json").write_text(json.dumps({**config, "_class_name": name}))
-        with pytest.raises(ValueError, match=f"`_class_name`.*{name}"):
-            LinearOperator.from_pretrained(tmp_path)
-
-
 WRONG = [
     ("mask", lambda: Inpainting(torch.full((4, 4), 0.5))),
     ("mask", lambda: Inpainting(torch.ones(4))),
     ("mask", lambda: Inpainting(torch.ones(4, 4)).A(image())),
-    ("mask", lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(torch.ones(3, 1, 12, 16))),
-    ("mask", lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(torch.ones(1, 1, 12, 16))),
+    ("mask", lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(image())),
     ("box_height", lambda: Inpainting.box(8, 8, 5, 0, 4, 4)),
     ("box_height", lambda: Inpainting.box(8, 8, 4, 4, -2, 2)),
     ("observed", lambda: Inpainting.random(8, 8, 30)),
@@ -211,55 +194,46 @@ WRONG = [
     ("scale", lambda: SuperResolution(5).A(image())),
     ("mode", lambda: SuperResolution(2, "lanczos")),
     ("weights", lambda: Colorization().A(image())),
-    ("weights", lambda: Colorization((0.0, 0.0))),
     ("weights", lambda: Colorization((math.nan, 1.0, 1.0))),
     ("kernel", lambda: Blur(torch.ones(1, 3, 3))),
-    ("kernel", lambda: Blur(torch.full((3, 3), math.nan))),
-    ("kernel", lambda: Blur(torch.zeros(3, 3))),
-    ("kernel", lambda: Blur(torch.ones(13, 3)).A(image())),
-    ("kernel", lambda: Blur(gaussian_kernel(1.0, angle=math.nan))),
     ("kernel", lambda: Blur(motion_kernel(3, angle=math.nan))),
     ("padding", lambda: Blur(torch.ones(3, 3), "zeros")),
     ("rcond", lambda: Blur(torch.ones(3, 3), rcond=1.0)),
     ("size", lambda: gaussian_kernel(1.0, size=4)),
     ("std", lambda: gaussian_kernel(0.0)),
     ("length", lambda: motion_kernel(0.5)),
-    ("damping", lambda: SuperResolution(2).A_dagger(image(), -1.0)),
-    ("damping", lambda: SuperResolution(2, "bicubic").A_dagger(image(), -1.0)),
-    ("damping", lambda: Blur(uniform_kernel(3)).A_dagger(image(), -1.0)),
-    ("damping", lambda: Compose([Blur(uniform_kernel(3))]).A_dagger(image(), math.nan)),
-    ("ratio", lambda: CompressedSensing.hadamard(0.0)),
     ("ratio", lambda: CompressedSensing.orthonormal(25)),
     ("block_size", lambda: CompressedSensing.hadamard(0.5, 6)),
     ("block_size", lambda: CompressedSensing.hadamard().A(image())),
     ("matrix", lambda: CompressedSensing(torch.ones(2, 4))),
     ("matrix", lambda: CompressedSensing(torch.ones(2, 5))),
     ("operator", lambda: Compose([SuperResolution(2), "blur"])),
-    ("image_shape", lambda: EVERY["stack"].A(image())),
     ("measurements", lambda: EVERY["stack"].join(EVERY["stack"].split(torch.ones(1, 804))[::-1])),
+    ("FunctionOperator", lambda: EVERY["functions"].save_pretrained("never made")),
+    ("_class_name", lambda: LinearOperator.from_config({"_class_name": "gaussian_kernel"})),
 ]
 
 
 @pytest.mark.parametrize("name, make", WRONG)
-def test_wrong_arguments(name, make):
+def test_wrong_arguments(name, make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"`{name}`"):
         make()
 
 
-def test_cgls_says_when_it_stops():
+def test_cgls_says_when_it_stops(recwarn):
     """After its iterations; not where all entries are done, at different times."""
     hard = torch.diag(torch.logspace(0, -6, 20, dtype=torch.float64))
     y = torch.ones(2, 20, dtype=torch.float64)
     y[1, 1:] = 0  # done in one step
-    with pytest.warns(UserWarning, match="CGLS stopped after 3 iterations"):
+    cgls(lambda x: x @ hard, lambda y: y @ hard, y[1:], max_iterations=3)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="3 iterations"):
         x = cgls(lambda x: x @ hard, lambda y: y @ hard, y, max_iterations=3)
     torch.testing.assert_close(x[1], y[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cgls(lambda x: x @ hard, lambda y: y @ hard, y[1:], max_iterations=3)
 
 
-def test_cgls_in_single_precision_stops_where_it_comes_no_nearer():
+def test_cgls_in_single_precision_stops_where_it_comes_no_nearer(recwarn):
     """Long before its last iteration, at what float32 resolves, and without a warning."""
     calls = []
     matrix = torch.diag(torch.logspace(0, -2, 20))
@@ -268,42 +242,29 @@ def test_cgls_in_single_precision_stops_where_it_comes_no_nearer():
         calls.append(1)
         return x @ matrix
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        x = cgls(A, lambda y: y @ matrix, torch.ones(2, 20), tolerance=1e-12)
-    assert len(calls) < 300
+    x = cgls(A, lambda y: y @ matrix, torch.ones(2, 20), tolerance=1e-12)
+    assert len(calls) < 300 and not recwarn.list
     torch.testing.assert_close(x @ matrix, torch.ones(2, 20), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "make",
+    "operator",
     [
-        lambda: SuperResolution(2, "bicubic"),
-        lambda: Blur(motion_kernel(5, 30), "reflect"),
-        lambda: Blur(gaussian_kernel(1.0), "reflect"),
-        lambda: Compose([SuperResolution(2), Blur(gaussian_kernel(0.6), "reflect")]),
+        SuperResolution(2, "bicubic"),
+        Blur(motion_kernel(5, 30), "reflect"),
+        Blur(gaussian_kernel(1.0), "reflect"),
+        Compose([SuperResolution(2), Blur(gaussian_kernel(0.6), "reflect")]),
     ],
 )
-def test_what_is_kept_from_inference_mode_serves_gradients(make):
-    operator, x = make(), torch.rand(1, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+def test_matrices_are_decomposed_once_and_serve_gradients(operator, monkeypatch):
+    """Even if they are made in inference mode."""
+    x = torch.rand(1, 1, 20, 20, generator=seeded())
     with torch.inference_mode():
         y = operator.A(x)
         expected = operator.A_dagger(y).clone()
+    monkeypatch.setattr("ecvae_diffusers.operators.linear_operator.factorize", lambda matrix: 1 / 0)
     y = operator.A(x).requires_grad_()
     found = operator.A_dagger(y)
     found.sum().backward()
     torch.testing.assert_close(found.detach(), expected.clone())
     assert y.grad.abs().sum() > 0
-
-
-def test_a_mirrored_blur_is_decomposed_once(monkeypatch):
-    blur, y = Blur(gaussian_kernel(1.0), "reflect"), torch.rand(1, 1, 12, 16)
-    first = blur.A_dagger(y)
-    monkeypatch.setattr("ecvae_diffusers.operators.separable.factorize", lambda matrix: 1 / 0)
-    assert torch.equal(blur.A_dagger(y), first)
-
-
-def test_weights_of_any_kind_are_saved(tmp_path):
-    operator = Colorization(np.array([0.5, 0.25, 0.25], dtype=np.float32))
-    operator.save_pretrained(tmp_path)
-    assert LinearOperator.from_pretrained(tmp_path).weights == (0.5, 0.25, 0.25)

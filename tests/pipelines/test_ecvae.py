@@ -1,7 +1,6 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """What ECVAEPipeline computes, what it refuses, and what diffusers' own pipeline tester asks of every pipeline."""
 
-import inspect
 import math
 from collections import Counter
 
@@ -62,25 +61,10 @@ def calls(pipe) -> Counter:
 # Cost
 
 
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_sampling_is_one_decoder_call_and_no_other_network(pipe, calls, output_type):
-    assert len(pipe(batch_size=5, output_type=output_type).images) == 5
-    assert calls == {"decoder": 1}
-
-
-def test_large_batches_are_decoded_in_parts_on_a_cpu(pipe, calls, monkeypatch):
-    """Each image once, and the same images."""
-    latents = torch.randn(7, 8, 1, 1, generator=generator())
-    whole = sample(pipe, batch_size=7, latents=latents)
-    calls.clear()
-    monkeypatch.setattr(pipeline_ecvae, "CPU_PART_BYTES", 3 * 16 * 16**2 * 4)  # three images of 16 channels
-    torch.testing.assert_close(sample(pipe, batch_size=7, latents=latents), whole, rtol=0, atol=1e-5)
-    assert calls == {"decoder": 3}
-
-
-def test_network_calls_of_the_other_methods(pipe, calls):
+def test_network_calls(pipe, calls):
     images = random_images()
     for call, expected in (
+        (lambda: pipe(batch_size=5), {"decoder": 1}),
         (lambda: pipe(batch_size=3, output_type="latent"), {}),
         (lambda: pipe(batch_size=3, num_refinement_steps=4), {"decoder": 1, "energy_model": 4}),
         (lambda: pipe.reconstruct(images), {"encoder": 1, "decoder": 1}),
@@ -92,12 +76,32 @@ def test_network_calls_of_the_other_methods(pipe, calls):
         assert calls == expected
 
 
+def test_large_batches_are_decoded_in_parts(pipe, calls, monkeypatch):
+    """On a CPU, or where slicing asks for it: each image once, and the same images."""
+    latents = torch.randn(7, 8, 1, 1, generator=generator())
+    whole = sample(pipe, batch_size=7, latents=latents)
+    pipe.vae.enable_slicing()
+    torch.testing.assert_close(sample(pipe, batch_size=7, latents=latents), whole, rtol=0, atol=1e-5)
+    pipe.vae.disable_slicing()
+    assert calls == {"decoder": 1 + 7}
+    calls.clear()
+    monkeypatch.setattr(pipeline_ecvae, "CPU_PART_BYTES", 3 * 16 * 16**2 * 4)  # three images of 16 channels
+    torch.testing.assert_close(sample(pipe, batch_size=7, latents=latents), whole, rtol=0, atol=1e-5)
+    assert calls == {"decoder": 3}
+
+
 # Sampling
 
 
-def test_same_seed_gives_the_same_bits_and_another_seed_does_not(pipe):
-    assert torch.equal(sample(pipe), sample(pipe))
+def test_latents_seeds_and_temperature(pipe):
+    latents = sample(pipe, "latent")
+    assert latents.shape == (3, 8, 1, 1)
+    for batch_size in (1, np.int64(3)):  # 1 is the default: latents say themselves how many they are.
+        assert torch.equal(pipe(batch_size=batch_size, latents=latents, output_type="pt").images, sample(pipe))
     assert not torch.equal(sample(pipe), sample(pipe, generator=generator(1)))
+    torch.testing.assert_close(sample(pipe, "latent", temperature=0.5), 0.5 * latents)
+    frozen = sample(pipe, temperature=0.0, generator=generators(3))
+    assert torch.equal(frozen, frozen[:1].expand_as(frozen))
 
 
 @pytest.mark.parametrize("num_refinement_steps", [0, 3])
@@ -109,42 +113,32 @@ def test_batch_equals_its_images_one_by_one(pipe, num_refinement_steps):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_output_types_agree(make_pipeline, channels):
+def test_every_format_out_and_in_says_the_same(make_pipeline, channels):
     pipe = make_pipeline(in_channels=channels)
     tensors, arrays, images = (sample(pipe, output_type) for output_type in ("pt", "np", "pil"))
-    assert tensors.shape == (3, channels, 16, 16)
-    assert tensors.min() >= 0 and tensors.max() <= 1
-    assert arrays.shape == (3, 16, 16, channels)
+    assert tensors.shape == (3, channels, 16, 16) and tensors.min() >= 0 and tensors.max() <= 1
     np.testing.assert_array_equal(arrays, to_numpy(tensors))
     for image, array in zip(images, arrays):
         assert image.mode == MODES[channels]
         levels = np.asarray(image, dtype=np.float64).reshape(16, 16, channels)
         assert np.abs(levels - 255 * array.astype(np.float64)).max() <= 0.5 + 1e-4
 
-
-def test_latents_given_back_make_the_same_images(pipe):
-    latents = sample(pipe, "latent")
-    assert latents.shape == (3, 8, 1, 1)
-    for batch_size in (1, 3):  # 1 is the default: latents say themselves how many they are.
-        images = pipe(batch_size=batch_size, latents=latents, output_type="pt").images
-        assert torch.equal(images, sample(pipe))
-
-
-def test_temperature_scales_the_latents(pipe):
-    latents = sample(pipe, "latent")
-    torch.testing.assert_close(sample(pipe, "latent", temperature=0.5), 0.5 * latents)
-    frozen = sample(pipe, temperature=0.0, generator=generators(3))
-    assert torch.equal(frozen, frozen[:1].expand_as(frozen))
-    assert not torch.equal(sample(pipe, temperature=0.5), sample(pipe))
+    images = random_images(channels=channels)
+    expected = pipe.reconstruct(images, output_type="latent").images
+    score = pipe.score(images)
+    assert score.shape == (2,) and score.dtype == torch.float32 and not score.requires_grad
+    torch.testing.assert_close(score, pipe.energy_model(2 * images - 1).energy.detach())
+    formats = [to_numpy(images), list(to_numpy(images)), tuple(images), to_pil(images)]
+    formats += [images[0], to_numpy(images)[0], to_pil(images)[0], images + 1e-6]
+    if channels == 1:
+        formats += [list(images[:, 0]), list(to_numpy(images)[..., 0]), images[0, 0], to_numpy(images)[0, ..., 0]]
+    for image in formats:
+        found = pipe.reconstruct(image, output_type="latent").images
+        torch.testing.assert_close(found, expected[: len(found)], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pipe.score(image), score[: len(found)], rtol=1e-4, atol=1e-4)
 
 
 # Refinement
-
-
-def test_refinement_lowers_the_energy(make_pipeline):
-    pipe = make_pipeline(noise_scale=0.0, drift_step_size=0.2)
-    energies = [pipe.score(sample(pipe, num_refinement_steps=steps)).mean() for steps in (0, 2, 5)]
-    assert energies[0] > energies[1] > energies[2]
 
 
 @pytest.mark.parametrize("conditioning_weight", [0.0, 0.5])
@@ -178,41 +172,17 @@ def test_a_training_energy_model_is_used_but_not_changed(pipe):
     assert all(torch.equal(value, before[name]) for name, value in pipe.energy_model.state_dict().items())
 
 
-# Images in
+# Reconstruction and interpolation
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_every_image_format_gives_the_same(make_pipeline, channels):
-    pipe = make_pipeline(in_channels=channels)
-    images = random_images(channels=channels)
-    expected = pipe.reconstruct(images, output_type="latent").images
-    assert expected.shape == (2, 8, 1, 1)
-    formats = [to_numpy(images), list(to_numpy(images)), list(images), to_pil(images)]
-    formats += [images[0], to_numpy(images)[0], to_pil(images)[0]]
-    if channels == 1:
-        formats += [list(images[:, 0]), list(to_numpy(images)[..., 0]), images[0, 0], to_numpy(images)[0, ..., 0]]
-    for image in formats:
-        found = pipe.reconstruct(image, output_type="latent").images
-        torch.testing.assert_close(found, expected[: len(found)])
-        torch.testing.assert_close(pipe.score(image), pipe.score(images)[: len(found)])
-
-
-# Reconstruction, interpolation, scores
-
-
-def test_reconstruction_is_the_decoded_posterior_mean(pipe):
+def test_reconstruction_is_the_decoded_posterior_mean_or_a_draw(pipe):
     images = random_images()
     expected = pipe.vae(images * 2 - 1).sample / 2 + 0.5
-    torch.testing.assert_close(pipe.reconstruct(images, output_type="pt").images, expected)
-    assert [image.size for image in pipe.reconstruct(images).images] == [(16, 16)] * 2
-
-
-def test_reconstruction_draws_from_the_posterior_when_asked(pipe):
-    images = random_images()
-    drawn, same, other, mean = (
+    mean, drawn, same, other = (
         pipe.reconstruct(images, sample_posterior, generator=generator(seed), output_type="pt").images
-        for sample_posterior, seed in ((True, 0), (True, 0), (True, 1), (False, 0))
+        for sample_posterior, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
     )
+    torch.testing.assert_close(mean, expected)
     assert torch.equal(drawn, same) and not torch.equal(drawn, other) and not torch.equal(drawn, mean)
 
 
@@ -227,16 +197,9 @@ def test_refined_reconstructions_descend_to_the_likeliest_latents(pipe):
     with torch.no_grad():
         falling = [energies(steps) for steps in (0, 1, 5, 50)]
     assert all((b < a).all() for a, b in zip(falling, falling[1:]))
-    assert not pipe.vae.training and all(p.requires_grad for p in pipe.vae.parameters())
-
-
-@pytest.mark.parametrize("sample_posterior", [False, True])
-def test_refinement_of_reconstructions_in_inference_mode(pipe, sample_posterior):
-    kwargs = {"num_refinement_steps": 3, "sample_posterior": sample_posterior, "output_type": "pt"}
-    expected = pipe.reconstruct(random_images(), generator=generator(), **kwargs).images
     with torch.inference_mode():
-        found = pipe.reconstruct(random_images(), generator=generator(), **kwargs).images
-    torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(energies(5).clone(), falling[2])
+    assert not pipe.vae.training and all(p.requires_grad for p in pipe.vae.parameters())
 
 
 def test_refined_draws_are_ends_of_a_chain_on_the_posterior(pipe):
@@ -255,152 +218,75 @@ def test_refined_draws_are_ends_of_a_chain_on_the_posterior(pipe):
 
 def test_interpolation_goes_from_one_reconstruction_to_the_other(pipe):
     image_a, image_b = random_images(seed=0), random_images(seed=1)
-    path = pipe.interpolate(image_a, image_b, num_steps=5, output_type="pt").images
-    assert path.shape == (2 * 5, 1, 16, 16)
-    path = path.unflatten(0, (2, 5))
+    path = pipe.interpolate(image_a, image_b, num_steps=5, output_type="pt").images.unflatten(0, (2, 5))
     for index, image in ((0, image_a), (-1, image_b)):
         ends = pipe.reconstruct(image, output_type="pt").images
         torch.testing.assert_close(path[:, index], ends, atol=1e-5, rtol=0)
-
     latents = pipe.interpolate(image_a, image_b, num_steps=5, output_type="latent").images.unflatten(0, (2, 5))
     torch.testing.assert_close(latents[:, 2], (latents[:, 0] + latents[:, 4]) / 2)
-    assert len(pipe.interpolate(to_pil(image_a), to_pil(image_b)).images) == 2 * 8
-    assert len(pipe.interpolate(to_pil(image_a)[0], to_numpy(image_b)[0], num_steps=2).images) == 2
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_score_is_the_energy_of_the_image_in_the_models_range(make_pipeline, channels):
-    pipe = make_pipeline(in_channels=channels)
-    images = random_images(3, channels)
-    score = pipe.score(images)
-    assert score.shape == (3,)
-    assert score.dtype == torch.float32
-    assert not score.requires_grad
-    torch.testing.assert_close(score, pipe.energy_model(2 * images - 1).energy)
-
-
-def test_reasonable_types_are_accepted(pipe):
-    assert len(pipe(batch_size=np.int64(2)).images) == 2
-    images = (PIL.Image.new("L", (16, 16), 9), PIL.Image.new("L", (16, 16), 99))
-    assert torch.equal(pipe.score(images), pipe.score(list(images)))
-    barely = torch.full((1, 1, 16, 16), 1 + 1e-6)
-    assert torch.equal(pipe.score(barely), pipe.score(torch.ones(1, 1, 16, 16)))
+    assert len(pipe.interpolate(to_pil(image_a), to_pil(image_b)[0]).images) == 2 * 8
+    with pytest.raises(RuntimeError):
+        pipe.interpolate(random_images(3), random_images(2))
 
 
 # Refusals
 
+
 LATENTS = torch.zeros(2, 8, 1, 1)
+IMAGES = random_images()
+WRONG = [
+    ("batch_size", lambda pipe: pipe(batch_size=0)),
+    ("batch_size", lambda pipe: pipe(batch_size=2.0)),
+    ("temperature", lambda pipe: pipe(temperature=1e308)),
+    ("temperature", lambda pipe: pipe(latents=LATENTS, temperature=0.5)),
+    ("num_refinement_steps", lambda pipe: pipe(num_refinement_steps=1.5)),
+    ("num_refinement_steps", lambda pipe: pipe(num_refinement_steps=1, output_type="latent")),
+    ("num_refinement_steps", lambda pipe: ECVAEPipeline(pipe.vae, pipe.energy_model)(num_refinement_steps=1)),
+    ("generator", lambda pipe: pipe(latents=LATENTS, generator=generators(3))),
+    ("latents", lambda pipe: pipe(latents=LATENTS[:, :7])),
+    ("latents", lambda pipe: pipe(latents=LATENTS, batch_size=3)),
+    ("latents", lambda pipe: pipe(latents=LATENTS + 3e38)),
+    ("num_refinement_steps", lambda pipe: pipe.reconstruct(IMAGES, num_refinement_steps=-1)),
+    ("variance", lambda pipe: pipe.reconstruct(IMAGES, variance=0.0)),
+    ("generator", lambda pipe: pipe.reconstruct(IMAGES, sample_posterior=True, generator=generators(3))),
+    ("score", lambda pipe: ECVAEPipeline(pipe.vae).score(IMAGES)),
+    ("num_steps", lambda pipe: pipe.interpolate(IMAGES, IMAGES, num_steps=1)),
+    ("image", lambda pipe: pipe.interpolate(IMAGES, None)),
+]
 
 
-@pytest.mark.parametrize(
-    "name, kwargs",
-    [
-        ("batch_size", {"batch_size": 0}),
-        ("temperature", {"temperature": -0.5}),
-        ("temperature", {"temperature": 1e308}),
-        ("temperature", {"temperature": math.nan}),
-        ("temperature", {"latents": LATENTS, "temperature": 0.5}),
-        ("num_refinement_steps", {"num_refinement_steps": -1}),
-        ("num_refinement_steps", {"num_refinement_steps": 1, "output_type": "latent"}),
-        ("generator", {"batch_size": 2, "generator": generators(3)}),
-        ("generator", {"latents": LATENTS, "generator": generators(3)}),
-        ("latents", {"latents": LATENTS[:, :7]}),
-        ("latents", {"latents": LATENTS[..., 0, 0]}),
-        ("latents", {"latents": LATENTS[:0]}),
-        ("latents", {"latents": LATENTS, "batch_size": 3}),
-        ("latents", {"latents": LATENTS + math.inf}),
-        ("latents", {"latents": LATENTS + math.nan}),
-        ("latents", {"latents": LATENTS + 3e38}),
-    ],
-)
-def test_sampling_refuses(pipe, name, kwargs):
+@pytest.mark.parametrize("name, call", WRONG)
+def test_wrong_arguments(pipe, name, call):
     with pytest.raises(ValueError, match=f"`{name}`"):
-        pipe(**kwargs)
-
-
-@pytest.mark.parametrize(
-    "name, kwargs",
-    [
-        ("num_refinement_steps", {"num_refinement_steps": -1}),
-        ("variance", {"num_refinement_steps": 1, "variance": 0.0}),
-        ("variance", {"variance": math.inf}),
-        ("generator", {"sample_posterior": True, "generator": generators(3)}),
-    ],
-)
-def test_reconstruction_refuses(pipe, name, kwargs):
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        pipe.reconstruct(random_images(), **kwargs)
-
-
-def test_refinement_and_score_need_the_energy_model(make_pipeline):
-    pipe, whole = make_pipeline(with_energy=False), make_pipeline()
-    for incomplete in (pipe, ECVAEPipeline(vae=pipe.vae, energy_model=whole.energy_model)):
-        with pytest.raises(ValueError, match="`num_refinement_steps`"):
-            incomplete(num_refinement_steps=1)
-    with pytest.raises(ValueError, match="`score`"):
-        pipe.score(random_images())
+        call(pipe)
 
 
 @pytest.mark.parametrize(
     "image",
     [
-        torch.zeros(2, 1, 8, 8),
         torch.zeros(2, 3, 16, 16),
         torch.zeros(0, 1, 16, 16),
-        torch.zeros(8, 8),
-        np.zeros((2, 16, 16, 3)),
-        np.zeros((16, 8)),
-        PIL.Image.new("L", (8, 16)),
         [PIL.Image.new("L", (16, 16)), PIL.Image.new("L", (8, 8))],
-        torch.full((1, 1, 16, 16), 1.5),
         torch.full((1, 1, 16, 16), -1.0),
         np.full((16, 16), 255, np.uint8),
-        torch.full((1, 1, 16, 16), math.nan),
+        np.zeros((16, 16), np.uint8),
         np.full((16, 16), math.nan),
-        [],
         "a.png",
-        None,
         [PIL.Image.new("L", (16, 16)), np.zeros((16, 16))],
     ],
 )
 def test_images_are_refused(pipe, image):
-    for method in (pipe.reconstruct, pipe.score, lambda image: pipe.interpolate(random_images(1), image)):
+    for method in (pipe.reconstruct, pipe.score):
         with pytest.raises(ValueError, match="`image`"):
             method(image)
-
-
-def test_interpolation_refuses_one_step_and_pairs_that_do_not_match(pipe):
-    with pytest.raises(ValueError, match="`num_steps`"):
-        pipe.interpolate(random_images(), random_images(), num_steps=1)
-    with pytest.raises(RuntimeError):
-        pipe.interpolate(random_images(3), random_images(2))
 
 
 # What diffusers' PipelineTesterMixin asks of its own pipelines
 
 
-def test_call_signature():
-    parameters = inspect.signature(ECVAEPipeline.__call__).parameters
-    assert {"batch_size", "generator", "latents", "output_type", "return_dict"} <= set(parameters)
-    assert all(
-        parameter.default is not inspect.Parameter.empty for name, parameter in parameters.items() if name != "self"
-    )
-    assert parameters["output_type"].default == "pil"
-    assert ">>> pipe = ECVAEPipeline.from_pretrained" in ECVAEPipeline.__call__.__doc__
-
-
 def test_dict_and_tuple_outputs_are_equal(pipe):
-    image = random_images()
-    for method, args in ((pipe, ()), (pipe.reconstruct, (image,)), (pipe.interpolate, (image, image))):
-        expected, output = (
-            method(
-                *args,
-                output_type="pt",
-                return_dict=return_dict,
-                **({"generator": generator()} if method is pipe else {}),
-            )
-            for return_dict in (True, False)
-        )
+    for method in (pipe.reconstruct, lambda image, **kwargs: pipe.interpolate(image, image, **kwargs)):
+        expected, output = (method(IMAGES, output_type="pt", return_dict=flag) for flag in (True, False))
         assert isinstance(output, tuple) and len(output) == 1 and torch.equal(output[0], expected.images)
 
 
@@ -415,15 +301,12 @@ def test_components_make_the_pipeline_again(pipe):
 def test_other_dtypes_run(pipe, dtype):
     expected = sample(pipe, temperature=0.0)
     pipe.to(dtype)
-    assert pipe.vae.dtype == pipe.energy_model.dtype == dtype
     images = sample(pipe, num_refinement_steps=2)
-    assert images.dtype == dtype
-    assert torch.isfinite(images).all()
+    assert images.dtype == dtype and images.isfinite().all()
     torch.testing.assert_close(sample(pipe, temperature=0.0).float(), expected, atol=2e-2, rtol=0)
     assert np.isfinite(sample(pipe, "np")).all()
-    assert torch.isfinite(pipe.score(random_images())).all()
-    assert pipe.score(random_images()).dtype == torch.float32
-    assert pipe.interpolate(random_images(), random_images(), output_type="pt").images.isfinite().all()
+    assert pipe.score(IMAGES).isfinite().all() and pipe.score(IMAGES).dtype == torch.float32
+    assert pipe.interpolate(IMAGES, IMAGES, output_type="pt").images.isfinite().all()
 
 
 def offload_in_groups(**kwargs):
@@ -443,7 +326,6 @@ def offload_in_groups(**kwargs):
         lambda pipe: pipe.enable_sequential_cpu_offload(device="meta"),
         lambda pipe: accelerate.cpu_offload_with_hook(pipe.vae, execution_device=torch.device("meta")),
         offload_in_groups(offload_type="leaf_level"),
-        offload_in_groups(offload_type="block_level", num_blocks_per_group=1),
         offload_in_groups(offload_type="block_level", num_blocks_per_group=1, block_modules=["encoder", "decoder"]),
     ],
 )
@@ -454,55 +336,34 @@ def test_latents_are_drawn_where_an_offloaded_decoder_will_run(pipe, offload):
     assert sample(pipe, "latent", generator=None, latents=expected).device.type == "meta"
 
 
-def test_latents_have_the_dtype_that_a_casting_decoder_computes_in(pipe):
-    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    assert pipe.vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
-    assert sample(pipe, "latent").dtype == torch.bfloat16
-
-
-def test_the_components_may_be_on_different_devices(pipe):
+def test_latents_follow_the_decoder_alone(pipe):
     pipe.energy_model.to("meta")
     assert sample(pipe).device.type == "cpu"
+    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert ECVAEPipeline(pipe.vae)(output_type="latent").images.dtype == torch.bfloat16
 
 
-def test_slicing_gives_the_same_images(pipe, calls):
-    expected = sample(pipe)
-    calls.clear()
-    pipe.vae.enable_slicing()
-    torch.testing.assert_close(sample(pipe), expected, atol=1e-5, rtol=0)
-    assert calls == {"decoder": 3}
-    pipe.vae.disable_slicing()
-    assert torch.equal(sample(pipe), expected)
-
-
-def test_missing_optional_components_are_saved_and_loaded_as_none(make_pipeline, tmp_path):
+def test_missing_components_and_dtypes_by_component(make_pipeline, tmp_path):
     pipe = make_pipeline(with_energy=False)
-    pipe.save_pretrained(tmp_path)
-    loaded = ECVAEPipeline.from_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path / "without")
+    loaded = ECVAEPipeline.from_pretrained(tmp_path / "without")
     assert loaded.energy_model is None and loaded.scheduler is None
     assert torch.equal(sample(loaded), sample(pipe))
-    assert "pipe.score" not in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
-def test_dtype_by_component(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
+    assert "pipe.score" not in (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
+    make_pipeline().save_pretrained(tmp_path)
     loaded = ECVAEPipeline.from_pretrained(tmp_path, dtype={"vae": torch.bfloat16, "default": torch.float64})
-    assert loaded.vae.dtype == torch.bfloat16
-    assert loaded.energy_model.dtype == torch.float64
-    assert torch.isfinite(sample(loaded, num_refinement_steps=1)).all()
-    assert loaded.score(random_images()).dtype == torch.float32
+    assert loaded.vae.dtype == torch.bfloat16 and loaded.energy_model.dtype == torch.float64
+    assert sample(loaded, num_refinement_steps=1).isfinite().all()
 
 
 def test_our_card_follows_the_model_and_an_edited_one_stays(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    (tmp_path / "README.md").write_text(card.replace("16 px", "32 px"))
-    pipe.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == card
     edited = card.replace(CARD_MARKER, "Mine.")
-    (tmp_path / "README.md").write_text(edited)
-    pipe.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == edited
+    for before, after in ((card.replace("16 px", "32 px"), card), (edited, edited)):
+        (tmp_path / "README.md").write_text(before)
+        pipe.save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == after
 
 
 class HomeMadeScheduler(LangevinScheduler):
@@ -511,5 +372,5 @@ class HomeMadeScheduler(LangevinScheduler):
 
 def test_a_component_whose_code_stays_behind_is_named(pipe, tmp_path):
     other = ECVAEPipeline(vae=pipe.vae, energy_model=pipe.energy_model, scheduler=HomeMadeScheduler())
-    with pytest.warns(UserWarning, match="The code of `scheduler` .*HomeMadeScheduler.* is not saved"):
+    with pytest.warns(UserWarning, match="scheduler.*HomeMadeScheduler"):
         other.save_pretrained(tmp_path)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_diffusers.evaluation.evaluate_restoration import choose_clean
 from ecvae_diffusers.evaluation.pictures import decode_all
-from ecvae_diffusers.operators import Colorization, Denoising, SuperResolution
 from ecvae_diffusers.pipelines.inputs import read_mask, read_picture
 from ecvae_diffusers.training.data.images import decode_image
 from ecvae_diffusers.training.data.transforms import to_range
@@ -165,10 +164,10 @@ def test_training_and_every_pipeline_read_a_file_alike(pipelines, drawn, channel
 
 def test_evaluation_reads_files_as_pipelines_do(pipelines, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
-    path = tmp_path / "turned.png"
-    PIL.Image.fromarray(pixels).save(path, exif=exif(6))
+    PIL.Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif(6))
     found = to_range(decode_all(choose_clean(str(tmp_path), 1), 16, 3))
-    torch.testing.assert_close(found, pipelines[3][0].prepare_image(PIL.Image.open(path)))
+    expected = pipelines[3][0].prepare_image(PIL.Image.open(tmp_path / "turned.png"))
+    torch.testing.assert_close(found, expected)
 
 
 # Pictures
@@ -240,39 +239,28 @@ def recipes(error: ValueError, **names) -> list:
     return [eval(recipe, {"PIL": PIL, "numpy": np, **names}) for recipe in found]
 
 
-@pytest.mark.parametrize("white, dtype", [(1, np.float32), (255, np.float32), (255, np.int32), (65535, np.int32)])
+@pytest.mark.parametrize("white, dtype", [(1, np.float32), (255, np.int32), (65535, np.int32)])
 def test_modes_without_an_agreed_white_are_refused_with_a_recipe(pipelines, white, dtype):
     expected = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = PIL.Image.fromarray((expected / np.float64(255) * white).astype(dtype))
-    pipe, restoration = pipelines[1]
-    for read in (
-        pipe.reconstruct,
-        lambda image: pipe.interpolate(np.zeros((16, 16)), image),
-        lambda image: restoration(image, mask_image=np.eye(16)),
-        lambda image: restoration(image, operator=Denoising()),
-    ):
+    for read in (pipelines[1][0].reconstruct, lambda image: pipelines[1][1](image, mask_image=np.eye(16))):
         with pytest.raises(ValueError, match=f"`image`.*mode {image.mode}") as raised:
             read(image)
     (mended,) = recipes(raised.value, image=image)
     np.testing.assert_array_equal(np.asarray(read_picture(mended, 1)), expected)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(pipelines, value):
+def test_what_can_not_be_read_is_refused(pipelines):
     pixels = np.zeros((16, 16), np.float32)
-    pixels[3, 3] = value
-    image = PIL.Image.fromarray(pixels)
+    pixels[3, 3] = np.nan
     with pytest.raises(ValueError, match="`image`"):
-        pipelines[1][0].reconstruct(image)
+        pipelines[1][0].reconstruct(PIL.Image.fromarray(pixels))
     with pytest.raises(ValueError, match="`mask_image`"):
-        pipelines[1][1](np.zeros((16, 16)), mask_image=image, num_inference_steps=1)
-
-
-def test_exif_data_that_can_not_be_read_are_refused(pipelines):
+        pipelines[1][1](np.zeros((16, 16)), mask_image=PIL.Image.fromarray(pixels))
     for broken in (b"b'Exif\\x00\\x00'", b"Exif\0\0II*\0"):
         image = PIL.Image.new("RGB", (16, 16), (1, 2, 3))
         image.info["exif"] = broken
-        with pytest.raises(ValueError, match="`image`") as raised:
+        with pytest.raises(ValueError, match="`image`.*EXIF") as raised:
             pipelines[3][0].reconstruct(image)
         recipes(raised.value, image=image)
         assert np.asarray(read_picture(image, 3))[0, 0].tolist() == [1, 2, 3]
@@ -287,34 +275,6 @@ def test_a_gray_model_says_that_it_drops_colours(pipelines, caplog):
     assert caplog.text == ""
     pipe.prepare_image(PIL.Image.new("RGB", (16, 16), "red"))
     assert "`image` has colours" in caplog.text
-
-
-def test_an_operator_is_given_the_channels_that_it_measures(pipelines):
-    _, restoration = pipelines[3]
-    gray = PIL.Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    settings = {"num_inference_steps": 1, "noise_std": 0.0, "output_type": "pt"}
-    assert restoration(gray, operator=Colorization(), **settings).residual.max() < 1e-5
-    transparent = PIL.Image.merge("RGBA", [gray.resize((8, 8))] * 3 + [PIL.Image.new("L", (8, 8), 0)])
-    found, expected = (
-        restoration(picture, operator=SuperResolution(2), generator=torch.manual_seed(0), **settings).images
-        for picture in (transparent, PIL.Image.new("RGB", (8, 8), "white"))
-    )
-    torch.testing.assert_close(found, expected)
-
-
-def test_every_form_of_a_picture_restores_alike(pipelines):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    array, mask = pixels / np.float32(255), np.zeros((16, 16), np.float32)
-    tensor = torch.from_numpy(array).permute(2, 0, 1)
-    mask[8:] = 1
-    settings = {"mask_image": mask, "num_inference_steps": 2, "output_type": "pt"}
-    expected, *others = (
-        pipelines[3][1](picture, generator=torch.manual_seed(0), **settings).images
-        for picture in (PIL.Image.fromarray(pixels), array, tensor[None], [tensor])
-    )
-    assert (expected[0, :, :8] - tensor[:, :8]).abs().max() < 0.02
-    for found in others:
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 # Masks
@@ -344,24 +304,16 @@ WHITE = PIL.Image.fromarray(HOLE.astype(np.uint8) * 255)
 BORDER = HOLE.astype(np.uint8)
 BORDER[3, 6:20] = 2  # a second label next to the first
 RECOGNISED = {
-    "white on black": WHITE,
     "1 bit": WHITE.convert("1"),
-    "RGB": WHITE.convert("RGB"),
     "JPEG": reopened(WHITE, "jpeg", quality=60),
     "opaque RGBA": WHITE.convert("RGBA"),
     "labels 0 and 1": PIL.Image.fromarray(HOLE.astype(np.uint8)),
-    "labels 0 and 15": PIL.Image.fromarray(HOLE.astype(np.uint8) * 15),
     "labels of 16 bits": PIL.Image.fromarray(HOLE.astype(np.uint16)),
-    "labels of 32 bits": PIL.Image.fromarray(HOLE.astype(np.int32)),
     "labels as floats": PIL.Image.fromarray(HOLE.astype(np.float32)),
-    "255 of 16 bits": PIL.Image.fromarray(HOLE.astype(np.uint16) * 255),
-    "16 bits": PIL.Image.fromarray(HOLE.astype(np.uint16) * 65535),
     "16 bits with a dark ground": PIL.Image.fromarray(np.where(HOLE, 65535, 2000).astype(np.uint16)),
     "16 bits, noisy": PIL.Image.fromarray((np.where(HOLE, 64000, 900) + np.arange(24)).astype(np.uint16)),
-    "palette of labels": labelled([(0, 0, 0), (128, 0, 0)]),
     "palette of a dark label": labelled([(0, 0, 0), (64, 0, 0)]),
     "palette in black and white": WHITE.convert("P"),
-    "red paint": painted((255, 0, 0)),
     "dark blue paint": painted((0, 0, 90)),
     "soft red paint": PIL.Image.merge("RGB", (WHITE.resize((96, 96)).resize((24, 24), 2), *[PIL.Image.new("L", (24, 24))] * 2)),
     "soft edges": WHITE.filter(PIL.ImageFilter.GaussianBlur(0.6)),
@@ -373,29 +325,18 @@ def test_masks_as_tools_write_them(name):
     np.testing.assert_array_equal(read_mask(RECOGNISED[name]), HOLE)
 
 
-def erased() -> PIL.Image.Image:
-    """A picture with an erased hole."""
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 4), dtype=np.uint8)
-    pixels[..., 3] = np.where(HOLE, 0, 255)
-    return PIL.Image.fromarray(pixels)
-
-
-RED_ON_WHITE = PIL.Image.fromarray(np.where(HOLE[..., None], (255, 0, 0), 255).astype(np.uint8))
+PHOTOGRAPH = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
 REFUSED = {
-    "erased alpha": (erased(), 0),
+    "erased alpha": (PIL.Image.fromarray(np.dstack([PHOTOGRAPH, np.where(HOLE, 0, 255)]).astype(np.uint8)), 0),
     "paint on a transparent layer": (PIL.Image.fromarray(np.dstack([*[HOLE * 200] * 3, HOLE * 255]).astype(np.uint8)), 1),
     "transparent palette": (reopened(labelled([(0, 0, 0), (9, 9, 9)]), "png", transparency=0), 1),
-    "labels with a border": (PIL.Image.fromarray(np.where(BORDER == 2, 255, BORDER).astype(np.uint8)), 0),
     "palette with a border": (labelled([(0, 0, 0), (128, 0, 0), (224, 224, 192)], BORDER), 0),
     "several labels": (PIL.Image.fromarray(BORDER), 0),
     "several labels of 16 bits": (PIL.Image.fromarray(BORDER.astype(np.uint16)), 0),
     "labels of -1": (PIL.Image.fromarray(-HOLE.astype(np.int32)), None),
     "neither black nor white": (PIL.Image.fromarray(np.where(HOLE, 150, 100).astype(np.uint8)), None),
-    "red paint on white": (RED_ON_WHITE, None),
-    "red paint on white as JPEG": (reopened(RED_ON_WHITE, "jpeg", quality=90, subsampling=0), -1),
-    "paint on a photograph": (PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)), None),
-    "red paint as JPEG": (reopened(painted((255, 0, 0)), "jpeg", quality=60), -1),
-    "uniform label": (PIL.Image.new("L", (24, 24), 1), None),
+    "paint on a photograph": (PIL.Image.fromarray(PHOTOGRAPH), None),
+    "red paint as JPEG": (reopened(painted((255, 0, 0)), "jpeg", quality=60), None),
     "uniform gray": (PIL.Image.new("L", (24, 24), 128), None),
 }  # fmt: skip
 
@@ -410,38 +351,7 @@ def test_masks_that_can_not_be_known_are_refused_with_a_recipe(pipelines, name):
         np.testing.assert_array_equal(read_mask(mended[right]), HOLE)
 
 
-@pytest.mark.parametrize("value", [0, 255])
-@pytest.mark.parametrize(
-    "form", [lambda m: m, lambda m: np.asarray(m) / 255, lambda m: torch.tensor(np.array(m) / 255)]
-)
-def test_a_mask_that_repaints_nothing_or_everything_says_so(pipelines, value, form, caplog):
-    pipelines[1][1](np.zeros((16, 16)), mask_image=form(PIL.Image.new("L", (16, 16), value)), num_inference_steps=1)
-    assert "`mask_image`" in caplog.text and ("everything" in caplog.text) == (value == 255)
-
-
-@pytest.mark.parametrize("dimensions", [2, 3])
-@pytest.mark.parametrize("kind", [torch.tensor, np.asarray])
-def test_a_tuple_of_masks_is_a_list(pipelines, kind, dimensions):
-    mask = np.float32(HOLE[4:20, 4:20])
-    mask = mask if dimensions == 2 else mask[None] if kind is torch.tensor else mask[..., None]
-    images = [
-        pipelines[1][1](
-            np.zeros((2, 16, 16, 1)), mask_image=form((kind(mask), kind(mask))), num_inference_steps=1,
-            generator=torch.manual_seed(0), output_type="pt",
-        ).images
-        for form in (tuple, list)
-    ]  # fmt: skip
-    assert torch.equal(*images)
-
-
-def test_a_mask_is_not_changed(pipelines):
-    mask = torch.rand(1, 1, 16, 16)
-    before = mask.clone()
-    pipelines[1][1](np.zeros((16, 16)), mask_image=mask, num_inference_steps=1)
-    assert torch.equal(mask, before)
-
-
-@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("orientation", [2, 6])
 def test_picture_and_mask_turn_together(pipelines, orientation, caplog):
     """Each by its own EXIF data; if the mask has none, it is taken to be upright, which is said."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16), dtype=np.uint8)

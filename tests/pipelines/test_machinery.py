@@ -2,7 +2,6 @@
 """What diffusers, Accelerate and torch do with any pipeline, done with each of ours."""
 
 import inspect
-import json
 import pickle
 import tempfile
 
@@ -12,17 +11,17 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from hub_server import files
+from without_package import run_without_package
 
-from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline, FlowEC, LangevinScheduler
+from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline, FlowEC
 from ecvae_diffusers.hub.saving import weights_fingerprint
 from ecvae_diffusers.operators import Inpainting
 
 
-NAMES = ["generation", "restoration", "flow"]
 CPU = torch.device("cpu")
 PICTURES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-HALF = torch.ones(16, 16)
-HALF[:, 8:] = 0
+HALF = torch.ones(1, 1, 16, 16)
+HALF[..., 8:] = 0
 
 
 def seeded() -> torch.Generator:
@@ -49,29 +48,27 @@ def make(make_pipeline):
     return make
 
 
+@pytest.fixture(params=["generation", "restoration", "flow"])
+def name(request) -> str:
+    return request.param
+
+
 def run(pipe: DiffusionPipeline, output_type: str | None = "pt", generator=None, **kwargs):
     arguments = {"generator": seeded() if generator is None else generator, "output_type": output_type, **kwargs}
     if isinstance(pipe, ECVAERestorationPipeline):
         measured = {"image": (2 * PICTURES - 1) * HALF, "operator": Inpainting(HALF)}
-        return pipe(
-            **{**measured, "num_inference_steps": 5, "noise_std": 0.1, "energy_weight": 0.5, **arguments}
-        ).images
+        settings = {"num_inference_steps": 5, "noise_std": 0.1, "energy_weight": 0.5}
+        return pipe(**{**measured, **settings, **arguments}).images
     return pipe(batch_size=2, **arguments).images
 
 
-# How a method of each pipeline runs its networks; those of `gradients` differentiate through them.
-CALLS = {
-    "sampling": ("generation", run),
-    "refinement": ("generation", lambda pipe: run(pipe, num_refinement_steps=2)),
-    "score": ("generation", lambda pipe: pipe.score(PICTURES)),
-    "reconstruction": ("generation", lambda pipe: pipe.reconstruct(PICTURES, output_type="pt").images),
-    "gradients of reconstruction": (
-        "generation",
-        lambda pipe: pipe.reconstruct(PICTURES, output_type="pt", num_refinement_steps=2).images,
-    ),
-    "restoration": ("restoration", run),
-    "flow": ("flow", run),
-}
+def run_all(pipe: DiffusionPipeline) -> list[torch.Tensor]:
+    """Run every method, with and without gradients through the networks."""
+    if not isinstance(pipe, ECVAEPipeline):
+        return [run(pipe)]
+    kwargs = {"output_type": "pt", "num_refinement_steps": 2}
+    reconstructed = [pipe.reconstruct(PICTURES, output_type="pt"), pipe.reconstruct(PICTURES, **kwargs)]
+    return [run(pipe), run(pipe, **kwargs), pipe.score(PICTURES), *(output.images for output in reconstructed)]
 
 
 def offload_sequentially(model: torch.nn.Module) -> None:
@@ -88,97 +85,70 @@ def cast_layers(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("hook, tolerance", [(offload_sequentially, 0), (offload_leaves, 0), (cast_layers, 0.02)])
-@pytest.mark.parametrize("call", CALLS)
-def test_offloaded_and_cast_models_give_the_same(make, call, hook, tolerance):
-    name, method = CALLS[call]
-    expected, pipe = method(make(name, drift_step_size=10.0)), make(name, drift_step_size=10.0)
+def test_offloaded_and_cast_models_give_the_same(make, name, hook, tolerance):
+    expected, pipe = run_all(make(name, drift_step_size=10.0)), make(name, drift_step_size=10.0)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             hook(component)
-    torch.testing.assert_close(method(pipe), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(run_all(pipe), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_pickle(make, name):
+def test_pickle_and_arguments(make, name):
     pipe = make(name)
+    expected = run(pipe)
     loaded = pickle.loads(pickle.dumps(pipe))
     assert type(loaded) is type(pipe) and dict(loaded.config) == dict(pipe.config)
-    assert torch.equal(run(loaded), run(pipe))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["save_pretrained", "push_to_hub"])
-def test_methods_take_the_arguments_of_diffusers_in_their_order(make, name, method):
-    theirs, ours = (
-        [
-            parameter.name
-            for parameter in inspect.signature(getattr(kind, method)).parameters.values()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "use_flashpack"
-        ]
-        for kind in (DiffusionPipeline, type(make(name)))
-    )
-    assert ours[: len(theirs)] == theirs
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_saved_by_position(make, name, tmp_path):
-    make(name).save_pretrained(tmp_path, True, "fp16")
-    assert len(list(tmp_path.glob("*/diffusion_pytorch_model.fp16.safetensors"))) == 2
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_output_type_none_is_np(make, name):
-    assert (run(make(name), output_type=None) == run(make(name), output_type="np")).all()
+    assert torch.equal(run(loaded), expected)
+    assert (run(pipe, output_type=None) == run(pipe, output_type="np")).all()
     with pytest.raises(ValueError, match="output_type"):
-        run(make(name), output_type="")
+        run(pipe, output_type="")
+    for generator in ([seeded(), None], [seeded()] * 3, 0):
+        with pytest.raises(ValueError, match="generator"):
+            run(pipe, generator=generator)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("generator", [[None, None], [seeded(), None], 0, [0, 1]])
-def test_what_is_no_generator_is_refused(make, name, generator):
-    with pytest.raises(ValueError, match="generator"):
-        run(make(name), generator=generator)
+def test_saving_takes_the_arguments_of_diffusers_in_their_order(make, name, tmp_path):
+    pipe = make(name)
+    for method in ("save_pretrained", "push_to_hub"):
+        theirs, ours = (
+            [
+                parameter.name
+                for parameter in inspect.signature(getattr(kind, method)).parameters.values()
+                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "use_flashpack"
+            ]
+            for kind in (DiffusionPipeline, type(pipe))
+        )
+        assert ours[: len(theirs)] == theirs
+    pipe.save_pretrained(tmp_path, True, "fp16")
+    assert len(list(tmp_path.glob("*/diffusion_pytorch_model.fp16.safetensors"))) == 2
 
 
 # Saving and loading
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_subclass_is_saved_as_the_pipeline_that_it_extends(make, name, tmp_path):
-    pipe = make(name)
-    subclass = type("Mine", (type(pipe),), {})
-    mine = subclass(**pipe.components)
-    with pytest.warns(UserWarning, match="Mine"):
-        mine.save_pretrained(tmp_path / "mine")
-    pipe.save_pretrained(tmp_path / "ours")
-    assert files(tmp_path / "mine") == files(tmp_path / "ours")
-    assert type(subclass.from_pretrained(tmp_path / "mine")) is subclass
-    assert type(DiffusionPipeline.from_pretrained(tmp_path / "mine")) is type(pipe)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_compiled_components_are_saved_with_their_code(make, name, tmp_path):
+def test_compiled_components_and_subclasses_are_saved_as_what_they_extend(make, name, tmp_path):
     pipe = make(name)
     pipe.save_pretrained(tmp_path / "plain")
-    fingerprint = weights_fingerprint(pipe)
+    subclass, fingerprint = type("Mine", (type(pipe),), {}), weights_fingerprint(pipe)
+    with pytest.warns(UserWarning, match="Mine"):
+        subclass(**pipe.components).save_pretrained(tmp_path / "mine")
+    assert type(subclass.from_pretrained(tmp_path / "mine")) is subclass
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "mine")) is type(pipe)
     for component, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):
             setattr(pipe, component, torch.compile(model, backend="eager"))
     assert weights_fingerprint(pipe) == fingerprint
     pipe.save_pretrained(tmp_path / "compiled")
-    assert files(tmp_path / "plain") == files(tmp_path / "compiled")
+    assert files(tmp_path / "plain") == files(tmp_path / "compiled") == files(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("trust", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_automodel_loads_components(make, name, trust, tmp_path):
+def test_automodel_loads_components(make, name, tmp_path):
     pipe = make(name)
     pipe.save_pretrained(tmp_path)
     for component, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):
-            for place in ({"subfolder": component}, {}):
-                folder = str(tmp_path if place else tmp_path / component)
-                loaded = AutoModel.from_pretrained(folder, trust_remote_code=trust, **place)
+            for trust in (False, True):
+                loaded = AutoModel.from_pretrained(str(tmp_path), subfolder=component, trust_remote_code=trust)
                 assert type(loaded) is type(model)
                 assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
             config = dict(model.config) | {"_class_name": type(model).__name__}
@@ -186,42 +156,61 @@ def test_automodel_loads_components(make, name, trust, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, other, missing",
-    [
-        ("flow", ECVAEPipeline, "vae"),
-        ("flow", ECVAERestorationPipeline, "vae"),
-        ("generation", ECFlowPipeline, "flow"),
-    ],
+    "other, saved, missing", [(ECVAEPipeline, "flow", "vae"), (ECFlowPipeline, "generation", "flow")]
 )
-def test_a_folder_of_another_pipeline_says_what_is_missing(make, name, other, missing, tmp_path):
-    make(name).save_pretrained(tmp_path)
+def test_a_folder_of_another_pipeline_says_what_is_missing(make, saved, other, missing, tmp_path):
+    make(saved).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{other.__name__}.*{missing}"):
         other.from_pretrained(tmp_path)
 
 
-def test_a_subclass_with_more_components_loads_from_a_folder_without_them(make, tmp_path):
-    class Extended(ECVAEPipeline):
-        def __init__(self, vae, extra, energy_model=None, scheduler=None):
-            super().__init__(vae, energy_model, scheduler)
-            self.register_modules(extra=extra)
+WITHOUT_PACKAGE = """
+x, half = torch.load(sys.argv[2])
+found = {}
+for name, kwargs in ("restoration", {}), ("generation", {"custom_pipeline": "restoration"}), ("flow", {}):
+    pipe = DiffusionPipeline.from_pretrained(f"{sys.argv[1]}/{name}", trust_remote_code=True, **kwargs)
+    kwargs = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    if name == "flow":
+        images = [pipe(batch_size=2, **kwargs).images]
+    else:
+        kwargs["num_inference_steps"] = 5
+        pair = (lambda x: x * half, lambda y: y * half)
+        images = [pipe(x, mask_image=1 - half, **kwargs).images, pipe((2 * x - 1) * half, operator=pair, **kwargs).images]
+    found[name] = [type(pipe).__name__, *(one.tolist() for one in images)]
+print(json.dumps(found))
+"""
 
-    make("generation").save_pretrained(tmp_path)
-    loaded = Extended.from_pretrained(tmp_path, extra=LangevinScheduler(num_steps=3))
-    assert loaded.extra.config.num_steps == 3
-    with pytest.warns(UserWarning, match="Extended"):
-        loaded.save_pretrained(tmp_path / "again")
-    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
-    assert index["_class_name"] == ["pipeline", "ECVAEPipeline"]
+
+def test_folders_are_used_without_the_package(make, tmp_path):
+    """That of a generation pipeline restores too: it holds the code as `restoration.py`."""
+    torch.save((PICTURES, HALF), tmp_path / "pictures.pt")
+    for name in ("restoration", "generation", "flow"):
+        make(name).save_pretrained(tmp_path / name)
+    found, errors = run_without_package(WITHOUT_PACKAGE, str(tmp_path), str(tmp_path / "pictures.pt"))
+    assert "scheduler" not in errors and found["flow"][0] == "ECFlowPipeline"
+    torch.testing.assert_close(torch.tensor(found["flow"][1]), run(make("flow")), rtol=0, atol=1e-6)
+    for name in ("restoration", "generation"):
+        pipe = ECVAERestorationPipeline.from_pretrained(tmp_path / name)
+        settings = {"num_inference_steps": 5, "output_type": "pt", "generator": seeded()}
+        for arguments, images in zip(
+            (
+                {"image": PICTURES, "mask_image": 1 - HALF},
+                {"image": (2 * PICTURES - 1) * HALF, "operator": (lambda x: x * HALF, lambda y: y * HALF)},
+            ),
+            found[name][1:],
+        ):
+            expected = pipe(**arguments, **settings).images
+            torch.testing.assert_close(torch.tensor(images), expected, rtol=0, atol=1e-4)
+        assert found[name][0] == "ECVAERestorationPipeline"
 
 
 # Interruption
 
 
-@pytest.mark.parametrize("energy_weight", [0.0, 0.5])
 @pytest.mark.parametrize("last", [0, 5, 11])  # in the descent, in the probes of the curvature, in the chain
-def test_restoration_can_be_interrupted(make, last, energy_weight):
+def test_restoration_can_be_interrupted(make, last):
     """The answers are those of the latents that the search has come to, and the next call runs to its end."""
-    search = {"num_inference_steps": 12, "energy_weight": energy_weight, "noise_std": 0.0}
+    search = {"num_inference_steps": 12, "noise_std": 0.0}
     pipe, seen = make("restoration"), []
 
     def stop(pipe, step, timestep, tensors):

@@ -6,13 +6,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import separable
-from .linear_operator import DENSE_ENTRIES, LinearOperator, check_damping
+from . import solvers
+from .linear_operator import DENSE_ENTRIES, LinearOperator
 
 
 PADDINGS = ("circular", "reflect")
-# Relative size of a kernel's second singular value below which it counts as a column times a row, and is made exactly that;
-# below the second it is exact already.
+# A kernel whose second singular value is below the first share of its first is made a column times a row, which it is already below
+# the second.
 RANK_ONE, RANK_ONE_EXACTLY = 1e-6, 1e-14
 
 
@@ -34,6 +34,8 @@ class Blur(LinearOperator):
         rcond (`float`, *optional*, defaults to 1e-3): The cutoff.
     """
 
+    kernel: torch.Tensor
+
     def __init__(self, kernel: torch.Tensor, padding: str = "circular", rcond: float = 1e-3):
         if kernel.ndim != 2 or not kernel.isfinite().all() or not kernel.any():
             raise ValueError("`kernel` must have shape (h, w) and finite values that are not all 0.")
@@ -43,22 +45,23 @@ class Blur(LinearOperator):
             raise ValueError(f"`rcond` must be at least 0 and below 1, but is {rcond}.")
         kernel = kernel.cpu().double()
         left, values, right = torch.linalg.svd(kernel, full_matrices=False)
-        second = values[1] / values[0] if len(values) > 1 else 0.0
-        column_and_row = (left[:, 0] * values[0], right[0]) if second < RANK_ONE else None
+        second = (values[1] / values[0]).item() if len(values) > 1 else 0.0
+        column_and_row = (left[:, 0] * values[0], right[0])
         if RANK_ONE_EXACTLY < second < RANK_ONE:
             kernel = torch.outer(*column_and_row)
         super().__init__(kernel=kernel, padding=padding, rcond=rcond)
-        self.padding, self.rcond, self.column_and_row = padding, rcond, column_and_row
+        self.padding, self.rcond = padding, rcond
+        self.column_and_row = column_and_row if second < RANK_ONE else None
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self.measurement_shape(tuple(x.shape[1:]))
         if self.padding == "circular":
             return self.filtered(x, self.transfer(x))
         rows, columns = (self.mirrored(dim, x.shape[dim - 2]).to(x.device) for dim in (0, 1))
-        return self.convolve(x.index_select(-2, rows).index_select(-1, columns))
+        padded = x.index_select(-2, rows).index_select(-1, columns)
+        blurred = F.conv2d(padded.flatten(0, 1).unsqueeze(1), self.weight(padded))
+        return blurred.squeeze(1).unflatten(0, padded.shape[:2])
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        self.measurement_shape(tuple(y.shape[1:]))
         if self.padding == "circular":
             return self.filtered(y, self.transfer(y).conj())
         rows, columns = (self.mirrored(dim, y.shape[dim - 2]).to(y.device) for dim in (0, 1))
@@ -68,7 +71,6 @@ class Blur(LinearOperator):
         return folded.new_zeros(y.shape).index_add(-1, columns, folded)
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-        check_damping(damping)
         if self.padding == "circular":
             exact = y if y.device.type == "mps" else y.double()
             transfer = self.transfer(exact)
@@ -80,8 +82,8 @@ class Blur(LinearOperator):
                 inverse = torch.where(kept, transfer.conj() / power.clamp(min=1e-300), 0.0)
             return self.filtered(exact, inverse).to(y.dtype)
         if self.column_and_row is not None:
-            lines = [self.line_factors(part, dim, y.shape[dim - 2]) for dim, part in enumerate(self.column_and_row)]
-            return separable.inverse(*lines, y, damping, self.rcond)
+            rows, columns = (self.line(part, dim, y.shape[dim - 2]) for dim, part in enumerate(self.column_and_row))
+            return solvers.inverse(rows, columns, y, damping, self.rcond)
         if y.shape[-2] * y.shape[-1] > DENSE_ENTRIES:
             return self.solve(y, damping)
         return self.solve_densely(y.flatten(0, 1), (1, *y.shape[-2:]), damping).view(y.shape)
@@ -103,10 +105,6 @@ class Blur(LinearOperator):
         # Torch's conv2d correlates.
         return self.kernel.to(like).flip(0, 1)[None, None]
 
-    def convolve(self, padded: torch.Tensor) -> torch.Tensor:
-        flat = F.conv2d(padded.flatten(0, 1).unsqueeze(1), self.weight(padded))
-        return flat.squeeze(1).unflatten(0, padded.shape[:2])
-
     def mirrored(self, dim: int, size: int) -> torch.Tensor:
         """Return which pixel of a line of `size` stands at each place of the line with its borders."""
         length = self.kernel.shape[dim]
@@ -114,22 +112,15 @@ class Blur(LinearOperator):
         places = torch.arange(-before, size + length - 1 - before).abs()
         return torch.where(places >= size, 2 * (size - 1) - places, places)
 
-    def line_factors(self, part: torch.Tensor, dim: int, size: int) -> separable.Factors:
+    def line(self, part: torch.Tensor, dim: int, size: int) -> solvers.Factors:
         """Decompose the matrix that blurs one line of `size` pixels."""
-        if (dim, size) not in self.decompositions:
-            with separable.kept_for_gradients():
-                reads = torch.eye(size, dtype=torch.float64)[self.mirrored(dim, size)]
-                matrix = sum(weight * reads[len(part) - 1 - i :][:size] for i, weight in enumerate(part))
-                self.decompositions[dim, size] = separable.factorize(matrix)
-        return self.decompositions[dim, size]
 
-    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        # A mirror image has size - 1 pixels.
-        if any(k > size for k, size in zip(self.kernel.shape, image_shape[-2:])):
-            raise ValueError(
-                f"`kernel` of shape {tuple(self.kernel.shape)} is larger than images of {tuple(image_shape)}."
-            )
-        return tuple(image_shape)
+        def matrix() -> torch.Tensor:
+            reads = torch.eye(size, dtype=torch.float64)[self.mirrored(dim, size)]
+            weighted = [weight * reads[len(part) - 1 - i :][:size] for i, weight in enumerate(part)]
+            return sum(weighted, torch.zeros(()))
+
+        return self.decomposed((dim, size), matrix)
 
 
 def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: int | None = None) -> torch.Tensor:
@@ -148,8 +139,7 @@ def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: 
         size = 2 * math.ceil(3 * max(along_rows, along_columns)) + 1
     if size < 1 or size % 2 == 0:
         raise ValueError(f"`size` must be odd and at least 1, but is {size}.")
-    y, x = centred_grid(size)
-    turned_x, turned_y = turn(x, y, angle)
+    turned_x, turned_y = turned_grid(size, angle)
     kernel = torch.exp(-0.5 * ((turned_y / along_rows) ** 2 + (turned_x / along_columns) ** 2))
     return kernel / kernel.sum()
 
@@ -169,20 +159,16 @@ def motion_kernel(length: float, angle: float = 0.0) -> torch.Tensor:
         raise ValueError(f"`length` must be at least 1 px, but is {length}.")
     size = 2 * math.ceil((length + 1) / 2) + 1
     fine = 32
-    y, x = centred_grid(size * fine)
-    turned_x, turned_y = turn(x / fine, y / fine, angle)
+    turned_x, turned_y = turned_grid(size * fine, angle, fine)
     line = ((turned_x.abs() <= length / 2) & (turned_y.abs() <= 0.5)).double()
     kernel = F.avg_pool2d(line[None, None], fine)[0, 0]
     kernel = kernel[kernel.sum(1) > 0][:, kernel.sum(0) > 0]
     return kernel / kernel.sum()
 
 
-def centred_grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    return torch.meshgrid(places, places, indexing="ij")
-
-
-def turn(x: torch.Tensor, y: torch.Tensor, angle: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return coordinates in axes turned counter-clockwise by `angle` degrees; rows count downwards."""
+def turned_grid(size: int, angle: float, per_pixel: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x and y from the centre in axes turned counter-clockwise by `angle` degrees; rows count downwards."""
+    places = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / per_pixel
+    y, x = torch.meshgrid(places, places, indexing="ij")
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     return cos * x - sin * y, sin * x + cos * y

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .linear_operator import DENSE_ENTRIES, LinearOperator, as_operator, check_damping
+from .linear_operator import DENSE_ENTRIES, LinearOperator, as_operator
 
 
 class Combination(LinearOperator):
     """Base class of [`Compose`] and [`Stack`]: a list of operators."""
+
+    parts: Any  # a `ModuleList` of operators
 
     def __init__(self, operators: Sequence[Any], **arguments: Any):
         parts = [as_operator(part) for part in operators]
@@ -27,15 +29,10 @@ class Combination(LinearOperator):
         self.solver_dtype = None if any(part.solver_dtype is None for part in parts) else torch.float64
         self.rcond = max(part.rcond for part in parts)
         self.is_the_same_for_all_images = all(part.is_the_same_for_all_images for part in parts)
-        self.image_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-        check_damping(damping)
         if self.rcond > 0 and self.is_the_same_for_all_images:
-            measured = tuple(y.shape[1:])
-            if measured not in self.image_shapes:  # a sampler asks at every step
-                self.image_shapes[measured] = tuple(self.A_adjoint(y).shape[1:])
-            image_shape = self.image_shapes[measured]
+            image_shape = tuple(self.A_adjoint(y).shape[1:])
             if math.prod(image_shape) <= DENSE_ENTRIES:
                 return self.solve_densely(y, image_shape, damping)
         return self.solve(y, damping)
@@ -105,13 +102,8 @@ class Stack(Combination):
         return [part.unflatten(1, shape) for part, shape in zip(y.split(self.lengths, dim=1), self.shapes)]
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self.measurement_shape(tuple(x.shape[1:]))
         return self.join([part.A(x) for part in self.parts])
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return sum(part.A_adjoint(measured) for part, measured in zip(self.parts, self.split(y)))
-
-    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        if tuple(image_shape) != self.image_shape:
-            raise ValueError(f"`image_shape` is {self.image_shape}, but images have shape {tuple(image_shape)}.")
-        return (sum(self.lengths),)
+        first, *others = (part.A_adjoint(measured) for part, measured in zip(self.parts, self.split(y)))
+        return sum(others, first)

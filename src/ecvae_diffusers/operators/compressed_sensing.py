@@ -2,6 +2,7 @@
 """Compressed sensing: random inner products of blocks of an image, fewer than pixels."""
 
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ class CompressedSensing(LinearOperator):
     """
 
     row_norm = 1.0
+    matrix: torch.Tensor
 
     def __init__(self, matrix: torch.Tensor):
         block_size = math.isqrt(matrix.shape[-1])
@@ -30,16 +32,10 @@ class CompressedSensing(LinearOperator):
         self.block_size = block_size
 
     @classmethod
-    def hadamard(
-        cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None
-    ) -> "CompressedSensing":
+    def hadamard(cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None) -> Self:
         """
-        Draw rows of the Walsh-Hadamard transform, of pixels whose signs are flipped at random.
-
-        Args:
-            ratio (`float`, *optional*, defaults to 0.25): m over b * b, above 0 and at most 1.
-            block_size (`int`, *optional*, defaults to 8): b, a power of 2.
-            generator (`torch.Generator`, *optional*): Makes the draws deterministic.
+        Draw rows of the Walsh-Hadamard transform, of pixels whose signs are flipped at random: a `ratio` of m to b * b above 0 and
+        up to 1, of blocks of b = `block_size` pixels, a power of 2.
         """
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"`block_size` must be a power of 2, but is {block_size}.")
@@ -52,9 +48,7 @@ class CompressedSensing(LinearOperator):
         return cls(transform[rows] * signs / block_size)
 
     @classmethod
-    def orthonormal(
-        cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None
-    ) -> "CompressedSensing":
+    def orthonormal(cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None) -> Self:
         """Draw orthonormal rows, by a QR decomposition of normal draws, for any b. Arguments as of `hadamard`."""
         num_pixels = block_size**2
         draws = torch.randn(num_pixels, cls.num_rows(ratio, num_pixels), dtype=torch.float64, generator=generator)
@@ -67,7 +61,10 @@ class CompressedSensing(LinearOperator):
         return max(1, round(ratio * num_pixels))
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self.measurement_shape(tuple(x.shape[1:]))
+        if any(size % self.block_size for size in x.shape[-2:]):
+            raise ValueError(
+                f"`block_size` {self.block_size} must divide height and width of images of {tuple(x.shape)}."
+            )
         blocks = F.pixel_unshuffle(x, self.block_size).unflatten(1, (x.shape[1], -1))
         return torch.einsum("mn,bcnhw->bcmhw", self.matrix.to(x), blocks).flatten(1, 2)
 
@@ -75,9 +72,3 @@ class CompressedSensing(LinearOperator):
         products = y.unflatten(1, (-1, len(self.matrix)))
         blocks = torch.einsum("mn,bcmhw->bcnhw", self.matrix.to(y), products).flatten(1, 2)
         return F.pixel_shuffle(blocks, self.block_size)
-
-    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        channels, height, width = image_shape
-        if height % self.block_size or width % self.block_size:
-            raise ValueError(f"`block_size` {self.block_size} must divide the image's {height}x{width} pixels.")
-        return channels * len(self.matrix), height // self.block_size, width // self.block_size

@@ -17,8 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from .separable import Factors, factorize, inverse, kept_for_gradients
-from .solvers import LeastSquares
+from .solvers import Factors, LeastSquares, factorize, inverse
 
 
 CONFIG_FILE, TENSORS_FILE = "operator_config.json", "operator.safetensors"
@@ -32,23 +31,18 @@ class LinearOperator(nn.Module):
     A linear measurement of images in [-1, 1]. All methods take batches on any device and in any floating dtype, and are
     differentiable.
 
-    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes the arguments of its constructor to this one, which
-    registers tensors as buffers and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A;
-    otherwise it may override `A_dagger` with a closed form.
+    A subclass has `A` and `A_adjoint`, and passes the arguments of its constructor to this one, which registers tensors as buffers
+    and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A; otherwise it may override
+    `A_dagger` with a closed form.
     """
 
     # `as_operator` recognizes operators by this, even those of another copy of this class: a pipeline from the Hub brings its own.
     is_linear_operator = True
-    # c if A A^T is c times the projection on the range of A, or None.
-    row_norm: float | None = None
-    # What CGLS computes in; None is the measurement's own dtype.
-    solver_dtype: torch.dtype | None = torch.float64
-    # A^+ leaves out singular values up to this times the largest.
-    rcond: float = 0.0
-    # Whether every image of a batch is measured alike.
-    is_the_same_for_all_images: bool = True
-    # Whether A^T A is diagonal: each entry of a measurement is one of the image's.
-    is_diagonal: bool = False
+    row_norm: float | None = None  # c if A A^T is c times the projection on the range of A
+    solver_dtype: torch.dtype | None = torch.float64  # of CGLS; None is the measurement's own
+    rcond: float = 0.0  # A^+ leaves out singular values up to this times the largest
+    is_the_same_for_all_images: bool = True  # every image of a batch is measured alike
+    is_diagonal: bool = False  # A^T A is: each entry of a measurement is one of the image's
 
     def __init__(self, **arguments: Any):
         super().__init__()
@@ -67,24 +61,17 @@ class LinearOperator(nn.Module):
         raise NotImplementedError
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the measurement of one image (C, H, W), or raise `ValueError` if the operator can't measure it."""
-        raise NotImplementedError
+        """Return the shape of the measurement of one image (C, H, W)."""
+        return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """
-        Apply the pseudo-inverse: of all x whose A x is nearest to y, A^+ y has the least norm.
+        Apply the pseudo-inverse to measurements (B, ...): of all x whose A x is nearest to y, A^+ y has the least norm. With a
+        `damping` s above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
 
         Without a closed form, CGLS solves it from 0, in float64 if the device has it: to a relative residual of 1e-10 for
         measurements in float64 and 1e-8 in float32 (1e-6 if it computes in float32).
-
-        Args:
-            y (`torch.Tensor` of shape `(B, ...)`): Measurements.
-            damping (`float`, *optional*, defaults to 0.0): s, at least 0. Above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
-
-        Raises:
-            ValueError: if `damping` is below 0 or not finite.
         """
-        check_damping(damping)
         if self.row_norm is not None:
             return self.A_adjoint(y) / (self.row_norm + damping)
         return self.solve(y, damping)
@@ -95,22 +82,26 @@ class LinearOperator(nn.Module):
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
 
-    def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
+    def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, ...], damping: float = 0.0) -> torch.Tensor:
         """Apply `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
-        if image_shape not in self.decompositions:
-            with kept_for_gradients():
-                entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
-                self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
+
+        def matrix() -> torch.Tensor:
+            entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
+            return self.A(entries).flatten(1).mT
+
         column = y.flatten(1)[:, None, :, None]
-        solved = inverse(self.decompositions[image_shape], ONE, column, damping, self.rcond)
+        solved = inverse(self.decomposed(image_shape, matrix), ONE, column, damping, self.rcond)
         return solved.view(len(y), *image_shape)
+
+    def decomposed(self, key: tuple[int, ...], matrix: Callable[[], torch.Tensor]) -> Factors:
+        """Decompose a matrix once, so that its factors serve gradients later, even if they are made in inference mode."""
+        if key not in self.decompositions:
+            with torch.inference_mode(False), torch.no_grad():
+                self.decompositions[key] = factorize(matrix())
+        return self.decompositions[key]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.A(x)
-
-    def extra_repr(self) -> str:
-        plain = {k: v for k, v in self._arguments.items() if isinstance(v, int | float | str | tuple | None)}
-        return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
         """Return the constructor's arguments for JSON. Tensors go to `tensors`, and their names to the config."""
@@ -126,15 +117,13 @@ class LinearOperator(nn.Module):
         return config
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> "LinearOperator":
+    def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] = {}) -> "LinearOperator":
         """
-        Build an operator of any class from the config of `to_config`.
-
-        Raises:
-            ValueError: if the class is unknown. The class of an operator of your own must be imported before.
+        Build an operator of any class from the config of `to_config`. Raises `ValueError` if the class is unknown: that of an
+        operator of your own must be imported before.
         """
-        config = dict(config)
-        name, kinds = config.pop("_class_name", None), {kind.__name__: kind for kind in subclasses(LinearOperator)}
+        config, kinds = dict(config), {kind.__name__: kind for kind in subclasses(LinearOperator)}
+        name = config.pop("_class_name", None)
         if name not in kinds:
             raise ValueError(f"`_class_name` must be one of {', '.join(sorted(kinds))}, but is {name!r}.")
         for key, value in config.items():
@@ -165,9 +154,8 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator of two functions, which solves for A^+. It can't be saved: a config can't hold functions.
-
-    The functions are called with contiguous copies of batches, which they may change, in the dtype of the measurement.
+    An operator of two functions, which solves for A^+. It can't be saved. The functions are called with contiguous copies of
+    batches, which they may change, in the dtype of the measurement.
 
     Args:
         A (`Callable`): A linear map of images (B, C, H, W) to measurements (B, ...).
@@ -187,20 +175,12 @@ class FunctionOperator(LinearOperator):
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return self.functions[1](y.clone(memory_format=torch.contiguous_format))
 
-    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
-
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
         raise ValueError("A `FunctionOperator` can't be saved: a config can't hold functions.")
 
 
-def check_damping(damping: float) -> None:
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"`damping` must be a finite number of at least 0, but is {damping}.")
-
-
 def subclasses(kind: type) -> set[type]:
-    return {kind}.union(*map(subclasses, kind.__subclasses__())) if kind.__subclasses__() else {kind}
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
 
 
 def as_operator(operator: Any) -> LinearOperator:
@@ -215,6 +195,5 @@ def as_operator(operator: Any) -> LinearOperator:
     if isinstance(operator, tuple | list) and len(operator) == 2 and all(map(callable, operator)):
         return FunctionOperator(*operator)
     raise ValueError(
-        "`operator` must be a LinearOperator, an object with methods `A` and `A_adjoint`, or a pair of such functions, "
-        f"but is {operator!r}."
+        f"`operator` must be a LinearOperator, have `A` and `A_adjoint`, or be a pair of them, not {operator!r}."
     )

@@ -1,6 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Measurements of single pixels: all, some, or their gray values."""
 
+from typing import Self
+
 import torch
 
 from .linear_operator import LinearOperator
@@ -18,9 +20,6 @@ class Denoising(LinearOperator):
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return y
 
-    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(image_shape)
-
 
 class Inpainting(LinearOperator):
     """
@@ -34,6 +33,7 @@ class Inpainting(LinearOperator):
 
     row_norm = 1.0
     is_diagonal = True
+    mask: torch.Tensor
 
     def __init__(self, mask: torch.Tensor):
         if mask.ndim not in (2, 3, 4):
@@ -44,14 +44,13 @@ class Inpainting(LinearOperator):
         self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
 
     @classmethod
-    def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
+    def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> Self:
         """Make the operator for images with a missing box, whose first row and column are `top` and `left`."""
-        fits = top + box_height <= height and left + box_width <= width
-        if min(top, left, box_height, box_width) < 0 or not fits:
-            box = f"{box_height}x{box_width} px at ({top}, {left})"
-            raise ValueError(f"`box_height` and `box_width` must fit the image of {height}x{width} px, but are {box}.")
+        bottom, right = top + box_height, left + box_width
+        if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
+            raise ValueError(f"`box_height` {box_height} and `box_width` {box_width} must fit {height}x{width} px.")
         mask = torch.ones(height, width, dtype=torch.bool)
-        mask[top : top + box_height, left : left + box_width] = False
+        mask[top:bottom, left:right] = False
         return cls(mask)
 
     @classmethod
@@ -62,7 +61,7 @@ class Inpainting(LinearOperator):
         observed: float,
         generator: torch.Generator | None = None,
         num_masks: int | None = None,
-    ) -> "Inpainting":
+    ) -> Self:
         """
         Make the operator that observes each pixel, with all its channels, with probability `observed`. With `num_masks` it has
         as many masks, one per image.
@@ -73,21 +72,17 @@ class Inpainting(LinearOperator):
         return cls(torch.rand(shape, generator=generator) < observed)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mask.ndim == 4 and len(self.mask) not in (1, len(x)):
-            raise ValueError(f"`mask` holds masks of {len(self.mask)} images, but there are {len(x)}.")
-        self.measurement_shape(tuple(x.shape[1:]))
+        *channels, height, width = self.mask.shape[-3:]
+        count = len(self.mask) if self.mask.ndim == 4 else 1
+        if [height, width] != [*x.shape[2:]] or channels not in ([], [1], [x.shape[1]]) or count not in (1, len(x)):
+            raise ValueError(f"`mask` of shape {tuple(self.mask.shape)} does not fit images of {tuple(x.shape)}.")
         return x * self.mask.to(x)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return self.A(y)
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        mask_shape = tuple(self.mask.shape[-3:])
-        if mask_shape[-2:] != tuple(image_shape[-2:]) or (
-            len(mask_shape) == 3 and mask_shape[0] not in (1, image_shape[0])
-        ):
-            raise ValueError(f"`mask` of shape {tuple(self.mask.shape)} does not fit images of {tuple(image_shape)}.")
-        return tuple(image_shape)
+        return tuple(image_shape)  # of one image, whatever the number of masks
 
 
 class Colorization(LinearOperator):
@@ -111,13 +106,9 @@ class Colorization(LinearOperator):
         return tensor.new_tensor(self.weights).view(1, -1, 1, 1)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        self.measurement_shape(tuple(x.shape[1:]))
+        if x.shape[1] != len(self.weights):
+            raise ValueError(f"`weights` are of {len(self.weights)} channels, but images have {x.shape[1]}.")
         return (x * self.column(x)).sum(1, keepdim=True)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return y * self.column(y)
-
-    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        if image_shape[0] != len(self.weights):
-            raise ValueError(f"`weights` are of {len(self.weights)} channels, but images have {image_shape[0]}.")
-        return (1, *image_shape[1:])

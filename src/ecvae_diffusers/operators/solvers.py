@@ -1,5 +1,6 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Least squares by conjugate gradients on the normal equations (CGLS), for operators that are functions:
+r"""Pseudo-inverses. Small and separable matrices, :math:`Y = R_h X R_w^T` for each channel, by singular value decomposition: singular
+values are products of those of :math:`R_h` and :math:`R_w`. Operators that are functions by conjugate gradients (CGLS):
 
 .. math:: \min_x \|y - A x\|^2 + s \|x\|^2
 
@@ -8,6 +9,7 @@ From x = 0 every iterate lies in the range of A^T, and the limit for s = 0 is th
 
 import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +17,40 @@ import torch
 MAX_ITERATIONS = 1000
 # Iterations without a smaller gradient after which float32 can't improve an entry.
 STAGNATION = 50
+
+
+class Factors(NamedTuple):
+    """A matrix (m, n) and its singular value decomposition U diag(s) V^T, float64 on the CPU."""
+
+    matrix: torch.Tensor
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+
+
+def factorize(matrix: torch.Tensor) -> Factors:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return Factors(matrix.double(), left, values, right.mT)
+
+
+def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return `rows` X `columns`^T for each channel of (B, C, H, W)."""
+    return rows.to(x) @ x @ columns.to(x).mT
+
+
+def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
+    """
+    Return A_s y for `damping` s above 0, or A^+ y for 0, which leaves out singular values up to `rcond` times the largest.
+    Computes in float64 if the device has it, since it divides by products of small singular values.
+    """
+    exact = y if y.device.type == "mps" else y.double()
+    values = torch.outer(rows.values, columns.values).to(exact)
+    if damping > 0:
+        factors = values / (values.square() + damping)
+    else:
+        factors = torch.where(values > rcond * values.max(), 1 / values.clamp(min=1e-300), 0.0)
+    spectrum = apply(rows.left.mT, columns.left.mT, exact) * factors
+    return apply(rows.right, columns.right, spectrum).to(y.dtype)
 
 
 def cgls(
@@ -26,19 +62,11 @@ def cgls(
     max_iterations: int = MAX_ITERATIONS,
 ) -> torch.Tensor:
     """
-    Solve each entry of a batch independently (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
+    Return x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0, of each entry of a batch (Hestenes and Stiefel 1952; Bjorck 1996,
+    algorithm 7.4.1), in float32 or float64.
 
-    Args:
-        A, A_adjoint (`Callable`): A linear map of batches (B, ...), and its adjoint.
-        y (`torch.Tensor` of shape `(B, ...)`): Right-hand sides, float32 or float64.
-        damping (`float`, *optional*, defaults to 0.0): s, at least 0.
-        tolerance (`float`, *optional*, defaults to 1e-10):
-            An entry is done if its A^T r - s x is at most this times A^T y in norm, or its r this times y. float32 reaches
-            about 1e-6, and stops where it no longer improves.
-        max_iterations (`int`, *optional*, defaults to 1000): Iterations after which to stop with a warning.
-
-    Returns:
-        `torch.Tensor` of shape `(B, ...)`: x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0.
+    An entry is done if its A^T r - s x is at most `tolerance` times A^T y in norm, or its r `tolerance` times y. float32 reaches
+    about 1e-6, and stops where it no longer improves. After `max_iterations` it stops with a warning.
     """
 
     def squares(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,9 +96,7 @@ def cgls(
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
-    warnings.warn(
-        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual reached {tolerance}."
-    )
+    warnings.warn(f"CGLS stopped after {max_iterations} iterations, before a relative residual of {tolerance}.")
     return x
 
 
@@ -81,11 +107,11 @@ class LeastSquares(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, A, A_adjoint, damping, tolerance):
-        ctx.problem = (A, A_adjoint, damping, tolerance)
-        return cgls(A, A_adjoint, y, damping, tolerance)
+    def forward(ctx: Any, y: torch.Tensor, A: Callable, A_adjoint: Callable, *settings: Any) -> torch.Tensor:
+        ctx.problem = (A, A_adjoint, *settings)
+        return cgls(A, A_adjoint, y, *settings)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         A, A_adjoint, *settings = ctx.problem
         return LeastSquares.apply(gradient, A_adjoint, A, *settings), None, None, None, None

@@ -4,6 +4,7 @@
 import struct
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,12 +17,10 @@ from diffusers.utils.torch_utils import randn_tensor
 logger = logging.get_logger(__name__)
 
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
+Generators = torch.Generator | list[torch.Generator] | None
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
-# Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
-UNRANGED_MODES = {"F", "I"}
-FORMATS_OF_16_BITS = {"PNG", "PPM"}
 EXIF_ORIENTATION, TIFF_BITS = 0x0112, 0x0102
 UPRIGHT = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,10 +37,10 @@ RANGE_TOLERANCE = 1e-3
 DARK, BRIGHT = 0.06, 0.94
 # Share of a mask's pixels that a region of labels has at least.
 LEAST_REGION = 0.005
-# A mask with more colours may be paint that JPEG blurred instead of labels.
-MAX_LABELS = 8
 # Shades of one colour differ from its multiples by at most this many levels.
 SHADE_TOLERANCE = 2
+# Squares of numbers up to this are finite in float32.
+LARGEST_VALUE = 1e12
 # Latents have a standard deviation of 1 in training.
 LARGEST_TEMPERATURE = 100.0
 
@@ -51,20 +50,22 @@ LARGEST_TEMPERATURE = 100.0
 
 def white_level(image: PIL.Image.Image) -> int | None:
     """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
+    # Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
-    return None if image.mode in UNRANGED_MODES else 255
+    return None if image.mode in ("F", "I") else 255
 
 
-def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the picture's mode has no agreed white."""
-    if white_level(image) is None:
-        low, high = image.getextrema()
-        white = next((level for level in (1, 255, 65535) if high <= level), high)
-        raise ValueError(
-            f"mode {image.mode} has no agreed range, and the values go from {low:.4g} to {high:.4g}. If white is {white:g}: "
-            f"PIL.Image.fromarray((numpy.asarray(image) / {white:g} * 255).clip(0, 255).round().astype('uint8'))"
-        )
+def check_mode(image: PIL.Image.Image) -> int:
+    """Return the level of white, or raise `ValueError` if the picture's mode has no agreed one."""
+    if (white := white_level(image)) is not None:
+        return white
+    low, high = np.asarray(image).min(), np.asarray(image).max()
+    guess = next((level for level in (1, 255, 65535) if high <= level), high)
+    raise ValueError(
+        f"mode {image.mode} has no agreed white, and goes from {low:.4g} to {high:.4g}. If white is {guess:g}: "
+        f"PIL.Image.fromarray((numpy.asarray(image) / {guess:g} * 255).clip(0, 255).round().astype('uint8'))"
+    )
 
 
 def orientation(image: PIL.Image.Image) -> int:
@@ -72,16 +73,14 @@ def orientation(image: PIL.Image.Image) -> int:
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(
-            f"the EXIF data can't be read ({error}). To read the pixels as they are stored: image.info.pop('exif')"
-        ) from error
+        raise ValueError(f"the EXIF data can't be read ({error}). Without them: image.info.pop('exif')") from error
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
     image.load()  # Pillow turns TIFF files itself.
-    turn = UPRIGHT.get(orientation(image))
-    return image if turn is None else image.transpose(turn)
+    stored = orientation(image)
+    return image.transpose(UPRIGHT[stored]) if stored in UPRIGHT else image
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -93,10 +92,8 @@ def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
         # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
-    transparent = pixels == key
-    return PIL.Image.fromarray(
-        np.where(transparent.all(-1) if image.mode == "RGB" else transparent, 0, 255).astype("u1")
-    )
+    transparent = (pixels == key).all(-1) if image.mode == "RGB" else pixels == key
+    return PIL.Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))
 
 
 def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
@@ -108,8 +105,7 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     Raises:
         ValueError: if the mode has no agreed white, or the EXIF data can't be read.
     """
-    check_mode(image)
-    white = white_level(image)
+    white = check_mode(image)
     image = upright(image)
     alpha = None
     if "transparency" in image.info and (white > 255 or image.mode in ("L", "RGB")):
@@ -139,16 +135,14 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
 
     A mask of black and one other level or colour repaints all that is not black: labels 0 and 1, palettes of one object, paint.
     A mask of shades of white, or of one bright paint, on a dark ground repaints what has at least half of white.
-
-    Raises:
-        ValueError: if the mask is neither, or has transparent pixels. The message says what it holds and how to convert it.
+    Raises `ValueError`, with the line that converts it, if a mask is neither, or has transparent pixels.
     """
     white = white_level(mask)
-    if mask.has_transparency_data and read_picture(mask, 4).getextrema()[3][0] < 255:
+    if mask.has_transparency_data and np.asarray(read_picture(mask, 4))[..., 3].min() < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
         raise ValueError(
-            f"mode {mask.mode} with transparent pixels does not say what to repaint. To repaint what is transparent or erased: "
-            f"{alpha}.point(lambda a: 255 - a). To repaint what is opaque or painted: {alpha}"
+            f"mode {mask.mode} has transparent pixels. To repaint what is erased: {alpha}.point(lambda a: 255 - a). "
+            f"To repaint what is opaque: {alpha}"
         )
     pixels = np.asarray(read_picture(mask, 3)) if white == 255 else np.asarray(upright(mask))[..., None]
     level = pixels.max(-1)
@@ -160,16 +154,13 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
         is_gray = len(set(brightest.tolist())) == 1
         if np.abs(pixels - shades).max() <= SHADE_TOLERANCE and is_in_black_and_white(level / white, is_gray):
             return level >= white / 2
-    counts = Counter(map(tuple, pixels.reshape(-1, pixels.shape[-1]).tolist()))
-    values = [one[0] if len(set(one)) == 1 else one for one, _ in counts.most_common(5)]
+    frequent = Counter(map(tuple, pixels.reshape(-1, pixels.shape[-1]).tolist())).most_common(5)
+    values = [one[0] if len(set(one)) == 1 else one for one, _ in frequent]
     example = next((value for value in values if value != 0), 0)
-    array = "numpy.asarray(mask.convert('RGB'))" if white == 255 else "numpy.asarray(mask)"
-    recipe = f"PIL.Image.fromarray({f'({array} == {example}).all(-1)' if white == 255 else f'{array} == {example}'})"
-    if white == 255 and len(counts) > MAX_LABELS:
-        recipe += f". To repaint paint: PIL.Image.fromarray(abs({array}.astype(int) - {values[0]}).max(-1) >= 96)"
+    array, each = ("numpy.asarray(mask.convert('RGB'))", ".all(-1)") if white == 255 else ("numpy.asarray(mask)", "")
     raise ValueError(
-        f"mode {mask.mode} with the values {', '.join(map(str, values))}{', ...' if len(counts) > 5 else ''} is not in black "
-        f"(kept) and white (repainted). To repaint one of them: {recipe}"
+        f"mode {mask.mode} with the values {values} is not in black (kept) and white (repainted). To repaint one: "
+        f"PIL.Image.fromarray(({array} == {example}){each})"
     )
 
 
@@ -205,9 +196,6 @@ def as_list(images: Images, name: str) -> list:
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
         raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
-    sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
-    if len(sizes) > 1:
-        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
     return images
 
 
@@ -220,32 +208,23 @@ def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Convert pictures to one tensor (B, C, H, W) in [0, 1].
+    Convert pictures to one tensor (B, C, H, W) in [0, 1], or raise `ValueError`.
 
-    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and may hold values that are
-    not finite.
-
-    Raises:
-        ValueError: if there is no picture, sizes differ, or a picture can't be read or is not in [0, 1].
+    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and values that are not finite.
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
-        levels = read_all(images, "image", lambda one: np.atleast_3d(read_picture(one, channels)))
+        levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
             logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
         return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
         images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
     picture = processor.preprocess(images[0] if len(images) == 1 else images)
-    if not picture.is_floating_point():
-        raise ValueError(
-            f"`image` must be floating-point in [0, 1], but is {picture.dtype}. From 8-bit levels: image / 255."
-        )
     finite = picture[picture.isfinite()]
-    if ((finite < -RANGE_TOLERANCE) | (finite > 1 + RANGE_TOLERANCE)).any():
-        low, high = finite.min(), finite.max()
-        recipe = " From [-1, 1]: image / 2 + 0.5." if max(-low, high) <= 1 + RANGE_TOLERANCE else ""
-        raise ValueError(f"`image` must have values in [0, 1], but they go from {low:.4g} to {high:.4g}.{recipe}")
+    low, high = finite.aminmax() if len(finite) else (0, 1)
+    if not picture.is_floating_point() or low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"`image` must be floating-point in [0, 1], but is {picture.dtype} from {low:g} to {high:g}.")
     return picture
 
 
@@ -258,12 +237,8 @@ def has_colours(image: PIL.Image.Image) -> bool:
 
 def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.Tensor) -> torch.Tensor:
     """
-    Return the pixels that were observed, bool of shape (1 or B, 1, H, W): those where the mask is black.
-
-    Warns of a mask that repaints nothing or everything.
-
-    Raises:
-        ValueError: if a mask can't be read, or its number, size or values do not fit pictures `like` (B, C, H, W).
+    Return the pixels of pictures `like` (B, C, H, W) that were observed, bool of shape (1 or B, 1, H, W): those where the mask is
+    black. Raises `ValueError` if a mask can't be read or does not fit. Warns of a mask that repaints nothing or everything.
     """
     masks = as_list(mask_image, "mask_image")
     if isinstance(masks[0], PIL.Image.Image):
@@ -272,88 +247,77 @@ def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.T
         if not all(((one >= 0) & (one <= 1)).all() for one in masks):
             raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
         repainted = processor.preprocess(masks[0] if len(masks) == 1 else masks) >= 0.5
-    batch_size, _, *size = like.shape
-    if list(repainted.shape) not in ([1, 1, *size], [batch_size, 1, *size]):
-        raise ValueError(
-            f"`mask_image` must have shape (1 or {batch_size}, 1, {size[0]}, {size[1]}), but has {tuple(repainted.shape)}."
-        )
+    count = 1 if len(repainted) == 1 else len(like)
+    check_shape("mask_image", repainted, (count, 1, *like.shape[2:]))
     for found, what in ((~repainted.flatten(1).any(1), "nothing"), (repainted.flatten(1).all(1), "everything")):
         if found.any():
-            logger.warning(
-                f"`mask_image` repaints {what} in {int(found.sum())} of {len(found)} mask(s): white is repainted."
-            )
+            logger.warning(f"`mask_image` repaints {what} in {int(found.sum())} of {count} masks. White is repainted.")
     return ~repainted
 
 
-def check_turned_together(image: Images, mask_image: Images) -> None:
-    """Warn if the EXIF data turn pictures, but not their masks."""
-
-    def turned(images: Images) -> bool:
-        return any(
-            isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image")
-        )
-
-    if turned(image) and not turned(mask_image):
-        logger.warning(
-            "`image` is turned upright by its EXIF data, and `mask_image`, which has none, is taken to be upright. To draw a mask "
-            "on the upright picture: PIL.ImageOps.exif_transpose(image)."
-        )
+def is_turned(images: Images) -> bool:
+    """Tell whether the EXIF data turn a picture."""
+    return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image"))
 
 
-def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
+    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
+
+
+def check_generator(generator: Generators, count: int) -> None:
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` images."""
     kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
     if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
-        raise ValueError(
-            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
-        )
+        raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
+
+
+def check_finite(images: torch.Tensor, suspects: str) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
 
 def prepare_latents(
     batch_size: int,
     num_latents: int,
     temperature: float,
-    generator: torch.Generator | list[torch.Generator] | None,
+    generator: Generators,
     latents: torch.Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """
     Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
-
-    Raises:
-        ValueError: if an argument is outside its range, or `latents` do not fit the others.
+    Raises `ValueError` if an argument is outside its range, or `latents` do not fit the others.
     """
-    if not 0 <= temperature <= LARGEST_TEMPERATURE or (temperature != 1.0 and latents is not None):
-        raise ValueError(
-            f"`temperature` must be from 0 to {LARGEST_TEMPERATURE:g}, and 1 with `latents`, but is {temperature}."
-        )
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    check_number("batch_size", batch_size, 1, whole=True)
+    check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
+    if latents is not None and temperature != 1:
+        raise ValueError(f"`temperature` must be 1 with `latents`, but is {temperature}.")
     if latents is not None and batch_size == 1:
         batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
     shape = (batch_size, num_latents, 1, 1)
     if latents is None:
         return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+    check_shape("latents", latents, shape)
     return latents.to(device=device, dtype=dtype)
 
 
-def check_finite(images: torch.Tensor, temperature: float) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
-    if not images.isfinite().all():
-        raise ValueError(
-            f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
-            "`temperature`, or load the pipeline with dtype=torch.float32."
-        )
-
-
-def postprocess(
-    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
-) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
-    if output_type not in ("pil", "np", "pt", None):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")

@@ -1,30 +1,15 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """One-step image generation with an energy-calibrated normalizing flow."""
 
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import replace_example_docstring
 
 from ..models.energy_model import EnergyModel
 from ..models.flow_ec import FlowEC
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .inputs import check_finite, postprocess, prepare_latents
+from .inputs import Generators, check_finite, postprocess, prepare_latents
 from .self_contained import SelfContained
-
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> from ecvae_diffusers import ECFlowPipeline
-
-        >>> pipe = ECFlowPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
-        >>> images = pipe(batch_size=16, temperature=0.8).images  # doctest: +SKIP
-        >>> images[0].save("sample.png")  # doctest: +SKIP
-        ```
-"""
 
 
 class ECFlowPipeline(SelfContained, DiffusionPipeline):
@@ -56,16 +41,15 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         temperature: float = 1.0,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[list[PIL.Image.Image]]:
+    ) -> ImagePipelineOutput:
         r"""
         The call function to the pipeline for generation: one pass of the flow's inverse, and no other network.
 
@@ -81,14 +65,19 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
                 images are clamped; or `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
-                Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
+                Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 
         Examples:
+            ```py
+            >>> from ecvae_diffusers import ECFlowPipeline
+
+            >>> pipe = ECFlowPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+            >>> images = pipe(batch_size=16, temperature=0.8).images  # doctest: +SKIP
+            >>> images[0].save("sample.png")  # doctest: +SKIP
+            ```
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`:
-                If `return_dict` is `True`, [`~pipelines.ImagePipelineOutput`] is returned, otherwise a `tuple` is
-                returned where the first element is a list with the generated images.
+            [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
             ValueError: if an argument is outside its range.
@@ -98,10 +87,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         )
         if output_type != "latent":
             sample = self.flow.decode(image)
-            check_finite(sample, temperature)
+            check_finite(sample, "`temperature`, `latents` and the flow's weights")
             image = postprocess(sample, self.image_processor, output_type)
         self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (image,)
-        return ImagePipelineOutput(images=image)
+        return ImagePipelineOutput(images=image) if return_dict else (image,)

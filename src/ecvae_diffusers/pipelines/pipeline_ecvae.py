@@ -4,37 +4,28 @@
 from collections.abc import Iterable
 from itertools import takewhile
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import replace_example_docstring
 
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .inputs import check_finite, check_generator, postprocess, prepare_latents, prepare_picture
+from .inputs import (
+    Generators,
+    Images,
+    check_finite,
+    check_generator,
+    check_number,
+    check_shape,
+    postprocess,
+    prepare_latents,
+    prepare_picture,
+)
 from .self_contained import SelfContained
 
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> from ecvae_diffusers import ECVAEPipeline
-
-        >>> pipe = ECVAEPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
-        >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images  # doctest: +SKIP
-        >>> images[0].save("sample.png")  # doctest: +SKIP
-        ```
-"""
-
-PipelineImageInput = (
-    PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
-)
 
 # Bytes of the decoder's widest activations that a CPU computes at a time. More outgrow the cache, and each buffer is fetched
 # from the system anew: batches of 256 were up to 2.5 times slower.
@@ -49,8 +40,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
     Args:
-        vae ([`AutoencoderEC`]):
-            The autoencoder whose decoder maps latents from N(0, I) to images.
+        vae ([`AutoencoderEC`]): The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
             The energy model that calibrated it. Only `score` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
@@ -59,7 +49,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model", "scheduler"]
-    _interrupt, _num_timesteps = False, 0
+    _interrupt = False
+    num_timesteps = 0  # refinement steps of the latest call
 
     def __init__(
         self,
@@ -71,21 +62,17 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
-    def check_inputs(self, num_refinement_steps: int, output_type: str | None) -> None:
-        if num_refinement_steps < 0 or (num_refinement_steps > 0 and output_type == "latent"):
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ECVAEPipeline":
+        """
+        Share the components of another pipeline. Of a restoration pipeline, which has no scheduler, give one too:
+        `from_pipe(restoration, scheduler=scheduler)`, or `None` to do without `num_refinement_steps`.
+        """
+        if "scheduler" not in kwargs and "scheduler" not in pipeline.components:
             raise ValueError(
-                f"`num_refinement_steps` must be at least 0, and 0 with output_type='latent', but is {num_refinement_steps}."
+                f"`scheduler` must be given, since {type(pipeline).__name__} has none: a LangevinScheduler or None."
             )
-        if num_refinement_steps > 0 and (self.energy_model is None or self.scheduler is None):
-            missing = "energy_model" if self.energy_model is None else "scheduler"
-            raise ValueError(
-                f"`num_refinement_steps` requires an energy model and a scheduler; this pipeline has no `{missing}`."
-            )
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of refinement steps of the latest call."""
-        return self._num_timesteps
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def interrupt(self) -> bool:
@@ -93,61 +80,47 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return self._interrupt
 
     def refinement_steps(self, num_steps: int) -> Iterable[int]:
-        self._interrupt, self._num_timesteps = False, num_steps
+        self._interrupt, self.num_timesteps = False, num_steps
         return takewhile(lambda step: not self.interrupt, self.progress_bar(range(num_steps)))
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
-        Return device and dtype of the decoder's latents: those of the layer that reads them, unless a hook (offloading,
-        layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all modules five times,
-        which takes as long as half a pass of a small decoder.
+        Return device and dtype of the decoder's latents. diffusers' properties know the hooks that move or cast them, but walk
+        through all modules five times, which takes as long as half a pass of a small decoder.
         """
         conv_in = self.vae.decoder.conv_in
-        # A hook that reaches this layer sits on it or on a module around it.
-        modules = (self.vae, self.vae.decoder, conv_in)
+        modules = (self.vae, self.vae.decoder, conv_in)  # on which such a hook sits
         if any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook")):
             return self._execution_device, self.vae.dtype
         return conv_in.weight.device, conv_in.weight.dtype
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
-        part = len(latents)
+        config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
-            config = self.vae.config
             widest = config.block_out_channels[0] * config.sample_size**2 * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
-        if part >= len(latents):
-            return self.vae.decode(latents, return_dict=False)[0]
-        return torch.cat([self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)])
+        images = [self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
-    def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
+    def prepare_image(self, image: Images) -> torch.Tensor:
         """
-        Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1].
-
-        Raises:
-            ValueError: if size, channels or range are not the model's, or a value is not finite.
+        Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1]. Raises
+        `ValueError` if size, channels or range are not the model's, or a value is not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
-        if tuple(images.shape) != (max(1, len(images)), channels, size, size):
-            raise ValueError(
-                f"`image` must have shape (batch, {channels}, {size}, {size}), but has {tuple(images.shape)}."
-            )
+        check_shape("image", images, (max(1, len(images)), channels, size, size))
         if not images.isfinite().all():
             raise ValueError("`image` must have finite values.")
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
         return self.image_processor.normalize(images)
 
-    def refine(
-        self,
-        sample: torch.Tensor,
-        num_refinement_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def refine(self, sample: torch.Tensor, num_refinement_steps: int, generator: Generators) -> torch.Tensor:
         """Run the calibrating chain, which training teaches the decoder, on images in [-1, 1]."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
-        # A copy, since the pipeline's scheduler may belong to a calibrator with another number of steps.
+        # A copy: the pipeline's may be a calibrator's, with another number of steps.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
@@ -157,23 +130,21 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return sample.to(dtype)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         temperature: float = 1.0,
         num_refinement_steps: int = 0,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         r"""
         The call function to the pipeline for generation: one decoder pass, and no other network.
 
         Args:
-            batch_size (`int`, *optional*, defaults to 1):
-                The number of images to generate.
+            batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per image, to make generation deterministic.
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
@@ -186,46 +157,51 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
                 `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
-                Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
+                Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from ecvae_diffusers import ECVAEPipeline
+
+            >>> pipe = ECVAEPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+            >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images  # doctest: +SKIP
+            >>> images[0].save("sample.png")  # doctest: +SKIP
+            ```
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`:
-                If `return_dict` is `True`, [`~pipelines.ImagePipelineOutput`] is returned, otherwise a `tuple` is
-                returned where the first element is a list with the generated images.
+            [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
             ValueError: if an argument is outside its range.
         """
-        self.check_inputs(num_refinement_steps, output_type)
+        check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
+        if num_refinement_steps and (output_type == "latent" or self.energy_model is None or self.scheduler is None):
+            raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
         num_latents = self.vae.config.latent_channels
         latents = prepare_latents(batch_size, num_latents, temperature, generator, latents, *self.latents_placement())
         if output_type == "latent":
             image = latents
         else:
             image = self.decode(latents)
-            check_finite(image, temperature)
+            check_finite(image, "`temperature`, `latents` and the decoder's weights")
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
             image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (image,)
-        return ImagePipelineOutput(images=image)
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
 
     @torch.no_grad()
     def reconstruct(
         self,
-        image: PipelineImageInput,
+        image: Images,
         sample_posterior: bool = False,
         num_refinement_steps: int = 0,
         variance: float = 0.5,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """
         Encode images and decode them again.
 
@@ -239,7 +215,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant: Langevin steps from a draw, gradient descent to the
                 likeliest latents from the mean.
             variance (`float`, *optional*, defaults to 0.5):
-                s^2 per pixel, above 0: half of the KL weight that the autoencoder was trained with.
+                s^2 per pixel, from 1e-12: half of the KL weight that the autoencoder was trained with.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per image, to make the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -252,33 +228,29 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if `image` does not fit the model, or another argument is outside its range.
         """
-        if num_refinement_steps < 0:
-            raise ValueError(f"`num_refinement_steps` must be at least 0, but is {num_refinement_steps}.")
-        if not 0 < variance < float("inf"):
-            raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
+        check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
+        check_number("variance", variance, 1e-12)
         images = self.prepare_image(image)
-        check_generator(generator, images.shape[0])
+        check_generator(generator, len(images))
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         if num_refinement_steps > 0:
-            energy = PosteriorEnergy(
-                lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
-            )
-            steps = self.refinement_steps(num_refinement_steps)
+            dtype, steps = latents.dtype, self.refinement_steps(num_refinement_steps)
+            energy = PosteriorEnergy(lambda z: self.vae.decode(z.to(dtype)).sample, images, posterior, variance)
             with frozen(self.vae):
                 whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
-            latents = energy.unwhiten(whitened).to(latents.dtype)
+            latents = energy.unwhiten(whitened).to(dtype)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
     @torch.no_grad()
     def interpolate(
         self,
-        image_a: PipelineImageInput,
-        image_b: PipelineImageInput,
+        image_a: Images,
+        image_b: Images,
         num_steps: int = 8,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """
         Decode the straight line between the encodings of two images.
 
@@ -296,15 +268,14 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if there are fewer than 2 steps, or an image does not fit the model.
         """
-        if num_steps < 2:
-            raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}.")
+        check_number("num_steps", num_steps, 2, whole=True)
         ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
         weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
         latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
     @torch.no_grad()
-    def score(self, image: PipelineImageInput) -> torch.Tensor:
+    def score(self, image: Images) -> torch.Tensor:
         """
         Return the energies of images: low means like the training data. Only differences between energies are meaningful.
 
@@ -319,7 +290,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             ValueError: if the pipeline has no energy model, or an image does not fit the model.
         """
         if self.energy_model is None:
-            raise ValueError("`score` requires an energy model; this pipeline has no `energy_model`.")
+            raise ValueError("`score` requires an `energy_model`.")
         sample = self.prepare_image(image).to(self.energy_model.dtype)
         with frozen(self.energy_model):
             energy = compute_energy(self.energy_model, sample)

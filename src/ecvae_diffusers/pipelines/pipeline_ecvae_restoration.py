@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils import BaseOutput, logging
 
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
@@ -22,28 +22,22 @@ from ..operators.pixelwise import Inpainting
 from ..restoration import Canvas, Likelihood, draw, neural_transport
 from .inputs import (
     GRAY_MODES,
+    LARGEST_VALUE,
+    Generators,
     Images,
     as_list,
+    check_choice,
+    check_finite,
     check_generator,
-    check_turned_together,
+    check_number,
+    check_shape,
+    is_turned,
     postprocess,
     prepare_mask,
     prepare_picture,
 )
 from .self_contained import SelfContained
 
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> from PIL import Image
-        >>> from ecvae_diffusers import ECVAERestorationPipeline
-
-        >>> pipe = ECVAERestorationPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
-        >>> output = pipe(Image.open("damaged.png"), mask_image=Image.open("mask.png"))  # doctest: +SKIP
-        >>> output.images[0].save("restored.png")  # doctest: +SKIP
-        ```
-"""
 
 logger = logging.get_logger(__name__)
 
@@ -53,15 +47,10 @@ ROUNDING_STD = 2 / (255 * math.sqrt(12))
 START_SPREAD = 0.3
 # The measurement is damped by at least this before it is encoded: A^+ alone would amplify noise.
 START_DAMPING = 1e-3
-# Answers warn if they leave the range of images by more than this (root mean square) ...
-LARGEST_EXCESS = 0.1
-# ... if they differ from a noisy measurement by more than this many standard deviations of the noise (root mean square) ...
-LARGEST_MISFIT = 3.0
-# ... and if their relative residual to a measurement without noise is larger than this.
-LARGEST_RESIDUAL = 1e-5
-# Squares of measurements up to this are still finite in float32.
-LARGEST_VALUE = 1e12
-# Of the mean squared error per pixel of images in [-1, 1].
+# Answers warn if, by root mean square, they leave the range of images by more than this, or differ from a noisy measurement by more
+# than this many standard deviations of the noise, or if their relative residual to one without noise is larger than this.
+LARGEST_EXCESS, LARGEST_MISFIT, LARGEST_RESIDUAL = 0.1, 3.0, 1e-5
+# Mean squared error per pixel of images in [-1, 1].
 LARGEST_VARIANCE = 4.0
 
 
@@ -117,13 +106,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model"]
     _callback_tensor_inputs = ["latents"]
-    _interrupt, _num_timesteps = False, 0
+    _interrupt = False
+    num_timesteps = 0  # steps of the latest search: its `num_inference_steps`
 
-    def __init__(
-        self,
-        vae: AutoencoderEC,
-        energy_model: EnergyModel | None = None,
-    ):
+    def __init__(self, vae: AutoencoderEC, energy_model: EnergyModel | None = None):
         super().__init__()
         self.register_modules(vae=vae, energy_model=energy_model)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
@@ -141,60 +127,14 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         super().register_to_config(**kwargs)
 
     @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the latest search: its `num_inference_steps`."""
-        return self._num_timesteps
-
-    @property
     def interrupt(self) -> bool:
         """Whether the search stops after this step. Set `_interrupt` to stop it, from a callback for example."""
         return self._interrupt
 
-    def check_inputs(
-        self,
-        operator: Any,
-        mask_image: Images | None,
-        num_restorations: int,
-        num_inference_steps: int,
-        method: str,
-        energy_weight: float,
-        start: str,
-        tile_overlap: int,
-        variance: float | None,
-        output_type: str | None,
-    ) -> None:
-        if (operator is None) == (mask_image is None):
-            raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
-        size = self.vae.config.sample_size
-        for name, value, (low, high) in (
-            ("num_restorations", num_restorations, (1, math.inf)),
-            ("num_inference_steps", num_inference_steps, (1, math.inf)),
-            ("energy_weight", energy_weight, (0, LARGEST_VALUE)),
-            ("tile_overlap", tile_overlap, (0, size - 1)),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"`{name}` must be from {low} to {high:g}, but is {value}.")
-        if energy_weight > 0 and self.energy_model is None:
-            raise ValueError("`energy_weight` above 0 requires an energy model; this pipeline has no `energy_model`.")
-        if variance is None or not 0 < variance <= LARGEST_VARIANCE:
-            raise ValueError(
-                f"`reconstruction_variance` must be above 0 and at most {LARGEST_VARIANCE:g}, but is {variance}: the mean squared "
-                "error of the model's reconstructions per pixel of images in [-1, 1]. Training writes it to the config of the VAE."
-            )
-        for name, value, allowed in (
-            ("method", method, ("langevin", "map")),
-            ("start", start, ("encoding", "prior")),
-            ("output_type", output_type, ("pil", "np", "pt", None)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, but is {value!r}.")
-
     def prepare_measurement(
         self, image: Images, operator: Any, mask_image: Images | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
-        """
-        Return the operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
-        """
+        """Return the operator, y of images in [-1, 1], whether it was a picture, and the image's height and width."""
         channels, size = self.vae.config.in_channels, self.vae.config.sample_size
         images = as_list(image, "image")
         is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
@@ -208,8 +148,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 raise ValueError(f"`image` as a tensor must be a floating-point measurement, but is {y.dtype}.")
         y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
         if mask_image is not None:
-            check_turned_together(image, mask_image)
             observed = prepare_mask(mask_image, self.mask_processor, y).to(y.device)
+            if is_turned(image) and not is_turned(mask_image):
+                logger.warning(
+                    "`image` is turned upright by its EXIF data. `mask_image` has none: it must be upright."
+                )
             # What is repainted does not count, not even values that are not finite.
             y = torch.where(observed, y, 0.0)
             y = y.expand(-1, channels, -1, -1) if y.shape[1] == 1 else y
@@ -218,15 +161,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
             raise ValueError(
-                f"`image` is a measurement of images of shape {tuple(back.shape[1:])} (channels, height, width), but the model "
-                f"makes images of {channels} channel(s) and at least {size}x{size} px."
+                f"`image` must measure images of {channels} channel(s) from {size}x{size} px, not {tuple(back.shape[1:])}."
             )
         measured = operator.A(torch.ones_like(back) if is_picture else back)
-        if measured.shape != y.shape:
-            raise ValueError(
-                f"`image` has shape {tuple(y.shape)}, but `operator` measures {tuple(measured.shape)} of images of shape "
-                f"{tuple(back.shape)}."
-            )
+        check_shape("image", y, tuple(measured.shape))
         if not all((values.abs() <= LARGEST_VALUE).all() for values in (y, back, measured)):
             raise ValueError(f"`image`, or what `operator` makes of it, is not finite or exceeds {LARGEST_VALUE:g}.")
         if is_picture:
@@ -235,19 +173,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return operator, y, is_picture, tuple(back.shape[2:])
 
     def prepare_latents(
-        self,
-        likelihood: Likelihood,
-        canvas: Canvas,
-        start: str,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
+        self, likelihood: Likelihood, canvas: Canvas, start: str, generator: Generators, latents: torch.Tensor | None
     ) -> torch.Tensor:
         count = len(likelihood.y) * likelihood.num_answers
-        check_generator(generator, count, of="answers")
+        check_generator(generator, count)
         shape = (count * len(canvas), self.vae.config.latent_channels, 1, 1)
         if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+            check_shape("latents", latents, shape)
             return latents.to(device=self._execution_device, dtype=torch.float32)
         noise = draw(shape, generator, likelihood.y)
         if start == "prior":
@@ -258,7 +190,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return answers.flatten(0, 1) + START_SPREAD * noise
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         image: Images,
@@ -272,13 +203,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         start: str = "encoding",
         tile_overlap: int | None = None,
         reconstruction_variance: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> ECVAERestorationOutput | tuple:
+    ) -> ECVAERestorationOutput:
         r"""
         The call function to the pipeline for restoration.
 
@@ -302,12 +233,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 Decoder passes, forth and back, that search the latents; one more makes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
                 `"langevin"` draws answers from the posterior, `"map"` finds the likeliest latents near each start.
-            energy_weight (`float`, *optional*, defaults to 0.0):
-                w: how much the energy of an answer counts.
+            energy_weight (`float`, *optional*, defaults to 0.0): w: how much the energy of an answer counts.
             start (`str`, *optional*, defaults to `"encoding"`):
                 Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
-            tile_overlap (`int`, *optional*):
-                Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
+            tile_overlap (`int`, *optional*): Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
             reconstruction_variance (`float`, *optional*):
                 v: mean squared error of the model's reconstructions per pixel of images in [-1, 1]. Defaults to what training
                 measured, which in any case says how the error spreads over frequencies.
@@ -325,6 +254,14 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors that the callback gets: `"latents"`.
 
         Examples:
+            ```py
+            >>> from PIL import Image
+            >>> from ecvae_diffusers import ECVAERestorationPipeline
+
+            >>> pipe = ECVAERestorationPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+            >>> output = pipe(Image.open("damaged.png"), mask_image=Image.open("mask.png"))  # doctest: +SKIP
+            >>> output.images[0].save("restored.png")  # doctest: +SKIP
+            ```
 
         Returns:
             [`ECVAERestorationOutput`] or `tuple`
@@ -335,65 +272,61 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
         variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
-        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among ['latents'], but holds {sorted(unknown)}."
-            )
-        self.check_inputs(
-            operator, mask_image, num_restorations, num_inference_steps, method, energy_weight, start, overlap, variance,
-            output_type,
-        )  # fmt: skip
+        if (operator is None) == (mask_image is None):
+            raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
+        if variance is None or (energy_weight and self.energy_model is None):
+            missing = "`reconstruction_variance`" if variance is None else "An `energy_model` for `energy_weight`"
+            raise ValueError(f"{missing} must be given: the pipeline has none.")
+        check_number("num_restorations", num_restorations, 1, whole=True)
+        check_number("num_inference_steps", num_inference_steps, 1, whole=True)
+        check_number("energy_weight", energy_weight, 0)
+        check_number("tile_overlap", overlap, 0, size - 1, whole=True)
+        check_number("reconstruction_variance", variance, 1e-12, LARGEST_VARIANCE)
+        check_choice("method", method, ("langevin", "map"))
+        check_choice("start", start, ("encoding", "prior"))
+        check_choice("output_type", output_type, ("pil", "np", "pt", None))
         operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image)
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
-        largest = max(1.0, y.abs().max().item())
-        if not 0 <= noise_std < largest:
-            raise ValueError(
-                f"`noise_std` is for images in [-1, 1]: it must be at least 0 and below the largest entry of the measurement "
-                f"({largest:.4g}), but is {noise_std:g}. From noise in 8-bit levels: noise_std / 127.5."
-            )
+        check_number("noise_std", noise_std, 0, max(1.0, y.abs().max().item()))
 
         spectrum = config.get("reconstruction_spectrum")  # repositories of earlier code have none
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
-        calls = {"decoder": 0, "encoder": int(latents is None and start == "encoding"), "energy model": 0}
+        calls = ["encoder"] if latents is None and start == "encoding" else []
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
         # Functions are called in the measurement's precision.
         dtype = y.dtype if operator.solver_dtype is None else torch.float32
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
-            calls["decoder"] += 1
+            calls.append("decoder")
             return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(dtype)
 
         def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
-            calls["energy model"] += 1
+            calls.append("energy model")
             return energy_and_gradient(self.energy_model, tiles)[1]
 
         def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
             progress_bar.update()
             if callback_on_step_end is not None:
-                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, step, step, tensors) or {}).pop("latents", latents)
             if self.interrupt:
                 raise Interruption(latents)
             return latents
 
-        self._interrupt, self._num_timesteps = False, num_inference_steps
+        self._interrupt, self.num_timesteps = False, num_inference_steps
         frozen_energy_model = frozen(self.energy_model) if energy_weight > 0 else nullcontext()
         with self.progress_bar(total=num_inference_steps) as progress_bar, frozen(self.vae), frozen_energy_model:
             try:
                 latents = neural_transport(
-                    decode, likelihood, canvas, latents, num_inference_steps, method, energy_gradient, energy_weight, generator,
-                    on_step,
+                    decode, likelihood, canvas, latents, num_inference_steps, method,
+                    energy_gradient if energy_weight > 0 else None, energy_weight, generator, on_step,
                 )  # fmt: skip
             except Interruption as interruption:
                 (latents,) = interruption.args
             decoded = canvas.join(decode(latents))
 
-        if not decoded.isfinite().all():
-            raise ValueError(
-                f"Answers are not finite in {self.vae.dtype}. Check `latents`, what `callback_on_step_end` returns, `energy_weight` "
-                "and the decoder's weights, or load the pipeline with dtype=torch.float32."
-            )
+        check_finite(decoded, "`latents`, `callback_on_step_end`, `energy_weight` and the decoder's weights")
         center = likelihood.mean(decoded)
         answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
         by_measurement = center.unflatten(0, (-1, num_restorations))
@@ -406,7 +339,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         self.check_answers(likelihood, center, residual.max().item())
         energy = None
         if self.energy_model is not None:
-            calls["energy model"] += 1
+            calls.append("energy model")
             with frozen(self.energy_model):
                 energies = compute_energy(self.energy_model, canvas.split(answers))
             energy = energies.unflatten(0, (-1, len(canvas))).mean(1)
@@ -418,7 +351,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             residual_output=likelihood.relative_residual(returned),
             residual_mean=Likelihood(operator, y, noise_std, variance).relative_residual(mean),
             energy=energy,
-            num_network_calls=sum(calls.values()),
+            num_network_calls=len(calls),
         )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
@@ -426,22 +359,15 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     @staticmethod
     def check_answers(likelihood: Likelihood, center: torch.Tensor, residual: float) -> None:
         """Warn if answers are out of range, or disagree with the measurement."""
-        noise_std = likelihood.noise_std
         excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
-        if excess > LARGEST_EXCESS:
-            logger.warning(
-                f"Answers leave the range of images, [-1, 1], by {excess:.2g} (root mean square). Either `image` is no measurement "
-                f"of images in [-1, 1], or it holds more noise than `noise_std` ({noise_std:.2g}), which A^+ amplifies. Rounding "
-                f"to 8 bits has {ROUNDING_STD:.2g}."
-            )
-        misfit = likelihood.misfit(center).square().mean().sqrt().item()
-        if noise_std > 0 and misfit > LARGEST_MISFIT * noise_std:
-            logger.warning(
-                f"Answers differ from `image` by {misfit:.2g} (root mean square), but `noise_std` is {noise_std:.2g}: `image` is no "
-                "measurement of images in [-1, 1], or of none that the model knows."
-            )
+        misfit, noise_std = likelihood.misfit(center).square().mean().sqrt().item(), likelihood.noise_std
+        faults = [f"leave [-1, 1] by {excess:.2g}"] if excess > LARGEST_EXCESS else []
+        if 0 < LARGEST_MISFIT * noise_std < misfit:
+            faults.append(f"differ from `image` by {misfit:.2g}")
         if noise_std == 0 and residual > LARGEST_RESIDUAL:
+            faults.append(f"agree with `image` only to {residual:.1g}")
+        if faults:
             logger.warning(
-                f"Answers agree with `image` only to a relative {residual:.1g}, but `noise_std` is 0. Either `image` is not in the "
-                "range of the operator (a hole of `Inpainting` is not 0, for example), or A^+ was not solved exactly."
+                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}: `image` has more noise, is outside the "
+                "operator's range (a hole of `Inpainting` is not 0), or measures no images in [-1, 1] that the model knows."
             )

@@ -4,6 +4,7 @@
 import inspect
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..atomic import writing
 from ..hub import saving
@@ -46,8 +47,9 @@ class SelfContained(saving.SelfContained):
         `push_to_hub=True` publish the folder too, as `repo_id` (its name if not given); further arguments are those of
         [`~hub.upload.upload_folder`].
         """
+        parent: Any = super()
         saved = (safe_serialization, variant, max_shard_size)
-        super().save_pretrained(save_directory, *saved, **({} if push_to_hub else kwargs))
+        parent.save_pretrained(save_directory, *saved, **({} if push_to_hub else kwargs))
         if push_to_hub:
             upload_folder(save_directory, kwargs.pop("repo_id", Path(save_directory).resolve().name), **kwargs)
 
@@ -61,35 +63,19 @@ class SelfContained(saving.SelfContained):
         safe_serialization: bool = True,
         variant: str | None = None,
         subfolder: str | None = None,
-        revision: str | None = None,
+        **kwargs,
     ) -> str:
         """
-        Save the pipeline and publish it on the Hub: components, code and card. What somebody has edited there stays, see
-        [`~hub.upload.upload_folder`], of which the arguments are.
+        Save the pipeline and publish it on the Hub as `repo_id` (`"user/name"`, or a name alone for one's own): components, code and
+        card. Further arguments, errors, and what stays there: as of [`~hub.upload.upload_folder`].
 
-        Args:
-            repo_id (`str`): `"user/name"`, or a name alone for one's own.
-            variant (`str`, *optional*):
-                Such as `"fp16"`: files of that name next to those that are there. Push full weights first: when others come,
-                the variants that are there are removed.
+        Push full weights before a `variant` such as `"fp16"`: full weights that come later remove the variants that are there.
 
         Returns:
             `str`: URL of the commit, or of the pull request.
-
-        Raises:
-            ValueError, UploadError: as [`~hub.upload.upload_folder`].
-            OSError: if the folder for temporary files is full.
         """
+        kwargs |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         with local_errors(), tempfile.TemporaryDirectory() as folder:
             with writing(folder):
                 self.save_pretrained(folder, safe_serialization, variant)
-            return upload_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                subfolder=subfolder,
-                revision=revision,
-            )
+            return upload_folder(folder, repo_id, subfolder=subfolder, **kwargs)
