@@ -7,13 +7,12 @@ import inspect
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -23,65 +22,75 @@ FlowEC = ModelMixin
 LangevinScheduler = SchedulerMixin
 
 
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+LARGEST_VALUE = 1e12
+
+
 LARGEST_TEMPERATURE = 100.0
 
 
-def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
+    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
+
+
+def check_generator(generator: Generators, count: int) -> None:
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` images."""
     kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
     if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
-        raise ValueError(
-            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
-        )
+        raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
+
+
+def check_finite(images: torch.Tensor, suspects: str) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
 
 def prepare_latents(
     batch_size: int,
     num_latents: int,
     temperature: float,
-    generator: torch.Generator | list[torch.Generator] | None,
+    generator: Generators,
     latents: torch.Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """
     Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
-
-    Raises:
-        ValueError: if an argument is outside its range, or `latents` do not fit the others.
+    Raises `ValueError` if an argument is outside its range, or `latents` do not fit the others.
     """
-    if not 0 <= temperature <= LARGEST_TEMPERATURE or (temperature != 1.0 and latents is not None):
-        raise ValueError(
-            f"`temperature` must be from 0 to {LARGEST_TEMPERATURE:g}, and 1 with `latents`, but is {temperature}."
-        )
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    check_number("batch_size", batch_size, 1, whole=True)
+    check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
+    if latents is not None and temperature != 1:
+        raise ValueError(f"`temperature` must be 1 with `latents`, but is {temperature}.")
     if latents is not None and batch_size == 1:
         batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
     shape = (batch_size, num_latents, 1, 1)
     if latents is None:
         return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+    check_shape("latents", latents, shape)
     return latents.to(device=device, dtype=dtype)
 
 
-def check_finite(images: torch.Tensor, temperature: float) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
-    if not images.isfinite().all():
-        raise ValueError(
-            f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
-            "`temperature`, or load the pipeline with dtype=torch.float32."
-        )
-
-
-def postprocess(
-    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
-) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
-    if output_type not in ("pil", "np", "pt", None):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
@@ -163,19 +172,6 @@ class SelfContained:
         super().save_config(save_directory, **kwargs)
 
 
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> from ecvae_diffusers import ECFlowPipeline
-
-        >>> pipe = ECFlowPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
-        >>> images = pipe(batch_size=16, temperature=0.8).images  # doctest: +SKIP
-        >>> images[0].save("sample.png")  # doctest: +SKIP
-        ```
-"""
-
-
 class ECFlowPipeline(SelfContained, DiffusionPipeline):
     r"""
     Pipeline for unconditional image generation with an energy-calibrated normalizing flow: one pass of its inverse per image.
@@ -205,16 +201,15 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         temperature: float = 1.0,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[list[PIL.Image.Image]]:
+    ) -> ImagePipelineOutput:
         r"""
         The call function to the pipeline for generation: one pass of the flow's inverse, and no other network.
 
@@ -230,14 +225,19 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
                 images are clamped; or `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
-                Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
+                Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 
         Examples:
+            ```py
+            >>> from ecvae_diffusers import ECFlowPipeline
+
+            >>> pipe = ECFlowPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+            >>> images = pipe(batch_size=16, temperature=0.8).images  # doctest: +SKIP
+            >>> images[0].save("sample.png")  # doctest: +SKIP
+            ```
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`:
-                If `return_dict` is `True`, [`~pipelines.ImagePipelineOutput`] is returned, otherwise a `tuple` is
-                returned where the first element is a list with the generated images.
+            [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
             ValueError: if an argument is outside its range.
@@ -247,10 +247,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         )
         if output_type != "latent":
             sample = self.flow.decode(image)
-            check_finite(sample, temperature)
+            check_finite(sample, "`temperature`, `latents` and the flow's weights")
             image = postprocess(sample, self.image_processor, output_type)
         self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (image,)
-        return ImagePipelineOutput(images=image)
+        return ImagePipelineOutput(images=image) if return_dict else (image,)

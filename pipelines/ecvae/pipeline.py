@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,7 +21,7 @@ import torch.nn as nn
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
 
@@ -34,9 +35,9 @@ LangevinScheduler = SchedulerMixin
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
-    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
-    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
-    `requires_grad` of every part are restored.
+    Freeze a module while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration, and change the
+    energy, at every step), no parameter gradients, normalized weights computed once. The mode and `requires_grad` of every part are
+    restored.
 
     Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
     after the layer's forward pass, so what backward needs is kept from that pass.
@@ -58,48 +59,38 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
     """
-    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
-    A module is given samples in the precision of its parameters; with `dtype` it computes in that one, by autocast.
+    Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
+    numbers. A module gets the samples in the precision of its parameters.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
             # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
-    if dtype is None:
-        output = energy_model(sample)
-    else:
-        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            if isinstance(energy_model, nn.Module):
-                # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
-                output = type(energy_model).forward(energy_model, sample)
-            else:
-                output = energy_model(sample)
+    output = energy_model(sample)
     energy = getattr(output, "energy", output)
-    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
+    if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
-        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
-    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
+        raise ValueError(f"`energy_model` must give one energy per sample ({len(sample)}), but gave {found}.")
+    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(len(sample))
 
 
 def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
-    """A tensor of inference mode can't be computed with where gradients are taken, a copy of it can."""
+    """Copy a tensor of inference mode, with which nothing can be computed where gradients are taken."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
 
 
-def energy_and_gradient(
-    energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def energy_and_gradient(energy_model: Callable, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No
-    graph is kept. `dtype` as for `compute_energy`.
+    Return each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No graph
+    is kept.
     """
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
-        energy = compute_energy(energy_model, sample, dtype)
+        energy = compute_energy(energy_model, sample)
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 
 
@@ -108,13 +99,13 @@ DRIFT_STEP = 0.1
 
 class PosteriorEnergy:
     """
-    U of a batch of images, as a function of whitened latents: an energy for `EnergyCalibrator.calibrate(..., energy_model=)`.
+    The energy U of a batch of images, as a function of whitened latents, for `EnergyCalibrator.calibrate(..., energy_model=)`.
 
     Args:
         decode (`Callable`): G: latents (B, d, 1, 1) -> images (B, C, H, W).
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
-        posterior (`DiagonalGaussianDistribution`): q(z|x); its mean and standard deviation are taken as they are now.
-        variance (`float`): s^2 > 0, a pixel.
+        posterior (`DiagonalGaussianDistribution`): q(z|x), whose mean and standard deviation are frozen.
+        variance (`float`): s^2 > 0, per pixel.
 
     Raises:
         ValueError: if `variance` is not above 0.
@@ -130,15 +121,15 @@ class PosteriorEnergy:
         self.mean, self.std = (out_of_inference_mode(moment.detach().float()) for moment in moments)
 
     def whiten(self, latents: torch.Tensor) -> torch.Tensor:
-        """u = (z - m) / sigma, with gradients to z alone."""
+        """Return u = (z - m) / sigma, with gradients to z alone."""
         return (latents - self.mean) / self.std
 
     def unwhiten(self, whitened: torch.Tensor) -> torch.Tensor:
-        """z = m + sigma u."""
+        """Return z = m + sigma u."""
         return self.mean + self.std * whitened
 
     def __call__(self, whitened: torch.Tensor) -> torch.Tensor:
-        """U(m + sigma u), one number an image: shape (B,)."""
+        """Return U(m + sigma u), shape (B,)."""
         latents = self.unwhiten(whitened)
         error = (self.decode(latents).float() - self.images.float()).square().flatten(1).sum(1)
         return error / (2 * self.variance) + latents.square().flatten(1).sum(1) / 2
@@ -152,18 +143,18 @@ def refine(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    The end of `posterior_chain` from whitened latents; without noise that of gradient descent on U, which never rises. Written
-    out, because a pipeline on the Hub has no scheduler but the one it was saved with.
+    Return the end of `posterior_chain` from whitened latents, or without noise that of gradient descent on U, which never rises.
+    Written out, because a pipeline on the Hub has only the scheduler that it was saved with.
 
-    The step fits where q is near the posterior. Of an image unlike the data q may be far too wide, and a step lead uphill: in
-    descent such a step is not taken, and those of that image are halved from there on.
+    The step fits where q is near the posterior. For an image unlike the data, q may be far too wide, and a step lead uphill: descent
+    does not take such a step, and halves the next ones of that image.
 
     Args:
-        energy ([`PosteriorEnergy`]): U, of a decoder that is held still.
+        energy ([`PosteriorEnergy`]): U, of a frozen decoder.
         whitened (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, float32.
-        steps (`Iterable`): As many as there are to be steps, a progress bar for example.
-        noise (`bool`): Whether to draw it.
-        generator (`torch.Generator` or a list of one an image, *optional*): Draws the noise.
+        steps (`Iterable`): One item per step, a progress bar for example.
+        noise (`bool`): Whether to add noise.
+        generator (`torch.Generator` or a list of one per image, *optional*): Draws the noise.
     """
     if noise:
         for _ in steps:
@@ -190,16 +181,13 @@ logger = logging.get_logger(__name__)
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
+Generators = torch.Generator | list[torch.Generator] | None
+
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
-
-
-UNRANGED_MODES = {"F", "I"}
-
-
-FORMATS_OF_16_BITS = {"PNG", "PPM"}
 
 
 EXIF_ORIENTATION, TIFF_BITS = 0x0112, 0x0102
@@ -219,25 +207,30 @@ UPRIGHT = {
 RANGE_TOLERANCE = 1e-3
 
 
+LARGEST_VALUE = 1e12
+
+
 LARGEST_TEMPERATURE = 100.0
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
     """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
+    # Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
-    return None if image.mode in UNRANGED_MODES else 255
+    return None if image.mode in ("F", "I") else 255
 
 
-def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the picture's mode has no agreed white."""
-    if white_level(image) is None:
-        low, high = image.getextrema()
-        white = next((level for level in (1, 255, 65535) if high <= level), high)
-        raise ValueError(
-            f"mode {image.mode} has no agreed range, and the values go from {low:.4g} to {high:.4g}. If white is {white:g}: "
-            f"PIL.Image.fromarray((numpy.asarray(image) / {white:g} * 255).clip(0, 255).round().astype('uint8'))"
-        )
+def check_mode(image: PIL.Image.Image) -> int:
+    """Return the level of white, or raise `ValueError` if the picture's mode has no agreed one."""
+    if (white := white_level(image)) is not None:
+        return white
+    low, high = np.asarray(image).min(), np.asarray(image).max()
+    guess = next((level for level in (1, 255, 65535) if high <= level), high)
+    raise ValueError(
+        f"mode {image.mode} has no agreed white, and goes from {low:.4g} to {high:.4g}. If white is {guess:g}: "
+        f"PIL.Image.fromarray((numpy.asarray(image) / {guess:g} * 255).clip(0, 255).round().astype('uint8'))"
+    )
 
 
 def orientation(image: PIL.Image.Image) -> int:
@@ -245,16 +238,14 @@ def orientation(image: PIL.Image.Image) -> int:
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(
-            f"the EXIF data can't be read ({error}). To read the pixels as they are stored: image.info.pop('exif')"
-        ) from error
+        raise ValueError(f"the EXIF data can't be read ({error}). Without them: image.info.pop('exif')") from error
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
     image.load()  # Pillow turns TIFF files itself.
-    turn = UPRIGHT.get(orientation(image))
-    return image if turn is None else image.transpose(turn)
+    stored = orientation(image)
+    return image.transpose(UPRIGHT[stored]) if stored in UPRIGHT else image
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -266,10 +257,8 @@ def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
         # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
-    transparent = pixels == key
-    return PIL.Image.fromarray(
-        np.where(transparent.all(-1) if image.mode == "RGB" else transparent, 0, 255).astype("u1")
-    )
+    transparent = (pixels == key).all(-1) if image.mode == "RGB" else pixels == key
+    return PIL.Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))
 
 
 def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
@@ -281,8 +270,7 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     Raises:
         ValueError: if the mode has no agreed white, or the EXIF data can't be read.
     """
-    check_mode(image)
-    white = white_level(image)
+    white = check_mode(image)
     image = upright(image)
     alpha = None
     if "transparency" in image.info and (white > 255 or image.mode in ("L", "RGB")):
@@ -310,9 +298,6 @@ def as_list(images: Images, name: str) -> list:
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
         raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
-    sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
-    if len(sizes) > 1:
-        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
     return images
 
 
@@ -325,32 +310,23 @@ def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Convert pictures to one tensor (B, C, H, W) in [0, 1].
+    Convert pictures to one tensor (B, C, H, W) in [0, 1], or raise `ValueError`.
 
-    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and may hold values that are
-    not finite.
-
-    Raises:
-        ValueError: if there is no picture, sizes differ, or a picture can't be read or is not in [0, 1].
+    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and values that are not finite.
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
-        levels = read_all(images, "image", lambda one: np.atleast_3d(read_picture(one, channels)))
+        levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
             logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
         return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
         images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
     picture = processor.preprocess(images[0] if len(images) == 1 else images)
-    if not picture.is_floating_point():
-        raise ValueError(
-            f"`image` must be floating-point in [0, 1], but is {picture.dtype}. From 8-bit levels: image / 255."
-        )
     finite = picture[picture.isfinite()]
-    if ((finite < -RANGE_TOLERANCE) | (finite > 1 + RANGE_TOLERANCE)).any():
-        low, high = finite.min(), finite.max()
-        recipe = " From [-1, 1]: image / 2 + 0.5." if max(-low, high) <= 1 + RANGE_TOLERANCE else ""
-        raise ValueError(f"`image` must have values in [0, 1], but they go from {low:.4g} to {high:.4g}.{recipe}")
+    low, high = finite.aminmax() if len(finite) else (0, 1)
+    if not picture.is_floating_point() or low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"`image` must be floating-point in [0, 1], but is {picture.dtype} from {low:g} to {high:g}.")
     return picture
 
 
@@ -361,62 +337,66 @@ def has_colours(image: PIL.Image.Image) -> bool:
     return bool((pixels[..., 1:] != pixels[..., :1]).any())
 
 
-def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
+    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
+
+
+def check_generator(generator: Generators, count: int) -> None:
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` images."""
     kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
     if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
-        raise ValueError(
-            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
-        )
+        raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
+
+
+def check_finite(images: torch.Tensor, suspects: str) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
 
 def prepare_latents(
     batch_size: int,
     num_latents: int,
     temperature: float,
-    generator: torch.Generator | list[torch.Generator] | None,
+    generator: Generators,
     latents: torch.Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """
     Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
-
-    Raises:
-        ValueError: if an argument is outside its range, or `latents` do not fit the others.
+    Raises `ValueError` if an argument is outside its range, or `latents` do not fit the others.
     """
-    if not 0 <= temperature <= LARGEST_TEMPERATURE or (temperature != 1.0 and latents is not None):
-        raise ValueError(
-            f"`temperature` must be from 0 to {LARGEST_TEMPERATURE:g}, and 1 with `latents`, but is {temperature}."
-        )
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    check_number("batch_size", batch_size, 1, whole=True)
+    check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
+    if latents is not None and temperature != 1:
+        raise ValueError(f"`temperature` must be 1 with `latents`, but is {temperature}.")
     if latents is not None and batch_size == 1:
         batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
     shape = (batch_size, num_latents, 1, 1)
     if latents is None:
         return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+    check_shape("latents", latents, shape)
     return latents.to(device=device, dtype=dtype)
 
 
-def check_finite(images: torch.Tensor, temperature: float) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
-    if not images.isfinite().all():
-        raise ValueError(
-            f"Images at a `temperature` of {temperature:g} or of the given `latents` are not finite in {images.dtype}: lower "
-            "`temperature`, or load the pipeline with dtype=torch.float32."
-        )
-
-
-def postprocess(
-    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
-) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
-    if output_type not in ("pil", "np", "pt", None):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
@@ -498,22 +478,6 @@ class SelfContained:
         super().save_config(save_directory, **kwargs)
 
 
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> from ecvae_diffusers import ECVAEPipeline
-
-        >>> pipe = ECVAEPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
-        >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images  # doctest: +SKIP
-        >>> images[0].save("sample.png")  # doctest: +SKIP
-        ```
-"""
-
-PipelineImageInput = (
-    PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
-)
-
 # Bytes of the decoder's widest activations that a CPU computes at a time. More outgrow the cache, and each buffer is fetched
 # from the system anew: batches of 256 were up to 2.5 times slower.
 CPU_PART_BYTES = 8 * 2**20
@@ -527,8 +491,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
     Args:
-        vae ([`AutoencoderEC`]):
-            The autoencoder whose decoder maps latents from N(0, I) to images.
+        vae ([`AutoencoderEC`]): The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
             The energy model that calibrated it. Only `score` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
@@ -537,7 +500,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model", "scheduler"]
-    _interrupt, _num_timesteps = False, 0
+    _interrupt = False
+    num_timesteps = 0  # refinement steps of the latest call
 
     def __init__(
         self,
@@ -549,21 +513,17 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
-    def check_inputs(self, num_refinement_steps: int, output_type: str | None) -> None:
-        if num_refinement_steps < 0 or (num_refinement_steps > 0 and output_type == "latent"):
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ECVAEPipeline":
+        """
+        Share the components of another pipeline. Of a restoration pipeline, which has no scheduler, give one too:
+        `from_pipe(restoration, scheduler=scheduler)`, or `None` to do without `num_refinement_steps`.
+        """
+        if "scheduler" not in kwargs and "scheduler" not in pipeline.components:
             raise ValueError(
-                f"`num_refinement_steps` must be at least 0, and 0 with output_type='latent', but is {num_refinement_steps}."
+                f"`scheduler` must be given, since {type(pipeline).__name__} has none: a LangevinScheduler or None."
             )
-        if num_refinement_steps > 0 and (self.energy_model is None or self.scheduler is None):
-            missing = "energy_model" if self.energy_model is None else "scheduler"
-            raise ValueError(
-                f"`num_refinement_steps` requires an energy model and a scheduler; this pipeline has no `{missing}`."
-            )
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of refinement steps of the latest call."""
-        return self._num_timesteps
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def interrupt(self) -> bool:
@@ -571,61 +531,47 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return self._interrupt
 
     def refinement_steps(self, num_steps: int) -> Iterable[int]:
-        self._interrupt, self._num_timesteps = False, num_steps
+        self._interrupt, self.num_timesteps = False, num_steps
         return takewhile(lambda step: not self.interrupt, self.progress_bar(range(num_steps)))
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
-        Return device and dtype of the decoder's latents: those of the layer that reads them, unless a hook (offloading,
-        layerwise casting) moves or casts it. diffusers' properties know the hooks, but walk through all modules five times,
-        which takes as long as half a pass of a small decoder.
+        Return device and dtype of the decoder's latents. diffusers' properties know the hooks that move or cast them, but walk
+        through all modules five times, which takes as long as half a pass of a small decoder.
         """
         conv_in = self.vae.decoder.conv_in
-        # A hook that reaches this layer sits on it or on a module around it.
-        modules = (self.vae, self.vae.decoder, conv_in)
+        modules = (self.vae, self.vae.decoder, conv_in)  # on which such a hook sits
         if any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook")):
             return self._execution_device, self.vae.dtype
         return conv_in.weight.device, conv_in.weight.dtype
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
-        part = len(latents)
+        config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
-            config = self.vae.config
             widest = config.block_out_channels[0] * config.sample_size**2 * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
-        if part >= len(latents):
-            return self.vae.decode(latents, return_dict=False)[0]
-        return torch.cat([self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)])
+        images = [self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)]
+        return images[0] if len(images) == 1 else torch.cat(images)
 
-    def prepare_image(self, image: PipelineImageInput) -> torch.Tensor:
+    def prepare_image(self, image: Images) -> torch.Tensor:
         """
-        Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1].
-
-        Raises:
-            ValueError: if size, channels or range are not the model's, or a value is not finite.
+        Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1]. Raises
+        `ValueError` if size, channels or range are not the model's, or a value is not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
-        if tuple(images.shape) != (max(1, len(images)), channels, size, size):
-            raise ValueError(
-                f"`image` must have shape (batch, {channels}, {size}, {size}), but has {tuple(images.shape)}."
-            )
+        check_shape("image", images, (max(1, len(images)), channels, size, size))
         if not images.isfinite().all():
             raise ValueError("`image` must have finite values.")
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
         return self.image_processor.normalize(images)
 
-    def refine(
-        self,
-        sample: torch.Tensor,
-        num_refinement_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
+    def refine(self, sample: torch.Tensor, num_refinement_steps: int, generator: Generators) -> torch.Tensor:
         """Run the calibrating chain, which training teaches the decoder, on images in [-1, 1]."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
-        # A copy, since the pipeline's scheduler may belong to a calibrator with another number of steps.
+        # A copy: the pipeline's may be a calibrator's, with another number of steps.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
@@ -635,23 +581,21 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return sample.to(dtype)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         temperature: float = 1.0,
         num_refinement_steps: int = 0,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         r"""
         The call function to the pipeline for generation: one decoder pass, and no other network.
 
         Args:
-            batch_size (`int`, *optional*, defaults to 1):
-                The number of images to generate.
+            batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per image, to make generation deterministic.
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
@@ -664,46 +608,51 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
                 `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
-                Whether or not to return a [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
+                Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from ecvae_diffusers import ECVAEPipeline
+
+            >>> pipe = ECVAEPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+            >>> images = pipe(batch_size=16, generator=torch.Generator().manual_seed(0)).images  # doctest: +SKIP
+            >>> images[0].save("sample.png")  # doctest: +SKIP
+            ```
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`:
-                If `return_dict` is `True`, [`~pipelines.ImagePipelineOutput`] is returned, otherwise a `tuple` is
-                returned where the first element is a list with the generated images.
+            [`~pipelines.ImagePipelineOutput`] or `tuple`
 
         Raises:
             ValueError: if an argument is outside its range.
         """
-        self.check_inputs(num_refinement_steps, output_type)
+        check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
+        if num_refinement_steps and (output_type == "latent" or self.energy_model is None or self.scheduler is None):
+            raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
         num_latents = self.vae.config.latent_channels
         latents = prepare_latents(batch_size, num_latents, temperature, generator, latents, *self.latents_placement())
         if output_type == "latent":
             image = latents
         else:
             image = self.decode(latents)
-            check_finite(image, temperature)
+            check_finite(image, "`temperature`, `latents` and the decoder's weights")
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator)
             image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (image,)
-        return ImagePipelineOutput(images=image)
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
 
     @torch.no_grad()
     def reconstruct(
         self,
-        image: PipelineImageInput,
+        image: Images,
         sample_posterior: bool = False,
         num_refinement_steps: int = 0,
         variance: float = 0.5,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """
         Encode images and decode them again.
 
@@ -717,7 +666,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant: Langevin steps from a draw, gradient descent to the
                 likeliest latents from the mean.
             variance (`float`, *optional*, defaults to 0.5):
-                s^2 per pixel, above 0: half of the KL weight that the autoencoder was trained with.
+                s^2 per pixel, from 1e-12: half of the KL weight that the autoencoder was trained with.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per image, to make the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -730,33 +679,29 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if `image` does not fit the model, or another argument is outside its range.
         """
-        if num_refinement_steps < 0:
-            raise ValueError(f"`num_refinement_steps` must be at least 0, but is {num_refinement_steps}.")
-        if not 0 < variance < float("inf"):
-            raise ValueError(f"`variance` must be a finite number above 0, but is {variance}.")
+        check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
+        check_number("variance", variance, 1e-12)
         images = self.prepare_image(image)
-        check_generator(generator, images.shape[0])
+        check_generator(generator, len(images))
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         if num_refinement_steps > 0:
-            energy = PosteriorEnergy(
-                lambda z: self.vae.decode(z.to(latents.dtype)).sample, images, posterior, variance
-            )
-            steps = self.refinement_steps(num_refinement_steps)
+            dtype, steps = latents.dtype, self.refinement_steps(num_refinement_steps)
+            energy = PosteriorEnergy(lambda z: self.vae.decode(z.to(dtype)).sample, images, posterior, variance)
             with frozen(self.vae):
                 whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
-            latents = energy.unwhiten(whitened).to(latents.dtype)
+            latents = energy.unwhiten(whitened).to(dtype)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
     @torch.no_grad()
     def interpolate(
         self,
-        image_a: PipelineImageInput,
-        image_b: PipelineImageInput,
+        image_a: Images,
+        image_b: Images,
         num_steps: int = 8,
         output_type: str | None = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """
         Decode the straight line between the encodings of two images.
 
@@ -774,15 +719,14 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if there are fewer than 2 steps, or an image does not fit the model.
         """
-        if num_steps < 2:
-            raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}.")
+        check_number("num_steps", num_steps, 2, whole=True)
         ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
         weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
         latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
         return self(latents=latents, output_type=output_type, return_dict=return_dict)
 
     @torch.no_grad()
-    def score(self, image: PipelineImageInput) -> torch.Tensor:
+    def score(self, image: Images) -> torch.Tensor:
         """
         Return the energies of images: low means like the training data. Only differences between energies are meaningful.
 
@@ -797,7 +741,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             ValueError: if the pipeline has no energy model, or an image does not fit the model.
         """
         if self.energy_model is None:
-            raise ValueError("`score` requires an energy model; this pipeline has no `energy_model`.")
+            raise ValueError("`score` requires an `energy_model`.")
         sample = self.prepare_image(image).to(self.energy_model.dtype)
         with frozen(self.energy_model):
             energy = compute_energy(self.energy_model, sample)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import PIL.Image
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
 
@@ -35,9 +35,9 @@ EnergyModel = ModelMixin
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
-    Hold a module still while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration,
-    and change the energy, at every step), no parameter gradients, normalized weights computed once. The mode and
-    `requires_grad` of every part are restored.
+    Freeze a module while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration, and change the
+    energy, at every step), no parameter gradients, normalized weights computed once. The mode and `requires_grad` of every part are
+    restored.
 
     Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
     after the layer's forward pass, so what backward needs is kept from that pass.
@@ -59,49 +59,45 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def compute_energy(energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
     """
-    One energy a sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B.
-    A module is given samples in the precision of its parameters; with `dtype` it computes in that one, by autocast.
+    Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
+    numbers. A module gets the samples in the precision of its parameters.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
             # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
-    if dtype is None:
-        output = energy_model(sample)
-    else:
-        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            if isinstance(energy_model, nn.Module):
-                # The class's own `forward`: Accelerate puts one on the module that autocasts to the precision of training.
-                output = type(energy_model).forward(energy_model, sample)
-            else:
-                output = energy_model(sample)
+    output = energy_model(sample)
     energy = getattr(output, "energy", output)
-    if not isinstance(energy, torch.Tensor) or energy.numel() != sample.shape[0]:
+    if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
-        raise ValueError(f"`energy_model` must give one energy a sample ({sample.shape[0]}), but gave {found}.")
-    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(sample.shape[0])
+        raise ValueError(f"`energy_model` must give one energy per sample ({len(sample)}), but gave {found}.")
+    return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(len(sample))
 
 
 def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
-    """A tensor of inference mode can't be computed with where gradients are taken, a copy of it can."""
+    """Copy a tensor of inference mode, with which nothing can be computed where gradients are taken."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
 
 
-def energy_and_gradient(
-    energy_model: Callable, sample: torch.Tensor, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def energy_and_gradient(energy_model: Callable, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No
-    graph is kept. `dtype` as for `compute_energy`.
+    Return each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No graph
+    is kept.
     """
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
-        energy = compute_energy(energy_model, sample, dtype)
+        energy = compute_energy(energy_model, sample)
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
+
+
+MAX_ITERATIONS = 1000
+
+
+STAGNATION = 50
 
 
 class Factors(NamedTuple):
@@ -111,13 +107,6 @@ class Factors(NamedTuple):
     left: torch.Tensor
     values: torch.Tensor
     right: torch.Tensor
-
-
-@contextmanager
-def kept_for_gradients() -> Iterator[None]:
-    """Make tensors that can be used for gradients later, even in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def factorize(matrix: torch.Tensor) -> Factors:
@@ -145,12 +134,6 @@ def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rc
     return apply(rows.right, columns.right, spectrum).to(y.dtype)
 
 
-MAX_ITERATIONS = 1000
-
-
-STAGNATION = 50
-
-
 def cgls(
     A: Callable[[torch.Tensor], torch.Tensor],
     A_adjoint: Callable[[torch.Tensor], torch.Tensor],
@@ -160,19 +143,11 @@ def cgls(
     max_iterations: int = MAX_ITERATIONS,
 ) -> torch.Tensor:
     """
-    Solve each entry of a batch independently (Hestenes and Stiefel 1952; Bjorck 1996, algorithm 7.4.1).
+    Return x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0, of each entry of a batch (Hestenes and Stiefel 1952; Bjorck 1996,
+    algorithm 7.4.1), in float32 or float64.
 
-    Args:
-        A, A_adjoint (`Callable`): A linear map of batches (B, ...), and its adjoint.
-        y (`torch.Tensor` of shape `(B, ...)`): Right-hand sides, float32 or float64.
-        damping (`float`, *optional*, defaults to 0.0): s, at least 0.
-        tolerance (`float`, *optional*, defaults to 1e-10):
-            An entry is done if its A^T r - s x is at most this times A^T y in norm, or its r this times y. float32 reaches
-            about 1e-6, and stops where it no longer improves.
-        max_iterations (`int`, *optional*, defaults to 1000): Iterations after which to stop with a warning.
-
-    Returns:
-        `torch.Tensor` of shape `(B, ...)`: x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0.
+    An entry is done if its A^T r - s x is at most `tolerance` times A^T y in norm, or its r `tolerance` times y. float32 reaches
+    about 1e-6, and stops where it no longer improves. After `max_iterations` it stops with a warning.
     """
 
     def squares(tensor: torch.Tensor) -> torch.Tensor:
@@ -202,9 +177,7 @@ def cgls(
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
-    warnings.warn(
-        f"CGLS stopped after {max_iterations} iterations, before its relative gradient or residual reached {tolerance}."
-    )
+    warnings.warn(f"CGLS stopped after {max_iterations} iterations, before a relative residual of {tolerance}.")
     return x
 
 
@@ -215,12 +188,12 @@ class LeastSquares(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, A, A_adjoint, damping, tolerance):
-        ctx.problem = (A, A_adjoint, damping, tolerance)
-        return cgls(A, A_adjoint, y, damping, tolerance)
+    def forward(ctx: Any, y: torch.Tensor, A: Callable, A_adjoint: Callable, *settings: Any) -> torch.Tensor:
+        ctx.problem = (A, A_adjoint, *settings)
+        return cgls(A, A_adjoint, y, *settings)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         A, A_adjoint, *settings = ctx.problem
         return LeastSquares.apply(gradient, A_adjoint, A, *settings), None, None, None, None
 
@@ -236,23 +209,18 @@ class LinearOperator(nn.Module):
     A linear measurement of images in [-1, 1]. All methods take batches on any device and in any floating dtype, and are
     differentiable.
 
-    A subclass has `A`, `A_adjoint` and `measurement_shape`, and passes the arguments of its constructor to this one, which
-    registers tensors as buffers and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A;
-    otherwise it may override `A_dagger` with a closed form.
+    A subclass has `A` and `A_adjoint`, and passes the arguments of its constructor to this one, which registers tensors as buffers
+    and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A; otherwise it may override
+    `A_dagger` with a closed form.
     """
 
     # `as_operator` recognizes operators by this, even those of another copy of this class: a pipeline from the Hub brings its own.
     is_linear_operator = True
-    # c if A A^T is c times the projection on the range of A, or None.
-    row_norm: float | None = None
-    # What CGLS computes in; None is the measurement's own dtype.
-    solver_dtype: torch.dtype | None = torch.float64
-    # A^+ leaves out singular values up to this times the largest.
-    rcond: float = 0.0
-    # Whether every image of a batch is measured alike.
-    is_the_same_for_all_images: bool = True
-    # Whether A^T A is diagonal: each entry of a measurement is one of the image's.
-    is_diagonal: bool = False
+    row_norm: float | None = None  # c if A A^T is c times the projection on the range of A
+    solver_dtype: torch.dtype | None = torch.float64  # of CGLS; None is the measurement's own
+    rcond: float = 0.0  # A^+ leaves out singular values up to this times the largest
+    is_the_same_for_all_images: bool = True  # every image of a batch is measured alike
+    is_diagonal: bool = False  # A^T A is: each entry of a measurement is one of the image's
 
     def __init__(self, **arguments: Any):
         super().__init__()
@@ -271,24 +239,17 @@ class LinearOperator(nn.Module):
         raise NotImplementedError
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the measurement of one image (C, H, W), or raise `ValueError` if the operator can't measure it."""
-        raise NotImplementedError
+        """Return the shape of the measurement of one image (C, H, W)."""
+        return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """
-        Apply the pseudo-inverse: of all x whose A x is nearest to y, A^+ y has the least norm.
+        Apply the pseudo-inverse to measurements (B, ...): of all x whose A x is nearest to y, A^+ y has the least norm. With a
+        `damping` s above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
 
         Without a closed form, CGLS solves it from 0, in float64 if the device has it: to a relative residual of 1e-10 for
         measurements in float64 and 1e-8 in float32 (1e-6 if it computes in float32).
-
-        Args:
-            y (`torch.Tensor` of shape `(B, ...)`): Measurements.
-            damping (`float`, *optional*, defaults to 0.0): s, at least 0. Above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
-
-        Raises:
-            ValueError: if `damping` is below 0 or not finite.
         """
-        check_damping(damping)
         if self.row_norm is not None:
             return self.A_adjoint(y) / (self.row_norm + damping)
         return self.solve(y, damping)
@@ -299,22 +260,26 @@ class LinearOperator(nn.Module):
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
 
-    def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, int, int], damping: float = 0.0) -> torch.Tensor:
+    def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, ...], damping: float = 0.0) -> torch.Tensor:
         """Apply `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
-        if image_shape not in self.decompositions:
-            with kept_for_gradients():
-                entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
-                self.decompositions[image_shape] = factorize(self.A(entries).flatten(1).mT)
+
+        def matrix() -> torch.Tensor:
+            entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
+            return self.A(entries).flatten(1).mT
+
         column = y.flatten(1)[:, None, :, None]
-        solved = inverse(self.decompositions[image_shape], ONE, column, damping, self.rcond)
+        solved = inverse(self.decomposed(image_shape, matrix), ONE, column, damping, self.rcond)
         return solved.view(len(y), *image_shape)
+
+    def decomposed(self, key: tuple[int, ...], matrix: Callable[[], torch.Tensor]) -> Factors:
+        """Decompose a matrix once, so that its factors serve gradients later, even if they are made in inference mode."""
+        if key not in self.decompositions:
+            with torch.inference_mode(False), torch.no_grad():
+                self.decompositions[key] = factorize(matrix())
+        return self.decompositions[key]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.A(x)
-
-    def extra_repr(self) -> str:
-        plain = {k: v for k, v in self._arguments.items() if isinstance(v, int | float | str | tuple | None)}
-        return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
         """Return the constructor's arguments for JSON. Tensors go to `tensors`, and their names to the config."""
@@ -330,15 +295,13 @@ class LinearOperator(nn.Module):
         return config
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> "LinearOperator":
+    def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] = {}) -> "LinearOperator":
         """
-        Build an operator of any class from the config of `to_config`.
-
-        Raises:
-            ValueError: if the class is unknown. The class of an operator of your own must be imported before.
+        Build an operator of any class from the config of `to_config`. Raises `ValueError` if the class is unknown: that of an
+        operator of your own must be imported before.
         """
-        config = dict(config)
-        name, kinds = config.pop("_class_name", None), {kind.__name__: kind for kind in subclasses(LinearOperator)}
+        config, kinds = dict(config), {kind.__name__: kind for kind in subclasses(LinearOperator)}
+        name = config.pop("_class_name", None)
         if name not in kinds:
             raise ValueError(f"`_class_name` must be one of {', '.join(sorted(kinds))}, but is {name!r}.")
         for key, value in config.items():
@@ -369,9 +332,8 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator of two functions, which solves for A^+. It can't be saved: a config can't hold functions.
-
-    The functions are called with contiguous copies of batches, which they may change, in the dtype of the measurement.
+    An operator of two functions, which solves for A^+. It can't be saved. The functions are called with contiguous copies of
+    batches, which they may change, in the dtype of the measurement.
 
     Args:
         A (`Callable`): A linear map of images (B, C, H, W) to measurements (B, ...).
@@ -391,20 +353,12 @@ class FunctionOperator(LinearOperator):
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return self.functions[1](y.clone(memory_format=torch.contiguous_format))
 
-    def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(self.A(torch.zeros(1, *image_shape)).shape[1:])
-
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
         raise ValueError("A `FunctionOperator` can't be saved: a config can't hold functions.")
 
 
-def check_damping(damping: float) -> None:
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"`damping` must be a finite number of at least 0, but is {damping}.")
-
-
 def subclasses(kind: type) -> set[type]:
-    return {kind}.union(*map(subclasses, kind.__subclasses__())) if kind.__subclasses__() else {kind}
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
 
 
 def as_operator(operator: Any) -> LinearOperator:
@@ -419,8 +373,7 @@ def as_operator(operator: Any) -> LinearOperator:
     if isinstance(operator, tuple | list) and len(operator) == 2 and all(map(callable, operator)):
         return FunctionOperator(*operator)
     raise ValueError(
-        "`operator` must be a LinearOperator, an object with methods `A` and `A_adjoint`, or a pair of such functions, "
-        f"but is {operator!r}."
+        f"`operator` must be a LinearOperator, have `A` and `A_adjoint`, or be a pair of them, not {operator!r}."
     )
 
 
@@ -436,6 +389,7 @@ class Inpainting(LinearOperator):
 
     row_norm = 1.0
     is_diagonal = True
+    mask: torch.Tensor
 
     def __init__(self, mask: torch.Tensor):
         if mask.ndim not in (2, 3, 4):
@@ -446,14 +400,13 @@ class Inpainting(LinearOperator):
         self.is_the_same_for_all_images = mask.ndim < 4 or len(mask) == 1
 
     @classmethod
-    def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> "Inpainting":
+    def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> Self:
         """Make the operator for images with a missing box, whose first row and column are `top` and `left`."""
-        fits = top + box_height <= height and left + box_width <= width
-        if min(top, left, box_height, box_width) < 0 or not fits:
-            box = f"{box_height}x{box_width} px at ({top}, {left})"
-            raise ValueError(f"`box_height` and `box_width` must fit the image of {height}x{width} px, but are {box}.")
+        bottom, right = top + box_height, left + box_width
+        if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
+            raise ValueError(f"`box_height` {box_height} and `box_width` {box_width} must fit {height}x{width} px.")
         mask = torch.ones(height, width, dtype=torch.bool)
-        mask[top : top + box_height, left : left + box_width] = False
+        mask[top:bottom, left:right] = False
         return cls(mask)
 
     @classmethod
@@ -464,7 +417,7 @@ class Inpainting(LinearOperator):
         observed: float,
         generator: torch.Generator | None = None,
         num_masks: int | None = None,
-    ) -> "Inpainting":
+    ) -> Self:
         """
         Make the operator that observes each pixel, with all its channels, with probability `observed`. With `num_masks` it has
         as many masks, one per image.
@@ -475,21 +428,17 @@ class Inpainting(LinearOperator):
         return cls(torch.rand(shape, generator=generator) < observed)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mask.ndim == 4 and len(self.mask) not in (1, len(x)):
-            raise ValueError(f"`mask` holds masks of {len(self.mask)} images, but there are {len(x)}.")
-        self.measurement_shape(tuple(x.shape[1:]))
+        *channels, height, width = self.mask.shape[-3:]
+        count = len(self.mask) if self.mask.ndim == 4 else 1
+        if [height, width] != [*x.shape[2:]] or channels not in ([], [1], [x.shape[1]]) or count not in (1, len(x)):
+            raise ValueError(f"`mask` of shape {tuple(self.mask.shape)} does not fit images of {tuple(x.shape)}.")
         return x * self.mask.to(x)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return self.A(y)
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        mask_shape = tuple(self.mask.shape[-3:])
-        if mask_shape[-2:] != tuple(image_shape[-2:]) or (
-            len(mask_shape) == 3 and mask_shape[0] not in (1, image_shape[0])
-        ):
-            raise ValueError(f"`mask` of shape {tuple(self.mask.shape)} does not fit images of {tuple(image_shape)}.")
-        return tuple(image_shape)
+        return tuple(image_shape)  # of one image, whatever the number of masks
 
 
 HIGHEST_FREQUENCY = math.sqrt(0.5)
@@ -498,35 +447,31 @@ HIGHEST_FREQUENCY = math.sqrt(0.5)
 def bands_around(
     height: int, width: int, num_bands: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The band below each frequency of `torch.fft.rfft2`, and how much the one above it counts, from 0 to 1: (H, W // 2 + 1)."""
+    """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the one above it: (H, W // 2 + 1)."""
     vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=device)
     horizontal = torch.fft.rfftfreq(width, dtype=torch.float64, device=device)
-    radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles a pixel
+    radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles per pixel
     place = radius / HIGHEST_FREQUENCY * (num_bands - 1)
     below = place.floor().long().clamp(max=max(num_bands - 2, 0))
     return below, (place - below).clamp(0, 1)
 
 
 def multiplicity(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """
-    How many of all frequencies each one of `rfft2` stands for: 2, but for the columns that are their own mirror image, 1. Shape
-    (H, W // 2 + 1).
-    """
+    """Return how many frequencies each one of `rfft2` stands for: 1 in columns that are their own mirror image, 2 elsewhere."""
     count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device=device)
     count[0] = 1
-    if width % 2 == 0:
-        count[-1] = 1
+    count[width - width // 2 :] = 1  # only of an even width
     return count.expand(height, -1)
 
 
 def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Of values at the frequencies of `rfft2`, each of which counts as often as it stands for."""
+    """Return the mean over all frequencies of values at those of `rfft2`."""
     count = multiplicity(values.shape[0], width, values.device)
     return (values * count).sum() / count.sum()
 
 
 def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """S at the frequencies of `rfft2`, by its values at the bands: (H, W // 2 + 1)."""
+    """Return S at the frequencies of `rfft2`, (H, W // 2 + 1), by its values at the bands."""
     if len(spectrum) == 1:
         return spectrum.expand(height, width // 2 + 1)
     below, above = bands_around(height, width, len(spectrum), spectrum.device)
@@ -535,11 +480,8 @@ def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Ten
 
 def colored(white: torch.Tensor, spectrum: list[float] | None) -> torch.Tensor:
     """
-    C^(1/2) applied to images: of independent entries of variance 1 it makes such as the model's error, variance 1 a pixel too.
-
-    Args:
-        white (`torch.Tensor` of shape `(B, C, H, W)`): Images.
-        spectrum (`list[float]`, *optional*): S at its bands; not given, C is the identity.
+    Apply C^(1/2) to images (B, C, H, W): independent entries of variance 1 become errors like the model's, of variance 1 per pixel
+    too. Without a `spectrum` C is the identity.
     """
     if spectrum is None:
         return white
@@ -586,23 +528,14 @@ class Likelihood:
 
     Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
     after the other: it may have a mask per image.
-
-    Args:
-        operator ([`LinearOperator`]): A.
-        y (`torch.Tensor` of shape `(B, ...)`): Measurements of images in [-1, 1].
-        noise_std (`float`): sigma, in the unit of y.
-        model_variance (`float`): v, above 0.
-        num_answers (`int`): M.
-        error_spectrum (`list[float]`, *optional*):
-            Spectrum of the model's error, with which `variance` knows it better than as v I (`model_error.py`).
     """
 
-    operator: LinearOperator
-    y: torch.Tensor
-    noise_std: float
-    model_variance: float
-    num_answers: int = 1
-    error_spectrum: list[float] | None = None
+    operator: LinearOperator  # A
+    y: torch.Tensor  # (B, ...), of images in [-1, 1]
+    noise_std: float  # sigma, in the unit of y
+    model_variance: float  # v, above 0
+    num_answers: int = 1  # M
+    error_spectrum: list[float] | None = None  # S, by which `variance` knows the model's error better than as v I
 
     @property
     def damping(self) -> float:
@@ -610,10 +543,8 @@ class Likelihood:
         return self.noise_std**2 / self.model_variance
 
     def each_answer(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-        answers = tensor.unflatten(0, (-1, self.num_answers))
-        return torch.stack([function(answers[:, m].contiguous()) for m in range(self.num_answers)], dim=1).flatten(
-            0, 1
-        )
+        answers = tensor.unflatten(0, (-1, self.num_answers)).unbind(1)
+        return torch.stack([function(answer.contiguous()) for answer in answers], dim=1).flatten(0, 1)
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         return self.each_answer(self.operator.A, x)
@@ -651,8 +582,8 @@ class Likelihood:
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Return x^ = G + A_s (y - A G). Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a
-        blur's A^+ leaves out is added with less and less damping, in float64.
+        Return x^ = G + A_s r. Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a blur's A^+
+        leaves out is added with less and less damping, in float64.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
         for level in CUTOFF_LEVELS if self.noise_std == 0 else ():
@@ -724,31 +655,19 @@ def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> t
 
 class Canvas:
     """
-    Images of any size as overlapping tiles of the model's size, or as one tile if the sizes are equal.
-
-    Args:
-        height, width (`int`): Size of the image, each at least `tile_size`.
-        tile_size (`int`): Height and width of a tile.
-        overlap (`int`): Least number of pixels that neighbours share.
+    Images of `height` x `width` pixels as overlapping tiles of the model's size, or as one tile if the sizes are equal. Neighbours
+    share at least `overlap` pixels.
     """
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
         self.height, self.width, self.tile_size = height, width, tile_size
-        self.corners = [
-            (top, left)
-            for top in self.starts(height, tile_size, overlap)
-            for left in self.starts(width, tile_size, overlap)
-        ]
+        tops, lefts = (self.starts(size, tile_size, overlap) for size in (height, width))
+        self.corners = [(top, left) for top in tops for left in lefts]
         # A tile counts less near its border.
         ramp = torch.arange(tile_size) + 0.5
         ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
-        weight = torch.outer(ramp, ramp)
-        total = torch.zeros(height, width)
-        for top, left in self.corners:
-            total[top : top + tile_size, left : left + tile_size] += weight
-        self.weights = torch.stack(
-            [weight / total[top : top + tile_size, left : left + tile_size] for top, left in self.corners]
-        ).unsqueeze(1)
+        weight = torch.outer(ramp, ramp).expand(len(self.corners), 1, -1, -1)
+        self.weights = weight / self.split(self.split_adjoint(weight))
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
@@ -794,7 +713,7 @@ def neural_transport(
     num_steps: int,
     method: str = "langevin",
     energy_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    energy_weight: float = 0.0,
+    energy_weight: float = 1.0,
     generator: Generators = None,
     on_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -807,18 +726,11 @@ def neural_transport(
 
     Args:
         decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
-        likelihood ([`Likelihood`]): B measurements with M answers.
-        canvas ([`Canvas`]): T tiles.
-        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents.
+        latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
-        method (`str`, *optional*, defaults to `"langevin"`): Or `"map"`.
         energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
-        energy_weight (`float`, *optional*, defaults to 0.0): w, at least 0.
-        generator (`torch.Generator` or a list of one per answer, *optional*): Makes the draws deterministic.
+        energy_weight (`float`, *optional*, defaults to 1.0): w.
         on_step (`Callable`, *optional*): Called with the number of the step and the latents; returns the next latents.
-
-    Returns:
-        `torch.Tensor` of the shape of `latents`.
     """
     num_probes = min(NUM_CURVATURE_PROBES, num_steps // 5) if method == "langevin" else 0
     num_descents = num_steps if method == "map" else max(1, round(DESCENT_SHARE * num_steps))
@@ -835,7 +747,7 @@ def neural_transport(
     def tile_gradient(tiles: torch.Tensor) -> torch.Tensor:
         x = canvas.join(tiles)
         gradient = likelihood.gradient(x)
-        if energy_weight > 0:
+        if energy_gradient is not None:
             restored = x - likelihood.model_variance * gradient  # x^ = G + A_s r
             along = canvas.split_adjoint(energy_gradient(canvas.split(restored)))
             gradient = gradient + energy_weight * likelihood.project(along)
@@ -845,6 +757,9 @@ def neural_transport(
             # it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
+
+    def probe_gradient(tiles: torch.Tensor) -> torch.Tensor:
+        return canvas.join_adjoint(likelihood.curvature_probe(canvas.join(tiles), generator))
 
     def gradient(latents: torch.Tensor) -> torch.Tensor:
         return pull_back(latents, tile_gradient) + latents
@@ -866,10 +781,6 @@ def neural_transport(
 
     curvature = torch.zeros_like(latents)
     for probe in range(num_probes):
-
-        def probe_gradient(tiles: torch.Tensor) -> torch.Tensor:
-            return canvas.join_adjoint(likelihood.curvature_probe(canvas.join(tiles), generator))
-
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
     # Answers to one measurement are near each other and share their estimate.
@@ -904,12 +815,6 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 
 
-UNRANGED_MODES = {"F", "I"}
-
-
-FORMATS_OF_16_BITS = {"PNG", "PPM"}
-
-
 EXIF_ORIENTATION, TIFF_BITS = 0x0112, 0x0102
 
 
@@ -933,28 +838,30 @@ DARK, BRIGHT = 0.06, 0.94
 LEAST_REGION = 0.005
 
 
-MAX_LABELS = 8
-
-
 SHADE_TOLERANCE = 2
+
+
+LARGEST_VALUE = 1e12
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
     """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in FORMATS_OF_16_BITS):
+    # Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
-    return None if image.mode in UNRANGED_MODES else 255
+    return None if image.mode in ("F", "I") else 255
 
 
-def check_mode(image: PIL.Image.Image) -> None:
-    """Raise `ValueError` if the picture's mode has no agreed white."""
-    if white_level(image) is None:
-        low, high = image.getextrema()
-        white = next((level for level in (1, 255, 65535) if high <= level), high)
-        raise ValueError(
-            f"mode {image.mode} has no agreed range, and the values go from {low:.4g} to {high:.4g}. If white is {white:g}: "
-            f"PIL.Image.fromarray((numpy.asarray(image) / {white:g} * 255).clip(0, 255).round().astype('uint8'))"
-        )
+def check_mode(image: PIL.Image.Image) -> int:
+    """Return the level of white, or raise `ValueError` if the picture's mode has no agreed one."""
+    if (white := white_level(image)) is not None:
+        return white
+    low, high = np.asarray(image).min(), np.asarray(image).max()
+    guess = next((level for level in (1, 255, 65535) if high <= level), high)
+    raise ValueError(
+        f"mode {image.mode} has no agreed white, and goes from {low:.4g} to {high:.4g}. If white is {guess:g}: "
+        f"PIL.Image.fromarray((numpy.asarray(image) / {guess:g} * 255).clip(0, 255).round().astype('uint8'))"
+    )
 
 
 def orientation(image: PIL.Image.Image) -> int:
@@ -962,16 +869,14 @@ def orientation(image: PIL.Image.Image) -> int:
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(
-            f"the EXIF data can't be read ({error}). To read the pixels as they are stored: image.info.pop('exif')"
-        ) from error
+        raise ValueError(f"the EXIF data can't be read ({error}). Without them: image.info.pop('exif')") from error
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
     """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
     image.load()  # Pillow turns TIFF files itself.
-    turn = UPRIGHT.get(orientation(image))
-    return image if turn is None else image.transpose(turn)
+    stored = orientation(image)
+    return image.transpose(UPRIGHT[stored]) if stored in UPRIGHT else image
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -983,10 +888,8 @@ def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
         # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
-    transparent = pixels == key
-    return PIL.Image.fromarray(
-        np.where(transparent.all(-1) if image.mode == "RGB" else transparent, 0, 255).astype("u1")
-    )
+    transparent = (pixels == key).all(-1) if image.mode == "RGB" else pixels == key
+    return PIL.Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))
 
 
 def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
@@ -998,8 +901,7 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     Raises:
         ValueError: if the mode has no agreed white, or the EXIF data can't be read.
     """
-    check_mode(image)
-    white = white_level(image)
+    white = check_mode(image)
     image = upright(image)
     alpha = None
     if "transparency" in image.info and (white > 255 or image.mode in ("L", "RGB")):
@@ -1026,16 +928,14 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
 
     A mask of black and one other level or colour repaints all that is not black: labels 0 and 1, palettes of one object, paint.
     A mask of shades of white, or of one bright paint, on a dark ground repaints what has at least half of white.
-
-    Raises:
-        ValueError: if the mask is neither, or has transparent pixels. The message says what it holds and how to convert it.
+    Raises `ValueError`, with the line that converts it, if a mask is neither, or has transparent pixels.
     """
     white = white_level(mask)
-    if mask.has_transparency_data and read_picture(mask, 4).getextrema()[3][0] < 255:
+    if mask.has_transparency_data and np.asarray(read_picture(mask, 4))[..., 3].min() < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
         raise ValueError(
-            f"mode {mask.mode} with transparent pixels does not say what to repaint. To repaint what is transparent or erased: "
-            f"{alpha}.point(lambda a: 255 - a). To repaint what is opaque or painted: {alpha}"
+            f"mode {mask.mode} has transparent pixels. To repaint what is erased: {alpha}.point(lambda a: 255 - a). "
+            f"To repaint what is opaque: {alpha}"
         )
     pixels = np.asarray(read_picture(mask, 3)) if white == 255 else np.asarray(upright(mask))[..., None]
     level = pixels.max(-1)
@@ -1047,16 +947,13 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
         is_gray = len(set(brightest.tolist())) == 1
         if np.abs(pixels - shades).max() <= SHADE_TOLERANCE and is_in_black_and_white(level / white, is_gray):
             return level >= white / 2
-    counts = Counter(map(tuple, pixels.reshape(-1, pixels.shape[-1]).tolist()))
-    values = [one[0] if len(set(one)) == 1 else one for one, _ in counts.most_common(5)]
+    frequent = Counter(map(tuple, pixels.reshape(-1, pixels.shape[-1]).tolist())).most_common(5)
+    values = [one[0] if len(set(one)) == 1 else one for one, _ in frequent]
     example = next((value for value in values if value != 0), 0)
-    array = "numpy.asarray(mask.convert('RGB'))" if white == 255 else "numpy.asarray(mask)"
-    recipe = f"PIL.Image.fromarray({f'({array} == {example}).all(-1)' if white == 255 else f'{array} == {example}'})"
-    if white == 255 and len(counts) > MAX_LABELS:
-        recipe += f". To repaint paint: PIL.Image.fromarray(abs({array}.astype(int) - {values[0]}).max(-1) >= 96)"
+    array, each = ("numpy.asarray(mask.convert('RGB'))", ".all(-1)") if white == 255 else ("numpy.asarray(mask)", "")
     raise ValueError(
-        f"mode {mask.mode} with the values {', '.join(map(str, values))}{', ...' if len(counts) > 5 else ''} is not in black "
-        f"(kept) and white (repainted). To repaint one of them: {recipe}"
+        f"mode {mask.mode} with the values {values} is not in black (kept) and white (repainted). To repaint one: "
+        f"PIL.Image.fromarray(({array} == {example}){each})"
     )
 
 
@@ -1089,9 +986,6 @@ def as_list(images: Images, name: str) -> list:
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
         raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
-    sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
-    if len(sizes) > 1:
-        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
     return images
 
 
@@ -1104,32 +998,23 @@ def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Convert pictures to one tensor (B, C, H, W) in [0, 1].
+    Convert pictures to one tensor (B, C, H, W) in [0, 1], or raise `ValueError`.
 
-    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and may hold values that are
-    not finite.
-
-    Raises:
-        ValueError: if there is no picture, sizes differ, or a picture can't be read or is not in [0, 1].
+    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and values that are not finite.
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
-        levels = read_all(images, "image", lambda one: np.atleast_3d(read_picture(one, channels)))
+        levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
             logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
         return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
         images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
     picture = processor.preprocess(images[0] if len(images) == 1 else images)
-    if not picture.is_floating_point():
-        raise ValueError(
-            f"`image` must be floating-point in [0, 1], but is {picture.dtype}. From 8-bit levels: image / 255."
-        )
     finite = picture[picture.isfinite()]
-    if ((finite < -RANGE_TOLERANCE) | (finite > 1 + RANGE_TOLERANCE)).any():
-        low, high = finite.min(), finite.max()
-        recipe = " From [-1, 1]: image / 2 + 0.5." if max(-low, high) <= 1 + RANGE_TOLERANCE else ""
-        raise ValueError(f"`image` must have values in [0, 1], but they go from {low:.4g} to {high:.4g}.{recipe}")
+    low, high = finite.aminmax() if len(finite) else (0, 1)
+    if not picture.is_floating_point() or low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"`image` must be floating-point in [0, 1], but is {picture.dtype} from {low:g} to {high:g}.")
     return picture
 
 
@@ -1142,12 +1027,8 @@ def has_colours(image: PIL.Image.Image) -> bool:
 
 def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.Tensor) -> torch.Tensor:
     """
-    Return the pixels that were observed, bool of shape (1 or B, 1, H, W): those where the mask is black.
-
-    Warns of a mask that repaints nothing or everything.
-
-    Raises:
-        ValueError: if a mask can't be read, or its number, size or values do not fit pictures `like` (B, C, H, W).
+    Return the pixels of pictures `like` (B, C, H, W) that were observed, bool of shape (1 or B, 1, H, W): those where the mask is
+    black. Raises `ValueError` if a mask can't be read or does not fit. Warns of a mask that repaints nothing or everything.
     """
     masks = as_list(mask_image, "mask_image")
     if isinstance(masks[0], PIL.Image.Image):
@@ -1156,49 +1037,52 @@ def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.T
         if not all(((one >= 0) & (one <= 1)).all() for one in masks):
             raise ValueError("`mask_image` as an array or tensor must have values from 0 (kept) to 1 (repainted).")
         repainted = processor.preprocess(masks[0] if len(masks) == 1 else masks) >= 0.5
-    batch_size, _, *size = like.shape
-    if list(repainted.shape) not in ([1, 1, *size], [batch_size, 1, *size]):
-        raise ValueError(
-            f"`mask_image` must have shape (1 or {batch_size}, 1, {size[0]}, {size[1]}), but has {tuple(repainted.shape)}."
-        )
+    count = 1 if len(repainted) == 1 else len(like)
+    check_shape("mask_image", repainted, (count, 1, *like.shape[2:]))
     for found, what in ((~repainted.flatten(1).any(1), "nothing"), (repainted.flatten(1).all(1), "everything")):
         if found.any():
-            logger.warning(
-                f"`mask_image` repaints {what} in {int(found.sum())} of {len(found)} mask(s): white is repainted."
-            )
+            logger.warning(f"`mask_image` repaints {what} in {int(found.sum())} of {count} masks. White is repainted.")
     return ~repainted
 
 
-def check_turned_together(image: Images, mask_image: Images) -> None:
-    """Warn if the EXIF data turn pictures, but not their masks."""
-
-    def turned(images: Images) -> bool:
-        return any(
-            isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image")
-        )
-
-    if turned(image) and not turned(mask_image):
-        logger.warning(
-            "`image` is turned upright by its EXIF data, and `mask_image`, which has none, is taken to be upright. To draw a mask "
-            "on the upright picture: PIL.ImageOps.exif_transpose(image)."
-        )
+def is_turned(images: Images) -> bool:
+    """Tell whether the EXIF data turn a picture."""
+    return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image"))
 
 
-def check_generator(generator: torch.Generator | list[torch.Generator] | None, count: int, of: str = "images") -> None:
-    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` draws."""
+def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
+    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
+
+
+def check_generator(generator: Generators, count: int) -> None:
+    """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` images."""
     kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
     if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
-        raise ValueError(
-            f"`generator` must be a torch.Generator or a list of {count}, one for each of the {of}, but is {kinds}."
-        )
+        raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
 
 
-def postprocess(
-    sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None
-) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+def check_finite(images: torch.Tensor, suspects: str) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    if not images.isfinite().all():
+        raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
+
+
+def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
-    if output_type not in ("pil", "np", "pt", None):
-        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
@@ -1280,18 +1164,6 @@ class SelfContained:
         super().save_config(save_directory, **kwargs)
 
 
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> from PIL import Image
-        >>> from ecvae_diffusers import ECVAERestorationPipeline
-
-        >>> pipe = ECVAERestorationPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
-        >>> output = pipe(Image.open("damaged.png"), mask_image=Image.open("mask.png"))  # doctest: +SKIP
-        >>> output.images[0].save("restored.png")  # doctest: +SKIP
-        ```
-"""
-
 logger = logging.get_logger(__name__)
 
 # Standard deviation of rounding to 8 bits, for values in [-1, 1].
@@ -1300,15 +1172,10 @@ ROUNDING_STD = 2 / (255 * math.sqrt(12))
 START_SPREAD = 0.3
 # The measurement is damped by at least this before it is encoded: A^+ alone would amplify noise.
 START_DAMPING = 1e-3
-# Answers warn if they leave the range of images by more than this (root mean square) ...
-LARGEST_EXCESS = 0.1
-# ... if they differ from a noisy measurement by more than this many standard deviations of the noise (root mean square) ...
-LARGEST_MISFIT = 3.0
-# ... and if their relative residual to a measurement without noise is larger than this.
-LARGEST_RESIDUAL = 1e-5
-# Squares of measurements up to this are still finite in float32.
-LARGEST_VALUE = 1e12
-# Of the mean squared error per pixel of images in [-1, 1].
+# Answers warn if, by root mean square, they leave the range of images by more than this, or differ from a noisy measurement by more
+# than this many standard deviations of the noise, or if their relative residual to one without noise is larger than this.
+LARGEST_EXCESS, LARGEST_MISFIT, LARGEST_RESIDUAL = 0.1, 3.0, 1e-5
+# Mean squared error per pixel of images in [-1, 1].
 LARGEST_VARIANCE = 4.0
 
 
@@ -1364,13 +1231,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     model_cpu_offload_seq = "vae->energy_model"
     _optional_components = ["energy_model"]
     _callback_tensor_inputs = ["latents"]
-    _interrupt, _num_timesteps = False, 0
+    _interrupt = False
+    num_timesteps = 0  # steps of the latest search: its `num_inference_steps`
 
-    def __init__(
-        self,
-        vae: AutoencoderEC,
-        energy_model: EnergyModel | None = None,
-    ):
+    def __init__(self, vae: AutoencoderEC, energy_model: EnergyModel | None = None):
         super().__init__()
         self.register_modules(vae=vae, energy_model=energy_model)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
@@ -1388,60 +1252,14 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         super().register_to_config(**kwargs)
 
     @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the latest search: its `num_inference_steps`."""
-        return self._num_timesteps
-
-    @property
     def interrupt(self) -> bool:
         """Whether the search stops after this step. Set `_interrupt` to stop it, from a callback for example."""
         return self._interrupt
 
-    def check_inputs(
-        self,
-        operator: Any,
-        mask_image: Images | None,
-        num_restorations: int,
-        num_inference_steps: int,
-        method: str,
-        energy_weight: float,
-        start: str,
-        tile_overlap: int,
-        variance: float | None,
-        output_type: str | None,
-    ) -> None:
-        if (operator is None) == (mask_image is None):
-            raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
-        size = self.vae.config.sample_size
-        for name, value, (low, high) in (
-            ("num_restorations", num_restorations, (1, math.inf)),
-            ("num_inference_steps", num_inference_steps, (1, math.inf)),
-            ("energy_weight", energy_weight, (0, LARGEST_VALUE)),
-            ("tile_overlap", tile_overlap, (0, size - 1)),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"`{name}` must be from {low} to {high:g}, but is {value}.")
-        if energy_weight > 0 and self.energy_model is None:
-            raise ValueError("`energy_weight` above 0 requires an energy model; this pipeline has no `energy_model`.")
-        if variance is None or not 0 < variance <= LARGEST_VARIANCE:
-            raise ValueError(
-                f"`reconstruction_variance` must be above 0 and at most {LARGEST_VARIANCE:g}, but is {variance}: the mean squared "
-                "error of the model's reconstructions per pixel of images in [-1, 1]. Training writes it to the config of the VAE."
-            )
-        for name, value, allowed in (
-            ("method", method, ("langevin", "map")),
-            ("start", start, ("encoding", "prior")),
-            ("output_type", output_type, ("pil", "np", "pt", None)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, but is {value!r}.")
-
     def prepare_measurement(
         self, image: Images, operator: Any, mask_image: Images | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
-        """
-        Return the operator, the measurement y of an image in [-1, 1], whether it was a picture, and the image's height and width.
-        """
+        """Return the operator, y of images in [-1, 1], whether it was a picture, and the image's height and width."""
         channels, size = self.vae.config.in_channels, self.vae.config.sample_size
         images = as_list(image, "image")
         is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
@@ -1455,8 +1273,11 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 raise ValueError(f"`image` as a tensor must be a floating-point measurement, but is {y.dtype}.")
         y = y.to(device=self._execution_device, dtype=torch.promote_types(y.dtype, torch.float32))
         if mask_image is not None:
-            check_turned_together(image, mask_image)
             observed = prepare_mask(mask_image, self.mask_processor, y).to(y.device)
+            if is_turned(image) and not is_turned(mask_image):
+                logger.warning(
+                    "`image` is turned upright by its EXIF data. `mask_image` has none: it must be upright."
+                )
             # What is repainted does not count, not even values that are not finite.
             y = torch.where(observed, y, 0.0)
             y = y.expand(-1, channels, -1, -1) if y.shape[1] == 1 else y
@@ -1465,15 +1286,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
             raise ValueError(
-                f"`image` is a measurement of images of shape {tuple(back.shape[1:])} (channels, height, width), but the model "
-                f"makes images of {channels} channel(s) and at least {size}x{size} px."
+                f"`image` must measure images of {channels} channel(s) from {size}x{size} px, not {tuple(back.shape[1:])}."
             )
         measured = operator.A(torch.ones_like(back) if is_picture else back)
-        if measured.shape != y.shape:
-            raise ValueError(
-                f"`image` has shape {tuple(y.shape)}, but `operator` measures {tuple(measured.shape)} of images of shape "
-                f"{tuple(back.shape)}."
-            )
+        check_shape("image", y, tuple(measured.shape))
         if not all((values.abs() <= LARGEST_VALUE).all() for values in (y, back, measured)):
             raise ValueError(f"`image`, or what `operator` makes of it, is not finite or exceeds {LARGEST_VALUE:g}.")
         if is_picture:
@@ -1482,19 +1298,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return operator, y, is_picture, tuple(back.shape[2:])
 
     def prepare_latents(
-        self,
-        likelihood: Likelihood,
-        canvas: Canvas,
-        start: str,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
+        self, likelihood: Likelihood, canvas: Canvas, start: str, generator: Generators, latents: torch.Tensor | None
     ) -> torch.Tensor:
         count = len(likelihood.y) * likelihood.num_answers
-        check_generator(generator, count, of="answers")
+        check_generator(generator, count)
         shape = (count * len(canvas), self.vae.config.latent_channels, 1, 1)
         if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}.")
+            check_shape("latents", latents, shape)
             return latents.to(device=self._execution_device, dtype=torch.float32)
         noise = draw(shape, generator, likelihood.y)
         if start == "prior":
@@ -1505,7 +1315,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return answers.flatten(0, 1) + START_SPREAD * noise
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         image: Images,
@@ -1519,13 +1328,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         start: str = "encoding",
         tile_overlap: int | None = None,
         reconstruction_variance: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> ECVAERestorationOutput | tuple:
+    ) -> ECVAERestorationOutput:
         r"""
         The call function to the pipeline for restoration.
 
@@ -1549,12 +1358,10 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 Decoder passes, forth and back, that search the latents; one more makes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
                 `"langevin"` draws answers from the posterior, `"map"` finds the likeliest latents near each start.
-            energy_weight (`float`, *optional*, defaults to 0.0):
-                w: how much the energy of an answer counts.
+            energy_weight (`float`, *optional*, defaults to 0.0): w: how much the energy of an answer counts.
             start (`str`, *optional*, defaults to `"encoding"`):
                 Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
-            tile_overlap (`int`, *optional*):
-                Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
+            tile_overlap (`int`, *optional*): Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
             reconstruction_variance (`float`, *optional*):
                 v: mean squared error of the model's reconstructions per pixel of images in [-1, 1]. Defaults to what training
                 measured, which in any case says how the error spreads over frequencies.
@@ -1572,6 +1379,14 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors that the callback gets: `"latents"`.
 
         Examples:
+            ```py
+            >>> from PIL import Image
+            >>> from ecvae_diffusers import ECVAERestorationPipeline
+
+            >>> pipe = ECVAERestorationPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+            >>> output = pipe(Image.open("damaged.png"), mask_image=Image.open("mask.png"))  # doctest: +SKIP
+            >>> output.images[0].save("restored.png")  # doctest: +SKIP
+            ```
 
         Returns:
             [`ECVAERestorationOutput`] or `tuple`
@@ -1582,65 +1397,61 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
         variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
-        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among ['latents'], but holds {sorted(unknown)}."
-            )
-        self.check_inputs(
-            operator, mask_image, num_restorations, num_inference_steps, method, energy_weight, start, overlap, variance,
-            output_type,
-        )  # fmt: skip
+        if (operator is None) == (mask_image is None):
+            raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
+        if variance is None or (energy_weight and self.energy_model is None):
+            missing = "`reconstruction_variance`" if variance is None else "An `energy_model` for `energy_weight`"
+            raise ValueError(f"{missing} must be given: the pipeline has none.")
+        check_number("num_restorations", num_restorations, 1, whole=True)
+        check_number("num_inference_steps", num_inference_steps, 1, whole=True)
+        check_number("energy_weight", energy_weight, 0)
+        check_number("tile_overlap", overlap, 0, size - 1, whole=True)
+        check_number("reconstruction_variance", variance, 1e-12, LARGEST_VARIANCE)
+        check_choice("method", method, ("langevin", "map"))
+        check_choice("start", start, ("encoding", "prior"))
+        check_choice("output_type", output_type, ("pil", "np", "pt", None))
         operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image)
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
-        largest = max(1.0, y.abs().max().item())
-        if not 0 <= noise_std < largest:
-            raise ValueError(
-                f"`noise_std` is for images in [-1, 1]: it must be at least 0 and below the largest entry of the measurement "
-                f"({largest:.4g}), but is {noise_std:g}. From noise in 8-bit levels: noise_std / 127.5."
-            )
+        check_number("noise_std", noise_std, 0, max(1.0, y.abs().max().item()))
 
         spectrum = config.get("reconstruction_spectrum")  # repositories of earlier code have none
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
-        calls = {"decoder": 0, "encoder": int(latents is None and start == "encoding"), "energy model": 0}
+        calls = ["encoder"] if latents is None and start == "encoding" else []
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
         # Functions are called in the measurement's precision.
         dtype = y.dtype if operator.solver_dtype is None else torch.float32
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
-            calls["decoder"] += 1
+            calls.append("decoder")
             return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(dtype)
 
         def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
-            calls["energy model"] += 1
+            calls.append("energy model")
             return energy_and_gradient(self.energy_model, tiles)[1]
 
         def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
             progress_bar.update()
             if callback_on_step_end is not None:
-                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, step, step, tensors) or {}).pop("latents", latents)
             if self.interrupt:
                 raise Interruption(latents)
             return latents
 
-        self._interrupt, self._num_timesteps = False, num_inference_steps
+        self._interrupt, self.num_timesteps = False, num_inference_steps
         frozen_energy_model = frozen(self.energy_model) if energy_weight > 0 else nullcontext()
         with self.progress_bar(total=num_inference_steps) as progress_bar, frozen(self.vae), frozen_energy_model:
             try:
                 latents = neural_transport(
-                    decode, likelihood, canvas, latents, num_inference_steps, method, energy_gradient, energy_weight, generator,
-                    on_step,
+                    decode, likelihood, canvas, latents, num_inference_steps, method,
+                    energy_gradient if energy_weight > 0 else None, energy_weight, generator, on_step,
                 )  # fmt: skip
             except Interruption as interruption:
                 (latents,) = interruption.args
             decoded = canvas.join(decode(latents))
 
-        if not decoded.isfinite().all():
-            raise ValueError(
-                f"Answers are not finite in {self.vae.dtype}. Check `latents`, what `callback_on_step_end` returns, `energy_weight` "
-                "and the decoder's weights, or load the pipeline with dtype=torch.float32."
-            )
+        check_finite(decoded, "`latents`, `callback_on_step_end`, `energy_weight` and the decoder's weights")
         center = likelihood.mean(decoded)
         answers = likelihood.sample(decoded, generator) if noise_std > 0 else center
         by_measurement = center.unflatten(0, (-1, num_restorations))
@@ -1653,7 +1464,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         self.check_answers(likelihood, center, residual.max().item())
         energy = None
         if self.energy_model is not None:
-            calls["energy model"] += 1
+            calls.append("energy model")
             with frozen(self.energy_model):
                 energies = compute_energy(self.energy_model, canvas.split(answers))
             energy = energies.unflatten(0, (-1, len(canvas))).mean(1)
@@ -1665,7 +1476,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             residual_output=likelihood.relative_residual(returned),
             residual_mean=Likelihood(operator, y, noise_std, variance).relative_residual(mean),
             energy=energy,
-            num_network_calls=sum(calls.values()),
+            num_network_calls=len(calls),
         )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
@@ -1673,22 +1484,15 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     @staticmethod
     def check_answers(likelihood: Likelihood, center: torch.Tensor, residual: float) -> None:
         """Warn if answers are out of range, or disagree with the measurement."""
-        noise_std = likelihood.noise_std
         excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
-        if excess > LARGEST_EXCESS:
-            logger.warning(
-                f"Answers leave the range of images, [-1, 1], by {excess:.2g} (root mean square). Either `image` is no measurement "
-                f"of images in [-1, 1], or it holds more noise than `noise_std` ({noise_std:.2g}), which A^+ amplifies. Rounding "
-                f"to 8 bits has {ROUNDING_STD:.2g}."
-            )
-        misfit = likelihood.misfit(center).square().mean().sqrt().item()
-        if noise_std > 0 and misfit > LARGEST_MISFIT * noise_std:
-            logger.warning(
-                f"Answers differ from `image` by {misfit:.2g} (root mean square), but `noise_std` is {noise_std:.2g}: `image` is no "
-                "measurement of images in [-1, 1], or of none that the model knows."
-            )
+        misfit, noise_std = likelihood.misfit(center).square().mean().sqrt().item(), likelihood.noise_std
+        faults = [f"leave [-1, 1] by {excess:.2g}"] if excess > LARGEST_EXCESS else []
+        if 0 < LARGEST_MISFIT * noise_std < misfit:
+            faults.append(f"differ from `image` by {misfit:.2g}")
         if noise_std == 0 and residual > LARGEST_RESIDUAL:
+            faults.append(f"agree with `image` only to {residual:.1g}")
+        if faults:
             logger.warning(
-                f"Answers agree with `image` only to a relative {residual:.1g}, but `noise_std` is 0. Either `image` is not in the "
-                "range of the operator (a hole of `Inpainting` is not 0, for example), or A^+ was not solved exactly."
+                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}: `image` has more noise, is outside the "
+                "operator's range (a hole of `Inpainting` is not 0), or measures no images in [-1, 1] that the model knows."
             )
