@@ -105,33 +105,27 @@ def test_comparisons_of_few_images():
     assert min(compare(one, generated)["kernel_distance_std"] for one in (real, real[:8])) > 1e-3
 
 
-def test_a_folder_that_is_a_data_set_is_read_by_its_splits(files, tmp_path):
+def test_a_folder_that_is_a_data_set(files, tmp_path):
+    """It is read by its splits. Other data has its own columns: `--image_column` is of `--dataset_name`."""
     for split in ("train", "test"):
         shutil.copytree(files / split, tmp_path / "data" / split)
-
-    def count(argument: str, split: str) -> int:
-        return len(open_source(argument, str(tmp_path / "data"), split, None, None, str(tmp_path / "cache")))
-
-    assert (count("dataset_name", "train"), count("dataset_name", "test")) == (48, 32)
-    # Where a folder of images is meant, all in it are.
-    assert count("train_data_dir", "train") == count("out_of_distribution", "test") == 80
-
-
-def test_other_data_has_its_own_columns(tmp_path):
-    """`--dataset_config_name` and `--image_column` are of `--dataset_name`."""
-    image = PIL.Image.fromarray(np.zeros((16, 16), np.uint8))
-
-    def load(name: str, *columns: str):
+    for name, columns in (("one", ["picture"]), ("two", ["a", "b"])):
         (tmp_path / name).mkdir()
-        features = datasets.Features({column: datasets.Image() for column in columns})
-        data = datasets.Dataset.from_dict({column: [image] * 3 for column in columns}, features)
+        features = datasets.Features(dict.fromkeys(columns, datasets.Image()))
+        image = {"path": str(next((files / "test").iterdir())), "bytes": None}
+        data = datasets.Dataset.from_dict(dict.fromkeys(columns, [image]), features)
         data.to_parquet(tmp_path / name / "test-00000-of-00001.parquet")
-        place, cache = str(tmp_path / name), str(tmp_path / "cache")
-        return open_source("out_of_distribution", place, "test", "config", "image", cache)
 
-    assert len(load("one", "picture")) == 3
+    def count(argument: str, name: str, split: str, *of_data) -> int:
+        return len(open_source(argument, str(tmp_path / name), split, *of_data, str(tmp_path / "cache")))
+
+    assert [count("dataset_name", "data", split, None, None) for split in ("train", "test")] == [48, 32]
+    # Where a folder of images is meant, all in it are.
+    assert count("train_data_dir", "data", "train", None, None) == 80
+    assert count("out_of_distribution", "data", "test", "config", "image") == 80
+    assert count("out_of_distribution", "one", "test", "config", "image") == 1
     with pytest.raises(ValueError, match=r"--out_of_distribution .*two.*\['a', 'b'\]"):
-        load("two", "a", "b")
+        count("out_of_distribution", "two", "test", "config", "image")
 
 
 def test_images_are_drawn_in_random_order(tmp_path):

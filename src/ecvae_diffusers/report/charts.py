@@ -9,51 +9,54 @@ from ecvae_diffusers.report.verdict import CONSTRAINT_RANGE, DRIFT_RANGE, GAP_RA
 
 
 def calibration_charts(run: Run) -> list[Chart]:
-    bounds = between(run.argument("max_dual"))
+    bounds, drift_range = between(run.argument("max_dual")), scaled(DRIFT_RANGE, run.drift_tolerance)
     # Without calibration no samples are made, and the data's spread alone says nothing.
     spreads = {"sample_spread": "prior samples", "data_spread": "data"} if len(run.last("sample_spread")) else {}
     return [
         Chart(
-            "dual variable λ", {"dual": "λ"}, healthy=bounds, bounds=bounds or (),
-            note="Healthy inside its bounds (dashed), at neither of them: there it has found the weight at which the "
+            "dual variable λ", {"dual": "λ"},
+            "Healthy inside its bounds (dashed), at neither of them: there it has found the weight at which the "
             "constraint meets its tolerance. It may take a long part of the run to come down.",
+            healthy=bounds, bounds=bounds or (),
         ),
         Chart(
-            "constraint", {"constraint": "constraint", "tolerance": "tolerance", "noise_floor": "noise floor"}, log=True,
-            healthy=scaled(CONSTRAINT_RANGE, run.median("tolerance")),
-            note="Squared distance that the chain moves an image. Healthy near the tolerance; what lies below the "
-            "noise floor is the chain's noise alone.",
+            "constraint", {"constraint": "constraint", "tolerance": "tolerance", "noise_floor": "noise floor"},
+            "Squared distance that the chain moves an image. Healthy near the tolerance; what lies below the noise floor "
+            "is the chain's noise alone.",
+            log=True, healthy=scaled(CONSTRAINT_RANGE, run.median("tolerance")),
         ),
         Chart(
-            "drift per pixel", {"drift": "drift"}, log=True,
-            healthy=scaled(DRIFT_RANGE, run.drift_tolerance) if run.drift_is_judged else None,
-            note="Root-mean-square move that is not noise, for images in [-1, 1]; 0.0078 is one grey level. Healthy: "
-            "0.5 to 2 times --drift_tolerance.",
+            "drift per pixel", {"drift": "drift"},
+            "Root-mean-square move that is not noise, for images in [-1, 1]; 0.0078 is one grey level. Healthy: 0.5 to 2 "
+            "times --drift_tolerance.",
+            log=True, healthy=drift_range if run.drift_is_judged else None,
         ),
         Chart(
-            "gradients at images", log=True,
-            curves={"calibration_gradient_norm": "calibration", "reconstruction_gradient_norm": "reconstruction"},
-            note="Euclidean norm of the gradient that one sample receives from calibration, and one reconstruction "
-            "from the generator's own loss. Calibration is off where the first is below a hundredth of the second.",
+            "gradients at images",
+            {"calibration_gradient_norm": "calibration", "reconstruction_gradient_norm": "reconstruction"},
+            "Euclidean norm of the gradient that one sample receives from calibration, and one reconstruction from the "
+            "generator's own loss. Calibration is off where the first is below a hundredth of the second.", log=True,
         ),
         Chart(
-            "energy gap", {"energy_gap": "calibrated samples minus data"}, healthy=GAP_RANGE,
-            note="In standard deviations of the energies. Healthy within one: the energy model can hardly tell them apart.",
+            "energy gap", {"energy_gap": "calibrated samples minus data"},
+            "In standard deviations of the energies. Healthy within one: the energy model can hardly tell them apart.",
+            healthy=GAP_RANGE,
         ),
         Chart(
             "energies",
             {"energy_real": "data", "energy_samples": "prior samples", "energy_targets": "calibrated samples"},
-            "Mean, and one standard deviation to each side (low = like the data). Only differences mean something: "
-            "that the three wander together is healthy, that they part is not.",
+            "Mean, and one standard deviation to each side (low = like the data). Only differences mean something: that "
+            "the three wander together is healthy, that they part is not.",
         ),
         Chart(
-            "spread of samples", spreads, healthy=scaled(SPREAD_RANGE, run.median("data_spread")),
-            note="Standard deviation over a batch, averaged over pixels. Healthy: 0.5 to 1.5 times the data's; near 0 "
-            "all samples are the same.",
+            "spread of samples", spreads,
+            "Standard deviation over a batch, averaged over pixels. Healthy: 0.5 to 1.5 times the data's; near 0 all "
+            "samples are the same.",
+            healthy=scaled(SPREAD_RANGE, run.median("data_spread")),
         ),
         Chart(
-            "drift step a of the chain", varying(run, "langevin_drift_step", "a"), log=True,
-            note="Adapted so that the drift stays at --drift_tolerance.",
+            "drift step a of the chain", varying(run, "langevin_drift_step", "a"),
+            "Adapted so that the drift stays at --drift_tolerance.", log=True,
         ),
     ]  # fmt: skip
 
@@ -63,31 +66,29 @@ def training_charts(run: Run) -> list[Chart]:
     return [
         Chart(
             "bits per dimension", {"bits_per_dimension": "bits"},
-            "What a flow's density makes an entry of an 8-bit image cost. It falls, ever more slowly; a lasting rise "
-            "says that calibration weighs too much.",
+            "What a flow's density makes an entry of an 8-bit image cost. A lasting rise says that calibration weighs too "
+            "much.",
         ),
         Chart(
-            "reconstruction", log=True,
-            curves={"reconstruction": "squared error", "refined_reconstruction": "of the posterior's chains' ends"},
-            note="Summed over an image. It falls, ever more slowly; a lasting rise says that calibration weighs too "
-            "much. Ends of chains on the posterior should lie below samples of q, or near them.",
+            "reconstruction",
+            {"reconstruction": "squared error", "refined_reconstruction": "of the posterior's chains' ends"},
+            "Summed over an image. A lasting rise says that calibration weighs too much. Ends of chains on the posterior "
+            "should lie below samples of q, or near them.", log=True,
         ),
         Chart(
             "KL divergence", {"kl": "KL divergence"},
             "In nats per image: what the latents say about it. Near 0 they say nothing (posterior collapse).",
         ),
-        Chart(
-            "weight of the KL divergence", varying(run, "kl_weight", "weight"), "It rises over --kl_warmup_steps.",
-        ),
+        Chart("weight of the KL divergence", varying(run, "kl_weight", "weight"), "It rises over --kl_warmup_steps."),
         Chart(
             "active units", {"active_units": "active units"},
             "Latent dimensions whose posterior mean varies over the data. Healthy: at least a tenth of them.",
             healthy=None if math.isnan(units) else (max(1.0, MIN_ACTIVE * units), units),
         ),
         Chart(
-            "variance of the posterior", {"posterior_variance": "q's variance"}, log=True,
-            note="Averaged over images and latent dimensions. 1 is the prior's; a steady fall to 0 is a posterior "
-            "that shrinks.",
+            "variance of the posterior", {"posterior_variance": "q's variance"},
+            "Averaged over images and latent dimensions. 1 is the prior's; a steady fall to 0 is a posterior that shrinks.",
+            log=True,
         ),
         Chart(
             "posterior's constraint", {"posterior_constraint": "constraint"},
@@ -95,24 +96,21 @@ def training_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "posterior's dual variable", {"posterior_dual": "dual variable"},
-            "The weight of the posterior's constraint. At its bound the constraint is not kept, whatever the encoder "
-            "learns.",
+            "The weight of the posterior's constraint. At its bound the constraint is not kept, whatever the encoder learns.",
             bounds=between(run.argument("max_posterior_dual")) or (),
         ),
         Chart(
-            "gradient norms", {"gradient_norm": "generator", "energy_gradient_norm": "energy model"}, log=True,
-            note="Healthy in a steady band. Growth over decades is divergence; an energy model whose norm vanishes is "
-            "dead.",
+            "gradient norms", {"gradient_norm": "generator", "energy_gradient_norm": "energy model"},
+            "Healthy in a steady band. Growth over decades is divergence; an energy model whose norm vanishes is dead.",
+            log=True,
         ),
         Chart(
-            "learning rates", {"learning_rate": "generator", "energy_learning_rate": "energy model"}, log=True,
-            note="As scheduled. A rollback of the guard halves one, the energy model's if there is one, and it is "
-            "raised again while the run is healthy.",
+            "learning rates", {"learning_rate": "generator", "energy_learning_rate": "energy model"},
+            "As scheduled. A rollback of the guard halves one, and raises it again while the run is healthy.", log=True,
         ),
         Chart(
             "images per second", {"images_per_second": "images per second"},
-            "Since the start, the last resumption or the last rollback, without the time of evaluations, pictures and "
-            "checkpoints.",
+            "Since the start, the last resumption or the last rollback, of training alone.",
         ),
         Chart(
             "peak memory", {"peak_memory_gib": "GiB"},
@@ -123,22 +121,20 @@ def training_charts(run: Run) -> list[Chart]:
 
 def evaluation_charts(run: Run) -> list[Chart]:
     last = run.evaluations[-1] if run.evaluations else {}
+    overlaps = ("precision", "recall", "density", "coverage")
     return [
         Chart(
             "Frechet distance", {"frechet_distance": "Frechet distance"},
             f"Falls as samples become like the data. {last.get('num_generated', '?')} samples against "
-            f"{last.get('num_real', '?')} training images, features: {last.get('features', 'not known')}. To be compared "
-            "within one set-up only.",
+            f"{last.get('num_real', '?')} training images, features: {last.get('features', 'not known')}.",
         ),
         Chart(
             "kernel distance", {"kernel_distance": "kernel distance"},
             "Falls too, and is unbiased: it may be a little below 0.",
         ),
         Chart(
-            "precision, recall, density, coverage",
-            {name: name for name in ("precision", "recall", "density", "coverage")},
-            "Precision and density: how many samples look like data; recall and coverage: how much of the data is "
-            "met.",
+            ", ".join(overlaps), dict(zip(overlaps, overlaps)),
+            "Precision and density: how many samples look like data; recall and coverage: how much of the data is met.",
         ),
         Chart(
             "bits per dimension of training images", {"bits_per_dimension": "bits"},
@@ -154,8 +150,7 @@ def evaluation_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "amortisation gap", {"amortisation_gap": "amortisation gap"},
-            "Nats per image: by how much the bound rises where q is optimised for each image. 0 is an encoder that "
-            "leaves nothing.",
+            "Nats per image by which the bound rises where q is optimised for each image.",
         ),
     ]  # fmt: skip
 
