@@ -113,22 +113,22 @@ def restore(
     """Return the pipeline's answers to all measurements; `kwargs` are the pipeline's arguments."""
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
-    outputs, squares, mean_squares, worst = [], 0.0, 0.0, 0.0
+    outputs = []
     for y in task.measured.split(batch_size):
         output = pipeline(
             y, operator=task.operator, noise_std=task.noise_std, num_restorations=num_restorations, generator=generator,
             output_type="pt", **kwargs,
         )  # fmt: skip
-        residual, norm = output.residual.view(-1, num_restorations)[:, 0].cpu(), y.flatten(1).norm(dim=1)
-        squares += (residual * norm).square().sum().item()
-        mean_squares += (output.residual_mean.cpu() * norm).square().sum().item()
-        worst = max(worst, output.residual.max().item())
-        outputs.append((output.images[::num_restorations], output.mean, output.std))
-    single, mean, std = (torch.cat(part).cpu() for part in zip(*outputs))
+        outputs.append(
+            (output.images[::num_restorations], output.mean, output.std, output.residual, output.residual_mean)
+        )
+    single, mean, std, residual, residual_of_mean = (torch.cat(part).cpu() for part in zip(*outputs))
+    norm = task.measured.flatten(1).norm(dim=1)
+    squares = [(one * norm).square().sum().item() for one in (residual[::num_restorations], residual_of_mean)]
     figures = {
-        "residual": (squares / task.measured.numel()) ** 0.5,
-        "residual_of_mean": (mean_squares / task.measured.numel()) ** 0.5,
-        "largest_relative_residual": worst,
+        "residual": (squares[0] / task.measured.numel()) ** 0.5,
+        "residual_of_mean": (squares[1] / task.measured.numel()) ** 0.5,
+        "largest_relative_residual": residual.max().item(),
         "num_network_calls": output.num_network_calls,
         "seconds": (time.perf_counter() - started) / len(task.clean),
     }
@@ -212,14 +212,9 @@ def classical(task: Task) -> tuple[str, Answers] | None:
         size = tuple(task.clean.shape[2:])
         name, images = "bicubic", each(task.measured, lambda a: resize(a, size, order=3, mode="edge"))
     elif task.name == "deblurring":
-        psf = task.operator.kernel.numpy()
-        balances = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-
-        def deblurred(balance: float) -> torch.Tensor:
-            channels = [lambda a, c=c: wiener(a[..., c], psf, balance, clip=False) for c in range(task.clean.shape[1])]
-            return each(task.measured, lambda a: np.stack([channel(a) for channel in channels], axis=-1))
-
-        return "Wiener", as_answers(best([deblurred(balance) for balance in balances]))
+        psf, gray = task.operator.kernel.numpy(), task.measured.flatten(0, 1)[:, None]
+        found = [each(gray, lambda a: wiener(a[..., 0], psf, 10.0**b, clip=False)[..., None]) for b in range(-6, 0)]
+        return "Wiener", as_answers(best([images.view_as(task.clean) for images in found]))
     elif task.name == "denoising":
         name, images = "", task.measured.clamp(-1, 1)
     else:

@@ -112,15 +112,15 @@ class Evaluator:
         if not self.metrics.counts[True]:
             for images in self.share(self.reference).split(self.batch_size):
                 self.metrics.update(images.to(device), real=True)
-        shown = []
+        shown: list[torch.Tensor] = []
         for latents in progress("Evaluation", self.latents.split(self.batch_size), shown=main_process):
             samples = to_uint8(self.task.sample(exported, latents.to(device)))
             self.metrics.update(samples, real=False)
-            shown.append(samples[:NUM_NEIGHBOUR_ROWS])
+            shown += samples[: NUM_NEIGHBOUR_ROWS - len(shown)]
         measures = self.metrics.compute()
         real, generated = self.metrics.kept.compute()
         if main_process:
-            grid = neighbours_grid(torch.cat(shown)[:NUM_NEIGHBOUR_ROWS], generated, real, self.kept_reference)
+            grid = neighbours_grid(torch.stack(shown), generated, real, self.kept_reference)
             save_atomically(grid, step_file(output_dir, "neighbours", step))
         self.metrics.reset(keep_real=True)
         return measures
