@@ -138,14 +138,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ecvae_diffusers.training.run.folder import locked
-
-    # No other evaluation may have the folder meanwhile.
-    with locked(args.output_dir):
-        evaluate(args, Path(args.output_dir))
-
-
-def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
     """Restore and measure, and write what is done after each task."""
     import diffusers
     import torch
@@ -161,6 +153,7 @@ def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
     from ecvae_diffusers.training.data.transforms import to_range
     from ecvae_diffusers.training.run.pictures import image_grid, save_atomically
 
+    output_dir = Path(args.output_dir)
     models = {"ours": args.pretrained_model_name_or_path, "baseline": args.baseline}
     pipelines = {method: load(name, args.device) for method, name in models.items() if name is not None}
     config, device = pipelines["ours"].vae.config, pipelines["ours"].device
@@ -231,8 +224,11 @@ def main(argv: list[str] | None = None, prog: str = "ecvae evaluate-restoration"
     printable()
     args = parse_args(argv, prog)
     try:
+        from ecvae_diffusers.training.run.folder import locked
+
         check_places(args)
-        run(args)
+        with locked(args.output_dir):  # no other evaluation may have the folder meanwhile
+            run(args)
     except (ValueError, OSError, ImportError) as error:
         fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
