@@ -56,7 +56,7 @@ def test_help_lists_every_command(capsys):
     assert all(f"  {name} " in listed and command.summary in listed for name, command in COMMANDS.items())
 
 
-@pytest.mark.parametrize("argv", ["", "sample --help", "restore --help"])
+@pytest.mark.parametrize("argv", ["", "sample --help", "restore --help", "evaluate --help", "report --help"])
 def test_help_answers_without_torch(argv):
     check = "import sys; from ecvae_diffusers.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check, *argv.split()], check=True, capture_output=True)

@@ -27,7 +27,7 @@ from common.command_line import place, positive, whole_number
 from common.results import table
 from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator
 from ecvae_diffusers.energy import energy_and_gradient
-from ecvae_diffusers.evaluation.pictures import draw_images, open_source
+from ecvae_diffusers.evaluation.pictures import decode_all, draw, open_source
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features
 from ecvae_diffusers.training.data.digits import (
     NUM_TRAIN,
@@ -118,7 +118,8 @@ def fashion_images(dataset: str, split: str, count: int) -> torch.Tensor:
 
 def dataset_images(dataset: str, split: str, count: int, resolution: int, channels: int) -> torch.Tensor:
     """Return uint8 images of any data set, resized, always the same ones."""
-    return draw_images(open_source("dataset", dataset, split, None, None, None), count, resolution, channels, 0, True)
+    drawn = draw(open_source("dataset", dataset, split, None, None, None), count, 0, progress=True)
+    return decode_all(drawn, resolution, channels)
 
 
 class RememberedFeatures(torch.nn.Module):

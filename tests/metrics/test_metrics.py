@@ -3,10 +3,9 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
+from pathlib import Path
 
+import fork_server
 import numpy as np
 import pytest
 import scipy.linalg
@@ -17,7 +16,6 @@ from transformers import Dinov2Config, Dinov2Model
 from ecvae_diffusers.metrics import (
     FeatureExtractor,
     GenerationMetrics,
-    InceptionFeatures,
     lite0_features,
     nearest_neighbours,
     neighbour_measures,
@@ -33,21 +31,14 @@ def images(count: int, seed: int, channels: int = 1, size: int = 8) -> torch.Ten
     return torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
 
 
-def pixel_features(num_features: int = 12) -> FeatureExtractor:
-    """A random linear map of the pixels, bent by a square so that covariances differ."""
+def pixel_features() -> FeatureExtractor:
+    """A random linear map of the pixels, bent so that covariances differ."""
+    torch.manual_seed(7)
+    return FeatureExtractor(nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Softplus()), "pixels", num_channels=None)
 
-    class Bent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(
-                torch.randn(64, num_features, generator=torch.Generator().manual_seed(7)) / 8, requires_grad=False
-            )
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = x.flatten(1) @ self.weight
-            return y + 0.3 * y.square()
-
-    return FeatureExtractor(Bent(), "bent pixels", num_channels=None)
+def pixel_metrics() -> GenerationMetrics:
+    return GenerationMetrics(pixel_features(), num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
 
 
 def expected_frechet(x: np.ndarray, y: np.ndarray) -> float:
@@ -56,16 +47,10 @@ def expected_frechet(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def expected_kernel(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased squared MMD over whole sets, with loops where matrices could hide a mistake."""
-    dimension = x.shape[1]
-
-    def kernel(a, b):
-        return (a @ b.T / dimension + 1) ** 3
-
-    n, m = len(x), len(y)
-    within_x = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    within_y = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    return within_x + within_y - 2 * kernel(x, y).mean()
+    """The unbiased squared MMD over whole sets: of pairs of two different images."""
+    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = ((one.sum() - np.trace(one)) / (len(one) * (len(one) - 1)) for one in (xx, yy))
+    return sum(within) - 2 * xy.mean()
 
 
 def expected_neighbours(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float]:
@@ -83,9 +68,8 @@ def expected_neighbours(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float
 
 
 def test_distances_equal_independent_float64():
-    features = pixel_features()
     real, generated = images(300, 0), (images(300, 1).float() * 0.8 + 10).to(torch.uint8)
-    metrics = GenerationMetrics(features, num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
+    metrics, features = pixel_metrics(), pixel_features()
     for start in range(0, 300, 64):  # streamed, in batches that do not divide the set
         metrics.update(real[start : start + 64], real=True)
         metrics.update(generated[start : start + 64], real=False)
@@ -117,39 +101,32 @@ def test_equal_sets_are_at_no_distance_and_reset_forgets():
 
 SHARDED = """
 import json, sys
-import torch
 import torch.distributed as dist
-from test_metrics import images, pixel_features
-from ecvae_diffusers.metrics import GenerationMetrics
+sys.path.extend(sys.argv[1:])
+from test_metrics import filled
 
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-metrics = GenerationMetrics(pixel_features(), num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
-for seed, real in ((0, True), (1, False)):
-    metrics.update(images(200, seed)[rank::2], real=real)
-values = metrics.compute()
-if rank == 0:
-    print("VALUES", json.dumps(values))
+values = filled(dist.get_rank(), 2).compute()
+print(json.dumps(values) if dist.get_rank() == 0 else "")
 dist.destroy_process_group()
 """
 
 
+def filled(rank: int, num_ranks: int) -> GenerationMetrics:
+    """What a process has seen of two sets of images."""
+    metrics = pixel_metrics()
+    for seed, real in ((0, True), (1, False)):
+        metrics.update(images(200, seed)[rank::num_ranks], real=real)
+    return metrics
+
+
 def test_two_processes_give_the_figures_of_one(tmp_path):
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    places = Path(__file__).parent, Path(fork_server.__file__).parent
+    result = fork_server.run(tmp_path / "sharded.py", *places, ranks=2)
     assert result.returncode == 0, result.stderr[-2000:]
-    sharded = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("VALUES"))[7:])
-    metrics = GenerationMetrics(pixel_features(), num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
-    metrics.update(images(200, 0), real=True)
-    metrics.update(images(200, 1), real=False)
-    single = metrics.compute()
-    assert sharded.keys() == single.keys()
-    for name, value in single.items():
-        assert sharded[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert sharded["num_real"] == 200
+    sharded = json.loads(result.stdout)
+    assert sharded == pytest.approx(filled(0, 1).compute(), rel=1e-3, abs=1e-6) and sharded["num_real"] == 200
 
 
 def test_too_few_images_are_refused():
@@ -174,8 +151,6 @@ def test_nearest_neighbours_equal_brute_force():
         torch.testing.assert_close(distances[i], expected.values[:3])
     disjoint = neighbour_measures(bank, bank + 1000)
     assert set(disjoint) == {"precision", "recall", "density", "coverage"} and not any(disjoint.values())
-    with pytest.raises(ValueError, match="`num_neighbours`"):
-        nearest_neighbours(queries, bank, num_neighbours=51)
 
 
 def test_reconstruction_metrics():
@@ -198,13 +173,7 @@ def test_reconstruction_metrics():
 
 @pytest.mark.parametrize("name", ["images", "originals"])
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda images: (images * 255).byte(),
-        lambda images: images * 255,
-        lambda images: images * 2 - 1,
-        lambda images: images * float("nan"),
-    ],
+    "wrong", [lambda images: images * 255, lambda images: images * 2 - 1, lambda images: images / 0]
 )
 def test_reconstruction_metrics_of_another_range_are_refused(name, wrong):
     images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -217,42 +186,32 @@ def test_transformers_features_of_a_saved_dinov2(tmp_path):
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=7, image_size=28)
     Dinov2Model(config).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(
-        '{"image_processor_type": "BitImageProcessor", "crop_size": {"height": 28, "width": 28},'
-        ' "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}'
-    )
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    processor = {"crop_size": {"height": 28, "width": 28}, "image_mean": mean, "image_std": std}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     features = transformers_features(tmp_path)
     gray = images(3, 0, size=20)
     found = features(gray)
     assert found.shape == (3, 16) and found.dtype == torch.float32 and "28 px" in features.name
     assert torch.equal(found, features(gray.expand(-1, 3, -1, -1)))  # gray is repeated
     sized = images(2, 1, channels=3, size=28)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (config_mean, config_std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
     with torch.no_grad():
         expected = Dinov2Model.from_pretrained(tmp_path).eval()((sized / 255 - mean) / std).pooler_output
     torch.testing.assert_close(features(sized), expected)
 
 
-config_mean, config_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def test_parts_make_the_whole():
-    """On a CPU images go through the network a few at a time: same features, same order."""
-    torch.manual_seed(0)
+def test_features_of_any_network():
+    """On a CPU images go through the network a few at a time: same features, same order. White is behind transparency."""
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     probe, sent = FeatureExtractor(network, "conv", mean=0.0, std=1.0), images(2 * CPU_BATCH_SIZE + 3, 3, channels=3)
     with torch.no_grad():
         torch.testing.assert_close(probe(sent), network(sent.float() / 255))
-
-
-def test_transparency_is_laid_on_white():
-    probe = FeatureExtractor(nn.Flatten(), "pixels", mean=0.0, std=1.0)
-    clear = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
-    assert torch.equal(probe(clear), torch.ones(1, 12))
-    with pytest.raises(ValueError, match="2 channels"):
-        probe(torch.zeros(1, 2, 2, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="uint8"):
-        probe(torch.zeros(1, 3, 2, 2))
+    clear = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
+    torch.testing.assert_close(probe(clear), probe(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)))
+    for wrong, named in ((clear[:, :2], "2 channels"), (clear.float(), "uint8")):
+        with pytest.raises(ValueError, match=named):
+            probe(wrong)
 
 
 def test_lite0_features_tell_noise_from_structure():
@@ -267,12 +226,6 @@ def test_lite0_features_tell_noise_from_structure():
     assert (features(noise.to(torch.uint8)) - base).norm() > 2 * (features(picture.roll(1, 3)) - base).norm()
 
 
-def test_inception_features_say_what_they_need():
-    """torch-fidelity needs torchvision, which the tested environment has not."""
-    with pytest.raises(ImportError, match="pip install torch-fidelity"):
-        InceptionFeatures()
-
-
 def test_auroc_is_the_share_of_pairs_in_the_right_order():
     generator = torch.Generator().manual_seed(0)
     inside = torch.randn(40, generator=generator)
@@ -283,12 +236,8 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
     # Only the order counts: far from [0, 1] too, where a sigmoid would see ties.
     assert out_of_distribution_auroc(1000 * inside, 1000 * outside) == out_of_distribution_auroc(inside, outside)
     assert out_of_distribution_auroc(inside, inside) == pytest.approx(0.5)
-    assert out_of_distribution_auroc(torch.zeros(3), torch.ones(2)) == 1
     # A share of pairs, where a sum of float32 areas comes to 1.0000001.
     assert out_of_distribution_auroc(torch.arange(297.0), torch.arange(297.0, 1297.0)) == 1
-
-
-@pytest.mark.parametrize("scores", [torch.tensor([]), torch.tensor([1.0, float("nan")])])
-def test_auroc_refuses(scores):
-    with pytest.raises(ValueError, match="`outside`"):
-        out_of_distribution_auroc(torch.ones(2), scores)
+    for scores in (torch.tensor([]), torch.tensor([1.0, float("nan")])):
+        with pytest.raises(ValueError, match="`outside`"):
+            out_of_distribution_auroc(torch.ones(2), scores)

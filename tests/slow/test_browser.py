@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
-from training_runs import SCRIPT, TINY, succeed, write_images
+from training_runs import TINY, succeed, write_images
+
+from ecvae_diffusers.report.report import main
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -45,25 +46,13 @@ addEventListener("load", () => {
 </script>"""
 
 
-def install_chromium() -> None:
-    prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-        command = [*prefix, "apt-get", *command]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=600)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None) or error
-            pytest.fail(
-                f"This test needs a browser ({', '.join(BROWSERS)}), there is none, and Debian's chromium can't be "
-                f"installed: {' '.join(command)}: {said}"
-            )
-
-
 @pytest.fixture(scope="module")
 def browser() -> str:
     if not any(map(shutil.which, BROWSERS)):
-        install_chromium()
+        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            subprocess.run([*prefix, "apt-get", *command], check=True, env=environment, timeout=600)
     return next(path for path in map(shutil.which, BROWSERS) if path)
 
 
@@ -81,9 +70,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run_folder) -> Path:
-    command = [sys.executable, str(SCRIPT.with_name("report.py")), str(run_folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
+    main([str(run_folder)])
     return run_folder / "report.html"
 
 

@@ -15,7 +15,7 @@ from ecvae_diffusers.evaluation import evaluate
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "evaluate.py"
 SMALL = [
-    "--num_samples", 300, "--num_reference", 40, "--num_test", 30, "--num_likelihood_images", 10, "--importance_samples", 20,
+    "--num_samples", 60, "--num_reference", 40, "--num_test", 30, "--num_likelihood_images", 10, "--importance_samples", 20,
     "--batch_size", 20, "--seeds", 0, 1,
 ]  # fmt: skip
 

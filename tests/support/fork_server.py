@@ -25,8 +25,8 @@ import PIL.Image
 PRELOADED = (
     "torch._dynamo", "torch._inductor", "accelerate", "datasets", "diffusers.optimization", "ecvae_diffusers",
     "ecvae_diffusers.training.train_ecvae", "ecvae_diffusers.training.train_flow", "ecvae_diffusers.training.calibrate_decoder",
-    "ecvae_diffusers.evaluation.evaluate", "ecvae_diffusers.evaluation.evaluate_restoration", "ecvae_diffusers.hub.publish",
-    "ecvae_diffusers.report.report",
+    "ecvae_diffusers.evaluation.summary", "ecvae_diffusers.evaluation.restoration", "ecvae_diffusers.hub.publish",
+    "ecvae_diffusers.report.page",
 )  # fmt: skip
 servers: dict[frozenset, subprocess.Popen] = {}
 

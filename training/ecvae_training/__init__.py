@@ -17,7 +17,7 @@ MOVED = {
     "ecvae_arguments": "training.train_ecvae",
     "evaluation": "evaluation.while_training",
     "evaluation_data": "evaluation.pictures",
-    "evaluation_parts": "evaluation.parts",
+    "evaluation_parts": "evaluation.work",
     "evaluation_reading": "evaluation.evaluate",
     "evaluation_summary": "evaluation.summary",
     "evaluation_work": "evaluation.work",

@@ -1,39 +1,31 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Restore a folder of images from what tasks leave of them: `python training/evaluate_restoration.py --help`.
+"""Restore a folder of images from what tasks leave of them, and measure that: `ecvae evaluate-restoration --help`.
 
 Writes `restoration.json` (every measure, with the protocol), `restoration.md` (a table) and a picture per noise level:
 clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The model should not be trained on the images.
 """
 
 import argparse
+import importlib.util
 import platform
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import diffusers
-import torch
-from tqdm import tqdm
-
-import ecvae_diffusers
-from ecvae_diffusers import ECVAERestorationPipeline
 from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.evaluation.evaluate import at_least
-from ecvae_diffusers.evaluation.pictures import decode_all
-from ecvae_diffusers.evaluation.restoration import TASKS, Task, as_answers, classical, make_operator, measures, restore
-from ecvae_diffusers.evaluation.summary import subset_size
-from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOURS, load_features
-from ecvae_diffusers.metrics import GenerationMetrics
-from ecvae_diffusers.training.data.files import trained_hashes
-from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
-from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.folder import locked
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
-from ecvae_diffusers.training.run.launch import device_name, keep_freed_memory
-from ecvae_diffusers.training.run.pictures import image_grid, save_atomically
 from ecvae_diffusers.training.run.places import check_places, place
-from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 
+if TYPE_CHECKING:
+    from ecvae_diffusers.training.data.images import CheckedPictures
+
+
+TASKS = (
+    "box_inpainting", "random_inpainting", "super_resolution_x2", "super_resolution_x4", "deblurring", "colorization",
+    "denoising", "compressed_sensing",
+)  # fmt: skip
 COLUMNS = {
     "psnr": ("PSNR of the mean, dB", ".2f"),
     "psnr_single": ("PSNR, dB", ".2f"),
@@ -47,24 +39,18 @@ COLUMNS = {
     "seconds": ("s per image", ".2f"),
 }
 NUM_PICTURES = 8
-FEWEST_COMPARED = NUM_NEIGHBOURS + 2  # images that can be compared as a set
 HOW_TO_READ = (
     "Good: PSNR and SSIM high; feature distance and residuals low; within 2 std near 95%, less is an uncertainty that "
-    "claims too much. `ours` should be better than every other method of the same task and noise."
+    "claims too much. `ours` should be better than every other method of the same task and noise.\n"
+    "Pictures: clean, measured, by the linear answer, restored, uncertainty."
 )
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog=prog, description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--pretrained_model_name_or_path", type=place, required=True, help="Pipeline: folder or Hub id."
-    )
-    parser.add_argument(
-        "--baseline", type=place,
-        help="Another pipeline for the same algorithm, such as the same VAE without calibration.",
-    )  # fmt: skip
+    description = __doc__.split(":")[0] + "."
+    parser = ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", type=place, required=True, help="Folder or Hub id.")
+    parser.add_argument("--baseline", type=place, help="Another pipeline, such as the same VAE without calibration.")
     count = at_least(1)
     parser.add_argument("--image_dir", type=place, required=True, help="Folder of clean images.")
     parser.add_argument("--max_images", type=count, default=256, help="So many, spread evenly over the names.")
@@ -76,63 +62,56 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--noise_std", type=at_least(0, float), nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
     )
     parser.add_argument("--num_restorations", type=count, default=8, help="M: answers to each measurement.")
-    parser.add_argument(
-        "--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes; a row each."
-    )
+    parser.add_argument("--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes.")
     parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
     parser.add_argument("--energy_weight", type=at_least(0, float), default=0.0)
     parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")
-    parser.add_argument(
-        "--features", type=place, default="lite0", help="'lite0', 'inception' or a vision model of transformers."
-    )
-    parser.add_argument(
-        "--batch_size", type=count, default=64, help="Measurements restored together, with all their answers."
-    )
+    parser.add_argument("--features", type=place, default="lite0", help="As for `ecvae evaluate`.")
+    parser.add_argument("--batch_size", type=count, default=64, help="Measurements restored together.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="A GPU if there is one, if not given.")
     args = parser.parse_args(argv)
     if max(args.noise_std) >= 1:
-        parser.error(
-            f"--noise_std must be below 1, for images in [-1, 1] (of 8-bit levels a 127.5th), but is {args.noise_std}."
-        )
+        parser.error(f"--noise_std must be below 1, for images in [-1, 1], but is {args.noise_std}.")
     if (Path(args.output_dir) / "restoration.json").exists():
         parser.error(f"--output_dir {args.output_dir!r} holds a restoration.json: give another folder.")
-    if args.classical:
-        try:
-            import skimage  # noqa: F401
-        except ImportError:
-            parser.error("--classical needs: pip install 'ecvae-diffusers[restoration]'.")
+    if args.classical and importlib.util.find_spec("skimage") is None:
+        parser.error("--classical needs: pip install 'ecvae-diffusers[restoration]'.")
     return args
 
 
-def choose_clean(image_dir: str, count: int) -> CheckedPictures:
+def choose_clean(image_dir: str, count: int) -> "CheckedPictures":
     """Choose pictures spread evenly over the folder's names."""
+    from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
+
     pictures = open_folder(image_dir, "image_dir")
     count = min(count, len(pictures))
     return CheckedPictures(pictures.select([i * len(pictures) // count for i in range(count)]))
 
 
-def count_trained_on(checked: CheckedPictures, model: str) -> int | None:
-    """Return how many of the pictures a model was trained on. `None` where its run has not recorded that."""
-    known = trained_hashes(model)
-    return None if known is None else sum(one in known for one in checked.hashes)
+def load(name: str, device: str | None = None) -> Any:
+    """
+    Load an `ECVAERestorationPipeline` for many decoder passes: on a CPU, this layout and kept memory take a third off
+    their time.
+    """
+    import torch
 
+    from ecvae_diffusers import ECVAERestorationPipeline
+    from ecvae_diffusers.commands.sample import load_pipeline
+    from ecvae_diffusers.training.run.launch import keep_freed_memory
 
-def load(name: str, device: str | torch.device) -> ECVAERestorationPipeline:
-    """Load a pipeline for many decoder passes: on a CPU, this layout and kept memory take a third off their time."""
-    try:
-        pipeline = ECVAERestorationPipeline.from_pretrained(name).to(device)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"{name!r} can't be loaded: {' '.join(str(error).split())}") from error
+    pipeline: Any = load_pipeline(ECVAERestorationPipeline, "the pipeline", name, device)
     pipeline.vae.to(memory_format=torch.channels_last)
-    if torch.device(device).type == "cpu":
+    if pipeline.device.type == "cpu":
         keep_freed_memory()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def task_names(asked: list[str] | None, image_shape: tuple[int, int, int], noise_std: float) -> list[str]:
+def task_names(asked: list[str] | None, image_shape: tuple[int, ...], noise_std: float) -> list[str]:
     """Return the tasks asked for, or all that fit such images; without noise there is nothing to denoise."""
+    from ecvae_diffusers.evaluation.restoration import make_operator
+
     if asked is not None:
         return asked
     names = []
@@ -146,7 +125,7 @@ def task_names(asked: list[str] | None, image_shape: tuple[int, int, int], noise
     return names
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     columns = {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     lines = ["| noise | task | method | " + " | ".join(title for title, _ in columns.values()) + " |"]
     lines.append("|---" * (len(columns) + 3) + "|")
@@ -159,85 +138,97 @@ def table(rows: list[dict]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    with locked(args.output_dir):
-        evaluate(args, Path(args.output_dir))
+    """Restore and measure, and write what is done after each task."""
+    import diffusers
+    import torch
+    from tqdm import tqdm
 
+    import ecvae_diffusers
+    from ecvae_diffusers.evaluation import restoration
+    from ecvae_diffusers.evaluation.pictures import decode_all
+    from ecvae_diffusers.evaluation.summary import subset_size
+    from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOURS, load_features
+    from ecvae_diffusers.metrics import GenerationMetrics
+    from ecvae_diffusers.training.data.files import trained_hashes
+    from ecvae_diffusers.training.data.transforms import to_range
+    from ecvae_diffusers.training.run.pictures import image_grid, save_atomically
 
-def evaluate(args: argparse.Namespace, output_dir: Path) -> None:
-    """Restore and measure, while no other evaluation has the folder."""
-    pipelines = {"ours": load(args.pretrained_model_name_or_path, args.device)}
-    if args.baseline is not None:
-        pipelines["baseline"] = load(args.baseline, args.device)
-    config = pipelines["ours"].vae.config
+    output_dir = Path(args.output_dir)
+    models = {"ours": args.pretrained_model_name_or_path, "baseline": args.baseline}
+    pipelines = {method: load(name, args.device) for method, name in models.items() if name is not None}
+    config, device = pipelines["ours"].vae.config, pipelines["ours"].device
     checked = choose_clean(args.image_dir, args.max_images)
     if (left_out := checked.left_out()) is not None:
         print(f"Left out of --image_dir {args.image_dir!r}: {left_out}.", file=sys.stderr)
-    num_trained_on = count_trained_on(checked, args.pretrained_model_name_or_path)
+    known = trained_hashes(args.pretrained_model_name_or_path)
+    num_trained_on = None if known is None else sum(one in known for one in checked.hashes)
     if num_trained_on:
         print(f"WARNING {num_trained_on} of {len(checked)} images were trained on.", file=sys.stderr)
     decoded = decode_all(checked, config.sample_size, config.in_channels)
-    clean = to_range(decoded)
-    metrics, features = None, load_features(args.features, torch.device(args.device))
-    if len(clean) >= FEWEST_COMPARED:
-        metrics = GenerationMetrics(features, kernel_subset_size=subset_size(len(clean), len(clean)))
+    clean, subset = to_range(decoded), subset_size(len(decoded), len(decoded))
+    metrics, features = None, load_features(args.features, device, argument="features")
+    if len(clean) >= NUM_NEIGHBOURS + 2:  # fewer can't be compared as a set
+        metrics = GenerationMetrics(features, kernel_subset_size=subset)
         metrics.update(decoded, real=True)
-    pictures, rows, shape = {}, [], tuple(clean.shape[1:])
+    protocol = {
+        "arguments": vars(args) | {"device": str(device)},
+        "num_images": len(clean),
+        "num_trained_on": num_trained_on,
+        "files": checked.describe(config.in_channels),
+        "features": features.name,
+        "kernel_distance_std": f"over 100 subsets of {subset}",
+        "null": "a PSNR of answers without any error, which is infinite, or a distance of too few images",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "ecvae_diffusers": ecvae_diffusers.__version__,
+        "machine": platform.machine(),
+    }
     trained_on = "not known" if num_trained_on is None else f"{num_trained_on} of {len(clean)}"
     trained_on = f"\nImages that the model was trained on: {trained_on}.\n"
+    pictures: dict[float, list[torch.Tensor]] = {}
+    rows: list[dict[str, Any]] = []
+    shape = tuple(clean.shape[1:])
     todo = [(noise, name) for noise in args.noise_std for name in task_names(args.tasks, shape, noise)]
     for noise_std, name in tqdm(todo, desc="Tasks"):
-        task = Task(name, clean, noise_std, args.seed)
+        task = restoration.Task(name, clean, noise_std, args.seed)
         linear = task.linear_answers()
-        found = {method: as_answers(images) for method, images in linear.items()}
-        if args.classical and (peer := classical(task)) is not None:
+        found = {method: restoration.as_answers(images) for method, images in linear.items()}
+        if args.classical and (peer := restoration.classical(task)) is not None:
             found[peer[0]] = peer[1]
         for method, pipeline in pipelines.items():
             for steps in args.num_inference_steps:
                 label = method if len(args.num_inference_steps) == 1 else f"{method}, {steps} steps"
-                found[label] = restore(
+                found[label] = restoration.restore(
                     pipeline, task, args.num_restorations, args.batch_size, args.seed, num_inference_steps=steps,
                     method=args.method, energy_weight=args.energy_weight,
                 )  # fmt: skip
         for method, answers in found.items():
-            rows.append({"noise_std": noise_std, "task": name, "method": method} | measures(task, answers, metrics))
+            measures = restoration.measures(task, answers, metrics)
+            rows.append({"noise_std": noise_std, "task": name, "method": method} | measures)
         ours = next(answers for method, answers in found.items() if method.startswith("ours"))
-        columns = (task.clean, task.shown(), list(linear.values())[-1], ours.single, ours.std.clamp(0, 1) * 2 - 1)
+        assert ours.std is not None
+        columns = (clean, task.shown(), list(linear.values())[-1], ours.single, ours.std.clamp(0, 1) * 2 - 1)
         pictures.setdefault(noise_std, []).extend(torch.stack(columns, dim=1)[:NUM_PICTURES].flatten(0, 1))
-        protocol = {
-            "arguments": vars(args),
-            "num_images": len(clean),
-            "num_trained_on": num_trained_on,
-            "files": checked.describe(config.in_channels),
-            "features": features.name,
-            "kernel_distance_std": f"over 100 subsets of {subset_size(len(clean), len(clean))}",
-            "null": "a PSNR of answers without any error, which is infinite, or a distance of too few images",
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "ecvae_diffusers": ecvae_diffusers.__version__,
-            "machine": platform.machine(),
-        }
         write_json(output_dir / "restoration.json", {"protocol": protocol, "rows": rows})
         write_text(output_dir / "restoration.md", table(rows) + trained_on)
     for noise_std, parts in pictures.items():
-        grid = image_grid(torch.stack(parts), num_columns=5 * max(1, NUM_PICTURES // 2), scale=2)
+        grid = image_grid(torch.stack(parts), num_columns=5 * (NUM_PICTURES // 2), scale=2)
         save_atomically(grid, output_dir / f"restoration_noise-{noise_std:g}.png")
     print(table(rows) + trained_on)
     print(HOW_TO_READ)
-    for noise_std in pictures:
-        print(
-            f"{output_dir / f'restoration_noise-{noise_std:g}.png'}: clean, measured, by the linear answer, restored, "
-            "uncertainty."
-        )
     print(f"{output_dir / 'restoration.json'}: every figure with its protocol.")
 
 
-def main(argv: list[str] | None = None, prog: str = "evaluate_restoration.py") -> None:
+def main(argv: list[str] | None = None, prog: str = "ecvae evaluate-restoration") -> None:
     """Evaluate restorations as a command line says: that of this process, or `argv`."""
     printable()
     args = parse_args(argv, prog)
     try:
+        from ecvae_diffusers.training.run.folder import locked
+
         check_places(args)
-        run(args)
+        with locked(args.output_dir):  # no other evaluation may have the folder meanwhile
+            run(args)
     except (ValueError, OSError, ImportError) as error:
         fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,8 @@ LEAST_VARIED = 0.05
 LEFT_OPEN = 0.01
 
 
-def make_operator(name: str, image_shape: tuple[int, int, int]) -> LinearOperator:
-    """
-    Return the operator of a task, the same for the same shape.
-
-    Raises:
-        ValueError: if there is no such task, or none for such images.
-    """
+def make_operator(name: str, image_shape: tuple[int, ...]) -> LinearOperator:
+    """Return a task's operator, the same for the same shape (C, H, W). Raises `ValueError` if it has none for it."""
     channels, height, width = image_shape
     generator = torch.Generator().manual_seed(0)
     if name == "box_inpainting":
@@ -53,30 +48,14 @@ def make_operator(name: str, image_shape: tuple[int, int, int]) -> LinearOperato
         return Denoising()
     if name == "compressed_sensing":
         return CompressedSensing.hadamard(0.25, 8, generator)
-    if name == "colorization":
-        if channels != 3:
-            raise ValueError(f"--tasks colorization needs colour images, but these have {channels} channel(s).")
+    if name == "colorization" and channels == 3:
         return Colorization()
-    raise ValueError(f"--tasks must be of {', '.join(TASKS)}, but holds {name!r}.")
-
-
-TASKS = (
-    "box_inpainting", "random_inpainting", "super_resolution_x2", "super_resolution_x4", "deblurring", "colorization",
-    "denoising", "compressed_sensing",
-)  # fmt: skip
+    raise ValueError(f"--tasks {name} is not a task of images with {channels} channel(s).")
 
 
 @dataclass
 class Task:
-    """
-    Images, what was measured of them, and its noise.
-
-    Args:
-        name (`str`): Of [`TASKS`].
-        clean (`torch.Tensor` of shape `(N, C, H, W)`): In [-1, 1].
-        noise_std (`float`): sigma, of each entry of a measurement.
-        seed (`int`, *optional*, defaults to 0): Of the noise.
-    """
+    """Clean images (N, C, H, W) in [-1, 1], and what was measured of them with noise of `noise_std` in each entry."""
 
     name: str
     clean: torch.Tensor
@@ -112,27 +91,20 @@ class Task:
 @dataclass
 class Answers:
     """
-    A method's answers to all measurements of a task, in [-1, 1].
+    A method's answers to all measurements of a task, in [-1, 1], each of shape (N, C, H, W).
 
     Args:
-        single (`torch.Tensor` of shape `(N, C, H, W)`): The first answer to each.
-        mean (`torch.Tensor` of shape `(N, C, H, W)`): The mean of its answers.
-        std (`torch.Tensor` of shape `(N, C, H, W)`, *optional*): Standard deviation of each pixel.
-        residual (`float`, *optional*): ||A x - y|| per entry of y, root mean square over single answers.
-        residual_of_mean (`float`, *optional*): The same of `mean`; both of float images, before they are clamped.
-        largest_relative_residual (`float`, *optional*): Of any single answer, as a float image.
-        num_network_calls (`int`, *optional*): Per answer.
-        seconds (`float`, *optional*): Per image, for all its answers.
+        single (`torch.Tensor`): The first answer to each measurement.
+        mean, std (`torch.Tensor`): Mean and standard deviation of its answers.
+        figures (`dict`): `residual` (||A x - y|| per entry of y, root mean square over single answers),
+            `residual_of_mean`, `largest_relative_residual` (of any answer; all of float images, before they are
+            clamped), `num_network_calls` per answer, and `seconds` per image for all its answers.
     """
 
     single: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor | None = None
-    residual: float | None = None
-    residual_of_mean: float | None = None
-    largest_relative_residual: float | None = None
-    num_network_calls: int | None = None
-    seconds: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def restore(
@@ -141,45 +113,38 @@ def restore(
     """Return the pipeline's answers to all measurements; `kwargs` are the pipeline's arguments."""
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
-    outputs, squares, mean_squares, worst = [], 0.0, 0.0, 0.0
+    outputs = []
     for y in task.measured.split(batch_size):
         output = pipeline(
             y, operator=task.operator, noise_std=task.noise_std, num_restorations=num_restorations, generator=generator,
             output_type="pt", **kwargs,
         )  # fmt: skip
-        residual, norm = output.residual.view(-1, num_restorations)[:, 0].cpu(), y.flatten(1).norm(dim=1)
-        squares += (residual * norm).square().sum().item()
-        mean_squares += (output.residual_mean.cpu() * norm).square().sum().item()
-        worst = max(worst, output.residual.max().item())
-        outputs.append((output.images[::num_restorations], output.mean, output.std))
-    single, mean, std = (torch.cat(part).cpu() for part in zip(*outputs))
-    mean = mean * 2 - 1
-    return Answers(
-        single=single * 2 - 1,
-        mean=mean,
-        std=2 * std,
-        residual=(squares / task.measured.numel()) ** 0.5,
-        residual_of_mean=(mean_squares / task.measured.numel()) ** 0.5,
-        largest_relative_residual=worst,
-        num_network_calls=output.num_network_calls,
-        seconds=(time.perf_counter() - started) / len(task.clean),
-    )
+        outputs.append(
+            (output.images[::num_restorations], output.mean, output.std, output.residual, output.residual_mean)
+        )
+    single, mean, std, residual, residual_of_mean = (torch.cat(part).cpu() for part in zip(*outputs))
+    norm = task.measured.flatten(1).norm(dim=1)
+    squares = [(one * norm).square().sum().item() for one in (residual[::num_restorations], residual_of_mean)]
+    figures = {
+        "residual": (squares[0] / task.measured.numel()) ** 0.5,
+        "residual_of_mean": (squares[1] / task.measured.numel()) ** 0.5,
+        "largest_relative_residual": residual.max().item(),
+        "num_network_calls": output.num_network_calls,
+        "seconds": (time.perf_counter() - started) / len(task.clean),
+    }
+    return Answers(single * 2 - 1, mean * 2 - 1, 2 * std, figures)
 
 
 def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) -> dict[str, float | None]:
     """
-    Args:
-        metrics ([`GenerationMetrics`], *optional*): Has seen the clean images as real. `None` if they are too few.
-
-    Returns:
-        `dict` with PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the
-        mean, the distances between single answers and the clean images over the metrics' features (`None` without
-        `metrics`), and the other fields of `answers`.
+    Return PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the mean, the
+    distances between single answers and the clean images, which `metrics` has seen as real (`None` without `metrics`),
+    the figures of `answers`, and their coverage.
     """
     of_mean, of_single = (
         reconstruction_metrics((images + 1) / 2, (task.clean + 1) / 2) for images in (answers.mean, answers.single)
     )
-    distances = dict.fromkeys(DISTANCES)
+    distances: dict[str, float | None] = dict.fromkeys(DISTANCES)
     if metrics is not None:
         for images in to_uint8(answers.single).split(250):
             metrics.update(images, real=False)
@@ -190,9 +155,8 @@ def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) ->
         "psnr_single": of_single["psnr"].mean().item(),
         "ssim": of_mean["ssim"].mean().item(),
         **{name: distances[name] for name in DISTANCES},
+        **answers.figures,
     }
-    names = ("residual", "residual_of_mean", "largest_relative_residual", "num_network_calls", "seconds")
-    found |= {name: getattr(answers, name) for name in names if getattr(answers, name) is not None}
     if answers.std is not None and unknown_pixels(task).any():
         found["coverage"] = coverage(task, answers, (2.0,))[0]
     return found
@@ -211,6 +175,7 @@ def unknown_pixels(task: Task) -> torch.Tensor:
 
 def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[float]:
     """Return the share of unknown pixels (at least one) whose true error lies within `factors` standard deviations."""
+    assert answers.std is not None
     unknown = unknown_pixels(task)
     error, std = (answers.mean - task.clean).abs()[:, unknown], answers.std[:, unknown]
     return [(error <= factor * std).float().mean().item() for factor in factors]
@@ -247,14 +212,9 @@ def classical(task: Task) -> tuple[str, Answers] | None:
         size = tuple(task.clean.shape[2:])
         name, images = "bicubic", each(task.measured, lambda a: resize(a, size, order=3, mode="edge"))
     elif task.name == "deblurring":
-        psf = task.operator.kernel.numpy()
-        balances = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-
-        def deblurred(balance: float) -> torch.Tensor:
-            channels = [lambda a, c=c: wiener(a[..., c], psf, balance, clip=False) for c in range(task.clean.shape[1])]
-            return each(task.measured, lambda a: np.stack([channel(a) for channel in channels], axis=-1))
-
-        return "Wiener", as_answers(best([deblurred(balance) for balance in balances]))
+        psf, gray = task.operator.kernel.numpy(), task.measured.flatten(0, 1)[:, None]
+        found = [each(gray, lambda a: wiener(a[..., 0], psf, 10.0**b, clip=False)[..., None]) for b in range(-6, 0)]
+        return "Wiener", as_answers(best([images.view_as(task.clean) for images in found]))
     elif task.name == "denoising":
         name, images = "", task.measured.clamp(-1, 1)
     else:

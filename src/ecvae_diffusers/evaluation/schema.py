@@ -1,12 +1,12 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The content of `evaluation.json`: written by `evaluate.py`, read by model cards and by `publish.py`.
+"""The content of `evaluation.json`: written by `ecvae evaluate`, read by model cards and by `ecvae publish`.
 
 Each section has a protocol, which says of what the figures are, and measures. A figure that may not be stated is
 `None`.
 """
 
 import json
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, NoReturn, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -15,7 +15,8 @@ from typing import Any, Generic, NoReturn, Self, TypeVar, get_args, get_origin, 
 EVALUATION_FILE = "evaluation.json"
 
 
-P, M = TypeVar("P"), TypeVar("M")
+P = TypeVar("P")
+M = TypeVar("M")
 Figures = dict[str, float | None]  # by their names
 
 
@@ -133,7 +134,7 @@ class OutOfDistributionProtocol:
 
 @dataclass(kw_only=True)
 class SeedRun:
-    """What `publish.py` takes from the evaluation of the same training with another seed."""
+    """What `ecvae publish` takes from the evaluation of the same training with another seed."""
 
     seed: str
     weights: str | None
@@ -171,7 +172,7 @@ class Baseline(Measured):
 
 @dataclass(kw_only=True)
 class Evaluation(Measured):
-    """An evaluation, and what `publish.py` has added to it."""
+    """An evaluation, and what `ecvae publish` has added to it."""
 
     baseline: Baseline | None = None
     training_seeds: TrainingSeeds | None = None
@@ -181,7 +182,7 @@ class Evaluation(Measured):
         """Return the evaluation that a JSON file's content holds. Raises `ValueError` naming the wrong field."""
         return read(cls, value, "")
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """Return the content of the JSON file. Fields that were not measured are left out."""
         return to_plain(self)
 
@@ -197,7 +198,7 @@ class Evaluation(Measured):
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no {EVALUATION_FILE} of evaluate.py: {error}") from error
+            raise ValueError(f"{str(path)!r} is no {EVALUATION_FILE} of `ecvae evaluate`: {error}") from error
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -209,39 +210,37 @@ def read(kind: Any, value: Any, name: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if NoneType in arguments:
         return None if value is None else read(arguments[0], value, name)
-    section = {P: arguments[0], M: arguments[1]} if origin is Section else {}
-    kind = Section if origin is Section else kind
-    expected = dict if is_dataclass(kind) or origin is dict else origin or kind
-    allowed = (int, float) if expected is float else expected
+    kind = origin or kind
+    allowed: Any = {float: (int, float)}.get(kind, dict if is_dataclass(kind) else kind)
     if not isinstance(value, allowed) or isinstance(value, bool):
-        raise ValueError(f"`{name or 'the file'}` must be a {expected.__name__}, but is {str(value)[:50]!r}")
-    if origin is list:
+        wanted = "dict" if is_dataclass(kind) else kind.__name__
+        raise ValueError(f"`{name or 'the file'}` must be a {wanted}, but is {str(value)[:50]!r}")
+    if kind is list:
         return [read(arguments[0], one, f"{name}[{i}]") for i, one in enumerate(value)]
-    if origin is dict:
+    if kind is dict:
         return {key: read(arguments[1], one, f"{name}.{key}") for key, one in value.items()}
     if not is_dataclass(kind):
         return value
     within = f"{name}." if name else ""
-    known = {field.name: field for field in fields(kind)}
-    for key, field in known.items():
-        if key not in value and is_required(field):
-            raise ValueError(f"`{within}{key}` is missing")
+    known = {field.name: field.default for field in fields(kind)}
+    if missing := [key for key, default in known.items() if default is MISSING and key not in value]:
+        raise ValueError(f"`{within}{missing[0]}` is missing")
     # What this version does not know would be lost when the file is written again.
-    for key in value.keys() - known:
-        raise ValueError(f"`{within}{key}` is unknown")
-    types = {key: section.get(one, one) for key, one in get_type_hints(kind).items()}
+    if unknown := sorted(value.keys() - known):
+        raise ValueError(f"`{within}{unknown[0]}` is unknown")
+    types = get_type_hints(kind)
+    if kind is Section:
+        types = dict(zip(known, arguments))
     return kind(**{key: read(types[key], one, f"{within}{key}") for key, one in value.items()})
 
 
 def to_plain(value: Any) -> Any:
     """Return dataclasses as dictionaries, without the optional fields that are `None`."""
-    if is_dataclass(value):
-        found = {field: getattr(value, field.name) for field in fields(value)}
-        return {field.name: to_plain(one) for field, one in found.items() if one is not None or is_required(field)}
     if isinstance(value, dict):
         return {key: to_plain(one) for key, one in value.items()}
-    return [to_plain(one) for one in value] if isinstance(value, list) else value
-
-
-def is_required(field: Field) -> bool:
-    return field.default is MISSING
+    if isinstance(value, list):
+        return [to_plain(one) for one in value]
+    if not is_dataclass(value):
+        return value
+    found = ((field, getattr(value, field.name)) for field in fields(value))
+    return {field.name: to_plain(one) for field, one in found if one is not None or field.default is MISSING}

@@ -1,9 +1,13 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Turns the parts of an evaluation into its figures, each with its protocol, and its pictures."""
 
+import argparse
 import importlib.metadata
+import logging
 import platform
 import statistics
+from dataclasses import replace
+from typing import Any
 
 import PIL.Image
 import torch
@@ -11,6 +15,7 @@ import torch.nn as nn
 
 from ecvae_diffusers.evaluation.schema import (
     Evaluation,
+    Figures,
     FloorProtocol,
     Generation,
     GenerationProtocol,
@@ -33,6 +38,8 @@ from ecvae_diffusers.training.run.pictures import image_grid
 from ecvae_diffusers.training.run.places import name_as_text
 
 
+logger = logging.getLogger(__name__)
+
 LIBRARIES = ("ecvae-diffusers", "diffusers", "torch", "torchmetrics", "prdc")
 # Those of features by --features; all other features are of transformers.
 FEATURE_LIBRARIES = {
@@ -52,10 +59,11 @@ MEANINGS = {
 
 def over_seeds(values: list[float | None]) -> OverSeeds:
     """Return mean and standard deviation of the values of all seeds; `None` where a value is."""
-    if any(value is None for value in values):
+    stated = [value for value in values if value is not None]
+    if len(stated) < len(values):
         return OverSeeds(mean=None, std=None, values=values)
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return OverSeeds(mean=statistics.fmean(values), std=std, values=values)
+    std = statistics.stdev(stated) if len(stated) > 1 else None
+    return OverSeeds(mean=statistics.fmean(stated), std=std, values=values)
 
 
 def subset_size(num_real: int, num_generated: int) -> int:
@@ -66,7 +74,7 @@ def subset_size(num_real: int, num_generated: int) -> int:
     return max(2, min(MOST_IN_A_SUBSET, min(num_real, num_generated) // 2))
 
 
-def pairs_protocol(num_real: int, num_generated: int) -> dict:
+def pairs_protocol(num_real: int, num_generated: int) -> dict[str, Any]:
     """Return the fields of the schema's `Pairs`."""
     return {
         "most_images_in_pairs": MAX_KEPT_FEATURES,
@@ -74,7 +82,7 @@ def pairs_protocol(num_real: int, num_generated: int) -> dict:
     }
 
 
-def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | None]:
+def compare(real: torch.Tensor, generated: torch.Tensor) -> Figures:
     """Return the measures of `GenerationMetrics` between two sets of features."""
     metrics = GenerationMetrics(
         nn.Identity(),
@@ -88,108 +96,121 @@ def compare(real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | No
     return {name: measures[name] for name in GENERATION}
 
 
-def summarize(args, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]:
+def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]:
     """Return the content of `evaluation.json`, and pictures by their file names."""
     images, model = work.images.decoded, work.model
     _, channels, resolution, _ = images["real"].shape
     data = args.data_name or name_as_text(args.train_data_dir or args.dataset_name)
     train = ImageSet(data=data, split=args.train_split, num_images=len(images["real"]))
-    protocol = Protocol(
-        files={name.replace("real", "train"): one.describe(channels) for name, one in work.images.checked.items()},
-        libraries={
-            name: importlib.metadata.version(name)
-            for name in (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
-        },
-        machine=platform.machine(),
-        device=work.device.type,
-        computed_in="float32",
-        images=f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, "
-        "antialiased), center cropped",
-        features=work.features.name,
-    )
+    libraries = (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
     real = work.collect("real")["features"]
     kinds = ["generated"] if model is None else [f"samples_{seed}" for seed in args.seeds]
     samples = [work.collect(kind)["features"] for kind in kinds]
-    found = [compare(real, one) for one in samples]
     num_samples, num_features = samples[0].shape
-    generation = Generation(
-        protocol=GenerationProtocol(
-            reference=train,
-            num_samples=num_samples,
-            num_features=num_features,
-            seeds=[None] if model is None else args.seeds,
-            latents="unknown" if model is None else "N(0, I), temperature 1",
-            num_neighbours=NUM_NEIGHBOURS,
-            **pairs_protocol(len(real), num_samples),
-        ),
-        measures={name: over_seeds([one[name] for one in found]) for name in GENERATION},
-        why_no_frechet_distance=why_no_frechet_distance(len(real), num_samples, num_features),
-    )
+    found = [compare(real, one) for one in samples]
     evaluation = Evaluation(
         model=name_as_text(args.generated_image_dir) if model is None else model.name,
         weights=None if model is None else model.fingerprint,
-        protocol=protocol,
-        generation=generation,
+        protocol=Protocol(
+            files={name.replace("real", "train"): one.describe(channels) for name, one in work.images.checked.items()},
+            libraries={name: importlib.metadata.version(name) for name in libraries},
+            machine=platform.machine(),
+            device=work.device.type,
+            computed_in="float32",
+            images=f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, "
+            "antialiased), center cropped",
+            features=work.features.name,
+        ),
+        generation=Generation(
+            protocol=GenerationProtocol(
+                reference=train,
+                num_samples=num_samples,
+                num_features=num_features,
+                seeds=[None] if model is None else args.seeds,
+                latents="unknown" if model is None else "N(0, I), temperature 1",
+                num_neighbours=NUM_NEIGHBOURS,
+                **pairs_protocol(len(real), num_samples),
+            ),
+            measures={name: over_seeds([one[name] for one in found]) for name in GENERATION},
+            why_no_frechet_distance=why_no_frechet_distance(len(real), num_samples, num_features),
+        ),
     )
     if "test" in images:
-        test = work.collect("test")
-        own_name = args.test_data_dir and not args.data_name
-        held_out = {
-            "data": name_as_text(args.test_data_dir) if own_name else data,
-            "split": args.test_split,
-            "num_images": len(images["test"]),
-        }
-        recorded = "what its run has recorded, and the reference"
-        evaluation.held_out = Section(
-            protocol=HeldOutProtocol(
-                **held_out,
-                compared_with="all training images" if work.recorded is None else recorded,
-                same="equal pixels, as 8-bit RGB and upright, whatever the file",
-            ),
-            measures={"num_trained_on": sum(work.is_trained_on)},
+        is_other_data = args.test_data_dir and not args.data_name
+        test = ImageSet(
+            data=name_as_text(args.test_data_dir) if is_other_data else data,
+            split=args.test_split,
+            num_images=len(images["test"]),
         )
-        evaluation.floor = Section(
-            protocol=FloorProtocol(
-                reference=train,
-                compared=ImageSet(**held_out),
-                # The Frechet distance falls with the number of images, as its bias does.
-                meaning="what a perfect model would get from equally many images",
-                **pairs_protocol(len(real), len(test["features"])),
-            ),
-            measures=compare(real, test["features"]),
-        )
-        if model is not None:
-            add_held_out_measures(evaluation, work, test, held_out)
-    return evaluation, pictures(args, work, real, samples[0])
+        add_held_out_measures(evaluation, work, real, train, test)
+    if model is None:
+        first = images["generated"][:NUM_GRID_IMAGES]
+    else:
+        first = model.sample(model.latents(args.num_samples, args.seeds[0])[:NUM_GRID_IMAGES])
+    scale = max(1, 64 // resolution)
+    return evaluation, {
+        "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
+        "neighbours.png": neighbours_grid(first[:NUM_NEIGHBOUR_ROWS], samples[0], real, images["real"], scale),
+    }
 
 
-def add_held_out_measures(evaluation: Evaluation, work: Work, test: dict[str, torch.Tensor], held_out: dict) -> None:
-    """Add reconstruction, likelihood, and how well scores tell other images from the held-out ones."""
-    if work.model.is_flow:
-        bits = test["bits_per_dimension"].double().mean().item()
+def add_held_out_measures(
+    evaluation: Evaluation, work: Work, real: torch.Tensor, train: ImageSet, test: ImageSet
+) -> None:
+    """
+    Add how many test images were trained on, and their distance from training images; of a model also reconstruction,
+    likelihood, and how well scores tell other images from the test images.
+    """
+    found, model, num_trained_on = work.collect("test"), work.model, work.trained_on()
+    features, is_recorded = found["features"], work.recorded_hashes is not None
+    if num_trained_on:
+        logger.warning(
+            f"WARNING {num_trained_on} of {test.num_images} test images are among the training images: figures of held-out "
+            "images are partly of these."
+        )
+    evaluation.held_out = Section(
+        protocol=HeldOutProtocol(
+            **vars(test),
+            compared_with="what its run has recorded, and the reference" if is_recorded else "all training images",
+            same="equal pixels, as 8-bit RGB and upright, whatever the file",
+        ),
+        measures={"num_trained_on": num_trained_on},
+    )
+    evaluation.floor = Section(
+        protocol=FloorProtocol(
+            reference=train,
+            compared=test,
+            # The Frechet distance falls with the number of images, as its bias does.
+            meaning="what a perfect model would get from equally many images",
+            **pairs_protocol(len(real), len(features)),
+        ),
+        measures=compare(real, features),
+    )
+    if model is None:
+        return
+    if model.is_flow:
         evaluation.likelihood = Section(
-            protocol=LikelihoodProtocol(**held_out, unit="bits per dimension of dequantized 8-bit images"),
-            measures={"bits_per_dimension": bits},
+            protocol=LikelihoodProtocol(**vars(test), unit="bits per dimension of dequantized 8-bit images"),
+            measures={"bits_per_dimension": found["bits_per_dimension"].double().mean().item()},
         )
     else:
-        distances = compare(test["features"], test["reconstructed"])
+        reconstructed = work.collect("reconstructed")
+        distances = compare(features, reconstructed["features"])
         evaluation.reconstruction = Section(
             protocol=ReconstructionProtocol(
-                **held_out,
-                latents="posterior mean",
-                **pairs_protocol(len(test["features"]), len(test["reconstructed"])),
+                **vars(test), latents="posterior mean", **pairs_protocol(len(features), len(features))
             ),
             measures={
-                "mean_squared_error": test["error"].mean().item(),
-                **{name: test[name].mean().item() for name in ("psnr", "ssim") if name in test},
+                "mean_squared_error": found["error"].mean().item(),
+                **{name: reconstructed[name].mean().item() for name in ("psnr", "ssim") if name in reconstructed},
                 **{name: distances[name] for name in DISTANCES},
             },
         )
-    if "likelihood" in work.counts:
+    if "likelihood" in work.paths:
         bounds = work.collect("likelihood")
         evaluation.likelihood = Section(
             protocol=LikelihoodProtocol(
-                **{**held_out, "num_images": work.num_likelihood_images},
+                **vars(replace(test, num_images=len(bounds["elbo"]))),
                 unit="nats an image, density of images in [-1, 1]",
                 variance=LIKELIHOOD_VARIANCE,
                 importance_samples=work.args.importance_samples,
@@ -197,32 +218,17 @@ def add_held_out_measures(evaluation: Evaluation, work: Work, test: dict[str, to
             ),
             measures={name: value.double().mean().item() for name, value in bounds.items()},
         )
-    scores = [name for name in ("energy", *MEANINGS) if name in test]
-    others = [name for name in work.images.decoded if name.startswith("outside_")]
-    collected = {name.removeprefix("outside_"): work.collect(name) for name in others}
+    scores = [name for name in ("energy", *MEANINGS) if name in found]
+    others = {name.removeprefix("outside_"): work.collect(name) for name in work.paths if name.startswith("outside_")}
     evaluation.out_of_distribution = Section(
         protocol=OutOfDistributionProtocol(
-            inside=ImageSet(**held_out),
-            outside={name: len(one[scores[-1]]) for name, one in collected.items()},
+            inside=test,
+            outside={name: len(one[scores[-1]]) for name, one in others.items()},
             measure="AUROC: the share of pairs in which the other image has the higher score",
             **{name: meaning for name, meaning in MEANINGS.items() if name in scores},
         ),
         measures={
-            name: {score: out_of_distribution_auroc(test[score], one[score]) for score in scores}
-            for name, one in collected.items()
+            name: {score: out_of_distribution_auroc(found[score], one[score]) for score in scores}
+            for name, one in others.items()
         },
     )
-
-
-def pictures(args, work: Work, real: torch.Tensor, generated: torch.Tensor) -> dict[str, PIL.Image.Image]:
-    """Return a grid of samples, and one of samples next to their nearest training images."""
-    if work.model is not None:
-        first = work.model.sample(work.model.latents(args.num_samples, args.seeds[0])[:NUM_GRID_IMAGES])
-    else:
-        first = work.images.decoded["generated"][:NUM_GRID_IMAGES]
-    scale = max(1, 64 // first.shape[-1])
-    rows = first[:NUM_NEIGHBOUR_ROWS]
-    return {
-        "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
-        "neighbours.png": neighbours_grid(rows, generated, real, work.images.decoded["real"], scale),
-    }

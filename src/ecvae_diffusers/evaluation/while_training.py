@@ -3,6 +3,7 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import PIL.Image
 import torch
@@ -16,19 +17,20 @@ from ecvae_diffusers.training.run.places import why_missing
 from ecvae_diffusers.training.run.progress import progress
 
 
+if TYPE_CHECKING:
+    from ecvae_diffusers.metrics import FeatureExtractor
+
+
 logger = get_logger(__name__)
 
 NUM_NEIGHBOUR_ROWS = 8
 NUM_NEIGHBOURS = 5
 
 
-def load_features(name: str, device: torch.device, argument: str = "evaluation_features") -> torch.nn.Module:
+def load_features(name: str, device: torch.device, argument: str = "evaluation_features") -> "FeatureExtractor":
     """
-    Load a feature extractor by the value of `--evaluation_features`, or of another `argument`.
-
-    Raises:
-        ValueError: if it can't be loaded.
-        ImportError: if a package that it needs is missing.
+    Load a feature extractor by the value of `--evaluation_features`, or of another `argument`. Raises `ValueError` if
+    it can't be loaded, `ImportError` if a package that it needs is missing.
     """
     from ecvae_diffusers.metrics import FeatureExtractor, InceptionFeatures, lite0_features, transformers_features
     from ecvae_diffusers.training.data.digits import SIZE, train_digit_features
@@ -55,13 +57,8 @@ def neighbours_grid(
     samples: torch.Tensor, generated: torch.Tensor, real: torch.Tensor, reference: torch.Tensor, scale: int = 1
 ) -> PIL.Image.Image:
     """
-    Lay out one row per sample: the sample, and the reference images nearest to it in features.
-
-    Args:
-        samples (`torch.Tensor` of shape `(N, C, H, W)`, uint8): What is shown.
-        generated, real (`torch.Tensor`): Features of at least these samples, and of the reference.
-        reference (`torch.Tensor`, uint8): The images that `real` are the features of.
-        scale (`int`, *optional*, defaults to 1): Whole-number magnification.
+    Lay out one row per sample (uint8): the sample, and the reference images nearest to it in features. `generated` and
+    `real` are the features of at least these samples, and of the reference.
     """
     from ecvae_diffusers.metrics import nearest_neighbours
 
@@ -72,18 +69,9 @@ def neighbours_grid(
 
 class Evaluator:
     """
-    Args:
-        accelerator ([`Accelerator`]): Each process makes and measures its share.
-        feed: The data, of which `num_samples` images drawn at random are the reference.
-        task: The run's [`Task`], which makes the samples.
-        features (`str`): See [`load_features`].
-        num_samples (`int`): Samples, and reference images.
-        batch_size (`int`): Images at a time.
-        seed (`int`): Of the run.
-
-    Attributes:
-        metric (`str`): The measure that tells which evaluation is the best: the Frechet distance, or the kernel
-            distance where no Frechet distance may be stated.
+    Measures `num_samples` samples of a run's task against as many images of its feed, each process its share.
+    `metric` tells which evaluation is the best: the Frechet distance, or the kernel distance where no Frechet distance
+    may be stated.
     """
 
     def __init__(
@@ -95,12 +83,10 @@ class Evaluator:
         self.accelerator, self.task, self.batch_size = accelerator, task, batch_size
         self.reference = feed.reference(num_samples)
         latents = task.latents(num_samples, seed + 1)
-        for what, found in (("images", self.reference), ("latents", latents)):
-            if len(found) < NUM_NEIGHBOURS + 2:
-                raise ValueError(
-                    f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} {what}, but there are {len(found)}: see "
-                    "--evaluation_samples."
-                )
+        if (fewest := min(len(self.reference), len(latents))) < NUM_NEIGHBOURS + 2:
+            raise ValueError(
+                f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} images and --evaluation_samples, but has {fewest}."
+            )
         network = load_features(features, accelerator.device)
         try:
             num_features = network(self.reference[:1]).shape[1]
@@ -114,10 +100,7 @@ class Evaluator:
         self.metric = "frechet_distance"
         if (why := why_no_frechet_distance(len(self.reference), len(latents), num_features)) is not None:
             self.metric = "kernel_distance"
-            logger.warning(
-                f"No Frechet distance: {why} The kernel distance tells which evaluation is the best. See "
-                "--evaluation_samples."
-            )
+            logger.warning(f"No Frechet distance: {why} The kernel distance decides. See --evaluation_samples.")
 
     def share(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
@@ -129,15 +112,15 @@ class Evaluator:
         if not self.metrics.counts[True]:
             for images in self.share(self.reference).split(self.batch_size):
                 self.metrics.update(images.to(device), real=True)
-        first = None
+        shown: list[torch.Tensor] = []
         for latents in progress("Evaluation", self.latents.split(self.batch_size), shown=main_process):
             samples = to_uint8(self.task.sample(exported, latents.to(device)))
             self.metrics.update(samples, real=False)
-            first = samples[:NUM_NEIGHBOUR_ROWS] if first is None else first
+            shown += samples[: NUM_NEIGHBOUR_ROWS - len(shown)]
         measures = self.metrics.compute()
         real, generated = self.metrics.kept.compute()
         if main_process:
-            grid = neighbours_grid(first, generated, real, self.kept_reference)
+            grid = neighbours_grid(torch.stack(shown), generated, real, self.kept_reference)
             save_atomically(grid, step_file(output_dir, "neighbours", step))
         self.metrics.reset(keep_real=True)
         return measures
@@ -145,11 +128,8 @@ class Evaluator:
 
 class Patience:
     """
-    Remembers the best evaluation, and which have come since.
-
-    Args:
-        metric (`str`): The distance that decides, a name of `GenerationMetrics.compute`. The lowest is the best.
-        patience (`int`, *optional*): Evaluations without a better one after which to stop.
+    Remembers the evaluation whose distance `metric` is the lowest, and which have come since: `patience` of these end
+    a run.
     """
 
     def __init__(self, metric: str, patience: int | None):
@@ -173,7 +153,6 @@ class Patience:
 
     @property
     def has_best(self) -> bool:
-        """Whether any evaluation gave a number."""
         return self.best < math.inf
 
     @property

@@ -1,17 +1,25 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What `evaluate.py` computes per image, in parts: features, energies, errors, bounds."""
+"""What `ecvae evaluate` computes per image: features, energies, errors, bounds.
+
+It is split into numbered parts. Processes share them, and finished parts are cached on disk, so an interrupted
+evaluation resumes.
+"""
 
 import argparse
-import logging
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
+from ecvae_diffusers.atomic import replacing, to_json, write_json
 from ecvae_diffusers.energy import compute_energy, frozen
-from ecvae_diffusers.evaluation.parts import Parts
 from ecvae_diffusers.evaluation.pictures import EvaluatedImages
 from ecvae_diffusers.evaluation.while_training import load_features
 from ecvae_diffusers.hub.contents import INDEX, check_components, class_name, held_class
@@ -27,8 +35,6 @@ from ecvae_diffusers.training.run.places import name_as_text
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 
-logger = logging.getLogger(__name__)
-
 PART_SIZE = 250
 HASHED_PART_SIZE = 5000
 LIKELIHOOD_PART_SIZE = 8
@@ -37,40 +43,27 @@ LIKELIHOOD_VARIANCE = 0.5
 # Steps that optimize the posterior of each image, for the amortisation gap.
 AMORTISATION_STEPS = 200
 LEAST_SIZE_FOR_SSIM = 11
-PIPELINES = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
+PIPELINES: dict[str, Any] = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
+Part = dict[str, torch.Tensor]
 
 
 class EvaluatedModel:
     """
-    A pipeline under evaluation, in float32.
-
-    Args:
-        name (`str`): Folder or Hub id.
-        revision (`str`, *optional*): Of a Hub id.
-        device (`torch.device`): Where it computes.
-
-    Raises:
-        OSError, ValueError: if it can't be loaded, or is no `ECVAEPipeline` and no `ECFlowPipeline`.
-
-    Attributes:
-        is_flow (`bool`): Whether it has exact likelihoods, and reconstructions that equal the images.
+    A pipeline under evaluation, in float32. Raises `ValueError` if it can't be loaded, or is none of `PIPELINES`.
     """
 
     def __init__(self, name: str, revision: str | None, device: torch.device):
         argument = f"--pretrained_model_name_or_path {name!r}"
-        others = "give a folder of another model's samples as --generated_image_dir."
         try:
             index = DiffusionPipeline.load_config(name, revision=revision)
-        except OSError as error:
-            raise ValueError(f"{argument} holds no pipeline ({' '.join(str(error).split())}): {others}") from error
-        # diffusers would load the weights of any pipeline with such components, and say nothing.
-        if class_name(index) not in PIPELINES:
-            raise ValueError(
-                f"{argument} must be an {' or an '.join(PIPELINES)}, but holds {held_class(INDEX, index)}: {others}"
-            )
-        check_components(name, index)
-        try:
-            pipeline = PIPELINES[class_name(index)].from_pretrained(name, revision=revision)
+            # diffusers would load the weights of any pipeline with such components, and say nothing.
+            if (kind := str(class_name(index))) not in PIPELINES:
+                raise ValueError(
+                    f"it is no {' or '.join(PIPELINES)}, but {held_class(INDEX, index)}, whose samples can be measured "
+                    "as --generated_image_dir"
+                )
+            check_components(name, index)
+            pipeline = PIPELINES[kind].from_pretrained(name, revision=revision)
         except LOADING_ERRORS as error:
             raise ValueError(f"{argument} can't be loaded: {' '.join(str(error).split())}") from error
         pipeline.set_progress_bar_config(disable=True)
@@ -98,35 +91,28 @@ class EvaluatedModel:
         return vae.decode(vae.encode(images).latent_dist.mode()).sample.float()
 
     @torch.no_grad()
-    def energy(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the `energy` of images in [-1, 1]; nothing without an energy model."""
-        if self.pipeline.energy_model is None:
-            return {}
-        with frozen(self.pipeline.energy_model):
-            return {"energy": compute_energy(self.pipeline.energy_model, images)}
-
-    @torch.no_grad()
-    def scores(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def scores(self, images: torch.Tensor) -> Part:
         """
-        Return what may tell other images in [-1, 1] from the model's own: the energy, and of a model the error of its
-        reconstruction, of a flow the bits per dimension of 8-bit images. These are dequantized by the same noise for
-        each image, so that any batches give the same.
+        Return what may tell other images in [-1, 1] from the model's own: the energy, if there is an energy model, and
+        the error of its reconstruction, or of a flow the bits per dimension of 8-bit images. These are dequantized by
+        the same noise for each image, so that any batches give the same.
         """
+        found = {}
+        if self.pipeline.energy_model is not None:
+            with frozen(self.pipeline.energy_model):
+                found["energy"] = compute_energy(self.pipeline.energy_model, images)
         if not self.is_flow:
-            return self.energy(images) | {"error": squared_error(images, self.reconstruct(images))}
+            return found | {"error": squared_error(images, self.reconstruct(images))}
         noise = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(0)).to(images)
         log_prob = self.pipeline.flow.log_prob(dequantize(images, noise.expand_as(images)))
-        return self.energy(images) | {"bits_per_dimension": bits_per_dimension(log_prob, self.num_latents)}
+        return found | {"bits_per_dimension": bits_per_dimension(log_prob, self.num_latents)}
 
 
 class Work:
     """
-    Args:
-        args: The command line of `evaluate.py`.
-        accelerator ([`Accelerator`]): Each process does its share.
-        model ([`EvaluatedModel`], *optional*): `None` for a folder of generated images.
-        images ([`EvaluatedImages`]): What it is measured against.
-        parts ([`Parts`]): Keeps what is done.
+    The parts of an evaluation. A part's content depends only on its number, so any number of processes gives the same.
+    They are kept in `folder`, which all processes must see, next to `identity`: what they depend on. Raises `ValueError`
+    if it holds parts of another evaluation.
     """
 
     def __init__(
@@ -135,102 +121,109 @@ class Work:
         accelerator: Accelerator,
         model: EvaluatedModel | None,
         images: EvaluatedImages,
-        parts: Parts,
+        folder: Path,
+        identity: dict[str, Any],
     ):
-        self.args, self.accelerator, self.model, self.images, self.parts = args, accelerator, model, images, parts
-        self.recorded = trained_hashes(args.pretrained_model_name_or_path)
-        self.is_trained_on: list[bool] = []
+        self.args, self.accelerator, self.model, self.images, self.folder = args, accelerator, model, images, folder
         self.device = accelerator.device
-        self.features = load_features(args.features, accelerator.device, argument="features")
-        self.counts: dict[str, int] = {}  # parts by their kind
+        self.features = load_features(args.features, self.device, argument="features")
+        self.recorded_hashes = trained_hashes(args.pretrained_model_name_or_path)
+        self.paths: dict[str, list[Path]] = {}  # of parts by their kind
+        path, identity = folder / "identity.json", json.loads(to_json(identity))
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else identity
+        if changed := sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k)):
+            raise ValueError(
+                f"--output_dir holds parts of an evaluation with other arguments ({', '.join(changed)}): give those again, "
+                f"another folder, or remove {str(folder)!r}."
+            )
+        # Every process looks before one of them writes.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(path, identity)
 
     def do(self) -> None:
         """Make all parts that are not there yet."""
-        if "test" in self.images.decoded:
-            self.compare_with_training()
-        for name, images in self.images.decoded.items():
-            if name.startswith("outside_"):
-                self.make(name, images, lambda part: self.gather(part, self.model.scores))
-            else:  # real, generated, test
-                self.make(name, images, self.test_part if name == "test" and self.model else self.features_part)
-        if self.model is None:
+        model, images, training = self.model, self.images.decoded, self.images.training
+        if "test" in images and self.recorded_hashes is None and len(training) > len(images["real"]):
+            self.make("hashes_of_training", torch.arange(len(training)), self.hashes_of, HASHED_PART_SIZE)
+        for name, found in images.items():
+            if model is None or name == "real":
+                self.make(name, found, self.features_of)
+            elif name == "test":
+                self.make(name, found, lambda batch: self.features_of(batch) | model.scores(self.in_range(batch)))
+            else:  # outside_...
+                self.make(name, found, lambda batch: model.scores(self.in_range(batch)))
+        if model is None:
             return
         for seed in self.args.seeds:
-            self.make(f"samples_{seed}", self.model.latents(self.args.num_samples, seed), self.sample_part)
-        # A flow's likelihoods are exact, and of all test images.
-        if self.num_likelihood_images > 0 and not self.model.is_flow:
-            self.make("likelihood", range(self.num_likelihood_images), self.likelihood_part, LIKELIHOOD_PART_SIZE)
+            latents = model.latents(self.args.num_samples, seed)
+            self.make(f"samples_{seed}", latents, lambda batch: self.features_of(model.sample(batch)))
+        # A flow's reconstructions are the images, and its likelihoods are exact.
+        if "test" in images and not model.is_flow:
+            self.make("reconstructed", images["test"], lambda batch: self.reconstructed(model, batch))
+            if self.args.num_likelihood_images > 0:
+                chosen = torch.arange(min(self.args.num_likelihood_images, len(images["test"])))
+                self.make("likelihood", chosen, lambda batch: self.likelihood_of(model, batch), LIKELIHOOD_PART_SIZE)
 
-    def make(self, kind: str, items: Sequence, make: Callable, size: int = PART_SIZE) -> None:
-        self.counts[kind] = -(-len(items) // size)
-        self.parts.make(kind, self.counts[kind], lambda index: make(items[index * size : (index + 1) * size]))
+    def make(
+        self, kind: str, items: torch.Tensor, function: Callable[[torch.Tensor], Part], size: int | None = None
+    ) -> None:
+        """
+        Make this process's share of the parts of a kind, except those that are there. A part is what `function` returns
+        for a batch of `size` items, or for `PART_SIZE` items in batches of `--batch_size`.
+        """
+        parts = items.split(size or PART_SIZE)
+        paths = [self.folder / f"{kind}-{index:05d}.safetensors" for index in range(len(parts))]
+        self.paths[kind] = paths
+        mine = range(self.accelerator.process_index, len(parts), self.accelerator.num_processes)
+        missing = [index for index in mine if not paths[index].is_file()]
+        shown = bool(missing) and self.accelerator.is_main_process
+        for index in tqdm(missing, desc=kind.replace("_", " "), disable=not shown):
+            found = [function(batch) for batch in parts[index].split(size or self.args.batch_size)]
+            with replacing(paths[index]) as temporary:
+                save_file({name: torch.cat([one[name].cpu() for one in found]) for name in found[0]}, temporary)
 
-    def collect(self, kind: str) -> dict[str, torch.Tensor]:
-        return self.parts.collect(kind, self.counts[kind])
+    def collect(self, kind: str) -> Part:
+        """Concatenate the parts of a kind. Raises `ValueError` if another machine has made one in a folder of its own."""
+        if not all(path.is_file() for path in self.paths[kind]):
+            raise ValueError(f"parts of {kind!r} are missing: --output_dir must be a folder that all processes share.")
+        parts = [load_file(path) for path in self.paths[kind]]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    @property
-    def num_likelihood_images(self) -> int:
-        return min(self.args.num_likelihood_images, len(self.images.decoded.get("test", ())))
-
-    def compare_with_training(self) -> None:
-        """Find the test images that are training images, and warn of them."""
-        real, training = self.images.checked["real"], self.images.training
-        known = set(real.hashes)
-        if self.recorded is not None:
-            known |= self.recorded
-        elif len(training) > len(real):
-            self.make("hashes_of_training", range(len(training)), self.hashes_part, HASHED_PART_SIZE)
-            self.accelerator.wait_for_everyone()
+    def trained_on(self) -> int:
+        """Return how many test images are training images."""
+        known = {*self.images.checked["real"].hashes, *(self.recorded_hashes or ())}
+        if "hashes_of_training" in self.paths:
             known |= {bytes(one) for one in self.collect("hashes_of_training")["hashes"].numpy()}
-        self.is_trained_on = [one in known for one in self.images.checked["test"].hashes]
-        if (count := sum(self.is_trained_on)) and self.accelerator.is_main_process:
-            logger.warning(
-                f"WARNING {count} of {len(self.is_trained_on)} test images are among the training images: figures of "
-                "held-out images are partly of these."
-            )
+        return sum(one in known for one in self.images.checked["test"].hashes)
 
-    def hashes_part(self, indices: range) -> dict[str, torch.Tensor]:
+    def hashes_of(self, indices: torch.Tensor) -> Part:
         """Hash training images: those that can't be read are not trained on either."""
-        hashes = hashes_of(self.images.training.select(list(indices)))
+        hashes = hashes_of(self.images.training.select(indices.tolist()))
         return {"hashes": torch.tensor(list(b"".join(hashes)), dtype=torch.uint8).view(len(hashes), HASH_BYTES)}
 
-    def features_part(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        batches = images.split(self.args.batch_size)
-        return {"features": torch.cat([self.features(batch.to(self.device)).cpu() for batch in batches])}
+    def in_range(self, images: torch.Tensor) -> torch.Tensor:
+        return to_range(images.to(self.device))
 
-    def gather(self, images: torch.Tensor, function: Callable) -> dict[str, torch.Tensor]:
-        """Return what `function` makes of images in [-1, 1], batch by batch."""
-        found = [function(to_range(batch.to(self.device))) for batch in images.split(self.args.batch_size)]
-        return {name: torch.cat([one[name].cpu() for one in found]) for name in found[0]}
+    def features_of(self, images: torch.Tensor) -> Part:
+        return {"features": self.features(images.to(self.device))}
 
-    def sample_part(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        samples = torch.cat([self.model.sample(batch) for batch in latents.split(self.args.batch_size)])
-        return self.features_part(samples) | self.gather(samples, self.model.energy)
+    def reconstructed(self, model: EvaluatedModel, images: torch.Tensor) -> Part:
+        originals = self.in_range(images)
+        found = model.reconstruct(originals)
+        measures = self.features_of(to_uint8(found))
+        if model.resolution >= LEAST_SIZE_FOR_SSIM:
+            measures |= reconstruction_metrics((found.clamp(-1, 1) + 1) / 2, (originals + 1) / 2)
+        return measures
 
-    def test_part(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.model.is_flow:
-            return self.features_part(images) | self.gather(images, self.model.scores)
-
-        def measured(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-            reconstructed = self.model.reconstruct(batch)
-            scores = self.model.energy(batch) | {"error": squared_error(batch, reconstructed)}
-            scores["reconstructed"] = to_uint8(reconstructed)
-            if self.model.resolution >= LEAST_SIZE_FOR_SSIM:
-                scores |= reconstruction_metrics((reconstructed.clamp(-1, 1) + 1) / 2, (batch + 1) / 2)
-            return scores
-
-        found = self.features_part(images) | self.gather(images, measured)
-        return found | {"reconstructed": self.features_part(found["reconstructed"])["features"]}
-
-    def likelihood_part(self, indices: range) -> dict[str, torch.Tensor]:
-        images = to_range(self.images.decoded["test"][indices.start : indices.stop].to(self.device))
+    def likelihood_of(self, model: EvaluatedModel, indices: torch.Tensor) -> Part:
         bounds = posterior_bounds(
-            images,
-            self.model.pipeline.vae,
+            self.in_range(self.images.decoded["test"][indices]),
+            model.pipeline.vae,
             self.args.importance_samples,
             AMORTISATION_STEPS,
             LIKELIHOOD_VARIANCE,
-            torch.Generator().manual_seed(indices.start // LIKELIHOOD_PART_SIZE),
-            batch_size=max(self.args.batch_size, len(images)),
+            torch.Generator().manual_seed(int(indices[0]) // LIKELIHOOD_PART_SIZE),
+            batch_size=max(self.args.batch_size, len(indices)),
         )
         return dict(bounds)

