@@ -23,7 +23,7 @@ from ecvae_diffusers.evaluation.pictures import draw_images, open_source
 from ecvae_diffusers.evaluation.schema import Evaluation
 from ecvae_diffusers.evaluation.summary import compare, over_seeds
 from ecvae_diffusers.evaluation.work import EvaluatedModel
-from ecvae_diffusers.hub.card import evaluation_table, write_card
+from ecvae_diffusers.hub.card import Data, Details, evaluation_table, write_card
 from ecvae_diffusers.hub.saving import weights_fingerprint
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features, out_of_distribution_auroc
 from ecvae_diffusers.model_error import squared_error
@@ -72,7 +72,7 @@ def test_files_and_protocols(evaluation, files):
 
 
 def test_the_table_says_of_which_images_the_figures_are(evaluation):
-    table = evaluation_table(evaluation)
+    table = evaluation_table(Evaluation.from_json(evaluation))
     assert "no Frechet distance" in table and "40 images of one kind are fewer than the 1280 features" in table
     for measured in ("kernel distance |", "coverage", "floor", "PSNR, dB", "importance-weighted bound", "stripes"):
         assert measured in table
@@ -80,7 +80,7 @@ def test_the_table_says_of_which_images_the_figures_are(evaluation):
     fewer = json.loads(json.dumps(evaluation))
     for name in ("generation", "floor", "reconstruction"):
         fewer[name]["protocol"]["most_images_in_pairs"] = 25
-    rows = evaluation_table(fewer).splitlines()
+    rows = evaluation_table(Evaluation.from_json(fewer)).splitlines()
     titles = [row.split(" | ")[0] for row in rows if row.endswith(", the first 25 of each |")]
     assert len(titles) == 7 and {"| coverage", "| kernel distance, floor", "| reconstruction, kernel distance"} < set(
         titles
@@ -202,10 +202,10 @@ def test_flows_are_evaluated_as_vaes_are(files, tmp_path):
     log_prob = flow.log_prob((read(files / "test", 30) + u) / 128 - 1).detach()
     expected = (7 - log_prob / (256 * math.log(2))).mean().item()
     assert found["likelihood"]["measures"]["bits_per_dimension"] == pytest.approx(expected, rel=1e-4)
-    details = {"title": "x", "license": "mit", "data": {"name": "disks", "license": "CC0"}, "known_failures": "All."}
-    write_card(pipeline, tmp_path / "card", found, details)
+    details = Details(title="x", license="mit", data=Data(name="disks", license="CC0"), known_failures="All.")
+    write_card(pipeline, tmp_path / "card", Evaluation.from_json(found), details)
     card = (tmp_path / "card" / "README.md").read_text()
-    assert evaluation_table(found) in card and "bits per dimension" in card
+    assert evaluation_table(Evaluation.from_json(found)) in card and "bits per dimension" in card
 
 
 @pytest.mark.parametrize("kind", ["restoration", "autoencoder", "nothing", "[]"])

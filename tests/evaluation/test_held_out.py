@@ -12,6 +12,7 @@ from evaluation_runs import measure
 from training_runs import write_images
 
 from ecvae_diffusers.evaluation import evaluate_restoration
+from ecvae_diffusers.evaluation.schema import Evaluation
 from ecvae_diffusers.hub.card import evaluation_table
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.run.folder import HASHES_FILE
@@ -77,7 +78,9 @@ def test_images_that_were_trained_on_are_counted(tmp_path, caplog):
         )  # fmt: skip
         held_out = evaluation["held_out"]
         assert (held_out["measures"]["num_trained_on"], held_out["protocol"]["num_images"]) == expected
-        (row,) = [row for row in evaluation_table(evaluation).splitlines() if "trained on" in row]
+        (row,) = [
+            row for row in evaluation_table(Evaluation.from_json(evaluation)).splitlines() if "trained on" in row
+        ]
         assert f"| {expected[0]} |" in row
         assert ("WARNING" in caplog.text) == (expected[0] > 0)
     caplog.clear()

@@ -150,7 +150,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
             save_atomically(picture, output_dir / name)
         write_json(output_dir / EVALUATION_FILE, evaluation.to_json())
         parts.remove()
-        print(evaluation_table(evaluation.to_json()))
+        print(evaluation_table(evaluation))
         print(how_to_read(evaluation, output_dir, pictures))
 
 

@@ -48,22 +48,20 @@ class SelfContained:
             kind = type(unwrapped(component))
             if kind.__module__.split(".")[0] not in KNOWN:
                 warnings.warn(
-                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that "
-                    "module can be imported."
+                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: import it to load the folder."
                 )
         mine, saved = type(self).__name__, self.saved_class.__name__
         if type(self) is not self.saved_class:
             warnings.warn(
-                f"The code of {mine} is not saved: {mine}.from_pretrained loads the folder as what it is, but "
-                f"`DiffusionPipeline.from_pretrained` as its base class, {saved}."
+                f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads it as a {saved}."
             )
-        save_directory = Path(save_directory)
-        save_directory.mkdir(parents=True, exist_ok=True)
-        (save_directory / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
         for name, kind in self.travelling_components().items():
             source = Path(inspect.getfile(kind))
-            (save_directory / name).mkdir(exist_ok=True)
-            (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
     def to_json_string(self) -> str:
         """

@@ -9,7 +9,7 @@ from ..atomic import writing
 from ..hub import saving
 from ..hub.card import write_card
 from ..hub.single_file import single_file
-from ..hub.upload import local_errors, upload_folder
+from ..hub.upload import upload_folder
 
 
 class SelfContained(saving.SelfContained):
@@ -80,7 +80,7 @@ class SelfContained(saving.SelfContained):
             ValueError, UploadError: as [`~hub.upload.upload_folder`].
             OSError: if the folder for temporary files is full.
         """
-        with local_errors(), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             with writing(folder):
                 self.save_pretrained(folder, safe_serialization, variant)
             return upload_folder(
