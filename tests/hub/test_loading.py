@@ -18,7 +18,8 @@ from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinS
 ROOT = Path(__file__).resolve().parents[2]
 HUB_ID = "user/tiny-ecvae"
 COMPONENTS = {"vae": AutoencoderEC, "energy_model": EnergyModel, "scheduler": LangevinScheduler}
-# Notes the images and the modules of pipelines, errors, energies and refined images.
+# Notes the images and the modules of pipelines, errors, energies and refined images. In the end the package may be imported:
+# after diffusers, and all that it loads by then is of the package.
 WITHOUT_PACKAGE = """
 from pathlib import Path
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -55,6 +56,9 @@ unet = UNet2DModel(
     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
 )
 DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=5)).save_pretrained(work / "ddpm")
+sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Absent)]
+import ecvae_diffusers
+assert type(DiffusionPipeline.from_pretrained(folder)) is ecvae_diffusers.ECVAEPipeline
 print(json.dumps(seen))
 """
 

@@ -74,11 +74,7 @@ def find_pictures(sources: list[str]) -> dict[str, Path]:
 
     found: dict[str, Path] = {}
     for source in sources:
-        paths = [Path(source)]
-        if os.path.isdir(source):
-            pictures = open_folder(source, "pictures")
-            paths = [Path(pictures[i]["path"]) for i in range(len(pictures))]
-        for path in paths:
+        for path in open_folder(source, "pictures").source if os.path.isdir(source) else [Path(source)]:
             if (other := found.setdefault(path.stem, path)) != path:
                 raise ValueError(f"pictures need names of their own, but {str(other)!r} and {str(path)!r} share one.")
     return found

@@ -15,7 +15,8 @@ from typing import Any, Generic, NoReturn, Self, TypeVar, get_args, get_origin, 
 EVALUATION_FILE = "evaluation.json"
 
 
-P, M = TypeVar("P"), TypeVar("M")
+P = TypeVar("P")
+M = TypeVar("M")
 Figures = dict[str, float | None]  # by their names
 
 

@@ -180,14 +180,15 @@ def baseline_rows(evaluation: Evaluation) -> Iterator[Row]:
         ours, theirs = (stated_mean(one.generation.measures, name) for one in (evaluation, baseline))
         ratio = f"{theirs / ours:.1f}" if ours and theirs and min(ours, theirs) > 0 else ""
         nothing = NOISE if name == "kernel_distance" else figure(None)
-        yield (title_of(name), *(nothing if one is None else figure(one) for one in (ours, theirs)), ratio)
-    mine, other = evaluation.out_of_distribution, baseline.out_of_distribution
-    if mine is None or other is None or mine.protocol.inside != other.protocol.inside:
+        mine, other = (nothing if one is None else figure(one) for one in (ours, theirs))
+        yield title_of(name), mine, other, ratio
+    here, there = evaluation.out_of_distribution, baseline.out_of_distribution
+    if here is None or there is None or here.protocol.inside != there.protocol.inside:
         return
-    for name, scores in mine.measures.items():
+    for name, scores in here.measures.items():
         # On other sets the other's score says nothing of these.
-        is_same = mine.protocol.outside[name] == other.protocol.outside.get(name)
-        for score, value in other.measures.get(name, {}).items():
+        is_same = here.protocol.outside[name] == there.protocol.outside.get(name)
+        for score, value in there.measures.get(name, {}).items():
             if is_same and score != "energy" and "energy" in scores:
                 title = f"AUROC by which {name} is told apart: by the energy here, by the {SCORES[score]} there"
                 yield title, figure(scores["energy"]), figure(value), ""

@@ -8,7 +8,6 @@ weights. An autoencoder with a calibrated decoder is published as it is, without
 import argparse
 import shutil
 import tempfile
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def copy_as_it_is(args: argparse.Namespace, held: str, folder: Path) -> None:
         if is_given:
             raise ValueError(f"--{argument} is for {' and '.join(EVALUATED)}, but {args.model!r} holds a {held}.")
     for name in files_to_publish(args.model):
-        if not (folder / name).exists():  # an edited card
+        if not (folder / name).exists():  # what is kept
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(args.model) / name, folder / name)
     card = (folder / CARD).read_text(encoding="utf-8")
@@ -145,6 +144,21 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
     write_card(pipeline, folder, evaluation, details, card_location(args), pictures)
 
 
+def files_to_keep(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Return what somebody has laid next to an earlier model in `--output_dir`, which this one replaces, or has edited there."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return []
+    known = set(files_to_publish(folder))
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if found - known:  # they would be gone
+        raise ValueError(f"--output_dir {args.output_dir!r} holds other files, such as {min(found - known)!r}.")
+    kept = [name for name in known if name == "LICENSE" or (Path(name).suffix in PICTURES and name not in CAPTIONS)]
+    if CARD_MARKER.encode() not in (folder / CARD).read_bytes():
+        print(f"{folder / CARD} was edited and stays as it is: compare its figures with {EVALUATION}.")
+        kept.append(CARD)
+    return kept
+
+
 def run(args: argparse.Namespace) -> None:
     """
     Publish as the command line of `ecvae publish` says.
@@ -153,43 +167,21 @@ def run(args: argparse.Namespace) -> None:
         ValueError: naming the argument, before anything is written.
         UploadError: if the Hub refuses.
     """
-    output_dir = Path(args.output_dir).resolve() if args.output_dir is not None else None
-    own: list[str] = []
-    if output_dir is not None and output_dir.exists() and any(output_dir.iterdir()):
-        # Only an earlier one may be replaced: with it goes all that is in it.
-        known = set(files_to_publish(output_dir))
-        found = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
-        if found - known:
-            raise ValueError(f"--output_dir {args.output_dir!r} holds other files, such as {min(found - known)!r}.")
-        # What somebody has laid next to it. All else is of the earlier model.
-        own = [name for name in known if name == "LICENSE" or (Path(name).suffix in PICTURES and name not in CAPTIONS)]
-
     held = str(class_name(read_index(Path(args.model))))
-    pipeline = EVALUATED[held].from_pretrained(args.model) if held in EVALUATED else None
-
-    def fill(folder: Path) -> None:
-        folder.mkdir()
-        if output_dir is not None and (output_dir / CARD).is_file():
-            card = (output_dir / CARD).read_bytes()
-            if CARD_MARKER.encode() not in card:
-                print(f"{output_dir / CARD} was edited and stays as it is: compare its figures with {EVALUATION}.")
-                (folder / CARD).write_bytes(card)
-        if pipeline is None:
-            copy_as_it_is(args, held, folder)
-        else:
-            write_folder(args, pipeline, folder)
-        for name in own:
-            if not (folder / name).exists():
-                shutil.copyfile(output_dir / name, folder / name)
-        files_to_publish(folder)
-
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext() as temporary:
-        folder = output_dir or Path(temporary) / "model"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.output_dir or Path(temporary) / "model").resolve()
         # What lies there stays complete until this is.
         with replacing(folder) as unfinished:
-            fill(unfinished)
-        if output_dir is not None:
-            print(f"Written: {output_dir}")
+            unfinished.mkdir()
+            for name in files_to_keep(args, folder):
+                shutil.copyfile(folder / name, unfinished / name)
+            if held in EVALUATED:
+                write_folder(args, EVALUATED[held].from_pretrained(args.model), unfinished)
+            else:
+                copy_as_it_is(args, held, unfinished)
+            files_to_publish(unfinished)
+        if args.output_dir is not None:
+            print(f"Written: {folder}")
         if args.hub_model_id is not None:
             url = upload_folder(
                 folder,

@@ -21,7 +21,7 @@ def unwrapped(component):
     return getattr(component, "_orig_mod", component)
 
 
-class SelfContained:
+class SelfContained(DiffusionPipeline):
     """
     Saves a pipeline with its code, so that its folder loads without this package too. Stands before `DiffusionPipeline`.
 

@@ -86,8 +86,9 @@ def upload_folder(
     full = [file for file in files if FULL_WEIGHTS.fullmatch(PurePosixPath(file).name)]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     name = INDEX if INDEX in files else CONFIG
-    asked = {"token": token, "private": private, "revision": revision}
-    api, repo_id, there = open_repository(repo_id, **asked, name=name, prefix=prefix)
+    api, repo_id, there = open_repository(
+        repo_id, token=token, private=private, revision=revision, name=name, prefix=prefix
+    )
 
     def publish() -> str:
         additions = {file: CommitOperationAdd(prefix + file, folder / file) for file in files}
