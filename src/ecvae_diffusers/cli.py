@@ -7,21 +7,18 @@ This module imports what a command needs only when the command is run, so that h
 import importlib
 import os
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import __version__
 from .training.run.last_line import fail, printable
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A command of `ecvae`: the module of this package whose `main(argv, prog)` runs it, what it does, and arguments as an example."""
 
     module: str
     summary: str
     example: str
-    is_training: bool = False  # whether its first argument may be the data
-    is_launched: bool = False  # whether Accelerate starts a process of it for each GPU of the machine
 
 
 COMMANDS = {
@@ -29,22 +26,16 @@ COMMANDS = {
         "training.train_ecvae",
         "Train an energy-calibrated VAE on images.",
         "my_images --resolution 32 --output_dir my_model",
-        is_training=True,
-        is_launched=True,
     ),
     "train-flow": Command(
         "training.train_flow",
         "Train an energy-calibrated normalizing flow on images.",
         "my_images --resolution 16 --output_dir my_flow",
-        is_training=True,
-        is_launched=True,
     ),
     "calibrate-decoder": Command(
         "training.calibrate_decoder",
         "Calibrate the decoder of an autoencoder of diffusers.",
         "my_images --pretrained_model_name_or_path my_vae --resolution 64 --output_dir my_calibrated_vae",
-        is_training=True,
-        is_launched=True,
     ),
     "sample": Command(
         "commands.sample", "Sample images from a trained model.", "my_model -n 64 --seed 0 -o samples.png"
@@ -59,7 +50,6 @@ COMMANDS = {
         "Measure a model, or a folder of generated images, against data.",
         "--pretrained_model_name_or_path my_model --train_data_dir my_images --test_data_dir my_other_images "
         "--output_dir my_evaluation",
-        is_launched=True,
     ),
     "evaluate-restoration": Command(
         "evaluation.evaluate_restoration",
@@ -73,6 +63,8 @@ COMMANDS = {
         "my_model --evaluation my_evaluation --details details.yaml --hub_model_id me/my-model",
     ),
 }
+TRAINING = ("train", "train-flow", "calibrate-decoder")  # whose first argument may be the data
+PARALLEL = (*TRAINING, "evaluate")  # which compute on every GPU of the machine
 # Set by `torchrun` and by `accelerate launch`, which have started the processes already.
 LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
 # Files of a folder that `datasets` reads as a data set, instead of as pictures.
@@ -149,13 +141,13 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"ecvae: error: COMMAND must be one of {', '.join(COMMANDS)}, but is {name!r}.")
     command, prog = COMMANDS[name], f"ecvae {name}"
     asks_for_help = "-h" in argv or "--help" in argv
-    argv = named_data(argv) if command.is_training else argv
+    argv = named_data(argv) if name in TRAINING else argv
     try:
         module = importlib.import_module(f".{command.module}", __package__)
     except ImportError as error:
         what_to_do = "" if "pip install" in str(error) else ": pip install 'ecvae-diffusers[training]'"
         fail(f"{prog}: error: {error}{what_to_do}")
-    if command.is_launched and not asks_for_help:
+    if name in PARALLEL and not asks_for_help:
         launch(name, argv)
     try:
         module.main(argv, prog)

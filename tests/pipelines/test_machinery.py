@@ -172,16 +172,15 @@ def test_compiled_components_are_saved_with_their_code(make, name, tmp_path):
     assert files(tmp_path / "plain") == files(tmp_path / "compiled")
 
 
-@pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_automodel_loads_components(make, name, trust, tmp_path):
+def test_automodel_loads_components(make, name, tmp_path):
     pipe = make(name)
     pipe.save_pretrained(tmp_path)
     for component, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):
             for place in ({"subfolder": component}, {}):
                 folder = str(tmp_path if place else tmp_path / component)
-                loaded = AutoModel.from_pretrained(folder, trust_remote_code=trust, **place)
+                loaded = AutoModel.from_pretrained(folder, **place)
                 assert type(loaded) is type(model)
                 assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
             config = dict(model.config) | {"_class_name": type(model).__name__}

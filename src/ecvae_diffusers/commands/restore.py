@@ -16,8 +16,6 @@ from ecvae_diffusers.training.run.last_line import ArgumentParser
 
 if TYPE_CHECKING:
     from ecvae_diffusers import ECVAERestorationPipeline
-    from ecvae_diffusers.operators import LinearOperator
-
 
 # Those of `ecvae evaluate-restoration` whose measurement is a picture.
 TASKS = ("super_resolution_x2", "super_resolution_x4", "deblurring", "colorization", "denoising")
@@ -34,29 +32,25 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("--model", type=os.path.expanduser, required=True, help="Pipeline: folder or Hub id.")
     damage = parser.add_mutually_exclusive_group(required=True)
     damage.add_argument("--mask", type=os.path.expanduser, help="Picture of the same size: white is repainted.")
-    damage.add_argument(
-        "--task", choices=TASKS, metavar="TASK",
-        help=f"What to undo instead: {', '.join(TASKS)}.",
-    )  # fmt: skip
+    damage.add_argument("--task", choices=TASKS, metavar="TASK", help=f"What to undo instead: {', '.join(TASKS)}.")
     parser.add_argument(
         "-o", "--output_dir", type=os.path.expanduser, required=True, help="Folder to write to. Must be new or empty."
     )
     parser.add_argument(
-        "--blur_std",
-        type=number(float, 0),
+        "--blur_std", type=number(float, 0),
         help="Of --task deblurring: standard deviation of the Gaussian blur, in pixels.",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--noise_std", type=number(float, 0, 1),
         help="Standard deviation of the pictures' noise, for images in [-1, 1]: of noise in 8-bit levels a 127.5th. Default: that of "
         "rounding to 8 bits.",
     )  # fmt: skip
-    for name, type_, default, meaning in (
+    for name, kind, default, meaning in (
         ("num_restorations", number(int, 1), 8, "Answers per picture"),
         ("num_inference_steps", number(int, 1), 75, "Decoder passes per answer"),
         ("seed", number(int, 0, LARGEST_SEED), 0, "Seed of the answers"),
     ):
-        parser.add_argument(f"--{name}", type=type_, default=default, help=f"{meaning}. Default: {default}.")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning}. Default: {default}.")
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
     if (args.task == "deblurring") != bool(args.blur_std):
@@ -80,21 +74,19 @@ def find_pictures(sources: list[str]) -> dict[str, Path]:
     return found
 
 
-def read(argument: str, path: str | Path, reader: Callable) -> Any:
-    """Return what a reader of pictures makes of a file. Raises `ValueError`, naming the `argument`, if it can't be read."""
-    import PIL.Image
-
-    try:
-        with PIL.Image.open(path) as image:
-            image.load()
-            return reader(image)
-    except Exception as error:  # Pillow raises errors of many kinds for damaged files
-        raise ValueError(f"{argument} {str(path)!r} can't be read: {error}") from error
-
-
 def check_pictures(pictures: dict[str, Path], mask: str | None) -> None:
     """Raise `ValueError`, before a model is loaded, if a picture or the mask can't be read, or their sizes differ."""
+    import PIL.Image
+
     from ecvae_diffusers.pipelines.inputs import read_mask, read_picture
+
+    def read(argument: str, path: str | Path, reader: Callable) -> Any:
+        try:
+            with PIL.Image.open(path) as image:
+                image.load()
+                return reader(image)
+        except Exception as error:  # Pillow raises errors of many kinds for damaged files
+            raise ValueError(f"{argument} {str(path)!r} can't be read: {error}") from error
 
     height_and_width = None if mask is None else read("--mask", mask, read_mask).shape
     for path in pictures.values():
@@ -103,23 +95,13 @@ def check_pictures(pictures: dict[str, Path], mask: str | None) -> None:
             raise ValueError(f"--mask {mask!r} must be of the {size[0]}x{size[1]} px of {str(path)!r}.")
 
 
-def make_operator(args: argparse.Namespace) -> "LinearOperator":
-    """Return what made the pictures of an image, by `--task`."""
-    from ecvae_diffusers.operators import Blur, Colorization, Denoising, SuperResolution, gaussian_kernel
-
-    if args.task == "deblurring":
-        return Blur(gaussian_kernel(args.blur_std), "reflect")
-    if args.task.startswith("super_resolution"):
-        return SuperResolution(int(args.task[-1]))
-    return Colorization() if args.task == "colorization" else Denoising()
-
-
 def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Write a picture's answers, their mean and its uncertainty into the output folder, and return their record."""
     import numpy as np
     import PIL.Image
     import torch
 
+    from ecvae_diffusers.operators import Blur, Colorization, Denoising, SuperResolution, gaussian_kernel
     from ecvae_diffusers.pipelines.inputs import read_picture
     from ecvae_diffusers.training.run.pictures import save_atomically
 
@@ -127,10 +109,14 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
     measured: dict[str, Any]
     if args.task is None:
         measured = {"mask_image": PIL.Image.open(args.mask)}
+    elif args.task == "deblurring":
+        measured = {"operator": Blur(gaussian_kernel(args.blur_std), "reflect")}
+    elif args.task == "denoising":
+        measured = {"operator": Denoising()}
+    elif args.task == "colorization":
+        image, measured = read_picture(image, 1), {"operator": Colorization()}
     else:
-        if args.task == "colorization":
-            image = read_picture(image, 1)
-        measured = {"operator": make_operator(args)}
+        measured = {"operator": SuperResolution(int(args.task[-1]))}
     output = pipeline(
         image,
         **measured,
@@ -142,13 +128,10 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
     uncertainty = (output.std[0].mean(-1) / WHITE_STD * 255).clip(0, 255).round().astype(np.uint8)
     digits = len(str(args.num_restorations - 1))
     answers = {f"{path.stem}-{i:0{digits}d}.png": answer for i, answer in enumerate(output.images)}
-    others = {
-        f"{path.stem}-mean.png": output.mean[0],
-        f"{path.stem}-uncertainty.png": PIL.Image.fromarray(uncertainty),
-    }
-    for name, picture in {**answers, **others}.items():
+    mean, uncertainty_map = f"{path.stem}-mean.png", f"{path.stem}-uncertainty.png"
+    others = {mean: output.mean[0], uncertainty_map: PIL.Image.fromarray(uncertainty)}
+    for name, picture in (answers | others).items():
         save_atomically(picture, Path(args.output_dir) / name)
-    mean, uncertainty_map = others
     return {
         "picture": str(path),
         "answers": list(answers),

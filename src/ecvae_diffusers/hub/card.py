@@ -22,7 +22,8 @@ CARD_MARKER = (
 )
 # What the snippets load until it is known where the model will lie.
 LOCATION = "path/or/hub-id"
-RESULTS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+PAIRWISE = ("kernel_distance", "precision", "recall", "density", "coverage")
+RESULTS = ("frechet_distance", *PAIRWISE)
 # By which other images are told from the model's own.
 SCORES = {
     "energy": "energy",
@@ -79,16 +80,11 @@ def figure(value: float | None, digits: int = 4) -> str:
     return "not given" if value is None else f"{value:.{digits}g}"
 
 
-def kernel_figure(value: float | None, std: float | None) -> str:
-    """A kernel distance as a card states it."""
-    return figure(value) if is_above_noise(value, std) else NOISE
-
-
-def stated_mean(measures: dict[str, OverSeeds], name: str) -> float | None:
-    """The mean over seeds of a measure of generation; `None` where it may not be stated."""
-    means = {key: measure.mean for key, measure in measures.items()}
-    is_noise = name == "kernel_distance" and not is_above_noise(means.get(name), means.get("kernel_distance_std"))
-    return None if is_noise else means.get(name)
+def stated_means(measures: dict[str, OverSeeds]) -> Figures:
+    """Means over seeds of the measures of generation; `None` for a kernel distance that is not above its noise."""
+    means = {name: measure.mean for name, measure in measures.items()}
+    is_stated = is_above_noise(means.get("kernel_distance"), means.get("kernel_distance_std"))
+    return means if is_stated else means | {"kernel_distance": None}
 
 
 def title_of(measure: str) -> str:
@@ -100,7 +96,7 @@ def images_of(images: ImageSet) -> str:
 
 
 def first_ones(protocol: Pairs, *counts: int) -> str:
-    """Of which images all measures but the Frechet distance are, where there are more than can be compared in pairs."""
+    """Which images are compared in pairs, where there are more than can be."""
     most = protocol.most_images_in_pairs
     return f", the first {most:,} of each" if most is not None and max(counts) > most else ""
 
@@ -112,7 +108,19 @@ def evaluation_table(evaluation: Evaluation) -> str:
 
 
 def evaluation_rows(evaluation: Evaluation) -> Iterator[Row]:
-    yield from generation_rows(evaluation)
+    generation, protocol = evaluation.generation, evaluation.generation.protocol
+    of = f"{protocol.num_samples:,} samples against {images_of(protocol.reference)}, {evaluation.protocol.features}"
+    in_pairs = first_ones(protocol, protocol.num_samples, protocol.reference.num_images)
+    measures = {name: measure for name, measure in generation.measures.items() if name in (*RESULTS, *DISTANCES)}
+    means = {name: measure.mean for name, measure in measures.items()}
+    spreads = {
+        name: f"{measure.std:.2g} over {len(measure.values)} seeds"
+        for name, measure in measures.items()
+        if measure.std is not None
+    }
+    yield from rows_of("{}", means, of, in_pairs, spreads)
+    if generation.why_no_frechet_distance is not None:
+        yield "no Frechet distance", figure(None), "", generation.why_no_frechet_distance
     if (floor := evaluation.floor) is not None:
         compared = floor.protocol.compared
         in_pairs = first_ones(floor.protocol, compared.num_images, floor.protocol.reference.num_images)
@@ -122,8 +130,8 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[Row]:
         of = f"{images_of(held_out.protocol)}, against {held_out.protocol.compared_with}"
         yield "held-out images that were trained on", str(held_out.measures["num_trained_on"]), "", of
     if (reconstruction := evaluation.reconstruction) is not None:
-        of = images_of(reconstruction.protocol)
         in_pairs = first_ones(reconstruction.protocol, reconstruction.protocol.num_images)
+        of = images_of(reconstruction.protocol)
         yield from rows_of("reconstruction, {}", reconstruction.measures, of, in_pairs)
     if (likelihood := evaluation.likelihood) is not None:
         of = f"{images_of(likelihood.protocol)}, {likelihood.protocol.unit}"
@@ -137,36 +145,17 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[Row]:
                 yield f"AUROC by which the {SCORES[score]} tells {name} apart", figure(value), "", of
 
 
-def generation_rows(evaluation: Evaluation) -> Iterator[Row]:
-    generation, protocol = evaluation.generation, evaluation.generation.protocol
-    of = f"{protocol.num_samples:,} samples against {images_of(protocol.reference)}, {evaluation.protocol.features}"
-    in_pairs = first_ones(protocol, protocol.num_samples, protocol.reference.num_images)
-    for name in RESULTS:
-        if (measure := generation.measures.get(name)) is None:
-            continue
-        value = figure(measure.mean)
-        spread = [] if measure.std is None else [f"{measure.std:.2g} over {len(measure.values)} seeds"]
-        if name == "kernel_distance":
-            std = generation.measures["kernel_distance_std"].mean
-            value = kernel_figure(measure.mean, std)
-            spread.append(f"{figure(std, 2)} over subsets")
-        yield title_of(name), value, ", ".join(spread), of if name == "frechet_distance" else of + in_pairs
-    if generation.why_no_frechet_distance is not None:
-        yield "no Frechet distance", figure(None), "", generation.why_no_frechet_distance
-
-
-def rows_of(title: str, measures: Figures, of: str, in_pairs: str = "") -> Iterator[Row]:
+def rows_of(
+    title: str, measures: Figures, of: str, in_pairs: str = "", spreads: dict[str, str] | None = None
+) -> Iterator[Row]:
+    """The rows of a section, whose `title` has a place for the measure. `in_pairs` is of measures that compare in pairs."""
     std = measures.get("kernel_distance_std")
-    for name, value in measures.items():
+    for name in (name for name in measures if name != "kernel_distance_std"):
+        value, spread = figure(measures[name]), [spreads[name]] if spreads and name in spreads else []
         if name == "kernel_distance":
-            yield (
-                title.format(title_of(name)),
-                kernel_figure(value, std),
-                f"{figure(std, 2)} over subsets",
-                of + in_pairs,
-            )
-        elif name != "kernel_distance_std":
-            yield title.format(title_of(name)), figure(value), "", of
+            value = value if is_above_noise(measures[name], std) else NOISE
+            spread.append(f"{figure(std, 2)} over subsets")
+        yield title.format(title_of(name)), value, ", ".join(spread), of + (in_pairs if name in PAIRWISE else "")
 
 
 def baseline_rows(evaluation: Evaluation) -> Iterator[Row]:
@@ -176,10 +165,10 @@ def baseline_rows(evaluation: Evaluation) -> Iterator[Row]:
     """
     if (baseline := evaluation.baseline) is None:
         return
-    for name in ("frechet_distance", "kernel_distance"):
-        ours, theirs = (stated_mean(one.generation.measures, name) for one in (evaluation, baseline))
+    means, their_means = (stated_means(one.generation.measures) for one in (evaluation, baseline))
+    for name, nothing in (("frechet_distance", figure(None)), ("kernel_distance", NOISE)):
+        ours, theirs = means.get(name), their_means.get(name)
         ratio = f"{theirs / ours:.1f}" if ours and theirs and min(ours, theirs) > 0 else ""
-        nothing = NOISE if name == "kernel_distance" else figure(None)
         mine, other = (nothing if one is None else figure(one) for one in (ours, theirs))
         yield title_of(name), mine, other, ratio
     here, there = evaluation.out_of_distribution, baseline.out_of_distribution
@@ -192,42 +181,6 @@ def baseline_rows(evaluation: Evaluation) -> Iterator[Row]:
             if is_same and score != "energy" and "energy" in scores:
                 title = f"AUROC by which {name} is told apart: by the energy here, by the {SCORES[score]} there"
                 yield title, figure(scores["energy"]), figure(value), ""
-
-
-def eval_results(evaluation: Evaluation, details: Details) -> list[EvalResult]:
-    """The figures of generation as the Hub's metadata has them."""
-    generation = evaluation.generation
-    means = {name: stated_mean(generation.measures, name) for name in RESULTS}
-    return [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=details.data.id or details.data.name,
-            dataset_name=details.data.name,
-            dataset_split=generation.protocol.reference.split,
-            metric_type=name,
-            metric_name=f"{title_of(name)} ({evaluation.protocol.features})",
-            metric_value=mean,
-        )
-        for name, mean in means.items()
-        if mean is not None
-    ]
-
-
-def model_facts(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What the card says of the model itself, be it an autoencoder or a flow."""
-    is_flow = "flow" in pipeline.components
-    model = pipeline.flow if is_flow else pipeline.vae
-    generator = model if is_flow else model.decoder
-    return {
-        "is_flow": is_flow,
-        "sampling_class": "ECFlowPipeline" if is_flow else "ECVAEPipeline",
-        "sample_size": model.config.sample_size,
-        "in_channels": model.config.in_channels,
-        "num_latents": model.num_latents if is_flow else model.config.latent_channels,
-        "num_generator_parameters": sum(p.numel() for p in generator.parameters()),
-        "has_energy_model": pipeline.energy_model is not None,
-        "restores": not is_flow and model.config.reconstruction_variance is not None,
-    }
 
 
 def write_card(
@@ -257,41 +210,61 @@ def write_card(
         raise ValueError("a card with an evaluation needs `details`: title, license, data and known failures.")
     if path.exists() and CARD_MARKER.encode() not in path.read_bytes():
         return
-    facts = model_facts(pipeline)
-    kind = "Normalizing flow" if facts["is_flow"] else "VAE"
-    kind = pipeline.saved_class.__name__ if facts["has_energy_model"] else kind
-    tags = [
-        "diffusers",
-        # Without an energy model it may be the plain model that others are compared with.
-        *(["ecvae", "energy-based-model"] if facts["has_energy_model"] else []),
-        "unconditional-image-generation",
-        *(["normalizing-flow"] if facts["is_flow"] else []),
-        *(["image-restoration"] if facts["restores"] else []),
-    ]
-    stated: dict[str, Any] = {"title": f"{kind}, {facts['sample_size']} px"}
-    metadata: dict[str, Any] = {}
+    is_flow, has_energy_model = "flow" in pipeline.components, pipeline.energy_model is not None
+    model = pipeline.flow if is_flow else pipeline.vae
+    restores = not is_flow and model.config.reconstruction_variance is not None
+    kind = pipeline.saved_class.__name__ if has_energy_model else "Normalizing flow" if is_flow else "VAE"
+    title = details.title if details is not None else f"{kind}, {model.config.sample_size} px"
+    means = stated_means(evaluation.generation.measures) if evaluation is not None else {}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=[
+            "diffusers",
+            # Without an energy model it may be the plain model that others are compared with.
+            *(["ecvae", "energy-based-model"] if has_energy_model else []),
+            "unconditional-image-generation",
+            *(["normalizing-flow"] if is_flow else []),
+            *(["image-restoration"] if restores else []),
+            *(details.tags or [] if details is not None else []),
+        ],
+    )
     if details is not None:
-        tags += details.tags or []
-        stated["title"] = details.title
-        metadata = {"license": details.license, "datasets": [details.data.id] if details.data.id else None}
-        if evaluation is not None:
-            metadata |= {"model_name": details.title, "eval_results": eval_results(evaluation, details)}
-            stated |= {
-                "evaluation_table": evaluation_table(evaluation),
-                "baseline_rows": list(baseline_rows(evaluation)),
-                "kernel_is_stated": stated_mean(evaluation.generation.measures, "kernel_distance") is not None,
-            }
+        data.license = details.license
+        data.datasets = [details.data.id] if details.data.id is not None else None
+    if evaluation is not None and details is not None:
+        data.model_name = title
+        data.eval_results = [
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=details.data.id or details.data.name,
+                dataset_name=details.data.name,
+                dataset_split=evaluation.generation.protocol.reference.split,
+                metric_type=name,
+                metric_name=f"{title_of(name)} ({evaluation.protocol.features})",
+                metric_value=mean,
+            )
+            for name, mean in means.items()
+            if name in RESULTS and mean is not None
+        ]
     card = ModelCard.from_template(
-        ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=tags, **metadata),
+        data,
         template_str=files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
         card_marker=CARD_MARKER,
+        title=title,
         details=details,
-        evaluation=evaluation,
         location=location,
         pictures=pictures or {},
+        evaluation=evaluation,
+        evaluation_table=evaluation_table(evaluation) if evaluation is not None else None,
+        baseline_rows=list(baseline_rows(evaluation)) if evaluation is not None else None,
+        kernel_is_stated=means.get("kernel_distance") is not None,
         figure=figure,
         pipeline_class=pipeline.saved_class.__name__,
-        **stated,
-        **facts,
+        model=model,
+        num_parameters=sum(p.numel() for p in (model if is_flow else model.decoder).parameters()),
+        is_flow=is_flow,
+        has_energy_model=has_energy_model,
+        restores=restores,
     )
     write_text(path, str(card) + "\n")

@@ -20,13 +20,13 @@ from ..evaluation.schema import Baseline, Evaluation, Measured, SeedRun, Trainin
 from ..pipelines import ECFlowPipeline, ECVAEPipeline
 from ..report.curves import plot_curves
 from ..training.run.log import METRICS_FILE, read_arguments, read_metrics
-from .card import CARD_MARKER, LOCATION, Details, stated_mean, with_location, write_card
+from .card import CARD_MARKER, LOCATION, Details, stated_means, with_location, write_card
 from .contents import CARD, EVALUATION, PICTURES, class_name, files_to_publish, read_index
 from .saving import weights_fingerprint
 from .upload import upload_folder
 
 
-EVALUATED = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
+EVALUATED: dict[str, Any] = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
 CAPTIONS = {
     "samples.png": "Samples, the first ones of the first seed",
     "neighbours.png": "Each sample (left) next to the training images nearest to it in features",
@@ -76,13 +76,9 @@ def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> Evaluation:
     runs = []
     for named in args.training_seeds:
         seed, other = read_comparable("training_seeds", named, evaluation)
-        distances = (stated_mean(other.generation.measures, f"{kind}_distance") for kind in ("frechet", "kernel"))
-        frechet_distance, kernel_distance = distances
-        runs.append(
-            SeedRun(
-                seed=seed, weights=other.weights, frechet_distance=frechet_distance, kernel_distance=kernel_distance
-            )
-        )
+        means = stated_means(other.generation.measures)
+        distances = {name: means.get(name) for name in ("frechet_distance", "kernel_distance")}
+        runs.append(SeedRun(seed=seed, weights=other.weights, **distances))
     if runs:
         published = [run.seed for run in runs if run.weights == fingerprint]
         if len(published) != 1:

@@ -6,6 +6,7 @@ import inspect
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,12 +22,14 @@ def unwrapped(component):
     return getattr(component, "_orig_mod", component)
 
 
-class SelfContained(DiffusionPipeline):
+class SelfContained:
     """
     Saves a pipeline with its code, so that its folder loads without this package too. Stands before `DiffusionPipeline`.
 
     In a single file this class is all there is; in the package [`~pipelines.self_contained.SelfContained`] adds to it.
     """
+
+    components: dict[str, Any]  # of `DiffusionPipeline`
 
     @property
     def saved_class(self) -> type:
@@ -68,7 +71,8 @@ class SelfContained(DiffusionPipeline):
         Return `model_index.json`, which names the code files in the folder: a list as `_class_name`, a file's stem as the library
         of each component of ours. Leave out `_name_or_path`, a path of the writer's machine.
         """
-        index = json.loads(super().to_json_string())
+        parent: Any = super()
+        index = json.loads(parent.to_json_string())
         index.pop("_name_or_path", None)
         index["_class_name"] = ["pipeline", self.saved_class.__name__]
         for name, kind in self.travelling_components().items():
@@ -83,7 +87,8 @@ class SelfContained(DiffusionPipeline):
                 config = json.loads(path.read_text(encoding="utf-8"))
                 if config.pop("_name_or_path", None) is not None:
                     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        super().save_config(save_directory, **kwargs)
+        parent: Any = super()
+        parent.save_config(save_directory, **kwargs)
 
 
 def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
