@@ -144,13 +144,12 @@ def main(argv: list[str] | None = None) -> None:
     argv = named_data(argv) if name in TRAINING else argv
     try:
         module = importlib.import_module(f".{command.module}", __package__)
+        if name in PARALLEL and not asks_for_help:
+            launch(name, argv)
+        module.main(argv, prog)
     except ImportError as error:
         what_to_do = "" if "pip install" in str(error) else ": pip install 'ecvae-diffusers[training]'"
         fail(f"{prog}: error: {error}{what_to_do}")
-    if name in PARALLEL and not asks_for_help:
-        launch(name, argv)
-    try:
-        module.main(argv, prog)
     except SystemExit as end:
         if asks_for_help and not end.code:
             print(f"\nexample:\n  {prog} {command.example}")

@@ -61,7 +61,7 @@ def run_or_fail(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
     """Run a command. What a user can mend ends the process with one line."""
     try:
         run(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
         fail(f"{prog}: interrupted.")

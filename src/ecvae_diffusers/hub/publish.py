@@ -164,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
         UploadError: if the Hub refuses.
     """
     held = str(class_name(read_index(Path(args.model))))
+    pipeline = EVALUATED[held].from_pretrained(args.model) if held in EVALUATED else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.output_dir or Path(temporary) / "model").resolve()
         # What lies there stays complete until this is.
@@ -171,8 +172,8 @@ def run(args: argparse.Namespace) -> None:
             unfinished.mkdir()
             for name in files_to_keep(args, folder):
                 shutil.copyfile(folder / name, unfinished / name)
-            if held in EVALUATED:
-                write_folder(args, EVALUATED[held].from_pretrained(args.model), unfinished)
+            if pipeline is not None:
+                write_folder(args, pipeline, unfinished)
             else:
                 copy_as_it_is(args, held, unfinished)
             files_to_publish(unfinished)
