@@ -18,9 +18,6 @@ from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_diffusers.hub.single_file import single_file  # noqa: E402
 
 
-PIPELINES = ("ecvae", "ecvae_restoration", "ecflow")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail where a file is out of date; write nothing")
@@ -30,10 +27,10 @@ def main() -> None:
         for index in sorted((ROOT / "model_cards").glob("*/model_index.json")):
             ECVAEPipeline.from_pretrained(index.parent).save_code(index.parent)
         return
-    for name in PIPELINES:
+    for name in ("ecvae", "ecvae_restoration", "ecflow"):
         path = ROOT / "pipelines" / name / "pipeline.py"
         if not args.check:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(single_file(name), encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != single_file(name):
             sys.exit(f"{path.relative_to(ROOT)} is out of date: run `make pipelines`.")

@@ -8,15 +8,10 @@ import os
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small_files import small_files
 
-from ecvae_diffusers.atomic import WriteError, discard, remove, replacing, to_json, write_json, write_text, writing
-
-
-def no_constant(name: str):
-    raise ValueError(f"{name} is no JSON")
+from ecvae_diffusers.atomic import WriteError, discard, remove, replacing, write_json, write_text, writing
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -26,7 +21,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert path.read_text(encoding="utf-8") == "two ö" and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_what_was_there_stays_where_a_write_fails(is_folder, error, tmp_path):
     path = tmp_path / "it"
@@ -64,20 +59,6 @@ def test_a_full_disk_is_said_with_the_files_name(write, tmp_path):
     assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 15168 vs 15056"),
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file"),
-    ],
-)
-def test_every_writer_says_that_the_disk_is_full(error, tmp_path):
-    with pytest.raises(WriteError, match="file") as raised, writing(tmp_path / "file"):
-        raise type(error)(*error.args[:2])
-    assert raised.value.errno == errno.ENOSPC and os.strerror(errno.ENOSPC) in str(raised.value)
-
-
 def test_other_errors_are_let_through(tmp_path):
     with pytest.raises(RuntimeError, match="of the model") as raised, writing(tmp_path / "file"):
         raise RuntimeError("an error of the model")
@@ -103,6 +84,5 @@ def test_what_a_link_leads_to_stays(tmp_path):
 def test_json_has_no_infinity(tmp_path):
     value = {"psnr": math.inf, "rows": [{"x": (math.nan, 1.5)}, -math.inf], "text": "NaN", "none": None, "yes": True}
     expected = {"psnr": None, "rows": [{"x": [None, 1.5]}, None], "text": "NaN", "none": None, "yes": True}
-    assert json.loads(to_json(value), parse_constant=no_constant) == expected
     write_json(tmp_path / "file.json", value)
-    assert json.loads((tmp_path / "file.json").read_text(), parse_constant=no_constant) == expected
+    assert json.loads((tmp_path / "file.json").read_text()) == expected

@@ -2,7 +2,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Make a model's folder ready for the Hub, and upload it: `python training/publish.py --help`."""
 
-from ecvae_diffusers.hub.publish import main
+from ecvae_diffusers.commands.publish import main
 
 
 if __name__ == "__main__":

@@ -7,31 +7,18 @@ This module imports what a command needs only when the command is run, so that h
 import importlib
 import os
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import __version__
 from .training.run.last_line import fail, printable
 
 
-@dataclass(frozen=True)
-class Command:
-    """
-    A command of `ecvae`.
-
-    Args:
-        module (`str`): The module of this package whose `main(argv, prog)` runs it.
-        summary (`str`): What it does, in one line.
-        example (`str`): Its arguments in an example.
-        launched (`bool`, *optional*, defaults to `False`):
-            Whether it computes on every GPU of the machine, so that Accelerate starts a process for each.
-        data (`bool`, *optional*, defaults to `False`): Whether its first argument may be the data.
-    """
+class Command(NamedTuple):
+    """A command of `ecvae`: the module of this package whose `main(argv, prog)` runs it, what it does, and arguments as an example."""
 
     module: str
     summary: str
     example: str
-    launched: bool = False
-    data: bool = False
 
 
 COMMANDS = {
@@ -39,22 +26,16 @@ COMMANDS = {
         "training.train_ecvae",
         "Train an energy-calibrated VAE on images.",
         "my_images --resolution 32 --output_dir my_model",
-        launched=True,
-        data=True,
     ),
     "train-flow": Command(
         "training.train_flow",
         "Train an energy-calibrated normalizing flow on images.",
         "my_images --resolution 16 --output_dir my_flow",
-        launched=True,
-        data=True,
     ),
     "calibrate-decoder": Command(
         "training.calibrate_decoder",
         "Calibrate the decoder of an autoencoder of diffusers.",
         "my_images --pretrained_model_name_or_path my_vae --resolution 64 --output_dir my_calibrated_vae",
-        launched=True,
-        data=True,
     ),
     "sample": Command(
         "commands.sample", "Sample images from a trained model.", "my_model -n 64 --seed 0 -o samples.png"
@@ -69,7 +50,6 @@ COMMANDS = {
         "Measure a model, or a folder of generated images, against data.",
         "--pretrained_model_name_or_path my_model --train_data_dir my_images --test_data_dir my_other_images "
         "--output_dir my_evaluation",
-        launched=True,
     ),
     "evaluate-restoration": Command(
         "evaluation.evaluate_restoration",
@@ -78,11 +58,13 @@ COMMANDS = {
     ),
     "report": Command("report.report", "Write the report of a training run as one HTML file.", "my_model"),
     "publish": Command(
-        "hub.publish",
+        "commands.publish",
         "Make a model's folder ready for the Hub, and upload it.",
         "my_model --evaluation my_evaluation --details details.yaml --hub_model_id me/my-model",
     ),
 }
+TRAINING = ("train", "train-flow", "calibrate-decoder")  # whose first argument may be the data
+PARALLEL = (*TRAINING, "evaluate")  # which compute on every GPU of the machine
 # Set by `torchrun` and by `accelerate launch`, which have started the processes already.
 LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
 # Files of a folder that `datasets` reads as a data set, instead of as pictures.
@@ -93,10 +75,10 @@ def overview() -> str:
     """Return the help of `ecvae` itself."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
-    example = f"  ecvae train {COMMANDS['train'].example}\n  ecvae sample {COMMANDS['sample'].example}"
+    examples = "\n".join(f"  ecvae {name} {COMMANDS[name].example}" for name in ("train", "sample"))
     return (
-        f"usage: ecvae COMMAND ...\n\nEnergy-calibrated VAEs for diffusers.\n\ncommands:\n{commands}\n\nexample:\n{example}\n\n"
-        "`ecvae COMMAND --help` lists the arguments of a command."
+        f"usage: ecvae COMMAND ...\n\nEnergy-calibrated VAEs for diffusers.\n\ncommands:\n{commands}\n\n"
+        f"example:\n{examples}\n\n`ecvae COMMAND --help` lists the arguments of a command."
     )
 
 
@@ -159,16 +141,15 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"ecvae: error: COMMAND must be one of {', '.join(COMMANDS)}, but is {name!r}.")
     command, prog = COMMANDS[name], f"ecvae {name}"
     asks_for_help = "-h" in argv or "--help" in argv
-    argv = named_data(argv) if command.data else argv
+    argv = named_data(argv) if name in TRAINING else argv
     try:
         module = importlib.import_module(f".{command.module}", __package__)
+        if name in PARALLEL and not asks_for_help:
+            launch(name, argv)
+        module.main(argv, prog)
     except ImportError as error:
         what_to_do = "" if "pip install" in str(error) else ": pip install 'ecvae-diffusers[training]'"
         fail(f"{prog}: error: {error}{what_to_do}")
-    if command.launched and not asks_for_help:
-        launch(name, argv)
-    try:
-        module.main(argv, prog)
     except SystemExit as end:
         if asks_for_help and not end.code:
             print(f"\nexample:\n  {prog} {command.example}")

@@ -41,11 +41,6 @@ def evaluate(folder: Path) -> None:
     (folder / "evaluation.json").write_text(json.dumps({"weights": folder_fingerprint(folder)}))
 
 
-def name_component(folder: Path, value, name: str = "vae") -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, name: value}))
-
-
 def test_a_run_folder_publishes_its_pipeline_alone(folder, tmp_path):
     expected = files_to_publish(folder)
     assert {"model_index.json", "README.md", "pipeline.py", "restoration.py", "vae/autoencoder_ec.py"} < set(expected)
@@ -55,23 +50,13 @@ def test_a_run_folder_publishes_its_pipeline_alone(folder, tmp_path):
     for file in ("checkpoint-5/optimizer.bin", "metrics.jsonl", "training_args.json"):
         (folder / file).write_bytes(b"secret")
     (tmp_path / "outside.json").write_text('{"api_key": "secret"}')
-    for name in ("vae", "energy_model", "scheduler"):
-        for file in (
-            "credentials.json",
-            ".secret.json",
-            "settings.py",
-            "config.json.bak",
-            "a.v2.safetensors",
-            "a.bin",
-            "a.pt",
-        ):
-            (folder / name / file).write_bytes(b"secret")
-        (folder / name / "link.json").symlink_to(tmp_path / "outside.json")
-        (folder / name / "__pycache__").mkdir()
+    for file in ("credentials.json", ".secret.json", "settings.py", "config.json.bak", "a.v2.safetensors", "a.pt"):
+        (folder / "vae" / file).write_bytes(b"secret")
+    (folder / "vae" / "link.json").symlink_to(tmp_path / "outside.json")
     assert files_to_publish(folder) == sorted([*expected, "samples.png"])
 
 
-@pytest.mark.parametrize("path", ["vae/config.json", WEIGHTS, "scheduler", "README.md", "picture.png"])
+@pytest.mark.parametrize("path", ["vae/config.json", WEIGHTS, "scheduler", "picture.png"])
 def test_a_link_is_not_published(path, folder, tmp_path):
     """Nor one to another file of the folder, which may be one that is not to be published."""
     PIL.Image.new("L", (8, 8)).save(folder / "picture.png")
@@ -85,23 +70,17 @@ def test_a_link_is_not_published(path, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../x", "..", ".", "", "/tmp", "vae/../../x", "vae/", "~", "extra", "pipeline.py"]
+    "name, value",
+    [
+        *((name, ["diffusers", "DDPMScheduler"]) for name in ("../../x", "..", "", "/tmp", "vae/", "pipeline.py")),
+        *(("vae", value) for value in ([None, None], "x", float("nan"), [], [["a", "b"]], ["x", None])),
+        ("scheduler", float("nan")),
+    ],
 )
-def test_a_component_that_the_pipeline_does_not_have_is_not_published(name, folder):
-    (folder.parents[1] / "x").mkdir()
-    (folder.parents[1] / "x" / "scheduler_config.json").write_text("{}")
-    name_component(folder, ["diffusers", "DDPMScheduler"], name)
-    with pytest.raises(ValueError) as raised:
-        files_to_publish(folder)
-    assert repr(name) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "value", [[None, None], "x", float("nan"), [], [["a", "b"]], ["../../x", "A"], ["/x", "A"], ["x", None]]
-)
-def test_a_component_is_a_library_and_a_class(value, folder):
-    name_component(folder, value)
-    with pytest.raises(ValueError, match="`vae`"):
+def test_a_component_is_one_of_the_pipeline_by_a_library_and_a_class(name, value, folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, name: value}))
+    with pytest.raises(ValueError, match=f"`{name}`"):
         files_to_publish(folder)
 
 
@@ -111,16 +90,10 @@ def test_a_component_is_a_library_and_a_class(value, folder):
         (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10]), WEIGHTS),
         (lambda folder: (folder / WEIGHTS).rename(folder / "vae" / "diffusion_pytorch_model.bin"), "vae'"),
         (lambda folder: change(folder / WEIGHTS, float("nan")), WEIGHTS),
-        (lambda folder: change(folder / WEIGHTS, float("inf")), WEIGHTS),
         (lambda folder: (evaluate(folder), change(folder / WEIGHTS, 1.0)), "evaluation.json"),
         (lambda folder: (folder / "evaluation.json").write_text("[]"), "evaluation.json"),
         (lambda folder: (folder / "evaluation.json").write_text("{"), "evaluation.json"),
-        (lambda folder: name_component(folder, float("nan"), "scheduler"), "`scheduler`"),
-        (lambda folder: (folder / "vae" / "config.json").unlink(), "vae'"),
         (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler'"),
-        (lambda folder: (folder / "id.png").write_text("-----BEGIN KEY-----"), "id.png"),
-        (lambda folder: PIL.Image.new("L", (8, 8)).save(folder / "id.png", "jpeg"), "id.png"),
-        (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "README.md"),
         (lambda folder: (folder / "README.md").unlink(), "README.md"),
         (lambda folder: (folder / "README.md").write_text(f"see {folder}"), "README.md"),
         (lambda folder: (folder / "model_index.json").write_text("{"), "model_index.json"),
@@ -146,26 +119,18 @@ def test_an_evaluation_of_the_weights_next_to_it_is_published(folder):
     assert "evaluation.json" in files_to_publish(folder)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "{home}-made", "https://example.org{home}", "[a page](https://example.org/~ann{home}/page)", "<http://example.org/-{home}>",
-        "data{home}/images", "../..{home}", "~{home}", "s3://bucket{home}/images",
-    ],
-)  # fmt: skip
-def test_links_and_other_names_are_no_paths_of_this_machine(tmp_path, words):
-    (tmp_path / "README.md").write_text(words.format(home=Path.home()))
-    check_file(tmp_path / "README.md", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "{home}", "({home}/images)", "path={home}/images", "file://{home}/images", "git+file://{home}", "sqlite:///{home}/runs.db",
-        '{{"link":"https://example.org/","path":"{home}"}}', "[a page](https://example.org){home}", "host:{home}",
-    ],
-)  # fmt: skip
-def test_paths_of_this_machine_next_to_links(tmp_path, words):
-    (tmp_path / "README.md").write_text(words.format(home=Path.home()))
-    with pytest.raises(ValueError, match="README.md"):
-        check_file(tmp_path / "README.md", tmp_path)
+def test_a_path_of_this_machine_is_told_from_links_and_other_names(tmp_path):
+    card, home = tmp_path / "README.md", Path.home()
+    for words in (
+        f"{home}-made", f"https://example.org{home}", f"[a page](https://example.org/~ann{home}/page)",
+        f"data{home}/images", f"../..{home}", f"~{home}", f"s3://bucket{home}/images",
+    ):  # fmt: skip
+        card.write_text(words)
+        check_file(card, tmp_path)
+    for words in (
+        f"{home}", f"({home}/images)", f"path={home}/images", f"file://{home}/images", f"sqlite:///{home}/runs.db",
+        f'{{"link":"https://example.org/","path":"{home}"}}', f"[a page](https://example.org){home}", f"host:{home}",
+    ):  # fmt: skip
+        card.write_text(words)
+        with pytest.raises(ValueError, match="README.md"):
+            check_file(card, tmp_path)

@@ -23,9 +23,9 @@ from diffusers import DiffusionPipeline
 """
 
 
-def run_without_package(code: str, *arguments: str) -> tuple[Any, str]:
+def run_without_package(code: str, *arguments: str, environment: dict[str, str] | None = None) -> tuple[Any, str]:
     """Return what the code prints, as JSON, and its standard error. The code finds `arguments` in `sys.argv[1:]`."""
     command = [sys.executable, "-c", PRELUDE + code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr

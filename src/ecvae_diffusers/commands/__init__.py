@@ -1,2 +1,67 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the command `ecvae` does by itself. The other commands are those of training, evaluation, report and hub."""
+"""What the command `ecvae` does by itself. The other commands are those of training, evaluation and report."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ecvae_diffusers.training.run.last_line import fail
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LARGEST_SEED = 2**63 - 1
+
+
+def number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Callable[[str], float]:
+    """Return the `type` of a command line's argument that must be a number from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {least} to {most}, but is {text!r}")
+        return value
+
+    return read
+
+
+def load_pipeline(
+    loader: type["DiffusionPipeline"], argument: str, source: str, device: str | None
+) -> "DiffusionPipeline":
+    """
+    Load a pipeline of a folder or Hub id, to a device of this machine; to its accelerator, or else the CPU, if none is given.
+
+    Raises:
+        ValueError: naming the command line's `argument`, if it can't be loaded, or nothing can be computed on the device.
+    """
+    import torch
+
+    from ecvae_diffusers.training.run.launch import device_name
+    from ecvae_diffusers.training.run.places import why_missing
+    from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
+
+    try:
+        device = device_name(device or str(torch.accelerator.current_accelerator() or "cpu"))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--device {error}") from error
+    if (reason := why_missing(source, "model")) is not None:
+        raise ValueError(f"{argument} {source!r} can't be loaded: {reason}.")
+    try:
+        return loader.from_pretrained(source).to(device)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{argument} {source!r} can't be loaded: {error}") from error
+
+
+def run_or_fail(run: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> None:
+    """Run a command. What a user can mend ends the process with one line."""
+    try:
+        run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(f"{prog}: error: {error}")
+    except KeyboardInterrupt:
+        fail(f"{prog}: interrupted.")

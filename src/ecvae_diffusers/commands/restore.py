@@ -5,20 +5,17 @@ Writes several answers per picture, their mean, a map of the uncertainty, and `r
 """
 
 import argparse
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecvae_diffusers.commands.sample import load_pipeline
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.commands import LARGEST_SEED, load_pipeline, number, run_or_fail
+from ecvae_diffusers.training.run.last_line import ArgumentParser
 
 
 if TYPE_CHECKING:
     from ecvae_diffusers import ECVAERestorationPipeline
-    from ecvae_diffusers.operators import LinearOperator
-
 
 # Those of `ecvae evaluate-restoration` whose measurement is a picture.
 TASKS = ("super_resolution_x2", "super_resolution_x4", "deblurring", "colorization", "denoising")
@@ -28,42 +25,36 @@ WHITE_STD = 0.25
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog=prog, description=__doc__.split(":")[0] + ".")
+    parser = ArgumentParser(prog=prog, description=str(__doc__).split(":")[0] + ".")
     parser.add_argument(
         "pictures", type=os.path.expanduser, nargs="+", metavar="picture", help="Damaged pictures, or folders of them."
     )
     parser.add_argument("--model", type=os.path.expanduser, required=True, help="Pipeline: folder or Hub id.")
     damage = parser.add_mutually_exclusive_group(required=True)
     damage.add_argument("--mask", type=os.path.expanduser, help="Picture of the same size: white is repainted.")
-    damage.add_argument(
-        "--task", choices=TASKS, metavar="TASK",
-        help=f"What to undo instead: {', '.join(TASKS)}.",
-    )  # fmt: skip
+    damage.add_argument("--task", choices=TASKS, metavar="TASK", help=f"What to undo instead: {', '.join(TASKS)}.")
     parser.add_argument(
         "-o", "--output_dir", type=os.path.expanduser, required=True, help="Folder to write to. Must be new or empty."
     )
     parser.add_argument(
-        "--blur_std", type=float, help="Of --task deblurring: standard deviation of the Gaussian blur, in pixels."
-    )
+        "--blur_std", type=number(float, 0),
+        help="Of --task deblurring: standard deviation of the Gaussian blur, in pixels.",
+    )  # fmt: skip
     parser.add_argument(
-        "--noise_std", type=float,
+        "--noise_std", type=number(float, 0, 1),
         help="Standard deviation of the pictures' noise, for images in [-1, 1]: of noise in 8-bit levels a 127.5th. Default: that of "
         "rounding to 8 bits.",
     )  # fmt: skip
-    parser.add_argument("--num_restorations", type=int, default=8, help="Answers per picture. Default: 8.")
-    parser.add_argument("--num_inference_steps", type=int, default=75, help="Decoder passes per answer. Default: 75.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the answers. Default: 0.")
+    for name, kind, default, meaning in (
+        ("num_restorations", number(int, 1), 8, "Answers per picture"),
+        ("num_inference_steps", number(int, 1), 75, "Decoder passes per answer"),
+        ("seed", number(int, 0, LARGEST_SEED), 0, "Seed of the answers"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning}. Default: {default}.")
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
-    for name in ("num_restorations", "num_inference_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
-    if args.noise_std is not None and not 0 <= args.noise_std < 1:
-        parser.error(f"--noise_std must be at least 0 and below 1, for images in [-1, 1], but is {args.noise_std}.")
-    if (args.task == "deblurring") != (args.blur_std is not None):
-        parser.error(f"--blur_std and --task deblurring need each other, but are {args.blur_std} and {args.task}.")
-    if args.blur_std is not None and not 0 < args.blur_std < math.inf:
-        parser.error(f"--blur_std must be a finite number above 0, but is {args.blur_std}.")
+    if (args.task == "deblurring") != bool(args.blur_std):
+        parser.error(f"--task deblurring, and no other, needs a --blur_std above 0, but it is {args.blur_std}.")
     if args.task == "denoising" and not args.noise_std:
         parser.error(f"--task denoising needs a --noise_std above 0, but it is {args.noise_std}.")
     if os.path.exists(args.output_dir) and (not os.path.isdir(args.output_dir) or os.listdir(args.output_dir)):
@@ -72,65 +63,36 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def find_pictures(sources: list[str]) -> dict[str, Path]:
-    """
-    Return the pictures of files and folders, by the names that their answers get.
-
-    Raises:
-        ValueError: if a file does not exist, a folder holds no pictures, or two names are the same.
-    """
+    """Return the pictures of files and folders, by the names that their answers get, which must be different."""
     from ecvae_diffusers.training.data.images import open_folder
 
     found: dict[str, Path] = {}
     for source in sources:
-        if os.path.isdir(source):
-            found_there = open_folder(source, "pictures")
-            paths = [Path(found_there[i]["path"]) for i in range(len(found_there))]
-        elif os.path.isfile(source):
-            paths = [Path(source)]
-        else:
-            raise ValueError(f"picture {source!r} must be a file or a folder, but does not exist.")
-        for path in paths:
+        for path in open_folder(source, "pictures").source if os.path.isdir(source) else [Path(source)]:
             if (other := found.setdefault(path.stem, path)) != path:
-                raise ValueError(
-                    f"pictures must have different names, but {str(other)!r} and {str(path)!r} have the same."
-                )
+                raise ValueError(f"pictures need names of their own, but {str(other)!r} and {str(path)!r} share one.")
     return found
-
-
-def read(argument: str, path: str | Path, reader: Callable) -> Any:
-    """Return what a reader of pictures makes of a file. Raises `ValueError`, naming the `argument`, if it can't be read."""
-    import PIL.Image
-
-    try:
-        with PIL.Image.open(path) as image:
-            image.load()
-            return reader(image)
-    except Exception as error:  # Pillow raises errors of many kinds for damaged files
-        raise ValueError(f"{argument} {str(path)!r} can't be read: {error}") from error
 
 
 def check_pictures(pictures: dict[str, Path], mask: str | None) -> None:
     """Raise `ValueError`, before a model is loaded, if a picture or the mask can't be read, or their sizes differ."""
+    import PIL.Image
+
     from ecvae_diffusers.pipelines.inputs import read_mask, read_picture
 
-    mask_size = None if mask is None else read("--mask", mask, read_mask).shape[::-1]
+    def read(argument: str, path: str | Path, reader: Callable) -> Any:
+        try:
+            with PIL.Image.open(path) as image:
+                image.load()
+                return reader(image)
+        except Exception as error:  # Pillow raises errors of many kinds for damaged files
+            raise ValueError(f"{argument} {str(path)!r} can't be read: {error}") from error
+
+    height_and_width = None if mask is None else read("--mask", mask, read_mask).shape
     for path in pictures.values():
-        width, height = read("picture", path, lambda image: read_picture(image, 3)).size
-        if mask_size not in (None, (width, height)):
-            raise ValueError(
-                f"--mask {mask!r} must have the {width}x{height} px of {str(path)!r}, but has {'x'.join(map(str, mask_size))} px."
-            )
-
-
-def make_operator(args: argparse.Namespace) -> "LinearOperator":
-    """Return what made the pictures of an image, by `--task`."""
-    from ecvae_diffusers.operators import Blur, Colorization, Denoising, SuperResolution, gaussian_kernel
-
-    if args.task == "deblurring":
-        return Blur(gaussian_kernel(args.blur_std), "reflect")
-    if args.task.startswith("super_resolution"):
-        return SuperResolution(int(args.task[-1]))
-    return Colorization() if args.task == "colorization" else Denoising()
+        size = read("picture", path, lambda image: read_picture(image, 3)).size
+        if height_and_width not in (None, size[::-1]):
+            raise ValueError(f"--mask {mask!r} must be of the {size[0]}x{size[1]} px of {str(path)!r}.")
 
 
 def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -139,6 +101,7 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
     import PIL.Image
     import torch
 
+    from ecvae_diffusers.operators import Blur, Colorization, Denoising, SuperResolution, gaussian_kernel
     from ecvae_diffusers.pipelines.inputs import read_picture
     from ecvae_diffusers.training.run.pictures import save_atomically
 
@@ -146,10 +109,14 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
     measured: dict[str, Any]
     if args.task is None:
         measured = {"mask_image": PIL.Image.open(args.mask)}
+    elif args.task == "deblurring":
+        measured = {"operator": Blur(gaussian_kernel(args.blur_std), "reflect")}
+    elif args.task == "denoising":
+        measured = {"operator": Denoising()}
+    elif args.task == "colorization":
+        image, measured = read_picture(image, 1), {"operator": Colorization()}
     else:
-        if args.task == "colorization":
-            image = read_picture(image, 1)
-        measured = {"operator": make_operator(args)}
+        measured = {"operator": SuperResolution(int(args.task[-1]))}
     output = pipeline(
         image,
         **measured,
@@ -161,13 +128,10 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
     uncertainty = (output.std[0].mean(-1) / WHITE_STD * 255).clip(0, 255).round().astype(np.uint8)
     digits = len(str(args.num_restorations - 1))
     answers = {f"{path.stem}-{i:0{digits}d}.png": answer for i, answer in enumerate(output.images)}
-    others = {
-        f"{path.stem}-mean.png": output.mean[0],
-        f"{path.stem}-uncertainty.png": PIL.Image.fromarray(uncertainty),
-    }
-    for name, picture in {**answers, **others}.items():
+    mean, uncertainty_map = f"{path.stem}-mean.png", f"{path.stem}-uncertainty.png"
+    others = {mean: output.mean[0], uncertainty_map: PIL.Image.fromarray(uncertainty)}
+    for name, picture in (answers | others).items():
         save_atomically(picture, Path(args.output_dir) / name)
-    mean, uncertainty_map = others
     return {
         "picture": str(path),
         "answers": list(answers),
@@ -206,10 +170,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "ecvae restore") -> None:
     """Restore as a command line says: that of this process, or `argv`."""
-    args = parse_args(argv, prog)
-    try:
-        run(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        fail(f"{prog}: error: {error}")
-    except KeyboardInterrupt:
-        fail(f"{prog}: interrupted.")
+    run_or_fail(run, parse_args(argv, prog), prog)

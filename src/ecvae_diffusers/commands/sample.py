@@ -5,79 +5,41 @@ import argparse
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
-
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from ecvae_diffusers.commands import LARGEST_SEED, load_pipeline, number, run_or_fail
+from ecvae_diffusers.training.run.last_line import ArgumentParser
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog=prog, description=__doc__.split(":")[0] + ".")
+    parser = ArgumentParser(prog=prog, description=str(__doc__).split(":")[0] + ".")
     parser.add_argument("model", type=os.path.expanduser, help="Pipeline: folder or Hub id.")
-    parser.add_argument("-n", "--num_images", type=int, default=16, help="Default: 16.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the latents. Default: 0.")
+    parser.add_argument("-n", "--num_images", type=number(int, 1), default=16, help="Default: 16.")
+    parser.add_argument(
+        "--seed", type=number(int, 0, LARGEST_SEED), default=0, help="Seed of the latents. Default: 0."
+    )
     parser.add_argument(
         "-o", "--output", type=os.path.expanduser, default="samples.png",
         help="A name that ends in .png: one picture of all images. Any other: a folder, with a file per image. Default: samples.png.",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images computed together. Default: 64.")
+    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="Images computed together. Default: 64.")
     parser.add_argument(
-        "--temperature", type=float, default=1.0,
+        "--temperature", type=number(float, 0), default=1.0,
         help="Standard deviation of the latents. Below 1, images are more typical and less varied. Default: 1.",
     )  # fmt: skip
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, but is {getattr(args, name)}.")
-    if not 0 <= args.temperature < math.inf:
-        parser.error(f"--temperature must be a number of at least 0, but is {args.temperature}.")
     if (suffix := Path(args.output).suffix.lower()) in (".jpg", ".jpeg", ".webp", ".gif", ".tiff", ".bmp"):
         parser.error(f"--output must be a .png or a folder, but is a {suffix} file.")
-    args.files = output_files(args.output, args.num_images)
+    if args.output.lower().endswith(".png") and not os.path.isdir(args.output):
+        args.files = [Path(args.output)]
+    else:
+        digits = len(str(args.num_images - 1))
+        args.files = [Path(args.output) / f"{i:0{digits}d}.png" for i in range(args.num_images)]
     existing = [str(path) for path in args.files if path.exists()]
     if existing and not args.overwrite:
         parser.error(f"--output {args.output!r}: {existing[0]!r} exists. Replace it with --overwrite.")
     return args
-
-
-def output_files(output: str, num_images: int) -> list[Path]:
-    """Return the one picture to write, or a file per image in a folder."""
-    if output.lower().endswith(".png") and not os.path.isdir(output):
-        return [Path(output)]
-    digits = len(str(num_images - 1))
-    return [Path(output) / f"{i:0{digits}d}.png" for i in range(num_images)]
-
-
-def load_pipeline(
-    loader: type["DiffusionPipeline"], argument: str, source: str, device: str | None
-) -> "DiffusionPipeline":
-    """
-    Load a pipeline of a folder or Hub id, to a device of this machine; to its accelerator, or else the CPU, if none is given.
-
-    Raises:
-        ValueError: naming the command line's `argument`, if it can't be loaded, or nothing can be computed on the device.
-    """
-    import torch
-
-    from ecvae_diffusers.training.run.launch import device_name
-    from ecvae_diffusers.training.run.places import why_missing
-    from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
-
-    try:
-        device = device_name(device or str(torch.accelerator.current_accelerator() or "cpu"))
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--device {error}") from error
-    if (reason := why_missing(source, "model")) is not None:
-        raise ValueError(f"{argument} {source!r} can't be loaded: {reason}.")
-    try:
-        return loader.from_pretrained(source).to(device)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"{argument} {source!r} can't be loaded: {error}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,10 +74,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "ecvae sample") -> None:
     """Sample as a command line says: that of this process, or `argv`."""
-    args = parse_args(argv, prog)
-    try:
-        run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(f"{prog}: error: {error}")
-    except KeyboardInterrupt:
-        fail(f"{prog}: interrupted.")
+    run_or_fail(run, parse_args(argv, prog), prog)

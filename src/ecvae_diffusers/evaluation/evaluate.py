@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
             save_atomically(picture, output_dir / name)
         write_json(output_dir / EVALUATION_FILE, evaluation.to_json())
         remove(work.folder)
-        print(evaluation_table(evaluation.to_json()))
+        print(evaluation_table(evaluation))
         print(HOW_TO_READ)
         print(f"{output_dir / 'samples.png'}: samples.")
         print(f"{output_dir / 'neighbours.png'}: samples, each next to the training images nearest to it.")

@@ -1,16 +1,19 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Model cards: what a checkpoint is, the snippet that loads it, and the figures of its `evaluation.json`, which `evaluate.py` writes."""
+"""Model cards: what a checkpoint is, the snippets that load it, and the figures of its `evaluation.json`."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..atomic import write_text
-from ..figures import NOISE, is_above_noise
+from ..evaluation.schema import Evaluation, Figures, ImageSet, OverSeeds, Pairs, read
+from ..figures import DISTANCES, NOISE, is_above_noise
 
 
 # Stands in every card that `write_card` wrote; a card without it is somebody's work.
@@ -19,22 +22,8 @@ CARD_MARKER = (
 )
 # What the snippets load until it is known where the model will lie.
 LOCATION = "path/or/hub-id"
-# Details that a card with an evaluation requires in addition to its figures, and optional ones.
-REQUIRED_DETAILS = {
-    "title": "what the model makes, in a few words",
-    "license": "of the weights, as the Hub spells it",
-    "data": "`name` and `license`, and `id` if it is on the Hub",
-    "known_failures": "what was looked at and found wanting",
-}
-OPTIONAL_DETAILS = {"description", "intended_use", "training", "tags"}
-REQUIRED_DATA, OPTIONAL_DATA = {"name", "license"}, {"id", "description"}
-# All others are text.
-KINDS = {
-    "data": (dict, REQUIRED_DETAILS["data"]),
-    "training": (dict, "names with what they were"),
-    "tags": (list, "a list of texts"),
-}
-RESULTS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+PAIRWISE = ("kernel_distance", "precision", "recall", "density", "coverage")
+RESULTS = ("frechet_distance", *PAIRWISE)
 # By which other images are told from the model's own.
 SCORES = {
     "energy": "energy",
@@ -48,37 +37,38 @@ TITLES = {
     "ssim": "SSIM",
     "mean_squared_error": "mean squared error",
 }
+Row = tuple[str, str, str, str]  # measure, value, spread, of what
 
 
-def check_details(details: dict[str, Any]) -> None:
-    """
-    What `publish.py --details` gives: title, license, data and known failures, and more if wanted.
+@dataclass(kw_only=True)
+class Data:
+    """What a model was trained on; `id` is that of the Hub."""
 
-    Raises:
-        ValueError: naming a field that is missing, empty, unknown or of another kind than it must be.
-    """
-    if not isinstance(details, dict):
-        raise ValueError(f"the details of a card must be fields with values, but are {details!r}.")
-    for name, meaning in REQUIRED_DETAILS.items():
-        if not details.get(name):
-            raise ValueError(f"the card's field `{name}` is missing: {meaning}.")
-    unknown = details.keys() - REQUIRED_DETAILS - OPTIONAL_DETAILS
-    if unknown:
-        allowed = ", ".join([*REQUIRED_DETAILS, *sorted(OPTIONAL_DETAILS)])
-        raise ValueError(f"the card's field `{sorted(unknown)[0]}` is unknown: it may have {allowed}.")
-    for name, value in details.items():
-        kind, meaning = KINDS.get(name, (str, "text"))
-        if not isinstance(value, kind) or kind is list and not all(isinstance(one, str) for one in value):
-            raise ValueError(f"the card's field `{name}` must be {meaning}, but is {value!r}.")
-    data = details["data"]
-    if data.keys() - REQUIRED_DATA - OPTIONAL_DATA:
-        raise ValueError(f"the card's field `data` must be {REQUIRED_DETAILS['data']}, but is {data!r}.")
-    for name in sorted(REQUIRED_DATA):
-        if not data.get(name):
-            raise ValueError(f"the card's field `data.{name}` is missing.")
-    for name, value in data.items():
-        if not isinstance(value, str):
-            raise ValueError(f"the card's field `data.{name}` must be text, but is {value!r}.")
+    name: str
+    license: str
+    id: str | None = None
+    description: str | None = None
+
+
+@dataclass(kw_only=True)
+class Details:
+    """What a card says that figures can't. `license` is that of the weights, as the Hub spells it."""
+
+    title: str
+    license: str
+    data: Data
+    known_failures: str
+    description: str | None = None
+    intended_use: str | None = None
+    training: dict[str, str] | None = None
+    tags: list[str] | None = None
+
+    @classmethod
+    def from_yaml(cls, value: Any) -> Self:
+        """Return the details that a YAML file's content holds. Raises `ValueError` naming a field that is missing or wrong."""
+        if isinstance(value, dict) and isinstance(value.get("training"), dict):
+            value = value | {"training": {str(name): str(one) for name, one in value["training"].items()}}
+        return read(cls, value, "")
 
 
 def with_location(card: str, location: str) -> str:
@@ -86,197 +76,118 @@ def with_location(card: str, location: str) -> str:
     return card.replace(f'"{LOCATION}"', f'"{location}"') if CARD_MARKER in card else card
 
 
-def figure(value: float | None) -> str:
-    return "not given" if value is None else f"{value:.4g}"
+def figure(value: float | None, digits: int = 4) -> str:
+    return "not given" if value is None else f"{value:.{digits}g}"
 
 
-def kernel_figure(value: float | None, std: float | None) -> str:
-    """A kernel distance as a card states it."""
-    return figure(value) if is_above_noise(value, std) else NOISE
-
-
-def stated_mean(measures: dict, name: str) -> float | None:
-    """The mean over seeds of a measure of generation; `None` where it may not be stated."""
-    mean = measures[name]["mean"]
-    is_noise = name == "kernel_distance" and not is_above_noise(mean, measures["kernel_distance_std"]["mean"])
-    return None if is_noise else mean
+def stated_means(measures: dict[str, OverSeeds]) -> Figures:
+    """Means over seeds of the measures of generation; `None` for a kernel distance that is not above its noise."""
+    means = {name: measure.mean for name, measure in measures.items()}
+    is_stated = is_above_noise(means.get("kernel_distance"), means.get("kernel_distance_std"))
+    return means if is_stated else means | {"kernel_distance": None}
 
 
 def title_of(measure: str) -> str:
-    name = TITLES.get(measure, measure.replace("_", " "))
-    return name.replace("frechet", "Frechet")
+    return TITLES.get(measure, measure.replace("_", " ").replace("frechet", "Frechet"))
 
 
-def evaluation_table(evaluation: dict) -> str:
-    """The figures of an `evaluation.json` as a table in Markdown, each with its spread and of what it is."""
-    rows = [*generation_rows(evaluation), *floor_rows(evaluation), *held_out_rows(evaluation)]
-    for section in ("reconstruction", "likelihood"):
-        if section in evaluation:
-            protocol = evaluation[section]["protocol"]
-            of = f"{protocol['num_images']:,} of {protocol['data']} ({protocol['split']})"
-            if section == "likelihood":
-                of += f", {protocol['unit']}"
-                if "variance" in protocol:  # of a VAE, whose likelihood has bounds only
-                    of += f", variance {protocol['variance']}, {protocol['importance_samples']} latents"
-            prefix = "reconstruction, " if section == "reconstruction" else ""
-            measures = evaluation[section]["measures"]
-            for name, value in measures.items():
-                if name == "kernel_distance":
-                    std = measures["kernel_distance_std"]
-                    in_pairs = of + first_ones(protocol, protocol["num_images"])
-                    rows.append(
-                        (prefix + title_of(name), kernel_figure(value, std), f"{std:.2g} over subsets", in_pairs)
-                    )
-                elif name != "kernel_distance_std":
-                    rows.append((prefix + title_of(name), figure(value), "", of))
-    if "out_of_distribution" in evaluation:
-        protocol = evaluation["out_of_distribution"]["protocol"]
-        for name, scores in evaluation["out_of_distribution"]["measures"].items():
-            of = f"{protocol['outside'][name]:,} others against {protocol['inside']['num_images']:,}"
-            for score, value in scores.items():
-                rows.append((f"AUROC by which the {SCORES[score]} tells {name} apart", figure(value), "", of))
-    lines = [f"| {title} | {value} | {spread} | {of} |" for title, value, spread, of in rows]
-    return "\n".join(["| measure | value | spread | of |", "|---|---|---|---|", *lines])
+def images_of(images: ImageSet) -> str:
+    return f"{images.num_images:,} of {images.data} ({images.split})"
 
 
-def first_ones(protocol: dict, *counts: int) -> str:
-    """Of which images all measures but the Frechet distance are, where there are more than can be compared in pairs."""
-    most = protocol.get("most_images_in_pairs")
+def first_ones(protocol: Pairs, *counts: int) -> str:
+    """Which images are compared in pairs, where there are more than can be."""
+    most = protocol.most_images_in_pairs
     return f", the first {most:,} of each" if most is not None and max(counts) > most else ""
 
 
-def generation_rows(evaluation: dict) -> list[tuple]:
-    generation = evaluation["generation"]
-    protocol, measures = generation["protocol"], generation["measures"]
-    reference = protocol["reference"]
-    of = (
-        f"{protocol['num_samples']:,} samples against {reference['num_images']:,} of {reference['data']} "
-        f"({reference['split']}), {evaluation['protocol']['features']}"
-    )
-    in_pairs = first_ones(protocol, protocol["num_samples"], reference["num_images"])
-    rows = []
-    for name in RESULTS:
-        measure = measures[name]
-        spread = [] if measure["std"] is None else [f"{measure['std']:.2g} over {len(measure['values'])} seeds"]
-        value = figure(measure["mean"])
+def evaluation_table(evaluation: Evaluation) -> str:
+    """The figures of an `evaluation.json` as a table in Markdown, each with its spread and of what it is."""
+    lines = [f"| {' | '.join(row)} |" for row in evaluation_rows(evaluation)]
+    return "\n".join(["| measure | value | spread | of |", "|---|---|---|---|", *lines])
+
+
+def evaluation_rows(evaluation: Evaluation) -> Iterator[Row]:
+    generation, protocol = evaluation.generation, evaluation.generation.protocol
+    of = f"{protocol.num_samples:,} samples against {images_of(protocol.reference)}, {evaluation.protocol.features}"
+    in_pairs = first_ones(protocol, protocol.num_samples, protocol.reference.num_images)
+    measures = {name: measure for name, measure in generation.measures.items() if name in (*RESULTS, *DISTANCES)}
+    means = {name: measure.mean for name, measure in measures.items()}
+    spreads = {
+        name: f"{measure.std:.2g} over {len(measure.values)} seeds"
+        for name, measure in measures.items()
+        if measure.std is not None
+    }
+    yield from rows_of("{}", means, of, in_pairs, spreads)
+    if generation.why_no_frechet_distance is not None:
+        yield "no Frechet distance", figure(None), "", generation.why_no_frechet_distance
+    if (floor := evaluation.floor) is not None:
+        compared = floor.protocol.compared
+        in_pairs = first_ones(floor.protocol, compared.num_images, floor.protocol.reference.num_images)
+        distances = {name: value for name, value in floor.measures.items() if name in DISTANCES}
+        yield from rows_of("{}, floor", distances, f"{images_of(compared)} instead of samples", in_pairs)
+    if (held_out := evaluation.held_out) is not None:
+        of = f"{images_of(held_out.protocol)}, against {held_out.protocol.compared_with}"
+        yield "held-out images that were trained on", str(held_out.measures["num_trained_on"]), "", of
+    if (reconstruction := evaluation.reconstruction) is not None:
+        in_pairs = first_ones(reconstruction.protocol, reconstruction.protocol.num_images)
+        of = images_of(reconstruction.protocol)
+        yield from rows_of("reconstruction, {}", reconstruction.measures, of, in_pairs)
+    if (likelihood := evaluation.likelihood) is not None:
+        of = f"{images_of(likelihood.protocol)}, {likelihood.protocol.unit}"
+        if likelihood.protocol.variance is not None:  # of a VAE, whose likelihood has bounds only
+            of += f", variance {likelihood.protocol.variance}, {likelihood.protocol.importance_samples} latents"
+        yield from rows_of("{}", likelihood.measures, of)
+    if (others := evaluation.out_of_distribution) is not None:
+        for name, scores in others.measures.items():
+            of = f"{others.protocol.outside[name]:,} others against {others.protocol.inside.num_images:,}"
+            for score, value in scores.items():
+                yield f"AUROC by which the {SCORES[score]} tells {name} apart", figure(value), "", of
+
+
+def rows_of(
+    title: str, measures: Figures, of: str, in_pairs: str = "", spreads: dict[str, str] | None = None
+) -> Iterator[Row]:
+    """The rows of a section, whose `title` has a place for the measure. `in_pairs` is of measures that compare in pairs."""
+    std = measures.get("kernel_distance_std")
+    for name in (name for name in measures if name != "kernel_distance_std"):
+        value, spread = figure(measures[name]), [spreads[name]] if spreads and name in spreads else []
         if name == "kernel_distance":
-            std = measures["kernel_distance_std"]["mean"]
-            value = kernel_figure(measure["mean"], std)
-            spread.append(f"{std:.2g} over subsets")
-        in_full = of if name == "frechet_distance" else of + in_pairs
-        rows.append((title_of(name), value, ", ".join(spread), in_full))
-    if "why_no_frechet_distance" in generation:
-        rows.append(("no Frechet distance", figure(None), "", generation["why_no_frechet_distance"]))
-    return rows
+            value = value if is_above_noise(measures[name], std) else NOISE
+            spread.append(f"{figure(std, 2)} over subsets")
+        yield title.format(title_of(name)), value, ", ".join(spread), of + (in_pairs if name in PAIRWISE else "")
 
 
-def floor_rows(evaluation: dict) -> list[tuple]:
-    """Return the row of held-out images, measured instead of samples."""
-    if "floor" not in evaluation:
-        return []
-    protocol, measures = evaluation["floor"]["protocol"], evaluation["floor"]["measures"]
-    compared = protocol["compared"]
-    of = f"{compared['num_images']:,} of {compared['data']} ({compared['split']}) instead of samples"
-    return [
-        ("Frechet distance, floor", figure(measures["frechet_distance"]), "", of),
-        (
-            "kernel distance, floor",
-            kernel_figure(measures["kernel_distance"], measures["kernel_distance_std"]),
-            f"{measures['kernel_distance_std']:.2g} over subsets",
-            of + first_ones(protocol, compared["num_images"], protocol["reference"]["num_images"]),
-        ),
-    ]
-
-
-def held_out_rows(evaluation: dict) -> list[tuple]:
-    """How many of the images that count as held out were trained on. Evaluations of before do not say."""
-    if "held_out" not in evaluation:
-        return []
-    protocol, count = evaluation["held_out"]["protocol"], evaluation["held_out"]["measures"]["num_trained_on"]
-    of = f"{protocol['num_images']:,} of {protocol['data']} ({protocol['split']}), against {protocol['compared_with']}"
-    return [("held-out images that were trained on", count, "", of)]
-
-
-def baseline_rows(evaluation: dict) -> list[dict]:
+def baseline_rows(evaluation: Evaluation) -> Iterator[Row]:
     """
-    Distances of another model, and how many times ours they are; `publish.py --baseline` adds it to the evaluation. Next to the
-    AUROC of our energy stands that of the other's own score, which a model without an energy has too.
+    Rows of what the model has, the other model has, and the ratio; `ecvae publish --baseline` adds it to the evaluation. Next to
+    the AUROC of our energy stands that of the other's own score, which a model without an energy has too.
     """
-    rows = []
-    for name in ("frechet_distance", "kernel_distance"):
-        ours, theirs = (
-            stated_mean(one["generation"]["measures"], name) for one in (evaluation, evaluation["baseline"])
-        )
-        ratio = theirs / ours if ours is not None and theirs is not None and min(ours, theirs) > 0 else None
-        nothing = NOISE if name == "kernel_distance" else figure(None)
-        rows.append(
-            {
-                "title": title_of(name),
-                "ours": nothing if ours is None else figure(ours),
-                "theirs": nothing if theirs is None else figure(theirs),
-                "ratio": ratio and f"{ratio:.1f}",
-            }
-        )
-    for name, (ours, score, theirs) in auroc_pairs(evaluation).items():
-        title = f"AUROC by which {name} is told apart: by the energy here, by the {SCORES[score]} there"
-        rows.append({"title": title, "ours": figure(ours), "theirs": figure(theirs), "ratio": None})
-    return rows
-
-
-def auroc_pairs(evaluation: dict) -> dict[str, tuple[float, str, float]]:
-    """AUROC of our energy, the baseline's own score and the AUROC of that, where both tell the same sets apart."""
-    ours, theirs = (one.get("out_of_distribution") for one in (evaluation, evaluation["baseline"]))
-    if ours is None or theirs is None or ours["protocol"]["inside"] != theirs["protocol"]["inside"]:
-        return {}
-    return {
-        name: (scores["energy"], *next(pair for pair in theirs["measures"][name].items() if pair[0] != "energy"))
-        for name, scores in ours["measures"].items()
-        if "energy" in scores
-        and name in theirs["measures"]
-        and ours["protocol"]["outside"][name] == theirs["protocol"]["outside"][name]
-    }
-
-
-def eval_results(evaluation: dict, details: dict[str, Any]) -> list[EvalResult]:
-    """The figures of generation as the Hub's metadata has them."""
-    generation = evaluation["generation"]
-    return [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=details["data"].get("id", details["data"]["name"]),
-            dataset_name=details["data"]["name"],
-            dataset_split=generation["protocol"]["reference"]["split"],
-            metric_type=name,
-            metric_name=f"{title_of(name)} ({evaluation['protocol']['features']})",
-            metric_value=stated_mean(generation["measures"], name),
-        )
-        for name in RESULTS
-        if stated_mean(generation["measures"], name) is not None
-    ]
-
-
-def model_facts(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What the card says of the model itself, be it an autoencoder or a flow."""
-    is_flow = "flow" in pipeline.components
-    model = pipeline.flow if is_flow else pipeline.vae
-    generator = model if is_flow else model.decoder
-    return {
-        "is_flow": is_flow,
-        "sampling_class": "ECFlowPipeline" if is_flow else "ECVAEPipeline",
-        "sample_size": model.config.sample_size,
-        "in_channels": model.config.in_channels,
-        "num_latents": model.num_latents if is_flow else model.config.latent_channels,
-        "num_generator_parameters": sum(p.numel() for p in generator.parameters()),
-        "has_energy_model": pipeline.energy_model is not None,
-        "restores": not is_flow and model.config.reconstruction_variance is not None,
-    }
+    if (baseline := evaluation.baseline) is None:
+        return
+    means, their_means = (stated_means(one.generation.measures) for one in (evaluation, baseline))
+    for name, nothing in (("frechet_distance", figure(None)), ("kernel_distance", NOISE)):
+        ours, theirs = means.get(name), their_means.get(name)
+        ratio = f"{theirs / ours:.1f}" if ours and theirs and min(ours, theirs) > 0 else ""
+        mine, other = (nothing if one is None else figure(one) for one in (ours, theirs))
+        yield title_of(name), mine, other, ratio
+    here, there = evaluation.out_of_distribution, baseline.out_of_distribution
+    if here is None or there is None or here.protocol.inside != there.protocol.inside:
+        return
+    for name, scores in here.measures.items():
+        # On other sets the other's score says nothing of these.
+        is_same = here.protocol.outside[name] == there.protocol.outside.get(name)
+        for score, value in there.measures.get(name, {}).items():
+            if is_same and score != "energy" and "energy" in scores:
+                title = f"AUROC by which {name} is told apart: by the energy here, by the {SCORES[score]} there"
+                yield title, figure(scores["energy"]), figure(value), ""
 
 
 def write_card(
     pipeline: DiffusionPipeline,
     save_directory: str | os.PathLike,
-    evaluation: dict | None = None,
-    details: dict[str, Any] | None = None,
+    evaluation: Evaluation | None = None,
+    details: Details | None = None,
     location: str = LOCATION,
     pictures: dict[str, str] | None = None,
 ) -> None:
@@ -286,56 +197,74 @@ def write_card(
     Args:
         pipeline ([`DiffusionPipeline`]): What it describes.
         save_directory (`str`): Its folder.
-        evaluation (`dict`, *optional*): The content of its `evaluation.json`.
-        details (`dict`, *optional*): What else the card says; needed with an evaluation.
+        evaluation ([`Evaluation`], *optional*): The content of its `evaluation.json`.
+        details ([`Details`], *optional*): What else the card says; needed with an evaluation.
         location (`str`, *optional*): What the snippets load: a folder or a Hub id.
         pictures (`dict`, *optional*): File names in the folder, each with a caption.
 
     Raises:
-        ValueError: if `details` lacks a field, or there is an evaluation without them.
+        ValueError: if there is an evaluation without details.
     """
     path = Path(save_directory) / "README.md"
     if evaluation is not None and details is None:
         raise ValueError("a card with an evaluation needs `details`: title, license, data and known failures.")
-    if details is not None:
-        check_details(details)
     if path.exists() and CARD_MARKER.encode() not in path.read_bytes():
         return
-    stated, facts = details or {}, model_facts(pipeline)
-    kind = "Normalizing flow" if facts["is_flow"] else "VAE"
-    kind = pipeline.saved_class.__name__ if facts["has_energy_model"] else kind
+    is_flow, has_energy_model = "flow" in pipeline.components, pipeline.energy_model is not None
+    model = pipeline.flow if is_flow else pipeline.vae
+    restores = not is_flow and model.config.reconstruction_variance is not None
+    kind = pipeline.saved_class.__name__ if has_energy_model else "Normalizing flow" if is_flow else "VAE"
+    title = details.title if details is not None else f"{kind}, {model.config.sample_size} px"
+    means = stated_means(evaluation.generation.measures) if evaluation is not None else {}
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=[
             "diffusers",
             # Without an energy model it may be the plain model that others are compared with.
-            *(["ecvae", "energy-based-model"] if facts["has_energy_model"] else []),
+            *(["ecvae", "energy-based-model"] if has_energy_model else []),
             "unconditional-image-generation",
-            *(["normalizing-flow"] if facts["is_flow"] else []),
-            *(["image-restoration"] if facts["restores"] else []),
-            *stated.get("tags", []),
+            *(["normalizing-flow"] if is_flow else []),
+            *(["image-restoration"] if restores else []),
+            *(details.tags or [] if details is not None else []),
         ],
-        license=stated.get("license"),
-        datasets=[stated["data"]["id"]] if "id" in stated.get("data", {}) else None,
-        model_name=stated.get("title") if evaluation is not None else None,
-        eval_results=eval_results(evaluation, details) if evaluation is not None else None,
     )
+    if details is not None:
+        data.license = details.license
+        data.datasets = [details.data.id] if details.data.id is not None else None
+    if evaluation is not None and details is not None:
+        data.model_name = title
+        data.eval_results = [
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=details.data.id or details.data.name,
+                dataset_name=details.data.name,
+                dataset_split=evaluation.generation.protocol.reference.split,
+                metric_type=name,
+                metric_name=f"{title_of(name)} ({evaluation.protocol.features})",
+                metric_value=mean,
+            )
+            for name, mean in means.items()
+            if name in RESULTS and mean is not None
+        ]
     card = ModelCard.from_template(
         data,
         template_str=files(__package__).joinpath("card_template.md").read_text(encoding="utf-8"),
         card_marker=CARD_MARKER,
-        title=stated.get("title", f"{kind}, {facts['sample_size']} px"),
-        details=stated,
+        title=title,
+        details=details,
         location=location,
         pictures=pictures or {},
         evaluation=evaluation,
-        figure=figure,
         evaluation_table=evaluation_table(evaluation) if evaluation is not None else None,
-        kernel_is_stated=evaluation is not None
-        and stated_mean(evaluation["generation"]["measures"], "kernel_distance") is not None,
-        baseline_rows=baseline_rows(evaluation) if evaluation is not None and "baseline" in evaluation else None,
+        baseline_rows=list(baseline_rows(evaluation)) if evaluation is not None else None,
+        kernel_is_stated=means.get("kernel_distance") is not None,
+        figure=figure,
         pipeline_class=pipeline.saved_class.__name__,
-        **facts,
+        model=model,
+        num_parameters=sum(p.numel() for p in (model if is_flow else model.decoder).parameters()),
+        is_flow=is_flow,
+        has_energy_model=has_energy_model,
+        restores=restores,
     )
     write_text(path, str(card) + "\n")

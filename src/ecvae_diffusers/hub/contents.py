@@ -8,10 +8,10 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-import PIL.Image
 from diffusers.models import autoencoders
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .saving import fingerprint
@@ -41,7 +41,6 @@ COMPONENT_FILES = re.compile(
     r"config\.json|scheduler_config\.json|diffusion_pytorch_model\.safetensors\.index\.json|"
     rf"{FULL_WEIGHTS.pattern}|{VARIANT_WEIGHTS.pattern}"
 )
-LINK = re.compile(r"https?://[^\s\"'`<>(){}\[\],;]+")
 
 
 def files_to_publish(folder: str | os.PathLike) -> list[str]:
@@ -66,16 +65,16 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
                 f"{str(folder / name)!r} must hold a {CONFIG} and safetensors, but holds {sorted(names)}."
             )
         found += files
-    files = sorted({path.relative_to(folder).as_posix() for path in found if path.is_file()})
-    for name in files:
-        check_file(folder / name, folder)
-    if CARD not in files:
+    files = [path for path in found if path.is_file()]
+    for path in files:
+        check_file(path, folder)
+    published = sorted(path.relative_to(folder).as_posix() for path in files)
+    if CARD not in published:
         raise ValueError(f"{str(folder)!r} has no {CARD}: save the pipeline again, which writes one.")
-    if EVALUATION in files and evaluated_weights((folder / EVALUATION).read_bytes()) != folder_fingerprint(folder):
-        raise ValueError(
-            f"{str(folder / EVALUATION)!r} must be an evaluation of the weights next to it: evaluate this model, or remove the file."
-        )
-    return files
+    if EVALUATION in published:
+        if evaluated_weights((folder / EVALUATION).read_bytes()) != folder_fingerprint(folder):
+            raise ValueError(f"{str(folder / EVALUATION)!r} is not of the weights next to it: remove it.")
+    return published
 
 
 def component_folders(folder: Path) -> dict[str, str]:
@@ -86,8 +85,8 @@ def component_folders(folder: Path) -> dict[str, str]:
     index = read_index(folder)
     if not (folder / INDEX).is_file():
         return {".": ""}
-    listed = {name: index[name] for name in OUR_PIPELINES[class_name(index)] if name in index}
-    return {name: value[0] for name, value in listed.items() if value[0]}
+    listed = {name: index[name] for name in OUR_PIPELINES[str(class_name(index))] if name in index}
+    return {name: library for name, (library, _) in listed.items() if library}
 
 
 def component_files(folder: Path, library: str = "") -> list[Path]:
@@ -95,57 +94,50 @@ def component_files(folder: Path, library: str = "") -> list[Path]:
     return sorted(p for p in folder.glob("*") if p.name == f"{library}.py" or COMPONENT_FILES.fullmatch(p.name))
 
 
-def read_index(folder: Path) -> dict:
+def read_index(folder: Path) -> dict[str, Any]:
     """Return the index of a pipeline, or the config of a model alone. Raise `ValueError` if it is not one that is published."""
     name = CONFIG if (folder / CONFIG).is_file() and not (folder / INDEX).is_file() else INDEX
     try:
         index = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} holds no pipeline: its {name} can't be read ({error}).") from error
     if not is_publishable(name, index):
-        raise ValueError(
-            f"{str(folder)!r} holds {held_class(name, index)}, but only {', '.join(sorted(OUR_PIPELINES))} and autoencoders of "
-            "diffusers are published."
-        )
+        allowed = f"only {', '.join(OUR_PIPELINES)} and autoencoders of diffusers are published"
+        raise ValueError(f"{str(folder)!r} holds {held_class(name, index)}, but {allowed}.")
     if name == INDEX:
         check_components(str(folder), index)
     return index
 
 
-def check_components(where: str, index: dict) -> None:
+def check_components(where: str, index: dict[str, Any]) -> None:
     """Raise `ValueError` if an index names a component that its class does not have, or by anything but a library and a class."""
-    required, *_ = known = OUR_PIPELINES[class_name(index)]
-    listed = {name for name, value in index.items() if isinstance(value, list) or name in known} - {"_class_name"}
-    for name in sorted(listed | {required}):
-        value = index.get(name)
-        if name not in known:
+    required, *_ = known = OUR_PIPELINES[str(class_name(index))]
+    listed = {name: value for name, value in index.items() if name in known or isinstance(value, list)}
+    for name, value in ({required: None} | listed).items():
+        is_absent = value == [None, None] and name != required
+        is_pair = isinstance(value, list) and [type(part) for part in value] == [str, str]
+        if name != "_class_name" and (name not in known or not (is_absent or is_pair)):
             raise ValueError(
-                f"{where!r}: its {INDEX} names a component {name!r}, but {class_name(index)} has only {', '.join(known)}."
+                f"{where!r}: its {INDEX} must name {', '.join(known)}, each by a library and a class, but holds "
+                f"`{name}`: {value!r}."
             )
-        is_pair = isinstance(value, list) and len(value) == 2
-        if not is_pair or not all(is_dotted_name(part) or part is None and name != required for part in value):
-            raise ValueError(f"{where!r}: `{name}` of its {INDEX} must be a library and a class, but is {value!r}.")
 
 
-def is_dotted_name(value) -> bool:
-    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
-
-
-def is_publishable(name: str, index: dict) -> bool:
+def is_publishable(name: str, index: Any) -> bool:
     """Tell whether an index, or a config, is of a class that is published."""
     if name == INDEX:
         return class_name(index) in OUR_PIPELINES
     return hasattr(getattr(autoencoders, str(class_name(index)), None), "decode")
 
 
-def class_name(index) -> str | None:
+def class_name(index: Any) -> str | None:
     """Return the class that an index, or a config, names; `None` if it names none."""
     name = index.get("_class_name") if isinstance(index, dict) else None
     name = name[-1] if isinstance(name, list) and name else name
     return name if isinstance(name, str) else None
 
 
-def held_class(name: str, index) -> str:
+def held_class(name: str, index: Any) -> str:
     """Return, in words, what an index, or a config, is of."""
     return f"a {class_name(index) or f'{name} that names no class'}"
 
@@ -153,42 +145,24 @@ def held_class(name: str, index) -> str:
 def check_file(path: Path, folder: Path) -> None:
     """
     Raise `ValueError` for a file of a folder that may not be published: a link, since what it leads to was not meant; safetensors that
-    are damaged or not finite; a PNG that is none; any other that is not text or names a path of this machine.
+    are damaged or not finite; a text that names a path of this machine.
     """
     if path.resolve() != folder.resolve() / path.relative_to(folder):
         raise ValueError(f"{str(path)!r} leads to {str(path.resolve())!r}: replace it by a copy.")
     if path.suffix == ".safetensors":
-        check_safetensors(path)
-    elif path.suffix in PICTURES:
         try:
-            with PIL.Image.open(path, formats=["PNG"]) as picture:
-                picture.verify()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no PNG picture: remove it.") from error
-    else:
-        check_text(path, folder)
-
-
-def check_safetensors(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
-    if broken:
-        raise ValueError(f"{str(path)!r} must hold finite weights only, but {broken[0]!r} has some that are not.")
-
-
-def check_text(path: Path, folder: Path) -> None:
-    try:
-        text = LINK.sub("", path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} must be text in UTF-8, but is not: {error}.") from error
-    # `~` where the user has no home.
-    for private in {str(folder), os.path.expanduser("~")} - {"/", "~"}:
-        # Not as a part of a longer name, nor of a relative path.
-        if re.search(r"(?<![\w.~-])" + re.escape(private) + r"(?![\w.-])", text):
-            raise ValueError(f"{str(path)!r} names {private!r}, a path of this machine: remove it before publishing.")
+            weights = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
+        if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{str(path)!r} must hold finite weights only, but {broken[0]!r} has some that are not.")
+    elif path.suffix not in PICTURES:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        # `~` where the user has no home.
+        for private in {str(folder), os.path.expanduser("~")} - {"/", "~"}:
+            # Not as a part of a longer name, of a link or of a relative path.
+            if re.search(r"(?<![\w.~-])" + re.escape(private) + r"(?![\w.-])", text):
+                raise ValueError(f"{str(path)!r} names {private!r}, a path of this machine: remove it.")
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:
@@ -197,15 +171,13 @@ def folder_fingerprint(folder: str | os.PathLike) -> str:
     for name in component_folders(Path(folder)):
         files = [path for path in component_files(Path(folder) / name) if path.suffix == ".safetensors"]
         chosen = [path for path in files if FULL_WEIGHTS.fullmatch(path.name)] or files
-        if chosen:  # a scheduler has none
-            weights[name] = {key: tensor for path in chosen for key, tensor in load_file(path).items()}
+        weights[name] = {key: tensor for path in chosen for key, tensor in load_file(path).items()}
     return fingerprint(weights)
 
 
 def evaluated_weights(content: bytes) -> str | None:
     """Return the fingerprint of the weights that an `evaluation.json` is of; `None` if it names none."""
     try:
-        evaluation = json.loads(content)
-    except ValueError:
+        return json.loads(content)["weights"]
+    except (ValueError, TypeError, KeyError):
         return None
-    return evaluation.get("weights") if isinstance(evaluation, dict) else None

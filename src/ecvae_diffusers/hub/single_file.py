@@ -28,11 +28,11 @@ def single_file(name: str) -> str:
     """Return the code of `pipelines/pipeline_<name>.py` as a file that imports only torch, diffusers and what they need."""
     module = Module(PACKAGE / "pipelines" / f"pipeline_{name}.py")
     inlined = Inlined()
-    inlined.take_imports(module, module.nodes)
+    inlined.take_imports(module, module.tree.body)
     # Text, not the nodes, so that comments stay.
-    last_import = max(node.end_lineno for node in module.nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    last_import = max(last_line(node) for node in module.tree.body if isinstance(node, ast.Import | ast.ImportFrom))
     body = "\n".join(module.lines[last_import:]).strip("\n")
-    imports = [import_block(inlined.imports, standard=True), import_block(inlined.imports, standard=False)]
+    imports = [import_block(inlined.imports, is_standard) for is_standard in (True, False)]
     head = f'{module.lines[0]}\n{HEADER}"""{ast.get_docstring(module.tree, clean=False)}"""'
     stand_ins = "\n".join([STAND_INS, *sorted(inlined.stand_ins)])
     top = "\n\n".join([head, *filter(None, imports)])
@@ -45,35 +45,40 @@ class Module:
     def __init__(self, path: Path):
         self.path, text = path, path.read_text(encoding="utf-8")
         self.lines, self.tree = text.splitlines(), ast.parse(text)
-        self.nodes = self.tree.body
         self.definitions: dict[str, ast.stmt] = {}
-        for node in self.nodes:
+        for node in self.tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 self.definitions[node.name] = node
             elif isinstance(node, ast.Assign):
-                names = [name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-                self.definitions |= {name.id: node for name in names}
+                targets = [name for target in node.targets for name in ast.walk(target)]
+                self.definitions |= {name.id: node for name in targets if isinstance(name, ast.Name)}
 
     def with_helpers(self, names: list[str]) -> list[ast.stmt]:
-        """Return the definitions of `names`, and of what they use of their own module, in its order."""
-        wanted, todo = set(), list(names)
+        """
+        Return the definitions of `names`, and of what they use of their own module, in its order.
+
+        Raises:
+            KeyError: if the module does not define one of the names, but imports it itself.
+        """
+        wanted, todo = set(), [(name, self.definitions[name]) for name in names]
         while todo:
-            name = todo.pop()
-            if name in self.definitions and name not in wanted:
+            name, node = todo.pop()
+            if name not in wanted:
                 wanted.add(name)
-                todo += used_names([self.definitions[name]])
-        return [node for node in self.nodes if any(node is self.definitions[name] for name in wanted)]
+                used = self.definitions.keys() & used_names([node])
+                todo += [(name, self.definitions[name]) for name in used]
+        return [node for node in self.tree.body if any(node is self.definitions[name] for name in wanted)]
 
     def source_of(self, node: ast.stmt) -> str:
         """Return the text of a definition with its decorators, which `ast.get_source_segment` leaves out."""
         first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
-        return "\n".join(self.lines[first - 1 : node.end_lineno])
+        return "\n".join(self.lines[first - 1 : last_line(node)])
 
 
 class Inlined:
     """What a single file takes from elsewhere: imports, definitions of the package, and stand-ins for component classes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.imports: set[tuple[str, str]] = set()  # module and name; no name for `import module`
         self.texts: list[str] = []
         self.stand_ins: set[str] = set()
@@ -94,28 +99,31 @@ class Inlined:
     def take_imports(self, module: Module, nodes: list[ast.stmt]) -> None:
         """Take what `nodes` use of the imports of their module."""
         used = used_names(nodes)
-        for node in module.nodes:
+        for node in module.tree.body:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            aliases = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in used]
             if isinstance(node, ast.Import):
-                self.imports |= {
-                    (ast.unparse(a), "") for a in node.names if (a.asname or a.name).split(".")[0] in used
-                }
-            elif isinstance(node, ast.ImportFrom):
-                names = [alias for alias in node.names if (alias.asname or alias.name) in used]
-                if not node.level:
-                    self.imports |= {(node.module, ast.unparse(alias)) for alias in names}
-                elif names:
-                    folder = module.path.parents[node.level - 1]
-                    path = folder.joinpath(*node.module.split(".")).with_suffix(".py")
-                    self.take(path, [alias.name for alias in names])
+                self.imports |= {(ast.unparse(alias), "") for alias in aliases}
+            elif not node.level:
+                self.imports |= {(str(node.module), ast.unparse(alias)) for alias in aliases}
+            elif aliases:
+                folder = module.path.parents[node.level - 1]
+                path = folder.joinpath(*str(node.module).split(".")).with_suffix(".py")
+                self.take(path, [alias.name for alias in aliases])
 
 
 def used_names(nodes: list[ast.stmt]) -> set[str]:
     return {node.id for part in nodes for node in ast.walk(part) if isinstance(node, ast.Name)}
 
 
-def import_block(imports: set[tuple[str, str]], standard: bool) -> str:
+def last_line(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def import_block(imports: set[tuple[str, str]], is_standard: bool) -> str:
     """Return imports sorted as ruff sorts them: plain ones first, then one `from` line per module."""
-    chosen = [one for one in imports if (one[0].split(".")[0].split()[0] in sys.stdlib_module_names) == standard]
+    chosen = [one for one in imports if (one[0].split(".")[0].split()[0] in sys.stdlib_module_names) == is_standard]
     lines = [f"import {module}" for module in sorted((m for m, name in chosen if not name), key=str.lower)]
     for module in sorted({module for module, name in chosen if name}, key=str.lower):
         lines.append(f"from {module} import {', '.join(sorted(name for m, name in chosen if m == module and name))}")

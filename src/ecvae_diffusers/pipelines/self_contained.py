@@ -10,7 +10,7 @@ from ..atomic import writing
 from ..hub import saving
 from ..hub.card import write_card
 from ..hub.single_file import single_file
-from ..hub.upload import local_errors, upload_folder
+from ..hub.upload import upload_folder
 
 
 class SelfContained(saving.SelfContained):
@@ -75,7 +75,7 @@ class SelfContained(saving.SelfContained):
             `str`: URL of the commit, or of the pull request.
         """
         kwargs |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
-        with local_errors(), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             with writing(folder):
                 self.save_pretrained(folder, safe_serialization, variant)
             return upload_folder(folder, repo_id, subfolder=subfolder, **kwargs)

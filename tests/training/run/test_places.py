@@ -12,8 +12,8 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from training_runs import write_images
 
+from ecvae_diffusers.commands import publish
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
-from ecvae_diffusers.hub import publish
 from ecvae_diffusers.report import report
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.run.places import check_places, name_as_text, why_missing
