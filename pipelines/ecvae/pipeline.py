@@ -418,6 +418,8 @@ class SelfContained:
     In a single file this class is all there is; in the package [`~pipelines.self_contained.SelfContained`] adds to it.
     """
 
+    components: dict[str, Any]  # of `DiffusionPipeline`
+
     @property
     def saved_class(self) -> type:
         """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
@@ -438,29 +440,28 @@ class SelfContained:
             kind = type(unwrapped(component))
             if kind.__module__.split(".")[0] not in KNOWN:
                 warnings.warn(
-                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: the folder loads only where that "
-                    "module can be imported."
+                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: import it to load the folder."
                 )
         mine, saved = type(self).__name__, self.saved_class.__name__
         if type(self) is not self.saved_class:
             warnings.warn(
-                f"The code of {mine} is not saved: {mine}.from_pretrained loads the folder as what it is, but "
-                f"`DiffusionPipeline.from_pretrained` as its base class, {saved}."
+                f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads it as a {saved}."
             )
-        save_directory = Path(save_directory)
-        save_directory.mkdir(parents=True, exist_ok=True)
-        (save_directory / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
         for name, kind in self.travelling_components().items():
             source = Path(inspect.getfile(kind))
-            (save_directory / name).mkdir(exist_ok=True)
-            (save_directory / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
     def to_json_string(self) -> str:
         """
         Return `model_index.json`, which names the code files in the folder: a list as `_class_name`, a file's stem as the library
         of each component of ours. Leave out `_name_or_path`, a path of the writer's machine.
         """
-        index = json.loads(super().to_json_string())
+        parent: Any = super()
+        index = json.loads(parent.to_json_string())
         index.pop("_name_or_path", None)
         index["_class_name"] = ["pipeline", self.saved_class.__name__]
         for name, kind in self.travelling_components().items():
@@ -475,7 +476,8 @@ class SelfContained:
                 config = json.loads(path.read_text(encoding="utf-8"))
                 if config.pop("_name_or_path", None) is not None:
                     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        super().save_config(save_directory, **kwargs)
+        parent: Any = super()
+        parent.save_config(save_directory, **kwargs)
 
 
 # Bytes of the decoder's widest activations that a CPU computes at a time. More outgrow the cache, and each buffer is fetched
