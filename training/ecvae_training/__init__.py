@@ -31,7 +31,7 @@ MOVED = {
     "models": "training.tasks.networks",
     "noise": "training.randomness",
     "observation": "training.run.pictures training.run.log",
-    "optimization": "training.optimization",
+    "optimization": "training.tasks.networks",
     "output": "training.run.folder training.run.checkpoints training.run.log training.run.pictures",
     "picture_files": "training.data.files",
     "places": "training.run.places",
@@ -45,7 +45,7 @@ MOVED = {
     "session": "training.run.session",
     "signals": "training.run.signals",
     "stopwatch": "training.run.progress",
-    "streaming": "training.data.streaming",
+    "streaming": "training.data.loaders",
     "task": "training.tasks.base",
     "trainer": "training.trainer",
 }

@@ -14,6 +14,7 @@ from ecvae_diffusers.training.config import (
     TrainingConfig,
     option,
     refuse,
+    with_default,
 )
 from ecvae_diffusers.training.run.places import place
 
@@ -63,10 +64,10 @@ class DecoderConfig(Group):
 class DecoderOptimizerConfig(OptimizerConfig):
     """training"""
 
-    learning_rate: float | None = option(1e-4, help="Learning rate of the decoder.", above=0)
-    energy_learning_rate: float = option(5e-4, help="Learning rate of the energy model.", above=0)
-    adam_beta2: float = option(0.9, help="beta2 of the decoder's Adam.", at_least=0, below=1)
-    energy_adam_beta2: float = option(0.9, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
+    learning_rate: float | None = with_default(OptimizerConfig, "learning_rate", 1e-4)
+    energy_learning_rate: float = with_default(OptimizerConfig, "energy_learning_rate", 5e-4)
+    adam_beta2: float = with_default(OptimizerConfig, "adam_beta2", 0.9)
+    energy_adam_beta2: float = with_default(OptimizerConfig, "energy_adam_beta2", 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 
 from ecvae_diffusers.training.run.places import place
 
@@ -19,11 +19,9 @@ from ecvae_diffusers.training.run.places import place
 SCHEDULES = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]  # fmt: skip
-# What --langevin_drift_step auto spreads over the chain: each of its K steps is at most 1 / K.
-TOTAL_DRIFT_STEP = 1.0
 # Of a schedule that warms up.
 DEFAULT_WARMUP_STEPS = 100
-WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
 class ConfigError(ValueError):
@@ -34,31 +32,32 @@ def option(
     default: Any = None,
     help: str = "",
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     read: Callable[[str], Any] | None = None,
     flag: bool = True,
+    **limits: float,
 ) -> Any:
     """
     Declare a field of a configuration.
 
     Args:
         default, help: Its default, and what `--help` says.
-        at_least, above, at_most, below: Its range. Numbers are finite in any case.
         read (`Callable`): Reads it from text, instead of its type.
         flag (`bool`): Whether it is a flag. If not, it is set in Python, or by the arguments of a resumed run.
+        limits (`float`): Its range, by the names in `LIMITS`. Numbers are finite in any case.
     """
-    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    metadata = {"help": help, "limits": {k: v for k, v in limits.items() if v is not None}, "read": read, "flag": flag}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "limits": limits, "read": read, "flag": flag})
 
 
-def refuse(name: str, value: Any, allowed: str) -> None:
+def with_default(group: type, name: str, default: Any) -> Any:
+    """Declare a field of the group that is extended again, with another default."""
+    return field(default=default, metadata=next(own.metadata for own in fields(group) if own.name == name))
+
+
+def refuse(name: str, value: Any, allowed: str) -> NoReturn:
     raise ConfigError(f"--{name} must be {allowed}, but is {value}.")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Fields that belong together, the title of which is the docstring's first line."""
 
@@ -73,11 +72,9 @@ class Group:
             value, limits = getattr(self, own.name), own.metadata["limits"]
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            if (isinstance(value, float) and not math.isfinite(value)) or not all(
-                WITHIN[kind](value, limit) for kind, limit in limits.items()
-            ):
-                finite = ["a finite number"] if isinstance(value, float) else []
-                refuse(own.name, value, ", ".join([*finite, *(f"{kind} {limit:g}" for kind, limit in limits.items())]))
+            if not (math.isfinite(value) and all(LIMITS[kind](value, limit) for kind, limit in limits.items())):
+                bounds = [f"{kind.replace('_', ' ')} {limit:g}" for kind, limit in limits.items()]
+                refuse(own.name, value, ", ".join(["a finite number", *bounds]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +128,8 @@ class EnergyConfig(Group):
 class SpectralEnergyConfig(EnergyConfig):
     """energy model"""
 
-    energy_spectral_norm: bool = option(True, help="Normalize the energy model's weights by their spectral norm.")
-    energy_gradient_penalty: float = option(
-        0.0, help="gamma: weight of half the mean squared norm of the energy's gradient at the data (R1).", at_least=0
-    )
+    energy_spectral_norm: bool = with_default(EnergyConfig, "energy_spectral_norm", True)
+    energy_gradient_penalty: float = with_default(EnergyConfig, "energy_gradient_penalty", 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,23 +165,15 @@ class CalibrationConfig(Group):
 
     @property
     def largest_drift_step(self) -> float:
-        """a as training begins; with 'auto', also the largest a."""
-        return (
-            TOTAL_DRIFT_STEP / self.langevin_steps if self.langevin_drift_step == "auto" else self.langevin_drift_step
-        )
+        """a as training begins; with 'auto', also the largest a: all K steps together are then a step of 1."""
+        return 1.0 / self.langevin_steps if self.langevin_drift_step == "auto" else self.langevin_drift_step
 
     def check(self) -> None:
         super().check()
-        if self.initial_dual > self.max_dual:
-            refuse("initial_dual", self.initial_dual, f"at most --max_dual ({self.max_dual})")
-        if self.calibration_tolerance == "auto" and self.langevin_noise == self.drift_tolerance == 0:
-            allowed = "above 0 where --langevin_noise is 0 and --calibration_tolerance auto"
+        is_auto = self.calibration_tolerance == "auto" and self.langevin_noise == 0
+        if self.drift_tolerance == 0 and (is_auto or self.langevin_drift_step == "auto"):
+            allowed = "above 0 with --langevin_drift_step auto, and with --calibration_tolerance auto without --langevin_noise"
             refuse("drift_tolerance", self.drift_tolerance, allowed)
-        if self.langevin_drift_step == "auto" and self.drift_tolerance == 0:
-            refuse("drift_tolerance", self.drift_tolerance, "above 0 with --langevin_drift_step auto")
-        if self.largest_drift_step * self.conditioning_weight > 1:
-            most = f"at most 1 / --langevin_drift_step ({1 / self.largest_drift_step:g})"
-            refuse("conditioning_weight", self.conditioning_weight, most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +208,9 @@ class OptimizerConfig(Group):
     def check(self) -> None:
         super().check()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
-            allowed = "0 with --lr_scheduler constant (see constant_with_warmup)"
-            refuse("lr_warmup_steps", self.lr_warmup_steps, allowed)
+            refuse(
+                "lr_warmup_steps", self.lr_warmup_steps, "0 with --lr_scheduler constant (see constant_with_warmup)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,12 +301,12 @@ class TrainingConfig:
 
     @classmethod
     def groups(cls) -> dict[str, type[Group]]:
-        return {own.name: own.type for own in fields(cls)}
+        return {own.name: cast(type[Group], own.type) for own in fields(cls)}
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> Self:
         """Build a configuration from fields by name, whatever their group. Missing ones have their defaults."""
-        groups = {
+        groups: dict[str, Any] = {
             name: kind(**{own.name: values[own.name] for own in fields(kind) if own.name in values})
             for name, kind in cls.groups().items()
         }
@@ -347,8 +335,8 @@ class TrainingConfig:
         Raises:
             ConfigError: at the first value that is not allowed.
         """
-        data, run, hub, evaluation = self.data, self.run, self.hub, self.evaluation
-        if run.output_dir is None:
+        data, hub, evaluation = self.data, self.hub, self.evaluation
+        if self.run.output_dir is None:
             raise ConfigError("--output_dir must be given.")
         if (data.dataset_name is None) == (data.train_data_dir is None):
             raise ConfigError("one of --dataset_name and --train_data_dir must be given, and not both.")
@@ -358,27 +346,17 @@ class TrainingConfig:
             refuse("resolution", data.resolution, f"a power of two from 8 to {self.max_resolution}")
         if data.image_size is not None and data.image_size < data.resolution:
             refuse("image_size", data.image_size, f"at least --resolution ({data.resolution})")
-        if (channels := getattr(self.model, "block_out_channels", None)) is not None:
-            check_channels("block_out_channels", channels, data.resolution)
-        check_channels("energy_block_out_channels", self.energy.energy_block_out_channels, data.resolution)
-        if self.energy.energy_num_scales > (count := len(self.energy.energy_block_out_channels)):
-            refuse("energy_num_scales", self.energy.energy_num_scales, f"at most the number of resolutions ({count})")
         if data.streaming and (data.dataset_name is None or (data.in_channels is None and not self.channels_of_model)):
             channels = "" if self.channels_of_model else " and --in_channels"
-            raise ConfigError(
-                f"--streaming requires --dataset_name{channels}: it can't look ahead. See --no-streaming."
-            )
+            raise ConfigError(f"--streaming requires --dataset_name{channels}: it can't look ahead.")
         if not hub.push_to_hub and not (hub.hub_model_id is hub.hub_private_repo is None):
             raise ConfigError("--hub_model_id and --hub_private_repo require --push_to_hub.")
         if evaluation.early_stopping_patience is not None and evaluation.evaluation_steps is None:
             raise ConfigError("--early_stopping_patience requires --evaluation_steps.")
-        self.check_packages()
-
-    def check_packages(self) -> None:
-        needed = {f"--report_to {name}": (name, name) for name in self.run.report_to or []}
-        if self.evaluation.evaluation_steps is not None:
+        needed: dict[str, tuple[str, str]] = {f"--report_to {name}": (name, name) for name in self.run.report_to or []}
+        if evaluation.evaluation_steps is not None:
             needed["--evaluation_steps"] = ("torchmetrics", "ecvae-diffusers[metrics]")
-            if self.evaluation.evaluation_features == "inception":
+            if evaluation.evaluation_features == "inception":
                 needed["--evaluation_features inception"] = ("torch_fidelity", "torch-fidelity")
         for argument, (module, package) in needed.items():
             if importlib.util.find_spec(module) is None:
@@ -388,10 +366,3 @@ class TrainingConfig:
 def default_channels(resolution: int) -> list[int]:
     """Return 64, 128, 256, 256 and so on: channels at each resolution down to 4 px."""
     return [min(64 * 2**i, 256) for i in range(max(int(math.log2(max(resolution, 1))) - 1, 1))]
-
-
-def check_channels(name: str, channels: list[int], resolution: int) -> None:
-    """Check channels at each resolution, down to 4 px at most."""
-    levels = int(math.log2(resolution)) - 1
-    if min(channels) < 1 or len(channels) > levels:
-        refuse(name, channels, f"1 to {levels} positive numbers at --resolution {resolution}")

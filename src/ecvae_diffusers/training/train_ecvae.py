@@ -59,28 +59,27 @@ class VAEConfig(Group):
     def resolved(self, resolution: int) -> Self:
         """Return the group with the defaults that depend on other fields filled in."""
         beta = self.kl_weight if 0 < self.kl_weight < math.inf else 1.0
+        dual, weight = self.max_posterior_dual, self.posterior_decoder_weight
         return replace(
             self,
             block_out_channels=self.block_out_channels or default_channels(resolution),
-            max_posterior_dual=POSTERIOR_DUAL * beta if self.max_posterior_dual is None else self.max_posterior_dual,
-            posterior_decoder_weight=(0.0 if self.freeze_decoder else 0.1)
-            if self.posterior_decoder_weight is None
-            else self.posterior_decoder_weight,
+            max_posterior_dual=POSTERIOR_DUAL * beta if dual is None else dual,
+            posterior_decoder_weight=weight if weight is not None else 0.0 if self.freeze_decoder else 0.1,
         )
 
     def check(self) -> None:
         super().check()
         if self.calibration in POSTERIOR_CALIBRATIONS and self.kl_weight == 0:
-            why = "without a prior there is no posterior"
-            refuse("kl_weight", self.kl_weight, f"above 0 with --calibration {self.calibration}: {why}")
+            refuse(
+                "kl_weight", 0, f"above 0 with --calibration {self.calibration}: without a prior there is no posterior"
+            )
         if not self.freeze_decoder:
             return
         if self.pretrained_model_name_or_path is None:
             refuse("pretrained_model_name_or_path", None, "given with --freeze_decoder, also when a run is resumed")
         if self.calibration in ENERGY_CALIBRATIONS:
-            why = "an energy model calibrates the decoder"
-            refuse("calibration", self.calibration, f"none or posterior with --freeze_decoder: {why}")
-        if self.posterior_decoder_weight > 0:
+            refuse("calibration", self.calibration, "none or posterior with --freeze_decoder")
+        if self.posterior_decoder_weight:
             refuse("posterior_decoder_weight", self.posterior_decoder_weight, "0 with --freeze_decoder")
 
 
@@ -100,13 +99,9 @@ class ECVAEConfig(TrainingConfig):
 
     def check(self) -> None:
         super().check()
-        if self.model.freeze_decoder and self.evaluation.early_stopping_patience is not None:
-            why = "samples, which decide, do not change"
-            refuse(
-                "early_stopping_patience",
-                self.evaluation.early_stopping_patience,
-                f"left out with --freeze_decoder: {why}",
-            )
+        patience = self.evaluation.early_stopping_patience
+        if self.model.freeze_decoder and patience is not None:
+            refuse("early_stopping_patience", patience, "left out with --freeze_decoder: samples do not change")
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECVAEConfig:
