@@ -25,7 +25,13 @@ def read(tmp_path):
 
 def test_the_command_line_overrides_the_file(read):
     text = "resolution: 64\nlearning_rate: 1e-4\nblock_out_channels: [8, 16]\nuse_ema: false\ntrain_batch_size: 3\n"
-    expected = {"resolution": 64, "learning_rate": 1e-4, "block_out_channels": [8, 16], "use_ema": False, "train_batch_size": 3}
+    expected = {
+        "resolution": 64,
+        "learning_rate": 1e-4,
+        "block_out_channels": [8, 16],
+        "use_ema": False,
+        "train_batch_size": 3,
+    }
     assert expected.items() <= read(text, *GIVEN).items()
     given = ["--resolution", "32", "--learning_rate", "0.5", "--block_out_channels", "4", "--use_ema"]
     expected |= {"resolution": 32, "learning_rate": 0.5, "block_out_channels": [4], "use_ema": True}
@@ -35,7 +41,13 @@ def test_the_command_line_overrides_the_file(read):
 def test_switches_nothing_and_words_that_yaml_reads_as_booleans(read):
     text = "random_flip: true\nenergy_spectral_norm: false\npush_to_hub: false\nmax_grad_norm: null\nmixed_precision: no\noutput_dir: -x"
     args = read(text, "--train_data_dir", "images", "--no-random_flip")
-    expected = {"random_flip": False, "energy_spectral_norm": False, "max_grad_norm": None, "mixed_precision": "no", "output_dir": "-x"}
+    expected = {
+        "random_flip": False,
+        "energy_spectral_norm": False,
+        "max_grad_norm": None,
+        "mixed_precision": "no",
+        "output_dir": "-x",
+    }
     assert expected.items() <= args.items()
 
 

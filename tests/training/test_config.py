@@ -92,5 +92,10 @@ def test_defaults_follow_other_fields():
     pretrained = train_flow.parse_args([*GIVEN, "--pretrained_model_name_or_path", "flow"])
     assert pretrained.optimizer.learning_rate == 5e-4
     # In proportion to the loss, but for an autoencoder without a prior.
-    for arguments, dual in (("", 1000), ("--kl_weight 0.1", 100), ("--max_posterior_dual 3", 3), ("--kl_weight 0", 1000)):
+    for arguments, dual in (
+        ("", 1000),
+        ("--kl_weight 0.1", 100),
+        ("--max_posterior_dual 3", 3),
+        ("--kl_weight 0", 1000),
+    ):
         assert parse_args([*GIVEN, *arguments.split()]).model.max_posterior_dual == pytest.approx(dual)

@@ -12,6 +12,7 @@ from training_runs import TINY, metrics, train, weights, write_images
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features
 from ecvae_diffusers.training.run.log import read_metrics
+from ecvae_diffusers.training.tasks import vae
 
 
 TIMES = {"images_per_second": 0, "training_seconds": 0, "peak_memory_gib": 0}
@@ -25,11 +26,13 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def watched(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "watched"
-    train(
-        "--train_data_dir", images, "--output_dir", out, *TINY, "--max_train_steps", 12, "--log_steps", 2,
-        "--save_images_steps", 6, "--evaluation_steps", 6, "--evaluation_samples", 24, "--report_to", "tensorboard",
-        "--langevin_drift_step", "auto", "--drift_tolerance", 0.01, "--kl_warmup_steps", 10, "--checkpointing_steps", 6,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "AMORTISATION_STEPS", 2)
+        train(
+            "--train_data_dir", images, "--output_dir", out, *TINY, "--max_train_steps", 12, "--log_steps", 2,
+            "--save_images_steps", 6, "--evaluation_steps", 6, "--evaluation_samples", 24, "--report_to", "tensorboard",
+            "--langevin_drift_step", "auto", "--drift_tolerance", 0.01, "--kl_warmup_steps", 10, "--checkpointing_steps", 6,
+        )  # fmt: skip
     return out
 
 
@@ -69,7 +72,7 @@ def test_pictures_and_energies(watched):
                 assert picture.size == size and np.asarray(picture).std() > 1
     lines = read_metrics(watched / "energies.jsonl")
     assert [line["step"] for line in lines] == [6, 12]
-    assert [len(lines[0][kind]) for kind in ("data", "samples", "targets")] == [24, 256, 256]
+    assert [len(lines[0][kind]) for kind in ("data", "samples", "targets")] == [24, 32, 32]
     # A chain goes downhill: the calibrated samples lie lower than those that it started from.
     assert np.mean(lines[-1]["targets"]) < np.mean(lines[-1]["samples"])
 
@@ -136,7 +139,12 @@ def test_networks_optimizers_and_calibration_are_as_the_flags_say(images, tmp_pa
     assert pipeline.vae.config.layers_per_block == 2
     energy, chain = pipeline.energy_model.config, pipeline.scheduler.config
     assert (list(energy.block_out_channels), energy.spectral_norm, energy.num_scales) == ([8, 16, 16], True, 2)
-    assert (chain.num_steps, chain.drift_step_size, chain.noise_scale, chain.conditioning_weight) == (3, 0.3, 0.01, 0.1)
+    assert (chain.num_steps, chain.drift_step_size, chain.noise_scale, chain.conditioning_weight) == (
+        3,
+        0.3,
+        0.01,
+        0.1,
+    )
     for record in records:
         assert record["tolerance"] == 0.5 and record["kl_weight"] == 0.5 and 0 <= record["dual"] <= 4
         assert record["learning_rate"] == 1e-3 and record["energy_learning_rate"] == 2e-3
@@ -150,12 +158,16 @@ def test_networks_optimizers_and_calibration_are_as_the_flags_say(images, tmp_pa
 
 def test_the_average_forgets_at_its_decay(images, tmp_path):
     """Decay 0: the average is the last weights, which a run without one saves."""
-    for name, arguments in (("average", ["--ema_max_decay", 0]), ("last", ["--no-use_ema"]), ("slow", ["--ema_max_decay", 0.9])):
+    for name, arguments in (
+        ("average", ["--ema_max_decay", 0]),
+        ("last", ["--no-use_ema"]),
+        ("slow", ["--ema_max_decay", 0.9]),
+    ):
         train("--train_data_dir", images, *TINY, "--max_train_steps", 4, "--output_dir", tmp_path / name, *arguments)
     average, last, slow = (weights(tmp_path / name) for name in ("average", "last", "slow"))
-    vae = [key for key in last if key.startswith("vae/")]
-    assert all(torch.allclose(average[key], last[key], atol=1e-7) for key in vae)
-    assert not all(torch.allclose(slow[key], last[key], atol=1e-7) for key in vae)
+    names = [key for key in last if key.startswith("vae/")]
+    assert all(torch.allclose(average[key], last[key], atol=1e-7) for key in names)
+    assert not all(torch.allclose(slow[key], last[key], atol=1e-7) for key in names)
 
 
 def test_a_run_cut_in_two_equals_a_run_in_one(images, tmp_path, caplog):
@@ -180,7 +192,15 @@ def test_a_run_cut_in_two_equals_a_run_in_one(images, tmp_path, caplog):
 
 
 def test_a_run_resumes_on_its_own_data_and_precision_alone(images, tmp_path):
-    arguments = [*TINY, "--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run", "--checkpointing_steps", 1]
+    arguments = [
+        *TINY,
+        "--resume_from_checkpoint",
+        "latest",
+        "--output_dir",
+        tmp_path / "run",
+        "--checkpointing_steps",
+        1,
+    ]
     train("--train_data_dir", images, *arguments, "--max_train_steps", 1)
     other = write_images(tmp_path / "other", count=30)
     for changed, named in (

@@ -31,7 +31,7 @@ MOVED = {
     "models": "training.tasks.networks",
     "noise": "training.randomness",
     "observation": "training.run.pictures training.run.log",
-    "optimization": "training.tasks.networks",
+    "optimization": "training.optimization",
     "output": "training.run.folder training.run.checkpoints training.run.log training.run.pictures",
     "picture_files": "training.data.files",
     "places": "training.run.places",

@@ -18,6 +18,7 @@ from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.data.loaders import DecodedFeed, StreamFeed
 from ecvae_diffusers.training.data.transforms import batch_spread, crop_at_random, flip_at_random, to_range
+from ecvae_diffusers.training.optimization import build_trained, clip_gradients
 from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
 from ecvae_diffusers.training.run.checkpoints import (
     check_resumed_launch,
@@ -43,7 +44,7 @@ from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer
 from ecvae_diffusers.training.run.progress import Stopwatch, progress
 from ecvae_diffusers.training.run.signals import StopSignal
 from ecvae_diffusers.training.tasks.base import Task
-from ecvae_diffusers.training.tasks.networks import build_calibrator, build_trained, clip_gradients, moving_average
+from ecvae_diffusers.training.tasks.networks import build_calibrator, moving_average
 
 
 logger = get_logger(__name__)

@@ -10,6 +10,7 @@ from diffusers.optimization import get_scheduler
 from training_runs import TINY, metrics, run_with_fault, succeed, weights, write_images
 
 from ecvae_diffusers.report.verdict import JUDGES, Run, judge_calibration
+from ecvae_diffusers.training.optimization import Trained
 from ecvae_diffusers.training.run import divergence
 from ecvae_diffusers.training.run.divergence import (
     CONFIRMATIONS,
@@ -20,7 +21,6 @@ from ecvae_diffusers.training.run.divergence import (
     Recovery,
 )
 from ecvae_diffusers.training.run.log import read_metrics
-from ecvae_diffusers.training.tasks.networks import Trained
 
 
 HEALTHY = {

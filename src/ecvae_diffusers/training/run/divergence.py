@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 
+from ecvae_diffusers.training.optimization import Trained
 from ecvae_diffusers.training.run.log import record_event
-from ecvae_diffusers.training.tasks.networks import Trained
 
 
 # Logged steps before anything except finiteness is judged, and logged steps that a running range covers.
