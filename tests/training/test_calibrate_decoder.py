@@ -76,7 +76,12 @@ def finished(models, calibrate, tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in FROZEN}
 
 
-def test_plain_diffusers_loads_it_without_the_package(finished, monkeypatch):
+def test_plain_diffusers_loads_it_without_the_package_and_nothing_names_this_machine(finished, models, monkeypatch):
+    folder = finished["AutoencoderKL"]
+    assert {"energy_model", "scheduler", "samples", "chain", "reconstructions"} <= {p.name for p in folder.iterdir()}
+    card = (folder / "README.md").read_text()
+    assert "AutoencoderKL.from_pretrained" in card and str(models["AutoencoderKL"].parent) not in card
+    assert "_name_or_path" not in json.loads((folder / "config.json").read_text())
     monkeypatch.setitem(sys.modules, "ecvae_diffusers", None)
     for name, folder in finished.items():
         model = getattr(diffusers, name).from_pretrained(folder)
@@ -97,22 +102,6 @@ def test_the_encoder_stays_and_the_decoder_learns(finished, models, name):
     lines = metrics(finished[name])
     assert min(line["reconstruction"] for line in lines[1:]) < lines[0]["reconstruction"]
     assert all(line["constraint"] > 0 for line in lines)
-
-
-def test_the_folder_holds_what_calibrating_on_needs_and_no_path(finished, models):
-    folder = finished["AutoencoderKL"]
-    assert {"energy_model", "scheduler", "samples", "chain", "reconstructions"} <= {p.name for p in folder.iterdir()}
-    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
-    assert "_name_or_path" not in config
-    assert "AutoencoderKL.from_pretrained" in card and str(models["AutoencoderKL"].parent) not in card
-
-
-def test_gradient_checkpointing_changes_nothing_but_memory(finished, models, calibrate, tmp_path):
-    calibrate(models["AutoencoderKL"], tmp_path / "run", 6, "--learning_rate", "1e-3", "--gradient_checkpointing")
-    found, expected = weights(tmp_path / "run"), weights(finished["AutoencoderKL"])
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_cut_in_two_equals_a_run_in_one(models, calibrate, tmp_path):

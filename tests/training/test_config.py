@@ -41,7 +41,6 @@ FROZEN = "--freeze_decoder --calibration posterior"
         ),
         ("--early_stopping_patience 2", "evaluation_steps"),
         ("--evaluation_samples 5", "evaluation_samples"),
-        ("--evaluation_steps 5 --evaluation_features inception", "evaluation_features"),
         ("--calibration both --kl_weight 0", "kl_weight"),
         ("--adam_beta1 1", "adam_beta1"),
         ("--seed 4294967296", "seed"),

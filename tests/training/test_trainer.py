@@ -94,8 +94,7 @@ def test_an_evaluation_is_what_the_library_measures_and_the_best_is_kept(watched
         assert lines[-1][name] == pytest.approx(expected[name], rel=2e-2, abs=1e-3), name
     best = min(lines, key=lambda line: line["kernel_distance"])
     found = weights(watched / "best")
-    last = all(torch.equal(value, found[key]) for key, value in weights(watched).items())
-    assert last == (best["step"] == 12)
+    assert (best["step"] == 12) == all(torch.equal(value, found[key]) for key, value in weights(watched).items())
 
 
 def test_tensorboard_gets_what_the_files_get(watched):

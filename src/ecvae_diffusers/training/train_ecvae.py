@@ -22,37 +22,28 @@ class VAEConfig(Group):
 
     calibration: Literal["none", "energy", "posterior", "both"] = option(
         "energy",
-        help="What is calibrated: the decoder's samples by an energy model ('energy'), the encoder's samples by the posterior "
-        "('posterior'), or both; 'none' trains a plain VAE for comparison.",
+        help="Calibrate the decoder's samples by an energy model, the encoder's by the posterior, or both; 'none': a plain VAE.",
     )
     pretrained_model_name_or_path: str | None = option(
-        help="Start from the weights of this pipeline or AutoencoderEC (folder or Hub id), whose architecture is kept.",
+        help="Start from the weights and architecture of this pipeline or AutoencoderEC (folder or Hub id).",
         read=place,
     )
     freeze_decoder: bool = option(
         False,
-        help="Train the encoder only: the decoder of --pretrained_model_name_or_path stays frozen, so samples do not change. Its "
-        "energy model is saved again. Requires --calibration none or posterior.",
+        help="Train the encoder only: samples of --pretrained_model_name_or_path do not change, and its energy model is kept.",
     )
     latent_channels: int = option(128, help="Dimension of the latent vector.", at_least=1)
     block_out_channels: list[int] | None = option(
-        help="Channels of the autoencoder at each resolution, from --resolution down by halves. Default: 64 128 256 256 ..., down "
-        "to 4 px."
+        help="Channels at each resolution, from --resolution down by halves. Default: 64 128 256 256 ..., down to 4 px."
     )
     layers_per_block: int = option(1, help="Residual blocks per resolution.", at_least=1)
-    kl_weight: float = option(
-        1.0, help="beta: weight of the KL divergence; squared errors are summed over an image.", at_least=0
-    )
-    kl_warmup_steps: int = option(
-        0, help="Steps over which beta rises from 0, against posterior collapse.", at_least=0
-    )
+    kl_weight: float = option(1.0, help="beta: weight of the KL divergence.", at_least=0)
+    kl_warmup_steps: int = option(0, help="Steps over which beta rises from 0.", at_least=0)
     max_posterior_dual: float | None = option(
-        help="lambda_z at the start, and its upper bound. Default: 1000 times --kl_weight, in proportion to the rest of the loss.",
-        above=0,
+        help="lambda_z at the start, and its upper bound. Default: 1000 times --kl_weight.", above=0
     )
     posterior_decoder_weight: float | None = option(
-        help="Weight of the squared error of images decoded from refined latents, with --calibration posterior or both. Default: 0.1, "
-        "and 0 with --freeze_decoder.",
+        help="Weight of the squared error of images decoded from refined latents. Default: 0.1, or 0 with --freeze_decoder.",
         at_least=0,
     )
 
@@ -70,9 +61,7 @@ class VAEConfig(Group):
     def check(self) -> None:
         super().check()
         if self.calibration in POSTERIOR_CALIBRATIONS and self.kl_weight == 0:
-            refuse(
-                "kl_weight", 0, f"above 0 with --calibration {self.calibration}: without a prior there is no posterior"
-            )
+            refuse("kl_weight", 0, f"above 0 with --calibration {self.calibration}")
         if not self.freeze_decoder:
             return
         if self.pretrained_model_name_or_path is None:

@@ -28,12 +28,10 @@ class FlowConfig(Group):
     """model and its loss"""
 
     calibration: Literal["none", "energy"] = option(
-        "energy",
-        help="'none' trains on likelihood only, which calibration starts from: see --pretrained_model_name_or_path.",
+        "energy", help="'none': likelihood only, which calibration starts from."
     )
     pretrained_model_name_or_path: str | None = option(
-        help="Start from the weights of this pipeline or FlowEC (folder or Hub id), whose architecture is kept.",
-        read=place,
+        help="Start from the weights and architecture of this pipeline or FlowEC (folder or Hub id).", read=place
     )
     num_levels: int = option(3, help="Scales of the flow, each of half the size.", at_least=1)
     steps_per_level: int = option(8, help="Steps of the flow per scale.", at_least=1)

@@ -7,7 +7,6 @@ import numpy as np
 import PIL.Image
 import pytest
 from data_sets import feed_of
-from training_runs import write_images
 
 from ecvae_diffusers.evaluation.evaluate_restoration import choose_clean
 from ecvae_diffusers.evaluation.pictures import open_source
@@ -99,16 +98,6 @@ def test_links_are_followed_to_what_is_elsewhere(tmp_path):
     assert len(find_images(tmp_path / "alias")) == 4
 
 
-def test_a_run_in_its_own_data_folder_is_left_out_by_what_it_wrote(tmp_path):
-    save(tmp_path / "mine.png")
-    save(tmp_path / "samples" / "step-000005.png")
-    assert len(find_images(tmp_path)) == 2
-    (tmp_path / "training_args.json").write_text("{}")
-    assert names(tmp_path) == ["mine.png"]
-    # Sheets that are asked for by name are read.
-    assert len(find_images(tmp_path / "samples")) == 1
-
-
 def test_what_is_left_out_is_counted(data):
     for i in range(8):
         (data / f"IMG_{i}.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 64)
@@ -125,13 +114,6 @@ def test_what_is_left_out_is_counted(data):
     assert str(data) not in text and text in pictures.describe(1)
     # Of a data set, whose files `datasets` reads, pictures that can't be read are told as well.
     assert "8 .heic" in local_data_files(str(data))[1][0]
-
-
-def test_nothing_left_out_is_nothing_said(tmp_path):
-    write_images(tmp_path / "data", count=3)
-    assert checked(tmp_path / "data").left_out() is None
-    assert local_data_files(str(tmp_path / "data")) == (None, [])
-    assert local_data_files("user/name") == (None, [])
 
 
 def test_names_that_are_not_utf_8_are_read(tmp_path):
@@ -191,3 +173,4 @@ def test_conversions_are_told(tmp_path):
     assert pictures.channels == 3 and (pictures.num_gray, pictures.num_transparent) == (1, 1)
     assert "2 of 3" in pictures.converted(1) and "1 of 3" in pictures.converted(3)
     assert "2 of 16x16" in pictures.describe(3) and "1 of 16x20" in pictures.describe(3)
+    assert pictures.left_out() is None and local_data_files(str(tmp_path)) == (None, [])

@@ -30,18 +30,6 @@ def write_mode(path, mode: str, rng: np.random.Generator) -> None:
         PIL.Image.fromarray(pixels).convert(mode).save(path)
 
 
-def test_gray_if_every_image_is_gray(tmp_path):
-    PIL.Image.new("L", (16, 16), 7).save(tmp_path / "a.png")
-    PIL.Image.new("1", (16, 16), 1).save(tmp_path / "b.png")
-    assert dataset(tmp_path).channels == 1
-    PIL.Image.new("RGB", (16, 16), "red").save(tmp_path / "c.png")
-    images = dataset(tmp_path)
-    assert images.channels == 3
-    assert images[0].unique().tolist() == [7] and images[2][:, 0, 0].tolist() == [255, 0, 0]
-    assert dataset(tmp_path, in_channels=1).channels == 1
-    assert dataset(tmp_path, in_channels=4)[2][:, 0, 0].tolist() == [255, 0, 0, 255]
-
-
 @pytest.mark.parametrize("skip_broken", [False, True])
 @pytest.mark.parametrize("modes, in_channels", [
     (GRAYS, None), ((*GRAYS, "RGB", "L"), None), (("RGBA", *GRAYS), None), ((*GRAYS, "P"), 1), ((*GRAYS, "RGBA"), 4),
@@ -78,13 +66,6 @@ def test_shorter_side_is_resized_and_the_center_kept(size):
     rows, columns = np.indices(result.shape)
     assert abs((result * rows).sum() / result.sum() - 7.5) < 1.1
     assert abs((result * columns).sum() / result.sum() - 7.5) < 1.1
-
-
-def test_an_image_of_the_right_size_is_kept_bit_for_bit(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = dataset(tmp_path)[0]
-    assert image.dtype == torch.uint8 and torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "pixels without a range", "EXIF data"])

@@ -22,7 +22,6 @@ from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.training.data import loaders
 from ecvae_diffusers.training.data.files import find_images, trained_hashes
 from ecvae_diffusers.training.data.images import decode_pictures
-from ecvae_diffusers.training.data.loaders import MAX_NAMED
 
 
 @pytest.fixture(autouse=True)
@@ -183,15 +182,6 @@ def test_broken_images_are_named_and_refused_or_passed_over(workers, tmp_path, c
     feed = feed_of(write_parquet(tmp_path / "later", sources, 2), 4, workers=workers)
     with pytest.raises(ValueError, match=r"later.* 5\.png \("):
         numbers(feed, 8)
-
-
-def test_only_the_first_broken_images_are_named(tmp_path, caplog):
-    broken = [{"bytes": b"no picture", "path": f"broken{i}.png"} for i in range(MAX_NAMED + 5)]
-    feed = feed_of(write_parquet(tmp_path / "data", [*broken, *numbered(2)]), 2, skip_broken=True)
-    assert sorted(numbers(feed, 4)) == [0, 0, 1, 1]
-    assert len(caplog.records) == MAX_NAMED
-    with pytest.raises(ValueError, match="--train_batch_size"):
-        feed_of(write_parquet(tmp_path / "none", broken), skip_broken=True)
 
 
 def test_data_without_images_are_refused(data, tmp_path):
