@@ -174,16 +174,16 @@ def test_a_run_cut_in_two_equals_a_run_in_one(images, tmp_path, caplog):
     Cut inside of its second epoch, and between two logged steps, with accumulation: what is logged of several steps, as the largest
     norms, is that of the run in one.
     """
-    arguments = ["--train_data_dir", images, *TINY, "--log_steps", 5, "--gradient_accumulation_steps", 2]
-    train(*arguments, "--output_dir", tmp_path / "whole", "--max_train_steps", 10)
-    resume = ["--output_dir", tmp_path / "cut", "--checkpointing_steps", 3, "--resume_from_checkpoint", "latest"]
+    arguments = ["--train_data_dir", images, *TINY, "--log_steps", 3, "--gradient_accumulation_steps", 2]
+    train(*arguments, "--output_dir", tmp_path / "whole", "--max_train_steps", 6)
+    resume = ["--output_dir", tmp_path / "cut", "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest"]
     with caplog.at_level("INFO"):
-        train(*arguments, *resume, "--max_train_steps", 10)
+        train(*arguments, *resume, "--max_train_steps", 6)
         assert "starting at step 0" in caplog.text
-        for step in (6, 9):
+        for step in (4, 6):
             shutil.rmtree(tmp_path / "cut" / f"checkpoint-{step}")
-        train(*arguments, *resume, "--max_train_steps", 10)
-        assert "Resuming from checkpoint-3" in caplog.text
+        train(*arguments, *resume, "--max_train_steps", 6)
+        assert "Resuming from checkpoint-2" in caplog.text
     records = [[{**record, **TIMES} for record in metrics(tmp_path / name)] for name in ("whole", "cut")]
     assert records[0] == records[1] and "gradient_norm_max" in records[0][0]
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
