@@ -214,20 +214,16 @@ def load_energy_model(
         # Of a local folder that is not there diffusers would ask the Hub.
         if not is_local or Path(place, "config.json").is_file():
             config = EnergyModel.load_config(place, **where)
-    except OSError as error:
-        if is_local:
-            raise ValueError(f"--pretrained_model_name_or_path: {str(place)!r} can't be loaded: {error}") from error
-        # It may be the network that failed.
-        logger.info(str(error).splitlines()[0])
-    try:
         found = tuple(config.get(name) for name in ("_class_name", "sample_size", "in_channels"))
         if found == (EnergyModel.__name__, resolution, in_channels):
             # `from_pretrained` gives networks in evaluation mode.
             return EnergyModel.from_pretrained(place, low_cpu_mem_usage=False, **where).train()
     except LOADING_ERRORS as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path: {str(place)!r}, energy_model, can't be loaded: {error}"
-        ) from error
+        if is_local or config:
+            raise ValueError(
+                f"--pretrained_model_name_or_path: {str(place)!r}, energy_model, can't be loaded: {error}"
+            ) from error
+        found = (str(error).splitlines()[0],)  # There is none on the Hub, or the network failed.
     logger.info(
         f"The energy model is a new one: {str(name_or_path)!r} has none of {in_channels} channel(s) and {resolution} px "
         f"next to it, but {found}."
