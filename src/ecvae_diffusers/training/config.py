@@ -222,7 +222,9 @@ class EvaluationConfig(Group):
     )
     # Neighbour measures compare each image with its 5 nearest.
     evaluation_samples: int = option(2048, help="Number of samples and of training images.", at_least=6)
-    early_stopping_patience: int | None = option(help="Stop after N evaluations without a better one.", at_least=1)
+    early_stopping_patience: int | None = option(
+        help="Stop after N evaluations without a better one; save the best.", at_least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
