@@ -23,6 +23,7 @@ from common.command_line import positive
 from common.results import table
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.metrics import FeatureExtractor, lite0_features
+from ecvae_diffusers.training.config import DataConfig
 from ecvae_diffusers.training.data.images import ImageDataset, load_images
 
 
@@ -57,7 +58,7 @@ class Emoji:
             "--resolution", str(size), "--in_channels", str(channels), "--latent_channels", "64",
             "--block_out_channels", *blocks, "--train_batch_size", str(batch_size), *study.precision(device),
         ]  # fmt: skip
-        images = ImageDataset(load_images(dataset, None, None, "image", None, None), size, channels)
+        images = ImageDataset(load_images(DataConfig(dataset_name=dataset, image_column="image")), size, channels)
         images = torch.stack([images[i] for i in range(len(images))])
         lite0 = lite0_features()
         middle = MiddleFeatures(lite0.network.network)

@@ -1,5 +1,8 @@
 """Runs of the training script as a user runs it: in a subprocess, on image folders made here."""
 
+import functools
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -10,12 +13,14 @@ import fork_server
 import numpy as np
 import PIL.Image
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 
 SCRIPTS = Path(__file__).parents[2] / "training"
 SCRIPT = SCRIPTS / "train_ecvae.py"
+TASKS = {"train_ecvae": "vae", "train_flow": "flow", "calibrate_decoder": "decoder"}
 TINY_FLOW = [
     "--resolution", "16", "--num_levels", "2", "--steps_per_level", "2", "--hidden_channels", "16",
     "--energy_block_out_channels", "16", "16", "--train_batch_size", "8",
@@ -45,6 +50,25 @@ def write_autoencoder(folder: Path) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4, sample_size=16,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def train(*arguments, script: str = "train_ecvae") -> None:
+    """Run a training script in this process, as if it was the first. What it refuses is a `SystemExit` with one line."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script_module(script).main(list(map(str, arguments)))
+
+
+@functools.cache
+def script_module(name: str):
+    """A training script with all that it imports, which is no business of the garbage collector at the end of each run."""
+    module, task = (f"ecvae_diffusers.training.{one}" for one in (name, f"tasks.{TASKS[name]}"))
+    importlib.import_module(task)
+    # Chains through 256 samples would cost more than the steps of these runs.
+    importlib.import_module("ecvae_diffusers.training.run.pictures").NUM_ENERGIES = 32
+    gc.collect()
+    gc.freeze()
+    return importlib.import_module(module)
 
 
 def run(*arguments, ranks=1, launcher=None, environment=(), script=SCRIPT) -> subprocess.CompletedProcess:

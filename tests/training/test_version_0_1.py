@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-import fork_server
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from training_runs import SCRIPTS, weights
+from training_runs import train, weights
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline
+from ecvae_diffusers.hub import publish
+from ecvae_diffusers.report import report
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
@@ -40,11 +41,10 @@ def test_a_run_resumes_to_the_weights_that_0_1_came_to(name, saved):
         shutil.rmtree(saved / name / part, ignore_errors=True)
     (saved / name / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
     pretrained = ["--pretrained_model_name_or_path", "autoencoder"] if name == "decoder" else []
-    result = fork_server.run(
-        SCRIPTS / f"{RUNS[name]}.py", "--train_data_dir", "images", "--output_dir", name, "--resolution", 8,
-        "--max_train_steps", 6, "--log_steps", 1, "--resume_from_checkpoint", "latest", *pretrained,
+    train(
+        "--train_data_dir", "images", "--output_dir", name, "--resolution", 8, "--max_train_steps", 6, "--log_steps", 1,
+        "--resume_from_checkpoint", "latest", *pretrained, script=RUNS[name],
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
     found = weights(saved / name)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -71,15 +71,13 @@ def test_its_folders_load(saved):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_its_runs_are_reported_and_published(name, saved):
-    result = fork_server.run(SCRIPTS / "report.py", name)
-    assert result.returncode == 0, result.stderr[-3000:]
+    report.main([name])
     assert (saved / name / "report.html").is_file()
     evaluation = []
     if name == "energy":
         Path("details.yaml").write_text(json.dumps(DETAILS))  # which is YAML too
         evaluation = ["--evaluation", "evaluation", "--details", "details.yaml"]
-    result = fork_server.run(SCRIPTS / "publish.py", name, *evaluation, "--output_dir", "card")
-    assert result.returncode == 0, result.stderr[-3000:]
+    publish.main([name, *evaluation, "--output_dir", "card"])
     assert (saved / "card" / "README.md").is_file()
     assert weights(saved / "card").keys() >= {key for key in weights(saved / name) if not key.startswith("energy")}
 

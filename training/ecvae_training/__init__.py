@@ -45,7 +45,7 @@ MOVED = {
     "session": "training.run.session",
     "signals": "training.run.signals",
     "stopwatch": "training.run.progress",
-    "streaming": "training.data.streaming",
+    "streaming": "training.data.loaders",
     "task": "training.tasks.base",
     "trainer": "training.trainer",
 }

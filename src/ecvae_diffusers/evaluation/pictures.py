@@ -11,8 +11,8 @@ import torch
 from ecvae_diffusers.training.data.files import Pictures, find_images
 from ecvae_diffusers.training.data.images import (
     CheckedPictures,
-    ImageDataset,
     column_of_images,
+    decode_pictures,
     find_image_column,
     load_split,
     open_folder,
@@ -61,8 +61,7 @@ def decode_all(
     checked: CheckedPictures, resolution: int, channels: int | None = None, progress: bool = True
 ) -> torch.Tensor:
     """Return pictures as uint8 images (N, C, H, W). `channels` of `None` are 1 if every image is gray, else 3."""
-    images = ImageDataset(checked, resolution, channels, progress=progress)
-    return images.__getitems__(list(range(len(images))))
+    return decode_pictures(checked.pictures, channels or checked.channels, resolution, progress)
 
 
 class EvaluatedImages:

@@ -14,6 +14,7 @@ from ecvae_diffusers.training.config import (
     TrainingConfig,
     option,
     refuse,
+    with_default,
 )
 from ecvae_diffusers.training.run.places import place
 
@@ -22,31 +23,25 @@ from ecvae_diffusers.training.run.places import place
 class DecoderConfig(Group):
     """model and its loss"""
 
-    calibration: Literal["none", "energy"] = option(
-        "energy", help="'none' trains the decoder on its squared error only, for comparison."
-    )
+    calibration: Literal["none", "energy"] = option("energy", help="'none': only the squared error.")
     pretrained_model_name_or_path: str | None = option(
-        help="The autoencoder: AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers (folder or Hub id). If a run saved its "
-        "energy model in that folder, for such images, training starts from it.",
+        help="The autoencoder: AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers (folder or Hub id). An energy model "
+        "that a run saved with it is kept.",
         read=place,
     )
     subfolder: str | None = option(help="Its subfolder in a pipeline: vae.")
     revision: str | None = option(help="Branch, tag or commit of the Hub id.")
     variant: str | None = option(help="Variant of its weights, such as fp16. Training and saving are in float32.")
     reconstruction_weight: float = option(
-        1.0,
-        help="Weight of the squared error of reconstructions, summed over an image: more keeps PSNR, less gives the chain more say.",
-        at_least=0,
+        1.0, help="Weight of the squared error: more keeps PSNR, less gives the chain more say.", at_least=0
     )
     latent_noise: float = option(
         0.0,
-        help="Calibrate decodings of encodings with noise, as a latent diffusion model produces: its standard deviation over that of "
-        "the latents. 0: the encodings themselves.",
+        help="Noise on the encodings whose decodings are calibrated: its standard deviation over that of the latents.",
         at_least=0,
     )
     latents_file: str | None = option(
-        help="Calibrate decodings of these latents: a safetensors file with a tensor `latents` (N, C, h, w), such as your sampler's.",
-        read=place,
+        help="Calibrate decodings of these: a safetensors file with a tensor `latents` (N, C, h, w).", read=place
     )
 
     def check(self) -> None:
@@ -63,10 +58,10 @@ class DecoderConfig(Group):
 class DecoderOptimizerConfig(OptimizerConfig):
     """training"""
 
-    learning_rate: float | None = option(1e-4, help="Learning rate of the decoder.", above=0)
-    energy_learning_rate: float = option(5e-4, help="Learning rate of the energy model.", above=0)
-    adam_beta2: float = option(0.9, help="beta2 of the decoder's Adam.", at_least=0, below=1)
-    energy_adam_beta2: float = option(0.9, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
+    learning_rate: float | None = with_default(OptimizerConfig, "learning_rate", 1e-4)
+    energy_learning_rate: float = with_default(OptimizerConfig, "energy_learning_rate", 5e-4)
+    adam_beta2: float = with_default(OptimizerConfig, "adam_beta2", 0.9)
+    energy_adam_beta2: float = with_default(OptimizerConfig, "energy_adam_beta2", 0.9)
 
 
 @dataclass(frozen=True, kw_only=True)

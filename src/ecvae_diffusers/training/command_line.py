@@ -68,24 +68,16 @@ def auto_or_number(text: str) -> str | float:
 
 def argparse_options(kind: Any, read: Any) -> dict[str, Any]:
     """Return what argparse needs to know of a field's type."""
-    kinds = (
-        [one for one in get_args(kind) or (kind,) if one is not NoneType]
-        if get_origin(kind) is not Literal
-        else [kind]
-    )
-    (kind, *others) = kinds
-    if get_origin(kind) is list:
-        return {"nargs": "+", **argparse_options(get_args(kind)[0], read)}
-    if others:  # Literal["auto"] | float
-        return {"type": auto_or_number}
     if get_origin(kind) is Literal:
         return {"type": type(get_args(kind)[0]), "choices": get_args(kind)}
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    return {"type": read or kind}
+    if get_origin(kind) is list:
+        return {"nargs": "+", **argparse_options(get_args(kind)[0], read)}
+    if kinds := [one for one in get_args(kind) if one is not NoneType]:
+        return argparse_options(kinds[0], read) if len(kinds) == 1 else {"type": auto_or_number}
+    return {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": read or kind}
 
 
-def build_parser(config_class: type[TrainingConfig], prog: str | None = None) -> argparse.ArgumentParser:
+def build_parser(config_class: type[TrainingConfig], prog: str | None) -> argparse.ArgumentParser:
     parser = ArgumentParser(prog=prog, description=config_class.description, formatter_class=HelpFormatter)
     parser.add_argument(
         "--config",
@@ -93,7 +85,7 @@ def build_parser(config_class: type[TrainingConfig], prog: str | None = None) ->
         help="YAML file of arguments, as in training/configs. Command-line arguments override it.",
     )
     for kind in config_class.groups().values():
-        group = parser.add_argument_group(kind.__doc__.strip())
+        group = parser.add_argument_group((kind.__doc__ or "").strip())
         for own in fields(kind):
             if own.metadata["flag"]:
                 options = argparse_options(own.type, own.metadata["read"])
@@ -116,34 +108,20 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
     if unknown := [str(name) for name in entries if name not in actions]:
         parser.error(f"--config {path!r} holds unknown arguments: {', '.join(unknown)}.")
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions)))
-    if any(getattr(given, name) is not None for name in EITHER_OR):
-        entries = {name: value for name, value in entries.items() if name not in EITHER_OR}
+    replaced = set(EITHER_OR) if any(getattr(given, name) is not None for name in EITHER_OR) else set()
     if given.max_train_steps is not None:
-        entries.pop("num_epochs", None)
-    arguments = []
+        replaced.add("num_epochs")
+    arguments: list[str] = []
     for name, value in entries.items():
-        is_switch = isinstance(actions[name], argparse.BooleanOptionalAction)
-        # YAML reads a bare `no` as false.
-        if value is False and "no" in (actions[name].choices or ()):
-            value = "no"
-        if value is None:
+        if value is None or name in replaced:
             continue
-        if name in RETIRED:
-            arguments.append(f"--{name}")
-            continue
-        if is_switch != isinstance(value, bool):
-            parser.error(
-                f"--config {path!r}: {name} must be {'true or false' if is_switch else 'one value'}, but is {value!r}."
-            )
-        if isinstance(value, bool):
+        if isinstance(actions[name], argparse.BooleanOptionalAction) and isinstance(value, bool):
             arguments.append(f"--{'' if value else 'no-'}{name}")
         elif actions[name].nargs == "+":
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        elif isinstance(value, (list, dict)):
-            parser.error(f"--config {path!r}: {name} must be one value, but is {value!r}.")
         else:
-            # In one piece, so that a value may start with a dash.
-            arguments.append(f"--{name}={value}")
+            # YAML reads a bare `no` as false. In one piece, so that a value may start with a dash.
+            arguments.append(f"--{name}={'no' if value is False else value}")
     return arguments
 
 
@@ -155,22 +133,21 @@ def read_config(config_class: type[Config], argv: list[str] | None = None, prog:
     if args.config is not None:
         argv = [*yaml_arguments(parser, args.config, argv), *argv]
         args = parser.parse_args(argv)
-    own = {}
+    own: dict[str, Any] = {}
     if args.resume_from_checkpoint is not None and args.output_dir is not None:
         from ecvae_diffusers.training.run.checkpoints import arguments_of_run
 
         # What is not given is as the run has it, whatever the defaults are by now.
         own = arguments_of_run(args.output_dir)
-        flags = {action.dest for action in parser._actions} - RETIRED.keys()
-        parser.set_defaults(**{name: value for name, value in own.items() if name in flags})
+        parser.set_defaults(**{name: value for name, value in own.items() if name in vars(args)})
         args = parser.parse_args(argv)
-    for name in RETIRED:
-        if name in REFUSED and hasattr(args, name):
+    given = vars(args)
+    for name in sorted(RETIRED.keys() & given.keys()):
+        if name in REFUSED:
             parser.error(f"--{name} is retired: {RETIRED[name][1]}.")
-        if name in args:
-            print(f"{parser.prog}: --{name} is retired and ignored: {RETIRED[name][1]}.", file=sys.stderr)
+        print(f"{parser.prog}: --{name} is retired and ignored: {RETIRED[name][1]}.", file=sys.stderr)
+        del given[name]
     try:
-        given = {name: value for name, value in vars(args).items() if name not in RETIRED}
         config = config_class.from_flat({**own, **given}).resolved()
         config.check()
     except ConfigError as error:

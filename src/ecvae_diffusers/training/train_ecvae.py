@@ -22,65 +22,53 @@ class VAEConfig(Group):
 
     calibration: Literal["none", "energy", "posterior", "both"] = option(
         "energy",
-        help="What is calibrated: the decoder's samples by an energy model ('energy'), the encoder's samples by the posterior "
-        "('posterior'), or both; 'none' trains a plain VAE for comparison.",
+        help="Calibrate the decoder's samples by an energy model, the encoder's by the posterior, or both; 'none': a plain VAE.",
     )
     pretrained_model_name_or_path: str | None = option(
-        help="Start from the weights of this pipeline or AutoencoderEC (folder or Hub id), whose architecture is kept.",
+        help="Start from the weights and architecture of this pipeline or AutoencoderEC (folder or Hub id).",
         read=place,
     )
     freeze_decoder: bool = option(
         False,
-        help="Train the encoder only: the decoder of --pretrained_model_name_or_path stays frozen, so samples do not change. Its "
-        "energy model is saved again. Requires --calibration none or posterior.",
+        help="Train the encoder only: samples of --pretrained_model_name_or_path do not change, and its energy model is kept.",
     )
     latent_channels: int = option(128, help="Dimension of the latent vector.", at_least=1)
     block_out_channels: list[int] | None = option(
-        help="Channels of the autoencoder at each resolution, from --resolution down by halves. Default: 64 128 256 256 ..., down "
-        "to 4 px."
+        help="Channels at each resolution, from --resolution down by halves. Default: 64 128 256 256 ..., down to 4 px."
     )
     layers_per_block: int = option(1, help="Residual blocks per resolution.", at_least=1)
-    kl_weight: float = option(
-        1.0, help="beta: weight of the KL divergence; squared errors are summed over an image.", at_least=0
-    )
-    kl_warmup_steps: int = option(
-        0, help="Steps over which beta rises from 0, against posterior collapse.", at_least=0
-    )
+    kl_weight: float = option(1.0, help="beta: weight of the KL divergence.", at_least=0)
+    kl_warmup_steps: int = option(0, help="Steps over which beta rises from 0.", at_least=0)
     max_posterior_dual: float | None = option(
-        help="lambda_z at the start, and its upper bound. Default: 1000 times --kl_weight, in proportion to the rest of the loss.",
-        above=0,
+        help="lambda_z at the start, and its upper bound. Default: 1000 times --kl_weight.", above=0
     )
     posterior_decoder_weight: float | None = option(
-        help="Weight of the squared error of images decoded from refined latents, with --calibration posterior or both. Default: 0.1, "
-        "and 0 with --freeze_decoder.",
+        help="Weight of the squared error of images decoded from refined latents. Default: 0.1, or 0 with --freeze_decoder.",
         at_least=0,
     )
 
     def resolved(self, resolution: int) -> Self:
         """Return the group with the defaults that depend on other fields filled in."""
         beta = self.kl_weight if 0 < self.kl_weight < math.inf else 1.0
+        dual, weight = self.max_posterior_dual, self.posterior_decoder_weight
         return replace(
             self,
             block_out_channels=self.block_out_channels or default_channels(resolution),
-            max_posterior_dual=POSTERIOR_DUAL * beta if self.max_posterior_dual is None else self.max_posterior_dual,
-            posterior_decoder_weight=(0.0 if self.freeze_decoder else 0.1)
-            if self.posterior_decoder_weight is None
-            else self.posterior_decoder_weight,
+            max_posterior_dual=POSTERIOR_DUAL * beta if dual is None else dual,
+            posterior_decoder_weight=weight if weight is not None else 0.0 if self.freeze_decoder else 0.1,
         )
 
     def check(self) -> None:
         super().check()
         if self.calibration in POSTERIOR_CALIBRATIONS and self.kl_weight == 0:
-            why = "without a prior there is no posterior"
-            refuse("kl_weight", self.kl_weight, f"above 0 with --calibration {self.calibration}: {why}")
+            refuse("kl_weight", 0, f"above 0 with --calibration {self.calibration}")
         if not self.freeze_decoder:
             return
         if self.pretrained_model_name_or_path is None:
             refuse("pretrained_model_name_or_path", None, "given with --freeze_decoder, also when a run is resumed")
         if self.calibration in ENERGY_CALIBRATIONS:
-            why = "an energy model calibrates the decoder"
-            refuse("calibration", self.calibration, f"none or posterior with --freeze_decoder: {why}")
-        if self.posterior_decoder_weight > 0:
+            refuse("calibration", self.calibration, "none or posterior with --freeze_decoder")
+        if self.posterior_decoder_weight:
             refuse("posterior_decoder_weight", self.posterior_decoder_weight, "0 with --freeze_decoder")
 
 
@@ -100,13 +88,9 @@ class ECVAEConfig(TrainingConfig):
 
     def check(self) -> None:
         super().check()
-        if self.model.freeze_decoder and self.evaluation.early_stopping_patience is not None:
-            why = "samples, which decide, do not change"
-            refuse(
-                "early_stopping_patience",
-                self.evaluation.early_stopping_patience,
-                f"left out with --freeze_decoder: {why}",
-            )
+        patience = self.evaluation.early_stopping_patience
+        if self.model.freeze_decoder and patience is not None:
+            refuse("early_stopping_patience", patience, "left out with --freeze_decoder: samples do not change")
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECVAEConfig:

@@ -18,6 +18,7 @@ from ecvae_diffusers.training.config import (
     TrainingConfig,
     option,
     refuse,
+    with_default,
 )
 from ecvae_diffusers.training.run.places import place
 
@@ -27,12 +28,10 @@ class FlowConfig(Group):
     """model and its loss"""
 
     calibration: Literal["none", "energy"] = option(
-        "energy",
-        help="'none' trains on likelihood only, which calibration starts from: see --pretrained_model_name_or_path.",
+        "energy", help="'none': likelihood only, which calibration starts from."
     )
     pretrained_model_name_or_path: str | None = option(
-        help="Start from the weights of this pipeline or FlowEC (folder or Hub id), whose architecture is kept.",
-        read=place,
+        help="Start from the weights and architecture of this pipeline or FlowEC (folder or Hub id).", read=place
     )
     num_levels: int = option(3, help="Scales of the flow, each of half the size.", at_least=1)
     steps_per_level: int = option(8, help="Steps of the flow per scale.", at_least=1)
@@ -48,12 +47,12 @@ class FlowOptimizerConfig(OptimizerConfig):
     learning_rate: float | None = option(
         help="Learning rate of the flow. Default: 3e-3 for a new flow, 5e-4 for a pretrained one.", above=0
     )
-    lr_scheduler: SCHEDULES = option("constant_with_warmup", help="Schedule of both learning rates.")
-    adam_beta1: float = option(0.9, help="beta1 of the flow's Adam.", at_least=0, below=1)
-    energy_learning_rate: float = option(5e-4, help="Learning rate of the energy model.", above=0)
-    energy_adam_beta2: float = option(0.9, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
-    adam_beta2: float = option(0.999, help="beta2 of the flow's Adam.", at_least=0, below=1)
-    max_grad_norm: float | None = option(100.0, help="Clip the gradient norm of each network to this.", above=0)
+    lr_scheduler: SCHEDULES = with_default(OptimizerConfig, "lr_scheduler", "constant_with_warmup")
+    adam_beta1: float = with_default(OptimizerConfig, "adam_beta1", 0.9)
+    energy_learning_rate: float = with_default(OptimizerConfig, "energy_learning_rate", 5e-4)
+    energy_adam_beta2: float = with_default(OptimizerConfig, "energy_adam_beta2", 0.9)
+    adam_beta2: float = with_default(OptimizerConfig, "adam_beta2", 0.999)
+    max_grad_norm: float | None = with_default(OptimizerConfig, "max_grad_norm", 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,8 @@
 """Images become what the models take, whatever their mode and shape; `tests/pipelines/test_inputs.py` tests how they are read."""
 
+import sys
+
+import datasets
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
@@ -7,15 +10,16 @@ import pytest
 import torch
 from training_runs import write_images
 
+from ecvae_diffusers.training.config import DataConfig
 from ecvae_diffusers.training.data import images as module
-from ecvae_diffusers.training.data.images import ImageDataset, load_images, to_size
+from ecvae_diffusers.training.data.images import ImageDataset, load_images, open_folder, to_size
 
 
 GRAYS = ("L", "1", "LA", "I;16")
 
 
 def dataset(folder, **kwargs) -> ImageDataset:
-    return ImageDataset(load_images(None, None, str(folder), None, None, None), 16, progress=False, **kwargs)
+    return ImageDataset(open_folder(str(folder), "train_data_dir"), 16, progress=False, **kwargs)
 
 
 def write_mode(path, mode: str, rng: np.random.Generator) -> None:
@@ -26,28 +30,14 @@ def write_mode(path, mode: str, rng: np.random.Generator) -> None:
         PIL.Image.fromarray(pixels).convert(mode).save(path)
 
 
-def test_gray_if_every_image_is_gray(tmp_path):
-    PIL.Image.new("L", (16, 16), 7).save(tmp_path / "a.png")
-    PIL.Image.new("1", (16, 16), 1).save(tmp_path / "b.png")
-    assert dataset(tmp_path).channels == 1
-    PIL.Image.new("RGB", (16, 16), "red").save(tmp_path / "c.png")
-    images = dataset(tmp_path)
-    assert images.channels == 3
-    assert images[0].unique().tolist() == [7] and images[2][:, 0, 0].tolist() == [255, 0, 0]
-    assert dataset(tmp_path, in_channels=1).channels == 1
-    assert dataset(tmp_path, in_channels=4)[2][:, 0, 0].tolist() == [255, 0, 0, 255]
-
-
-@pytest.mark.parametrize("most_bytes", [module.MAX_CACHED_BYTES, 8 * 16 * 16])
 @pytest.mark.parametrize("skip_broken", [False, True])
 @pytest.mark.parametrize("modes, in_channels", [
     (GRAYS, None), ((*GRAYS, "RGB", "L"), None), (("RGBA", *GRAYS), None), ((*GRAYS, "P"), 1), ((*GRAYS, "RGBA"), 4),
 ])  # fmt: skip
 def test_each_image_is_decoded_once_and_cached_as_it_is_decoded_later(
-    modes, in_channels, skip_broken, most_bytes, tmp_path, monkeypatch
+    modes, in_channels, skip_broken, tmp_path, monkeypatch
 ):
-    """Also with gray images before the first in colour, next to broken ones, and if only gray ones would fit."""
-    monkeypatch.setattr(module, "MAX_CACHED_BYTES", most_bytes)
+    """Also with gray images before the first in colour, next to broken ones, and without a cache."""
     rng, decoded = np.random.default_rng(0), []
     for i, mode in enumerate(modes):
         write_mode(tmp_path / f"{i}.png", mode, rng)
@@ -62,8 +52,9 @@ def test_each_image_is_decoded_once_and_cached_as_it_is_decoded_later(
     batch = images.__getitems__(list(range(len(modes))))
     assert batch.shape == (len(modes), in_channels or (1 if set(modes) <= set(GRAYS) else 3), 16, 16)
     assert torch.equal(images.__getitems__([3, 1]), torch.stack([images[3], images[1]]))
-    images.cache = None
-    assert torch.equal(images.__getitems__(list(range(len(modes)))), batch)
+    monkeypatch.setattr(module, "MAX_CACHED_BYTES", 100)
+    uncached = dataset(tmp_path, in_channels=in_channels, skip_broken=skip_broken)
+    assert uncached.cache is None and torch.equal(uncached.__getitems__(list(range(len(modes)))), batch)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 17), (9, 33), (16, 300)])
@@ -75,22 +66,6 @@ def test_shorter_side_is_resized_and_the_center_kept(size):
     rows, columns = np.indices(result.shape)
     assert abs((result * rows).sum() / result.sum() - 7.5) < 1.1
     assert abs((result * columns).sum() / result.sum() - 7.5) < 1.1
-
-
-def test_an_image_of_the_right_size_is_kept_bit_for_bit(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = dataset(tmp_path)[0]
-    assert image.dtype == torch.uint8 and torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize("byte_order", ["<", ">"])
-def test_sixteen_bits_are_gray_and_become_eight(byte_order, tmp_path):
-    values = np.linspace(0, 65535, 256).round().astype(f"{byte_order}u2")
-    mode = {"<": "I;16", ">": "I;16B"}[byte_order]
-    PIL.Image.frombytes(mode, (16, 16), values.tobytes()).save(tmp_path / "a.tiff")
-    images = dataset(tmp_path)
-    assert images.channels == 1 and images[0].flatten().tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "pixels without a range", "EXIF data"])
@@ -107,12 +82,43 @@ def test_broken_images_are_named_and_skipped_on_request(damage, tmp_path):
     with pytest.raises(ValueError, match=r"1 of 4 .*002\.(png|tiff)"):
         dataset(folder)
     rest = dataset(folder, skip_broken=True)
-    assert len(rest) == 3 and "1 of 4" in rest.skipped and "002." in rest.skipped
+    assert len(rest) == 3 and "1 of 4" in rest.checked.skipped and "002." in rest.checked.skipped
     for path in folder.glob("002.*"):
         path.unlink()
     whole = dataset(folder)
-    assert whole.skipped is None and torch.equal(whole.cache, rest.cache)
+    assert whole.checked.skipped is None and torch.equal(whole.cache, rest.cache)
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="3 of 3"):
         dataset(folder, skip_broken=True)
+
+
+def test_a_data_set_with_configurations_and_a_column_of_images(tmp_path):
+    """Dark and bright images: the configuration that is named is read, and no more images than are asked for."""
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    for name, level in (("dark", 20), ("bright", 230)):
+        pictures = [np.full((16, 16), level + i, np.uint8) for i in range(8)]
+        (tmp_path / name).mkdir()
+        rows = datasets.Dataset.from_dict({"img": pictures, "label": list(range(8))}, features=features)
+        rows.to_parquet(tmp_path / name / "train.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: dark\n  data_files: dark/*.parquet\n"
+        "- config_name: bright\n  data_files: bright/*.parquet\n---\n"
+    )
+
+    def load(name: str, **values):
+        return load_images(DataConfig(dataset_name=str(tmp_path), dataset_config_name=name, **values))
+
+    images = ImageDataset(load("bright", max_train_samples=3), 16, progress=False)
+    assert images.channels == 1 and images.cache[:, 0, 0, 0].tolist() == [230, 231, 232]
+    with pytest.raises(ValueError, match="--image_column.*'img'"):
+        load("dark", image_column="label")
+    with pytest.raises(ValueError, match="--dataset_name.*grey"):
+        load("grey")
+
+
+def test_missing_extra_is_named(monkeypatch):
+    """As on a machine where only the base package is installed."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'ecvae-diffusers\[training\]'"):
+        load_images(DataConfig(dataset_name="images"))

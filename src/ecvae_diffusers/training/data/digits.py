@@ -89,7 +89,7 @@ def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFea
     return features, (predicted == labels[NUM_TRAIN:]).float().mean().item()
 
 
-def measure(features: DigitFeatures, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
+def measure(features: DigitFeatures, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float | None]:
     """Return Frechet and kernel distance, precision, recall, density and coverage of uint8 images (N, 1, 16, 16)."""
     metrics = GenerationMetrics(features)
     for images, is_real in ((real, True), (generated, False)):

@@ -1,4 +1,4 @@
-"""Find the pictures of a folder: one answer for every script, with what was left out, and hashes that identify pictures.
+"""The pictures of a folder: one answer for every script, with what was left out, and hashes that identify pictures.
 
 Links are followed, and each file counts once. Whatever training runs, evaluations and restorations write is left out: a run that
 lies in its data folder must not be trained on, or measured against, its own sample sheets.
@@ -11,6 +11,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 from huggingface_hub import DatasetCard
@@ -38,16 +39,12 @@ HASH_BYTES = 16
 
 class FolderFiles:
     """
-    The files of a folder and its sub-folders, each once.
-
-    Args:
-        folder (`Path`): The folder.
+    The files of a folder and its sub-folders, each once, sorted by name.
 
     Attributes:
-        files (`list[Path]`): Sorted by name.
-        num_hidden (`int`): Files and folders whose names begin with a dot, and `__MACOSX`.
-        num_links (`int`): Links to a file or folder that counts already, or to a folder that holds the link.
+        files (`list[Path]`): Those that are data.
         written (`list[Path]`): Folders and files that runs, evaluations and restorations wrote.
+        num_hidden, num_links (`int`): How many names begin with a dot, and how many links lead to what counts already.
 
     Raises:
         ValueError: if a folder can't be read.
@@ -74,8 +71,7 @@ class FolderFiles:
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.appendleft(path)
                 elif not entry.is_symlink():
-                    if entry.is_file():  # a socket or a pipe is none
-                        found[real / entry.name] = path
+                    found[real / entry.name] = path
                 elif not os.path.isdir(path):
                     linked_files.append(path)  # broken links too: reading the file says so
                 elif real.is_relative_to(os.path.realpath(path)):
@@ -115,14 +111,11 @@ class FolderFiles:
 
 
 def is_written(folder: Path) -> bool:
-    """
-    Tell whether a folder (its real path) is a training run, a saved pipeline, what `ecvae restore` wrote, or a part of a run such as
-    its sample sheets.
-    """
+    """Tell whether a folder (its real path) is a run, a part of one, a saved pipeline, or what `ecvae restore` wrote."""
     if any((folder / name).is_file() for name in (ARGUMENTS_FILE, MODEL_FILE, RESTORED_FILE)):
         return True
-    is_part = folder.name in RUN_FOLDERS or CHECKPOINT.fullmatch(folder.name)
-    return bool(is_part) and (folder.parent / ARGUMENTS_FILE).is_file()
+    is_part = folder.name in RUN_FOLDERS or CHECKPOINT.fullmatch(folder.name) is not None
+    return is_part and (folder.parent / ARGUMENTS_FILE).is_file()
 
 
 def readable_extensions() -> set[str]:
@@ -151,7 +144,7 @@ class Pictures:
         left_out (`list[str]`): What the source holds besides, in words.
     """
 
-    def __init__(self, source, left_out: list[str]):
+    def __init__(self, source: Any, left_out: list[str]):
         self.source, self.left_out = source, left_out
 
     def __len__(self) -> int:
@@ -169,14 +162,8 @@ class Pictures:
 
 def find_images(folder: str | os.PathLike, argument: str | None = None) -> Pictures:
     """
-    Find the pictures of a folder and its sub-folders: the files that Pillow opens, by the extension of their names.
-
-    Args:
-        folder (`str`): The folder.
-        argument (`str`, *optional*): Its name on the command line, for errors.
-
-    Raises:
-        ValueError: if it is not a folder, or can't be read.
+    Find the pictures of a folder and its sub-folders: the files that Pillow opens, by the extension of their names. Raise
+    `ValueError`, naming the command line's `argument`, if it is not a folder, or can't be read.
     """
     check_picture_folder(argument or "folder", folder)
     readable, found = readable_extensions(), FolderFiles(Path(folder))
@@ -185,13 +172,10 @@ def find_images(folder: str | os.PathLike, argument: str | None = None) -> Pictu
     return Pictures(files, unreadable(others) + found.left_out())
 
 
-def local_data_files(name_or_path: str):
+def local_data_files(name_or_path: str) -> tuple[Any, list[str]]:
     """
-    Find what is data in a local data set: `datasets` alone would also take the pictures and logs of a run in its folder.
-
-    Returns:
-        `tuple`: What `datasets.load_dataset` takes as `data_files`, `None` for what it finds by itself; and what is left out, in
-        words.
+    Return what `datasets.load_dataset` takes as `data_files`, `None` for what it finds by itself, and in words what is left out of
+    a local data set: `datasets` alone would also take the pictures and logs of a run in its folder.
     """
     if not os.path.isdir(name_or_path):
         return None, []
@@ -209,7 +193,7 @@ def local_data_files(name_or_path: str):
     return split_files(found, os.path.realpath(name_or_path)), left_out + found.left_out()
 
 
-def split_files(found: FolderFiles, folder: str):
+def split_files(found: FolderFiles, folder: str) -> Any:
     """Sort files into splits by the rules of `datasets`. Return `None` if the data set's own card says how."""
     from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, DataFilesList, _get_data_files_patterns
     from fsspec.utils import glob_translate
@@ -245,13 +229,8 @@ def write_hashes(hashes: set[bytes], path: Path) -> None:
 
 def trained_hashes(name_or_path: str | os.PathLike | None) -> set[bytes] | None:
     """
-    Read the hashes of the images that a local model was trained on, as its run recorded them. Return `None` if there is no record.
-
-    Args:
-        name_or_path (`str`): A run's folder, its `best/`, or the pipeline of one of its checkpoints.
-
-    Raises:
-        ValueError: if the file is damaged.
+    Read the hashes of the images that a local model was trained on, as its run recorded them: a run's folder, its `best/`, or the
+    pipeline of one of its checkpoints. Return `None` if there is no record. Raise `ValueError` if the file is damaged.
     """
     if name_or_path is None or not os.path.isdir(name_or_path):
         return None

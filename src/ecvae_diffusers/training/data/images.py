@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ecvae_diffusers.pipelines.inputs import GRAY_MODES, check_mode, read_picture
+from ecvae_diffusers.training.config import DataConfig
 from ecvae_diffusers.training.data.files import Pictures, content_hash, find_images, local_data_files
 
 
@@ -21,30 +22,16 @@ MAX_CACHED_BYTES = 4 * 2**30
 # Opening
 
 
-def load_images(
-    dataset_name: str | None,
-    dataset_config_name: str | None,
-    train_data_dir: str | None,
-    image_column: str | None,
-    cache_dir: str | None,
-    max_train_samples: int | None,
-) -> Pictures:
-    """
-    Open the pictures to train on, undecoded: those of a folder, or of the train split of a data set.
-
-    Raises:
-        ImportError: if a data set is named and `datasets` is not installed.
-        ValueError: if the folder does not exist or holds no image, the data set can't be loaded, or the column does not hold
-            images.
-    """
-    if train_data_dir is not None:
-        pictures = open_folder(train_data_dir, "train_data_dir")
+def load_images(data: DataConfig) -> Pictures:
+    """Open the pictures to train on, undecoded: those of a folder, or of the train split of a data set."""
+    if data.train_data_dir is not None:
+        pictures = open_folder(data.train_data_dir, "train_data_dir")
     else:
-        dataset = load_split(dataset_name, dataset_config_name, cache_dir)
-        column = find_image_column(dataset.features, dataset_name, image_column)
-        pictures = column_of_images(dataset, column, dataset_name)
-    if max_train_samples is not None:
-        pictures = pictures.select(list(range(min(max_train_samples, len(pictures)))))
+        name = data.dataset_name or ""
+        dataset = load_split(name, data.dataset_config_name, None)
+        pictures = column_of_images(dataset, find_image_column(dataset.features, name, data.image_column), name)
+    if data.max_train_samples is not None:
+        pictures = pictures.select(list(range(min(data.max_train_samples, len(pictures)))))
     return pictures
 
 
@@ -115,13 +102,7 @@ def find_image_column(features, dataset_name: str, image_column: str | None) -> 
 
 
 def open_image(source: dict | None) -> PIL.Image.Image:
-    """
-    Read the header of an undecoded image, as [`Pictures`] gives it.
-
-    Raises:
-        ValueError: if there is no image, or its pixels have no agreed range.
-        Exception: of a class of Pillow's choice, if the header can't be read.
-    """
+    """Read the header of an undecoded image. Raise `ValueError`, or what Pillow raises, if there is none that can be read."""
     if source is None:
         raise ValueError("there is none")
     try:
@@ -154,6 +135,14 @@ def decode_image(source: dict | None, channels: int, resolution: int) -> torch.T
         return to_tensor(image, channels, resolution)
 
 
+def decode_pictures(pictures: Pictures, channels: int, resolution: int, progress: bool = True) -> torch.Tensor:
+    """Decode pictures to uint8 (N, C, H, W)."""
+    images = torch.empty(len(pictures), channels, resolution, resolution, dtype=torch.uint8)
+    for i in tqdm(range(len(pictures)), desc="Decoding images", disable=not progress):
+        images[i] = decode_image(pictures[i], channels, resolution)
+    return images
+
+
 def hashes_of(pictures: Pictures) -> list[bytes]:
     """Return the [`content_hash`] of each picture that can be read."""
     found = []
@@ -172,13 +161,8 @@ def name_of(pictures: Pictures, i: int) -> str:
 
 class CheckedPictures:
     """
-    Pictures that were each opened and decoded once, and what that found.
-
-    Args:
-        pictures ([`Pictures`]): The pictures.
-        skip_broken (`bool`, *optional*, defaults to `False`): Whether to leave out unreadable pictures instead of refusing them.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
-        keep (`Callable`, *optional*): Called with each readable picture, decoded, in their order.
+    Pictures that were each opened and decoded once, and what that found. `skip_broken` leaves out unreadable ones instead of refusing
+    them, and `keep` is called with each readable one, decoded, in their order.
 
     Attributes:
         pictures ([`Pictures`]): The readable ones.
@@ -199,7 +183,9 @@ class CheckedPictures:
         progress: bool = True,
         keep: Callable[[PIL.Image.Image], None] | None = None,
     ):
-        self.skipped, self.sizes, self.hashes = None, Counter(), []
+        self.skipped: str | None = None
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.hashes: list[bytes] = []
         self.num_gray = self.num_transparent = self.num_frames = self.num_animated = 0
         whole, broken = [], []
         for i in tqdm(range(len(pictures)), desc="Checking images", disable=not progress):
@@ -220,10 +206,10 @@ class CheckedPictures:
                 broken.append(f"{name_of(pictures, i)} ({error})")
         if broken:
             self.skipped = (
-                f"{len(broken)} of {len(pictures)} images can't be read, among them: {'; '.join(broken[:3])}."
+                f"{len(broken)} of {len(pictures)} images can't be read, among them: {'; '.join(broken[:3])}"
             )
             if not (skip_broken and whole):
-                raise ValueError(self.skipped)
+                raise ValueError(f"{self.skipped}.")
             pictures = pictures.select(whole)
         self.pictures = pictures
 
@@ -241,7 +227,7 @@ class CheckedPictures:
         if self.num_frames:
             parts.insert(0, f"{self.num_frames} further frame(s) or page(s) of {self.num_animated} file(s)")
         if self.skipped is not None:
-            parts.insert(0, self.skipped.rstrip("."))
+            parts.insert(0, self.skipped)
         return "; ".join(parts) or None
 
     def converted(self, channels: int) -> str | None:
@@ -268,9 +254,6 @@ class CheckedPictures:
         return f"{len(self.sizes)} sizes from {least_w}x{least_h} to {most_w}x{most_h}"
 
 
-# For a `DataLoader`
-
-
 class BrokenImage(ValueError):
     """An image that could be read before. Its message is one line, even from a `DataLoader`'s worker, which adds a traceback."""
 
@@ -280,62 +263,32 @@ class BrokenImage(ValueError):
 
 class ImageDataset(torch.utils.data.Dataset):
     """
-    Images as uint8 tensors (C, H, W), each opened and checked at construction, and kept in memory up to 4 GiB.
-
-    Args:
-        pictures ([`Pictures`] or [`CheckedPictures`]): The pictures.
-        resolution (`int`): Height and width.
-        in_channels (`int`, *optional*): 1, 3 or 4; by default 1 if every image is gray, else 3.
-        skip_broken (`bool`, *optional*, defaults to `False`): As for [`CheckedPictures`].
-        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
-
-    Attributes:
-        checked ([`CheckedPictures`]): What a look at each picture found.
-
-    Raises:
-        ValueError: as [`CheckedPictures`].
+    Images as uint8 tensors (C, H, W), each opened and checked at construction, and kept in memory up to 4 GiB. They have `in_channels`,
+    by default 1 if every image is gray, else 3. Raises what [`CheckedPictures`] raises.
     """
 
     def __init__(
         self,
-        pictures: Pictures | CheckedPictures,
+        pictures: Pictures,
         resolution: int,
         in_channels: int | None = None,
         skip_broken: bool = False,
         progress: bool = True,
     ):
-        is_checked = isinstance(pictures, CheckedPictures)
-        self.resolution, self.channels, self.num_kept = resolution, in_channels, 0
-        if is_checked:
-            self.channels = in_channels or pictures.channels
-        # Gray as long as all images are.
-        self.cache = self.room_for(len(pictures), self.channels or 1)
+        # Of gray images, if all turn out to be gray, the first of three equal channels.
+        shape = (len(pictures), in_channels or 3, resolution, resolution)
+        cache = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MAX_CACHED_BYTES else None
+        places = iter(range(len(pictures)))
+
+        def keep(image: PIL.Image.Image) -> None:
+            if cache is not None:
+                cache[next(places)] = to_tensor(image, shape[1], resolution)
+
         # The first look at an image also decodes it.
-        self.checked = pictures if is_checked else CheckedPictures(pictures, skip_broken, progress, self.keep)
-        self.pictures, self.skipped = self.checked.pictures, self.checked.skipped
-        self.channels = self.channels or self.checked.channels
-        if is_checked and self.cache is not None:
-            for i in tqdm(range(len(self)), desc="Decoding images", disable=not progress):
-                with open_image(self.pictures[i]) as image:
-                    self.keep(image)
-        if self.cache is not None:
-            self.cache = self.cache[: self.num_kept]
-
-    def room_for(self, count: int, channels: int) -> torch.Tensor | None:
-        shape = (count, channels, self.resolution, self.resolution)
-        return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MAX_CACHED_BYTES else None
-
-    def keep(self, image: PIL.Image.Image) -> None:
-        """Decode an image into the cache. The first one in colour widens it."""
-        if self.cache is None:
-            return
-        if self.channels is None and self.cache.shape[1] == 1 and image.mode not in GRAY_MODES:
-            gray, self.cache = self.cache, self.room_for(len(self.cache), 3)
-            if self.cache is None:
-                return
-            self.cache[: self.num_kept] = gray[: self.num_kept]
-        self.cache[self.num_kept] = to_tensor(image, self.cache.shape[1], self.resolution)
-        self.num_kept += 1
+        self.checked = CheckedPictures(pictures, skip_broken, progress, keep)
+        self.pictures, self.resolution = self.checked.pictures, resolution
+        self.channels = in_channels or self.checked.channels
+        self.cache = None if cache is None else cache[: len(self), : self.channels].contiguous()
 
     def decode(self, i: int) -> torch.Tensor:
         try:
@@ -347,18 +300,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return self.cache[i] if self.cache is not None else self.decode(i)
+        return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
         """Return a batch: indexing the cache is far cheaper than stacking its items."""
         if self.cache is not None:
             return self.cache[torch.tensor(indices)]
         return torch.stack([self.decode(i) for i in indices])
-
-
-def check_batch_size(batch_size: int, num_images: int) -> None:
-    """Raise `ValueError` if a process has fewer images than a batch."""
-    if num_images < batch_size:
-        raise ValueError(
-            f"--train_batch_size must be at most the number of images per process ({num_images}), but is {batch_size}."
-        )

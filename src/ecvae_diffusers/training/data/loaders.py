@@ -6,64 +6,77 @@ ahead), numbered batches on the device, images to look at and to measure with, a
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ecvae_diffusers.training.data.files import local_data_files
-from ecvae_diffusers.training.data.images import ImageDataset, check_batch_size, load_images
-from ecvae_diffusers.training.data.streaming import StreamedImages
+from ecvae_diffusers.training.config import DataConfig
+from ecvae_diffusers.training.data.images import (
+    ImageDataset,
+    decode_image,
+    find_image_column,
+    import_datasets,
+    load_images,
+    load_split,
+    local_data_files,
+)
 from ecvae_diffusers.training.data.transforms import center_crop
 
 
 logger = logging.getLogger(__name__)
 
+# Undecoded images that each next one of a stream is drawn from, in memory in each process and worker.
+SHUFFLE_BUFFER_SIZE = 10_000
+# A large crawl can hold thousands of broken images: the rest are only counted.
+MAX_NAMED = 20
+
+
+def check_batch_size(batch_size: int, num_images: int) -> None:
+    """Raise `ValueError` if a process has fewer images than a batch."""
+    if num_images < batch_size:
+        raise ValueError(
+            f"--train_batch_size must be at most the number of images per process ({num_images}), but is {batch_size}."
+        )
+
 
 class DecodedFeed:
     """
-    Shuffled batches of an [`ImageDataset`], sharded by Accelerate.
-
-    Raises:
-        ValueError: if there are fewer images than one batch per process.
+    Shuffled batches of an [`ImageDataset`], sharded by Accelerate. Raises `ValueError` if the data can't be loaded, an image can't be
+    read, or there are fewer images than one batch per process.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        accelerator: Accelerator,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
-        resolution: int,
-    ):
-        self.dataset, self.accelerator = dataset, accelerator
-        self.seed, self.resolution = seed, resolution
-        self.channels, self.num_images = dataset.channels, len(dataset)
-        self.hashes = set(dataset.checked.hashes)
-        self.data_hash = hashlib.sha256(b"".join(dataset.checked.hashes)).hexdigest()
-        check_batch_size(batch_size, len(dataset) // accelerator.num_processes)
-        self.batches_per_epoch = len(dataset) // (batch_size * accelerator.num_processes)
+    def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
+        self.accelerator, self.seed, self.resolution = accelerator, seed, data.resolution
+        main_process, size = accelerator.is_main_process, data.image_size or data.resolution
+        self.dataset = ImageDataset(load_images(data), size, data.in_channels, data.skip_broken_images, main_process)
+        checked, source = self.dataset.checked, data.train_data_dir or data.dataset_name
+        if main_process and (left_out := checked.left_out()) is not None:
+            logger.warning(f"Left out of {source!r}: {left_out}.")
+        if main_process and (converted := checked.converted(self.dataset.channels)) is not None:
+            logger.info(f"Of the images in {source!r}, {converted}: see --in_channels.")
+        self.channels, self.num_images = self.dataset.channels, len(self.dataset)
+        self.hashes = set(checked.hashes)
+        self.data_hash = hashlib.sha256(b"".join(checked.hashes)).hexdigest()
+        check_batch_size(batch_size, self.num_images // accelerator.num_processes)
+        self.batches_per_epoch = self.num_images // (batch_size * accelerator.num_processes)
         loader = torch.utils.data.DataLoader(
-            dataset,
+            self.dataset,
             batch_size=batch_size,
             shuffle=True,
             drop_last=True,
-            num_workers=num_workers,
+            num_workers=data.dataloader_num_workers,
             collate_fn=torch.utils.data.default_convert,  # `__getitems__` gives whole batches
             pin_memory=accelerator.device.type == "cuda",
         )
         self.loader = accelerator.prepare(loader)
 
     def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
-        """
-        Give uint8 batches (B, C, H, W), epoch after epoch, from number `first_batch` on.
-
-        Args:
-            first_batch (`int`): Batches that a resumed run has seen.
-            reseed (`int`): Changes the order.
-        """
+        """Give uint8 batches (B, C, H, W), epoch after epoch, from number `first_batch` on. `reseed` changes the order."""
         epoch, skipped = divmod(first_batch, self.batches_per_epoch)
         while True:
             # The sampler's seed is that of the run plus this number.
@@ -79,74 +92,177 @@ class DecodedFeed:
 
 class StreamFeed:
     """
-    Batches of [`StreamedImages`], a share per process.
+    Batches of a data set that is read while training (`datasets` with `streaming=True`), and is never on the disk as a whole.
 
-    Raises:
-        ValueError: if there are fewer images than one batch per process.
+    Each process reads its own share. If the number of files is a multiple of the number of processes, these are whole files;
+    otherwise each process reads the whole stream, and decodes every `num_processes`-th image.
+
+    The order comes from a buffer of 10,000 undecoded images, and from shuffling the files. With a single file, a folder of images
+    or `--max_train_samples`, the buffer alone mixes the images: store them in a random order, not sorted by class. `datasets` waits
+    for 5 seconds whenever a pass over Parquet files ends. A failing connection is never taken for a broken image. Raises `ValueError`
+    as [`DecodedFeed`] does.
     """
 
     num_images = batches_per_epoch = hashes = None
 
-    def __init__(
-        self, stream: StreamedImages, accelerator: Accelerator, batch_size: int, num_workers: int, resolution: int
-    ):
-        self.stream, self.device, self.resolution = stream, accelerator.device, resolution
-        self.batch_size, self.num_workers, self.channels = batch_size, num_workers, stream.channels
-        self.kept = stream.first(batch_size * accelerator.num_processes)
-        check_batch_size(batch_size, len(self.kept) // accelerator.num_processes)
-        # Of the first images alone: reading all would take as long as an epoch.
-        self.data_hash = hashlib.sha256(self.kept.numpy()).hexdigest()
+    def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
+        datasets = import_datasets()
+        from datasets.distributed import split_dataset_by_node
 
-    def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
-        for batch in self.stream.batches(self.batch_size, first_batch, reseed, self.num_workers):
-            yield batch.to(self.device, non_blocking=True)
+        self.data, self.device, self.batch_size, self.seed = data, accelerator.device, batch_size, seed
+        self.name, self.channels, self.size = (
+            data.dataset_name or "",
+            data.in_channels or 3,
+            data.image_size or data.resolution,
+        )
+        self.named: set[str] = set()
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        dataset = load_split(self.name, data.dataset_config_name, None, streaming=True)
+        try:
+            # Formats without a schema show their columns only in their first rows.
+            dataset = dataset._resolve_features()
+        except Exception as error:  # each format has its own ways to fail
+            raise ValueError(f"--dataset_name {self.name!r} can't be streamed: {error}") from error
+        self.column = find_image_column(dataset.features, self.name, data.image_column)
+        # Undecoded, so that a broken image can be named.
+        dataset = dataset.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
+        if data.max_train_samples is not None:
+            dataset = dataset.take(data.max_train_samples)
+        # Python rows instead of Arrow tables: a shuffle buffer of tables fails above 2 GiB ("offset overflow").
+        self.dataset = dataset.map()
+        if data.max_train_samples is None:
+            self.share = split_dataset_by_node(self.dataset, rank=rank, world_size=num_processes)
+            self.part, self.num_files = (0, 1), self.share.num_shards
+        else:
+            # Split by files, `take` would take the first images of each file instead of the first of all.
+            self.share, self.part, self.num_files = self.dataset, (rank, num_processes), 1
+        try:
+            self.kept = self.first(batch_size * num_processes)
+        except Exception as error:
+            raise ValueError(f"--dataset_name {self.name!r} can't be streamed: {error}") from error
+        check_batch_size(batch_size, len(self.kept) // num_processes)
+        # Of the first images alone: reading all would take as long as an epoch.
+        self.data_hash = hashlib.sha256(self.kept.numpy().tobytes()).hexdigest()
+        if accelerator.is_main_process and (left_out := local_data_files(self.name)[1]):
+            logger.warning(f"Left out of {self.name!r}: {'; '.join(left_out)}.")
+
+    def first(self, count: int) -> torch.Tensor:
+        """Read the first images of the stream, at most `count`, in the order of its files: the same in every process."""
+        chunks, missing = [self.no_images()], count
+        # In small chunks: what is decoded beyond `count` is thrown away.
+        for images, broken in ImageChunks(self.dataset, self.column, self.size, self.channels, min(count, 64)):
+            self.skip(broken)
+            chunks.append(images[:missing])
+            missing -= len(chunks[-1])
+            if missing == 0:
+                break
+        return torch.cat(chunks)
 
     def reference(self, count: int) -> torch.Tensor:
         """Return the center of at most `count` images, uint8: the first ones of the stream."""
         if len(self.kept) < count:
-            self.kept = self.stream.first(count)
-        return center_crop(self.kept[:count], self.resolution)
+            self.kept = self.first(count)
+        return center_crop(self.kept[:count], self.data.resolution)
+
+    def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
+        """
+        Give uint8 batches (B, C, H, W) of this process's share without end, each epoch in another order. No image is dropped: the rest of
+        an epoch starts the first batch of the next.
+
+        A resumed run is not the uninterrupted one bit for bit: it starts an epoch in a new order, instead of reading again all that
+        it has seen (hours for millions of images). If it is interrupted more often than once per epoch, it sees some images more
+        often than others. `first_batch` and `reseed` change the order.
+        """
+        num_workers = min(self.data.dataloader_num_workers, self.num_files)
+        if num_workers < self.data.dataloader_num_workers:
+            logger.warning(
+                f"--dataloader_num_workers {self.data.dataloader_num_workers} becomes {num_workers}: each worker needs its own "
+                "files, and with --max_train_samples all of them."
+            )
+        waiting = self.no_images()
+        for epoch in itertools.count():
+            order = np.random.default_rng([self.seed, reseed, first_batch, epoch])
+            rows = self.share.shuffle(generator=order, buffer_size=SHUFFLE_BUFFER_SIZE)
+            chunks = ImageChunks(rows, self.column, self.size, self.channels, self.batch_size, self.part)
+            num_images = 0
+            # Without a generator it would draw a number from the global one.
+            for images, broken in torch.utils.data.DataLoader(
+                chunks, batch_size=None, num_workers=num_workers, generator=torch.Generator()
+            ):
+                self.skip(broken)
+                num_images += len(images)
+                waiting = torch.cat([waiting, images])
+                if len(waiting) >= self.batch_size:
+                    yield waiting[: self.batch_size].to(self.device, non_blocking=True)
+                    waiting = waiting[self.batch_size :]
+            check_batch_size(self.batch_size, num_images)
+
+    def skip(self, broken: list[str]) -> None:
+        """Warn of broken images, of each once. Raise `ValueError` if there are some, without `--skip_broken_images`."""
+        if broken and not self.data.skip_broken_images:
+            raise ValueError(f"{self.name!r} holds images that can't be read, among them: {broken[0]}.")
+        for image in broken:
+            if image not in self.named and len(self.named) < MAX_NAMED:
+                self.named.add(image)
+                last = " Further ones are not named." if len(self.named) == MAX_NAMED else ""
+                logger.warning(f"Left out of {self.name!r}: {image}.{last}")
+
+    def no_images(self) -> torch.Tensor:
+        return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)
 
 
-def build_feed(data, accelerator: Accelerator, *, train_batch_size: int, seed: int) -> DecodedFeed | StreamFeed:
+class ImageChunks(torch.utils.data.IterableDataset):
     """
-    Open and check a run's data. Raises what `load_images` and the feeds raise.
-
-    Args:
-        data: The options of the data, such as `dataset_name`, `train_data_dir`, `resolution` and `streaming`.
-        accelerator (`Accelerator`): Of the run.
-        train_batch_size (`int`): Images per batch and process.
-        seed (`int`): Seed of the order.
+    Pairs of decoded images, uint8 (N, C, H, W), and the names of broken ones, of `chunk_size` undecoded rows of `datasets`, which itself
+    splits its files among the workers of a `DataLoader`. `part` (i, n) decodes only every n-th row, from number i on.
     """
-    size, source = data.image_size or data.resolution, data.train_data_dir or data.dataset_name
-    if data.streaming:
-        stream = StreamedImages(
-            data.dataset_name,
-            data.dataset_config_name,
-            data.image_column,
-            data.max_train_samples,
-            size,
-            data.in_channels,
-            skip_broken=data.skip_broken_images,
-            seed=seed,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
-        if accelerator.is_main_process and (left_out := local_data_files(source)[1]):
-            logger.warning(f"Left out of {source!r}: {'; '.join(left_out)}.")
-        return StreamFeed(stream, accelerator, train_batch_size, data.dataloader_num_workers, data.resolution)
-    pictures = load_images(
-        data.dataset_name,
-        data.dataset_config_name,
-        data.train_data_dir,
-        data.image_column,
-        None,
-        data.max_train_samples,
-    )
-    main_process = accelerator.is_main_process
-    dataset = ImageDataset(pictures, size, data.in_channels, data.skip_broken_images, progress=main_process)
-    if main_process and (left_out := dataset.checked.left_out()) is not None:
-        logger.warning(f"Left out of {source!r}: {left_out}.")
-    if main_process and (converted := dataset.checked.converted(dataset.channels)) is not None:
-        logger.info(f"Of the images in {source!r}, {converted}: see --in_channels.")
-    return DecodedFeed(dataset, accelerator, train_batch_size, data.dataloader_num_workers, seed, data.resolution)
+
+    def __init__(
+        self, rows: Any, column: str, resolution: int, channels: int, chunk_size: int, part: tuple[int, int] = (0, 1)
+    ):
+        self.rows, self.column, self.resolution, self.channels = rows, column, resolution, channels
+        self.chunk_size, self.part = chunk_size, part
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        rows = itertools.islice(self.rows, self.part[0], None, self.part[1])
+        while chunk := list(itertools.islice(rows, self.chunk_size)):
+            images, broken = [], []
+            for row in chunk:
+                # Outside of `try`: a failing connection says nothing about the image.
+                source = fetch(row[self.column])
+                try:
+                    images.append(decode_image(source, self.channels, self.resolution))
+                except Exception as error:  # PIL raises a different class for nearly every kind of damage
+                    broken.append(f"{describe(source)} ({error})")
+            shape = (len(images), self.channels, self.resolution, self.resolution)
+            yield torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8), broken
+
+
+def fetch(source: dict | None) -> dict | None:
+    """
+    Read an image that lies on another machine or in an archive, where Pillow can't open it. One that does not exist stays as it is:
+    Pillow says so. A failing connection raises whatever its file system raises.
+    """
+    if source is None or source["bytes"] is not None or "://" not in (source["path"] or ""):
+        return source
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(source["path"], "rb") as file:
+            return {"bytes": file.read(), "path": source["path"]}
+    except FileNotFoundError:
+        return source
+
+
+def describe(source: dict | None) -> str:
+    """Say where to find an image. In a shuffled stream it has no number."""
+    if source is None:
+        return "a row without an image"
+    return source["path"] or f"an image without a path, SHA-256 {hashlib.sha256(source['bytes'] or b'').hexdigest()}"
+
+
+def build_feed(
+    data: DataConfig, accelerator: Accelerator, *, train_batch_size: int, seed: int
+) -> DecodedFeed | StreamFeed:
+    """Open and check a run's data: `train_batch_size` images per batch and process, in an order of `seed`."""
+    return (StreamFeed if data.streaming else DecodedFeed)(data, accelerator, train_batch_size, seed)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,12 +31,13 @@ class Task(ABC):
 
     generator: torch.nn.Module
     energy_model: torch.nn.Module | None
+    latent_shape: tuple[int, ...]  # of one sample
     component: str  # the generator's name in the pipeline
     headline: str  # the scalar of `loss` that the progress bar shows
     saved_class: str  # loads what is saved
     published = INDEX  # the file that tells what a saved folder holds
     samples_change = True  # whether training changes samples, of which the best evaluation is chosen
-    state = None  # what a checkpoint must hold beside the networks: anything with `state_dict` and `load_state_dict`
+    state: Any = None  # what else a checkpoint must hold: anything with `state_dict` and `load_state_dict`
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Once, before the first step: the processes and the precision that the task computes with."""
@@ -54,13 +56,13 @@ class Task(ABC):
         `None` where they aren't asked for; and scalars to log, `headline` among them.
         """
 
-    @abstractmethod
     def draw(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
         """Latents of as many new samples as there are images in `real`, another draw at each call."""
+        return noise.normal(len(real), *self.latent_shape)
 
-    @abstractmethod
     def latents(self, count: int, seed: int) -> torch.Tensor:
         """Latents of `count` samples, or of as many as there are, always the same for a seed."""
+        return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
 
     @abstractmethod
     def sample(self, generator: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
@@ -78,14 +80,8 @@ class Task(ABC):
         """After a step of the networks, in every process: what is the task's own, such as a dual variable."""
 
     def measure(self, generator: torch.nn.Module, images: torch.Tensor) -> dict[str, float]:
-        """
-        At an evaluation, on the main process: what can be measured beside samples.
-
-        Args:
-            generator (`nn.Module`): What would be saved now.
-            images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): The reference.
-        """
+        """Measure, on the main process, what an evaluation states beside samples, on reference images: uint8 (N, C, H, W)."""
         return {}
 
     def finish(self, generator: torch.nn.Module, feed) -> None:
-        """Measure, and write into the generator's config, what its pipeline should know: nothing, unless the task says so."""
+        """Measure, and write into the generator's config, what its pipeline should know."""

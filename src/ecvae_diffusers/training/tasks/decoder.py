@@ -39,6 +39,7 @@ class DecoderTask(Task):
     """A foreign decoder as a `Task` of the trainer: its own loss is the squared error, its samples decodings of latents."""
 
     component, headline, published = "decoder", "reconstruction", CONFIG
+    generator: CalibratedDecoder
 
     def __init__(
         self,
@@ -56,11 +57,8 @@ class DecoderTask(Task):
 
     def launch(self):
         latents = None if self.given is None else fingerprint({"latents": {"latents": self.given}})
-        return {
-            "autoencoder": self.saved_class,
-            "encoder": self.generator.encoder_fingerprint(),
-            "latents": latents,
-        }
+        encoder = self.generator.encoder_fingerprint()
+        return {"autoencoder": self.saved_class, "encoder": encoder, "latents": latents}
 
     def prepare(self, accelerator):
         """On the device, where the autoencoder is by now: 256 encodings on a CPU take minutes at the sizes of photographs."""
@@ -86,15 +84,12 @@ class DecoderTask(Task):
         batches = self.feed.reference(count).split(self.batch_size)
         return torch.cat([self.encode(to_range(batch).to(device)).cpu() for batch in batches])
 
-    def changed(self, encodings: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        return encodings + self.noise_scale * normal
-
     def draw(self, real, noise):
         if self.given is not None:
             rows = (noise.uniform(len(real)).cpu() * len(self.given)).long()
             return self.given[rows].to(real.device)
         encodings = self.encode_batch(real)
-        return self.changed(encodings, noise.normal(*encodings.shape)) if self.noise_scale > 0 else encodings
+        return encodings + self.noise_scale * noise.normal(*encodings.shape) if self.noise_scale > 0 else encodings
 
     def loss(self, network, real, noise, step, with_samples):
         encodings = self.encode_batch(real)
@@ -116,19 +111,16 @@ class DecoderTask(Task):
         if self.given is not None:
             return self.given[torch.randperm(len(self.given), generator=generator)[:count]]
         encodings = self.encodings(count)
-        return self.changed(encodings, torch.randn(encodings.shape, generator=generator))
+        return encodings + self.noise_scale * torch.randn(encodings.shape, generator=generator)
 
     def measure(self, generator, images):
-        """PSNR of reconstructions, the mean over images."""
-        from torchmetrics.functional.image import peak_signal_noise_ratio
-
-        device, found = next(generator.parameters()).device, []
+        """PSNR of reconstructions in [-1, 1], the mean over images."""
+        device, errors = next(generator.parameters()).device, []
         for part in images.split(self.batch_size):
             originals = to_range(part.to(device))
             decoded = self.reconstruct(generator, originals).clamp(-1, 1)
-            psnr = peak_signal_noise_ratio(decoded, originals, data_range=2.0, reduction="none", dim=(1, 2, 3))
-            found.append(psnr.cpu())
-        return {"psnr": torch.cat(found).mean().item()}
+            errors.append((decoded - originals).square().mean((1, 2, 3)).cpu())
+        return {"psnr": (10 * torch.log10(4 / torch.cat(errors))).mean().item()}
 
     def sample(self, generator, latents):
         with evaluating(generator):
@@ -149,8 +141,8 @@ def calibrate_decoder(config: ECDecoderConfig) -> None:
     Raises:
         ValueError: if the autoencoder or the latents can't be loaded, or do not fit; and what `session.train` raises.
     """
-    model, path = config.model, config.model.pretrained_model_name_or_path
-    autoencoder = load_autoencoder(path, subfolder=model.subfolder, revision=model.revision, variant=model.variant)
+    model, path = config.model, config.model.pretrained_model_name_or_path or ""
+    autoencoder = load_autoencoder(path, model.subfolder, model.revision, model.variant)
     decoder = CalibratedDecoder(autoencoder, path)
     if config.optimizer.gradient_checkpointing and not autoencoder._supports_gradient_checkpointing:
         raise ValueError(f"--gradient_checkpointing must not be given: {type(autoencoder).__name__} does not have it.")
@@ -167,9 +159,9 @@ def calibrate_decoder(config: ECDecoderConfig) -> None:
             return None
         return load_energy_model(path, config.data.resolution, channels, model.subfolder, model.revision)
 
-    def build_task(energy_model, feed) -> DecoderTask:
+    def build_task(energy_model: EnergyModel | None, feed) -> DecoderTask:
         if energy_model is None and model.calibration == "energy":
-            energy_model = build_energy_model(config.energy, config.data.resolution, feed.channels)
+            energy_model = build_energy_model(config.energy, config.data.resolution, channels)
         return DecoderTask(config, decoder.train(), energy_model, feed, given)
 
     train(config, load, build_task, DecoderTask)

@@ -15,7 +15,7 @@ from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.session import train
 from ecvae_diffusers.training.tasks.base import Task, evaluating
-from ecvae_diffusers.training.tasks.networks import build_models, load_pretrained
+from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, load_pretrained
 from ecvae_diffusers.training.train_flow import ECFlowConfig
 
 
@@ -35,19 +35,14 @@ class FlowTask(Task):
         self.latent_shape = (flow.num_latents, 1, 1)
 
     def loss(self, network, real, noise, step, with_samples):
-        output = network(
-            dequantize(real, noise.uniform(*real.shape)),
-            prior_latents=self.draw(real, noise) if with_samples else None,
-        )
+        dequantized = dequantize(real, noise.uniform(*real.shape))
+        output = network(dequantized, prior_latents=self.draw(real, noise) if with_samples else None)
         bits = bits_per_dimension(output.log_prob.detach(), self.generator.num_latents)
         scalars, samples = {"bits_per_dimension": bits.mean()}, None
         if with_samples:
             samples, is_far = as_shown(output.prior_sample)
             scalars["far_samples"] = is_far.float().mean()
         return -output.log_prob.mean(), samples, scalars
-
-    def draw(self, real, noise):
-        return noise.normal(len(real), *self.latent_shape)
 
     def measure(self, generator, images):
         """Bits per dimension, with the same dequantization at each evaluation."""
@@ -58,9 +53,6 @@ class FlowTask(Task):
                 log_prob = generator.log_prob(dequantize(to_range(part), own).to(device))
                 bits.append(bits_per_dimension(log_prob, self.generator.num_latents).cpu())
         return {"bits_per_dimension": torch.cat(bits).mean().item()}
-
-    def latents(self, count, seed):
-        return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
 
     def sample(self, generator, latents):
         with evaluating(generator):
@@ -92,16 +84,16 @@ def build_flow(config: ECFlowConfig, feed) -> FlowEC:
 def train_flow(config: ECFlowConfig) -> None:
     """Train as configured. Raises what `session.train` raises."""
 
-    def load(checkpoint: Path | None) -> tuple:
-        return load_pretrained(config, "flow", FlowEC), checkpoint
-
-    def build_task(loaded, feed) -> FlowTask:
-        pretrained, checkpoint = loaded
+    def load(checkpoint: Path | None) -> Pretrained:
+        pretrained = load_pretrained(config, "flow", FlowEC)
         if pretrained[0] is None and checkpoint is None and config.model.calibration != "none":
             logger.warning(
                 "A new flow is calibrated from its first step. It is safer to train it with --calibration none first, and to start "
                 "from it with --pretrained_model_name_or_path (docs/flows.md)."
             )
+        return pretrained
+
+    def build_task(pretrained: Pretrained, feed) -> FlowTask:
         return FlowTask(config, *build_models(config, feed.channels, lambda: build_flow(config, feed), pretrained))
 
     train(config, load, build_task, FlowTask)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,7 +14,8 @@ from ecvae_diffusers.training.config import CalibrationConfig, EnergyConfig, Tra
 from ecvae_diffusers.training.train_ecvae import ENERGY_CALIBRATIONS
 
 
-Networks = tuple[torch.nn.Module | None, EnergyModel | None]
+# A generator, and what a saved pipeline holds next to it: `energy_model` and `scheduler`, or nothing.
+Pretrained = tuple[Any, dict[str, Any]]
 # Of a folder without networks, of another class, of configs of other kinds, and of weights of other sizes or damaged ones.
 LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
@@ -23,25 +25,22 @@ def build_energy_model(config: EnergyConfig, resolution: int, in_channels: int) 
     return EnergyModel(
         sample_size=resolution,
         in_channels=in_channels,
-        block_out_channels=tuple(config.energy_block_out_channels),
+        block_out_channels=tuple(config.energy_block_out_channels or ()),
         num_scales=config.energy_num_scales,
         spectral_norm=config.energy_spectral_norm,
     )
 
 
 def build_models(
-    config: TrainingConfig,
-    in_channels: int,
-    build: Callable[[], torch.nn.Module],
-    pretrained: Networks = (None, None),
-) -> Networks:
+    config: TrainingConfig, in_channels: int, build: Callable[[], torch.nn.Module], pretrained: Pretrained
+) -> tuple[Any, EnergyModel | None]:
     """
     The generator and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest.
 
     Raises:
         ValueError: if the pretrained generator is for images of another number of channels than `in_channels`.
     """
-    generator, energy_model = pretrained
+    generator, companions = pretrained
     if generator is not None and generator.config.in_channels != in_channels:
         raise ValueError(
             f"--pretrained_model_name_or_path {config.model.pretrained_model_name_or_path!r} is for images of "
@@ -50,9 +49,8 @@ def build_models(
     generator = build() if generator is None else generator
     if config.model.calibration not in ENERGY_CALIBRATIONS:
         return generator, None
-    if energy_model is None:
-        energy_model = build_energy_model(config.energy, config.data.resolution, in_channels)
-    return generator, energy_model
+    energy_model = companions.get("energy_model")
+    return generator, energy_model or build_energy_model(config.energy, config.data.resolution, in_channels)
 
 
 def build_calibrator(
@@ -79,73 +77,52 @@ def build_calibrator(
     )
 
 
-def load_pretrained(config: TrainingConfig, component: str, model_class: type) -> Networks:
+def load_pretrained(config: TrainingConfig, component: str, model_class: Any) -> Pretrained:
     """
-    The networks of the saved pipeline that `--pretrained_model_name_or_path` names, or of a saved model alone (which has no
-    energy model), ready to train; `None` each where it names none.
-
-    Args:
-        config ([`TrainingConfig`]): The run's.
-        component (`str`): The generator's name in the pipeline.
-        model_class (`type`): Its class.
+    Load what `--pretrained_model_name_or_path` names, ready to train: a saved pipeline, whose `component` is a `model_class`, or such a
+    model alone.
 
     Raises:
-        ValueError: if it can't be loaded, holds no such model, one for another resolution, or weights that are not finite.
+        ValueError: if it can't be loaded, holds no such model, or one for another resolution.
     """
-    name_or_path, name = config.model.pretrained_model_name_or_path, model_class.__name__
+    name_or_path = config.model.pretrained_model_name_or_path
+    companions: dict[str, Any] = {}
     if name_or_path is None:
-        return None, None
+        return None, companions
     refused = f"--pretrained_model_name_or_path {name_or_path!r}"
-    if (Path(name_or_path) / "pipeline" / "model_index.json").is_file():
-        raise ValueError(
-            f"{refused} is a checkpoint: give the pipeline in it, {str(Path(name_or_path) / 'pipeline')!r}."
-        )
-    energy_model = None
+    if (pipeline := Path(name_or_path, "pipeline")).is_dir():
+        raise ValueError(f"{refused} is a checkpoint: give the pipeline in it, {str(pipeline)!r}.")
     try:
         if is_pipeline(name_or_path):
-            pipeline = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False)
-            model, energy_model = getattr(pipeline, component, None), getattr(pipeline, "energy_model", None)
+            components = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False).components
+            companions = {name: components.get(name) for name in ("energy_model", "scheduler")}
+            model = components.get(component)
         else:
             class_name = model_class.load_config(name_or_path).get("_class_name")
-            if class_name != name:
-                raise ValueError(f"it is a {class_name}, not a pipeline and not {name}.")
+            if class_name != model_class.__name__:
+                raise ValueError(f"it is a {class_name}, not a pipeline and not {model_class.__name__}.")
             model = model_class.from_pretrained(name_or_path, low_cpu_mem_usage=False)
     except LOADING_ERRORS as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     if not isinstance(model, model_class):
-        raise ValueError(f"{refused} holds no {name}.")
+        raise ValueError(f"{refused} holds no {model_class.__name__}.")
     if model.config.sample_size != config.data.resolution:
         raise ValueError(
             f"{refused} is for images of {model.config.sample_size} px, but --resolution is {config.data.resolution}."
         )
     # `from_pretrained` gives networks in evaluation mode.
-    return model.train(), energy_model.train() if energy_model is not None else None
+    for network in (model, companions.get("energy_model")):
+        if network is not None:
+            network.train()
+    return model, companions
 
 
-def is_pipeline(name_or_path: str | Path) -> bool:
-    """Whether a pipeline can be read there."""
+def is_pipeline(name_or_path: str) -> bool:
+    """Return whether a pipeline can be read there."""
     try:
         return bool(DiffusionPipeline.load_config(name_or_path))
     except OSError:
         return False
-
-
-def load_companions(name_or_path: str | Path, model_class: type) -> dict:
-    """
-    What a saved pipeline has beside its autoencoder: an energy model and a chain, or nothing, as an autoencoder alone has. They
-    still fit a decoder that has not changed.
-
-    Raises:
-        ValueError: if there is neither a pipeline nor an autoencoder, or it can't be loaded.
-    """
-    try:
-        if not is_pipeline(name_or_path):
-            model_class.load_config(name_or_path)
-            return {}
-        components = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False).components
-    except LOADING_ERRORS as error:
-        raise ValueError(f"the energy model of {str(name_or_path)!r} can't be loaded: {error}") from error
-    return {name: components.get(name) for name in ("energy_model", "scheduler")}
 
 
 def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:
@@ -157,7 +134,7 @@ def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor) -> None:
+    def update(averaged: Any, current: Any, num_averaged: Any) -> None:
         # All on the device: reading `num_averaged` would wait for it at every step.
         weight = 1.0 - ((1 + num_averaged) / (10 + num_averaged)).clamp(max=decay)
         difference = torch._foreach_sub(current, averaged)

@@ -29,34 +29,23 @@ NUM_STEPS, DRIFT_STEP, NUM_DECODER_STEPS, DECODER_DRIFT_STEP = 1, 0.01, 5, 0.1
 
 @dataclass
 class Refined:
-    """
-    Args:
-        energy ([`PosteriorEnergy`]): U of a batch of b images and of as many generated ones behind them: B is 2b.
-        noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0.
-        ends (`torch.Tensor` of shape `(B, d, 1, 1)`): The ends of the chains on it, as whitened latents: the encoder's targets.
-        reference (`torch.Tensor` of shape `(B, d, 1, 1)`): The same chains' ends were q the posterior.
-        generated (`torch.Tensor` of shape `(b, C, H, W)`): The generated images.
-        latents (`torch.Tensor` of shape `(b, d, 1, 1)`, *optional*): Where those of data are after further steps, not whitened:
-            what the decoder learns from, if it does.
-    """
+    """A chain on the posteriors of b images and of as many generated ones behind them: B is 2b. Latents are (B, d, 1, 1)."""
 
-    energy: PosteriorEnergy
-    noise: torch.Tensor
-    ends: torch.Tensor
-    reference: torch.Tensor
-    generated: torch.Tensor
-    latents: torch.Tensor | None
+    energy: PosteriorEnergy  # U of these images
+    noise: torch.Tensor  # u_0
+    ends: torch.Tensor  # the chain's ends, as whitened latents: the encoder's targets
+    reference: torch.Tensor  # what its ends were if q was the posterior
+    generated: torch.Tensor  # the generated images, (b, C, H, W)
+    latents: (
+        torch.Tensor | None
+    )  # (b, d, 1, 1), where those of data are after further steps, if the decoder learns from them
 
 
 class PosteriorCalibration:
-    """
-    Args:
-        config ([`VAEConfig`]): The weights of the loss.
-        vae ([`AutoencoderEC`]): Whose posterior it is; not wrapped.
-        dual_learning_rate (`float`): Of the dual variable.
-    """
+    """Calibrates the posterior of `vae`, the autoencoder that is not wrapped."""
 
     def __init__(self, config: VAEConfig, vae: AutoencoderEC, dual_learning_rate: float):
+        assert config.max_posterior_dual is not None  # as `resolved` gives it
         self.config, self.vae = config, vae
         scheduler, self.remainder = self.chain(config.kl_weight)
         self.calibrator = EnergyCalibrator(
@@ -67,8 +56,8 @@ class PosteriorCalibration:
             dual_learning_rate=dual_learning_rate,
             max_dual=config.max_posterior_dual,
         )
-        # The mean of the constraint over the batches of a step.
-        self.constraint: torch.Tensor | None = None
+        # The sum of the constraint over the batches of a step.
+        self.constraint: torch.Tensor | float = 0.0
         self.num_batches = 0
 
     def chain(self, kl_weight: float) -> tuple[LangevinScheduler, float]:
@@ -109,11 +98,15 @@ class PosteriorCalibration:
             draws = [torch.cat([noise.normal(*shape), noise.normal(*shape)]) for _ in range(len(scheduler))]
             energy = PosteriorEnergy(self.decode, torch.cat([real, generated]), posterior, variance)
             ends = self.calibrator.run_chain(start, noise=draws, energy_model=energy)
-            if self.config.posterior_decoder_weight > 0:
+            if self.config.posterior_decoder_weight:
+                # Further steps, on the posteriors of data alone.
                 of_data = DiagonalGaussianDistribution(posterior.parameters[:count])
-                latents = self.decoder_latents(
-                    PosteriorEnergy(self.decode, real, of_data, variance), ends[:count], kl_weight, noise
-                )
+                energy_of_data = PosteriorEnergy(self.decode, real, of_data, variance)
+                chain = posterior_chain(NUM_DECODER_STEPS, DECODER_DRIFT_STEP * (kl_weight / self.config.kl_weight))
+                further = [noise.normal(*shape) for _ in range(len(chain))]
+                calibrator = EnergyCalibrator(None, chain)
+                refined = calibrator.run_chain(ends[:count], noise=further, energy_model=energy_of_data)
+                latents = energy_of_data.unwhiten(refined)
         return Refined(energy, start, ends, coupled_ends(scheduler, start, draws), generated, latents)
 
     @torch.no_grad()
@@ -128,34 +121,26 @@ class PosteriorCalibration:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(latents).sample
 
-    def decoder_latents(
-        self, energy: PosteriorEnergy, ends: torch.Tensor, kl_weight: float, noise: StepNoise
-    ) -> torch.Tensor:
-        """Return the latents after the further steps."""
-        chain = posterior_chain(NUM_DECODER_STEPS, DECODER_DRIFT_STEP * (kl_weight / self.config.kl_weight))
-        draws = [noise.normal(*ends.shape) for _ in range(len(chain))]
-        return energy.unwhiten(EnergyCalibrator(None, chain).run_chain(ends, noise=draws, energy_model=energy))
-
     def constrain(self, output: AutoencoderECOutput, refined: Refined) -> CalibrationOutput:
         """The calibration of q(z|x) with gradients, that of generated images too, by the ends of its chain."""
         energy = refined.energy
-        parts = [output.latent_dist.parameters, output.extra_latent_dist.parameters]
-        posterior = DiagonalGaussianDistribution(torch.cat(parts))
+        both = [one.parameters for one in (output.latent_dist, output.extra_latent_dist) if one is not None]
+        posterior = DiagonalGaussianDistribution(torch.cat(both))
         samples = energy.whiten(posterior.mean.float() + posterior.std.float() * refined.noise)
         distance = negative_log_posterior(posterior, energy, refined.reference, self.remainder)
         calibration = self.calibrator.constrain(samples, refined.ends, distance=distance)
-        self.constraint = calibration.constraint + (0.0 if self.constraint is None else self.constraint)
+        self.constraint = calibration.constraint + self.constraint
         self.num_batches += 1
         return calibration
 
     def end_step(self, accelerator: Accelerator) -> None:
         """The dual variable, one number for all processes, on the constraint of the whole step."""
         self.calibrator.dual_step(accelerator.reduce(self.constraint / self.num_batches, reduction="mean"))
-        self.constraint, self.num_batches = None, 0
+        self.constraint, self.num_batches = 0.0, 0
 
     def state_dict(self) -> dict:
         return self.calibrator.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.calibrator.load_state_dict(state_dict)
-        self.constraint, self.num_batches = None, 0
+        self.constraint, self.num_batches = 0.0, 0

@@ -20,7 +20,7 @@ from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.progress import progress
 from ecvae_diffusers.training.run.session import train
 from ecvae_diffusers.training.tasks.base import Task, evaluating
-from ecvae_diffusers.training.tasks.networks import Networks, build_models, load_companions, load_pretrained
+from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, load_pretrained
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 from ecvae_diffusers.training.train_ecvae import POSTERIOR_CALIBRATIONS, ECVAEConfig
 from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
@@ -39,13 +39,9 @@ class ECVAETask(Task):
     component, headline, saved_class = "vae", "reconstruction", "ECVAEPipeline"
 
     def __init__(
-        self,
-        config: ECVAEConfig,
-        vae: AutoencoderEC,
-        energy_model: EnergyModel | None,
-        companions: dict | None = None,
+        self, config: ECVAEConfig, vae: AutoencoderEC, energy_model: EnergyModel | None, companions: dict | None = None
     ):
-        """`companions`: what a frozen decoder is saved with, see `load_companions`."""
+        """`companions`: the energy model and the chain that a frozen decoder is saved with."""
         self.config, self.batch_size = config.model, config.optimizer.train_batch_size
         self.num_likelihood_images = config.evaluation.evaluation_samples // SAMPLES_PER_LIKELIHOOD_IMAGE
         self.generator, self.energy_model, self.companions = vae, energy_model, companions
@@ -77,11 +73,14 @@ class ECVAETask(Task):
         decoded = dict(zip(latents, output.prior_sample.chunk(len(latents)))) if latents else {}
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight)
         loss = elbo.loss
-        scalars = {"reconstruction": elbo.reconstruction, "kl": elbo.kl}
-        scalars["reconstruction_gradient_norm"] = error_gradient_norm(real, output.sample)
-        scalars["kl_weight"] = elbo.kl.new_tensor(kl_weight)
-        scalars["active_units"] = active_units(output.latent_dist.mean)
-        scalars["posterior_variance"] = output.latent_dist.var.detach().float().mean()
+        scalars = {
+            "reconstruction": elbo.reconstruction,
+            "kl": elbo.kl,
+            "reconstruction_gradient_norm": error_gradient_norm(real, output.sample),
+            "kl_weight": elbo.kl.new_tensor(kl_weight),
+            "active_units": active_units(output.latent_dist.mean),
+            "posterior_variance": output.latent_dist.var.detach().float().mean(),
+        }
         if self.state is not None:
             calibration = self.state.constrain(output, refined)
             loss = loss + calibration.loss
@@ -97,27 +96,16 @@ class ECVAETask(Task):
         if self.state is not None:
             self.state.end_step(self.accelerator)
 
-    def draw(self, real, noise):
-        return noise.normal(len(real), *self.latent_shape)
-
     def measure(self, generator, images):
         """The importance-weighted bound, the evidence lower bound and the amortisation gap, in nats per image."""
         if self.config.kl_weight == 0:
             return {}  # there is no likelihood that the loss stands for
         count = max(1, min(NUM_LIKELIHOOD_IMAGES, self.num_likelihood_images))
-        images = to_range(images[:count].to(generator.device))
+        images, variance = to_range(images[:count].to(generator.device)), self.config.kl_weight / 2
         bounds = posterior_bounds(
-            images,
-            generator,
-            IMPORTANCE_SAMPLES,
-            AMORTISATION_STEPS,
-            self.config.kl_weight / 2,
-            batch_size=self.batch_size,
+            images, generator, IMPORTANCE_SAMPLES, AMORTISATION_STEPS, variance, batch_size=self.batch_size
         )
         return {name: values.mean().item() for name, values in bounds.items()}
-
-    def latents(self, count, seed):
-        return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
 
     def sample(self, generator, latents):
         with evaluating(generator):
@@ -153,7 +141,7 @@ def build_vae(config: ECVAEConfig, in_channels: int) -> AutoencoderEC:
         sample_size=config.data.resolution,
         in_channels=in_channels,
         latent_channels=config.model.latent_channels,
-        block_out_channels=tuple(config.model.block_out_channels),
+        block_out_channels=tuple(config.model.block_out_channels or ()),
         layers_per_block=config.model.layers_per_block,
     )
 
@@ -162,24 +150,22 @@ def train_vae(config: ECVAEConfig) -> None:
     """Train as configured. Raises what `session.train` raises."""
     model = config.model
 
-    def build_task(loaded, feed) -> ECVAETask:
-        pretrained, companions = loaded
-        models = build_models(config, feed.channels, lambda: build_vae(config, feed.channels), pretrained)
-        return ECVAETask(config, *models, companions)
-
-    def load(checkpoint: Path | None) -> tuple[Networks, dict | None]:
-        vae, energy_model = load_pretrained(config, "vae", AutoencoderEC)
-        holds_still = model.freeze_decoder or model.calibration in POSTERIOR_CALIBRATIONS
-        if holds_still and vae is not None and vae.config.norm_type == "batch":
+    def load(checkpoint: Path | None) -> Pretrained:
+        vae, companions = load_pretrained(config, "vae", AutoencoderEC)
+        needs_group_norm = model.freeze_decoder or model.calibration in POSTERIOR_CALIBRATIONS
+        if vae is not None and vae.config.norm_type == "batch" and needs_group_norm:
             raise ValueError(
                 f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path!r} must have group normalization with "
                 "--calibration posterior or both, or --freeze_decoder, but has batch normalization, whose statistics change."
             )
-        companions = None
-        if model.freeze_decoder:
-            # A resumed run has its checkpoint's decoder, whatever the path holds by now.
-            source = model.pretrained_model_name_or_path if checkpoint is None else checkpoint / "pipeline"
-            companions = load_companions(source, AutoencoderEC)
-        return (vae, energy_model), companions
+        if model.freeze_decoder and checkpoint is not None:
+            # The decoder is the checkpoint's, whatever the path holds by now.
+            saved = ECVAEPipeline.from_pretrained(checkpoint / "pipeline", low_cpu_mem_usage=False)
+            companions = {"energy_model": saved.energy_model, "scheduler": saved.scheduler}
+        return vae, companions
+
+    def build_task(pretrained: Pretrained, feed) -> ECVAETask:
+        vae, energy_model = build_models(config, feed.channels, lambda: build_vae(config, feed.channels), pretrained)
+        return ECVAETask(config, vae, energy_model, pretrained[1] if model.freeze_decoder else None)
 
     train(config, load, build_task, ECVAETask)

@@ -1,4 +1,4 @@
-"""`--calibration posterior` and `both`, run as a user runs them."""
+"""`--calibration posterior` and `both`, and an encoder that is trained alone."""
 
 import shutil
 from pathlib import Path
@@ -7,19 +7,22 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from training_runs import TINY, metrics, succeed, weights, write_images
+from training_runs import TINY, metrics, weights, write_images
+from training_runs import train as run
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
-from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.randomness import StepNoise
 from ecvae_diffusers.training.run.log import read_metrics
+from ecvae_diffusers.training.tasks import vae
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 from ecvae_diffusers.training.train_ecvae import VAEConfig
 
 
 STEPS = 8
-LONG = ("--max_posterior_dual", 10)
+BOTH = ("--calibration", "both", "--max_posterior_dual", 10, "--checkpointing_steps", STEPS // 2)
+SMALL = {"sample_size": 16, "in_channels": 1, "latent_channels": 4, "block_out_channels": (16, 16)}
+RESUMED = ("--resume_from_checkpoint", "latest")
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +30,26 @@ def images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "gray")
 
 
-def train(images: Path, output_dir: Path, *arguments) -> list[dict]:
-    succeed("--train_data_dir", images, "--output_dir", output_dir, *TINY, "--log_steps", 1, *arguments)
+def train(images: Path, output_dir: Path, num_steps: int, *arguments) -> list[dict]:
+    run(
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        output_dir,
+        *TINY,
+        "--log_steps",
+        1,
+        "--max_train_steps",
+        num_steps,
+        *arguments,
+    )
     return metrics(output_dir)
 
 
 @pytest.fixture(scope="module")
 def both(images, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("runs") / "both"
-    train(images, output_dir, "--calibration", "both", *LONG, "--max_train_steps", STEPS)
+    train(images, output_dir, STEPS, *BOTH)
     return output_dir
 
 
@@ -51,11 +65,10 @@ def test_both_constraints_have_a_dual_variable_each(both):
 
 def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
     """The posterior's dual variable is in the checkpoint too."""
-    arguments = ("--calibration", "both", *LONG, "--checkpointing_steps", STEPS // 2)
-    train(images, tmp_path / "cut", *arguments, "--max_train_steps", STEPS // 2)
-    lines = train(
-        images, tmp_path / "cut", *arguments, "--max_train_steps", STEPS, "--resume_from_checkpoint", "latest"
-    )
+    shutil.copytree(both, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / f"checkpoint-{STEPS}")
+    shutil.rmtree(tmp_path / "cut" / "vae")
+    lines = train(images, tmp_path / "cut", STEPS, *BOTH, *RESUMED)
     assert lines[-1]["posterior_dual"] == metrics(both)[-1]["posterior_dual"]
     whole, cut = weights(both), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
@@ -65,42 +78,33 @@ def encoder_alone(start: Path, calibration: str) -> tuple:
     return ("--pretrained_model_name_or_path", start, "--freeze_decoder", "--calibration", calibration)
 
 
-@pytest.mark.parametrize("calibration", ["none", "posterior"])
-def test_the_encoder_of_a_decoder_that_is_there(both, images, tmp_path, calibration):
-    """Bit for bit the decoder, and so every sample; its energy model and chain stay with it."""
-    train(images, tmp_path / "whole", *encoder_alone(both, calibration), "--max_train_steps", 2)
+def test_the_encoder_of_a_decoder_that_is_there(both, images, tmp_path):
+    """
+    Bit for bit the decoder, and so every sample; its energy model and chain stay with it, also when the run is resumed, whatever else
+    it is given by then.
+    """
+    arguments = ("--checkpointing_steps", 2)
+    train(images, tmp_path / "whole", 4, *encoder_alone(both, "posterior"), *arguments)
     before, after = weights(both), weights(tmp_path / "whole")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith("vae/encoder.") for key in changed)
     for name in ("energy_model/config.json", "scheduler/scheduler_config.json"):
         assert (both / name).read_text() == (tmp_path / "whole" / name).read_text()
-    old, new = (ECVAEPipeline.from_pretrained(folder) for folder in (both, tmp_path / "whole"))
-    kept = new.energy_model.state_dict()
-    assert all(torch.equal(value, kept[key]) for key, value in old.energy_model.state_dict().items())
-    samples = [pipe(4, generator=torch.Generator().manual_seed(0), output_type="np").images for pipe in (old, new)]
-    assert (samples[0] == samples[1]).all()
-
-
-def test_an_encoder_is_gone_on_with_beside_its_own_decoder(both, images, tmp_path):
-    """As any run; and with the energy model of its own decoder, whatever else it is given by then."""
-    arguments = ("--checkpointing_steps", 2, "--max_train_steps", 4)
-    train(images, tmp_path / "whole", *encoder_alone(both, "posterior"), *arguments)
-    train(images, tmp_path / "cut", *encoder_alone(both, "posterior"), *arguments[:2], "--max_train_steps", 2)
-    other = tmp_path / "other"
-    shutil.copytree(both, other)
-    path = other / "energy_model" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    shutil.copytree(both, tmp_path / "other")
+    path = tmp_path / "other" / "energy_model" / "diffusion_pytorch_model.safetensors"
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
-    resumed = (*arguments, "--resume_from_checkpoint", "latest")
-    train(images, tmp_path / "cut", *encoder_alone(other, "posterior"), *resumed)
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert any(key.startswith("energy_model/") for key in whole)
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    train(images, tmp_path / "cut", 4, *encoder_alone(tmp_path / "other", "posterior"), *arguments, *RESUMED)
+    cut = weights(tmp_path / "cut")
+    assert after.keys() == cut.keys() and all(torch.equal(after[key], cut[key]) for key in after)
 
 
-def test_evaluations_of_an_encoder_alone(both, images, tmp_path):
+def test_evaluations_of_an_encoder_alone(both, images, tmp_path, monkeypatch):
     """Samples stay as they are, and so none of its steps is the best. An autoencoder alone has nothing beside it."""
-    arguments = ("--evaluation_steps", 1, "--evaluation_samples", 12, "--evaluation_features", "digits")
-    train(images, tmp_path / "run", *encoder_alone(both / "vae", "none"), *arguments, "--max_train_steps", 2)
+    monkeypatch.setattr(vae, "AMORTISATION_STEPS", 2)
+    arguments = ("--evaluation_steps", 1, "--evaluation_samples", 12)
+    train(images, tmp_path / "run", 2, *encoder_alone(both / "vae", "none"), *arguments)
     evaluations = read_metrics(tmp_path / "run" / "evaluations.jsonl")
     assert len({row["kernel_distance"] for row in evaluations}) == 1 and len({row["elbo"] for row in evaluations}) == 2
     assert not (tmp_path / "run" / "best").exists()
@@ -109,25 +113,28 @@ def test_evaluations_of_an_encoder_alone(both, images, tmp_path):
 
 def test_bf16(both, images, tmp_path):
     """The first step is that of float32, but for rounding; all chains keep their state in float32."""
-    lines = train(
-        images, tmp_path / "bf16", "--calibration", "both", *LONG, "--max_train_steps", 2, "--mixed_precision", "bf16"
-    )
+    (line,) = train(images, tmp_path, 1, *BOTH, "--mixed_precision", "bf16", "--overwrite_output_dir")
     expected = metrics(both)[0]
     for name in ("reconstruction", "kl", "refined_reconstruction"):
-        assert lines[0][name] == pytest.approx(expected[name], rel=0.05), name
+        assert line[name] == pytest.approx(expected[name], rel=0.05), name
     # A small difference of large ones.
-    assert lines[0]["posterior_constraint"] == pytest.approx(expected["posterior_constraint"], rel=0.2)
-    assert lines[0]["gradient_norm"] != expected["gradient_norm"]
+    assert line["posterior_constraint"] == pytest.approx(expected["posterior_constraint"], rel=0.2)
+    assert line["gradient_norm"] != expected["gradient_norm"]
 
 
 def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
-    """At half of beta the likelihood is twice as sharp, and the chain's step half as long. A warm-up of one step is none."""
-    vae = AutoencoderEC(sample_size=16, in_channels=1, latent_channels=4, block_out_channels=(16, 16))
-    state = PosteriorCalibration(VAEConfig().resolved(16), vae, 0.1)
+    """At half of beta the likelihood is twice as sharp, and the chain's step half as long."""
+    state = PosteriorCalibration(VAEConfig().resolved(16), AutoencoderEC(**SMALL), 0.1)
     (whole, remainder), (half, rest) = state.chain(1.0), state.chain(0.5)
     assert half.config.drift_step_size == whole.config.drift_step_size / 2 and 0 < rest < remainder
-    arguments = ("--calibration", "posterior", "--max_train_steps", 1, "--kl_weight", 0.5, "--kl_warmup_steps")
-    none, over = (train(images, tmp_path / str(steps), *arguments, steps)[0] for steps in (0, 1))
+    # At a thousandth a whole step would move latents by hundreds of sigma.
+    lines = train(images, tmp_path / "run", 3, "--calibration", "posterior", "--kl_warmup_steps", 3000)
+    assert lines[0]["kl_weight"] == pytest.approx(1 / 3000)
+    assert all(line["posterior_constraint"] < 100 for line in lines)
+    assert all(line["refined_reconstruction"] < 1.05 * line["reconstruction"] for line in lines)
+    # A warm-up of one step is none.
+    arguments = ("--calibration", "posterior", "--kl_weight", 0.5, "--kl_warmup_steps")
+    none, over = (train(images, tmp_path / str(steps), 1, *arguments, steps)[0] for steps in (0, 1))
     for name in ("kl_weight", "posterior_constraint", "posterior_dual", "refined_reconstruction", "gradient_norm"):
         assert none[name] == over[name]
 
@@ -135,12 +142,12 @@ def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
 def test_the_encoder_learns_from_generated_images_too():
     """Their constraint counts as that of data does; it moves the encoder, and neither the decoder nor the images."""
     torch.manual_seed(0)
-    vae = AutoencoderEC(sample_size=16, in_channels=1, latent_channels=4, block_out_channels=(16, 16))
+    model = AutoencoderEC(**SMALL)
     real, start = torch.rand(6, 1, 16, 16) * 2 - 1, torch.randn(6, 4, 1, 1)
 
-    state = PosteriorCalibration(VAEConfig().resolved(16), vae, 0.1)
+    state = PosteriorCalibration(VAEConfig().resolved(16), model, 0.1)
     refined = state.refine(real, start, StepNoise(0, 1, 0, 1, torch.device("cpu")), 1.0, Accelerator(cpu=True))
-    output = vae(real, True, posterior_noise=start, extra_sample=refined.generated)
+    output = model(real, True, posterior_noise=start, extra_sample=refined.generated)
     posteriors = output.latent_dist, output.extra_latent_dist
     for posterior in posteriors:
         posterior.parameters.retain_grad()
@@ -152,41 +159,30 @@ def test_the_encoder_learns_from_generated_images_too():
     assert len(refined.ends) == len(refined.noise) == 12 and len(refined.latents) == 6
     assert torch.equal(refined.noise[:6], start) and not torch.equal(refined.noise[6:], start)
     assert of_data.abs().max() > 0 and of_generated.abs().max() > 0
-    assert all(p.grad is None or not p.grad.any() for p in vae.decoder.parameters())
-    assert any(p.grad.any() for p in vae.encoder.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in model.decoder.parameters())
+    assert any(p.grad.any() for p in model.encoder.parameters())
     # -log q of the ends under its own q, less that of the reference, over both halves.
     u = 0.5 * (refined.ends.square() - refined.reference.square()).flatten(1).sum(1)
     remainder = stationary_constraint(posterior_chain(1, 0.01), 4)
     torch.testing.assert_close(calibration.constraint, u.mean() + remainder, rtol=1e-3, atol=1e-5)
 
 
-def test_the_chain_does_not_run_away_while_beta_is_small(images, tmp_path):
-    """At a thousandth of beta the likelihood is a thousand times as sharp: a whole step would move latents by hundreds of sigma."""
-    arguments = ("--calibration", "posterior", "--max_train_steps", 3, "--kl_warmup_steps", 3000)
-    lines = train(images, tmp_path / "run", *arguments)
-    assert lines[0]["kl_weight"] == pytest.approx(1 / 3000)
-    assert all(line["posterior_constraint"] < 100 for line in lines)
-    assert all(line["refined_reconstruction"] < 1.05 * line["reconstruction"] for line in lines)
-
-
 def test_batch_normalization_is_refused(images, tmp_path):
-    config = {"sample_size": 16, "in_channels": 1, "latent_channels": 4, "block_out_channels": (16, 16)}
-    AutoencoderEC(**config, norm_type="batch").save_pretrained(tmp_path / "batch")
-    given = ["--train_data_dir", images, "--output_dir", tmp_path / "run", *TINY]
-    given += ["--pretrained_model_name_or_path", tmp_path / "batch"]
+    AutoencoderEC(**SMALL, norm_type="batch").save_pretrained(tmp_path / "batch")
+    start = ("--pretrained_model_name_or_path", tmp_path / "batch")
     for extra in (["--calibration", "both"], ["--freeze_decoder", "--calibration", "none"]):
-        with pytest.raises(ValueError, match="pretrained_model_name_or_path"):
-            train_ecvae.run(train_ecvae.parse_args([*given, *extra]))
+        with pytest.raises(SystemExit, match="pretrained_model_name_or_path"):
+            train(images, tmp_path / "run", 1, *start, *extra)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_posterior_alone_has_no_energy_model(images, tmp_path):
     """With the decoder left out and a weight next to 0 the loss is that without calibration."""
     off = ("--posterior_decoder_weight", 0, "--max_posterior_dual", "1e-30")
-    lines = train(images, tmp_path / "off", "--calibration", "posterior", *off, "--max_train_steps", 1)
-    assert "constraint" not in lines[-1] and "refined_reconstruction" not in lines[-1]
+    (line,) = train(images, tmp_path / "off", 1, "--calibration", "posterior", *off)
+    assert "constraint" not in line and "refined_reconstruction" not in line
     pipe = ECVAEPipeline.from_pretrained(tmp_path / "off")
     assert pipe.energy_model is None and pipe.scheduler is None
-    plain = train(images, tmp_path / "none", "--calibration", "none", "--max_train_steps", 1)
+    (plain,) = train(images, tmp_path / "none", 1, "--calibration", "none")
     for name in ("reconstruction", "kl", "gradient_norm"):
-        assert lines[-1][name] == pytest.approx(plain[-1][name], rel=1e-4)
+        assert line[name] == pytest.approx(plain[name], rel=1e-4)
