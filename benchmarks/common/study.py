@@ -65,7 +65,7 @@ class Digits:
         features, accuracy = train_digit_features()
         self.metrics = reference(features.to(args.device), self.train)
         floor = distances(self.metrics, digits[NUM_TRAIN:])
-        self.about = f"digits; classifier {accuracy:.1%} on held-out digits, which are at {floor}"
+        self.about = f"classifier {accuracy:.1%} on held-out digits, which are at {floor}"
 
 
 class FashionMNIST:
