@@ -35,14 +35,14 @@ def test_inception_features(tmp_path, monkeypatch):
     direct = network("direct", ["2048"], feature_extractor_weights_path=weights)
     features = InceptionFeatures(weights)
     gray = torch.randint(256, (7, 1, 16, 16), dtype=torch.uint8)
-    colour = gray.expand(-1, 3, -1, -1)
+    colour = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8)
     opaque = torch.cat([colour, torch.full_like(gray, 255)], dim=1)
-    expected = direct(colour[:2])[0]
-    assert expected.shape == (2, 2048)
-    for images in (gray, colour, opaque):
-        torch.testing.assert_close(features(images[:2]), expected, atol=1e-4, rtol=1e-5)
+    for images, as_rgb in ((gray, gray.expand(-1, 3, -1, -1)), (colour, colour), (opaque, colour)):
+        expected = direct(as_rgb[:1])[0]
+        assert expected.shape == (1, 2048)
+        torch.testing.assert_close(features(images[:1]), expected, atol=1e-4, rtol=1e-5)
     metrics = GenerationMetrics(features)
     metrics.update(gray, real=True)
-    metrics.update(255 - colour, real=False)
+    metrics.update(colour, real=False)
     measures = metrics.compute()
     assert measures["frechet_distance"] is None and measures["num_real"] == 7
