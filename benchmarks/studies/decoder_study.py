@@ -129,6 +129,7 @@ def main() -> None:
     made.add_argument("--picture", type=Path, help="reconstructions of the first seed: a row per setting")
     args = made.parse_args()
     names = {f"{model}, {name}": (model, name) for model in args.models for name in args.settings}
+    args.settings = list(names)
 
     def folder_of(model: str, name: str, seed: int) -> Path:
         if SETTINGS[name] is None:
