@@ -35,11 +35,10 @@ from ecvae_diffusers.training.data.digits import (
     write_digits,
 )
 from ecvae_diffusers.training.data.transforms import to_range
+from ecvae_diffusers.training.run.command import ArgumentParser, fail, local_path
 from ecvae_diffusers.training.run.folder import locked
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
 from ecvae_diffusers.training.run.log import METRICS_FILE, read_metrics
 from ecvae_diffusers.training.run.pictures import image_grid
-from ecvae_diffusers.training.run.places import local_path
 
 
 # Chosen by the study in benchmarks/RESULTS.md.

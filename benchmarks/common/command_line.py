@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from common.results import table
-from ecvae_diffusers.training.run.launch import device_name
+from ecvae_diffusers.training.run.command import device_name
 
 
 RESOLUTIONS = (8, 16, 32, 64, 128, 256)

@@ -47,9 +47,9 @@ def train_with_fault(fault: str | None, arguments: list[str]) -> None:
     import torch
 
     from ecvae_diffusers.training import train_ecvae
-    from ecvae_diffusers.training.run import session
+    from ecvae_diffusers.training.run import launch
 
-    class FaultyTrainer(session.Trainer):
+    class FaultyTrainer(launch.Trainer):
         iteration = 0
 
         def train_step(self, batches):
@@ -66,7 +66,7 @@ def train_with_fault(fault: str | None, arguments: list[str]) -> None:
             self.iteration += 1
             return scalars
 
-    session.Trainer = FaultyTrainer
+    launch.Trainer = FaultyTrainer
     train_ecvae.run(train_ecvae.parse_args(arguments))
 
 

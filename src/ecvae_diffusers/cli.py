@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from . import __version__
-from .training.run.last_line import fail, printable
+from .training.run.command import fail, printable
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from training_runs import TINY, weights, write_images
 
 from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run.checkpoints import checkpoints, damage
-from ecvae_diffusers.training.run.session import run_script
+from ecvae_diffusers.training.run.launch import run_script
 
 
 PLACES = 8

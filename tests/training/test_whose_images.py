@@ -10,7 +10,7 @@ from training_runs import TINY, TINY_DECODER, TINY_FLOW, write_autoencoder, writ
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.data.files import trained_hashes
 from ecvae_diffusers.training.run.folder import HASHES_FILE
-from ecvae_diffusers.training.run.session import run_script
+from ecvae_diffusers.training.run.launch import run_script
 
 
 def call(script, parse_args, *arguments) -> None:

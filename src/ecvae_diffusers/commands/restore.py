@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.commands.sample import load_pipeline
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.command import ArgumentParser, fail
 
 
 if TYPE_CHECKING:

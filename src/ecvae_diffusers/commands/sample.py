@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail
+from ecvae_diffusers.training.run.command import ArgumentParser, fail
 
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def load_pipeline(
     """
     import torch
 
-    from ecvae_diffusers.training.run.launch import device_name
-    from ecvae_diffusers.training.run.places import why_missing
+    from ecvae_diffusers.training.run.command import device_name, why_missing
     from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
     try:

@@ -22,10 +22,9 @@ from ecvae_diffusers.evaluation.schema import EVALUATION_FILE, Evaluation
 from ecvae_diffusers.evaluation.summary import summarize
 from ecvae_diffusers.evaluation.work import EvaluatedModel, Work
 from ecvae_diffusers.hub.card import evaluation_table
+from ecvae_diffusers.training.run.command import ArgumentParser, check_places, fail, named_place, place, printable
 from ecvae_diffusers.training.run.folder import locked_by_main
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
 from ecvae_diffusers.training.run.pictures import save_atomically
-from ecvae_diffusers.training.run.places import check_places, named_place, place
 
 
 PARTS_FOLDER = ".parts"

@@ -26,11 +26,10 @@ from ecvae_diffusers.metrics import GenerationMetrics
 from ecvae_diffusers.training.data.files import trained_hashes
 from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
 from ecvae_diffusers.training.data.transforms import to_range
+from ecvae_diffusers.training.run.command import ArgumentParser, check_places, device_name, fail, place, printable
 from ecvae_diffusers.training.run.folder import locked
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
-from ecvae_diffusers.training.run.launch import device_name, keep_freed_memory
+from ecvae_diffusers.training.run.launch import keep_freed_memory
 from ecvae_diffusers.training.run.pictures import image_grid, save_atomically
-from ecvae_diffusers.training.run.places import check_places, place
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 

@@ -18,7 +18,7 @@ from ecvae_diffusers.training.data.images import (
     load_split,
     open_folder,
 )
-from ecvae_diffusers.training.run.places import PICTURE_FOLDERS
+from ecvae_diffusers.training.run.command import PICTURE_FOLDERS
 
 
 logger = logging.getLogger(__name__)

@@ -32,9 +32,8 @@ from ecvae_diffusers.hub.contents import (
 from ecvae_diffusers.hub.saving import weights_fingerprint
 from ecvae_diffusers.hub.upload import UploadError, upload_folder
 from ecvae_diffusers.report.curves import plot_curves
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
+from ecvae_diffusers.training.run.command import ArgumentParser, fail, named_place, place, printable
 from ecvae_diffusers.training.run.log import METRICS_FILE, read_arguments, read_metrics
-from ecvae_diffusers.training.run.places import named_place, place
 
 
 EVALUATED = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}

@@ -19,8 +19,7 @@ from ecvae_diffusers.report.charts import calibration_charts, evaluation_charts,
 from ecvae_diffusers.report.drawing import FEW_POINTS, drawn, histograms
 from ecvae_diffusers.report.read import Picture, Run, number, spread_over
 from ecvae_diffusers.report.verdict import findings
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
-from ecvae_diffusers.training.run.places import local_path
+from ecvae_diffusers.training.run.command import ArgumentParser, fail, local_path, printable
 
 
 # Tells a report of ours, which may be replaced, from other files.
