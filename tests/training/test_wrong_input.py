@@ -116,8 +116,6 @@ def test_a_finished_run_is_not_overwritten_unasked(tmp_path):
     check_output_dir(tmp_path, overwrite=False, resume=True, component="vae")
     with pytest.raises(ValueError, match="holds a training run: go on with --resume_from_checkpoint latest"):
         check_output_dir(tmp_path, overwrite=False, resume=False, component="vae")
-    with pytest.raises(ValueError, match="must be a folder"):
-        check_output_dir(tmp_path / "training_args.json", overwrite=True, resume=False, component="vae")
 
 
 def test_unknown_checkpoint_is_named_with_those_there_are(tmp_path):
@@ -128,11 +126,9 @@ def test_unknown_checkpoint_is_named_with_those_there_are(tmp_path):
         write_manifest(checkpoint)
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
     assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-100")).name == "checkpoint-100"
-    for unknown in ("checkpoint-7", "/elsewhere/checkpoint-100"):
-        with pytest.raises(ValueError, match=rf"\['checkpoint-40', 'checkpoint-100'\].*but is '{unknown}'"):
-            find_checkpoint(tmp_path, unknown)
-    with pytest.raises(ValueError, match=r"is not the newest.*Move \['checkpoint-100'\] away"):
-        find_checkpoint(tmp_path, "checkpoint-40")
+    for other in ("checkpoint-7", "/elsewhere/checkpoint-100", "checkpoint-40"):  # of the last two runs would mix
+        with pytest.raises(ValueError, match="--resume_from_checkpoint.*'checkpoint-40', 'checkpoint-100'"):
+            find_checkpoint(tmp_path, other)
 
 
 def test_a_run_is_gone_on_with_under_its_own_arguments(tmp_path):

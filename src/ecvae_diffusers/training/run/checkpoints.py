@@ -93,7 +93,7 @@ def damage(checkpoint: Path) -> str | None:
             digests = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
         except (ValueError, TypeError, IsADirectoryError):
             return f"{MANIFEST} can't be read"
-    for name in {*STATE_FILES, *digests}:
+    for name in [*STATE_FILES, *digests]:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
