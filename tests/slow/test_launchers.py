@@ -19,12 +19,10 @@ BIN = Path(sys.executable).parent
         [sys.executable, "-m", "accelerate.commands.launch"],
         [BIN / "torchrun", "--nproc_per_node", "2"],
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"],
-        [sys.executable],
     ],
 )
-@pytest.mark.parametrize("script", ["train_ecvae", "evaluate"])
-def test_the_last_line_is_ours(launcher, script):
-    command = [*launcher, SCRIPTS / f"{script}.py", "--no_such_argument"]
+def test_the_last_line_is_ours(launcher):
+    command = [*launcher, SCRIPTS / "train_ecvae.py", "--no_such_argument"]
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert process.returncode != 0
-    assert process.stderr.splitlines()[-1].startswith(f"{script}.py: error: ")
+    assert process.stderr.splitlines()[-1].startswith("train_ecvae.py: error: ")

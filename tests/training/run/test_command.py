@@ -16,7 +16,6 @@ from training_runs import TINY, TINY_DECODER, TINY_FLOW, write_autoencoder, writ
 
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
 from ecvae_diffusers.hub import publish
-from ecvae_diffusers.report import report
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.run import launch
 from ecvae_diffusers.training.run.command import check_places, name_as_text, why_missing
@@ -80,9 +79,6 @@ def test_places_of_a_config_and_places_with_names(tmp_path, monkeypatch):
     args = publish.parse_args([*SCRIPTS[publish][0], *given])
     assert (args.evaluation, args.details) == (str(tmp_path / "e"), str(tmp_path / "d"))
     assert (args.training_seeds, args.baseline) == ([f"0={tmp_path}/s"], f"B={tmp_path}/b")
-    monkeypatch.setattr("sys.argv", ["report.py", "~/run"])
-    with pytest.raises(SystemExit, match=str(tmp_path / "run")):
-        report.main()
 
 
 def test_what_is_not_there_is_told_without_the_hub(tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run import divergence
 from ecvae_diffusers.training.run.divergence import (
     CONFIRMATIONS,
-    GRADIENTS,
     LASTING,
     WARMUP,
     DivergenceGuard,
@@ -32,7 +31,6 @@ HEALTHY = {
 # What is divergence only if it lasts, with gradients clipped to 30, and what is said of it.
 DOUBTS = {
     "gradient": ({"gradient_norm_max": 1e9}, "gradient_norm_max 1e+09 is far outside"),
-    "energy gradient": ({"energy_gradient_norm_max": 1e9}, "energy_gradient_norm_max 1e+09 is far outside"),
     "energy model": ({"energy_gradient_norm_max": 0.02}, "the energy model is dead"),
     "samples": ({"sample_spread": 0.02}, "samples are all alike"),
 }
@@ -58,17 +56,20 @@ def resumed(guard: DivergenceGuard, **kwargs) -> DivergenceGuard:
 
 
 def test_when_calibration_is_off():
-    energies = {"energy_real": -1.0, "energy_real_std": 0.5, "energy_samples_std": 0.5}
-    for dual, gradient, other, energy, expected in (
-        (0.0, 0.0, 10.0, 1.0, (0, 1)),
-        (0.5, 0.09, 10.0, 1.0, (0, 1)),  # under a hundredth of the reconstruction's
-        (0.5, 0.11, 10.0, 1.0, (1, 0)),
-        (0.0, 0.0, 0.0, 1.0, (0, 1)),
-        (0.0, 0.0, 10.0, -0.6, (0, 0)),  # the energy model tells nothing apart: samples are like data
-        (0.0, 0.0, 10.0, -5.0, (0, 0)),
+    scalars = {
+        "energy_real": -1.0,
+        "energy_real_std": 0.5,
+        "energy_samples_std": 0.5,
+        "reconstruction_gradient_norm": 10.0,
+    }
+    for dual, gradient, energy, expected in (
+        (0.0, 0.0, 1.0, [0, 1]),
+        (0.5, 0.09, 1.0, [0, 1]),  # under a hundredth of the reconstruction's
+        (0.5, 0.11, 1.0, [1, 0]),
+        (0.0, 0.0, -0.6, [0, 0]),  # the energy model tells nothing apart: samples are like data
     ):
-        scalars = {"dual": dual, "calibration_gradient_norm": gradient, "reconstruction_gradient_norm": other}
-        assert tuple(calibration_state({**scalars, **energies, "energy_samples": energy}).values()) == expected
+        scalars |= {"dual": dual, "calibration_gradient_norm": gradient, "energy_samples": energy}
+        assert list(calibration_state(scalars).values()) == expected
     # One warning per time, after 100 steps.
     guard = watched(0, log_steps=34)
     assert guard.observe(healthy(0, calibration_off=1)) == ([], [])
@@ -77,38 +78,25 @@ def test_when_calibration_is_off():
         assert len(guard.observe(healthy(0, calibration_off=off))[1]) == warnings
 
 
-def test_a_run_whose_calibration_is_off_says_so(data, tmp_path, monkeypatch, capsys):
-    """A tolerance far too wide: in the events and on the bar, and first in the report."""
-    monkeypatch.setattr(divergence, "OFF_STEPS", 20)
-    arguments = [
-        "--train_data_dir", data, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 60, "--initial_dual", 0.5,
-        "--calibration_tolerance", 100.0, "--energy_learning_rate", 5e-3,
-    ]  # fmt: skip
-    train_ecvae.run(train_ecvae.parse_args(arguments))
-    (event,) = read_metrics(tmp_path / "run" / "events.jsonl")
-    assert event["kind"] == "warning" and "calibration is off" in event["message"]
-    assert "(calibration is off)" in capsys.readouterr().err
-    assert not judge_calibration(Run.read(tmp_path / "run")).healthy and JUDGES[0] is judge_calibration
+FAR_OUTSIDE = {
+    "gradient_norm_max": {"gradient_norm_max": 5e4},
+    "energy_gradient_norm_max": {"energy_gradient_norm_max": 900.0},
+    "energy_gap": {"energy_targets": -80.0},
+    "reconstruction": {"reconstruction": 5000.0},
+    "constraint_max": {"constraint_max": 2.0},
+}
 
 
-@pytest.mark.parametrize(
-    "changed, name",
-    [
-        ({"gradient_norm_max": 5e4}, "gradient_norm_max"),
-        ({"energy_gradient_norm_max": 900.0}, "energy_gradient_norm_max"),
-        ({"energy_real": -80.0}, "energy_gap"),
-        ({"energy_targets": -80.0}, "energy_gap"),
-        ({"reconstruction": 5000.0}, "reconstruction"),
-        ({"constraint_max": 2.0}, "constraint_max"),
-    ],
-)
-def test_far_outside_the_running_range(changed, name):
-    guard = resumed(watched())
-    for i in range(5):  # an outlier does not widen the range
-        alarms, _ = guard.observe(healthy(i, **changed))
-        assert len(alarms) == 1 and alarms[0].startswith(f"{name} ")
+@pytest.mark.parametrize("name", FAR_OUTSIDE)
+def test_far_outside_the_running_range(name):
+    # A gradient that clipping does not bring back into its range is as one that is not clipped.
+    for max_grad_norm in (None, 1e6):
+        guard = resumed(watched(), max_grad_norm=max_grad_norm)
+        for i in range(5):  # an outlier does not widen the range
+            alarms, _ = guard.observe(healthy(i, **FAR_OUTSIDE[name]))
+            assert len(alarms) == 1 and alarms[0].startswith(f"{name} ")
     # Not before there is a range; and what is large but not far outside is no reason to go back.
-    assert watched(10).observe(healthy(0, **changed)) == ([], [])
+    assert watched(10).observe(healthy(0, **FAR_OUTSIDE[name])) == ([], [])
     assert watched().observe(healthy(0, gradient_norm_max=400.0, constraint_max=0.1, reconstruction=2.0)) == ([], [])
 
 
@@ -126,13 +114,6 @@ def test_what_is_divergence_only_if_it_lasts(changed, said):
     assert all(watched(0).observe(healthy(i, **changed)) == ([], []) for i in range(WARMUP))
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
-@pytest.mark.parametrize("max_grad_norm", [None, 1e6])
-def test_a_gradient_outlier_is_seen_at_once_unless_clipping_brings_it_back(name, max_grad_norm):
-    guard = watched(max_grad_norm=max_grad_norm)
-    assert [len(guard.observe(healthy(i, **{name: 1e9}))[0]) for i in range(3)] == [1, 1, 1]
-
-
 def test_a_pinned_dual():
     """A warning if the bound is too low; if the chain has run away an alarm, but no second one."""
     for ratio, alarms, warnings in ((5.0, 0, 1), (30.0, 1, 0)):
@@ -141,8 +122,7 @@ def test_a_pinned_dual():
         assert [sum(len(one[kind]) for one in seen) for kind in (0, 1)] == [alarms, warnings]
         assert seen[49] != ([], [])  # after so many in a row, not before
     guard.observe(healthy(0))
-    seen = [guard.observe(healthy(i, dual=100.0, constraint=0.5)) for i in range(50)]
-    assert not any(alarms for alarms, _ in seen) and len(seen[-1][1]) == 1
+    assert not any(guard.observe(healthy(i, dual=100.0, constraint=0.5))[0] for i in range(50))
     guard = watched()
     for i in range(200):  # it leaves the bound now and then; one wild value in between is chance
         changed = {"dual": 100.0, "constraint": 9.0 if i == 120 else 0.02} if i % 45 else {}
@@ -173,10 +153,6 @@ def train(trained: Trained, steps: int = 5) -> torch.Tensor:
     return trained.network.weight.detach().clone()
 
 
-def rate(recovery: Recovery) -> float:
-    return recovery.lowered.optimizer.param_groups[0]["lr"]
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_seen_at_once(value, build):
     for complete in (True, False):
@@ -204,8 +180,7 @@ def test_which_state_is_gone_back_to(build):
     recovery = build()
     for step in range(0, 350, 50):
         recovery.keep_healthy(step)
-    assert [step for step, _ in recovery.states] == [100, 200, 300]
-    # 300 has not outlived the confirmation; then there was no healthy state since; then there is none before.
+    # Three are kept, of which 300 has not outlived the confirmation; then none was healthy since; then there is none before.
     for step, expected in ((310, 200), (210, 100), (110, 100)):
         assert recovery.roll_back(step, ["a fault"])[0] == expected
     recovery.keep_healthy(200)
@@ -214,31 +189,31 @@ def test_which_state_is_gone_back_to(build):
 
 def test_the_rate_recovers_from_a_passing_fault_and_stays_down_otherwise(build):
     recovery = build()
-    for step in range(0, 500, 100):
-        recovery.keep_healthy(step)
+
+    def go_on(first: int, last: int) -> float:
+        for step in range(first, last, 100):
+            recovery.keep_healthy(step)
+        return recovery.lowered.optimizer.param_groups[0]["lr"]
+
+    go_on(0, 500)
     for _ in range(3):  # one fault that takes three rollbacks
         recovery.roll_back(510, ["a fault"])
-    assert recovery.num_rollbacks == 3 and rate(recovery) == pytest.approx(1e-3 / 8)
-    for step in range(400, 4000, 100):
-        recovery.keep_healthy(step)
-    assert rate(recovery) == pytest.approx(1e-3)
-    for breakdowns, last in ((2, 9000), (3, 14000)):  # a rate that is too high breaks the run again and again
-        recovery.roll_back(last - 5000, ["the same again"])
-        for step in range(last - 5000, last, 100):
-            recovery.keep_healthy(step)
-        assert rate(recovery) == pytest.approx(1e-3 / 2 ** (breakdowns - 1))
+    assert recovery.num_rollbacks == 3 and go_on(400, 400) == pytest.approx(1e-3 / 8)
+    assert go_on(400, 4000) == pytest.approx(1e-3)
+    for breakdowns, step in ((2, 4000), (3, 9000)):  # a rate that is too high breaks the run again and again
+        recovery.roll_back(step, ["the same again"])
+        assert go_on(step, step + 5000) == pytest.approx(1e-3 / 2 ** (breakdowns - 1))
     kinds = [event["kind"] for event in read_metrics(recovery.output_dir / "events.jsonl")]
     assert kinds == ["rollback"] * 3 + ["recovery"] + ["rollback"] * 2
 
 
 def test_a_lowered_rate_follows_its_schedule():
     trained = build_trained(schedule="linear")
-    for step in range(1, 5):
-        train(trained, 1)
-        if step == 2:
-            trained.scale_learning_rate(0.5)
-            assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * 0.8)
-    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * 0.6)
+    train(trained, 2)
+    trained.scale_learning_rate(0.5)
+    for step in (2, 4):
+        assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * (1 - step / 10))
+        train(trained, 2)
 
 
 def test_a_run_that_was_resumed_amid_doubts_can_go_back(build):
@@ -283,6 +258,20 @@ def test_no_state_of_a_fault_that_is_seen_late_is_healthy(name, log_steps, build
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def test_a_run_whose_calibration_is_off_says_so(data, tmp_path, monkeypatch, capsys):
+    """A tolerance far too wide: in the events and on the bar, and first in the report."""
+    monkeypatch.setattr(divergence, "OFF_STEPS", 20)
+    arguments = [
+        "--train_data_dir", data, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 60, "--initial_dual", 0.5,
+        "--calibration_tolerance", 100.0, "--energy_learning_rate", 5e-3,
+    ]  # fmt: skip
+    train_ecvae.run(train_ecvae.parse_args(arguments))
+    (event,) = read_metrics(tmp_path / "run" / "events.jsonl")
+    assert event["kind"] == "warning" and "calibration is off" in event["message"]
+    assert "(calibration is off)" in capsys.readouterr().err
+    assert not judge_calibration(Run.read(tmp_path / "run")).healthy and JUDGES[0] is judge_calibration
 
 
 def assert_finite(*folders) -> None:
@@ -337,15 +326,8 @@ def test_nothing_is_saved_of_a_step_that_broke_between_two_logged_ones(data, tmp
 # The process dies where the checkpoint that was gone back to is to take its place.
 KILLED_AT_REPLACE = """
 import os
-
 replace = os.replace
-
-def die(source, target):
-    if str(target).endswith("checkpoint-8"):
-        os._exit(9)
-    replace(source, target)
-
-os.replace = die
+os.replace = lambda source, target: os._exit(9) if str(target).endswith("checkpoint-8") else replace(source, target)
 """
 
 
