@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
+from ecvae_diffusers.atomic import replacing, write_json
 from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
@@ -30,12 +31,12 @@ from ecvae_diffusers.training.run.checkpoints import (
     checkpoint_step,
     load_checkpoint,
     save_checkpoint,
-    save_folder,
     save_pipeline,
 )
 from ecvae_diffusers.training.run.divergence import Recovery, calibration_state
 from ecvae_diffusers.training.run.folder import BEST_FOLDER, HASHES_FILE, clear_run, cut_run, remove_leftovers
 from ecvae_diffusers.training.run.log import (
+    ARGUMENTS_FILE,
     EVALUATIONS_FILE,
     METRICS_FILE,
     RunLog,
@@ -45,7 +46,6 @@ from ecvae_diffusers.training.run.log import (
     progress,
     record_event,
     reduce_scalars,
-    write_arguments,
 )
 from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer
 from ecvae_diffusers.training.tasks.base import Task
@@ -253,7 +253,8 @@ class Trainer:
                 clear_run(output_dir)
             remove_leftovers(output_dir)
             cut_run(output_dir, self.step)
-            write_arguments(output_dir, {**config.flat(), "component": self.task.component, "launch": self.launch})
+            arguments = {**config.flat(), "component": self.task.component, "launch": self.launch}
+            write_json(output_dir / ARGUMENTS_FILE, arguments, sort_keys=True)
             if self.feed.hashes is not None and not (checkpoint is not None and (output_dir / HASHES_FILE).is_file()):
                 # What the model that the run starts from was trained on counts as well.
                 before = trained_hashes(config.model.pretrained_model_name_or_path) or set()
@@ -400,7 +401,8 @@ class Trainer:
             features = self.config.evaluation.evaluation_features
             RunLog(self.output_dir / EVALUATIONS_FILE).write(step=self.step, **measures, features=features)
             if best:
-                save_folder(self.build_pipeline(), self.output_dir / BEST_FOLDER)
+                with replacing(self.output_dir / BEST_FOLDER) as temporary:
+                    self.build_pipeline().save_pretrained(temporary)
         if self.config.run.report_to is not None:
             numbers = {f"evaluation/{name}": value for name, value in stated.items()}
             self.accelerator.log(numbers, step=self.step)

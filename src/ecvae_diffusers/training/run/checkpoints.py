@@ -188,12 +188,6 @@ def arguments_of_run(output_dir: str | Path) -> dict:
     return {name: value for name, value in own.items() if name not in FREE_ON_RESUME}
 
 
-def save_folder(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Replace a pipeline's folder, which is whole at any moment except the one of its renaming. Raises `WriteError`."""
-    with replacing(folder) as temporary:
-        pipeline.save_pretrained(temporary)
-
-
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """
     Write the pipeline into the run's own folder: next to it first, then each part into its place. Raises `WriteError` if it can't

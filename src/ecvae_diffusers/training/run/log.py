@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm import tqdm
 
-from ecvae_diffusers.atomic import to_json, write_json, write_text, writing
+from ecvae_diffusers.atomic import to_json, write_text, writing
 
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,6 @@ def record_event(accelerator: Accelerator, output_dir: Path, step: int, kind: st
     get_logger(__name__).warning(f"Step {step}: {message}.")
     if accelerator.is_main_process:
         RunLog(output_dir / EVENTS_FILE).write(step=step, kind=kind, message=message, **values)
-
-
-def write_arguments(output_dir: Path, arguments: dict) -> None:
-    write_json(output_dir / ARGUMENTS_FILE, arguments, sort_keys=True)
 
 
 def read_arguments(output_dir: str | Path) -> dict[str, Any]:
