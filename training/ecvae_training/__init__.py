@@ -50,8 +50,8 @@ MOVED = {
     "trainer": "training.trainer",
 }
 
-for name, places in MOVED.items():
-    modules = [importlib.import_module(f"ecvae_diffusers.{place}") for place in places.split()]
+for name, today in MOVED.items():
+    modules = [importlib.import_module(f"ecvae_diffusers.{place}") for place in today.split()]
     module = modules[0]
     if len(modules) > 1:
         # What was one module.
