@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NUM_GRID_IMAGES = 64
 NUM_CHAIN_IMAGES = 8
-NUM_ENERGIES = 256
+NUM_ENERGIES, FEWEST_ENERGIES = 256, 32
 # Above this many pixels a side, fewer of them: chains through 256 images of 256 px took 15 GiB and minutes.
 FULL_SIZE = 32
 
@@ -40,8 +40,9 @@ class Observer:
     ):
         self.output_dir, self.task, self.seed, self.device = output_dir, task, seed, device
         self.batch_size, self.images = batch_size, images
-        # As many pixels at each resolution, but at least 32 images.
-        self.num_energies = max(32, min(NUM_ENERGIES, NUM_ENERGIES * FULL_SIZE**2 // images.shape[-1] ** 2))
+        # As many pixels at each resolution.
+        count = NUM_ENERGIES * FULL_SIZE**2 // images.shape[-1] ** 2
+        self.num_energies = max(FEWEST_ENERGIES, min(NUM_ENERGIES, count))
         self.latents = task.latents(max(NUM_GRID_IMAGES, self.num_energies), seed).to(device)
 
     @torch.no_grad()
