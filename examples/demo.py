@@ -34,7 +34,7 @@ from ecvae_diffusers.training.data.digits import (
     write_digits,
 )
 from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.last_line import ArgumentParser
+from ecvae_diffusers.training.run.command import ArgumentParser
 from ecvae_diffusers.training.run.log import METRICS_FILE, read_metrics
 from ecvae_diffusers.training.run.pictures import image_grid
 

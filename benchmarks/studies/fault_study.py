@@ -22,7 +22,7 @@ from common import study
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.data.digits import sample_images
-from ecvae_diffusers.training.run import session
+from ecvae_diffusers.training.run import launch
 
 
 FAULTY = range(600, 650)
@@ -40,7 +40,7 @@ SETTINGS = {
 def train_with_fault(fault: str, arguments: list[str]) -> None:
     """Run the training script with a fault in it, in this process."""
 
-    class FaultyTrainer(session.Trainer):
+    class FaultyTrainer(launch.Trainer):
         iteration = 0
 
         def train_step(self, batches):
@@ -56,7 +56,7 @@ def train_with_fault(fault: str, arguments: list[str]) -> None:
             self.iteration += 1
             return scalars
 
-    session.Trainer = FaultyTrainer
+    launch.Trainer = FaultyTrainer
     train_ecvae.run(train_ecvae.parse_args(arguments))
 
 

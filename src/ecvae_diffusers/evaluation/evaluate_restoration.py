@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.evaluation.evaluate import at_least
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
-from ecvae_diffusers.training.run.places import check_places, place
+from ecvae_diffusers.training.run.command import ArgumentParser, check_places, fail, place, printable
 
 
 if TYPE_CHECKING:
