@@ -23,13 +23,6 @@ HALF = "vae/diffusion_pytorch_model.fp16.safetensors"
 OURS = b'{"_class_name": ["pipeline", "ECVAEPipeline"]}'
 
 
-@pytest.fixture(scope="module")
-def saved(make_pipeline, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("upload") / "tiny"
-    make_pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(upload, "WAITS", (0.0, 0.0))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.atomic import write_json, write_text
-from ecvae_diffusers.evaluation.evaluate import at_least
+from ecvae_diffusers.commands import number
 from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
 from ecvae_diffusers.training.run.places import check_places, place
 
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser = ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", type=place, required=True, help="Folder or Hub id.")
     parser.add_argument("--baseline", type=place, help="Another pipeline, such as the same VAE without calibration.")
-    count = at_least(1)
+    count = number(int, 1)
     parser.add_argument("--image_dir", type=place, required=True, help="Folder of clean images.")
     parser.add_argument("--max_images", type=count, default=256, help="So many, spread evenly over the names.")
     parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
@@ -59,12 +59,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"Of {', '.join(TASKS)}. All that fit if not given."
     )
     parser.add_argument(
-        "--noise_std", type=at_least(0, float), nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
+        "--noise_std", type=number(float, 0), nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
     )
     parser.add_argument("--num_restorations", type=count, default=8, help="M: answers to each measurement.")
     parser.add_argument("--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes.")
     parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
-    parser.add_argument("--energy_weight", type=at_least(0, float), default=0.0)
+    parser.add_argument("--energy_weight", type=number(float, 0), default=0.0)
     parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")
     parser.add_argument("--features", type=place, default="lite0", help="As for `ecvae evaluate`.")
     parser.add_argument("--batch_size", type=count, default=64, help="Measurements restored together.")
