@@ -59,11 +59,20 @@ def load_pipeline(
         raise ValueError(f"{argument} {source!r} can't be loaded: {error}") from error
 
 
-def run_or_fail(run: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> None:
-    """Run a command. What a user can mend ends the process with one line."""
+def what_to_install(error: ImportError) -> str:
+    """Return an error's message, with what to install if it does not say so."""
+    return str(error) if "pip install" in str(error) else f"{error}: pip install 'ecvae-diffusers[training]'"
+
+
+def run_or_fail(
+    run: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str, how_to_go_on: str = ""
+) -> None:
+    """Run a command. What a user can mend, or has interrupted, ends the process with one line."""
     try:
         run(args)
+    except ImportError as error:
+        fail(f"{prog}: error: {what_to_install(error)}")
     except (ValueError, OSError, RuntimeError) as error:
         fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
-        fail(f"{prog}: interrupted.")
+        fail(f"{prog}: interrupted{how_to_go_on}.")

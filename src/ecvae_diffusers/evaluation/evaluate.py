@@ -11,9 +11,9 @@ import hashlib
 from pathlib import Path
 
 from ecvae_diffusers.atomic import remove, write_json
-from ecvae_diffusers.commands import number
+from ecvae_diffusers.commands import number, run_or_fail
 from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
+from ecvae_diffusers.training.run.last_line import ArgumentParser, printable
 from ecvae_diffusers.training.run.places import check_places, named_place, place
 
 
@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def run(args: argparse.Namespace) -> None:
+    check_places(args)
+
     import torch
     from accelerate import Accelerator
 
@@ -124,14 +126,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None, prog: str = "ecvae evaluate") -> None:
     """Evaluate as a command line says: that of this process, or `argv`."""
     printable()
-    args = parse_args(argv, prog)
-    try:
-        check_places(args)
-        run(args)
-    except (ValueError, ImportError, OSError) as error:
-        fail(f"{prog}: error: {error}")
-    except KeyboardInterrupt:
-        fail(f"{prog}: interrupted: start it again with the same arguments to resume.")
+    run_or_fail(run, parse_args(argv, prog), prog, ": start it again with the same arguments to resume")
 
 
 if __name__ == "__main__":

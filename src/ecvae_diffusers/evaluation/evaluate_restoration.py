@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.atomic import write_json, write_text
-from ecvae_diffusers.commands import number
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
+from ecvae_diffusers.commands import number, run_or_fail
+from ecvae_diffusers.training.run.last_line import ArgumentParser, printable
 from ecvae_diffusers.training.run.places import check_places, place
 
 
@@ -90,10 +90,7 @@ def choose_clean(image_dir: str, count: int) -> "CheckedPictures":
 
 
 def load(name: str, device: str | None = None) -> Any:
-    """
-    Load an `ECVAERestorationPipeline` for many decoder passes: on a CPU, this layout and kept memory take a third off
-    their time.
-    """
+    """Load an `ECVAERestorationPipeline`. On a CPU, this layout and kept memory take a third off a pass's time."""
     import torch
 
     from ecvae_diffusers import ECVAERestorationPipeline
@@ -131,9 +128,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---" * (len(columns) + 3) + "|")
     for row in rows:
         cells = ["" if row.get(key) is None else format(row[key], spec) for key, (_, spec) in columns.items()]
-        lines.append(
-            f"| {row['noise_std']:g} | {row['task'].replace('_', ' ')} | {row['method']} | {' | '.join(cells)} |"
-        )
+        names = (f"{row['noise_std']:g}", row["task"].replace("_", " "), row["method"])
+        lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -219,22 +215,21 @@ def run(args: argparse.Namespace) -> None:
     print(f"{output_dir / 'restoration.json'}: every figure with its protocol.")
 
 
+def run_alone(args: argparse.Namespace) -> None:
+    """Run while no other evaluation may have the folder."""
+    check_places(args)
+
+    from ecvae_diffusers.training.run.folder import locked
+
+    with locked(args.output_dir):
+        run(args)
+
+
 def main(argv: list[str] | None = None, prog: str = "ecvae evaluate-restoration") -> None:
     """Evaluate restorations as a command line says: that of this process, or `argv`."""
     printable()
-    args = parse_args(argv, prog)
-    try:
-        from ecvae_diffusers.training.run.folder import locked
-
-        check_places(args)
-        with locked(args.output_dir):  # no other evaluation may have the folder meanwhile
-            run(args)
-    except (ValueError, OSError, ImportError) as error:
-        fail(f"{prog}: error: {error}")
-    except KeyboardInterrupt:
-        done = Path(args.output_dir) / "restoration.json"
-        left = f"{done} holds the tasks that were done; " if done.exists() else ""
-        fail(f"{prog}: interrupted: {left}start again with another --output_dir.")
+    how_to_go_on = ": restoration.json holds the tasks that were done; start again with another --output_dir"
+    run_or_fail(run_alone, parse_args(argv, prog), prog, how_to_go_on)
 
 
 if __name__ == "__main__":
