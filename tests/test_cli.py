@@ -47,22 +47,18 @@ def refusal(capsys, *argv) -> str:
     return error
 
 
-# The command itself
-
-
-def test_help_lists_every_command(capsys):
-    main(["--help"])
-    listed = capsys.readouterr().out
-    assert all(f"  {name} " in listed and command.summary in listed for name, command in COMMANDS.items())
-
-
-COMMANDS_WITHOUT_TORCH = ("sample", "restore", "evaluate", "report", "publish")
-
-
-@pytest.mark.parametrize("argv", ["", *(f"{name} --help" for name in COMMANDS_WITHOUT_TORCH)])
-def test_help_answers_without_torch(argv):
-    check = "import sys; from ecvae_diffusers.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", check, *argv.split()], check=True, capture_output=True)
+def test_help_answers_without_torch():
+    check = """
+import sys
+from ecvae_diffusers.cli import main
+main([])
+for name in ("sample", "restore", "evaluate", "report", "publish"):
+    try:
+        main([name, "--help"])
+    except SystemExit:
+        assert "torch" not in sys.modules, name
+"""
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
 
 
 def test_help_lists_every_command_and_each_has_an_example(capsys):
@@ -74,9 +70,8 @@ def test_help_lists_every_command_and_each_has_an_example(capsys):
             main([name, "--help"])
         assert not ended.value.code
         told = capsys.readouterr().out
-        assert told.endswith(f"example:\n  ecvae {name} {command.example}\n") and told.startswith(
-            f"usage: ecvae {name}"
-        )
+        assert told.endswith(f"example:\n  ecvae {name} {command.example}\n")
+        assert told.startswith(f"usage: ecvae {name}")
     assert "COMMAND" in refusal(capsys, "tran")
 
 
@@ -96,25 +91,21 @@ assert not hasattr(ecvae_diffusers, "nothing")
     subprocess.run([sys.executable, "-c", script, model], check=True)
 
 
-# What training is given, and what is started
-
-
 @pytest.mark.parametrize(
-    "file, argv, argument",
+    "source, others, argument",
     [
-        ("0.png", ["{}"], "--train_data_dir"),
-        ("0.png", ["{}", "--streaming"], "--dataset_name"),
-        ("train.parquet", ["{}"], "--dataset_name"),
-        (None, ["{}"], "--train_data_dir"),
-        (None, ["user/data"], "--dataset_name"),
+        ("pictures", [], "--train_data_dir"),
+        ("pictures", ["--streaming"], "--dataset_name"),
+        ("tables", [], "--dataset_name"),
+        ("./nowhere", [], "--train_data_dir"),
+        ("user/data", [], "--dataset_name"),
     ],
 )
-def test_data_may_be_the_first_argument(file, argv, argument, tmp_path):
-    folder = tmp_path / "data"
-    if file is not None:
-        folder.mkdir()
-        (folder / file).touch()
-    source, *others = [text.format(folder) for text in argv]
+def test_data_may_be_the_first_argument(source, others, argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, file in (("pictures", "0.png"), ("tables", "train.parquet")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
     assert cli.named_data([source, *others]) == [argument, source, *others]
     assert cli.named_data(["--config", "a.yaml"]) == ["--config", "a.yaml"]
 
@@ -173,9 +164,6 @@ def test_train_sample_restore_and_report(damaged):
         assert (damaged / written).is_file()
 
 
-# Sample
-
-
 def test_sample_writes_one_picture_or_a_folder(model, tmp_path):
     main(["sample", model, "-n", 3, "--seed", 1, "-o", tmp_path / "grid.png"])
     main(["sample", model, "-n", 3, "--seed", 1, "-o", tmp_path / "images", "--batch_size", 2, "--device", "cpu"])
@@ -184,8 +172,7 @@ def test_sample_writes_one_picture_or_a_folder(model, tmp_path):
     assert grid.shape == (33, 33)
     # The batch size changes nothing.
     assert (np.array(PIL.Image.open(tmp_path / "images" / "1.png")) == grid[:16, 17:]).all()
-    pipeline = ECVAEPipeline.from_pretrained(model)
-    expected = pipeline(3, generator=torch.Generator().manual_seed(1)).images[0]
+    expected = ECVAEPipeline.from_pretrained(model)(3, generator=torch.Generator().manual_seed(1)).images[0]
     assert (np.array(expected) == grid[:16, :16]).all()
 
 
@@ -211,9 +198,6 @@ def test_wrong_arguments_of_sample(model, tmp_path, capsys):
     assert not (tmp_path / "samples.png").exists()
 
 
-# Restore
-
-
 def test_restore_by_a_mask(model, damaged):
     main(["restore", "damaged.png", "--mask", "mask.png", "--model", model, "-o", "restored", *FEW_STEPS])
     output = damaged / "restored"
@@ -237,9 +221,9 @@ def test_restore_by_a_task(make_pipeline, damaged):
     pipeline.save_pretrained("model")
     os.mkdir("pictures")
     PIL.Image.open("damaged.png").convert("RGB").save("pictures/gray.png")
-    for task, options, size in (
-        ("super_resolution_x2", [], 32), ("super_resolution_x4", [], 64), ("deblurring", ["--blur_std", 1], 16),
-        ("denoising", ["--noise_std", 0.2], 16), ("colorization", [], 16),
+    for task, size, *options in (
+        ("super_resolution_x2", 32), ("super_resolution_x4", 64), ("deblurring", 16, "--blur_std", 1),
+        ("denoising", 16, "--noise_std", 0.2), ("colorization", 16),
     ):  # fmt: skip
         main(["restore", "pictures", "--task", task, *options, "--model", "model", "-o", task, *FEW_STEPS])
         mean = PIL.Image.open(damaged / task / "gray-mean.png")

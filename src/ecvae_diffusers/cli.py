@@ -10,6 +10,7 @@ import sys
 from typing import NamedTuple
 
 from . import __version__
+from .commands import what_to_install
 from .training.run.command import fail, printable
 
 
@@ -148,8 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             launch(name, argv)
         module.main(argv, prog)
     except ImportError as error:
-        what_to_do = "" if "pip install" in str(error) else ": pip install 'ecvae-diffusers[training]'"
-        fail(f"{prog}: error: {error}{what_to_do}")
+        fail(f"{prog}: error: {what_to_install(error)}")
     except SystemExit as end:
         if asks_for_help and not end.code:
             print(f"\nexample:\n  {prog} {command.example}")

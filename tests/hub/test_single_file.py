@@ -19,11 +19,8 @@ def generate(monkeypatch, *arguments, **settings) -> None:
     main()
 
 
-def test_the_single_files_are_up_to_date(monkeypatch):
+def test_the_single_files_are_up_to_date(monkeypatch, tmp_path):
     generate(monkeypatch, "--check")
-
-
-def test_what_is_out_of_date_is_noticed_and_written(monkeypatch, tmp_path):
     generate(monkeypatch, ROOT=tmp_path)
     generate(monkeypatch, "--check", ROOT=tmp_path)
     changed = tmp_path / "pipelines" / "ecvae" / "pipeline.py"

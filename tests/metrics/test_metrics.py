@@ -11,6 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn as nn
+from scipy.spatial.distance import cdist
 from transformers import Dinov2Config, Dinov2Model
 
 from ecvae_diffusers.metrics import (
@@ -41,25 +42,21 @@ def pixel_metrics() -> GenerationMetrics:
     return GenerationMetrics(pixel_features(), num_neighbours=3, num_kernel_subsets=1, kernel_subset_size=10_000)
 
 
-def expected_frechet(x: np.ndarray, y: np.ndarray) -> float:
+def expected(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float]:
+    """
+    The Frechet distance; the unbiased squared MMD over whole sets, of pairs of two different images; Naeem et al. 2020,
+    equations 3 to 6.
+    """
     root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T))
-    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root))
-
-
-def expected_kernel(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased squared MMD over whole sets: of pairs of two different images."""
     xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = ((one.sum() - np.trace(one)) / (len(one) * (len(one) - 1)) for one in (xx, yy))
-    return sum(within) - 2 * xy.mean()
-
-
-def expected_neighbours(x: np.ndarray, y: np.ndarray, k: int) -> dict[str, float]:
-    """Naeem et al. 2020, equations 3 to 6, written out."""
-    distance = lambda a, b: np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))  # noqa: E731
-    radius_x, radius_y = (np.sort(distance(s, s), axis=1)[:, k] for s in (x, y))  # the first is the point itself
-    between = distance(x, y)
+    radius_x, radius_y = (np.sort(cdist(s, s), axis=1)[:, k] for s in (x, y))  # the first is the point itself
+    between = cdist(x, y)
     inside_x = between < radius_x[:, None]
     return {
+        "frechet_distance": ((x.mean(0) - y.mean(0)) ** 2).sum()
+        + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root)),
+        "kernel_distance": sum(within) - 2 * xy.mean(),
         "precision": inside_x.any(0).mean(),
         "recall": (between < radius_y[None]).any(1).mean(),
         "density": inside_x.sum(0).mean() / k,
@@ -75,28 +72,10 @@ def test_distances_equal_independent_float64():
         metrics.update(generated[start : start + 64], real=False)
     values = metrics.compute()
     x, y = (features(s).double().numpy() for s in (real, generated))
-    assert values["frechet_distance"] == pytest.approx(expected_frechet(x, y), rel=1e-3)
-    assert values["kernel_distance"] == pytest.approx(expected_kernel(x, y), rel=1e-3)
-    for name, value in expected_neighbours(x, y, 3).items():
+    for name, value in expected(x, y, 3).items():
         assert values[name] == pytest.approx(value, rel=1e-3), name
     assert (values["num_real"], values["num_generated"]) == (300, 300)
     assert metrics.compute() == values  # the subsets are drawn from the seed
-
-
-def test_equal_sets_are_at_no_distance_and_reset_forgets():
-    metrics = GenerationMetrics(pixel_features(), kernel_subset_size=50)
-    for is_real in (True, False):
-        metrics.update(images(100, 0), real=is_real)
-    values = metrics.compute()
-    assert abs(values["frechet_distance"]) < 1e-3
-    assert values["precision"] == values["recall"] == values["coverage"] == 1
-    metrics.reset()
-    with pytest.raises(ValueError, match="`update`"):
-        metrics.compute()
-    for seed, is_real in ((0, True), (1, False)):
-        metrics.update(images(1000, seed), real=is_real)
-    values = metrics.compute()  # one distribution
-    assert abs(values["kernel_distance"]) < 3 * values["kernel_distance_std"]
 
 
 SHARDED = """
@@ -137,6 +116,9 @@ def test_too_few_images_are_refused():
         metrics.compute()
     metrics.update(images(1, 2), real=True)
     assert 0 <= metrics.compute()["coverage"] <= 1
+    metrics.reset()
+    with pytest.raises(ValueError, match="`update`"):
+        metrics.compute()
     with pytest.raises(ValueError, match="`num_neighbours`"):
         GenerationMetrics(pixel_features(), num_neighbours=0)
 
@@ -145,10 +127,9 @@ def test_nearest_neighbours_equal_brute_force():
     generator = torch.Generator().manual_seed(0)
     queries, bank = torch.randn(30, 4, generator=generator), torch.randn(50, 4, generator=generator)
     distances, indices = nearest_neighbours(queries, bank, num_neighbours=3, chunk_size=7)
-    for i, query in enumerate(queries):
-        expected = (bank - query).norm(dim=1).sort()
-        assert torch.equal(indices[i], expected.indices[:3])
-        torch.testing.assert_close(distances[i], expected.values[:3])
+    nearest = torch.cdist(queries, bank).sort()
+    assert torch.equal(indices, nearest.indices[:, :3])
+    torch.testing.assert_close(distances, nearest.values[:, :3])
     disjoint = neighbour_measures(bank, bank + 1000)
     assert set(disjoint) == {"precision", "recall", "density", "coverage"} and not any(disjoint.values())
 
@@ -169,16 +150,10 @@ def test_reconstruction_metrics():
         reconstruction_metrics(originals, originals[:2])
     with pytest.raises(ValueError, match="`images`.*11"):
         reconstruction_metrics(originals[..., :8, :8], originals[..., :8, :8])
-
-
-@pytest.mark.parametrize("name", ["images", "originals"])
-@pytest.mark.parametrize(
-    "wrong", [lambda images: images * 255, lambda images: images * 2 - 1, lambda images: images / 0]
-)
-def test_reconstruction_metrics_of_another_range_are_refused(name, wrong):
-    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        reconstruction_metrics(**{"images": images, "originals": images, name: wrong(images)})
+    for name in ("images", "originals"):
+        for wrong in (originals * 255, originals * 2 - 1, originals / 0):
+            with pytest.raises(ValueError, match=f"`{name}`"):
+                reconstruction_metrics(**{"images": originals, "originals": originals, name: wrong})
 
 
 def test_transformers_features_of_a_saved_dinov2(tmp_path):

@@ -8,7 +8,8 @@ import math
 import re
 import warnings
 import xml.etree.ElementTree
-from html.parser import HTMLParser
+from collections import Counter
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +20,16 @@ from report_runs import record, write_lines, write_pictures, write_run
 from ecvae_diffusers.report.report import main
 
 
-class Page(HTMLParser):
+class Page:
     """A page's sections with their text, its images, and what it refers to."""
 
     def __init__(self, path: Path):
-        super().__init__()
-        self.sections, self.images, self.references, self.tags = {}, [], [], []
-        self.section = None
         self.text = path.read_text(encoding="utf-8")
-        self.feed(self.text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append(tag)
-        self.references += [attributes[name] for name in ("src", "href", "srcset", "action") if name in attributes]
-        if tag == "section":
-            self.section = attributes["id"]
-            self.sections[self.section] = ""
-        if tag == "img":
-            self.images.append({**attributes, "section": self.section})
-
-    def handle_data(self, data):
-        if self.section is not None:
-            self.sections[self.section] += data
+        bodies = dict(re.findall(r'<section id="(.*?)">(.*?)</section>', self.text, re.DOTALL))
+        self.sections = {name: unescape(re.sub("<.*?>", "", body)) for name, body in bodies.items()}
+        images = [(name, tag) for name, body in bodies.items() for tag in re.findall("<img .*?>", body)]
+        self.images = [dict(re.findall(r'(\w+)="(.*?)"', unescape(tag)), section=name) for name, tag in images]
+        self.references = re.findall(r'(?:src|href|srcset|action)="(.*?)"', self.text)
 
     def charts(self) -> list[str]:
         return [re.match("Chart of (.*) over", one["alt"])[1] for one in self.images if "Chart" in one["alt"]]
@@ -74,7 +62,7 @@ def page(tmp_path_factory) -> Page:
 
 
 def test_page_needs_nothing_besides_itself(page):
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search("<(script|link|iframe|object)", page.text)
     assert all(one.startswith(("data:", "#")) for one in page.references)
     assert "url(" not in page.text and "@import" not in page.text
     assert {one[1:] for one in page.references if one.startswith("#")} == set(page.sections)
@@ -101,8 +89,8 @@ def test_page_shows_all_that_a_run_left(page):
             assert xml.etree.ElementTree.fromstring(content).tag.endswith("svg")
         assert image["alt"]
     pictures = [image for image in page.images if image["src"].startswith("data:image/png")]
-    counts = {name: sum(one["section"] == name for one in pictures) for name in page.sections}
-    assert [counts[name] for name in ("samples", "reconstructions", "chain", "nearest-neighbours")] == [6, 6, 3, 1]
+    counts = Counter(one["section"] for one in pictures)
+    assert counts == {"samples": 6, "reconstructions": 6, "chain": 3, "nearest-neighbours": 1}
     # The last one is shown first and large, magnified by a whole number.
     assert pictures[0]["alt"].endswith("step 2000") and pictures[0]["width"] == str(4 * 135)
     assert "2000 of 2000" in page.sections["run"] and "10 (step 2000)" in page.sections["run"]
@@ -127,8 +115,7 @@ def test_the_page_says_what_was_trained(tmp_path, arguments, kind, samples):
     assert samples in page.sections["samples"]
     # The chain says of which weights it is.
     assert ("average of its weights" in page.sections["chain"]) == ("use_ema" in arguments)
-    # A short run, one panel of its own size.
-    assert "first tenth" not in page.text and 'class="card own-size"' in page.text
+    assert "first tenth" not in page.text
     assert page.charts() == ["bits per dimension", "reconstruction", "posterior's dual variable"]
     assert any("squared error, of the posterior's chains' ends" in image["alt"] for image in page.images)
 

@@ -47,8 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         pass  # The test's output is for the test.
 
     def do_request(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.hub: HubServer = self.server.hub
+        self.hub, self.body = self.server, self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
         for methods, pattern, action in ROUTES:
             match = re.fullmatch(pattern, path)
@@ -56,8 +55,7 @@ class Handler(BaseHTTPRequestHandler):
                 try:
                     if statuses := self.hub.failures.get((action, match.groupdict().get("id"))):
                         raise HubError(statuses.pop(0), "Unavailable")
-                    answer = getattr(self, action)(**match.groupdict())
-                    if answer is not None:
+                    if (answer := getattr(self, action)(**match.groupdict())) is not None:
                         self.answer(json.dumps(answer).encode(), headers={"Content-Type": "application/json"})
                 except HubError as error:
                     status, code = error.args
@@ -107,21 +105,21 @@ class Handler(BaseHTTPRequestHandler):
         entries = []
         for path, content in sorted(self.at(id, revision)[1].items()):
             entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            if path.endswith(".safetensors"):  # which the Hub keeps as a large file, by its SHA-256
-                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-                entry["lfs"] = lfs
-            entries.append(entry)
+            # The Hub keeps weights as large files, by their SHA-256.
+            lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            entries.append(entry | ({"lfs": lfs} if path.endswith(".safetensors") else {}))
         return entries
 
     def create(self) -> None:
         request = json.loads(self.body)
         id = f"{request.get('organization') or 'user'}/{request['name']}"
         self.require_write_access(id)
-        status = 409 if id in self.hub.repositories else 200
-        if status == 200:
+        is_new = id not in self.hub.repositories
+        if is_new:
             self.hub.commit(id, {})
             self.hub.private[id] = request.get("visibility") == "private"
-        self.answer(json.dumps({"url": f"{self.hub.url}/{id}", "name": id, "id": id}).encode(), status)
+        content = {"url": f"{self.hub.url}/{id}", "name": id, "id": id}
+        self.answer(json.dumps(content).encode(), 200 if is_new else 409)
 
     def branch(self, id: str, revision: str) -> dict:
         self.require_write_access(id)
@@ -131,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def validate(self) -> dict:
-        return {"errors": [], "warnings": []}
+        return {}
 
     def preupload(self, id: str, revision: str) -> dict:
         self.require_write_access(id)
@@ -153,30 +151,27 @@ class Handler(BaseHTTPRequestHandler):
         return {"commitOid": sha, "commitUrl": f"{self.hub.url}/{id}/commit/{sha}"}
 
 
-class HubServer:
+class HubServer(ThreadingHTTPServer):
     """
-    The server, from `__enter__` to `__exit__`; `repositories` maps an id to its commits, oldest first. The token "hf_token" is
-    that of "user". `failures` are the statuses that the next calls of an action on a repository get.
+    A server that runs until `__exit__`; `repositories` maps an id to its commits, oldest first. The token "hf_token" is that of
+    "user". `failures` are the statuses that the next calls of an action on a repository get.
     """
 
+    daemon_threads = True
+
     def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.heads: dict[str, dict[str, str]] = {}
         self.private: dict[str, bool] = {}
         self.failures: dict[tuple[str, str | None], list[int]] = {}
         self.unknown_requests: list[str] = []
-
-    def __enter__(self) -> "HubServer":
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.hub = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def __exit__(self, *exception) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
     def commit(self, id: str, content: dict[str, bytes], branch: str = "main") -> str:
         """Make `content` that of a repository's branch, neither of which need exist yet; returns the commit id."""
@@ -192,17 +187,10 @@ class HubServer:
     def environment(self, home: Path) -> dict[str, str]:
         """The environment of a process whose Hub is this server, with its caches and dynamic modules under `home`."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_", "DIFFUSERS_"))}
-        return {
-            **kept,
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_TOKEN": "hf_token",
-            # The client's chunked store is another service, on another host.
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
+        # XET, the client's chunked store, is another service, on another host.
+        off = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"), "1")
+        own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "hf_token", "NO_PROXY": "127.0.0.1"}
+        return kept | off | own
 
     def use(self, monkeypatch, home: Path) -> "HubServer":
         """Make this server the Hub of this process, whose client has read its environment already."""

@@ -2,6 +2,7 @@
 """What the command `ecvae` does by itself. The other commands are those of training, evaluation and report."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,17 +15,18 @@ if TYPE_CHECKING:
 LARGEST_SEED = 2**63 - 1
 
 
-def number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Callable[[str], float]:
-    """Return the `type` of a command line's argument that must be a number from `least` to `most`."""
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    """Return the `type` of a command line's argument that must be a finite number from `least` to `most`."""
+    allowed = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
 
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = float("nan")
-        if not least <= value <= most:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} from {least} to {most}, but is {text!r}")
+            value = math.nan
+        if not least <= value <= most or value == math.inf:
+            what = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"must be {what} {allowed}, but is {text!r}")
         return value
 
     return read
@@ -56,11 +58,20 @@ def load_pipeline(
         raise ValueError(f"{argument} {source!r} can't be loaded: {error}") from error
 
 
-def run_or_fail(run: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> None:
-    """Run a command. What a user can mend ends the process with one line."""
+def what_to_install(error: ImportError) -> str:
+    """Return an error's message, with what to install if it does not say so."""
+    return str(error) if "pip install" in str(error) else f"{error}: pip install 'ecvae-diffusers[training]'"
+
+
+def run_or_fail(
+    run: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str, how_to_go_on: str = ""
+) -> None:
+    """Run a command. What a user can mend, or has interrupted, ends the process with one line."""
     try:
         run(args)
+    except ImportError as error:
+        fail(f"{prog}: error: {what_to_install(error)}")
     except (ValueError, OSError, RuntimeError) as error:
         fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:
-        fail(f"{prog}: interrupted.")
+        fail(f"{prog}: interrupted{how_to_go_on}.")

@@ -125,7 +125,7 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
         num_inference_steps=args.num_inference_steps,
         generator=torch.Generator().manual_seed(args.seed),
     )
-    uncertainty = (output.std[0].mean(-1) / WHITE_STD * 255).clip(0, 255).round().astype(np.uint8)
+    uncertainty = np.uint8((np.asarray(output.std[0]).mean(-1) / WHITE_STD * 255).clip(0, 255).round())
     digits = len(str(args.num_restorations - 1))
     answers = {f"{path.stem}-{i:0{digits}d}.png": answer for i, answer in enumerate(output.images)}
     mean, uncertainty_map = f"{path.stem}-mean.png", f"{path.stem}-uncertainty.png"

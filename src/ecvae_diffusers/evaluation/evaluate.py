@@ -8,13 +8,12 @@ resumes when it is started again with the same arguments.
 
 import argparse
 import hashlib
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 from ecvae_diffusers.atomic import remove, write_json
+from ecvae_diffusers.commands import number, run_or_fail
 from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
-from ecvae_diffusers.training.run.command import ArgumentParser, check_places, fail, named_place, place, printable
+from ecvae_diffusers.training.run.command import ArgumentParser, check_places, named_place, place, printable
 
 
 PARTS_FOLDER = ".parts"
@@ -23,19 +22,6 @@ HOW_TO_READ = (
     "and coverage near 1; of reconstructions PSNR and SSIM high; bounds on the likelihood high, amortisation gap and "
     "bits per dimension low; AUROC near 1, at 0.5 the score tells nothing apart."
 )
-
-
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """Return an argument's type: finite numbers of at least `least`."""
-
-    def read(text: str) -> float:
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a finite number of at least {least}, but is {text}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse names it where the text is no number
-    return read
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -60,14 +46,14 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="Other data that the energy should tell from the model's: folder, or data set (its --test_split).",
     )  # fmt: skip
     parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
-    count = at_least(1)
+    count = number(int, 1)
     parser.add_argument("--resolution", type=count, help="Of the images, if not the model's or the generated ones'.")
     parser.add_argument("--num_samples", type=count, default=10_000, help="Generated images per seed.")
     parser.add_argument("--num_reference", type=count, default=10_000, help="Training images, drawn at random.")
     parser.add_argument("--num_test", type=count, default=10_000, help="Test images, drawn at random.")
-    parser.add_argument("--num_likelihood_images", type=at_least(0), default=128, help="0 leaves the bound out.")
+    parser.add_argument("--num_likelihood_images", type=number(int, 0), default=128, help="0 leaves the bound out.")
     parser.add_argument("--importance_samples", type=count, default=500, help="Latents per image of the bound.")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="Of the latents.")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="Of the latents.")
     parser.add_argument(
         "--features", type=place, default="lite0",
         help="'lite0', 'digits', 'inception' or a vision model of transformers such as 'facebook/dinov2-base'.",
@@ -88,6 +74,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def run(args: argparse.Namespace) -> None:
+    check_places(args)
+
     import torch
     from accelerate import Accelerator
 
@@ -137,14 +125,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None, prog: str = "ecvae evaluate") -> None:
     """Evaluate as a command line says: that of this process, or `argv`."""
     printable()
-    args = parse_args(argv, prog)
-    try:
-        check_places(args)
-        run(args)
-    except (ValueError, ImportError, OSError) as error:
-        fail(f"{prog}: error: {error}")
-    except KeyboardInterrupt:
-        fail(f"{prog}: interrupted: start it again with the same arguments to resume.")
+    run_or_fail(run, parse_args(argv, prog), prog, ": start it again with the same arguments to resume")
 
 
 if __name__ == "__main__":

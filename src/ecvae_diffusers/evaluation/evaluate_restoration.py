@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.atomic import write_json, write_text
-from ecvae_diffusers.evaluation.evaluate import at_least
-from ecvae_diffusers.training.run.command import ArgumentParser, check_places, fail, place, printable
+from ecvae_diffusers.commands import number, run_or_fail
+from ecvae_diffusers.training.run.command import ArgumentParser, check_places, place, printable
 
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser = ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pretrained_model_name_or_path", type=place, required=True, help="Folder or Hub id.")
     parser.add_argument("--baseline", type=place, help="Another pipeline, such as the same VAE without calibration.")
-    count = at_least(1)
+    count = number(int, 1)
     parser.add_argument("--image_dir", type=place, required=True, help="Folder of clean images.")
     parser.add_argument("--max_images", type=count, default=256, help="So many, spread evenly over the names.")
     parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
@@ -58,12 +58,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"Of {', '.join(TASKS)}. All that fit if not given."
     )
     parser.add_argument(
-        "--noise_std", type=at_least(0, float), nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
+        "--noise_std", type=number(float, 0), nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
     )
     parser.add_argument("--num_restorations", type=count, default=8, help="M: answers to each measurement.")
     parser.add_argument("--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes.")
     parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
-    parser.add_argument("--energy_weight", type=at_least(0, float), default=0.0)
+    parser.add_argument("--energy_weight", type=number(float, 0), default=0.0)
     parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")
     parser.add_argument("--features", type=place, default="lite0", help="As for `ecvae evaluate`.")
     parser.add_argument("--batch_size", type=count, default=64, help="Measurements restored together.")
@@ -89,10 +89,7 @@ def choose_clean(image_dir: str, count: int) -> "CheckedPictures":
 
 
 def load(name: str, device: str | None = None) -> Any:
-    """
-    Load an `ECVAERestorationPipeline` for many decoder passes: on a CPU, this layout and kept memory take a third off
-    their time.
-    """
+    """Load an `ECVAERestorationPipeline`. On a CPU, this layout and kept memory take a third off a pass's time."""
     import torch
 
     from ecvae_diffusers import ECVAERestorationPipeline
@@ -130,14 +127,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---" * (len(columns) + 3) + "|")
     for row in rows:
         cells = ["" if row.get(key) is None else format(row[key], spec) for key, (_, spec) in columns.items()]
-        lines.append(
-            f"| {row['noise_std']:g} | {row['task'].replace('_', ' ')} | {row['method']} | {' | '.join(cells)} |"
-        )
+        names = (f"{row['noise_std']:g}", row["task"].replace("_", " "), row["method"])
+        lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines) + "\n"
 
 
 def run(args: argparse.Namespace) -> None:
     """Restore and measure, and write what is done after each task. No other evaluation may have the folder meanwhile."""
+    check_places(args)
+
     from ecvae_diffusers.training.run.folder import locked
 
     with locked(args.output_dir):
@@ -227,16 +225,8 @@ def restore_and_measure(args: argparse.Namespace, output_dir: Path) -> None:
 def main(argv: list[str] | None = None, prog: str = "ecvae evaluate-restoration") -> None:
     """Evaluate restorations as a command line says: that of this process, or `argv`."""
     printable()
-    args = parse_args(argv, prog)
-    try:
-        check_places(args)
-        run(args)
-    except (ValueError, OSError, ImportError) as error:
-        fail(f"{prog}: error: {error}")
-    except KeyboardInterrupt:
-        done = Path(args.output_dir) / "restoration.json"
-        left = f"{done} holds the tasks that were done; " if done.exists() else ""
-        fail(f"{prog}: interrupted: {left}start again with another --output_dir.")
+    how_to_go_on = ": restoration.json holds the tasks that were done; start again with another --output_dir"
+    run_or_fail(run, parse_args(argv, prog), prog, how_to_go_on)
 
 
 if __name__ == "__main__":

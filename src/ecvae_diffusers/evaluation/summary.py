@@ -13,21 +13,8 @@ import PIL.Image
 import torch
 import torch.nn as nn
 
-from ecvae_diffusers.evaluation.schema import (
-    Evaluation,
-    Figures,
-    FloorProtocol,
-    Generation,
-    GenerationProtocol,
-    HeldOutProtocol,
-    ImageSet,
-    LikelihoodProtocol,
-    OutOfDistributionProtocol,
-    OverSeeds,
-    Protocol,
-    ReconstructionProtocol,
-    Section,
-)
+from ecvae_diffusers.evaluation import schema
+from ecvae_diffusers.evaluation.schema import Evaluation, Figures, ImageSet, OverSeeds, Section
 from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
 from ecvae_diffusers.evaluation.work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
 from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
@@ -111,7 +98,7 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
     evaluation = Evaluation(
         model=name_as_text(args.generated_image_dir) if model is None else model.name,
         weights=None if model is None else model.fingerprint,
-        protocol=Protocol(
+        protocol=schema.Protocol(
             files={name.replace("real", "train"): one.describe(channels) for name, one in work.images.checked.items()},
             libraries={name: importlib.metadata.version(name) for name in libraries},
             machine=platform.machine(),
@@ -121,8 +108,8 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
             "antialiased), center cropped",
             features=work.features.name,
         ),
-        generation=Generation(
-            protocol=GenerationProtocol(
+        generation=schema.Generation(
+            protocol=schema.GenerationProtocol(
                 reference=train,
                 num_samples=num_samples,
                 num_features=num_features,
@@ -169,7 +156,7 @@ def add_held_out_measures(
             "images are partly of these."
         )
     evaluation.held_out = Section(
-        protocol=HeldOutProtocol(
+        protocol=schema.HeldOutProtocol(
             **vars(test),
             compared_with="what its run has recorded, and the reference" if is_recorded else "all training images",
             same="equal pixels, as 8-bit RGB and upright, whatever the file",
@@ -177,7 +164,7 @@ def add_held_out_measures(
         measures={"num_trained_on": num_trained_on},
     )
     evaluation.floor = Section(
-        protocol=FloorProtocol(
+        protocol=schema.FloorProtocol(
             reference=train,
             compared=test,
             # The Frechet distance falls with the number of images, as its bias does.
@@ -190,14 +177,14 @@ def add_held_out_measures(
         return
     if model.is_flow:
         evaluation.likelihood = Section(
-            protocol=LikelihoodProtocol(**vars(test), unit="bits per dimension of dequantized 8-bit images"),
+            protocol=schema.LikelihoodProtocol(**vars(test), unit="bits per dimension of dequantized 8-bit images"),
             measures={"bits_per_dimension": found["bits_per_dimension"].double().mean().item()},
         )
     else:
         reconstructed = work.collect("reconstructed")
         distances = compare(features, reconstructed["features"])
         evaluation.reconstruction = Section(
-            protocol=ReconstructionProtocol(
+            protocol=schema.ReconstructionProtocol(
                 **vars(test), latents="posterior mean", **pairs_protocol(len(features), len(features))
             ),
             measures={
@@ -209,7 +196,7 @@ def add_held_out_measures(
     if "likelihood" in work.paths:
         bounds = work.collect("likelihood")
         evaluation.likelihood = Section(
-            protocol=LikelihoodProtocol(
+            protocol=schema.LikelihoodProtocol(
                 **vars(replace(test, num_images=len(bounds["elbo"]))),
                 unit="nats an image, density of images in [-1, 1]",
                 variance=LIKELIHOOD_VARIANCE,
@@ -221,7 +208,7 @@ def add_held_out_measures(
     scores = [name for name in ("energy", *MEANINGS) if name in found]
     others = {name.removeprefix("outside_"): work.collect(name) for name in work.paths if name.startswith("outside_")}
     evaluation.out_of_distribution = Section(
-        protocol=OutOfDistributionProtocol(
+        protocol=schema.OutOfDistributionProtocol(
             inside=test,
             outside={name: len(one[scores[-1]]) for name, one in others.items()},
             measure="AUROC: the share of pairs in which the other image has the higher score",

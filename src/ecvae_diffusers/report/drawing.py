@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from ecvae_diffusers.atomic import replacing
 from ecvae_diffusers.report.read import data_uri, series, spread_over
@@ -129,7 +129,7 @@ def draw(axis: Axes, chart: Chart, records: list[dict], whole: bool = False) -> 
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         ends += [low[is_shown], high[is_shown]]
     if log:
-        use_log_scale(axis)
+        axis.set_yscale("log")
     elif len(steps) > FEW_POINTS and not whole:
         limits = np.concatenate(ends)
         limits = limits[np.isfinite(limits)]
@@ -155,19 +155,6 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         warnings.simplefilter("ignore", RuntimeWarning)  # a stretch of NaN only stays NaN
         mean, low, high = (np.array([f(one) for one in stretches]) for f in (np.nanmean, np.nanmin, np.nanmax))
     return mean, low, high
-
-
-def use_log_scale(axis: Axes) -> None:
-    """
-    Make the values' axis logarithmic, with plain numbers at the ticks: 1, 2 and 5 of each decade if there are few
-    decades, and equal distances within a decade, which may hold only one of these.
-    """
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    few_decades = LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,))
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=5) if high < 10 * low else few_decades)
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def histograms(records: list[dict]) -> dict | None:

@@ -10,15 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from ecvae_diffusers.training.run import log
 from ecvae_diffusers.training.run.folder import STEP_FILE
-from ecvae_diffusers.training.run.log import (
-    ENERGIES_FILE,
-    EVALUATIONS_FILE,
-    EVENTS_FILE,
-    METRICS_FILE,
-    read_arguments,
-    read_metrics,
-)
 
 
 # The verdict is on the last quarter of a run, but on at least so many logged steps.
@@ -42,14 +35,13 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises `ValueError` if `folder` is not the output folder of a run, or its files can't be read."""
-        if not (folder / METRICS_FILE).is_file():
-            raise ValueError(
-                f"RUN must be the output folder of a training run, but {str(folder)!r} holds no {METRICS_FILE}."
-            )
-        files = (METRICS_FILE, EVALUATIONS_FILE, EVENTS_FILE, ENERGIES_FILE)
-        run = cls(folder, read_arguments(folder), *(read_records(folder / name) for name in files))
+        path = folder / log.METRICS_FILE
+        if not path.is_file():
+            raise ValueError(f"RUN must be the output folder of a training run, but there is no {str(path)!r}.")
+        files = (log.METRICS_FILE, log.EVALUATIONS_FILE, log.EVENTS_FILE, log.ENERGIES_FILE)
+        run = cls(folder, log.read_arguments(folder), *(read_records(folder / name) for name in files))
         if not run.metrics:
-            raise ValueError(f"{str(folder / METRICS_FILE)!r} holds no logged step: has the run logged anything yet?")
+            raise ValueError(f"{str(path)!r} holds no logged step: has the run logged anything yet?")
         return run
 
     @property
@@ -88,7 +80,7 @@ class Run:
 
 
 def read_records(path: Path) -> list[dict]:
-    records = read_metrics(path) if path.is_file() else []
+    records = log.read_metrics(path) if path.is_file() else []
     return [record for record in records if isinstance(record.get("step"), int)]
 
 

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from ecvae_diffusers.atomic import write_text
-from ecvae_diffusers.training.run.command import ArgumentParser, fail, local_path, printable
+from ecvae_diffusers.commands import run_or_fail
+from ecvae_diffusers.training.run.command import ArgumentParser, local_path, printable
 
 
 # Tells a report of ours, which may be replaced, from other files.
@@ -24,27 +25,25 @@ def check_output(path: Path, is_default: bool) -> None:
         raise ValueError(f"--output {str(path)!r} exists and is not a report: choose another name.")
 
 
+def write_report(args: argparse.Namespace) -> None:
+    from ecvae_diffusers.report.page import render
+    from ecvae_diffusers.report.read import Run
+
+    output = args.output or args.run / "report.html"
+    run = Run.read(args.run)
+    check_output(output, is_default=args.output is None)
+    # An argument may hold a file name that is no text.
+    write_text(output, render(run, MARKER), errors="xmlcharrefreplace")
+    print(f"Wrote {output}.")
+
+
 def main(argv: list[str] | None = None, prog: str = "ecvae report") -> None:
     """Write a report as a command line says: that of this process, or `argv`."""
     printable()
     parser = ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=local_path, metavar="RUN", help="The training run's --output_dir.")
     parser.add_argument("--output", type=local_path, help="The HTML file to write. RUN/report.html if not given.")
-    args = parser.parse_args(argv)
-    output = args.output or args.run / "report.html"
-    try:
-        from ecvae_diffusers.report.page import render
-        from ecvae_diffusers.report.read import Run
-
-        run = Run.read(args.run)
-        check_output(output, is_default=args.output is None)
-        # An argument may hold a file name that is no text.
-        write_text(output, render(run, MARKER), errors="xmlcharrefreplace")
-    except ImportError as error:
-        fail(f"{prog}: error: {error}: pip install 'ecvae-diffusers[training]'")
-    except (ValueError, OSError) as error:
-        fail(f"{prog}: error: {error}")
-    print(f"Wrote {output}.")
+    run_or_fail(write_report, parser.parse_args(argv), prog)
 
 
 if __name__ == "__main__":
