@@ -259,11 +259,6 @@ def test_latents_are_drawn_where_the_decoder_will_run(pipe):
         assert sample(pipe, "latent", generator=None, latents=latents).device.type == "meta"
 
 
-def test_layerwise_cast_decoders_get_latents_of_the_computing_dtype(pipe):
-    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    assert sample(pipe, "latent").dtype == torch.bfloat16
-
-
 def test_missing_components_and_dtypes_by_component(make_pipeline, tmp_path):
     pipe = make_pipeline(with_energy=False)
     pipe.save_pretrained(tmp_path / "without")
