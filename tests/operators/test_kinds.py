@@ -1,6 +1,7 @@
 """What each kind of operator measures, against PIL and scipy; saving; wrong arguments."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -92,17 +93,11 @@ def test_large_mirrored_blur_is_solved():
     assert (blur.A_adjoint(blur.A(damped)) + 1e-2 * damped - back).norm() < 1e-8 * back.norm()
 
 
-def test_compressed_sensing_draws():
+def test_random_masks_and_matrices():
     for make in (CompressedSensing.hadamard, CompressedSensing.orthonormal):
         one, same, other = (make(0.25, 8, torch.Generator().manual_seed(seed)).matrix for seed in (0, 0, 1))
         assert one.shape == (16, 64) and torch.equal(one, same) and not torch.equal(one, other)
     assert CompressedSensing.hadamard(generator=seeded()).matrix.abs().unique().numel() == 1
-    # All the rows: nothing is lost.
-    whole, x = CompressedSensing.orthonormal(1.0, 4), image()
-    torch.testing.assert_close(whole.A_dagger(whole.A(x)), x)
-
-
-def test_random_masks():
     mask = Inpainting.random(64, 64, 0.3, seeded(), num_masks=4).mask
     assert mask.shape == (4, 1, 64, 64) and not torch.equal(mask[0], mask[1])
     assert mask.float().mean().item() == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / mask.numel()))
@@ -110,24 +105,14 @@ def test_random_masks():
     assert (~box).sum() == 12 and not box[1:4, 2:6].any()
 
 
-class Physics(torch.nn.Module):
-    """The interface of deepinv's LinearPhysics: `A` and `A_adjoint` take further keywords; a forward that adds noise."""
-
-    def A(self, x, **kwargs):
-        return x[..., ::2, :] * 3
-
-    def A_adjoint(self, y, **kwargs):
-        x = torch.zeros(*y.shape[:-2], y.shape[-2] * 2, y.shape[-1], dtype=y.dtype)
-        x[..., ::2, :] = y * 3
-        return x
-
-    def A_dagger(self, y, **kwargs):
-        raise AssertionError("is approximate in deepinv, so it is not asked")
-
-
 def test_other_peoples_operators():
+    """Those of deepinv's LinearPhysics take further keywords. Its `A_dagger` is approximate, so it is not asked."""
+
+    def A_adjoint(y, **kwargs):
+        return torch.stack([y * 3, 0 * y], -2).flatten(-3, -2)
+
     x = image()
-    physics = Physics()
+    physics = SimpleNamespace(A=lambda x, **kwargs: x[..., ::2, :] * 3, A_adjoint=A_adjoint, A_dagger=None)
     for given in (physics, (physics.A, physics.A_adjoint), [physics.A, physics.A_adjoint]):
         operator = as_operator(given)
         assert isinstance(operator, FunctionOperator) and operator.measurement_shape((1, 12, 16)) == (1, 6, 16)
@@ -137,58 +122,48 @@ def test_other_peoples_operators():
     mixed = Compose([Inpainting.random(6, 16, 0.5, seeded()), physics])
     y = mixed.A(x)
     torch.testing.assert_close(mixed.A(mixed.A_dagger(y)), y)
-    assert as_operator(mixed) is mixed
     for wrong in (torch.eye(3), (physics.A,), None, "inpainting"):
         with pytest.raises(ValueError, match="`operator`"):
             as_operator(wrong)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "functions"])
+MASKS = Inpainting(torch.rand(12, 16, generator=seeded()) < 0.5)
+GRAY = Colorization(np.array([0.5, 0.25, 0.25], dtype=np.float32))
+SAVED = {name: operator for name, operator in EVERY.items() if name != "functions"}
+SAVED["parts that share a tensor"] = Stack([Compose([MASKS, GRAY]), MASKS], IMAGE_SHAPE)
+
+
+@pytest.mark.parametrize("name", SAVED)
 def test_saved_and_loaded(name, tmp_path):
-    operator = EVERY[name]
+    operator = SAVED[name]
     operator.save_pretrained(tmp_path)
     loaded = LinearOperator.from_pretrained(tmp_path)
     assert type(loaded) is type(operator)
     x = torch.randn(BATCH, *IMAGE_SHAPE, generator=seeded(), dtype=torch.float64)
-    assert torch.equal(loaded.A(x), operator.A(x))
     y = operator.A(x)
-    assert torch.equal(loaded.A_dagger(y), operator.A_dagger(y))
-
-
-def test_parts_that_share_a_tensor_and_weights_of_any_kind_are_saved(tmp_path):
-    masks = Inpainting(torch.rand(12, 16, generator=seeded()) < 0.5)
-    gray = Colorization(np.array([0.5, 0.25, 0.25], dtype=np.float32))
-    operator = Stack([Compose([masks, gray]), masks], (3, 12, 16))
-    operator.save_pretrained(tmp_path)
-    loaded, x = LinearOperator.from_pretrained(tmp_path), torch.randn(1, 3, 12, 16, generator=seeded())
-    assert torch.equal(loaded.A(x), operator.A(x)) and loaded.parts[0].parts[1].weights == (0.5, 0.25, 0.25)
+    assert torch.equal(loaded.A(x), y) and torch.equal(loaded.A_dagger(y), operator.A_dagger(y))
 
 
 def test_stack_of_functions_that_ask_for_their_own_batch():
     """Where the functions' measurement is told, they are called with the caller's batch and dtype only."""
-    seen = []
-    matrix = torch.randn(5, 192, dtype=torch.float64, generator=seeded())
+    seen, matrix = set(), torch.randn(5, 192, dtype=torch.float64, generator=seeded())
 
     def A(x):
-        seen.append((len(x), x.dtype))
+        seen.add((len(x), x.dtype))
         return x.flatten(1) @ matrix.T
 
     functions = (A, lambda y: (y @ matrix).view(-1, 1, 12, 16))
     operator = Stack([functions, SuperResolution(2)], (1, 12, 16), [(5,), (1, 6, 8)])
     x = image().expand(3, -1, -1, -1)
     torch.testing.assert_close(operator.A(operator.A_dagger(operator.A(x))), operator.A(x))
-    assert set(seen) == {(3, torch.float64)}
-    with pytest.raises(RuntimeError):
-        operator.A_adjoint(torch.zeros(3, 52))
+    assert seen == {(3, torch.float64)}
 
 
 WRONG = [
     ("mask", lambda: Inpainting(torch.full((4, 4), 0.5))),
-    ("mask", lambda: Inpainting(torch.ones(4))),
     ("mask", lambda: Inpainting(torch.ones(4, 4)).A(image())),
     ("mask", lambda: Inpainting(torch.ones(2, 1, 12, 16)).A(image())),
     ("box_height", lambda: Inpainting.box(8, 8, 5, 0, 4, 4)),
-    ("box_height", lambda: Inpainting.box(8, 8, 4, 4, -2, 2)),
     ("observed", lambda: Inpainting.random(8, 8, 30)),
     ("scale", lambda: SuperResolution(0)),
     ("scale", lambda: SuperResolution(5).A(image())),
@@ -206,7 +181,6 @@ WRONG = [
     ("block_size", lambda: CompressedSensing.hadamard(0.5, 6)),
     ("block_size", lambda: CompressedSensing.hadamard().A(image())),
     ("matrix", lambda: CompressedSensing(torch.ones(2, 4))),
-    ("matrix", lambda: CompressedSensing(torch.ones(2, 5))),
     ("operator", lambda: Compose([SuperResolution(2), "blur"])),
     ("measurements", lambda: EVERY["stack"].join(EVERY["stack"].split(torch.ones(1, 804))[::-1])),
     ("FunctionOperator", lambda: EVERY["functions"].save_pretrained("never made")),
@@ -222,29 +196,18 @@ def test_wrong_arguments(name, make, tmp_path, monkeypatch):
 
 
 def test_cgls_says_when_it_stops(recwarn):
-    """After its iterations; not where all entries are done, at different times."""
+    """After its iterations; not where all entries are done, at different times; in float32 where it comes no nearer."""
     hard = torch.diag(torch.logspace(0, -6, 20, dtype=torch.float64))
     y = torch.ones(2, 20, dtype=torch.float64)
     y[1, 1:] = 0  # done in one step
     cgls(lambda x: x @ hard, lambda y: y @ hard, y[1:], max_iterations=3)
-    assert not recwarn.list
+    matrix, calls = torch.diag(torch.logspace(0, -2, 20)), []
+    x = cgls(lambda x: calls.append(1) or x @ matrix, lambda y: y @ matrix, torch.ones(2, 20), tolerance=1e-12)
+    torch.testing.assert_close(x @ matrix, torch.ones(2, 20), rtol=0, atol=1e-4)
+    assert len(calls) < 300 and not recwarn.list
     with pytest.warns(UserWarning, match="3 iterations"):
         x = cgls(lambda x: x @ hard, lambda y: y @ hard, y, max_iterations=3)
     torch.testing.assert_close(x[1], y[1])
-
-
-def test_cgls_in_single_precision_stops_where_it_comes_no_nearer(recwarn):
-    """Long before its last iteration, at what float32 resolves, and without a warning."""
-    calls = []
-    matrix = torch.diag(torch.logspace(0, -2, 20))
-
-    def A(x: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return x @ matrix
-
-    x = cgls(A, lambda y: y @ matrix, torch.ones(2, 20), tolerance=1e-12)
-    assert len(calls) < 300 and not recwarn.list
-    torch.testing.assert_close(x @ matrix, torch.ones(2, 20), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from ecvae_diffusers.operators import Blur, Compose, Inpainting, LinearOperator,
 EVERY = operators()
 # Relative errors of the Moore-Penrose identities.
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-4}
-DTYPES = list(EXACT)
 
 
 def draws(operator: LinearOperator, dtype=torch.float64, seed: int = 0, shape=IMAGE_SHAPE) -> tuple[torch.Tensor, ...]:
@@ -32,12 +31,12 @@ def assert_near(a: torch.Tensor, b: torch.Tensor, error: float, scale: torch.Ten
     assert (a - b).norm() <= error * scale.norm(), f"{(a - b).norm() / scale.norm():.1e}"
 
 
-@pytest.fixture(params=EVERY, name="operator")
-def _operator(request) -> LinearOperator:
-    return EVERY[request.param]
+@pytest.fixture(params=EVERY.values(), ids=EVERY)
+def operator(request) -> LinearOperator:
+    return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_adjoint_and_shapes(operator, dtype):
     x, y = draws(operator, dtype)
     measured, back = operator.A(x), operator.A_adjoint(y)
@@ -61,7 +60,7 @@ def check_moore_penrose(
         assert (asymmetry <= EXACT[dtype] * a.norm() * b.norm()).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_moore_penrose(operator, dtype):
     cutoff = operator.rcond if isinstance(operator, Blur) else 0.0
     largest = operator.transfer(torch.zeros(1, *IMAGE_SHAPE)).abs().max().item() if cutoff else 1.0
@@ -118,12 +117,10 @@ def test_gradients(operator):
     """Of a linear map the gradient of <M a, w> is M^T w, whatever a is: for A, its adjoint and its pseudo-inverse."""
     x, y = draws(operator)
     x2, y2 = draws(operator, seed=1)
-    for transform, start, weight in ((operator.A, x, y), (operator.A_adjoint, y, x), (operator.A_dagger, y, x)):
-        start = start.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad((transform(start) * weight).sum(), start)
-        direction = y2 if start.shape == y2.shape else x2
-        along = inner(transform(direction), weight)
-        error = (inner(gradient, direction) - along).abs()
+    cases = (operator.A, x, y, x2), (operator.A_adjoint, y, x, y2), (operator.A_dagger, y, x, y2)
+    for transform, start, weight, direction in cases:
+        _, gradient = torch.autograd.functional.vjp(transform, start, weight)
+        error = (inner(gradient, direction) - inner(transform(direction), weight)).abs()
         assert (error <= 1e-6 * transform(direction).norm() * weight.norm()).all()
 
 
@@ -142,22 +139,10 @@ def test_half_precision_measures(operator):
     torch.testing.assert_close(measured.float(), operator.A(x), rtol=0.1, atol=0.1)
 
 
-def test_composition_is_not_the_product_of_inverses():
-    """The known trap: a mask after pooling, where G^+ F^+ happens to be right, and before it, where it is not."""
-    mask = Inpainting.random(12, 16, 0.4, seeded())
-    pool = SuperResolution(2)
-    after = Compose([pool, mask])
-    x, _ = draws(after)
-    y = after.A(x)
-    product = mask.A_dagger(pool.A_dagger(y))
-    assert (after.A(product) - y).norm() > 0.1 * y.norm()
-    assert_near(after.A(after.A_dagger(y)), y, 1e-6, y)
-
-
 def test_composition_agrees_with_a_dense_pseudo_inverse():
-    operator = Compose(
-        [Inpainting.random(6, 8, 0.5, seeded()), SuperResolution(2), Blur(torch.rand(3, 3, generator=seeded()))]
-    )
+    """Which is not the product of the parts' pseudo-inverses."""
+    blur = Blur(torch.rand(3, 3, generator=seeded()))
+    operator = Compose([Inpainting.random(6, 8, 0.5, seeded()), SuperResolution(2), blur])
     x = torch.eye(192, dtype=torch.float64).view(192, 1, 12, 16)
     matrix = operator.A(x).flatten(1).mT
     y = torch.randn(1, 1, 6, 8, dtype=torch.float64, generator=seeded())

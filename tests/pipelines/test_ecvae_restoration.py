@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_diffusers.operators import (
@@ -39,8 +40,7 @@ def images(count: int = 2, channels: int = 1, height: int = 16, width: int = 16,
 
 
 def picture(image: torch.Tensor) -> PIL.Image.Image:
-    levels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    return PIL.Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None] / 2 + 0.5))[0]
 
 
 def box_mask(size: int = 16, white: int = 255) -> PIL.Image.Image:
@@ -82,6 +82,16 @@ OPERATORS = {
     "mask after blur": Compose([Inpainting.random(16, 16, 0.5, seeded()), Blur(gaussian_kernel(0.7))]),
     "stack": Stack([SuperResolution(4), Inpainting.random(16, 16, 0.2, seeded())], (1, 16, 16)),
     "functions": (lambda x: x[..., ::2], lambda y: torch.stack([y, torch.zeros_like(y)], -1).flatten(-2)),
+    "tiles of a mask": Inpainting.random(33, 40, 0.5, seeded()),
+    "tiles of a motion": Blur(motion_kernel(5, 30)),
+    "tiles of a blur": Blur(gaussian_kernel(1.5), "reflect"),
+    "tiles of x4": SuperResolution(4),
+}
+SHAPES = {
+    "tiles of a mask": (1, 1, 33, 40),
+    "tiles of a motion": (1, 1, 24, 16),
+    "tiles of a blur": (1, 1, 33, 40),
+    "tiles of x4": (1, 1, 24, 32),
 }
 
 
@@ -91,20 +101,18 @@ def measure(operator, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_answers_agree_with_the_measurement(pipe, name):
-    """Without noise to a relative 1e-5, whatever the network makes of it; it is a random one here."""
-    operator = OPERATORS[name]
-    y = measure(operator, images())
-    output = restore(pipe, y, operator, num_restorations=3)
-    assert output.images.shape == (6, 1, 16, 16) and output.mean.shape == output.std.shape == (2, 1, 16, 16)
-    assert output.residual.shape == output.residual_output.shape == output.energy.shape == (6,)
-    assert output.residual_mean.shape == (2,) and output.residual_mean.max() < 1e-5
+    """Without noise to a relative 1e-5, whatever the network makes of it; it is a random one here. Larger images in tiles."""
+    operator, (count, *shape) = OPERATORS[name], SHAPES.get(name, (2, 1, 16, 16))
+    y = measure(operator, torch.rand(count, *shape, generator=seeded()) * 2 - 1)
+    output = restore(pipe, y, operator, num_restorations=2)
+    assert output.images.shape == (2 * count, *shape) and output.mean.shape == output.std.shape == (count, *shape)
+    assert output.residual.shape == output.residual_output.shape == output.energy.shape == (2 * count,)
+    assert output.residual_mean.shape == (count,) and output.residual_mean.max() < 1e-5
     assert output.residual.max() < 1e-5
     assert output.images.min() >= 0 and output.images.max() <= 1
     # What is returned is clamped, and its residual is that of what is returned.
-    returned = (measure(operator, output.images[::3] * 2 - 1) - y).flatten(1).norm(dim=1)
-    torch.testing.assert_close(output.residual_output[::3], returned / y.flatten(1).norm(dim=1), rtol=1e-4, atol=1e-6)
-    again = restore(pipe, y, operator, num_restorations=3)
-    assert torch.equal(again.images, output.images)
+    returned = (measure(operator, output.images[::2] * 2 - 1) - y).flatten(1).norm(dim=1)
+    torch.testing.assert_close(output.residual_output[::2], returned / y.flatten(1).norm(dim=1), rtol=1e-4, atol=1e-6)
 
 
 def test_answers_differ_where_nothing_was_measured(pipe):
@@ -152,60 +160,34 @@ def test_a_picture_and_a_mask(pipe):
     same = restore(pipe, array, mask_image=box_mask())
     other = restore(pipe, picture(damaged[0]), mask_image=box_mask())
     torch.testing.assert_close(same.images, other.images, atol=1e-5, rtol=0)
-    # The other polarity keeps the box.
-    swapped = restore(pipe, picture(damaged[0]), mask_image=box_mask(white=0))
-    assert (swapped.images[0, 0, 4:12, 4:12] - 1).abs().max() < 0.02
+    # Without `noise_std` what 8 bits leave open is the noise of a picture; a tensor has none.
+    rounding = restore(pipe, picture(damaged[0]), mask_image=box_mask(), noise_std=2 / (255 * 12**0.5))
+    assert torch.equal(rounding.images, other.images)
 
 
 def test_kinds_of_masks(pipe):
     array, x = (np.asarray(box_mask()) / 255).astype(np.float32), images()
     expected = restore(pipe, x, Inpainting.box(16, 16, 4, 4, 8, 8), noise_std=0.0).images
+    assert torch.equal(restore(pipe, x, Inpainting.box(16, 16, 4, 4, 8, 8)).images, expected)
     tensor = torch.from_numpy(array)[None, None]
-    masks = [box_mask(), box_mask().convert("1"), array, tensor, [box_mask()] * 2, (array, array), [tensor[0]] * 2]
-    for mask in masks:
+    forms = box_mask(), box_mask().convert("1"), array, tensor, [box_mask()] * 2, (array, array), [tensor[0]] * 2
+    for mask in forms:
         found = restore(pipe, x / 2 + 0.5, mask_image=mask, noise_std=0.0).images
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert torch.equal(tensor[0, 0], torch.from_numpy(array))
+    # Another for each image. The other polarity keeps the box.
+    found = restore(pipe, x / 2 + 0.5, mask_image=[box_mask(), box_mask(white=0)], noise_std=0.0).images
+    kept = torch.cat([tensor, 1 - tensor]) == 0
+    torch.testing.assert_close(found[kept], (x / 2 + 0.5)[kept], rtol=0, atol=1e-5)
+    assert (found - (x / 2 + 0.5))[~kept].abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("form", [lambda mask: mask, lambda mask: torch.tensor(np.array(mask) / 255)])
-def test_masks_of_all_and_of_nothing(pipe, form, caplog):
+def test_masks_of_all_and_of_nothing(pipe, caplog):
     x = images(1) / 2 + 0.5
-    everything, nothing = (
-        restore(pipe, x, mask_image=form(PIL.Image.new("L", (16, 16), white)), num_restorations=3, noise_std=0.0)
-        for white in (255, 0)
-    )
+    masks = (PIL.Image.new("L", (16, 16), white) for white in (255, 0))
+    everything, nothing = (restore(pipe, x, mask_image=mask, num_restorations=3, noise_std=0.0) for mask in masks)
     assert everything.residual.max() == 0 and everything.images.std(0).mean() > 0.01  # draws of the prior
     torch.testing.assert_close(nothing.images, x.expand(3, -1, -1, -1), atol=1e-6, rtol=0)
     assert "`mask_image` repaints everything" in caplog.text and "`mask_image` repaints nothing" in caplog.text
-
-
-def test_two_masks_of_two_images(pipe):
-    other = PIL.Image.new("L", (16, 16), 0)
-    other.paste(255, (0, 0, 8, 16))
-    clean = images(2)
-    masks = [box_mask(), other]
-    output = restore(pipe, [picture(one) for one in clean], mask_image=masks, noise_std=0.0)
-    for image, restored, mask in zip(clean, output.images, masks):
-        kept = torch.from_numpy(np.asarray(mask) == 0)
-        given = ((image + 1) * 127.5).round() / 255
-        torch.testing.assert_close(restored[:, kept], given[:, kept], rtol=0, atol=1e-5)
-        assert (restored[:, ~kept] - given[:, ~kept]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    "operator, size",
-    [
-        (Inpainting.random(33, 40, 0.5, seeded()), (33, 40)),
-        (Blur(motion_kernel(5, 30)), (24, 16)),
-        (Blur(gaussian_kernel(1.5), "reflect"), (33, 40)),
-        (SuperResolution(2), (24, 32)),
-    ],
-)
-def test_larger_images_are_restored_in_tiles(pipe, operator, size):
-    x = torch.rand(1, 1, *size, generator=seeded()) * 2 - 1
-    output = restore(pipe, operator.A(x), operator, num_restorations=2)
-    assert output.images.shape == (2, 1, *size) and output.residual.max() < 1e-5
 
 
 def test_colour(restoration):
@@ -218,13 +200,13 @@ def test_colour(restoration):
     assert pipe(damaged, mask_image=box_mask(), num_inference_steps=STEPS).images[0].mode == "RGB"
 
 
-def test_pictures_of_operators_that_do_not_keep_brightness(pipe):
+def test_functions_that_work_in_place_and_do_not_keep_brightness(pipe):
     """A picture p of an image in [0, 1] is y = 2 p - A 1 of it in [-1, 1]."""
-    halved = (lambda x: x[..., ::2] / 2, lambda y: torch.stack([y, torch.zeros_like(y)], -1).flatten(-2) / 2)
-    x = images(1)
-    p = halved[0](x / 2 + 0.5).permute(0, 2, 3, 1).numpy()
-    from_picture = restore(pipe, p, halved, noise_std=0.0)
-    torch.testing.assert_close(from_picture.images, restore(pipe, halved[0](x), halved).images, atol=1e-5, rtol=1e-5)
+    halved, y = (lambda x: x.mul_(0.5), lambda y: y.mul_(0.5)), 0.5 * images()
+    before, p = y.clone(), (y / 2 + 0.25).permute(0, 2, 3, 1).numpy()
+    expected = restore(pipe, y, (lambda x: x * 0.5, lambda y: y * 0.5)).images
+    assert torch.equal(restore(pipe, y, halved).images, expected) and torch.equal(y, before)
+    torch.testing.assert_close(restore(pipe, p, halved, noise_std=0.0).images, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["langevin", "map"])
@@ -242,19 +224,6 @@ def test_network_calls(pipe, method):
     assert all(p.requires_grad for p in pipe.vae.parameters())
 
 
-def test_generators_and_latents(pipe):
-    y, operator = SuperResolution(4).A(images()), SuperResolution(4)
-    one_each = restore(pipe, y, operator, generator=[seeded(i) for i in range(4)], num_restorations=2)
-    alone = restore(pipe, y[1:], operator, generator=[seeded(2), seeded(3)], num_restorations=2)
-    torch.testing.assert_close(one_each.images[2:], alone.images, atol=1e-4, rtol=0)
-    latents = torch.randn(2, 8, 1, 1, generator=seeded())
-    found, again, other = (
-        restore(pipe, y, operator, latents=start, method="map").images for start in (latents, latents, -latents)
-    )
-    torch.testing.assert_close(again, found)
-    assert not torch.equal(other, found)
-
-
 def test_callback(pipe):
     seen, y, operator = [], SuperResolution(2).A(images()), SuperResolution(2)
 
@@ -267,8 +236,18 @@ def test_callback(pipe):
     decoded = pipe.vae.decode(torch.zeros(2, 8, 1, 1)).sample
     expected = decoded + operator.A_dagger(y - operator.A(decoded))
     torch.testing.assert_close(output.images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
-    output = restore(pipe, y, operator, callback_on_step_end=lambda *arguments: None)
-    torch.testing.assert_close(output.images, restore(pipe, y, operator).images)
+
+
+def test_generators_and_latents(pipe):
+    y, operator = SuperResolution(4).A(images()), SuperResolution(4)
+    one_each = restore(pipe, y, operator, generator=[seeded(i) for i in range(4)], num_restorations=2)
+    alone = restore(pipe, y[1:], operator, generator=[seeded(2), seeded(3)], num_restorations=2)
+    torch.testing.assert_close(one_each.images[2:], alone.images, atol=1e-4, rtol=0)
+    latents = torch.randn(2, 8, 1, 1, generator=seeded())
+    found, again, other = (
+        restore(pipe, y, operator, latents=z, method="map").images for z in (latents, latents, -latents)
+    )
+    assert torch.equal(again, found) and not torch.equal(other, found)
 
 
 def test_answers_that_are_not_finite_are_refused(pipe):
@@ -283,18 +262,9 @@ def test_answers_that_are_not_finite_are_refused(pipe):
         restore(pipe, images(), (lambda x: x * math.nan, lambda y: y), noise_std=0.1)
 
 
-def test_functions_may_work_in_place(pipe):
-    y = 0.5 * images()
-    before = y.clone()
-    expected = restore(pipe, y, (lambda x: x * 0.5, lambda y: y * 0.5), noise_std=0.1)
-    output = restore(pipe, y, (lambda x: x.mul_(0.5), lambda y: y.mul_(0.5)), noise_std=0.1)
-    assert torch.equal(y, before)
-    torch.testing.assert_close(output.images, expected.images)
-
-
 def test_answers_that_disagree_with_their_measurement_are_told(pipe, caplog):
     """Rounding to 8 bits, blown up by a blur's inverse; another unit; a hole that is not 0."""
-    operator, box = Blur(gaussian_kernel(1.0), "reflect"), Inpainting.box(16, 16, 4, 4, 8, 8)
+    operator, box = Blur(gaussian_kernel(1.0), "reflect"), OPERATORS["box"]
     exact = operator.A(images())
     rounded = (exact * 127.5).round() / 127.5
     for y, measured_by, noise_std, is_told in (
@@ -316,12 +286,8 @@ def test_operator_of_another_copy_of_the_package(pipe, tmp_path):
     spec = importlib.util.spec_from_file_location("copied_pipeline", tmp_path / "pipeline.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    operator = Blur(gaussian_kernel(1.5), "reflect")
+    operator = OPERATORS["blur"]
     assert not isinstance(operator, module.LinearOperator) and module.as_operator(operator) is operator
-    copied = module.ECVAERestorationPipeline(**pipe.components)
-    copied.set_progress_bar_config(disable=True)
-    y = operator.A(images())
-    torch.testing.assert_close(restore(copied, y, operator).images, restore(pipe, y, operator).images)
 
 
 def test_output_types_and_tuple(pipe, capsys):
@@ -329,47 +295,28 @@ def test_output_types_and_tuple(pipe, capsys):
     pipe.set_progress_bar_config(disable=False)
     tensor = restore(pipe, y, SuperResolution(2))
     assert f"{STEPS}/{STEPS}" in capsys.readouterr().err
+    with torch.no_grad():  # the energies of the answers, but for what was clamped
+        expected = pipe.energy_model(tensor.images * 2 - 1).energy
+    torch.testing.assert_close(tensor.energy, expected, rtol=0.05, atol=0.05)
     array = restore(pipe, y, SuperResolution(2), output_type="np")
     np.testing.assert_allclose(array.images, tensor.images.permute(0, 2, 3, 1).numpy(), atol=1e-6)
-    np.testing.assert_allclose(array.std, tensor.std.permute(0, 2, 3, 1).numpy(), atol=1e-6)
     pil = restore(pipe, y, SuperResolution(2), output_type="pil")
     np.testing.assert_allclose(np.asarray(pil.images[0]) / 255, array.images[0, ..., 0], atol=0.51 / 255)
     with torch.inference_mode():
-        as_tuple = restore(pipe, y.clone(), SuperResolution(2), return_dict=False)
-    assert as_tuple[-1] == tensor.num_network_calls
-    torch.testing.assert_close(as_tuple[0].clone(), tensor.images)
+        as_tuple = restore(pipe, y, SuperResolution(2), return_dict=False)
+    assert as_tuple[-1] == tensor.num_network_calls and torch.equal(as_tuple[0], tensor.images)
     pipe.to(torch.bfloat16)
     coarse = restore(pipe, y, SuperResolution(2))
     assert coarse.images.dtype == torch.float32 and coarse.residual.max() < 1e-5
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"noise_std": 0.05}, {"start": "prior", "energy_weight": 0.1}])
-def test_functions_in_double_precision(pipe, kwargs):
+def test_functions_in_double_precision(pipe):
     """They are called in the measurement's precision all the way, whatever the networks compute in."""
     matrix = torch.linalg.qr(torch.randn(256, 64, generator=seeded(), dtype=torch.float64)).Q.mT
     functions = (lambda x: x.flatten(1) @ matrix.mT, lambda y: (y @ matrix).view(-1, 1, 16, 16))
-    output = restore(pipe, functions[0](images().double()), functions, **kwargs)
-    assert output.images.isfinite().all()
-    if "noise_std" not in kwargs:
-        assert output.residual.max() < 1e-8
-
-
-def test_rounding_is_the_noise_of_pictures(pipe):
-    """`noise_std` not given: 2 / (255 sqrt(12)) for a picture, nothing for a tensor."""
-    damaged, rounding = picture(images(1)[0]), 2 / (255 * 12**0.5)
-    found = restore(pipe, damaged, mask_image=box_mask()).images
-    assert torch.equal(found, restore(pipe, damaged, mask_image=box_mask(), noise_std=rounding).images)
-    y = SuperResolution(2).A(images())
-    found = restore(pipe, y, SuperResolution(2)).images
-    assert torch.equal(found, restore(pipe, y, SuperResolution(2), noise_std=0.0).images)
-
-
-def test_energies_are_those_of_the_answers(pipe):
-    output = restore(pipe, SuperResolution(2).A(images()), SuperResolution(2), num_restorations=2)
-    with torch.no_grad():
-        expected = pipe.energy_model(output.images * 2 - 1).energy
-    # But for what was clamped.
-    torch.testing.assert_close(output.energy, expected, rtol=0.05, atol=0.05)
+    y = functions[0](images().double())
+    assert restore(pipe, y, functions, noise_std=0.05).images.isfinite().all()
+    assert restore(pipe, y, functions, start="prior", energy_weight=0.1).residual.max() < 1e-8
 
 
 SEEN = torch.zeros(2, 1, 16, 16)
@@ -378,7 +325,6 @@ WRONG = [
     ("operator", {"operator": None}),
     ("num_restorations", {"num_restorations": 2.0}),
     ("num_inference_steps", {"num_inference_steps": 0}),
-    ("num_inference_steps", {"num_inference_steps": 7.5}),
     ("noise_std", {"noise_std": math.nan}),
     ("noise_std", {"noise_std": 5.0}),
     ("energy_weight", {"energy_weight": -1}),
@@ -425,9 +371,6 @@ def test_a_model_without_an_energy_model_and_its_error(restoration):
     assert output.energy is None and output.residual.max() < 1e-5
 
 
-# Saving and loading
-
-
 def test_shares_weights_with_the_generation_pipeline(make_pipeline, tmp_path, caplog):
     """And loads its folder, whose scheduler it does not take: the way back asks for one."""
     generation = make_pipeline()
@@ -436,9 +379,8 @@ def test_shares_weights_with_the_generation_pipeline(make_pipeline, tmp_path, ca
     assert set(pipe.components) == {"vae", "energy_model"} and "_scheduler" not in pipe.config
     with pytest.raises(ValueError, match="`scheduler`"):
         ECVAEPipeline.from_pipe(pipe)
-    for scheduler in (generation.scheduler, None):
-        back = ECVAEPipeline.from_pipe(pipe, scheduler=scheduler)
-        assert back.vae is generation.vae and back.scheduler is scheduler
+    back = ECVAEPipeline.from_pipe(pipe, scheduler=None)
+    assert back.vae is generation.vae and back.scheduler is None
     generation.vae.register_to_config(reconstruction_variance=0.02)
     generation.save_pretrained(tmp_path)
     assert set(ECVAERestorationPipeline.from_pretrained(tmp_path).components) == {"vae", "energy_model"}

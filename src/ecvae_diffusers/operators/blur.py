@@ -10,7 +10,6 @@ from . import solvers
 from .linear_operator import DENSE_ENTRIES, LinearOperator
 
 
-PADDINGS = ("circular", "reflect")
 # A kernel whose second singular value is below the first share of its first is made a column times a row, which it is already below
 # the second.
 RANK_ONE, RANK_ONE_EXACTLY = 1e-6, 1e-14
@@ -39,8 +38,8 @@ class Blur(LinearOperator):
     def __init__(self, kernel: torch.Tensor, padding: str = "circular", rcond: float = 1e-3):
         if kernel.ndim != 2 or not kernel.isfinite().all() or not kernel.any():
             raise ValueError("`kernel` must have shape (h, w) and finite values that are not all 0.")
-        if padding not in PADDINGS:
-            raise ValueError(f"`padding` must be one of {', '.join(PADDINGS)}, but is {padding!r}.")
+        if padding not in ("circular", "reflect"):
+            raise ValueError(f"`padding` must be circular or reflect, but is {padding!r}.")
         if not 0 <= rcond < 1:
             raise ValueError(f"`rcond` must be at least 0 and below 1, but is {rcond}.")
         kernel = kernel.cpu().double()

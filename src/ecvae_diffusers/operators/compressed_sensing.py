@@ -62,9 +62,7 @@ class CompressedSensing(LinearOperator):
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         if any(size % self.block_size for size in x.shape[-2:]):
-            raise ValueError(
-                f"`block_size` {self.block_size} must divide height and width of images of {tuple(x.shape)}."
-            )
+            raise ValueError(f"`block_size` {self.block_size} must divide height and width of {tuple(x.shape)}.")
         blocks = F.pixel_unshuffle(x, self.block_size).unflatten(1, (x.shape[1], -1))
         return torch.einsum("mn,bcnhw->bcmhw", self.matrix.to(x), blocks).flatten(1, 2)
 

@@ -194,6 +194,4 @@ def as_operator(operator: Any) -> LinearOperator:
         return FunctionOperator(operator.A, operator.A_adjoint)
     if isinstance(operator, tuple | list) and len(operator) == 2 and all(map(callable, operator)):
         return FunctionOperator(*operator)
-    raise ValueError(
-        f"`operator` must be a LinearOperator, have `A` and `A_adjoint`, or be a pair of them, not {operator!r}."
-    )
+    raise ValueError(f"`operator` must be an operator or a pair of functions (A, A_adjoint), but is {operator!r}.")

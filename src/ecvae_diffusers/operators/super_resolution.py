@@ -8,9 +8,6 @@ from . import solvers
 from .linear_operator import LinearOperator
 
 
-MODES = ("average", "bicubic", "decimation")
-
-
 class SuperResolution(LinearOperator):
     """
     A lower resolution: (B, C, H, W) to (B, C, H / scale, W / scale).
@@ -25,11 +22,11 @@ class SuperResolution(LinearOperator):
     def __init__(self, scale: int, mode: str = "average"):
         if scale < 1:
             raise ValueError(f"`scale` must be at least 1, but is {scale}.")
-        if mode not in MODES:
-            raise ValueError(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.")
+        norms = {"average": 1 / scale**2, "bicubic": None, "decimation": 1.0}
+        if mode not in norms:
+            raise ValueError(f"`mode` must be one of {', '.join(norms)}, but is {mode!r}.")
         super().__init__(scale=scale, mode=mode)
-        self.scale, self.mode = scale, mode
-        self.row_norm = {"average": 1 / scale**2, "bicubic": None, "decimation": 1.0}[mode]
+        self.scale, self.mode, self.row_norm = scale, mode, norms[mode]
 
     def resizing(self, size: int) -> solvers.Factors:
         """Decompose the matrix that resizes a line of `size` pixels as PIL does (BICUBIC: antialiased, a = -0.5)."""
