@@ -10,7 +10,7 @@ IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 .PHONY: demo test test-slow quality style pipelines cards environment clean
 
 demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look at demo/comparison.png
-	@$(IN_ROOT) training/demo.py --output_dir demo
+	@$(IN_ROOT) examples/demo.py --output_dir demo
 
 test: environment  ## Run the test suite, a file at a time on each core
 	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 --ignore tests/slow -n logical --dist loadfile

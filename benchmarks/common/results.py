@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 FOLDER = Path(__file__).resolve().parents[1]
-MARKED = re.compile(r"<!-- table: (\S+) (\S+) -->\n.*?<!-- end of table -->", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: (\S+) (\S+) -->)\n.*?(<!-- end of table -->)", re.DOTALL)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -28,17 +28,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def shown(cell: None | str | list) -> str:
     if isinstance(cell, list):
         return ", ".join(map(shown, cell))
-    return "" if cell is None else cell
-
-
-def whole_number(digits: str) -> str:
-    return f"{int(digits):,}" if len(digits) > 4 else digits
+    return cell or ""
 
 
 def read_table(file: str, name: str) -> str:
     """Return a table of results/, its numbers digit for digit."""
     text = (FOLDER / "results" / file).read_text(encoding="utf-8")
-    found = json.loads(text, parse_float=str, parse_int=whole_number)[name]
+    found = json.loads(
+        text, parse_float=str, parse_int=lambda digits: f"{int(digits):,}" if len(digits) > 4 else digits
+    )[name]
     return table(found["columns"], [[shown(cell) for cell in row] for row in found["rows"]])
 
 
@@ -48,16 +46,12 @@ def main() -> None:
     args = parser.parse_args()
     page = FOLDER / "RESULTS.md"
     text = page.read_text(encoding="utf-8")
-    made = MARKED.sub(
-        lambda found: (
-            f"<!-- table: {found[1]} {found[2]} -->\n{read_table(found[1], found[2])}\n<!-- end of table -->"
-        ),
-        text,
-    )
-    if args.check and made != text:
+    made = MARKED.sub(lambda found: f"{found[1]}\n{read_table(found[2], found[3])}\n{found[4]}", text)
+    if made == text:
+        return
+    if args.check:
         sys.exit("benchmarks/RESULTS.md is not what benchmarks/results says: run python benchmarks/common/results.py.")
-    if made != text:
-        page.write_text(made, encoding="utf-8")
+    page.write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,30 +2,24 @@
 """What the studies share: the two data sets with their features, training, and rows that an interrupted study keeps."""
 
 import argparse
-import ctypes
-import fcntl
-import hashlib
+import functools
+import itertools
 import json
 import os
-import platform
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import diffusers
 import torch
 from tqdm import tqdm
 
-from common.command_line import device as device_here
-from common.command_line import place, positive, whole_number
+from common.machine import device, machine
 from common.results import table
 from ecvae_diffusers import ECVAEPipeline, EnergyCalibrator
+from ecvae_diffusers.atomic import to_json, write_json
 from ecvae_diffusers.energy import energy_and_gradient
 from ecvae_diffusers.evaluation.pictures import decode_all, draw, open_source
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features
@@ -38,18 +32,18 @@ from ecvae_diffusers.training.data.digits import (
 )
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.folder import is_finished
-from ecvae_diffusers.training.run.log import EVENTS_FILE, METRICS_FILE, read_metrics
+from ecvae_diffusers.training.run.log import EVENTS_FILE, METRICS_FILE, RunLog, read_metrics
 
 
 TRAINING = Path(__file__).resolve().parents[2] / "training"
 
 
-def precision(device: torch.device | str) -> list[str]:
+def precision(device: torch.device) -> list[str]:
     """
     Return bf16 on a CPU, which may have units for it. On a GPU, networks of this size wait for the start of their
     kernels, and autocast adds many: the chain takes twice as long (RESULTS.md).
     """
-    return ["--mixed_precision", "bf16" if torch.device(device).type == "cpu" else "no"]
+    return ["--mixed_precision", "bf16" if device.type == "cpu" else "no"]
 
 
 class Digits:
@@ -63,22 +57,15 @@ class Digits:
     # Those of `make demo`.
     arguments = ["--resolution", "16", "--latent_channels", "32", "--block_out_channels", "16", "32", "64"]
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
-        self.device = device
-        write_digits(folder / "digits")
-        self.data_arguments = ["--train_data_dir", str(folder / "digits" / "train")]
+    def __init__(self, args: argparse.Namespace):
+        write_digits(args.output_dir / "digits")
+        self.data_arguments = ["--train_data_dir", str(args.output_dir / "digits" / "train")]
         digits = load_digits()[0]
-        self.train = digits[:NUM_TRAIN]
+        self.device, self.train = args.device, digits[:NUM_TRAIN]
         features, accuracy = train_digit_features()
-        self.metrics = reference(features.to(device), self.train)
-        held_out = self.measure(digits[NUM_TRAIN:])
-        self.about = (
-            f"digits; classifier {accuracy:.1%} on held-out digits, which are at Frechet distance "
-            f"{held_out['frechet_distance']:.1f}"
-        )
-
-    def measure(self, images: torch.Tensor) -> dict[str, float]:
-        return against(self.metrics, images)
+        self.metrics = reference(features.to(args.device), self.train)
+        floor = distances(self.metrics, digits[NUM_TRAIN:])
+        self.about = f"classifier {accuracy:.1%} on held-out digits, which are at {floor}"
 
 
 class FashionMNIST:
@@ -86,26 +73,17 @@ class FashionMNIST:
 
     name, num_samples, resolution, latent_channels, channels = "fashion_mnist", 10_000, 32, 64, (16, 32, 64, 128)
     learning_rate = 1e-3
-    arguments = [
-        "--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128",
-        "--learning_rate", str(learning_rate), "--energy_learning_rate", str(learning_rate),
-        "--evaluation_steps", "750", "--log_steps", "50", "--save_images_steps", "1000",
-    ]  # fmt: skip
 
-    def __init__(self, folder: Path, dataset: str, device: torch.device | str = "cpu"):
-        self.device = device
-        self.arguments = [*self.arguments, *precision(device)]
-        self.data_arguments = ["--dataset_name", dataset, "--image_column", "image"]
-        self.train = fashion_images(dataset, "train", 10_000)
-        self.metrics = reference(lite0_features().to(device), self.train, folder)
-        floor = self.measure(fashion_images(dataset, "test", 10_000))
-        self.about = (
-            f"Fashion-MNIST; EfficientNet-Lite0 features; the 10,000 test images are at Frechet distance "
-            f"{floor['frechet_distance']:.1f}, kernel distance {floor['kernel_distance']:.4f}"
-        )
-
-    def measure(self, images: torch.Tensor) -> dict[str, float]:
-        return against(self.metrics, images)
+    def __init__(self, args: argparse.Namespace):
+        self.arguments = [
+            "--latent_channels", "64", "--block_out_channels", "16", "32", "64", "128",
+            "--learning_rate", str(self.learning_rate), "--energy_learning_rate", str(self.learning_rate),
+            "--evaluation_steps", "750", "--log_steps", "50", "--save_images_steps", "1000", *precision(args.device),
+        ]  # fmt: skip
+        self.data_arguments = ["--dataset_name", args.dataset, "--image_column", "image"]
+        self.device, self.train = args.device, fashion_images(args.dataset, "train", 10_000)
+        self.metrics = reference(lite0_features().to(args.device), self.train)
+        self.about = f"test images are at {distances(self.metrics, fashion_images(args.dataset, 'test', 10_000))}"
 
 
 def fashion_images(dataset: str, split: str, count: int) -> torch.Tensor:
@@ -122,29 +100,11 @@ def dataset_images(dataset: str, split: str, count: int, resolution: int, channe
     return decode_all(drawn, resolution, channels)
 
 
-class RememberedFeatures(torch.nn.Module):
-    """Features of the data, cached in files: they take ten minutes on one core, and each study needs them."""
-
-    def __init__(self, features: torch.nn.Module, folder: Path):
-        super().__init__()
-        self.features, self.folder = features, folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        path = self.folder / f"{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:20]}.pt"
-        if not path.is_file():
-            half_written = path.with_suffix(f".{os.getpid()}")
-            torch.save(self.features(images).cpu(), half_written)
-            half_written.rename(path)
-        return torch.load(path, weights_only=True)
-
-
-def reference(features: torch.nn.Module, real: torch.Tensor, folder: Path | None = None) -> GenerationMetrics:
-    """Return metrics that hold the features of real images, which are cached in `folder`."""
-    metrics = GenerationMetrics(features if folder is None else RememberedFeatures(features, folder / "features"))
+def reference(features: torch.nn.Module, real: torch.Tensor) -> GenerationMetrics:
+    """Return metrics that hold the features of real images."""
+    metrics = GenerationMetrics(features)
     for batch in tqdm(real.split(250), desc="Features of the data"):
         metrics.update(batch, real=True)
-    metrics.features = features
     return metrics
 
 
@@ -157,6 +117,11 @@ def against(metrics: GenerationMetrics, images: torch.Tensor) -> dict[str, float
     return measures
 
 
+def distances(metrics: GenerationMetrics, images: torch.Tensor) -> str:
+    found = against(metrics, images)
+    return f"Frechet distance {found['frechet_distance']:.1f}, kernel distance {found['kernel_distance']:.4f}"
+
+
 def epochs(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
     """
     Yield batches in [-1, 1], epoch by epoch in a new order, as the training script does. It matters: drawn with
@@ -166,28 +131,6 @@ def epochs(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
         order = torch.randperm(len(images))
         for start in range(0, len(images) - batch_size + 1, batch_size):
             yield to_range(images[order[start : start + batch_size]])
-
-
-def end_with_parent() -> None:
-    """Have the system end this child when the study is killed, before its program starts. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[int]:
-    """
-    Wait until no other study holds this lock: two studies may resume the same run. Yields the lock's descriptor, and a
-    child that inherits it keeps the lock for as long as it lives.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another study, which has {path.stem}.", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
 
 
 def run_folder(output_dir: Path, data_name: str, name: str, seed: int) -> Path:
@@ -204,22 +147,17 @@ def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script
     arguments = ["--max_train_steps", str(num_steps), *data.arguments, *arguments]
     # Without paths, so that a study that was moved is the same one.
     own = [argument for argument in arguments if os.sep not in argument]
-    with alone(folder.parent / f"{folder.name}.lock") as lock:
-        kept = folder.parent / f"{folder.name}.arguments.json"
-        if folder.is_dir() and kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))) != own:
-            raise ValueError(
-                f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir."
-            )
-        kept.write_text(json.dumps(own), encoding="utf-8")
-        if is_finished(folder):
-            return
-        command = [sys.executable, str(TRAINING / script), *data.data_arguments, "--output_dir", str(folder)]
-        command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1", *arguments]
-        if any(folder.glob("checkpoint-*")):
-            command += ["--resume_from_checkpoint", "latest"]
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run(command, check=True, preexec_fn=end_with_parent, pass_fds=[lock])
+    kept = folder.parent / f"{folder.name}.arguments.json"
+    if folder.is_dir() and kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))) != own:
+        raise ValueError(f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir.")
+    write_json(kept, own)
+    if is_finished(folder):
+        return
+    command = [sys.executable, str(TRAINING / script), *data.data_arguments, "--output_dir", str(folder)]
+    command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1", *arguments]
+    resumes = any(folder.glob("checkpoint-*"))
+    command += ["--resume_from_checkpoint", "latest"] if resumes else ["--overwrite_output_dir"]
+    subprocess.run(command, check=True)
 
 
 def logged(folder: Path) -> dict:
@@ -235,7 +173,7 @@ def logged(folder: Path) -> dict:
 def trained_row(data, folder: Path) -> dict:
     """Return the measures of a run's samples, and the end of its logs."""
     pipeline = ECVAEPipeline.from_pretrained(folder).to(data.device)
-    row = data.measure(sample_images(pipeline, data.num_samples, seed=1)) | logged(folder)
+    row = against(data.metrics, sample_images(pipeline, data.num_samples, seed=1)) | logged(folder)
     row["reconstruction_variance"] = pipeline.vae.config.reconstruction_variance
     if pipeline.energy_model is not None:
         row["cosine_to_critic"] = cosine_to_critic(pipeline)
@@ -256,74 +194,45 @@ def cosine_to_critic(pipeline: ECVAEPipeline, num_samples: int = 256) -> float:
 
 
 class Results:
-    """
-    Rows in a JSON lines file. Existing rows are not made again, except those measured with another number of samples.
+    """Rows of a study, in a JSON lines file. Existing rows are not made again."""
 
-    Args:
-        path (`Path`): The file.
-        num_samples (`int`, *optional*): Samples that a row is measured with.
-    """
-
-    def __init__(self, path: Path, num_samples: int | None = None):
-        self.path, self.num_samples = path, num_samples
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def rows(self) -> list[dict]:
-        """Return all rows, without a last one that a kill cut off."""
-        return read_metrics(self.path) if self.path.is_file() else []
+    def __init__(self, path: Path):
+        self.path = path
 
     def of(self, name: str) -> list[dict]:
-        return sorted((row for row in self.rows() if row["setting"] == name), key=lambda row: row["seed"])
+        """Return the rows of a setting, in the order of seeds."""
+        rows = read_metrics(self.path) if self.path.is_file() else []
+        return sorted((row for row in rows if row["setting"] == name), key=lambda row: row["seed"])
 
-    def write(self, rows: list[dict]) -> None:
-        temporary = self.path.with_suffix(".half")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(self.path)
-
-    def fill(
-        self,
-        settings: list[str],
-        seeds: list[int],
-        make: Callable[[str, int], dict],
-        iterations: int | dict[str, int] | None = None,
-        arguments: dict[str, list[str]] | None = None,
-    ) -> None:
+    def fill(self, settings: list[str], seeds: list[int], make: Callable[[str, int], dict], **made_with) -> None:
         """
-        Make the missing rows.
-
-        Args:
-            settings, seeds: A row for each pair.
-            make (`Callable`): Setting and seed -> what a row holds.
-            iterations (`int` or `dict`, *optional*): Of every row, or of each setting's.
-            arguments (`dict`, *optional*): Of each setting's command line.
+        Make the missing rows, one per setting and seed. `made_with` is what all rows are made with, or by setting.
 
         Raises:
-            ValueError: if an existing row is of another number of `iterations` or of other `arguments`.
+            ValueError: if an existing row was made with something else.
         """
-        for seed in seeds:
-            for name in settings:
-                length = iterations[name] if isinstance(iterations, dict) else iterations
-                made_with = {"iterations": length, "arguments": arguments and arguments[name]}
-                made_with = {key: value for key, value in made_with.items() if value is not None}
-                there = [row for row in self.of(name) if row["seed"] == seed]
-                for row in there:
-                    for key, value in made_with.items():
-                        if row.get(key, value) != value:
-                            raise ValueError(
-                                f"{self.path.name} holds {name!r} with {key} {row[key]}, not {value}: choose another "
-                                "--output_dir."
-                            )
-                if any(row.get("num_samples") == self.num_samples for row in there):
-                    continue
-                started = time.time()
-                row = make(name, seed)
-                # A row may have seconds of its own, such as those per image.
-                row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row}
-                row |= {"num_samples": self.num_samples, **made_with}
-                # The file may have changed by now: another study may have written to it, even the same row.
-                with alone(self.path.with_suffix(".lock")):
-                    self.write([r for r in self.rows() if (r["setting"], r["seed"]) != (name, seed)] + [row])
-                print(json.dumps(row), flush=True)
+        for seed, name in itertools.product(seeds, settings):
+            own = {key: value[name] if isinstance(value, dict) else value for key, value in made_with.items()}
+            there = [row for row in self.of(name) if row["seed"] == seed]
+            for row, (key, value) in itertools.product(there, own.items()):
+                if row.get(key, value) != value:
+                    raise ValueError(f"{self.path.name} holds {name!r} of other {key}: choose another --output_dir.")
+            if there:
+                continue
+            started = time.time()
+            row = make(name, seed)
+            # A row may have seconds of its own, such as those per image.
+            row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row, **own}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            log = RunLog(self.path)
+            log.cut(sys.maxsize)  # a line that a kill cut off would hide the next one
+            log.write(**row)
+            print(to_json(row), flush=True)
+
+    def table(self, first: str, names: list[str], columns: dict[str, Callable]) -> str:
+        """Return a table with a line per setting, of those that there are rows of."""
+        lines = [[name, *(show(rows) for show in columns.values())] for name in names if (rows := self.of(name))]
+        return table([first, *columns], lines)
 
 
 def median(rows: list[dict], key: str) -> float:
@@ -340,33 +249,26 @@ def middle(key: str, spec: str, average: Callable = statistics.median) -> Callab
     return lambda rows: format(average(row[key] for row in rows), spec) if key in rows[0] else ""
 
 
+FRECHET = {
+    "Frechet distance, each seed": each("frechet_distance", ".1f"),
+    "median": middle("frechet_distance", ".1f"),
+}
+
+
 def seconds_per_iteration(rows: list[dict]) -> str:
     """Show a column of a table: the median over seeds."""
     return f"{statistics.median(row['training_seconds'] / row.get('step', row['iterations']) for row in rows):.3f}"
 
 
-def results_table(results: Results, names: list[str], first: str, columns: dict[str, Callable]) -> str:
-    """Return a table with a line per setting, of those that there are rows of."""
-    lines = [[name, *(show(rows) for show in columns.values())] for name in names if (rows := results.of(name))]
-    return table([first, *columns], lines)
-
-
-def versions() -> str:
-    return (
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} of {os.cpu_count()} "
-        f"cores, {platform.machine()}"
-    )
-
-
 def parser(doc: str, settings: list[str], dataset: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of a study on `dataset`, or on digits and Fashion-MNIST."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=place, required=True)
-    parser.add_argument("--max_train_steps", type=positive, default=1500)
-    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings, metavar="NAME")
     parser.add_argument(
-        f"--{dataset or 'fashion_mnist'}", metavar="DATASET", required=dataset is not None,
+        f"--{dataset or 'fashion_mnist'}", dest="dataset", metavar="DATASET", required=dataset is not None,
         help="Hub id or folder" + ("" if dataset else ": this instead of digits"),
     )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="print the table of the existing rows, and stop")
@@ -376,20 +278,36 @@ def parser(doc: str, settings: list[str], dataset: str | None = None) -> argpars
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu",
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="where samples and features are computed; training is where Accelerate has it",
     )  # fmt: skip
 
 
-def data_of(args: argparse.Namespace) -> type:
-    return Digits if args.fashion_mnist is None else FashionMNIST
+def run(
+    args: argparse.Namespace, name: str, load: Callable, make: Callable, iterations: dict[str, int] | None = None,
+    arguments: dict[str, list[str]] | None = None,
+) -> Results:  # fmt: skip
+    """
+    Make the missing rows of a study, in `NAME.jsonl`.
+
+    Args:
+        load (`Callable`): `args` of [`parser`] -> data, if rows are to be made.
+        make (`Callable`): Data, setting and seed -> what a row holds.
+        iterations (`dict`, *optional*): Of each setting, by default `--max_train_steps`.
+        arguments (`dict`, *optional*): Of each setting's command line, beside those of the data.
+    """
+    results = Results(args.output_dir / f"{name}.jsonl")
+    if not args.table:
+        data = load(args)
+        print(f"{data.name}; {data.about}; arguments {' '.join(data.arguments)}; {machine(args.device)}", flush=True)
+        made_with = {"iterations": iterations or args.max_train_steps, "num_samples": data.num_samples}
+        if arguments is not None:
+            made_with["arguments"] = {setting: [*data.arguments, *own] for setting, own in arguments.items()}
+        results.fill(args.settings, args.seeds, functools.partial(make, data), **made_with)
+    return results
 
 
-def open_results(args: argparse.Namespace, study: str) -> Results:
-    """Return the rows of a study on its data."""
-    return Results(args.output_dir / f"{study}_{data_of(args).name}.jsonl", data_of(args).num_samples)
-
-
-def load_data(args: argparse.Namespace) -> Digits | FashionMNIST:
-    chosen = () if args.fashion_mnist is None else (args.fashion_mnist,)
-    return data_of(args)(args.output_dir, *chosen, args.device)
+def run_on_either(args: argparse.Namespace, name: str, *rest, **kwargs) -> Results:
+    """[`run`] on digits, or on Fashion-MNIST if the command line names it."""
+    data_class = Digits if args.dataset is None else FashionMNIST
+    return run(args, f"{name}_{data_class.name}", data_class, *rest, **kwargs)

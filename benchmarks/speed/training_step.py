@@ -11,9 +11,8 @@ make all changes of the training script, one of them without bf16; on a GPU one 
 the same, the arrangements take turns in one process, and the figure is the median over rounds of the ratio of their times.
 """
 
+import argparse
 import contextlib
-import dataclasses
-import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import add_networks, machine, print_table, seconds_of, speed_parser, write_figures
+from common.machine import device, machine, seconds_of
+from common.results import table
 from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.models import energy_model
@@ -37,26 +37,12 @@ from ecvae_diffusers.variational import elbo_loss
 NOISE, DRIFT_STEP, LATENTS, LEARNING_RATE = 1e-3, 0.2, 128, 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
-class Arrangement:
-    """The changes of ours that are made to the published arrangement."""
-
-    single_chain: bool = False
-    frozen_energy: bool = False
-    closed_form: bool = False
-    one_pass: bool = False
-    fused_pooling: bool = False
-    channels_last: bool = False
-    bf16: bool = False
-    no_wait: bool = False
-    fused_optimizer: bool = False
-    compiled: bool = False
-
-
-CHANGES = [field.name for field in dataclasses.fields(Arrangement)]
+CHANGES = (
+    "single_chain", "frozen_energy", "closed_form", "one_pass", "fused_pooling", "channels_last", "bf16", "no_wait",
+    "fused_optimizer", "compiled",
+)  # fmt: skip
 # Inductor's code was slower than oneDNN's on the CPUs measured; on a GPU it also makes CUDA graphs of the chain's steps.
-OURS = Arrangement(**{name: name != "compiled" for name in CHANGES})
-WHOLE = {"published": Arrangement(), "ours in fp32": dataclasses.replace(OURS, bf16=False), "ours": OURS}
+OURS = set(CHANGES) - {"compiled"}
 
 
 @contextlib.contextmanager
@@ -71,28 +57,19 @@ def separate_pooling() -> Iterator[None]:
 
 
 class Iteration:
-    """
-    Networks, optimizers and one training step in an arrangement.
+    """Networks, optimizers and one training step of K = `num_steps`, with `changes` to the published arrangement."""
 
-    Args:
-        arrangement ([`Arrangement`]): Which of our changes are made.
-        sizes (`dict`): `sample_size`, `in_channels` and `block_out_channels` of both networks.
-        num_steps (`int`): K.
-        weight (`float`): The chain's conditioning weight.
-        device (`torch.device`): Where.
-    """
-
-    def __init__(self, arrangement: Arrangement, sizes: dict, num_steps: int, weight: float, device: torch.device):
-        self.arrangement, self.device = arrangement, device
+    def __init__(self, changes: set[str], sizes: dict, num_steps: int, device: torch.device, weight: float = 1.0):
+        self.changes, self.device = changes, device
         self.vae = AutoencoderEC(**sizes, latent_channels=LATENTS).to(device)
         self.energy = EnergyModel(**sizes).to(device)
-        self.layout = torch.channels_last if arrangement.channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if "channels_last" in changes else torch.contiguous_format
         for network in (self.vae, self.energy):
             network.to(memory_format=self.layout)
-        if arrangement.compiled:
+        if "compiled" in changes:
             self.vae.compile()
             self.energy.compile(mode="reduce-overhead" if device.type == "cuda" else None)
-        fused = {"fused": True} if arrangement.fused_optimizer else {}
+        fused = {"fused": True} if "fused_optimizer" in changes else {}
         self.optimizers = [
             torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.0, 0.9), weight_decay=0.0, **fused)
             for network in (self.vae, self.energy)
@@ -104,41 +81,37 @@ class Iteration:
 
     def chain(self, samples: torch.Tensor) -> torch.Tensor:
         """Run the chain with what is left in it of the published arrangement."""
-        if self.arrangement.frozen_energy and self.arrangement.closed_form:
+        closed_form, drift_step = "closed_form" in self.changes, self.calibrator.drift_step_size
+        if closed_form and "frozen_energy" in self.changes:
             return self.calibrator.run_chain(samples)
-        with frozen(self.energy) if self.arrangement.frozen_energy else contextlib.nullcontext():
-            return self.chain_by_autograd(samples)
-
-    def chain_by_autograd(self, samples: torch.Tensor) -> torch.Tensor:
-        scheduler, start = self.calibrator.scheduler, samples.detach().float()
-        sample, closed_form = start, self.arrangement.closed_form
-        drift_step = self.calibrator.drift_step_size
-        for k in range(len(scheduler)):
-            sample = sample.detach().requires_grad_()
-            energy = compute_energy(self.energy, sample).sum()
-            pull = scheduler.conditioning_coefficient(k)
-            if not closed_form:
-                energy = energy + pull / drift_step * (sample - start).square().sum() / 2
-            (gradient,) = torch.autograd.grad(energy, sample)
-            with torch.no_grad():
-                moved = sample - drift_step * gradient + NOISE * torch.randn_like(sample)
-                sample = moved - pull * (sample - start) if closed_form else moved
+        sample = start = samples.detach().float()
+        with frozen(self.energy) if "frozen_energy" in self.changes else contextlib.nullcontext():
+            for k in range(len(self.calibrator.scheduler)):
+                sample = sample.detach().requires_grad_()
+                energy = compute_energy(self.energy, sample).sum()
+                pull = self.calibrator.scheduler.conditioning_coefficient(k)
+                if not closed_form:
+                    energy = energy + pull / drift_step * (sample - start).square().sum() / 2
+                (gradient,) = torch.autograd.grad(energy, sample)
+                with torch.no_grad():
+                    moved = sample - drift_step * gradient + NOISE * torch.randn_like(sample)
+                    sample = moved - pull * (sample - start) if closed_form else moved
         return sample.detach()
 
     def read(self, *losses: torch.Tensor) -> None:
-        if not self.arrangement.no_wait:
+        if "no_wait" not in self.changes:
             for loss in losses:
                 loss.item()
 
     def step(self, real: torch.Tensor) -> None:
         """Run one iteration on images in [-1, 1]."""
-        pooling = contextlib.nullcontext() if self.arrangement.fused_pooling else separate_pooling()
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.arrangement.bf16)
+        pooling = contextlib.nullcontext() if "fused_pooling" in self.changes else separate_pooling()
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled="bf16" in self.changes)
         with pooling, autocast:
             self.train_both(real.contiguous(memory_format=self.layout))
 
     def train_both(self, real: torch.Tensor) -> None:
-        arrangement, (vae_optimizer, energy_optimizer) = self.arrangement, self.optimizers
+        vae_optimizer, energy_optimizer = self.optimizers
         latents = torch.randn(len(real), LATENTS, 1, 1, device=self.device)
         output = self.vae(real, sample_posterior=True, prior_latents=latents)
         samples = output.prior_sample
@@ -153,11 +126,11 @@ class Iteration:
         vae_optimizer.zero_grad()
         self.calibrator.dual_step(constraint.detach())
         self.read(loss, elbo.reconstruction, elbo.kl, constraint)
-        if not arrangement.single_chain:
+        if "single_chain" not in self.changes:
             with torch.no_grad():
                 samples = self.vae.decode(torch.randn_like(latents)).sample
             targets = self.chain(samples)
-        if arrangement.one_pass:
+        if "one_pass" in self.changes:
             loss = self.calibrator.energy_loss(real, targets).loss
         else:
             energies = compute_energy(self.energy, real), compute_energy(self.energy, targets)
@@ -179,44 +152,39 @@ def times(iterations: dict[str, Iteration], real: torch.Tensor, rounds: int) -> 
     return found
 
 
-def main() -> None:
-    parser = speed_parser(__doc__, rounds=7)
-    add_networks(parser)
-    parser.add_argument("--conditioning_weight", type=float, default=1.0)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--langevin_steps", type=int, default=15)
+    parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 64, 128, 128])
     parser.add_argument(
         "--changes", nargs="*", choices=CHANGES, help="lines of the table; by default those that we make"
     )
-    args = parser.parse_args()
-    if not 0 <= args.conditioning_weight <= 1 / DRIFT_STEP:
-        parser.error(f"--conditioning_weight must be from 0 to {1 / DRIFT_STEP:g}, but is {args.conditioning_weight}.")
-    if len(args.block_out_channels) > (most := int(math.log2(args.resolution)) - 1):
-        parser.error(
-            f"--block_out_channels must be at most {most} at --resolution {args.resolution}, but are {args.block_out_channels}."
-        )
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     real = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=args.device) * 2 - 1
     sizes = {"sample_size": args.resolution, "in_channels": 3, "block_out_channels": tuple(args.block_out_channels)}
-    changes = [name for name in CHANGES if name != "compiled"] if args.changes is None else args.changes
-    arrangements = {"published": WHOLE["published"]}
-    arrangements |= {name.replace("_", " "): Arrangement(**{name: True}) for name in changes} | WHOLE
+    changes = [name for name in CHANGES if name in OURS] if args.changes is None else args.changes
+    arrangements = {"published": set()} | {name.replace("_", " "): {name} for name in changes}
+    arrangements |= {"ours in fp32": OURS - {"bf16"}, "ours": OURS}
     if "compiled" in changes:
-        arrangements["ours, compiled"] = dataclasses.replace(OURS, compiled=True)
-    shape = (sizes, args.langevin_steps, args.conditioning_weight, args.device)
-    iterations = {name: Iteration(made, *shape) for name, made in arrangements.items()}
+        arrangements["ours, compiled"] = OURS | {"compiled"}
+    iterations = {
+        name: Iteration(made, sizes, args.langevin_steps, args.device) for name, made in arrangements.items()
+    }
     print(
         f"{args.resolution} px, batch {args.batch_size}, K {args.langevin_steps}, channels {args.block_out_channels}, "
-        f"weight {args.conditioning_weight:g}, {args.rounds} rounds; {machine(args.device)}"
+        f"{args.rounds} rounds; {machine(args.device)}"
     )
     seconds = times(iterations, real, args.rounds)
-    medians = {name: f"{1e3 * statistics.median(found):.4g}" for name, found in seconds.items()}
-    faster = {
-        name: f"{statistics.median(slow / fast for slow, fast in zip(seconds['published'], found)):.2f}"
-        for name, found in seconds.items()
-    }
-    rows = [[name, medians[name], faster[name]] for name in seconds]
-    print_table(["arrangement", "ms per iteration (median)", "times faster"], rows)
-    for name in (*WHOLE, *(["ours, compiled"] if "compiled" in changes else [])):
-        write_figures(args, {f"iteration, {name}": f"{medians[name]} ms, {faster[name]} times faster than published"})
+    rows = []
+    for name, found in seconds.items():
+        faster = statistics.median(slow / fast for slow, fast in zip(seconds["published"], found))
+        rows.append([name, f"{1e3 * statistics.median(found):.4g}", f"{faster:.2f}"])
+    print(table(["arrangement", "ms per iteration (median)", "times faster"], rows))
 
 
 if __name__ == "__main__":

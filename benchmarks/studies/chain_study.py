@@ -57,8 +57,7 @@ SETTINGS = {
     "gradient penalty 1": ["--energy_gradient_penalty", "1"],
 }
 COLUMNS = {
-    "Frechet distance, each seed": study.each("frechet_distance", ".1f"),
-    "median": study.middle("frechet_distance", ".1f"),
+    **study.FRECHET,
     "kernel distance": study.middle("kernel_distance", ".4f"),
     "recall": study.middle("recall", ".2f"),
     "coverage": study.middle("coverage", ".2f"),
@@ -71,23 +70,17 @@ COLUMNS = {
 
 def main() -> None:
     args = study.parser(__doc__, list(SETTINGS)).parse_args()
-    results = study.open_results(args, "chain")
-    if not args.table:
-        data = study.load_data(args)
-        print(f"{data.about}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
 
-        def make(name: str, seed: int) -> dict:
-            folder = study.run_folder(args.output_dir, data.name, name, seed)
-            study.train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
-            return study.trained_row(data, folder)
+    def make(data, name: str, seed: int) -> dict:
+        folder = study.run_folder(args.output_dir, data.name, name, seed)
+        study.train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
+        return study.trained_row(data, folder)
 
-        arguments = {name: [*data.arguments, *SETTINGS[name]] for name in args.settings}
-        results.fill(args.settings, args.seeds, make, args.max_train_steps, arguments)
-    columns = COLUMNS.copy()
-    if args.fashion_mnist is None:
+    results = study.run_on_either(args, "chain", make, arguments=SETTINGS)
+    if args.dataset is None:
         # The digit classifier's 64 features are not normalized, and the cube in the kernel makes noise of them.
-        del columns["kernel distance"]
-    print(study.results_table(results, list(SETTINGS), "setting", columns))
+        del COLUMNS["kernel distance"]
+    print(results.table("setting", list(SETTINGS), COLUMNS))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Normalizing flows with and without calibration: `python benchmarks/studies/flow_study.py --fashion_mnist DATASET --output_dir STUDY`.
 
-A flow of Fashion-MNIST at `--resolution` is trained on likelihood alone (`--pretraining_steps`), then trained further, equal
+A flow of Fashion-MNIST at `--resolution` is trained on likelihood alone for 1,500 iterations, then trained further, equal
 iterations, without calibration and with it. Each row has the bits per dimension of 2,000 test images, and Frechet and kernel
 distance (EfficientNet-Lite0's features) of 5,000 samples against 10,000 training images. `--picture PNG` draws samples.
 Rows are kept in STUDY/flow_<resolution>.jsonl and not made again.
 """
 
+import argparse
+import functools
 import statistics
 import sys
 from pathlib import Path
@@ -19,18 +21,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import study
-from common.command_line import RESOLUTIONS, picture_file, positive
 from ecvae_diffusers import ECFlowPipeline, FlowEC
 from ecvae_diffusers.metrics import lite0_features
 from ecvae_diffusers.models import bits_per_dimension, dequantize
 from ecvae_diffusers.training.data.digits import sample_images
 from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.folder import is_finished
 from ecvae_diffusers.training.run.pictures import image_grid
 
 
-NUM_REFERENCE, NUM_TEST, NUM_SAMPLES = 10_000, 2_000, 5_000
-SCRIPT = "train_flow.py"
+PRETRAINING_STEPS = 1_500
 
 
 def dual(value: float) -> list[str]:
@@ -56,8 +55,7 @@ NAMES = [*SETTINGS, *FROM_THE_START]
 COLUMNS = {
     "bits per dimension": study.each("bits_per_dimension", ".3f"),
     "mean": study.middle("bits_per_dimension", ".3f", statistics.mean),
-    "Frechet distance": study.each("frechet_distance", ".1f"),
-    "median": study.middle("frechet_distance", ".1f"),
+    **study.FRECHET,
     "kernel distance": study.each("kernel_distance", ".4f"),
     "lambda": study.each("dual", ".0f"),
     "drift": study.each("drift", ".4f"),
@@ -69,23 +67,20 @@ COLUMNS = {
 class FlowData:
     """Fashion-MNIST at a resolution, over EfficientNet-Lite0's features."""
 
-    def __init__(self, folder: Path, dataset: str, size: int, device: torch.device):
-        self.device, self.name = device, f"flow_{size}"
-        self.data_arguments = ["--dataset_name", dataset, "--image_column", "image"]
-        levels, channels = ("2", ["32", "64", "128"]) if size <= 16 else ("3", ["16", "32", "64", "128"])
-        self.size = ["--num_levels", levels, "--steps_per_level", "4", "--hidden_channels", "64"]
+    num_samples = 5_000
+
+    def __init__(self, args: argparse.Namespace):
+        images = functools.partial(study.dataset_images, args.dataset, resolution=args.resolution, channels=1)
+        self.device, self.name = args.device, f"flow_{args.resolution}"
+        self.data_arguments = ["--dataset_name", args.dataset, "--image_column", "image"]
+        channels = ["32", "64", "128"] if args.resolution <= 16 else ["16", "32", "64", "128"]
         self.arguments = [
-            "--resolution", str(size), "--energy_block_out_channels", *channels, "--log_steps", "50",
-            "--save_images_steps", "500", *study.precision(device),
+            "--resolution", str(args.resolution), "--energy_block_out_channels", *channels,
+            "--log_steps", "50", "--save_images_steps", "500", *study.precision(args.device),
         ]  # fmt: skip
-        self.test = study.dataset_images(dataset, "test", NUM_TEST, size, 1)
-        real = study.dataset_images(dataset, "train", NUM_REFERENCE, size, 1)
-        self.metrics = study.reference(lite0_features().to(device), real, folder)
-        floor = study.against(self.metrics, study.dataset_images(dataset, "test", NUM_SAMPLES, size, 1))
-        self.about = (
-            f"Fashion-MNIST at {size} px; {NUM_SAMPLES:,} test images are at Frechet distance "
-            f"{floor['frechet_distance']:.1f}, kernel distance {floor['kernel_distance']:.4f}"
-        )
+        self.test = images("test", 2_000)
+        self.metrics = study.reference(lite0_features().to(args.device), images("train", 10_000))
+        self.about = f"test images are at {study.distances(self.metrics, images('test', self.num_samples))}"
 
 
 @torch.no_grad()
@@ -96,12 +91,6 @@ def test_bits(flow: FlowEC, images: torch.Tensor) -> float:
         real = dequantize(to_range(part), torch.rand(part.shape, generator=generator)).to(flow.device)
         bits.append(bits_per_dimension(flow(real).log_prob, flow.num_latents))
     return torch.cat(bits).mean().item()
-
-
-def measured_row(data: FlowData, folder: Path) -> dict:
-    pipeline = ECFlowPipeline.from_pretrained(folder).to(data.device)
-    row = study.against(data.metrics, sample_images(pipeline, NUM_SAMPLES, seed=1, batch_size=250))
-    return row | {"bits_per_dimension": test_bits(pipeline.flow.eval(), data.test)} | study.logged(folder)
 
 
 def picture(folders: list[Path], path: Path) -> None:
@@ -115,47 +104,40 @@ def picture(folders: list[Path], path: Path) -> None:
 
 def main() -> None:
     made = study.parser(__doc__, NAMES, "fashion_mnist")
-    made.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=16)
-    made.add_argument("--pretraining_steps", type=positive, default=1500, help="before, on likelihood alone")
-    made.add_argument("--picture", type=picture_file, help="samples of the first seed: a block per setting")
+    made.add_argument("--resolution", type=int, choices=(16, 32), default=16)
+    made.add_argument("--picture", type=Path, help="samples of the first seed: a block per setting")
     made.add_argument(
         "--likelihood_rate", default="1e-2",
         help="learning rate of what begins anew, with a cosine schedule; 1e-2 is quick at 16 px, at 32 px some runs diverge",
     )  # fmt: skip
     args = made.parse_args()
-    likelihood_rate = ["--learning_rate", args.likelihood_rate, "--lr_scheduler", "cosine"]
-    results = study.Results(args.output_dir / f"flow_{args.resolution}.jsonl", NUM_SAMPLES)
-    if not args.table:
-        data = FlowData(args.output_dir, args.fashion_mnist, args.resolution, args.device)
-        print(f"{data.about}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
-        iterations = dict.fromkeys(SETTINGS, args.max_train_steps) | {"as it was": args.pretraining_steps}
-        iterations |= dict.fromkeys(FROM_THE_START, args.pretraining_steps + args.max_train_steps)
+    study_name, levels = f"flow_{args.resolution}", "2" if args.resolution <= 16 else "3"
+    new = [
+        "--num_levels", levels, "--steps_per_level", "4", "--hidden_channels", "64",
+        "--learning_rate", args.likelihood_rate, "--lr_scheduler", "cosine",
+    ]  # fmt: skip
+    iterations = dict.fromkeys(SETTINGS, args.max_train_steps) | {"as it was": PRETRAINING_STEPS}
+    iterations |= dict.fromkeys(FROM_THE_START, PRETRAINING_STEPS + args.max_train_steps)
 
-        def make(name: str, seed: int) -> dict:
-            folder = study.run_folder(args.output_dir, data.name, name, seed)
-            if name in FROM_THE_START:
-                own = [*data.size, *FROM_THE_START[name], *likelihood_rate]
-                study.train(data, folder, seed, iterations[name], *own, script=SCRIPT)
-            else:
-                start = study.run_folder(args.output_dir, data.name, "as it was", seed)
-                own = [*data.size, *PLAIN, *likelihood_rate]
-                study.train(data, start, seed, args.pretraining_steps, *own, script=SCRIPT)
-            if SETTINGS.get(name) is not None:
-                own = ["--pretrained_model_name_or_path", str(start), *SETTINGS[name]]
-                study.train(data, folder, seed, args.max_train_steps, *own, script=SCRIPT)
-            return measured_row(data, folder)
+    def folder_of(name: str, seed: int) -> Path:
+        return study.run_folder(args.output_dir, study_name, name, seed)
 
-        common = [*data.size, *data.arguments]
-        pretraining = ["--pretraining_steps", str(args.pretraining_steps), *PLAIN, *likelihood_rate]
-        arguments = {name: [*common, *pretraining, *(SETTINGS[name] or [])] for name in SETTINGS}
-        arguments |= {name: [*common, *FROM_THE_START[name], *likelihood_rate] for name in FROM_THE_START}
-        results.fill(args.settings, args.seeds, make, iterations, arguments)
-    print(study.results_table(results, NAMES, "flow", COLUMNS))
+    def make(data: FlowData, name: str, seed: int) -> dict:
+        first, folder = name if name in FROM_THE_START else "as it was", folder_of(name, seed)
+        start, own = folder_of(first, seed), FROM_THE_START.get(first, PLAIN)
+        study.train(data, start, seed, iterations[first], *new, *own, script="train_flow.py")
+        if SETTINGS.get(name) is not None:
+            own = ["--pretrained_model_name_or_path", str(start), *SETTINGS[name]]
+            study.train(data, folder, seed, args.max_train_steps, *own, script="train_flow.py")
+        pipeline = ECFlowPipeline.from_pretrained(folder).to(data.device)
+        row = study.against(data.metrics, sample_images(pipeline, data.num_samples, seed=1, batch_size=250))
+        return row | {"bits_per_dimension": test_bits(pipeline.flow.eval(), data.test)} | study.logged(folder)
+
+    arguments = {name: [*new, *(own or [])] for name, own in (SETTINGS | FROM_THE_START).items()}
+    results = study.run(args, study_name, FlowData, make, iterations, arguments)
+    print(results.table("flow", NAMES, COLUMNS))
     if args.picture is not None:
-        folders = [study.run_folder(args.output_dir, results.path.stem, name, args.seeds[0]) for name in args.settings]
-        if missing := [folder.name for folder in folders if not is_finished(folder)]:
-            made.error(f"--picture needs the flows of --settings, but there is no {', '.join(missing)}.")
-        picture(folders, args.picture)
+        picture([folder_of(name, args.seeds[0]) for name in args.settings], args.picture)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ autoencoder's and energy model's parameters together. Where a method has a weigh
 
 import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from ecvae_diffusers.training.tasks.networks import moving_average
 from ecvae_diffusers.variational import elbo_loss
 
 
-BATCH, ADAM_BETAS, EMA_DECAY = 64, (0.0, 0.9), 0.999
+BATCH, EMA_DECAY = 64, 0.999
 TEST_STEPS = 16
 # 50 passes per image: more would take longer than the training.
 NUM_DDIM_SAMPLES = 5_000
@@ -50,15 +49,14 @@ SETTINGS = {
     **{f"DDPM, rate {rate:g}, DDIM 50": rate for rate in (2e-3, 5e-4, 2e-4)},
 }
 COLUMNS = {
-    "Frechet distance, each seed": study.each("frechet_distance", ".1f"),
-    "median": study.middle("frechet_distance", ".1f"),
+    **study.FRECHET,
     "precision": study.middle("precision", ".2f"),
     "recall": study.middle("recall", ".2f"),
     "coverage": study.middle("coverage", ".2f"),
 }
 
 
-def adam(network: torch.nn.Module, rate: float, betas: tuple[float, float] = ADAM_BETAS) -> torch.optim.Optimizer:
+def adam(network: torch.nn.Module, rate: float, betas: tuple[float, float] = (0.0, 0.9)) -> torch.optim.Optimizer:
     return torch.optim.AdamW(network.parameters(), lr=rate, betas=betas, weight_decay=0.0)
 
 
@@ -74,50 +72,45 @@ def networks(data) -> tuple[AutoencoderEC, EnergyModel]:
     return vae.to(memory_format=torch.channels_last), energy.to(memory_format=torch.channels_last)
 
 
-def latents(data, count: int = BATCH) -> torch.Tensor:
-    return torch.randn(count, data.latent_channels, 1, 1)
+def latents(data) -> torch.Tensor:
+    return torch.randn(BATCH, data.latent_channels, 1, 1)
 
 
-def loop(data, num_steps: int, train_step: Callable[[torch.Tensor], None], name: str) -> float:
-    """Return the seconds of `num_steps` steps."""
-    started, batches = time.perf_counter(), study.epochs(data.train, BATCH)
-    for _ in tqdm(range(num_steps), desc=name, mininterval=5):
+def loop(data, num_steps: int, train_step: Callable[[torch.Tensor], None]) -> None:
+    batches = study.epochs(data.train, BATCH)
+    for _ in tqdm(range(num_steps), mininterval=5):
         train_step(next(batches).to(memory_format=torch.channels_last))
-    return time.perf_counter() - started
 
 
-def critic_step(energy: EnergyModel, optimizer, real: torch.Tensor, samples: torch.Tensor) -> None:
-    """Hinge loss; a low energy is a high score."""
-    energies = compute_energy(energy, torch.cat([real, samples.detach()]))
-    energy_real, energy_samples = energies.split([len(real), len(samples)])
-    step(optimizer, F.relu(1 + energy_real).mean() + F.relu(1 - energy_samples).mean())
-
-
-def adversarial(data, name: str, num_steps: int, weight: float | None, rate: float) -> tuple[ECVAEPipeline, float]:
+def adversarial(data, num_steps: int, weight: float | None, rate: float) -> ECVAEPipeline:
     """Train a VAE-GAN, or without a weight an SN-GAN: it has no ELBO, and its encoder is not trained."""
     vae, energy = networks(data)
     average = moving_average(vae, EMA_DECAY)
     optimizers = adam(vae, rate), adam(energy, rate)
 
     def train_step(real: torch.Tensor) -> None:
+        energy.requires_grad_(False)
         if weight is None:
             samples = vae.decode(latents(data)).sample
-            loss = compute_energy(energy.requires_grad_(False), samples).mean()
+            loss = compute_energy(energy, samples).mean()
         else:
             output = vae(real, sample_posterior=True, prior_latents=latents(data))
             samples = output.prior_sample
             loss = elbo_loss(real, output.sample, output.latent_dist).loss
-            loss = loss + weight * compute_energy(energy.requires_grad_(False), samples).mean()
+            loss = loss + weight * compute_energy(energy, samples).mean()
         energy.requires_grad_(True)
         step(optimizers[0], loss)
-        critic_step(energy, optimizers[1], real, samples)
+        # Hinge loss; a low energy is a high score.
+        energies = compute_energy(energy, torch.cat([real, samples.detach()]))
+        energy_real, energy_samples = energies.split([len(real), len(samples)])
+        step(optimizers[1], F.relu(1 + energy_real).mean() + F.relu(1 - energy_samples).mean())
         average.update_parameters(vae)
 
-    seconds = loop(data, num_steps, train_step, name)
-    return ECVAEPipeline(vae=average.module.eval(), energy_model=energy.eval(), scheduler=None), seconds
+    loop(data, num_steps, train_step)
+    return ECVAEPipeline(vae=average.module.eval(), energy_model=energy.eval(), scheduler=None)
 
 
-def vaebm(data, num_steps: int, folder, drift: float) -> tuple[ECVAEPipeline, float]:
+def vaebm(data, num_steps: int, folder: Path, drift: float) -> ECVAEPipeline:
     """Return the frozen VAE of `folder`, with a new energy model for the chain."""
     vae = ECVAEPipeline.from_pretrained(folder).vae
     _, energy = networks(data)
@@ -129,17 +122,13 @@ def vaebm(data, num_steps: int, folder, drift: float) -> tuple[ECVAEPipeline, fl
             samples = vae.decode(latents(data)).sample
         step(optimizer, calibrator.energy_loss(real, calibrator.run_chain(samples)).loss)
 
-    seconds = loop(data, num_steps, train_step, f"VAEBM way, drift {drift}")
-    return ECVAEPipeline(vae=vae, energy_model=energy.eval(), scheduler=scheduler), seconds
-
-
-def parameters(*modules: torch.nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+    loop(data, num_steps, train_step)
+    return ECVAEPipeline(vae=vae, energy_model=energy.eval(), scheduler=scheduler)
 
 
 def small_unet(data) -> UNet2DModel:
     """Return as many levels as the autoencoder has, attention at 4 px, and about as many parameters as both networks."""
-    wanted = parameters(*networks(data))
+    wanted = sum(network.num_parameters() for network in networks(data))
 
     def unet(width: int) -> UNet2DModel:
         channels = tuple(width * min(2**i, 4) for i in range(len(data.channels)))
@@ -150,10 +139,10 @@ def small_unet(data) -> UNet2DModel:
             up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * (len(channels) - 1),
         )  # fmt: skip
 
-    return min((unet(width) for width in range(8, 65, 4)), key=lambda network: abs(parameters(network) - wanted))
+    return min((unet(width) for width in range(8, 65, 4)), key=lambda network: abs(network.num_parameters() - wanted))
 
 
-def ddpm(data, name: str, num_steps: int, rate: float) -> tuple[DDIMPipeline, float]:
+def ddpm(data, num_steps: int, rate: float) -> DDIMPipeline:
     unet, scheduler = small_unet(data), DDPMScheduler(num_train_timesteps=1000)
     unet.to(memory_format=torch.channels_last)
     average = moving_average(unet, EMA_DECAY)
@@ -166,70 +155,45 @@ def ddpm(data, name: str, num_steps: int, rate: float) -> tuple[DDIMPipeline, fl
         step(optimizer, F.mse_loss(predicted, noise))
         average.update_parameters(unet)
 
-    seconds = loop(data, num_steps, train_step, name)
-    return DDIMPipeline(unet=average.module.eval(), scheduler=scheduler), seconds
+    loop(data, num_steps, train_step)
+    return DDIMPipeline(unet=average.module.eval(), scheduler=scheduler)
 
 
-def images_of(call: Callable, num_images: int, seed: int) -> torch.Tensor:
-    """Return uint8 images of a pipeline's call, 500 at a time."""
-    generator, batches = torch.Generator().manual_seed(seed), []
-    for start in tqdm(range(0, num_images, 500), desc="Sampling"):
-        images = torch.as_tensor(call(min(500, num_images - start), generator=generator).images)
-        batches.append((images * 255).round().to(torch.uint8))
-    return torch.cat(batches)
-
-
-def ddim_images(pipeline: DDIMPipeline, num_images: int, seed: int) -> torch.Tensor:
+def sample_in_steps(pipeline, num_images: int, **kwargs) -> torch.Tensor:
+    """Return uint8 images of a pipeline whose call takes `kwargs`."""
     pipeline.set_progress_bar_config(disable=True)
-    call = functools.partial(pipeline, num_inference_steps=50, output_type="np")
-    return images_of(call, num_images, seed).permute(0, 3, 1, 2)
+    return sample_images(functools.partial(pipeline, **kwargs), num_images, seed=1)
 
 
-def refined_images(pipeline: ECVAEPipeline, num_images: int, seed: int) -> torch.Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    return images_of(functools.partial(pipeline, num_refinement_steps=TEST_STEPS, output_type="pt"), num_images, seed)
-
-
-def make_row(data, name: str, seed: int, output_dir: Path, num_steps: int) -> dict:
+def make_row(args, data, name: str, seed: int) -> dict:
     """Train what `name` names, and measure its samples."""
-    folder, setting, vae_gan = output_dir / data.name, SETTINGS[name], name.startswith("VAE-GAN")
+    folder, setting, num_steps = args.output_dir / data.name, SETTINGS[name], args.max_train_steps
     torch.manual_seed(seed)
     if name.startswith("EC-VAE"):
         run = folder / f"peers_ecvae_{seed}"
         study.train(data, run, seed, num_steps)
-        if "test time" not in name:
+        if name == "EC-VAE (defaults)":
             return study.trained_row(data, run)
-        return data.measure(refined_images(ECVAEPipeline.from_pretrained(run), data.num_samples, seed=1))
-    if name.startswith("VAEBM"):
+        pipeline = ECVAEPipeline.from_pretrained(run)
+        samples = sample_in_steps(pipeline, data.num_samples, num_refinement_steps=TEST_STEPS)
+    elif name.startswith("VAEBM"):
         run = folder / f"peers_vae_{seed}"
         study.train(data, run, seed, num_steps, "--calibration", "none")
-        pipeline, seconds = vaebm(data, num_steps, run, setting)
-        samples = refined_images(pipeline, data.num_samples, seed=1)
+        pipeline = vaebm(data, num_steps, run, setting)
+        samples = sample_in_steps(pipeline, data.num_samples, num_refinement_steps=TEST_STEPS)
     elif name.startswith("DDPM"):
-        pipeline, seconds = ddpm(data, name, num_steps, setting)
-        samples = ddim_images(pipeline, min(data.num_samples, NUM_DDIM_SAMPLES), seed=1)
+        num_samples = min(data.num_samples, NUM_DDIM_SAMPLES)
+        samples = sample_in_steps(ddpm(data, num_steps, setting), num_samples, num_inference_steps=50)
     else:
-        weight, rate = (setting, data.learning_rate) if vae_gan else (None, setting)
-        pipeline, seconds = adversarial(data, name, num_steps, weight, rate)
-        samples = sample_images(pipeline, data.num_samples, seed=1)
-    return {**data.measure(samples), "training_seconds": round(seconds, 1)}
+        weight, rate = (setting, data.learning_rate) if name.startswith("VAE-GAN") else (None, setting)
+        samples = sample_images(adversarial(data, num_steps, weight, rate), data.num_samples, seed=1)
+    return study.against(data.metrics, samples)
 
 
 def main() -> None:
     args = study.parser(__doc__, list(SETTINGS)).parse_args()
-    results = study.open_results(args, "peers")
-    if not args.table:
-        data = study.load_data(args)
-        both, unet = parameters(*networks(data)), parameters(small_unet(data))
-        print(
-            f"{data.about}; {both:,} parameters, UNet {unet:,}; {args.max_train_steps} iterations; {study.versions()}"
-        )
-
-        def make(name: str, seed: int) -> dict:
-            return make_row(data, name, seed, args.output_dir, args.max_train_steps)
-
-        results.fill(args.settings, args.seeds, make, args.max_train_steps)
-    print(study.results_table(results, list(SETTINGS), "model", COLUMNS))
+    results = study.run_on_either(args, "peers", functools.partial(make_row, args))
+    print(results.table("model", list(SETTINGS), COLUMNS))
 
 
 if __name__ == "__main__":

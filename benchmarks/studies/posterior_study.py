@@ -5,7 +5,7 @@
 Each row trains the demo's networks (or Fashion-MNIST's) with one `--calibration` and equal iterations. It measures, on
 held-out images, the evidence lower bound, the importance-weighted bound of 500 samples and the amortisation gap (q optimised
 per image in 200 steps, less the encoder's), and the Frechet distance of prior samples. Rows "..., then the encoder" continue
-such a run for `--encoder_steps` with its decoder frozen; "..., as long" have as many iterations in all. Rows are kept in
+such a run for 150 iterations with its decoder frozen; "..., as long" have as many iterations in all. Rows are kept in
 STUDY/posterior_<data>.jsonl and not made again.
 """
 
@@ -20,7 +20,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import study
-from common.command_line import positive
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.training.data.transforms import to_range
@@ -43,6 +42,7 @@ SETTINGS = {
     "none, averaging Adam": ["--calibration", "none", *AVERAGING],
     "posterior, averaging Adam": [*POSTERIOR, *AVERAGING],
 }
+ENCODER_STEPS = 150
 ENCODER_ALONE = ["--freeze_decoder", *AVERAGING, "--lr_scheduler", "cosine"]
 # A short second run of the encoder alone: the setting that it continues, and its own --calibration.
 THEN_THE_ENCODER = {
@@ -61,8 +61,7 @@ COLUMNS = {
     "ELBO, mean": study.middle("elbo", ".2f", statistics.mean),
     "amortisation gap": study.each("amortisation_gap", ".2f"),
     "mean": study.middle("amortisation_gap", ".2f", statistics.mean),
-    "Frechet distance": study.each("frechet_distance", ".1f"),
-    "median": study.middle("frechet_distance", ".1f"),
+    **study.FRECHET,
     "s per iteration": study.seconds_per_iteration,
 }
 
@@ -77,37 +76,27 @@ def posterior_measures(folder: Path, images: torch.Tensor, device: torch.device)
 
 
 def main() -> None:
-    made = study.parser(__doc__, NAMES)
-    made.add_argument("--encoder_steps", type=positive, default=150, help="of the encoder alone")
-    args = made.parse_args()
-    results = study.open_results(args, "posterior")
-    if not args.table:
-        data = study.load_data(args)
-        print(f"{data.about}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
-        images = held_out(args.fashion_mnist)
-        iterations = {name: args.max_train_steps + (0 if name in SETTINGS else args.encoder_steps) for name in NAMES}
-        second = {
-            name: ["--calibration", calibration, *ENCODER_ALONE] for name, (_, calibration) in THEN_THE_ENCODER.items()
-        }
+    args = study.parser(__doc__, NAMES).parse_args()
+    iterations = {name: args.max_train_steps + (0 if name in SETTINGS else ENCODER_STEPS) for name in NAMES}
+    second = {name: ["--calibration", own, *ENCODER_ALONE] for name, (_, own) in THEN_THE_ENCODER.items()}
+    arguments = SETTINGS | {name: SETTINGS[longer] for name, longer in AS_LONG.items()}
+    for name, (first, _) in THEN_THE_ENCODER.items():
+        arguments[name] = [*SETTINGS[first], *second[name]]
 
-        def make(name: str, seed: int) -> dict:
-            folder = study.run_folder(args.output_dir, data.name, name, seed)
-            if name in THEN_THE_ENCODER:
-                first = THEN_THE_ENCODER[name][0]
-                start = study.run_folder(args.output_dir, data.name, first, seed)
-                study.train(data, start, seed, args.max_train_steps, *SETTINGS[first])
-                own = ["--pretrained_model_name_or_path", str(start), *second[name]]
-                study.train(data, folder, seed, args.encoder_steps, *own)
-            else:
-                study.train(data, folder, seed, iterations[name], *SETTINGS[AS_LONG.get(name, name)])
-            return study.trained_row(data, folder) | posterior_measures(folder, images, args.device)
+    def make(data, name: str, seed: int) -> dict:
+        folder = study.run_folder(args.output_dir, data.name, name, seed)
+        if name in THEN_THE_ENCODER:
+            first = THEN_THE_ENCODER[name][0]
+            start = study.run_folder(args.output_dir, data.name, first, seed)
+            study.train(data, start, seed, args.max_train_steps, *SETTINGS[first])
+            own = ["--pretrained_model_name_or_path", str(start), *second[name]]
+            study.train(data, folder, seed, ENCODER_STEPS, *own)
+        else:
+            study.train(data, folder, seed, iterations[name], *arguments[name])
+        return study.trained_row(data, folder) | posterior_measures(folder, held_out(args.dataset), args.device)
 
-        own = SETTINGS | {name: SETTINGS[longer] for name, longer in AS_LONG.items()}
-        for name, (first, _) in THEN_THE_ENCODER.items():
-            own[name] = [*SETTINGS[first], "--encoder_steps", str(args.encoder_steps), *second[name]]
-        arguments = {name: [*data.arguments, *given] for name, given in own.items()}
-        results.fill(args.settings, args.seeds, make, iterations, arguments)
-    print(study.results_table(results, NAMES, "calibration", COLUMNS))
+    results = study.run_on_either(args, "posterior", make, iterations, arguments)
+    print(results.table("calibration", NAMES, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import study
-from common.command_line import picture_file, place, positive
+from common.machine import machine
 from ecvae_diffusers.evaluation.evaluate_restoration import load, table, task_names
 from ecvae_diffusers.evaluation.restoration import (
     Task,
@@ -50,14 +51,10 @@ def held_out(dataset: str | None) -> torch.Tensor:
 
 def plot_reliability(found: dict[tuple[str, float], list[float]], path: Path) -> None:
     """Plot the share of unknown pixels within so many standard deviations, against that of a normal distribution."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     normal = torch.special.erf(torch.tensor(FACTORS) / 2**0.5)
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in found))}
-    figure, axis = plt.subplots(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     for (name, noise_std), shares in found.items():
         label = name.replace("_", " ") + (f", noise {noise_std}" if noise_std else "")
@@ -65,52 +62,51 @@ def plot_reliability(found: dict[tuple[str, float], list[float]], path: Path) ->
     axis.set(xlabel="share expected of a normal distribution", ylabel="share of pixels found")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ecvae", type=place, help="pipeline's folder")
-    parser.add_argument("--vae", type=place, help="that of the uncalibrated VAE")
-    parser.add_argument("--no_peers", action="store_true", help="leave out A^+ y and scikit-image's methods")
-    parser.add_argument("--fashion_mnist", metavar="DATASET", help="Hub id or folder: this instead of digits")
-    parser.add_argument("--output_dir", type=place, required=True)
-    parser.add_argument("--energy_weight", type=float, default=0.0)
+    parser.add_argument("--ecvae", help="pipeline's folder")
+    parser.add_argument("--vae", help="that of the uncalibrated VAE")
+    parser.add_argument(
+        "--fashion_mnist", dest="dataset", metavar="DATASET", help="Hub id or folder: this instead of digits"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", action="store_true", help="ours at 5 to 100 decoder passes")
-    parser.add_argument("--reliability", type=picture_file, help="write this picture, of 16 answers, instead")
+    parser.add_argument("--reliability", type=Path, help="write this picture, of 16 answers, instead")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--noise_std", type=float, nargs="+", choices=NOISES, default=list(NOISES))
-    parser.add_argument("--num_restorations", type=positive, default=8, help="M, answers per image")
+    parser.add_argument("--num_restorations", type=int, default=8, help="M, answers per image")
     study.add_device(parser)
     args = parser.parse_args()
     if args.ecvae is None and (args.vae is None or args.steps or args.reliability is not None):
         parser.error("--ecvae must be given, or for the rows of the VAE --vae.")
-    name = "digits" if args.fashion_mnist is None else "fashion_mnist"
-    images = held_out(args.fashion_mnist)
-    features = train_digit_features()[0] if args.fashion_mnist is None else lite0_features()
-    metrics = study.reference(features.to(args.device), images, args.output_dir)
+    name = "digits" if args.dataset is None else "fashion_mnist"
+    images = held_out(args.dataset)
     clean = to_range(images)
     paths = {"EC-VAE": args.ecvae, "VAE": args.vae}
-    pipelines = {method: load(str(path), args.device) for method, path in paths.items() if path is not None}
-    results = study.Results(args.output_dir / f"restoration_{name}.jsonl")
-    print(f"{len(clean)} images of {name}; {study.versions()}", flush=True)
-    tasks = [
-        (noise, task) for noise in args.noise_std for task in task_names(args.tasks, tuple(clean.shape[1:]), noise)
-    ]
+    pipelines = {method: load(path, args.device) for method, path in paths.items() if path is not None}
+    print(f"{len(clean)} images of {name}; {machine(args.device)}", flush=True)
+    shape = tuple(clean.shape[1:])
+    tasks = [(noise, task) for noise in args.noise_std for task in task_names(args.tasks, shape, noise)]
     if args.reliability is not None:
         found = {}
         for noise_std, task_name in tasks:
             task = Task(task_name, clean, noise_std)
             if unknown_pixels(task).any():
-                answers = restore(pipelines["EC-VAE"], task, 16, 32, 0, energy_weight=args.energy_weight)
+                answers = restore(pipelines["EC-VAE"], task, 16, 32, seed=0)
                 found[task_name, noise_std] = coverage(task, answers, FACTORS)
                 share = found[task_name, noise_std][FACTORS.index(2.0)]
                 print(f"{task_name}, noise {noise_std}: {share:.1%} within two standard deviations", flush=True)
                 # After each task: the study is long.
                 plot_reliability(found, args.reliability)
         return
+    features = train_digit_features()[0] if args.dataset is None else lite0_features()
+    metrics = study.reference(features.to(args.device), images)
+    results = study.Results(args.output_dir / f"restoration_{name}.jsonl")
 
-    def row(noise_std: float, task_name: str, method: str) -> dict:
+    def row(setting: str, seed: int) -> dict:
+        noise_std, task_name, method = settings[setting]
         task = Task(task_name, clean, noise_std)
         if method in ("A^+ y", "A_s y"):
             answers = as_answers(task.linear_answers()[method])
@@ -120,23 +116,17 @@ def main() -> None:
                 return {}
             method, answers = found
         else:
-            pipeline, *steps = method.split(", ")
-            kwargs = {"num_inference_steps": int(steps[0].split()[0])} if steps else {}
-            if pipeline == "EC-VAE":
-                kwargs["energy_weight"] = args.energy_weight
-            answers = restore(pipelines[pipeline], task, args.num_restorations, 64, 0, **kwargs)
+            pipeline, _, steps = method.partition(", ")
+            kwargs = {"num_inference_steps": int(steps.split()[0])} if steps else {}
+            answers = restore(pipelines[pipeline], task, args.num_restorations, 64, seed=0, **kwargs)
         return {"noise_std": noise_std, "task": task_name, "method": method} | measures(task, answers, metrics)
 
-    methods = [*(() if args.no_peers else ("A^+ y", "A_s y", "classical")), *pipelines]
+    methods = ["A^+ y", "A_s y", "classical", *pipelines]
     if args.steps:
         methods = [f"EC-VAE, {steps} steps" for steps in STEPS]
-    settings = {
-        f"{noise} {task} {method}": (noise, task, method)
-        for noise, task in tasks
-        for method in methods
-        if noise > 0 or method != "A_s y"
-    }
-    results.fill(list(settings), [0], lambda setting, seed: row(*settings[setting]))
+    rows = [(noise, task, method) for noise, task in tasks for method in methods if noise > 0 or method != "A_s y"]
+    settings = {f"{noise} {task} {method}": (noise, task, method) for noise, task, method in rows}
+    results.fill(list(settings), [0], row)
     print(table([one for setting in settings if "psnr" in (one := results.of(setting)[0])]))
 
 

@@ -8,6 +8,9 @@ from both losses were at the images, and how far samples are from the training i
 The data set has RGB images of 256 px, such as Fluent emoji on white.
 """
 
+import argparse
+import functools
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +22,6 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import study
-from common.command_line import positive
 from common.results import table
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.metrics import FeatureExtractor, lite0_features
@@ -27,7 +29,6 @@ from ecvae_diffusers.training.config import DataConfig
 from ecvae_diffusers.training.data.images import ImageDataset, load_images
 
 
-NUM_SAMPLES = 5000
 # Steps that the share with calibration on leaves out, and the part at the end of a run whose medians are stated.
 SETTLING_STEPS, LAST_PART = 200, 0.25
 SETTINGS = {"VAE": ["--calibration", "none"], "EC-VAE": [], "EC-VAE, K 1": ["--langevin_steps", "1"]}
@@ -35,38 +36,29 @@ CHANNELS = (16, 32, 64, 64, 64, 64, 64)
 LOGGED = ("dual", "drift", "langevin_drift_step", "calibration_gradient_norm", "reconstruction_gradient_norm")
 
 
-class MiddleFeatures(nn.Module):
-    """Pooled features of the first blocks of EfficientNet-Lite0, to stride 16: textures rather than objects."""
-
-    def __init__(self, network: nn.Module, num_blocks: int = 11):
-        super().__init__()
-        self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
-        self.blocks = nn.Sequential(*network._blocks[:num_blocks])
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.blocks(self.stem(images)).mean((2, 3))
-
-
 class Emoji:
     """The data set at one size and number of channels, over two layers of EfficientNet-Lite0: all its training images."""
 
-    def __init__(self, dataset: str, size: int, channels: int, batch_size: int, output_dir: Path, device):
-        self.device, self.name = device, f"{channels}x{size}x{size}"
+    num_samples = 5_000
+
+    def __init__(self, args: argparse.Namespace, size: int, channels: int):
+        self.device, self.name = args.device, f"{channels}x{size}x{size}"
+        self.data_arguments = ["--dataset_name", args.dataset, "--image_column", "image"]
         blocks = [str(width) for width in CHANNELS[: size.bit_length() - 2]]
-        self.data_arguments = ["--dataset_name", dataset, "--image_column", "image"]
         self.arguments = [
             "--resolution", str(size), "--in_channels", str(channels), "--latent_channels", "64",
-            "--block_out_channels", *blocks, "--train_batch_size", str(batch_size), *study.precision(device),
+            "--block_out_channels", *blocks, "--train_batch_size", "32", *study.precision(args.device),
         ]  # fmt: skip
-        images = ImageDataset(load_images(DataConfig(dataset_name=dataset, image_column="image")), size, channels)
+        images = ImageDataset(load_images(DataConfig(dataset_name=args.dataset, image_column="image")), size, channels)
         images = torch.stack([images[i] for i in range(len(images))])
-        lite0 = lite0_features()
-        middle = MiddleFeatures(lite0.network.network)
+        lite0 = lite0_features().to(args.device)
+        network = lite0.network.network
+        # Its first blocks, to stride 16: textures rather than objects.
+        middle = [network._conv_stem, network._bn0, network._swish, *network._blocks[:11]]
+        middle = nn.Sequential(*middle, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         middle = FeatureExtractor(middle, "Lite0, stride 16", 128, mean=127 / 255, std=128 / 255)
-        self.metrics = {
-            name: study.reference(features.to(device), images, output_dir / f"features_{name}")
-            for name, features in (("", lite0), ("middle_", middle))
-        }
+        self.about = f"{len(images)} images"
+        self.metrics = {"": study.reference(lite0, images), "middle_": study.reference(middle.to(args.device), images)}
 
     def measure(self, images: torch.Tensor) -> dict[str, float]:
         found = {name: study.against(metrics, images) for name, metrics in self.metrics.items()}
@@ -96,41 +88,34 @@ def sizes_table(results: study.Results, names: list[str]) -> str:
                 cells.append(f"{study.median(plain, key) / study.median(calibrated, key):.2f}")
             rows.append([name, *cells])
     columns = [
-        "size",
-        "C / tolerance",
-        "lambda",
-        "drift",
-        "step a",
-        "gradient of calibration",
-        "of reconstruction",
-        "on",
-    ]
-    return table([*columns, "Frechet distance, VAE", "EC-VAE", "ratio", "middle layer, ratio"], rows)
+        "size", "C / tolerance", "lambda", "drift", "step a", "gradient of calibration", "of reconstruction", "on",
+        "Frechet distance, VAE", "EC-VAE", "ratio", "middle layer, ratio",
+    ]  # fmt: skip
+    return table(columns, rows)
 
 
 def main() -> None:
     made = study.parser(__doc__, list(SETTINGS), "emoji")
     made.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64], choices=(16, 32, 64, 128, 256))
     made.add_argument("--channels", type=int, nargs="+", default=[1, 3], choices=(1, 3))
-    made.add_argument("--train_batch_size", type=positive, default=32)
     args = made.parse_args()
-    results = study.Results(args.output_dir / "size.jsonl", NUM_SAMPLES)
-    shapes = [(size, channels) for size in args.sizes for channels in args.channels]
-    for size, channels in [] if args.table else shapes:
-        data = Emoji(args.emoji, size, channels, args.train_batch_size, args.output_dir, args.device)
-        print(f"{data.name}; arguments {' '.join(data.arguments)}; {study.versions()}", flush=True)
+    settings, names = args.settings, []
+    for size, channels in itertools.product(args.sizes, args.channels):
+        names.append(f"{channels}x{size}x{size}")
+        own = {f"{setting}, {names[-1]}": SETTINGS[setting] for setting in settings}
+        args.settings = list(own)
 
-        def make(name: str, seed: int, data: Emoji = data) -> dict:
-            setting = name.removesuffix(f", {data.name}")
+        def make(data: Emoji, name: str, seed: int) -> dict:
+            setting, _, _ = name.rpartition(", ")
             folder = study.run_folder(args.output_dir, data.name, setting, seed)
             study.train(data, folder, seed, args.max_train_steps, *SETTINGS[setting])
             pipeline = ECVAEPipeline.from_pretrained(folder).to(data.device)
-            measures = data.measure(study.sample_images(pipeline, NUM_SAMPLES, seed=1, batch_size=100))
+            measures = data.measure(study.sample_images(pipeline, data.num_samples, seed=1, batch_size=100))
             return measures | calibration_row(study.read_metrics(folder / study.METRICS_FILE))
 
-        wanted = {f"{name}, {data.name}": [*data.arguments, *SETTINGS[name]] for name in args.settings}
-        results.fill(list(wanted), args.seeds, make, args.max_train_steps, wanted)
-    print(sizes_table(results, [f"{channels}x{size}x{size}" for size, channels in shapes]))
+        load = functools.partial(Emoji, size=size, channels=channels)
+        results = study.run(args, "size", load, make, arguments=own)
+    print(sizes_table(results, names))
 
 
 if __name__ == "__main__":

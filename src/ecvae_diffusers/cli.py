@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 from . import __version__
-from .training.run.last_line import fail, printable
+from .training.run.command import fail, printable
 
 
 class Command(NamedTuple):

@@ -8,8 +8,6 @@ import zlib
 
 import numpy as np
 import PIL.Image
-import PIL.ImageCms
-import PIL.ImageDraw
 import PIL.ImageFilter
 import pytest
 import torch

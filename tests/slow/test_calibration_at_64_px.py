@@ -27,9 +27,10 @@ def write_pictures(folder):
 def test_lambda_is_alive_after_400_iterations(tmp_path):
     succeed(
         "--train_data_dir", write_pictures(tmp_path / "pictures"), "--output_dir", tmp_path / "run", "--resolution", SIZE,
-        "--latent_channels", 16, "--block_out_channels", 8, 16, 16, 16, "--train_batch_size", 8, "--langevin_steps", 1,
+        "--latent_channels", 8, "--block_out_channels", 8, 8, 8, 8, "--train_batch_size", 4, "--langevin_steps", 1,
         "--max_train_steps", STEPS, "--save_images_steps", STEPS,
     )  # fmt: skip
     logged = [record for record in metrics(tmp_path / "run") if record["step"] > 200]
     assert sum(record["calibrating"] for record in logged) >= 0.95 * len(logged)
-    assert logged[-1]["dual"] > 5
+    # It rests at 34. With a tolerance of 0.0074 per entry, as it once was, it is at 7 by now and falls.
+    assert logged[-1]["dual"] > 20

@@ -12,18 +12,16 @@ from training_runs import TINY, weights, write_images
 
 from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run.checkpoints import checkpoints, damage
-from ecvae_diffusers.training.run.session import run_script
+from ecvae_diffusers.training.run.launch import run_script
 
 
-PLACES = 8
+PLACES = 5
 
 
 @pytest.fixture
 def disk(tmp_path):
     """A small file system, and a function that sets its size."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
+    (place := tmp_path / "disk").mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
     if (done := subprocess.run(command, capture_output=True, text=True)).returncode != 0:
         pytest.skip(f"needs the right to mount: {done.stderr.strip()}")

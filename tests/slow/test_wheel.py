@@ -23,13 +23,15 @@ def run(*command, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def install(tmp_path_factory) -> Callable[[str], Path]:
-    """Installs what pip is given into an environment of its own, and returns the folder of its programs."""
+    """Installs a requirement into an environment of its own, and returns the folder of its programs."""
     folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", folder, check=True)
+    run(sys.executable, "-m", "venv", "--without-pip", folder, check=True)
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    # Not compiled: most of what is installed is never imported.
+    pip = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-compile"]
 
     def install(requirement: str) -> Path:
-        run(programs / "python", "-m", "pip", "install", "-c", ROOT / "constraints.txt", requirement, check=True)
+        run(*pip, "-c", ROOT / "constraints.txt", requirement, check=True)
         return programs
 
     try:
@@ -60,18 +62,8 @@ def test_everything_works_after_installing_the_wheel(install, tmp_path):
     succeed("train", "my_images", *TINY, "--max_train_steps", 20, "--output_dir", "my_model")
     succeed("sample", "my_model", "-n", 16, "-o", "samples.png")
     assert PIL.Image.open(tmp_path / "samples.png").size == (67, 67)
-    succeed(
-        "restore",
-        "other_images/000.png",
-        "--mask",
-        "mask.png",
-        "--model",
-        "my_model",
-        "-o",
-        "restored",
-        "--num_inference_steps",
-        5,
-    )
+    options = ["--mask", "mask.png", "--num_inference_steps", 5]
+    succeed("restore", "other_images/000.png", *options, "--model", "my_model", "-o", "restored")
     assert (tmp_path / "restored" / "000-uncertainty.png").is_file()
     succeed("report", "my_model")
     assert (tmp_path / "my_model" / "report.html").stat().st_size > 10_000
@@ -81,7 +73,7 @@ def test_everything_works_after_installing_the_wheel(install, tmp_path):
     evaluate = [
         "evaluate", "--pretrained_model_name_or_path", "my_model", "--train_data_dir", "my_images", "--test_data_dir",
         "other_images", "--output_dir", "my_evaluation", "--num_samples", 32, "--num_reference", 24, "--num_test", 20,
-        "--num_likelihood_images", 4, "--importance_samples", 5, "--seeds", 0, 1,
+        "--num_likelihood_images", 2, "--importance_samples", 5, "--seeds", 0,
     ]  # fmt: skip
     refused = ecvae(*evaluate)
     assert refused.returncode and refused.stderr.splitlines()[-1].count("pip install") == 1

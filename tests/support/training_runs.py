@@ -103,12 +103,12 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from ecvae_diffusers.training import train_ecvae
-from ecvae_diffusers.training.run import divergence, session
+from ecvae_diffusers.training.run import divergence, launch
 
 divergence.HEALTHY_STATE_STEPS = 4
 faulty = range(int(sys.argv[2]), int(sys.argv[3]))
 
-class FaultyTrainer(session.Trainer):
+class FaultyTrainer(launch.Trainer):
     iteration = 0
 
     def train_step(self, batches):
@@ -121,23 +121,23 @@ class FaultyTrainer(session.Trainer):
         self.iteration += 1
         return scalars
 
-session.Trainer = FaultyTrainer
+launch.Trainer = FaultyTrainer
 try:
     train_ecvae.run(train_ecvae.parse_args(sys.argv[4:]))
-except (session.Stopped, FloatingPointError) as message:
+except (launch.Stopped, FloatingPointError) as message:
     sys.exit(str(message))
 """
 
 
 def run_with_fault(
-    data: Path, output_dir: Path, first: int, last: int, *arguments, **kwargs
+    data: Path, output_dir: Path, first: int, last: int, *arguments, before: str = "", ranks: int = 1
 ) -> subprocess.CompletedProcess:
-    """24 steps, with an energy gradient that is not a number in the iterations from `first` to `last` (excluded)."""
+    """24 steps, with an energy gradient that is not a number in the iterations from `first` to `last` (excluded), after other code."""
     script = output_dir.with_suffix(".py")
-    script.write_text(FAULTY)
+    script.write_text(before + FAULTY)
     return run(
         SCRIPT.parent, first, last, "--train_data_dir", data, "--output_dir", output_dir, *TINY, "--max_train_steps", 24,
-        "--log_steps", 2, *arguments, script=script, **kwargs,
+        "--log_steps", 2, *arguments, script=script, ranks=ranks,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from training_runs import train, weights
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline
-from ecvae_diffusers.hub import publish
+from ecvae_diffusers.commands import publish
 from ecvae_diffusers.report import report
 
 

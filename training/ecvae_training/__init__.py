@@ -25,33 +25,33 @@ MOVED = {
     "flow_arguments": "training.train_flow",
     "guard": "training.run.divergence",
     "images": "training.data.transforms",
-    "last_line": "training.run.last_line",
-    "launch": "training.run.launch",
+    "last_line": "training.run.command",
+    "launch": "training.run.launch training.run.command",
     "lock": "training.run.folder",
     "models": "training.tasks.networks",
     "noise": "training.randomness",
     "observation": "training.run.pictures training.run.log",
-    "optimization": "training.optimization",
+    "optimization": "training.trainer",
     "output": "training.run.folder training.run.checkpoints training.run.log training.run.pictures",
     "picture_files": "training.data.files",
-    "places": "training.run.places",
+    "places": "training.run.command",
     "posterior_step": "training.tasks.posterior",
-    "progress": "training.run.progress",
+    "progress": "training.run.log",
     "recovery": "training.run.divergence",
     "report_charts": "report.charts",
     "report_page": "report.drawing",
     "report_verdict": "report.verdict",
     "restoration_tasks": "evaluation.restoration",
-    "session": "training.run.session",
-    "signals": "training.run.signals",
-    "stopwatch": "training.run.progress",
+    "session": "training.run.launch",
+    "signals": "training.run.launch",
+    "stopwatch": "training.run.log",
     "streaming": "training.data.loaders",
     "task": "training.tasks.base",
     "trainer": "training.trainer",
 }
 
-for name, places in MOVED.items():
-    modules = [importlib.import_module(f"ecvae_diffusers.{place}") for place in places.split()]
+for name, today in MOVED.items():
+    modules = [importlib.import_module(f"ecvae_diffusers.{place}") for place in today.split()]
     module = modules[0]
     if len(modules) > 1:
         # What was one module.

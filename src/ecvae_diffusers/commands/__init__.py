@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ecvae_diffusers.training.run.last_line import fail
+from ecvae_diffusers.training.run.command import fail
 
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def load_pipeline(
     """
     import torch
 
-    from ecvae_diffusers.training.run.launch import device_name
-    from ecvae_diffusers.training.run.places import why_missing
+    from ecvae_diffusers.training.run.command import device_name, why_missing
     from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
     try:

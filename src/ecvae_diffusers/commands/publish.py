@@ -7,8 +7,7 @@
 import argparse
 
 from ecvae_diffusers.commands import run_or_fail
-from ecvae_diffusers.training.run.last_line import ArgumentParser, printable
-from ecvae_diffusers.training.run.places import named_place, place
+from ecvae_diffusers.training.run.command import ArgumentParser, named_place, place, printable
 
 
 def named_folder(text: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.commands import LARGEST_SEED, load_pipeline, number, run_or_fail
-from ecvae_diffusers.training.run.last_line import ArgumentParser
+from ecvae_diffusers.training.run.command import ArgumentParser
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ecvae_diffusers.commands import LARGEST_SEED, load_pipeline, number, run_or_fail
-from ecvae_diffusers.training.run.last_line import ArgumentParser
+from ecvae_diffusers.training.run.command import ArgumentParser
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from ecvae_diffusers.atomic import remove, write_json
 from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
-from ecvae_diffusers.training.run.places import check_places, named_place, place
+from ecvae_diffusers.training.run.command import ArgumentParser, check_places, fail, named_place, place, printable
 
 
 PARTS_FOLDER = ".parts"

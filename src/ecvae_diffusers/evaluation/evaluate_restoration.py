@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.evaluation.evaluate import at_least
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
-from ecvae_diffusers.training.run.places import check_places, place
+from ecvae_diffusers.training.run.command import ArgumentParser, check_places, fail, place, printable
 
 
 if TYPE_CHECKING:
@@ -138,7 +137,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Restore and measure, and write what is done after each task."""
+    """Restore and measure, and write what is done after each task. No other evaluation may have the folder meanwhile."""
+    from ecvae_diffusers.training.run.folder import locked
+
+    with locked(args.output_dir):
+        restore_and_measure(args, Path(args.output_dir))
+
+
+def restore_and_measure(args: argparse.Namespace, output_dir: Path) -> None:
     import diffusers
     import torch
     from tqdm import tqdm
@@ -153,7 +159,6 @@ def run(args: argparse.Namespace) -> None:
     from ecvae_diffusers.training.data.transforms import to_range
     from ecvae_diffusers.training.run.pictures import image_grid, save_atomically
 
-    output_dir = Path(args.output_dir)
     models = {"ours": args.pretrained_model_name_or_path, "baseline": args.baseline}
     pipelines = {method: load(name, args.device) for method, name in models.items() if name is not None}
     config, device = pipelines["ours"].vae.config, pipelines["ours"].device
@@ -224,11 +229,8 @@ def main(argv: list[str] | None = None, prog: str = "ecvae evaluate-restoration"
     printable()
     args = parse_args(argv, prog)
     try:
-        from ecvae_diffusers.training.run.folder import locked
-
         check_places(args)
-        with locked(args.output_dir):  # no other evaluation may have the folder meanwhile
-            run(args)
+        run(args)
     except (ValueError, OSError, ImportError) as error:
         fail(f"{prog}: error: {error}")
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from ecvae_diffusers.training.data.images import (
     load_split,
     open_folder,
 )
-from ecvae_diffusers.training.run.places import PICTURE_FOLDERS
+from ecvae_diffusers.training.run.command import PICTURE_FOLDERS
 
 
 if TYPE_CHECKING:

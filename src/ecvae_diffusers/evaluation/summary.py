@@ -34,8 +34,8 @@ from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
 from ecvae_diffusers.metrics import GenerationMetrics, out_of_distribution_auroc
 from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_diffusers.training.data.transforms import to_range
+from ecvae_diffusers.training.run.command import name_as_text
 from ecvae_diffusers.training.run.pictures import image_grid
-from ecvae_diffusers.training.run.places import name_as_text
 
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.training.data.files import HASH_BYTES, trained_hashes
 from ecvae_diffusers.training.data.images import hashes_of
 from ecvae_diffusers.training.data.transforms import to_range, to_uint8
-from ecvae_diffusers.training.run.places import name_as_text
+from ecvae_diffusers.training.run.command import name_as_text
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 

@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 
 from ecvae_diffusers.atomic import write_text
-from ecvae_diffusers.training.run.last_line import ArgumentParser, fail, printable
-from ecvae_diffusers.training.run.places import local_path
+from ecvae_diffusers.training.run.command import ArgumentParser, fail, local_path, printable
 
 
 # Tells a report of ours, which may be replaced, from other files.

@@ -16,7 +16,7 @@ from ecvae_diffusers.training.config import (
     refuse,
     with_default,
 )
-from ecvae_diffusers.training.run.places import place
+from ecvae_diffusers.training.run.command import place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECDeco
 
 
 def run(config: ECDecoderConfig) -> None:
-    """Train as configured. Raises what `session.train` raises."""
+    """Train as configured. Raises what `launch.train` raises."""
     from ecvae_diffusers.training.tasks.decoder import calibrate_decoder
 
     calibrate_decoder(config)
@@ -95,7 +95,7 @@ def run(config: ECDecoderConfig) -> None:
 def main(argv: list[str] | None = None, prog: str = "calibrate_decoder.py") -> None:
     """Train as the command line says."""
     config = parse_args(argv, prog)
-    from ecvae_diffusers.training.run.session import run_script
+    from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)
 

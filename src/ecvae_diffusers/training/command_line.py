@@ -10,8 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from ecvae_diffusers.training.config import ConfigError, TrainingConfig
-from ecvae_diffusers.training.run.last_line import ArgumentParser
-from ecvae_diffusers.training.run.places import place
+from ecvae_diffusers.training.run.command import ArgumentParser, place
 
 
 Config = TypeVar("Config", bound=TrainingConfig)

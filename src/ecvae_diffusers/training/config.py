@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 
-from ecvae_diffusers.training.run.places import place
+from ecvae_diffusers.training.run.command import place
 
 
 SCHEDULES = Literal[

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from ecvae_diffusers.training.command_line import read_config
 from ecvae_diffusers.training.config import Group, TrainingConfig, default_channels, option, refuse
-from ecvae_diffusers.training.run.places import place
+from ecvae_diffusers.training.run.command import place
 
 
 # `--calibration` with an energy model, and with the posterior's.
@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECVAEC
 
 
 def run(config: ECVAEConfig) -> None:
-    """Train as configured. Raises what `session.train` raises."""
+    """Train as configured. Raises what `launch.train` raises."""
     from ecvae_diffusers.training.tasks.vae import train_vae
 
     train_vae(config)
@@ -108,7 +108,7 @@ def run(config: ECVAEConfig) -> None:
 def main(argv: list[str] | None = None, prog: str = "train_ecvae.py") -> None:
     """Train as the command line says."""
     config = parse_args(argv, prog)
-    from ecvae_diffusers.training.run.session import run_script
+    from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)
 

@@ -20,7 +20,7 @@ from ecvae_diffusers.training.config import (
     refuse,
     with_default,
 )
-from ecvae_diffusers.training.run.places import place
+from ecvae_diffusers.training.run.command import place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECFlow
 
 
 def run(config: ECFlowConfig) -> None:
-    """Train as configured. Raises what `session.train` raises."""
+    """Train as configured. Raises what `launch.train` raises."""
     from ecvae_diffusers.training.tasks.flow import train_flow
 
     train_flow(config)
@@ -99,7 +99,7 @@ def run(config: ECFlowConfig) -> None:
 def main(argv: list[str] | None = None, prog: str = "train_flow.py") -> None:
     """Train as the command line says."""
     config = parse_args(argv, prog)
-    from ecvae_diffusers.training.run.session import run_script
+    from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)
 

@@ -4,45 +4,50 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 """
 
 import gc
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
+from ecvae_diffusers.atomic import replacing, write_json
 from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.data.loaders import DecodedFeed, StreamFeed
 from ecvae_diffusers.training.data.transforms import batch_spread, crop_at_random, flip_at_random, to_range
-from ecvae_diffusers.training.optimization import build_trained, clip_gradients
 from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
 from ecvae_diffusers.training.run.checkpoints import (
     check_resumed_launch,
     checkpoint_step,
     load_checkpoint,
     save_checkpoint,
-    save_folder,
     save_pipeline,
 )
-from ecvae_diffusers.training.run.divergence import Recovery, is_calibrating, is_calibration_off
+from ecvae_diffusers.training.run.divergence import Recovery, calibration_state
 from ecvae_diffusers.training.run.folder import BEST_FOLDER, HASHES_FILE, clear_run, cut_run, remove_leftovers
 from ecvae_diffusers.training.run.log import (
+    ARGUMENTS_FILE,
     EVALUATIONS_FILE,
     METRICS_FILE,
     RunLog,
+    Stopwatch,
     moments,
     peak_memory,
+    progress,
     record_event,
     reduce_scalars,
-    write_arguments,
 )
 from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer
-from ecvae_diffusers.training.run.progress import Stopwatch, progress
-from ecvae_diffusers.training.run.signals import StopSignal
 from ecvae_diffusers.training.tasks.base import Task
 from ecvae_diffusers.training.tasks.networks import build_calibrator, moving_average
 
@@ -58,6 +63,38 @@ class Stopped(Exception):
     """The run has ended before its last step, with what it had saved; the message says why and what to do."""
 
 
+@dataclass
+class Trained:
+    """A network with its Adam and schedule, wrapped by Accelerate."""
+
+    accelerator: Accelerator
+    max_grad_norm: float | None
+    network: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: AcceleratedScheduler
+
+    def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Backpropagate a loss and, after the last batch of a step, update the network. Returns the gradient norm then."""
+        norms = {}
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            # Of this optimizer alone: Accelerate's own clipping would unscale the gradients of both.
+            self.accelerator.unscale_gradients(self.optimizer)
+            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+            norms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        return norms
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Go on at `factor` times the rate that was given, wherever in the schedule."""
+        schedule, groups = self.lr_scheduler.scheduler, self.optimizer.param_groups
+        schedule.base_lrs = [group["initial_lr"] * factor for group in groups]
+        for group, base, rule in zip(groups, schedule.base_lrs, schedule.lr_lambdas):
+            group["lr"] = base * rule(schedule.last_epoch)
+
+
 class Trainer:
     """
     Args:
@@ -70,44 +107,30 @@ class Trainer:
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, feed: DecodedFeed | StreamFeed, task: Task):
         self.config, self.accelerator, self.feed, self.task = config, accelerator, feed, task
         optimizer, evaluation = config.optimizer, config.evaluation
-        self.num_steps, self.output_dir = optimizer.max_train_steps, Path(config.run.output_dir)
+        self.num_steps, self.output_dir = optimizer.max_train_steps, Path(str(config.run.output_dir))
         self.step = 0
-        self.images_per_step = (
-            optimizer.train_batch_size * accelerator.num_processes * optimizer.gradient_accumulation_steps
-        )
+        self.num_batches = optimizer.gradient_accumulation_steps
+        self.images_per_step = optimizer.train_batch_size * accelerator.num_processes * self.num_batches
         self.calibrator = self.energy = self.ema = None
-        for network in (task.generator, task.energy_model):
-            if network is None:
-                continue
+        models: list[Any] = [model for model in (task.generator, task.energy_model) if model is not None]
+        for model in models:
+            model.to(memory_format=torch.channels_last)
             if optimizer.gradient_checkpointing:
-                network.enable_gradient_checkpointing()
-            network.to(memory_format=torch.channels_last)
+                model.enable_gradient_checkpointing()
         # Before `prepare`, so that its modules carry no wrapper into the saved average.
         if optimizer.use_ema:
             self.ema = moving_average(task.generator, optimizer.ema_max_decay).to(accelerator.device)
-        self.generator = build_trained(
-            optimizer,
-            accelerator,
-            task.generator,
-            optimizer.learning_rate,
-            (optimizer.adam_beta1, optimizer.adam_beta2),
-        )
+        betas = (optimizer.adam_beta1, optimizer.adam_beta2)
+        self.generator = self.prepare(task.generator, optimizer.learning_rate, betas)
         if task.energy_model is not None:
-            self.energy = build_trained(
-                optimizer,
-                accelerator,
-                task.energy_model,
-                optimizer.energy_learning_rate,
-                (0.0, optimizer.energy_adam_beta2),
-            )
+            betas = (0.0, optimizer.energy_adam_beta2)
+            self.energy = self.prepare(task.energy_model, optimizer.energy_learning_rate, betas)
             self.calibrator = build_calibrator(config.calibration, config.energy, task.energy_model)
         task.prepare(accelerator)
-        self.recovery = Recovery(
-            accelerator, self.output_dir, self.generator, self.energy, (self.ema, self.calibrator, task.state),
-            enabled=config.guard.divergence_guard, max_rollbacks=config.guard.max_rollbacks,
-            max_dual=config.calibration.max_dual, max_grad_norm=optimizer.max_grad_norm, log_steps=config.run.log_steps,
-        )  # fmt: skip
-        self.evaluation, metric = None, "frechet_distance"
+        state = (self.ema, self.calibrator, task.state)
+        self.recovery = Recovery(config, accelerator, self.generator, self.energy, state)
+        self.evaluation: Any = None
+        metric = "frechet_distance"
         if evaluation.evaluation_steps is not None:
             self.evaluation = Evaluator(
                 accelerator, feed, task, features=evaluation.evaluation_features, num_samples=evaluation.evaluation_samples,
@@ -119,9 +142,19 @@ class Trainer:
         resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
 
+    def prepare(self, network: torch.nn.Module, learning_rate: Any, betas: tuple[float, float]) -> Trained:
+        config, num_processes = self.config.optimizer, self.accelerator.num_processes
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
+        # Accelerate steps a prepared schedule once a process.
+        warmup, total = config.lr_warmup_steps * num_processes, config.max_train_steps * num_processes
+        lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        prepared = self.accelerator.prepare(network, optimizer, lr_scheduler)
+        return Trained(self.accelerator, config.max_grad_norm, *prepared)
+
     @property
     def launch(self) -> dict:
-        """What a run that is gone on with must have in common with what it was, beside its arguments."""
+        """What a resumed run must have in common with what it was, next to its arguments."""
         return {
             "images_per_step": self.images_per_step,
             "num_images": self.feed.num_images,
@@ -142,9 +175,12 @@ class Trainer:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def train(self, checkpoint: Path | None) -> None:
+    def train(self, checkpoint: Path | None, is_stopped: Callable[[int], bool]) -> None:
         """
         Train to the last step, from a checkpoint or from the start, and save the pipeline.
+
+        Args:
+            is_stopped (`Callable`): Whether to end the run, with a checkpoint, after the step of this number.
 
         Raises:
             Stopped: if a signal, the guard or early stopping ended it before.
@@ -158,51 +194,46 @@ class Trainer:
         )
         self.stopwatch.start()
         self.started, self.started_step = self.stopwatch.seconds, self.step
-        with StopSignal() as stop, self.progress:
+        with self.progress:
             while self.step < self.num_steps and not self.patience.is_over:
                 scalars = self.train_step(batches)
                 self.step += 1
                 last = self.step == self.num_steps
-                if self.step % run.log_steps == 0 or last:
+                logged = self.step % run.log_steps == 0 or last
+                stopped = is_stopped(self.step) and not last
+                evaluate = evaluation_steps is not None and (self.step % evaluation_steps == 0 or last)
+                save = self.step % run.checkpointing_steps == 0 or stopped
+                alarms = []
+                if logged:
                     alarms = self.log(scalars)
-                    if alarms:
-                        self.roll_back(alarms)
-                        batches = self.new_batches()
-                        continue
-                    self.recovery.keep_healthy(self.step)
-                stopped = stop.agreed(self.accelerator, self.step)
-                evaluate = self.evaluation is not None and (self.step % evaluation_steps == 0 or last)
-                save = self.step % run.checkpointing_steps == 0 or (stopped and not last)
                 # Nothing is kept of a state that is not finite, whether or not this step is logged.
-                if (evaluate or save) and (alarms := self.recovery.check_finite(self.step, self.all_peaks())):
+                elif (evaluate or save) and (peaks := self.recovery.peaks):
+                    alarms = self.recovery.judge(self.step, reduce_scalars(self.accelerator, peaks), complete=False)
+                if alarms:
                     self.roll_back(alarms)
                     batches = self.new_batches()
                     continue
+                if logged:
+                    self.recovery.keep_healthy(self.step)
                 with self.stopwatch.paused():
                     full = self.step % run.save_images_steps == 0 or last
                     if main_process and (full or self.step in FIRST_PICTURES):
-                        self.observer.observe(
-                            self.step, self.exported, self.task.generator, self.calibrator, energies=full
-                        )
+                        self.observer.observe(self.step, self.exported, self.task.generator, self.calibrator, full)
                     if evaluate:
                         self.evaluate()
                     if save:
                         self.save_checkpoint()
-                if stopped and not last:
+                if stopped:
                     raise Stopped(
                         f"stopped at step {self.step} of {self.num_steps}, which checkpoint-{self.step} holds: go on "
                         "with --resume_from_checkpoint latest."
                     )
-                if self.patience.is_over and not last:
-                    record_event(
-                        self.accelerator,
-                        self.output_dir,
-                        self.step,
-                        "early_stopping",
-                        self.patience.outcome,
-                    )
-                if not last:
-                    self.progress.update()
+                if last:
+                    break
+                if self.patience.is_over:
+                    outcome = self.patience.outcome
+                    record_event(self.accelerator, self.output_dir, self.step, "early_stopping", outcome)
+                self.progress.update()
             self.save()
             # Not before: at 100% nothing is left to wait for.
             self.progress.update(self.step - self.progress.n)
@@ -214,55 +245,45 @@ class Trainer:
             check_resumed_launch(output_dir, self.launch)
             load_checkpoint(self.accelerator, checkpoint)
             self.step = checkpoint_step(checkpoint)
-            logger.info(f"Resuming from {checkpoint.name}.")
-            if self.step >= self.num_steps:
-                logger.info(f"{checkpoint.name} is at the end of the {self.num_steps} steps: saving only.")
+            logger.info(f"Resuming from {checkpoint.name} of {self.num_steps} steps.")
         elif config.run.resume_from_checkpoint is not None:
             logger.info("There is no checkpoint to resume from: starting at step 0.")
         if self.accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
             if checkpoint is None:
                 clear_run(output_dir)
             remove_leftovers(output_dir)
             cut_run(output_dir, self.step)
-            write_arguments(output_dir, {**config.flat(), "component": self.task.component, "launch": self.launch})
+            arguments = {**config.flat(), "component": self.task.component, "launch": self.launch}
+            write_json(output_dir / ARGUMENTS_FILE, arguments, sort_keys=True)
             if self.feed.hashes is not None and not (checkpoint is not None and (output_dir / HASHES_FILE).is_file()):
                 # What the model that the run starts from was trained on counts as well.
                 before = trained_hashes(config.model.pretrained_model_name_or_path) or set()
                 write_hashes(self.feed.hashes | before, output_dir / HASHES_FILE)
-            images = self.feed.reference(NUM_ENERGIES)
-            self.observer = Observer(
-                output_dir,
-                self.task,
-                images,
-                config.optimizer.seed,
-                self.accelerator.device,
-                config.optimizer.train_batch_size,
-            )
+            images, optimizer = self.feed.reference(NUM_ENERGIES), config.optimizer
+            device, batch_size = self.accelerator.device, optimizer.train_batch_size
+            self.observer = Observer(output_dir, self.task, images, optimizer.seed, device, batch_size)
         if config.run.report_to is not None:
-            flat = {
-                name: value if isinstance(value, (int, float, str)) else str(value)
-                for name, value in config.flat().items()
-            }
+            flat = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.flat().items()}
             self.accelerator.init_trackers(TRACKER_PROJECT, config=flat)
         self.recovery.keep_healthy(self.step)
 
     def new_batches(self) -> Iterator[torch.Tensor]:
-        first = self.step * self.config.optimizer.gradient_accumulation_steps
-        return self.feed.batches(first, reseed=self.recovery.num_rollbacks)
+        return self.feed.batches(self.step * self.num_batches, reseed=self.recovery.num_rollbacks)
 
     def train_step(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
         """One step of both networks, the dual variable and the average. Returns the scalars of its last batch."""
-        data, optimizer, log_steps = self.config.data, self.config.optimizer, self.config.run.log_steps
-        accelerator, generator, energy = self.accelerator, self.generator, self.energy
-        num_batches = optimizer.gradient_accumulation_steps
+        data, optimizer, accelerator = self.config.data, self.config.optimizer, self.accelerator
+        generator, energy = self.generator, self.energy
         networks = [trained.network for trained in (generator, energy) if trained is not None]
-        constraint, scalars = 0.0, {}
-        for part in range(num_batches):
-            index = self.step * num_batches + part
+        norms: dict[str, torch.Tensor] = {}
+        constraint: Any = 0.0
+        # Both are there where there is an energy model.
+        calibrator: Any = self.calibrator
+        samples: Any
+        for part in range(self.num_batches):
             noise = StepNoise(
-                optimizer.seed, index, accelerator.process_index, accelerator.num_processes, accelerator.device,
-                reseed=self.recovery.num_rollbacks,
+                optimizer.seed, self.step * self.num_batches + part, accelerator.process_index, accelerator.num_processes,
+                accelerator.device, reseed=self.recovery.num_rollbacks,
             )  # fmt: skip
             real = to_range(next(batches))
             if data.image_size is not None:
@@ -274,37 +295,26 @@ class Trainer:
                 # The generator: its own loss, and the constraint on its samples.
                 loss, samples, own = self.task.loss(generator.network, real, noise, self.step, energy is not None)
                 if energy is not None:
-                    calibration = self.calibrator.calibrate(samples, noise=ChainNoise(noise, samples))
+                    calibration = calibrator.calibrate(samples, noise=ChainNoise(noise, samples))
                     loss = loss + calibration.loss
-                    constraint = constraint + calibration.constraint / num_batches
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    scalars["gradient_norm"] = clip_gradients(accelerator, generator, optimizer.max_grad_norm)
-                generator.optimizer.step()
-                generator.lr_scheduler.step()
-                generator.optimizer.zero_grad()
+                    constraint = constraint + calibration.constraint / self.num_batches
+                norms |= generator.step(loss)
                 # The energy model: data against the same targets.
                 if energy is not None:
-                    energies = self.calibrator.energy_loss(real, calibration.targets, energy.network)
-                    accelerator.backward(energies.loss)
-                    if accelerator.sync_gradients:
-                        scalars["energy_gradient_norm"] = clip_gradients(accelerator, energy, optimizer.max_grad_norm)
-                    energy.optimizer.step()
-                    energy.lr_scheduler.step()
-                    energy.optimizer.zero_grad()
+                    energies = calibrator.energy_loss(real, calibration.targets, energy.network)
+                    norms |= {f"energy_{name}": norm for name, norm in energy.step(energies.loss).items()}
+        scalars, peaks = {**norms, **own}, {**norms}
         if energy is not None:
             # lambda, one number for all processes, on the constraint of the whole step.
-            constraint = accelerator.reduce(constraint, reduction="mean")
-            self.calibrator.dual_step(constraint)
+            peaks["constraint"] = constraint = accelerator.reduce(constraint, reduction="mean")
+            calibrator.dual_step(constraint)
             if self.config.calibration.langevin_drift_step == "auto":
-                self.calibrator.adapt_drift_step(constraint)
+                calibrator.adapt_drift_step(constraint)
         self.task.end_step()
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
-        scalars |= own
-        norms = {name: scalars[name] for name in ("gradient_norm", "energy_gradient_norm") if name in scalars}
-        self.recovery.note_peaks(norms | ({"constraint": constraint} if energy is not None else {}))
-        if (self.step + 1) % log_steps == 0 or self.step + 1 == self.num_steps:
+        self.recovery.note_peaks(peaks)
+        if (self.step + 1) % self.config.run.log_steps == 0 or self.step + 1 == self.num_steps:
             scalars["data_spread"] = batch_spread(real)
             if energy is not None:
                 scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
@@ -317,17 +327,15 @@ class Trainer:
 
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
         """Write the step's scalars, show some of them, and return the guard's alarms."""
-        accelerator = self.accelerator
-        logged = reduce_scalars(accelerator, {**scalars, **self.recovery.peaks})
+        accelerator, calibrator = self.accelerator, self.calibrator
+        logged: dict[str, Any] = reduce_scalars(accelerator, {**scalars, **self.recovery.peaks})
         self.recovery.peaks.clear()
-        if self.calibrator is not None:
-            logged |= {"dual": self.calibrator.dual.item(), "tolerance": self.calibrator.resolve_tolerance()}
-            logged["drift_tolerance"] = self.calibrator.resolve_drift_tolerance()
-            logged["langevin_drift_step"] = self.calibrator.drift_step_size
-            logged["calibrating"] = int(is_calibrating(logged))
-            logged["calibration_off"] = int(is_calibration_off(logged))
-        alarms = self.recovery.judge(self.step, logged)
-        if alarms:
+        if calibrator is not None:
+            logged |= {"dual": calibrator.dual.item(), "tolerance": calibrator.resolve_tolerance()}
+            logged["drift_tolerance"] = calibrator.resolve_drift_tolerance()
+            logged["langevin_drift_step"] = calibrator.drift_step_size
+            logged |= calibration_state(logged)
+        if alarms := self.recovery.judge(self.step, logged):
             return alarms
         logged["learning_rate"] = self.generator.lr_scheduler.get_last_lr()[0]
         if self.energy is not None:
@@ -339,13 +347,12 @@ class Trainer:
         if accelerator.is_main_process:
             epoch = {}
             if self.feed.batches_per_epoch is not None:
-                last_batch = self.step * self.config.optimizer.gradient_accumulation_steps - 1
-                epoch = {"epoch": last_batch // self.feed.batches_per_epoch}
+                epoch = {"epoch": (self.step * self.num_batches - 1) // self.feed.batches_per_epoch}
             RunLog(self.output_dir / METRICS_FILE).write(step=self.step, **epoch, **logged)
         if self.config.run.report_to is not None:
             accelerator.log(logged, step=self.step)
         shown = {self.task.headline: f"{logged[self.task.headline]:.4g}"}
-        if self.calibrator is not None:
+        if calibrator is not None:
             off = " (calibration is off)" if logged["calibration_off"] else ""
             shown |= {"lambda": f"{logged['dual']:.1f}{off}", "drift": f"{logged['drift']:.4f}"}
         self.progress.set_postfix(shown, refresh=False)
@@ -368,15 +375,11 @@ class Trainer:
             self.save_checkpoint()
         if not go_on:
             self.save()
-            rates = "--learning_rate"
-            if self.energy is not None:
-                rates = "--energy_learning_rate, --energy_spectral_norm, a higher --energy_regularization"
-            # That of step 0 was taken unseen.
-            saved = f"The healthy state of step {self.step}" if self.step > 0 else "What the run began with"
+            rate = "--energy_learning_rate" if self.energy is not None else "--learning_rate"
             raise Stopped(
-                f"stopped at step {broke_at} after {self.config.guard.max_rollbacks} rollbacks: {'; '.join(alarms)}. "
-                f"{saved} is saved. Try a lower {rates}, --max_grad_norm, or fp32, and go on from it "
-                f"with --pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
+                f"stopped at step {broke_at} after {self.config.guard.max_rollbacks} rollbacks: {'; '.join(alarms)}. The state of "
+                f"step {self.step} is saved: try a lower {rate}, --max_grad_norm, or fp32, and go on from it with "
+                f"--pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
             )
         self.progress.n = self.step
         self.progress.refresh()
@@ -385,10 +388,6 @@ class Trainer:
     def save_checkpoint(self) -> None:
         limit = self.config.run.checkpoints_total_limit
         save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline, limit)
-
-    def all_peaks(self) -> dict[str, float]:
-        """The largest gradient norms and constraint since the last logged step."""
-        return reduce_scalars(self.accelerator, self.recovery.peaks) if self.recovery.peaks else {}
 
     def evaluate(self) -> None:
         """Measure, and keep the best pipeline in `best/`."""
@@ -399,30 +398,30 @@ class Trainer:
         stated = {name: value for name, value in measures.items() if value is not None}
         logger.info(f"Step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in stated.items()))
         if self.accelerator.is_main_process:
-            RunLog(self.output_dir / EVALUATIONS_FILE).write(
-                step=self.step, **measures, features=self.config.evaluation.evaluation_features
-            )
+            features = self.config.evaluation.evaluation_features
+            RunLog(self.output_dir / EVALUATIONS_FILE).write(step=self.step, **measures, features=features)
             if best:
-                save_folder(self.build_pipeline(), self.output_dir / BEST_FOLDER)
+                with replacing(self.output_dir / BEST_FOLDER) as temporary:
+                    self.build_pipeline().save_pretrained(temporary)
         if self.config.run.report_to is not None:
             numbers = {f"evaluation/{name}": value for name, value in stated.items()}
             self.accelerator.log(numbers, step=self.step)
 
     def save(self) -> None:
-        """The pipeline's folder: what the run has come to, or, where it was stopped early, the best that it came by."""
+        """Save the pipeline that the run has come to or, where it was stopped early, the best one."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            pipeline = self.build_pipeline()
-            if self.patience.is_over and self.patience.has_best:
-                pipeline = type(pipeline).from_pretrained(self.output_dir / BEST_FOLDER, low_cpu_mem_usage=False)
-                pipeline.to(self.accelerator.device)
-            self.task.finish(getattr(pipeline, self.task.component), self.feed)
-            with progress("Saving", total=1, delay=0) as bar:
-                save_pipeline(pipeline, self.output_dir)
-                bar.update()
-            logger.info(
-                f"Saved to {self.output_dir}: {self.task.saved_class}.from_pretrained({str(self.output_dir)!r})."
-            )
+        if not self.accelerator.is_main_process:
+            return
+        pipeline = self.build_pipeline()
+        if self.patience.is_over and self.patience.has_best:
+            pipeline = type(pipeline).from_pretrained(self.output_dir / BEST_FOLDER, low_cpu_mem_usage=False)
+            pipeline.to(self.accelerator.device)
+        self.task.finish(getattr(pipeline, self.task.component), self.feed)
+        with progress("Saving", total=1, delay=0) as bar:
+            save_pipeline(pipeline, self.output_dir)
+            bar.update()
+        loads = f"{self.task.saved_class}.from_pretrained({str(self.output_dir)!r})"
+        logger.info(f"Saved to {self.output_dir}: {loads}.")
 
     def close(self) -> None:
         """
@@ -430,7 +429,7 @@ class Trainer:
         the last to hold it, and free it under Python's lock, which the group's own threads may be waiting for.
         """
         self.accelerator.wait_for_everyone()
-        self.generator = self.energy = self.recovery = None
+        del self.generator, self.energy, self.recovery
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()

@@ -1,27 +1,27 @@
 """The guard against divergence: what it sees, what it goes back to, and runs with a fault in them."""
 
 import math
-import os
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from training_runs import TINY, metrics, run_with_fault, succeed, weights, write_images
+from training_runs import TINY, metrics, run_with_fault, weights, write_images
 
 from ecvae_diffusers.report.read import Run
 from ecvae_diffusers.report.verdict import findings
-from ecvae_diffusers.training.optimization import Trained
+from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run import divergence
 from ecvae_diffusers.training.run.divergence import (
     CONFIRMATIONS,
-    GRADIENTS,
     LASTING,
     WARMUP,
     DivergenceGuard,
     Recovery,
+    calibration_state,
 )
 from ecvae_diffusers.training.run.log import read_metrics
+from ecvae_diffusers.training.trainer import Trained
 
 
 HEALTHY = {
@@ -29,14 +29,9 @@ HEALTHY = {
     "energy_targets": -0.5, "constraint_max": 0.03, "dual": 30.0, "constraint": 0.02, "tolerance": 0.015,
     "sample_spread": 0.5, "data_spread": 0.6,
 }  # fmt: skip
-OFF = {
-    "energy_real": -1.0, "energy_samples": 1.0, "energy_targets": 0.9, "energy_real_std": 0.5, "energy_samples_std": 0.5,
-    "calibration_gradient_norm": 0.0, "reconstruction_gradient_norm": 10.0, "dual": 0.0,
-}  # fmt: skip
 # What is divergence only if it lasts, with gradients clipped to 30, and what is said of it.
 DOUBTS = {
     "gradient": ({"gradient_norm_max": 1e9}, "gradient_norm_max 1e+09 is far outside"),
-    "energy gradient": ({"energy_gradient_norm_max": 1e9}, "energy_gradient_norm_max 1e+09 is far outside"),
     "energy model": ({"energy_gradient_norm_max": 0.02}, "the energy model is dead"),
     "samples": ({"sample_spread": 0.02}, "samples are all alike"),
 }
@@ -61,67 +56,48 @@ def resumed(guard: DivergenceGuard, **kwargs) -> DivergenceGuard:
     return new
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {},
-        {"dual": 0.5, "calibration_gradient_norm": 0.09},  # under a hundredth of the reconstruction's
-        {"dual": 0.0, "calibration_gradient_norm": 0.0, "reconstruction_gradient_norm": 0.0},
-    ],
-)
-def test_a_warning_once_per_time_that_calibration_is_off(changed):
-    off = healthy(0, **{**OFF, **changed})
-    on = healthy(0, **{**OFF, "dual": 1.0, "calibration_gradient_norm": 0.2})
+def test_when_calibration_is_off():
+    scalars = {
+        "energy_real": -1.0,
+        "energy_real_std": 0.5,
+        "energy_samples_std": 0.5,
+        "reconstruction_gradient_norm": 10.0,
+    }
+    for dual, gradient, energy, expected in (
+        (0.0, 0.0, 1.0, [0, 1]),
+        (0.5, 0.09, 1.0, [0, 1]),  # under a hundredth of the reconstruction's
+        (0.5, 0.11, 1.0, [1, 0]),
+        (0.0, 0.0, -0.6, [0, 0]),  # the energy model tells nothing apart: samples are like data
+    ):
+        scalars |= {"dual": dual, "calibration_gradient_norm": gradient, "energy_samples": energy}
+        assert list(calibration_state(scalars).values()) == expected
+    # One warning per time, after 100 steps.
     guard = watched(0, log_steps=34)
-    assert [len(guard.observe(off)[1]) for _ in range(1)] == [0]
+    assert guard.observe(healthy(0, calibration_off=1)) == ([], [])
     guard = resumed(guard, log_steps=34)  # the count is part of the state
-    assert [len(guard.observe(off)[1]) for _ in range(3)] == [1, 0, 0]
-    assert [len(guard.observe(scalars)[1]) for scalars in (on, off, off, off)] == [0, 0, 1, 0]
-    # If the energy model tells nothing apart, there is nothing to calibrate: samples are like data.
-    guard = watched(0, log_steps=100)
-    for energy in (-0.6, -5.0):
-        assert guard.observe(healthy(0, **{**OFF, "energy_samples": energy})) == ([], [])
+    for off, warnings in ((1, 1), (1, 0), (0, 0), (1, 0), (1, 1), (1, 0)):
+        assert len(guard.observe(healthy(0, calibration_off=off))[1]) == warnings
 
 
-def test_a_run_whose_calibration_is_off_says_so(tmp_path):
-    """A tolerance far too wide: in the log and the events within 100 steps of lambda at 0, on the bar, and first in the report."""
-    data, run = write_images(tmp_path / "images", count=16), tmp_path / "run"
-    result = succeed(
-        "--train_data_dir", data, "--output_dir", run, *TINY, "--max_train_steps", 130, "--initial_dual", 0.5,
-        "--calibration_tolerance", 100.0, "--energy_learning_rate", 2e-3,
-    )  # fmt: skip
-    first_off = next(record["step"] for record in metrics(run) if not record["calibrating"])
-    events = [event for event in read_metrics(run / "events.jsonl") if event["kind"] == "warning"]
-    assert len(events) == 1 and first_off <= events[0]["step"] <= first_off + 100
-    assert "calibration is off" in result.stderr and "(calibration is off)" in result.stderr
-    first = findings(Run.read(run))[0]
-    assert first.name == "Calibration" and not first.healthy
+FAR_OUTSIDE = {
+    "gradient_norm_max": {"gradient_norm_max": 5e4},
+    "energy_gradient_norm_max": {"energy_gradient_norm_max": 900.0},
+    "energy_gap": {"energy_targets": -80.0},
+    "reconstruction": {"reconstruction": 5000.0},
+    "constraint_max": {"constraint_max": 2.0},
+}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_seen_at_once(value):
-    alarms, _ = DivergenceGuard(100.0).observe(healthy(0, constraint_max=value))
-    assert alarms == ["constraint_max not finite"]
-
-
-@pytest.mark.parametrize(
-    "changed, name",
-    [
-        ({"gradient_norm_max": 5e4}, "gradient_norm_max"),
-        ({"energy_gradient_norm_max": 900.0}, "energy_gradient_norm_max"),
-        ({"energy_real": -80.0}, "energy_gap"),
-        ({"energy_targets": -80.0}, "energy_gap"),
-        ({"reconstruction": 5000.0}, "reconstruction"),
-        ({"constraint_max": 2.0}, "constraint_max"),
-    ],
-)
-def test_far_outside_the_running_range(changed, name):
-    guard = resumed(watched())
-    for i in range(5):  # an outlier does not widen the range
-        alarms, _ = guard.observe(healthy(i, **changed))
-        assert len(alarms) == 1 and alarms[0].startswith(f"{name} ")
+@pytest.mark.parametrize("name", FAR_OUTSIDE)
+def test_far_outside_the_running_range(name):
+    # A gradient that clipping does not bring back into its range is as one that is not clipped.
+    for max_grad_norm in (None, 1e6):
+        guard = resumed(watched(), max_grad_norm=max_grad_norm)
+        for i in range(5):  # an outlier does not widen the range
+            alarms, _ = guard.observe(healthy(i, **FAR_OUTSIDE[name]))
+            assert len(alarms) == 1 and alarms[0].startswith(f"{name} ")
     # Not before there is a range; and what is large but not far outside is no reason to go back.
-    assert watched(10).observe(healthy(0, **changed)) == ([], [])
+    assert watched(10).observe(healthy(0, **FAR_OUTSIDE[name])) == ([], [])
     assert watched().observe(healthy(0, gradient_norm_max=400.0, constraint_max=0.1, reconstruction=2.0)) == ([], [])
 
 
@@ -130,8 +106,7 @@ def test_what_is_divergence_only_if_it_lasts(changed, said):
     guard = watched(max_grad_norm=30.0)
     for _ in range(4):  # a few are chance, and one healthy step starts the count anew
         assert [guard.observe(healthy(i, **changed)) for i in range(LASTING - 1)] == [([], [])] * (LASTING - 1)
-        assert guard.doubtful == LASTING - 1
-        assert guard.observe(healthy(0)) == ([], []) and guard.doubtful == 0
+        assert guard.observe(healthy(0)) == ([], [])
     for i in range(LASTING - 1):
         guard.observe(healthy(i, **changed))
     (alarm,) = resumed(guard, max_grad_norm=30.0).observe(healthy(0, **changed))[0]  # the count is part of the state
@@ -140,29 +115,15 @@ def test_what_is_divergence_only_if_it_lasts(changed, said):
     assert all(watched(0).observe(healthy(i, **changed)) == ([], []) for i in range(WARMUP))
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
-@pytest.mark.parametrize("max_grad_norm", [None, 1e6])
-def test_a_gradient_outlier_is_seen_at_once_unless_clipping_brings_it_back(name, max_grad_norm):
-    guard = watched(max_grad_norm=max_grad_norm)
-    assert [len(guard.observe(healthy(i, **{name: 1e9}))[0]) for i in range(3)] == [1, 1, 1]
-    assert guard.doubtful == 0
-    # A norm that loss scaling left out is no divergence.
-    scalars = {key: value for key, value in healthy(0).items() if key not in GRADIENTS}
-    assert guard.observe(scalars) == ([], [])
-
-
 def test_a_pinned_dual():
     """A warning if the bound is too low; if the chain has run away an alarm, but no second one."""
-    pinned = 50
     for ratio, alarms, warnings in ((5.0, 0, 1), (30.0, 1, 0)):
         guard = watched()
-        seen = [guard.observe(healthy(i, dual=100.0, constraint=0.015 * ratio)) for i in range(pinned + 5)]
+        seen = [guard.observe(healthy(i, dual=100.0, constraint=0.015 * ratio)) for i in range(55)]
         assert [sum(len(one[kind]) for one in seen) for kind in (0, 1)] == [alarms, warnings]
-        message = sum(seen[pinned - 1], [])[0]  # after so many in a row, not before
-        assert "lambda" in message and f"{ratio:.1f} times" in message
-    guard.pinned_ratios = []
-    seen = [guard.observe(healthy(i, dual=100.0, constraint=0.5)) for i in range(pinned)]
-    assert sum(len(alarms) for alarms, _ in seen) == 0 and len(seen[-1][1]) == 1
+        assert seen[49] != ([], [])  # after so many in a row, not before
+    guard.observe(healthy(0))
+    assert not any(guard.observe(healthy(i, dual=100.0, constraint=0.5))[0] for i in range(50))
     guard = watched()
     for i in range(200):  # it leaves the bound now and then; one wild value in between is chance
         changed = {"dual": 100.0, "constraint": 9.0 if i == 120 else 0.02} if i % 45 else {}
@@ -170,16 +131,18 @@ def test_a_pinned_dual():
 
 
 def build_trained(learning_rate: float = 1e-3, schedule: str = "constant") -> Trained:
-    network = torch.nn.Linear(3, 2)
+    network, accelerator = torch.nn.Linear(3, 2), Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=10)
-    return Trained(*Accelerator(cpu=True).prepare(network, optimizer, scheduler), learning_rate)
+    return Trained(accelerator, None, *accelerator.prepare(network, optimizer, scheduler))
 
 
 @pytest.fixture
 def build(tmp_path):
-    def build(**kwargs) -> Recovery:
-        return Recovery(Accelerator(cpu=True), tmp_path, build_trained(), build_trained(), max_dual=100.0, **kwargs)
+    def build(*arguments) -> Recovery:
+        given = ["--train_data_dir", "images", "--output_dir", tmp_path, "--max_dual", 100, *arguments]
+        config = train_ecvae.parse_args(given)
+        return Recovery(config, Accelerator(cpu=True), build_trained(), build_trained())
 
     return build
 
@@ -187,18 +150,23 @@ def build(tmp_path):
 def train(trained: Trained, steps: int = 5) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        trained.network(torch.randn(4, 3, generator=generator)).square().sum().backward()
-        trained.optimizer.step()
-        trained.optimizer.zero_grad()
+        trained.step(trained.network(torch.randn(4, 3, generator=generator)).square().sum())
     return trained.network.weight.detach().clone()
 
 
-def rate(recovery: Recovery) -> float:
-    return recovery.lowered.optimizer.param_groups[0]["lr"]
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_seen_at_once(value, build):
+    for complete in (True, False):
+        assert build().judge(1, healthy(0, constraint_max=value), complete) == ["constraint_max not finite"]
+        with pytest.raises(FloatingPointError, match="constraint_max"):
+            build("--no-divergence_guard").judge(1, healthy(0, constraint_max=value), complete)
+    recovery = build()
+    recovery.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert recovery.judge(1, healthy(0, gradient_norm_max=value)) == []  # what loss scaling left out
 
 
 def test_a_restored_state_is_the_state_and_stays_it(build):
-    recovery = build(log_steps=1)
+    recovery = build("--log_steps", 1)
     train(recovery.lowered)
     recovery.keep_healthy(100)
     expected = train(recovery.lowered)
@@ -210,93 +178,82 @@ def test_a_restored_state_is_the_state_and_stays_it(build):
 
 
 def test_which_state_is_gone_back_to(build):
-    recovery = build(log_steps=10)
-
-    def back_from(step: int) -> int:
-        return recovery.roll_back(step, ["a fault"])[0]
-
+    recovery = build()
     for step in range(0, 350, 50):
         recovery.keep_healthy(step)
-    assert [step for step, _ in recovery.states] == [100, 200, 300]
-    assert back_from(310) == 200  # 300 has not outlived the confirmation
-    assert back_from(210) == 100  # no healthy state since: further back
-    assert back_from(110) == 100  # there is none before
+    # Three are kept, of which 300 has not outlived the confirmation; then none was healthy since; then there is none before.
+    for step, expected in ((310, 200), (210, 100), (110, 100)):
+        assert recovery.roll_back(step, ["a fault"])[0] == expected
     recovery.keep_healthy(200)
-    assert back_from(230) == 200
+    assert recovery.roll_back(230, ["a fault"])[0] == 200
 
 
 def test_the_rate_recovers_from_a_passing_fault_and_stays_down_otherwise(build):
     recovery = build()
-    for step in range(0, 500, 100):
-        recovery.keep_healthy(step)
+
+    def go_on(first: int, last: int) -> float:
+        for step in range(first, last, 100):
+            recovery.keep_healthy(step)
+        return recovery.lowered.optimizer.param_groups[0]["lr"]
+
+    go_on(0, 500)
     for _ in range(3):  # one fault that takes three rollbacks
         recovery.roll_back(510, ["a fault"])
-    assert recovery.num_rollbacks == 3 and rate(recovery) == pytest.approx(1e-3 / 8)
-    for step in range(400, 4000, 100):
-        recovery.keep_healthy(step)
-    assert rate(recovery) == pytest.approx(1e-3)
-    for breakdowns, last in ((2, 9000), (3, 14000)):  # a rate that is too high breaks the run again and again
-        recovery.roll_back(last - 5000, ["the same again"])
-        for step in range(last - 5000, last, 100):
-            recovery.keep_healthy(step)
-        assert rate(recovery) == pytest.approx(1e-3 / 2 ** (breakdowns - 1))
+    assert recovery.num_rollbacks == 3 and go_on(400, 400) == pytest.approx(1e-3 / 8)
+    assert go_on(400, 4000) == pytest.approx(1e-3)
+    for breakdowns, step in ((2, 4000), (3, 9000)):  # a rate that is too high breaks the run again and again
+        recovery.roll_back(step, ["the same again"])
+        assert go_on(step, step + 5000) == pytest.approx(1e-3 / 2 ** (breakdowns - 1))
     kinds = [event["kind"] for event in read_metrics(recovery.output_dir / "events.jsonl")]
     assert kinds == ["rollback"] * 3 + ["recovery"] + ["rollback"] * 2
 
 
 def test_a_lowered_rate_follows_its_schedule():
     trained = build_trained(schedule="linear")
-    for step in range(1, 5):
-        trained.optimizer.step()
-        trained.lr_scheduler.step()
-        if step == 2:
-            trained.scale_learning_rate(0.5)
-            assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * 0.8)
-    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * 0.6)
+    train(trained, 2)
+    trained.scale_learning_rate(0.5)
+    for step in (2, 4):
+        assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3 * (1 - step / 10))
+        train(trained, 2)
 
 
 def test_a_run_that_was_resumed_amid_doubts_can_go_back(build):
     """The state that it resumes from is all that there is, and is given its time."""
-    recovery, fault = build(), {"sample_spread": 0.0}
-    for i in range(60):
-        assert recovery.judge(10 * i, healthy(i)) == []
-    for i in range(3):
-        assert recovery.judge(600 + 10 * i, healthy(i, **fault)) == []
-    other = build()
+    recovery, other, fault = build(), build(), {"sample_spread": 0.0}
+    for i in range(63):
+        assert recovery.judge(10 * i, healthy(i, **(fault if i >= 60 else {}))) == []
     other.load_state_dict(recovery.state_dict())
     other.keep_healthy(620)
-    for _ in range(2):
-        steps = 0
-        while not (alarms := other.judge(630 + 10 * steps, healthy(steps, **fault))):
-            other.keep_healthy(630 + 10 * steps)
-            steps += 1
-        assert other.roll_back(630 + 10 * steps, alarms) == (620, True) and other.guard.doubtful == 0
-    assert steps == LASTING - 1  # the second time all observations again, not the two that were left
+    for observations in (LASTING - 3, LASTING):  # the second time all, not the two that were left
+        for i in range(observations):
+            alarms = other.judge(630 + 10 * i, healthy(i, **fault))
+            assert bool(alarms) == (i == observations - 1)
+        assert other.roll_back(620 + 10 * observations, alarms) == (620, True)
 
 
-@pytest.mark.parametrize("log_steps", [1, 10, 50, 100])
-@pytest.mark.parametrize("changed, said", [DOUBTS[name] for name in ("gradient", "energy model", "samples")])
-def test_no_state_of_a_fault_that_is_seen_late_is_healthy(changed, said, log_steps, build, monkeypatch):
+@pytest.mark.parametrize("log_steps", [1, 50])
+@pytest.mark.parametrize("name", ["gradient", "energy model", "samples"])
+def test_no_state_of_a_fault_that_is_seen_late_is_healthy(name, log_steps, build, monkeypatch):
     """What is an alarm when it has lasted is gone back from to before it began, in one step, however seldom is logged."""
     monkeypatch.setattr(divergence, "HEALTHY_STATE_STEPS", log_steps)
     monkeypatch.setattr(divergence, "HEALTHY_STATES", 12)
-    recovery = build(max_grad_norm=30.0, log_steps=log_steps, max_rollbacks=3)
-    begun, step, went_back, found = 60 * log_steps + 100, 0, [], []
+    changed, said = DOUBTS[name]
+    recovery = build("--max_grad_norm", 30.0, "--log_steps", log_steps, "--max_rollbacks", 3)
+    begun, step, went_back = 60 * log_steps + 100, 0, []
     while len(went_back) < 4:  # it stays until the run is given up
         step += log_steps
         broken = step > begun
         recovery.lowered.network.bias.data.fill_(1.0 if broken else 0.0)
         if alarms := recovery.judge(step, healthy(step, **(changed if broken else {}))):
-            found += alarms
+            assert all(alarm.startswith(said) for alarm in alarms)
             step, _ = recovery.roll_back(step, alarms)
             went_back.append(step)
-            assert recovery.lowered.network.bias.eq(0).all() and recovery.guard.doubtful == 0
+            assert recovery.lowered.network.bias.eq(0).all()
         else:
             recovery.keep_healthy(step)
     assert all(step <= begun for step in went_back) and went_back[0] > begun - 100 - 2 * log_steps
     # As of the first observation that was doubtful.
     assert went_back[0] <= begun + log_steps - CONFIRMATIONS * log_steps
-    assert all(alarm.startswith(said) for alarm in found)
 
 
 @pytest.fixture(scope="module")
@@ -304,34 +261,43 @@ def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
+def test_a_run_whose_calibration_is_off_says_so(data, tmp_path, monkeypatch, capsys):
+    """A tolerance far too wide: in the events and on the bar, and first in the report."""
+    monkeypatch.setattr(divergence, "OFF_STEPS", 20)
+    arguments = [
+        "--train_data_dir", data, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 60, "--initial_dual", 0.5,
+        "--calibration_tolerance", 100.0, "--energy_learning_rate", 5e-3,
+    ]  # fmt: skip
+    train_ecvae.run(train_ecvae.parse_args(arguments))
+    (event,) = read_metrics(tmp_path / "run" / "events.jsonl")
+    assert event["kind"] == "warning" and "calibration is off" in event["message"]
+    assert "(calibration is off)" in capsys.readouterr().err
+    first = findings(Run.read(tmp_path / "run"))[0]
+    assert first.name == "Calibration" and not first.healthy
+
+
 def assert_finite(*folders) -> None:
     assert all(torch.isfinite(value).all() for folder in folders for value in weights(folder).values())
 
 
-def test_a_gradient_that_is_not_a_number_is_rolled_back(data, tmp_path):
-    out = tmp_path / "out"
-    result = run_with_fault(data, out, 14, 15)
+def test_a_rollback_and_a_run_that_is_resumed_after_it(data, tmp_path):
+    """A gradient that is not a number, once. If cut off later, the data stays in its other order, and the end is the same."""
+    whole, cut, arguments = tmp_path / "whole", tmp_path / "cut", ["--checkpointing_steps", 20]
+    result = run_with_fault(data, whole, 14, 15, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    event, recovery = read_metrics(out / "events.jsonl")
+    event, recovery = read_metrics(whole / "events.jsonl")
     assert recovery["kind"] == "recovery" and recovery["step"] == 16
     assert event["kind"] == "rollback" and "not finite" in event["message"] and event["to_step"] == 12
-    records = metrics(out)
+    records = metrics(whole)
     assert [record["step"] for record in records] == list(range(2, 25, 2))  # nothing is left of what was undone
     rates = [record["energy_learning_rate"] for record in records]
     assert rates == [1e-3] * 6 + [5e-4] * 2 + [1e-3] * 4  # lowered until the next healthy state
-    assert_finite(out)
-
-
-def test_a_run_with_a_rollback_resumes_as_such(data, tmp_path):
-    """Cut off after its rollback: the data stays in its other order, and the end is the same."""
-    arguments = ["--checkpointing_steps", 20]
-    assert run_with_fault(data, tmp_path / "whole", 14, 15, *arguments).returncode == 0
-    cut = tmp_path / "cut"
+    assert_finite(whole)
     assert run_with_fault(data, cut, 14, 15, *arguments, "--max_train_steps", 20).returncode == 0
     assert run_with_fault(data, cut, 99, 99, *arguments, "--resume_from_checkpoint", "latest").returncode == 0
-    expected, found = weights(tmp_path / "whole"), weights(cut)
+    expected, found = weights(whole), weights(cut)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert [record["energy_learning_rate"] for record in metrics(cut)][5:9] == [1e-3, 5e-4, 5e-4, 1e-3]
+    assert [record["energy_learning_rate"] for record in metrics(cut)] == rates
 
 
 def test_a_fault_that_stays_ends_the_run_with_healthy_weights(data, tmp_path):
@@ -339,18 +305,13 @@ def test_a_fault_that_stays_ends_the_run_with_healthy_weights(data, tmp_path):
     result = run_with_fault(data, out, 14, 999, "--max_rollbacks", 2)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     message = result.stderr.strip().splitlines()[-1]
-    assert "after 2 rollbacks" in message and "not finite" in message and "--pretrained_model_name_or_path" in message
+    assert "not finite" in message and "--pretrained_model_name_or_path" in message
     kinds = [event["kind"] for event in read_metrics(out / "events.jsonl")]
     assert kinds == ["rollback", "rollback", "stopped"]
     assert_finite(out)
     # The way on that the message names.
-    arguments = ["--train_data_dir", data, *TINY, "--max_train_steps", 1, "--pretrained_model_name_or_path", out]
-    succeed(*arguments, "--output_dir", tmp_path / "next")
-
-
-def test_without_the_guard_the_run_ends(data, tmp_path):
-    result = run_with_fault(data, tmp_path / "out", 14, 15, "--no-divergence_guard")
-    assert result.returncode == 1 and "step 16" in result.stderr and "--divergence_guard" in result.stderr
+    given = ["--train_data_dir", data, "--output_dir", tmp_path / "next", *TINY, "--max_train_steps", 1]
+    train_ecvae.run(train_ecvae.parse_args([*given, "--pretrained_model_name_or_path", out]))
 
 
 def test_nothing_is_saved_of_a_step_that_broke_between_two_logged_ones(data, tmp_path):
@@ -364,27 +325,18 @@ def test_nothing_is_saved_of_a_step_that_broke_between_two_logged_ones(data, tmp
     assert_finite(*pipelines)
 
 
-# Python reads it when it starts: the process dies where the checkpoint that was gone back to is to take its place.
+# The process dies where the checkpoint that was gone back to is to take its place.
 KILLED_AT_REPLACE = """
 import os
-
 replace = os.replace
-
-def die(source, target):
-    if str(target).endswith("checkpoint-8"):
-        os._exit(9)
-    replace(source, target)
-
-os.replace = die
+os.replace = lambda source, target: os._exit(9) if str(target).endswith("checkpoint-8") else replace(source, target)
 """
 
 
 def test_a_kill_while_it_goes_back_leaves_no_state_that_was_given_up(data, tmp_path):
     """Killed when the later checkpoints are out of the way and the healthy one is not yet there."""
-    out = tmp_path / "out"
-    (tmp_path / "sitecustomize.py").write_text(KILLED_AT_REPLACE)
-    arguments, path = ["--log_steps", 4, "--checkpointing_steps", 13], f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    result = run_with_fault(data, out, 14, 15, *arguments, environment={"PYTHONPATH": path})
+    out, arguments = tmp_path / "out", ["--log_steps", 4, "--checkpointing_steps", 13]
+    result = run_with_fault(data, out, 14, 15, *arguments, before=KILLED_AT_REPLACE)
     assert result.returncode == 9, result.stderr[-3000:]
     assert not list(out.glob("checkpoint-*")) and list(out.glob(".checkpoint-8"))
     resumed = run_with_fault(data, out, 99, 99, *arguments, "--resume_from_checkpoint", "latest")

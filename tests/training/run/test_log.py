@@ -1,16 +1,18 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Logs: what is no record is skipped, and what is no number is null."""
+"""Logs: what is no record is skipped, and what is no number is null. Bars, the stopwatch, and grids of images."""
 
 import json
 import math
 
-import pytest
+import torch
 from training_runs import TINY, write_images
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.evaluation.while_training import Evaluator
 from ecvae_diffusers.training import train_ecvae
-from ecvae_diffusers.training.run.log import RunLog, read_metrics
+from ecvae_diffusers.training.run import log as module
+from ecvae_diffusers.training.run.log import RunLog, Stopwatch, progress, read_metrics
+from ecvae_diffusers.training.run.pictures import image_grid
 
 
 def test_lines_that_are_no_records_are_skipped(tmp_path, caplog):
@@ -23,9 +25,8 @@ def test_lines_that_are_no_records_are_skipped(tmp_path, caplog):
     log = RunLog(path)
     log.cut(2)
     log.write(step=3, loss=math.inf)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1}, {"step": 2}, {"step": 3, "loss": None},
-    ]  # fmt: skip
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert records == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
 
 
 def test_early_stopping_if_no_evaluation_gives_a_number(tmp_path, monkeypatch):
@@ -42,6 +43,36 @@ def test_early_stopping_if_no_evaluation_gives_a_number(tmp_path, monkeypatch):
     assert event["kind"] == "early_stopping" and event["step"] == 2 and "_distance" in event["message"]
     assert not (out / "best").exists()
     ECVAEPipeline.from_pretrained(out)
-    for line in (out / "evaluations.jsonl").read_text().splitlines():
-        record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-        assert record["kernel_distance"] is None
+    assert [record["kernel_distance"] for record in read_metrics(out / "evaluations.jsonl")] == [None, None]
+
+
+def test_a_bar_names_its_work(capsys):
+    assert list(progress("Chains", range(3), delay=0)) == [0, 1, 2]
+    assert "Chains: " in capsys.readouterr().err
+    assert list(progress("Chains", range(3))) == [0, 1, 2]  # short work
+    assert list(progress("Chains", range(3), shown=False, delay=0)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_stopwatch_counts_only_while_it_runs_and_continues_after_loading(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
+    watch, resumed = Stopwatch(), Stopwatch()
+    watch.start()
+    now += 2
+    with watch.paused():
+        now += 50
+        resumed.load_state_dict(watch.state_dict())
+    now += 3
+    assert watch.seconds == 5 and resumed.seconds == 2
+    resumed.start()
+    now += 1
+    assert resumed.seconds == 3
+
+
+def test_image_grid_places_images_row_by_row():
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 4, 4)
+    grid = image_grid(images, num_columns=3, scale=2)
+    assert grid.size == ((3 * 5 - 1) * 2, (2 * 5 - 1) * 2)
+    assert grid.getpixel((1, 1)) == 0 and grid.getpixel((11, 1)) == 64 and grid.getpixel((11, 11)) == 255
+    assert grid.getpixel((8, 1)) == 255  # the line between two images

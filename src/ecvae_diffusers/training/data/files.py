@@ -17,8 +17,8 @@ import PIL.Image
 from huggingface_hub import DatasetCard
 
 from ecvae_diffusers.atomic import write_text
+from ecvae_diffusers.training.run.command import check_picture_folder
 from ecvae_diffusers.training.run.folder import ARGUMENTS_FILE, CHECKPOINT, HASHES_FILE, RUN_FILES, RUN_FOLDERS
-from ecvae_diffusers.training.run.places import check_picture_folder
 
 
 # Formats that Pillow recognizes but can't read without a program of the user's. MPEG is video.

@@ -6,17 +6,17 @@ import logging
 import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ecvae_diffusers.atomic import discard, move, remove, replacing, sync, temporary_path, write_json, writing
-from ecvae_diffusers.training.run.log import read_arguments, readable_arguments
+from ecvae_diffusers.training.run.log import read_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ STATE_FILES = (
 # Arguments that a resumed run may change: where things lie, how long it lasts, what is written when.
 FREE_ON_RESUME = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
-    "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "num_epochs", "max_train_steps", "dataloader_num_workers", "checkpointing_steps",
-    "checkpoints_total_limit", "log_steps", "save_images_steps", "config", "report_to", "tracker_project_name",
-    "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_states", "healthy_state_steps",
-    "divergence_guard", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+    "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "num_epochs", "max_train_steps",
+    "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "log_steps", "save_images_steps", "config",
+    "report_to", "tracker_project_name", "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_states",
+    "healthy_state_steps", "divergence_guard", "early_stopping_metric", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 # What runs did that were saved before an argument existed.
 BEFORE = {"energy_gradient_penalty": 0.0, "relative_dual_step": True}
@@ -47,94 +47,59 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def checkpoint_step(path: Path) -> int:
-    return int(CHECKPOINT.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
     Return the checkpoint to resume from, or `None` to start at 0. `"latest"` is the newest one without damage: a warning names
-    those after it, which the run replaces.
-
-    Raises:
-        ValueError: if the one named is not there, damaged, or not the newest, from which two runs would mix; or if
-            all are damaged.
+    those after it, which the run replaces. Raises `ValueError` if all are damaged, or if the one named is damaged or not the newest.
     """
     if resume_from_checkpoint is None:
         return None
     found = checkpoints(output_dir)
-    if resume_from_checkpoint == "latest":
-        damaged = []
-        for checkpoint in reversed(found):
-            what = damage(checkpoint)
-            if what is None:
-                for name in damaged:
-                    logger.warning(f"Damaged: {name}. Resuming from {checkpoint.name} instead, whose run replaces it.")
-                return checkpoint
-            damaged.append(f"{str(checkpoint)!r} ({what})")
-        if damaged:
+    damaged: list[str] = []
+    if resume_from_checkpoint != "latest":
+        path = Path(resume_from_checkpoint)
+        path = output_dir / path if len(path.parts) == 1 else path
+        if not found or found[-1].resolve() != path.resolve():
             raise ValueError(
-                f"--resume_from_checkpoint latest must find a whole checkpoint, but all are damaged: {', '.join(damaged)}. "
-                "Bring the files back, or start again with --overwrite_output_dir."
+                f"--resume_from_checkpoint must be 'latest' or the newest of {[one.name for one in found]} in "
+                f"{str(output_dir)!r}, but is {resume_from_checkpoint!r}. To resume from an older one, move the newer ones away."
             )
-        return None
-    path = Path(resume_from_checkpoint)
-    if len(path.parts) == 1:
-        path = output_dir / path
-    chosen = next((one for one in found if one.resolve() == path.resolve()), None)
-    if chosen is None:
+        found = found[-1:]
+    for checkpoint in reversed(found):
+        if (what := damage(checkpoint)) is None:
+            for name in damaged:
+                logger.warning(f"Damaged: {name}. Resuming from {checkpoint.name} instead, whose run replaces it.")
+            return checkpoint
+        damaged.append(f"{str(checkpoint)!r} ({what})")
+    if damaged:
         raise ValueError(
-            f"--resume_from_checkpoint must be 'latest' or one of {[one.name for one in found]} in "
-            f"{str(output_dir)!r}, but is {resume_from_checkpoint!r}."
+            f"--resume_from_checkpoint {resume_from_checkpoint!r} finds damage: {', '.join(damaged)}. Bring the files back, resume "
+            "from 'latest', which is the newest whole one, or start again with --overwrite_output_dir."
         )
-    if chosen != found[-1]:
-        raise ValueError(
-            f"--resume_from_checkpoint {resume_from_checkpoint!r} is not the newest: a run that resumes from it would mix "
-            f"with what came later. Move {[one.name for one in found[found.index(chosen) + 1 :]]} away first."
-        )
-    if (what := damage(chosen)) is not None:
-        raise ValueError(
-            f"--resume_from_checkpoint {resume_from_checkpoint!r} is damaged ({what}): 'latest' resumes from the newest that "
-            "is whole."
-        )
-    return chosen
+    return None
 
 
 def damage(checkpoint: Path) -> str | None:
     """
-    Return what is wrong with a checkpoint, in words: a file that is missing, or that is not as it was written. `None` if it is whole.
-
-    Raises:
-        OSError: if a file is there and can't be read, which another try may change.
+    Return what is wrong with a checkpoint, in words, or `None` if it is whole. Raises `OSError` if a file is there and can't be
+    read, which another try may change.
     """
-    if not checkpoint.is_dir():
-        return "it is no folder"
-    expected = dict.fromkeys(STATE_FILES)
+    digests = {}
     if (checkpoint / MANIFEST).exists():
         try:
-            expected |= json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+            digests = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
         except (ValueError, TypeError, IsADirectoryError):
             return f"{MANIFEST} can't be read"
-    else:
-        states = [path.name for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".bin", ".pkl")]
-        expected |= dict.fromkeys(states)
-    for name, digest in expected.items():
+    for name in [*STATE_FILES, *digests]:
         path = checkpoint / name
         if not path.is_file():
-            return f"{name} is missing" if not path.exists() else f"{name} is no file"
-        if not (is_whole(path) if digest is None else sha256(path) == digest):
+            return f"{name} is missing"
+        if name in digests and sha256(path) != digests[name]:
             return f"{name} is not as it was written"
     return None
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether a file of weights or states, of which no manifest tells, is there to its end."""
-    if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
 
 
 def sha256(path: Path) -> str:
@@ -154,10 +119,7 @@ def save_checkpoint(
     """
     Write `checkpoint-<step>`: Accelerate's state (networks, optimizers, schedules, moving average, dual variable, random
     states) and, in `pipeline/`, the pipeline as it is now, to be looked at with `from_pretrained`. Then remove all but the newest
-    `limit` checkpoints.
-
-    Raises:
-        WriteError: if it can't be written. What was written of it is removed.
+    `limit` checkpoints. Raises `WriteError` if it can't be written; what was written of it is removed.
     """
     final = output_dir / f"checkpoint-{step}"
     temporary, main_process = temporary_path(final), accelerator.is_main_process
@@ -179,10 +141,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
-    """
-    Raises:
-        ValueError: if it can't be loaded, or holds a pickle that would run code.
-    """
+    """Raise `ValueError` if it can't be loaded, or holds a pickle that would run code."""
     try:
         # Only tensors, numbers and containers, although Accelerate asks for all that is in `custom_checkpoint_*.pkl`.
         with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
@@ -196,77 +155,48 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
 
 
 def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
-    """
-    Refuse to resume a run under arguments that its checkpoint was not made with.
-
-    Raises:
-        ValueError: if an argument differs that would change the model or the course of training.
-    """
+    """Raise `ValueError` if an argument that would change the model or the course of training differs from the run's own."""
     before = {**BEFORE, **read_arguments(output_dir)}
-    free = FREE_ON_RESUME
-    if before.get("evaluation_steps") is None:
-        free = free | {"evaluation_features", "evaluation_samples", "early_stopping_metric"}
-    changed = [
-        f"--{name} (was {before[name]}, is {value})"
-        for name, value in sorted(arguments.items())
-        if name not in free and name in before and before[name] != value
-    ]
-    if changed:
-        raise ValueError(
-            f"--resume_from_checkpoint requires the run's own arguments, but these differ: {', '.join(changed)}."
-        )
+    free = {"evaluation_features", "evaluation_samples"} if before.get("evaluation_steps") is None else set()
+    fixed = {f"--{name}": value for name, value in arguments.items() if name not in free | FREE_ON_RESUME}
+    refuse_changes("arguments", {f"--{name}": value for name, value in before.items()}, fixed)
 
 
 def check_resumed_launch(output_dir: Path, launch: dict) -> None:
-    """
-    Refuse to resume a run on other data, or launched in another way, than its checkpoint was made with.
+    """Raise `ValueError` if a run is resumed on other data, or launched in another way, than its checkpoint was made with."""
+    refuse_changes("data, number of processes and precision", read_arguments(output_dir).get("launch", {}), launch)
 
-    Args:
-        launch (`dict`): Images per step (of all processes), number and channels of the images, precision.
 
-    Raises:
-        ValueError: if one of them differs.
-    """
-    before = read_arguments(output_dir).get("launch", {})
-    changed = [f"{name} (was {before[name]}, is {launch[name]})" for name in before if before[name] != launch[name]]
+def refuse_changes(what: str, before: dict, now: dict) -> None:
+    changed = [
+        f"{name} (was {before[name]}, is {value})"
+        for name, value in sorted(now.items())
+        if name in before and before[name] != value
+    ]
     if changed:
         raise ValueError(
-            "--resume_from_checkpoint requires the run's own data, number of processes and precision, but these "
-            f"differ: {', '.join(changed)}."
+            f"--resume_from_checkpoint requires the run's own {what}, but these differ: {', '.join(changed)}."
         )
 
 
 def arguments_of_run(output_dir: str | Path) -> dict:
     """Return the arguments that a resumed run keeps if they are not given again: those of a run that has a checkpoint."""
-    if not checkpoints(Path(output_dir)):
-        return {}
-    own = {**BEFORE, **readable_arguments(output_dir)}
+    own = {}
+    if checkpoints(Path(output_dir)):
+        with suppress(ValueError):  # what is wrong with the file `check_resumed_arguments` says
+            own = {**BEFORE, **read_arguments(output_dir)}
     return {name: value for name, value in own.items() if name not in FREE_ON_RESUME}
-
-
-def save_folder(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """
-    Replace a pipeline's folder, which is whole at any moment except the one of its renaming.
-
-    Raises:
-        WriteError: if it can't be written.
-    """
-    with replacing(folder) as temporary:
-        pipeline.save_pretrained(temporary)
 
 
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """
-    Write the pipeline into the run's own folder: next to it first, then each part into its place.
-
-    Raises:
-        WriteError: if it can't be written. What was there before stays.
+    Write the pipeline into the run's own folder: next to it first, then each part into its place. Raises `WriteError` if it can't
+    be written; what was there before stays.
     """
-    temporary = output_dir / ".pipeline"
+    temporary, card = output_dir / ".pipeline", output_dir / "README.md"
     with writing(output_dir):
         remove(temporary)
         try:
-            card = output_dir / "README.md"
             if card.is_file():
                 # It may have been edited by hand, which `save_pretrained` sees.
                 temporary.mkdir()

@@ -1,10 +1,7 @@
 """The output folder of a run: what is in it, what may be overwritten, and one process at a time."""
 
-import errno
-import logging
 import os
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,6 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from ecvae_diffusers.atomic import discard, remove, writing
 from ecvae_diffusers.training.run.checkpoints import CHECKPOINT, checkpoint_step, checkpoints
@@ -22,17 +20,9 @@ from ecvae_diffusers.training.run.log import (
     EVENTS_FILE,
     METRICS_FILE,
     RunLog,
-    readable_arguments,
+    read_arguments,
 )
 
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
-
-logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 HASHES_FILE = "training_images.txt"  # of the images that a run was trained on
@@ -48,26 +38,17 @@ RUN_FILES = {
 
 def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component: str) -> None:
     """
-    Refuse an output folder that would lose something.
-
-    Args:
-        component (`str`): The [`Task`]'s, which tells the scripts' runs apart.
-
-    Raises:
-        ValueError: if it is a file, a folder that this script did not write, or one with a run in it that is neither
-            to be resumed nor to be overwritten.
+    Raise `ValueError` if a run would lose something: files of others, of the script of another `component`, or of a run that is
+    neither to be resumed nor to be overwritten.
     """
-    if not output_dir.exists():
+    if not output_dir.exists() or {path.name for path in output_dir.iterdir()} <= {LOCK_FILE, f".{ARGUMENTS_FILE}"}:
         return
     named = f"--output_dir {str(output_dir)!r}"
-    if not output_dir.is_dir():
-        raise ValueError(f"{named} must be a folder, but is a file.")
-    if all(path.name in (LOCK_FILE, f".{ARGUMENTS_FILE}") for path in output_dir.iterdir()):
-        return
     if not (output_dir / ARGUMENTS_FILE).is_file():
         raise ValueError(f"{named} holds files that are not of a training run: choose another folder.")
-    # What is wrong with the file `check_resumed_arguments` says, where it is needed.
-    found = readable_arguments(output_dir).get("component") or component
+    found = component
+    with suppress(ValueError):  # what is wrong with the file `check_resumed_arguments` says, where it is needed
+        found = read_arguments(output_dir).get("component") or component
     if found != component:
         raise ValueError(
             f"{named} holds the training run of another script (of a {found}, not of a {component}): choose another folder."
@@ -85,10 +66,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, resume: bool, component:
 
 
 def check_pretrained_stays(output_dir: Path, name_or_path: str) -> None:
-    """
-    Raises:
-        ValueError: if a run in `output_dir` would remove, as it begins, what it starts from.
-    """
+    """Raise `ValueError` if a run in `output_dir` would remove, as it begins, what it starts from."""
     path = Path(name_or_path)
     if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
         raise ValueError(
@@ -104,7 +82,7 @@ def is_finished(output_dir: Path) -> bool:
 
 def clear_run(output_dir: Path) -> None:
     """Remove what a run of this script wrote, and nothing else: a card that was edited by hand stays."""
-    for path in output_dir.iterdir() if output_dir.is_dir() else []:
+    for path in output_dir.iterdir():
         if CHECKPOINT.fullmatch(path.name.lstrip(".")) or path.name in RUN_FOLDERS:
             discard(path)
         elif path.name in RUN_FILES:
@@ -125,11 +103,9 @@ def cut_run(output_dir: Path, last_step: int) -> None:
         RunLog(output_dir / name).cut(last_step)
     # A line that a kill cut off would hide those after it.
     RunLog(output_dir / EVENTS_FILE).cut(sys.maxsize)
-    for kind in PICTURES:
-        for path in (output_dir / kind).glob("step-*.png"):
-            found = STEP_FILE.fullmatch(path.name)
-            if found and int(found[1]) > last_step:
-                path.unlink()
+    for path in (path for kind in PICTURES for path in (output_dir / kind).glob("step-*.png")):
+        if (found := STEP_FILE.fullmatch(path.name)) and int(found[1]) > last_step:
+            path.unlink()
     for path in checkpoints(output_dir):
         if checkpoint_step(path) > last_step:
             discard(path)
@@ -139,29 +115,29 @@ def cut_run(output_dir: Path, last_step: int) -> None:
 def locked(output_dir: str | os.PathLike) -> Iterator[None]:
     """
     Hold `--output_dir`, which is made if it is not there, for this process. The lock ends with the process, however that ends, and
-    is seen by other machines that share the folder. Windows has no such lock, and a warning says so. If nothing else was written,
-    nothing is left.
-
-    Raises:
-        ValueError: if another process holds it, or it is a file.
-        WriteError: if it can't be written.
+    is seen by other machines that share the folder. If nothing else was written, nothing is left. Raises `ValueError` if another
+    process holds it, or it is a file, and `WriteError` if it can't be written.
     """
     output_dir = Path(output_dir)
-    path, is_new = output_dir / LOCK_FILE, not output_dir.exists()
-    if not is_new and not output_dir.is_dir():
+    is_new, lock = not output_dir.exists(), FileLock(output_dir / LOCK_FILE, timeout=0)
+    if output_dir.is_file():
         raise ValueError(f"--output_dir must be a folder, but {str(output_dir)!r} is a file.")
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        file = open_locked(path)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"--output_dir {str(output_dir)!r} is in use by another run: wait for it, stop it, or choose another folder."
+            ) from None
     try:
         yield
     finally:
-        if fcntl is None:
-            file.close()
-        path.unlink(missing_ok=True)
-        file.close()
+        with suppress(OSError):  # Windows removes no file that is open, and the folder may hold something by now
+            (output_dir / LOCK_FILE).unlink(missing_ok=True)
+        lock.release()
         if is_new:
-            with suppress(OSError):  # it holds something by now
+            with suppress(OSError):
                 output_dir.rmdir()
 
 
@@ -169,7 +145,7 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
 def locked_by_main(accelerator: Accelerator, output_dir: str | os.PathLike) -> Iterator[None]:
     """`locked` in the main process. All processes wait for it, and raise what it raises."""
     with ExitStack() as stack:
-        failure = [None]
+        failure: list[Exception | None] = [None]
         if accelerator.is_main_process:
             try:
                 stack.enter_context(locked(output_dir))
@@ -179,36 +155,3 @@ def locked_by_main(accelerator: Accelerator, output_dir: str | os.PathLike) -> I
         if failure[0] is not None:
             raise failure[0]
         yield
-
-
-def open_locked(path: Path):
-    """Return the open lock file, which says who holds it. Raises `ValueError` if another process does."""
-    while True:
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-            # It ends with this process, unlike that of `flock`, which a worker that outlives it would keep.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                logger.warning(
-                    f"{str(path.parent)!r} lies on a file system without locks: see to it that no other run writes there."
-                )
-                return file
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise ValueError(
-                f"--output_dir {str(path.parent)!r} is in use by another run ({holder or 'which has just begun'}): wait for it, stop "
-                "it, or choose another folder."
-            ) from None
-        # The one before may have removed it since it was opened.
-        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            return file
-        file.close()

@@ -1,31 +1,49 @@
-"""The start of a script: Accelerate, logging, and what can't be trained with."""
+"""A run from its configuration to its saved, and perhaps published, pipeline: Accelerate, the folder, the data, the training."""
 
-import argparse
 import ctypes
+import errno
 import logging
 import platform
+import signal
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.utils import logging as diffusers_logging
 
+from ecvae_diffusers.atomic import WriteError
+from ecvae_diffusers.hub.upload import UploadError, open_repository, upload_folder
+from ecvae_diffusers.training.command_line import RETIRED
 from ecvae_diffusers.training.config import TrainingConfig
+from ecvae_diffusers.training.data.loaders import build_feed
+from ecvae_diffusers.training.run.checkpoints import check_resumed_arguments, checkpoints, find_checkpoint
+from ecvae_diffusers.training.run.command import announce, check_places, fail
+from ecvae_diffusers.training.run.folder import check_output_dir, check_pretrained_stays, is_finished, locked_by_main
+from ecvae_diffusers.training.tasks.base import Task
+from ecvae_diffusers.training.trainer import Stopped, Trainer
 
 
+logger = logging.getLogger(__name__)
+
+# What a run of 0.1 must have had of a retired flag to be resumed; a checkpoint holds its dual variables.
+KEPT = {name: value for name, (value, _) in RETIRED.items() if name != "initial_posterior_dual"}
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 MOST_BYTES = 2**31 - 1
+# Steps between questions to several processes whether one received a signal: each waits for the device.
+ASKED_EVERY = 5
 
 
 def keep_freed_memory() -> bool:
     """
     Have malloc keep what it is given back, for the next tensor, instead of handing it to the system and fetching it
     again, page by page and zeroed. A training step frees and asks for the same tensors every time, and on a CPU those of more than
-    32 MB would cost more than what is computed in them (`benchmarks/RESULTS.md`).
-
-    Returns:
-        `bool`: Whether this is glibc, whose malloc can be told so.
+    32 MB would cost more than what is computed in them (`benchmarks/RESULTS.md`). Returns whether this is glibc, which can do so.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -34,49 +52,158 @@ def keep_freed_memory() -> bool:
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
-    """
-    Raises:
-        ValueError: if the way of launching trains one model only, or the precision needs what is not there.
-    """
+    """Raises `ValueError` if the way of launching trains one model only, or the precision needs what is not there."""
+    run, optimizer = config.run, config.optimizer
     accelerator = Accelerator(
         # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.optimizer.mixed_precision,
-        log_with=config.run.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=config.run.output_dir, logging_dir=f"{config.run.output_dir}/logs"
-        ),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.optimizer.seed),
+        mixed_precision=optimizer.mixed_precision,
+        log_with=run.report_to,
+        project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=f"{run.output_dir}/logs"),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=optimizer.seed),
         # Accumulation goes on over the end of an epoch: every step has the same number of batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.optimizer.gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=optimizer.gradient_accumulation_steps, sync_with_dataloader=False
         ),
     )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"{accelerator.distributed_type.value} trains one model, and this script two: use data parallel training "
             "(`accelerate launch --multi_gpu`)."
         )
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise ValueError("--mixed_precision fp16 needs an accelerator, and there is none: use bf16 or no.")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision fp16 needs an accelerator, and there is none: use bf16 or no.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
     diffusers_logging.set_verbosity_error()
     return accelerator
 
 
-def device_name(text: str) -> str:
+class StopSignal:
     """
-    Return the name of a device, of a command line, as it is.
+    A context in which the first SIGTERM or SIGINT only asks the run to end after its step, with a checkpoint: a cluster's time
+    limit, or Ctrl-C. A second SIGINT interrupts at once.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.received = accelerator, False
+
+    def __enter__(self) -> "StopSignal":
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def is_agreed(self, step: int) -> bool:
+        """Return whether any process received one. All ask at the same step: they save the checkpoint together."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        if step % ASKED_EVERY:
+            return False
+        flag = torch.tensor(float(self.received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def train(
+    config: TrainingConfig,
+    load: Callable[[Path | None], Any],
+    build_task: Callable[[Any, Any], Task],
+    task_class: type[Task],
+) -> None:
+    """
+    Train and save, and publish if asked to. One process at a time has the folder.
+
+    Args:
+        load (`Callable`): What the run starts from, such as pretrained networks, given the checkpoint that it resumes from, if
+            there is one. Called before the data is opened, which can take minutes, since what is wrong with it is told in seconds.
+        build_task (`Callable`): The task, of what `load` gave and of the feed. All that it draws depends on `--seed` alone.
 
     Raises:
-        argparse.ArgumentTypeError: if nothing can be computed on it, here and now.
+        Stopped: if the run ended before its last step.
+        ValueError: if folder, data, networks or ways of launching do not fit, or another run has the folder.
+        WriteError: if something can't be written; what was whole stays.
+        UploadError: if publishing failed; the model is saved.
     """
+    accelerator = build_accelerator(config)
+    run, hub, model, optimizer = config.run, config.hub, config.model, config.optimizer
+    output_dir, main_process = Path(str(run.output_dir)), accelerator.is_main_process
+    with locked_by_main(accelerator, output_dir):
+        resume = run.resume_from_checkpoint
+        check_output_dir(output_dir, run.overwrite_output_dir, resume is not None, task_class.component)
+        checkpoint = find_checkpoint(output_dir, resume)
+        if checkpoint is not None:
+            check_resumed_arguments(output_dir, {**KEPT, **config.flat()})
+        elif model.pretrained_model_name_or_path is not None:
+            check_pretrained_stays(output_dir, model.pretrained_model_name_or_path)
+        # Opened, checked and decoded before anything is written.
+        loaded = load(checkpoint)
+        feed = build_feed(config.data, accelerator, train_batch_size=optimizer.train_batch_size, seed=optimizer.seed)
+        set_seed(optimizer.seed)
+        trainer = Trainer(config, accelerator, feed, build_task(loaded, feed))
+        if main_process:
+            images = f"{feed.num_images} images" if feed.num_images is not None else "A stream of images"
+            logger.info(
+                f"{images} of {feed.channels}x{config.data.resolution}x{config.data.resolution}, {trainer.images_per_step} "
+                f"per step, {optimizer.max_train_steps} steps, calibration: {model.calibration}."
+            )
+        repository = hub.hub_model_id or output_dir.resolve().name
+        if hub.push_to_hub and main_process:
+            # Not before: a run that its data or its networks refuse leaves no empty repository.
+            open_repository(repository, private=hub.hub_private_repo, name=task_class.published)
+        try:
+            with StopSignal(accelerator) as stop:
+                trainer.train(checkpoint, stop.is_agreed)
+        except Stopped:
+            trainer.close()
+            raise
+        trainer.close()
+        if hub.push_to_hub and main_process:
+            url = upload_folder(output_dir, repository, private=hub.hub_private_repo)
+            logger.info(f"Published: {url}")
+
+
+def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) -> None:
+    """Call `run(config)`. Errors that a user can mend end the process with one line, and what to do."""
+    output_dir, hub = Path(str(config.run.output_dir)), config.hub
     try:
-        torch.zeros(1, device=torch.device(text))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device of this machine, but is {text}: {reason}") from error
-    return text
+        check_places(Namespace(**config.flat()))
+        run(config)
+    except UploadError as error:
+        private = " --hub_private_repo" if hub.hub_private_repo else ""
+        command = f"ecvae publish {output_dir} --hub_model_id {hub.hub_model_id or output_dir.resolve().name}{private}"
+        saved = f" The model is saved: {command} uploads it." if is_finished(output_dir) else ""
+        fail(f"{name}: error: --push_to_hub: {error}{saved}")
+    except WriteError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "make room (--checkpoints_total_limit keeps fewer)" if is_full else "mend that"
+        fail(f"{name}: error: {error} {way_on(output_dir, mend + ', and ')}")
+    except (ValueError, ImportError, FloatingPointError, OSError) as error:
+        fail(f"{name}: error: {error}")
+    except Stopped as message:
+        fail(f"{name}: {message}")
+    except torch.OutOfMemoryError as error:
+        fail(
+            f"{name}: error: {error} Lower --train_batch_size (--gradient_accumulation_steps keeps the images per step), or use "
+            "--gradient_checkpointing or --mixed_precision bf16, and resume with --resume_from_checkpoint latest."
+        )
+    except Exception as error:
+        # A fault of the code, whose traceback says where: its line comes last, too.
+        announce(f"{name}: {type(error).__name__}: {error}")
+        raise
+    except KeyboardInterrupt:
+        fail(f"{name}: interrupted. {way_on(output_dir)}")
+
+
+def way_on(output_dir: Path, mend: str = "") -> str:
+    if not (found := checkpoints(output_dir)):
+        return "No checkpoint was saved."
+    return f"{found[-1].name} is the newest checkpoint: {mend}resume with --resume_from_checkpoint latest."

@@ -1,16 +1,20 @@
-"""Logs of a run: one JSON object a line for each logged step, evaluation and event, and the arguments that it was started with."""
+"""What a run tells: one JSON object a line for each logged step, evaluation and event; its arguments; its bars and its time."""
 
 import json
 import logging
 import re
-import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from tqdm import tqdm
 
-from ecvae_diffusers.atomic import to_json, write_json, write_text, writing
+from ecvae_diffusers.atomic import to_json, write_text, writing
 
 
 logger = logging.getLogger(__name__)
@@ -65,16 +69,10 @@ def record_event(accelerator: Accelerator, output_dir: Path, step: int, kind: st
         RunLog(output_dir / EVENTS_FILE).write(step=step, kind=kind, message=message, **values)
 
 
-def write_arguments(output_dir: Path, arguments: dict) -> None:
-    write_json(output_dir / ARGUMENTS_FILE, arguments, sort_keys=True)
-
-
-def read_arguments(output_dir: str | Path) -> dict:
+def read_arguments(output_dir: str | Path) -> dict[str, Any]:
     """
     Return the arguments that a run was started with, by name, and its `component` and `launch`; none if the folder holds no run.
-
-    Raises:
-        ValueError: if the file can't be read, or holds no arguments.
+    Raises `ValueError` if the file can't be read, or holds no arguments.
     """
     path = Path(output_dir) / ARGUMENTS_FILE
     try:
@@ -86,14 +84,6 @@ def read_arguments(output_dir: str | Path) -> dict:
     if not isinstance(arguments, dict) or not isinstance(arguments.get("launch", {}), dict):
         raise ValueError(f"{str(path)!r} must hold the run's arguments by name.")
     return arguments
-
-
-def readable_arguments(output_dir: str | Path) -> dict:
-    """Return what `read_arguments` does, or nothing if that can't be read."""
-    try:
-        return read_arguments(output_dir)
-    except ValueError:
-        return {}
 
 
 def moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -120,12 +110,45 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    if status.is_file():
-        # Preferred: what `getrusage` tells begins with the peak of the process that started this one.
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
-        if found:
-            return int(found[1]) / 2**20
+    # What `getrusage` tells begins, on Linux, with the peak of the process that started this one.
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(found[1]) / 2**20
     import resource  # POSIX only
 
-    # In KiB, but on macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+
+
+def progress(
+    name: str, iterable: Iterable | None = None, total: int | None = None, shown: bool = True, delay: float = 1.0
+) -> tqdm:
+    """
+    Return a bar below that of the steps, which vanishes when its work is done. It appears after `delay` seconds, so that short work
+    leaves no trace in a log, and in this process only if `shown`.
+    """
+    return tqdm(iterable, name, total, leave=False, disable=not shown, delay=delay, mininterval=1.0)
+
+
+class Stopwatch:
+    """Seconds of training since `start`, without those of evaluation, pictures and saving, and with those of a resumed run."""
+
+    def __init__(self):
+        self.before, self.since = 0.0, None
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.before, self.since = self.seconds, None
+        yield
+        self.start()
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.before, self.since = state_dict["seconds"], None

@@ -1,62 +1,57 @@
 """Pictures of a run, and the energies of its images: what `ecvae report` lays out."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
+from torch import nn
 
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.atomic import replacing
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.training.data.transforms import to_range, to_uint8
-from ecvae_diffusers.training.run.log import ENERGIES_FILE, RunLog
-from ecvae_diffusers.training.run.progress import progress
+from ecvae_diffusers.training.run.log import ENERGIES_FILE, RunLog, progress
 
+
+if TYPE_CHECKING:
+    from ecvae_diffusers.training.tasks.base import Task
 
 NUM_GRID_IMAGES = 64
 NUM_CHAIN_IMAGES = 8
-NUM_ENERGIES = 256
+NUM_ENERGIES, FEWEST_ENERGIES = 256, 32
 # Above this many pixels a side, fewer of them: chains through 256 images of 256 px took 15 GiB and minutes.
 FULL_SIZE = 32
-
-
-def num_energies(resolution: int) -> int:
-    """Return the number of images to take energies of: as many pixels at each resolution, but at least 32 images."""
-    return max(32, min(NUM_ENERGIES, NUM_ENERGIES * FULL_SIZE**2 // resolution**2))
 
 
 class Observer:
     """
     Writes, on the main process, what a run looks like at a step: `samples/`, `reconstructions/`, `chain/` and a line of
-    `energies.jsonl`.
+    `energies.jsonl`, of latents and noise that are the same at each step.
 
     Args:
-        output_dir (`Path`): The run's folder.
-        task: The run's [`Task`].
         images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): Data to reconstruct and to take energies of.
-        seed (`int`): Draws latents and the chain's noise, the same ones at each step.
         batch_size (`int`): Images at a time: that of training, whose memory is there.
     """
 
-    def __init__(self, output_dir, task, images: torch.Tensor, seed: int, device: torch.device, batch_size: int):
+    def __init__(
+        self, output_dir: Path, task: "Task", images: torch.Tensor, seed: int, device: torch.device, batch_size: int
+    ):
         self.output_dir, self.task, self.seed, self.device = output_dir, task, seed, device
-        self.batch_size = batch_size
-        self.images = images
-        self.num_energies = num_energies(images.shape[-1])
+        self.batch_size, self.images = batch_size, images
+        # As many pixels at each resolution.
+        count = NUM_ENERGIES * FULL_SIZE**2 // images.shape[-1] ** 2
+        self.num_energies = max(FEWEST_ENERGIES, min(NUM_ENERGIES, count))
         self.latents = task.latents(max(NUM_GRID_IMAGES, self.num_energies), seed).to(device)
 
     @torch.no_grad()
     def observe(
-        self, step: int, exported, generator, calibrator: EnergyCalibrator | None, energies: bool = True
+        self, step: int, exported: nn.Module, generator: nn.Module, calibrator: EnergyCalibrator | None, energies: bool
     ) -> None:
         """
-        Args:
-            step (`int`): The step that the files are named by.
-            exported: The generator that would be saved now.
-            generator: The generator that is being trained, which is what the energy model sees.
-            calibrator: `None` where nothing is calibrated.
-            energies (`bool`, *optional*, defaults to `True`):
-                Whether to take energies, whose chains cost many times what the pictures do.
+        Write the pictures of a step: of `exported`, which would be saved now, and of the chain from `generator`, which is trained.
+        And, if asked to, energies, whose chains cost many times what the pictures do.
         """
         samples = self.in_batches("Samples", lambda z: self.task.sample(exported, z), self.latents[:NUM_GRID_IMAGES])
         self.save("samples", step, image_grid(samples, num_columns=8))
@@ -77,18 +72,15 @@ class Observer:
         self.save("chain", step, chain_strip(states[:, :NUM_CHAIN_IMAGES]))
         if not energies:
             return
-        with frozen(calibrator.energy_model):
-            taken = {}
-            for name, images in (
-                ("data", to_range(self.images[: self.num_energies].to(self.device))),
-                ("samples", states[0]),
-                ("targets", states[-1]),
-            ):
-                values = self.in_batches("Energies", lambda x: compute_energy(calibrator.energy_model, x), images)
-                taken[name] = [round(e, 5) for e in values.tolist()]
-        RunLog(self.output_dir / ENERGIES_FILE).write(step=step, **taken)
+        model: Any = calibrator.energy_model  # a callable to users of the calibrator, but a module here
+        whole = {"data": to_range(self.images[: self.num_energies].to(self.device))}
+        whole |= {"samples": states[0], "targets": states[-1]}
+        with frozen(model):
+            values = {k: self.in_batches("Energies", lambda x: compute_energy(model, x), v) for k, v in whole.items()}
+        rounded = {name: [round(e, 5) for e in taken.tolist()] for name, taken in values.items()}
+        RunLog(self.output_dir / ENERGIES_FILE).write(step=step, **rounded)
 
-    def in_batches(self, what: str, function, whole: torch.Tensor) -> torch.Tensor:
+    def in_batches(self, what: str, function: Callable, whole: torch.Tensor) -> torch.Tensor:
         return torch.cat([function(part) for part in progress(what, whole.split(self.batch_size))])
 
     def save(self, kind: str, step: int, picture: PIL.Image.Image) -> None:

@@ -17,7 +17,7 @@ from ecvae_diffusers.hub.upload import CONFIG
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.training.calibrate_decoder import ECDecoderConfig
 from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.session import train
+from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.tasks.autoencoders import (
     CalibratedDecoder,
     SavedDecoder,
@@ -139,7 +139,7 @@ def calibrate_decoder(config: ECDecoderConfig) -> None:
     Train as configured.
 
     Raises:
-        ValueError: if the autoencoder or the latents can't be loaded, or do not fit; and what `session.train` raises.
+        ValueError: if the autoencoder or the latents can't be loaded, or do not fit; and what `launch.train` raises.
     """
     model, path = config.model, config.model.pretrained_model_name_or_path or ""
     autoencoder = load_autoencoder(path, model.subfolder, model.revision, model.variant)

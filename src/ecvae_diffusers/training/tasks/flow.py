@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
 from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
 from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.session import train
+from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.tasks.base import Task, evaluating
 from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, load_pretrained
 from ecvae_diffusers.training.train_flow import ECFlowConfig
@@ -82,7 +82,7 @@ def build_flow(config: ECFlowConfig, feed) -> FlowEC:
 
 
 def train_flow(config: ECFlowConfig) -> None:
-    """Train as configured. Raises what `session.train` raises."""
+    """Train as configured. Raises what `launch.train` raises."""
 
     def load(checkpoint: Path | None) -> Pretrained:
         pretrained = load_pretrained(config, "flow", FlowEC)

@@ -17,8 +17,8 @@ from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.progress import progress
-from ecvae_diffusers.training.run.session import train
+from ecvae_diffusers.training.run.launch import train
+from ecvae_diffusers.training.run.log import progress
 from ecvae_diffusers.training.tasks.base import Task, evaluating
 from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, load_pretrained
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
@@ -147,7 +147,7 @@ def build_vae(config: ECVAEConfig, in_channels: int) -> AutoencoderEC:
 
 
 def train_vae(config: ECVAEConfig) -> None:
-    """Train as configured. Raises what `session.train` raises."""
+    """Train as configured. Raises what `launch.train` raises."""
     model = config.model
 
     def load(checkpoint: Path | None) -> Pretrained:

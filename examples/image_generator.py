@@ -1,27 +1,22 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Calibrate a generator that maps noise to images and has no encoder: `python training/examples/image_generator.py`.
+"""Calibrate a generator that maps noise to images and has no encoder: `python examples/image_generator.py`.
 
-A transposed-convolution generator learns handwritten digits by the sliced Wasserstein distance between its batch and the
-data's, as its own loss. The same network, seed, batches and steps with energy calibration beside it: the Frechet distance of
-10,000 samples, over the features of a digit classifier, before and after: 179.7 and 86.3 (seed 0, minutes on one thread).
+A transposed-convolution generator learns handwritten digits by the sliced Wasserstein distance of batches, its own loss. It is
+trained twice from the same seed on the same batches, without and with energy calibration. The Frechet distance of 10,000
+samples, over the features of a digit classifier, is 179.7 before and 86.3 after (seed 0, minutes on one thread).
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler  # noqa: E402
-from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits, measure, train_digit_features  # noqa: E402
-from ecvae_diffusers.training.data.transforms import to_range, to_uint8  # noqa: E402
-from ecvae_diffusers.training.run.pictures import image_grid  # noqa: E402
+from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits, measure, train_digit_features
+from ecvae_diffusers.training.data.transforms import to_range, to_uint8
+from ecvae_diffusers.training.run.pictures import image_grid
 
 
 BATCH, LATENTS, NUM_SAMPLES = 64, 32, 10_000
@@ -37,7 +32,7 @@ def build_generator() -> nn.Sequential:
 
 
 def sliced_wasserstein(samples: torch.Tensor, real: torch.Tensor, num_slices: int = 128) -> torch.Tensor:
-    """Squared Wasserstein distance of the two batches along random directions, where sorting is the optimal pairing."""
+    """Squared Wasserstein distance of two batches along random directions, where sorting is the optimal pairing."""
     directions = torch.randn(samples[0].numel(), num_slices)
     directions = directions / directions.norm(dim=0)
     along = [(images.flatten(1) @ directions).sort(dim=0).values for images in (samples, real)]
@@ -74,31 +69,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output",
-        type=lambda text: Path(text).expanduser(),
-        help="picture: samples of the own loss alone, left, and calibrated, right",
-    )
+    parser.add_argument("--output", help="picture of samples: left without calibration, right with it")
     args = parser.parse_args()
-    if args.num_steps < 1:
-        parser.error(f"--num_steps must be at least 1, but is {args.num_steps}.")
-    if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
-        parser.error(f"--output must be a file in a folder that is there, but is {str(args.output)!r}.")
     images = load_digits()[0][:NUM_TRAIN]
     features, _ = train_digit_features()
-    found, grids = {}, []
-    for name, calibrated in (("before", False), ("after", True)):
+    found, grids = [], []
+    for calibrated in (False, True):
         generator = train(images, args.num_steps, calibrated, args.seed)
         with torch.no_grad():
             noise = torch.randn(NUM_SAMPLES, LATENTS, 1, 1, generator=torch.Generator().manual_seed(args.seed))
             samples = torch.cat([generator(part) for part in noise.split(500)])
-        found[name] = measure(features, images, to_uint8(samples))
+        found.append(measure(features, images, to_uint8(samples)))
         grids.append(samples[:64].view(8, 8, 1, 16, 16))
-    print(
-        "Frechet distance "
-        + ", ".join(f"{name} {measures['frechet_distance']:.1f}" for name, measures in found.items())
-    )
-    print("coverage " + ", ".join(f"{name} {measures['coverage']:.2f}" for name, measures in found.items()))
+    before, after = found
+    print(f"Frechet distance before {before['frechet_distance']:.1f}, after {after['frechet_distance']:.1f}")
+    print(f"coverage before {before['coverage']:.2f}, after {after['coverage']:.2f}")
     if args.output is not None:
         image_grid(torch.cat(grids, 1).flatten(0, 1), num_columns=16, scale=3).save(args.output)
 

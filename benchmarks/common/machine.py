@@ -1,0 +1,35 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""The machine that a benchmark runs on: its devices, its name in a log, and times on it."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import diffusers
+import torch
+
+from ecvae_diffusers.training.run.command import device_name
+
+
+def device(text: str) -> torch.device:
+    """Return the device of a command line, on which something can be computed here and now."""
+    return torch.device(device_name(text))
+
+
+def machine(device: torch.device | str) -> str:
+    return (
+        f"{device}, {torch.get_num_threads()} threads on {os.cpu_count()} cores, {platform.machine()}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Return the time of a call, with what it leaves the device to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
