@@ -74,8 +74,9 @@ def script_module(name: str):
     """A training script with all that it imports, which is no business of the garbage collector at the end of each run."""
     module, task = (f"ecvae_diffusers.training.{one}" for one in (name, f"tasks.{TASKS[name]}"))
     importlib.import_module(task)
-    # Chains through 256 samples would cost more than the steps of these runs.
-    importlib.import_module("ecvae_diffusers.training.run.pictures").NUM_ENERGIES = 32
+    # Pictures and chains of as many images as usual would cost more than the steps of these runs.
+    pictures = importlib.import_module("ecvae_diffusers.training.run.pictures")
+    pictures.NUM_GRID_IMAGES, pictures.NUM_ENERGIES, pictures.FEWEST_ENERGIES = 16, 8, 8
     gc.collect()
     gc.freeze()
     return importlib.import_module(module)
