@@ -42,11 +42,12 @@ def test_256_px_train_in_little_memory(tmp_path):
 @pytest.mark.parametrize(
     "name, machines",
     [
+        ("one_gpu", [["--num_processes", "1"]]),
         ("eight_gpus", [["--num_processes", "2"]]),
         ("two_machines", [["--num_processes", "2", "--machine_rank", str(rank)] for rank in (0, 1)]),
     ],
 )
-def test_accelerate_configs_launch_two_processes(name, machines, tmp_path):
+def test_accelerate_configs_launch(name, machines, tmp_path):
     """On the CPU: what differs from GPUs is the exchange between processes, gloo instead of NCCL."""
     arguments = [
         "--config", CONFIGS / "digits.yaml", "--train_data_dir", write_images(tmp_path / "images", count=8),
@@ -66,4 +67,4 @@ def test_accelerate_configs_launch_two_processes(name, machines, tmp_path):
         for process in running:
             process.kill()
     assert metrics(tmp_path / "out")[-1]["step"] == 2
-    assert read_arguments(tmp_path / "out")["launch"]["images_per_step"] == 4
+    assert read_arguments(tmp_path / "out")["launch"]["images_per_step"] == (2 if name == "one_gpu" else 4)

@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,15 @@ TINY_FLOW = [
     "--resolution", "16", "--num_levels", "2", "--steps_per_level", "2", "--hidden_channels", "16",
     "--energy_block_out_channels", "16", "16", "--train_batch_size", "8",
 ]  # fmt: skip
-# Beside --pretrained_model_name_or_path.
+# Next to --pretrained_model_name_or_path.
 TINY_DECODER = ["--resolution", "16", "--energy_block_out_channels", "16", "16", "--train_batch_size", "8"]
 TINY = ["--resolution", "16", "--latent_channels", "4", "--block_out_channels", "16", "16", "--train_batch_size", "8"]
 
+OF_SCRIPT = {"train_ecvae": TINY, "train_flow": TINY_FLOW, "calibrate_decoder": TINY_DECODER}
+
 
 def write_images(folder: Path, count: int = 24, mode: str = "L", size: int = 16) -> Path:
-    """Disks of random place and size: something a network can begin to learn."""
+    """Disks of random place and size."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size]
     folder.mkdir(parents=True)
@@ -59,13 +62,21 @@ def train(*arguments, script: str = "train_ecvae") -> None:
     script_module(script).main(list(map(str, arguments)))
 
 
+def train_tiny(images: Path, output_dir: Path, num_steps: int, *arguments, script: str = "train_ecvae") -> list[dict]:
+    """Train a tiny model in this process, and return its metrics of each step. Arguments override the tiny ones."""
+    given = ["--train_data_dir", images, "--output_dir", output_dir, "--max_train_steps", num_steps, "--log_steps", 1]
+    train(*given, *OF_SCRIPT[script], *arguments, script=script)
+    return metrics(output_dir)
+
+
 @functools.cache
 def script_module(name: str):
     """A training script with all that it imports, which is no business of the garbage collector at the end of each run."""
     module, task = (f"ecvae_diffusers.training.{one}" for one in (name, f"tasks.{TASKS[name]}"))
     importlib.import_module(task)
-    # Chains through 256 samples would cost more than the steps of these runs.
-    importlib.import_module("ecvae_diffusers.training.run.pictures").NUM_ENERGIES = 32
+    # Pictures and chains of as many images as usual would cost more than the steps of these runs.
+    pictures = importlib.import_module("ecvae_diffusers.training.run.pictures")
+    pictures.NUM_GRID_IMAGES, pictures.NUM_ENERGIES, pictures.FEWEST_ENERGIES = 16, 8, 8
     gc.collect()
     gc.freeze()
     return importlib.import_module(module)
@@ -143,3 +154,29 @@ def weights(output_dir: Path) -> dict[str, torch.Tensor]:
         if (path := output_dir / name / "diffusion_pytorch_model.safetensors").is_file()
         for key, value in load_file(path).items()
     }
+
+
+def without_end(whole: Path, output_dir: Path, step: int) -> Path:
+    """A copy of a run that lacks its last checkpoint, of `step`, and its final model."""
+    shutil.copytree(whole, output_dir)
+    shutil.rmtree(output_dir / f"checkpoint-{step}")
+    for path in output_dir.glob("diffusion_pytorch_model.safetensors"):
+        path.unlink()
+    for name in ("vae", "flow"):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    return output_dir
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    first, second = weights(one), weights(two)
+    assert first and first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def assert_same_start(start: Path, output_dir: Path, prefix: str = "") -> None:
+    """Weights named `prefix...` are those of `start`, after steps of rates almost 0; vectors of power iterations turn."""
+    expected, found = weights(start), weights(output_dir)
+    names = [key for key in expected if key.startswith(prefix) and not key.endswith(("_u", "_v"))]
+    assert names
+    for key in names:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-6, atol=1e-6)

@@ -11,11 +11,9 @@ from ecvae_diffusers.training.train_ecvae import ECVAEConfig, parse_args
 
 GIVEN = ["--train_data_dir", "images", "--output_dir", "out"]
 CONFIGS = {
-    train_ecvae: train_ecvae.ECVAEConfig,
-    train_flow: train_flow.ECFlowConfig,
-    calibrate_decoder: calibrate_decoder.ECDecoderConfig,
-}
-FROZEN = "--freeze_decoder --calibration posterior"
+    train_ecvae: ECVAEConfig, train_flow: train_flow.ECFlowConfig, calibrate_decoder: calibrate_decoder.ECDecoderConfig,
+}  # fmt: skip
+FROZEN, START = "--freeze_decoder --calibration posterior", "--pretrained_model_name_or_path x"
 
 
 @pytest.mark.parametrize(
@@ -25,29 +23,25 @@ FROZEN = "--freeze_decoder --calibration posterior"
         ("--resolution 48", "resolution"),
         ("--resolution 512", "resolution"),
         ("--image_size 16", "image_size"),
-        ("--langevin_steps 0", "langevin_steps"),
-        ("--kl_weight inf", "kl_weight"),
+        ("--block_out_channels 8 0", "block_out_channels"),
+        ("--block_out_channels 8 8 8 8 8", "block_out_channels"),
+        ("--energy_block_out_channels 8 8 8 8 8", "energy_block_out_channels"),
+        ("--energy_num_scales 5", "energy_num_scales"),
+        ("--initial_dual 200", "initial_dual"),
         ("--learning_rate 0", "learning_rate"),
         ("--calibration_tolerance some", "calibration_tolerance"),
-        ("--calibration posteriors", "calibration"),
-        ("--drift_tolerance 0", "drift_tolerance"),
         ("--drift_tolerance 0 --langevin_noise 0 --langevin_drift_step 0.1", "drift_tolerance"),
         (FROZEN, "pretrained_model_name_or_path"),
-        ("--freeze_decoder --pretrained_model_name_or_path x", "calibration"),
-        (f"{FROZEN} --pretrained_model_name_or_path x --posterior_decoder_weight 0.1", "posterior_decoder_weight"),
-        (
-            f"{FROZEN} --pretrained_model_name_or_path x --evaluation_steps 5 --early_stopping_patience 2",
-            "early_stopping_patience",
-        ),
+        (f"--freeze_decoder {START}", "calibration"),
+        (f"{FROZEN} {START} --posterior_decoder_weight 0.1", "posterior_decoder_weight"),
+        (f"{FROZEN} {START} --evaluation_steps 5 --early_stopping_patience 2", "early_stopping_patience"),
         ("--early_stopping_patience 2", "evaluation_steps"),
         ("--evaluation_samples 5", "evaluation_samples"),
         ("--calibration both --kl_weight 0", "kl_weight"),
-        ("--adam_beta1 1", "adam_beta1"),
         ("--seed 4294967296", "seed"),
         ("--lr_warmup_steps 5", "lr_warmup_steps"),
         ("--streaming", "streaming"),
         ("--hub_model_id me/run", "push_to_hub"),
-        ("--report_to notebook", "report_to"),
         ("--report_to tensorboard wandb", "report_to"),
         ("--num_epochs 3", "num_epochs"),
     ],
@@ -71,13 +65,14 @@ def test_numbers_are_finite(script, capsys):
 
 
 def test_a_configuration_made_in_python_is_checked_too():
-    with pytest.raises(ConfigError, match="output_dir"):
-        ECVAEConfig().resolved().check()
-    config = ECVAEConfig.from_flat({"output_dir": "out", "train_data_dir": "images", "kl_weight": -1.0})
-    with pytest.raises(ConfigError, match="kl_weight"):
-        config.resolved().check()
-    with pytest.raises(ConfigError, match="one of --dataset_name and --train_data_dir"):
-        ECVAEConfig.from_flat({"output_dir": "out"}).resolved().check()
+    given = {"output_dir": "out", "train_data_dir": "images"}
+    for values, named in (
+        ({}, "output_dir"),
+        ({"output_dir": "out"}, "dataset_name"),
+        (given | {"kl_weight": -1.0}, "kl_weight"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            ECVAEConfig.from_flat(values).resolved().check()
 
 
 def test_defaults_follow_other_fields():

@@ -1,11 +1,9 @@
 """The files in training/configs are good. Runs of the larger ones are in tests/slow/test_large_configs.py."""
 
-import sys
-
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from config_runs import CONFIGS, two_steps
+from config_runs import CONFIGS
 
 import demo
 from ecvae_diffusers.training.tasks.networks import build_calibrator, build_energy_model
@@ -41,11 +39,6 @@ def test_the_digits_are_those_of_the_demo():
     of_demo = parse_args([*demo.ARGUMENTS, *GIVEN, "--max_train_steps", "1500"])
     different = {name for name, value in config.flat().items() if of_demo.flat()[name] != value}
     assert different <= {"in_channels", "checkpointing_steps", "checkpoints_total_limit"}
-
-
-def test_digits_train_through_accelerate_launch_with_the_config_of_one_gpu(tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate" / "one_gpu.yaml"))
-    two_steps("digits", tmp_path, launcher=(sys.executable, *launch))
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,7 @@ def test_shares_of_many_processes_are_the_draws_of_one():
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    draws = {
-        (seed, step): StepNoise(seed, step, 0, 1, CPU).normal(2, 500)
-        for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1))
-    }
+    draws = {key: StepNoise(*key, 0, 1, CPU).normal(2, 500) for key in ((0, 0), (0, 1), (1, 0), (1, 1))}
     for key, values in draws.items():
         assert torch.equal(values, StepNoise(*key, 0, 1, CPU).normal(2, 500))
         for other, others in draws.items():
@@ -47,8 +44,4 @@ def test_random_crops_are_squares_of_the_images_and_a_share_a_process():
     shares = [crop_at_random(images[i * 4 : i * 4 + 4], 4, StepNoise(0, 3, i, 2, CPU)) for i in (0, 1)]
     assert torch.equal(torch.cat(shares), crops)
     assert torch.equal(center_crop(images, 4), images[..., 2:6, 4:8])
-
-
-def test_crops_of_everything_are_the_images():
-    images = torch.rand(2, 1, 8, 8)
-    assert torch.equal(crop_at_random(images, 8, StepNoise(0, 0, 0, 1, CPU)), images)
+    assert torch.equal(crop_at_random(images[..., :9], 9, StepNoise(0, 0, 0, 1, CPU)), images[..., :9])

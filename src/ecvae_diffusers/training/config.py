@@ -160,6 +160,8 @@ class CalibrationConfig(Group):
         if self.drift_tolerance == 0 and (is_auto or self.langevin_drift_step == "auto"):
             allowed = "above 0 with --langevin_drift_step auto, and with --calibration_tolerance auto without --langevin_noise"
             refuse("drift_tolerance", self.drift_tolerance, allowed)
+        if self.initial_dual > self.max_dual:
+            refuse("initial_dual", self.initial_dual, f"at most --max_dual ({self.max_dual})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +312,14 @@ class TrainingConfig:
             getattr(self, own.name).check()
         if data.resolution > self.max_resolution or data.resolution & (data.resolution - 1):
             refuse("resolution", data.resolution, f"a power of two from 8 to {self.max_resolution}")
+        most, energy = int(math.log2(data.resolution)) - 1, self.energy
+        widths = energy.energy_block_out_channels or []
+        of_model = getattr(self.model, "block_out_channels", None)
+        for name, channels in (("block_out_channels", of_model), ("energy_block_out_channels", widths)):
+            if channels is not None and not (1 <= len(channels) <= most and min(channels) >= 1):
+                refuse(name, channels, f"1 to {most} positive numbers at --resolution {data.resolution}")
+        if energy.energy_num_scales > len(widths):
+            refuse("energy_num_scales", energy.energy_num_scales, f"at most the number of resolutions ({len(widths)})")
         if data.image_size is not None and data.image_size < data.resolution:
             refuse("image_size", data.image_size, f"at least --resolution ({data.resolution})")
         if data.streaming and (data.dataset_name is None or (data.in_channels is None and not self.channels_of_model)):

@@ -39,9 +39,6 @@ READERS = {
     "train_data_dir": lambda folder, cache: levels(load_images(DataConfig(train_data_dir=folder))),
     "dataset_name": lambda folder, cache: levels(open_source("dataset_name", folder, "train", None, None, cache)),
     "streaming": lambda folder, cache: feed_of(folder, size=16, channels=1).first(9)[:, 0, 0, 0].tolist(),
-    "out_of_distribution": lambda folder, cache: levels(
-        open_source("out_of_distribution", folder, "train", None, None, cache)
-    ),
     "image_dir": lambda folder, cache: levels(choose_clean(folder, 100).pictures),
 }
 
@@ -53,11 +50,9 @@ def data(tmp_path) -> Path:
     for level in range(6):
         save(data / ("a" if level < 3 else "b") / f"{level}.png", level)
     run = data / "train_run"  # a name that `datasets` would take for a split
-    (run / "checkpoint-2" / "pipeline").mkdir(parents=True)
     for folder in ("samples", "reconstructions", "chain", "neighbours", "made_by_hand"):
         save(run / folder / "step-000000.png", 100)
     (run / "training_args.json").write_text("{}")
-    (run / "metrics.jsonl").write_text('{"step": 1}\n')
     save(data / "a" / "samples.png", 110)
     save(data / "a" / "neighbours.png", 111)
     (data / "a" / "evaluation.json").write_text("{}")

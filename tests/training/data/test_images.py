@@ -30,9 +30,9 @@ def write_mode(path, mode: str, rng: np.random.Generator) -> None:
         PIL.Image.fromarray(pixels).convert(mode).save(path)
 
 
-@pytest.mark.parametrize("skip_broken", [False, True])
-@pytest.mark.parametrize("modes, in_channels", [
-    (GRAYS, None), ((*GRAYS, "RGB", "L"), None), (("RGBA", *GRAYS), None), ((*GRAYS, "P"), 1), ((*GRAYS, "RGBA"), 4),
+@pytest.mark.parametrize("modes, in_channels, skip_broken", [
+    (GRAYS, None, False), ((*GRAYS, "RGB", "L"), None, True), (("RGBA", *GRAYS), None, False), ((*GRAYS, "P"), 1, True),
+    ((*GRAYS, "RGBA"), 4, True),
 ])  # fmt: skip
 def test_each_image_is_decoded_once_and_cached_as_it_is_decoded_later(
     modes, in_channels, skip_broken, tmp_path, monkeypatch
@@ -43,10 +43,9 @@ def test_each_image_is_decoded_once_and_cached_as_it_is_decoded_later(
         write_mode(tmp_path / f"{i}.png", mode, rng)
     if skip_broken:
         (tmp_path / "0a.png").write_bytes((tmp_path / "0.png").read_bytes()[:-60])
-    prepare = PIL.ImageFile.ImageFile.load_prepare
-    monkeypatch.setattr(
-        PIL.ImageFile.ImageFile, "load_prepare", lambda self: (decoded.append(self.filename), prepare(self))
-    )
+    image_file = PIL.ImageFile.ImageFile
+    prepare = image_file.load_prepare
+    monkeypatch.setattr(image_file, "load_prepare", lambda self: (decoded.append(self.filename), prepare(self)))
     images = dataset(tmp_path, in_channels=in_channels, skip_broken=skip_broken)
     assert len(decoded) == len(set(decoded)) == len(modes) + skip_broken
     batch = images.__getitems__(list(range(len(modes))))
@@ -57,7 +56,7 @@ def test_each_image_is_decoded_once_and_cached_as_it_is_decoded_later(
     assert uncached.cache is None and torch.equal(uncached.__getitems__(list(range(len(modes)))), batch)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (40, 17), (9, 33), (16, 300)])
+@pytest.mark.parametrize("size", [(40, 17), (9, 33)])
 def test_shorter_side_is_resized_and_the_center_kept(size):
     image = PIL.Image.new("L", size, 0)
     image.paste(255, (size[0] // 2 - 2, size[1] // 2 - 2, size[0] // 2 + 3, size[1] // 2 + 3))
@@ -113,8 +112,6 @@ def test_a_data_set_with_configurations_and_a_column_of_images(tmp_path):
     assert images.channels == 1 and images.cache[:, 0, 0, 0].tolist() == [230, 231, 232]
     with pytest.raises(ValueError, match="--image_column.*'img'"):
         load("dark", image_column="label")
-    with pytest.raises(ValueError, match="--dataset_name.*grey"):
-        load("grey")
 
 
 def test_missing_extra_is_named(monkeypatch):

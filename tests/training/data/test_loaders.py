@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from data_sets import encoded, feed_of, numbered, write_parquet
-from training_runs import TINY, TINY_DECODER, metrics, train, write_autoencoder, write_images
+from training_runs import TINY, TINY_DECODER, train, train_tiny, write_autoencoder, write_images
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.training.data import loaders
@@ -63,51 +63,36 @@ def test_the_order_depends_on_seed_reseed_and_first_batch(data):
     feed, state = feed_of(data, 9), torch.get_rng_state()
     orders = [numbers(feed, 27), numbers(feed_of(data, 9, seed=1), 27)]
     orders += [numbers(feed, 27, reseed=1), numbers(feed, 27, first_batch=1)]
-    assert all(sorted(order) == list(range(27)) for order in orders)
-    assert len(set(map(tuple, orders))) == 4
+    assert all(sorted(order) == list(range(27)) for order in orders) and len(set(map(tuple, orders))) == 4
     assert numbers(feed, 27, first_batch=1) == orders[3]
     assert torch.equal(torch.get_rng_state(), state)  # and not on the global generator
 
 
-@pytest.mark.parametrize("workers, max_train_samples", [(0, None), (0, 20), (2, None)])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks, workers, max_train_samples", [(2, 2, None), (3, 2, None), (3, 0, 20), (1, 2, 12)])
 def test_shares_are_disjoint_and_together_whole(ranks, workers, max_train_samples, data, caplog):
-    """
-    Two processes share the images of three files, three have a file each, and so one worker; with a limit, all share the images.
-    """
+    """Two processes share the images of three files, three have a file and one worker each; with a limit, all share the images."""
     total, shares = max_train_samples or 27, []
     for i in range(ranks):
         feed = feed_of(data, workers=workers, max_train_samples=max_train_samples, rank=i, ranks=ranks, seed=3)
         size = len(range(i, total, ranks))
         both = numbers(feed, 2 * size)
         shares.append([both[:size], both[size:]])
-        assert feed.first(5)[:, 0, 0, 0].tolist() == list(range(5))
+        assert feed.first(100)[:, 0, 0, 0].tolist() == list(range(total))
     for epoch in zip(*shares):
         assert sorted(itertools.chain(*epoch)) == list(range(total))
-    assert ("--dataloader_num_workers 2 becomes 1" in caplog.text) == (workers == 2 and ranks == 3)
-
-
-def test_the_first_samples_only(data, caplog):
-    feed = feed_of(data, 5, workers=2, max_train_samples=12)  # more than the first file
-    assert feed.first(100)[:, 0, 0, 0].tolist() == list(range(12))
-    order = numbers(feed, 24)
-    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12)) and order[:12] != order[12:]
-    assert "--dataloader_num_workers 2 becomes 1" in caplog.text and "--max_train_samples" in caplog.text
-    assert len(feed_of(data, max_train_samples=1000).first(1000)) == 27
+    fewer_workers = workers == 2 and (ranks == 3 or max_train_samples is not None)
+    assert ("--dataloader_num_workers 2 becomes 1" in caplog.text) == fewer_workers
 
 
 def write_folder(folder: Path) -> list[Path]:
-    """Images of many modes and sizes, in classes."""
+    """Images of several modes and sizes, in classes."""
     rng, turned = np.random.default_rng(0), PIL.Image.Exif()
     pixels = rng.integers(0, 256, (20, 33, 4), dtype=np.uint8)
     turned[0x0112] = 6
     pictures = {
-        "a/gray.png": PIL.Image.fromarray(pixels[:, :, 0]),
         "a/rgba.png": PIL.Image.fromarray(pixels),
-        "b/palette.png": PIL.Image.fromarray(pixels[:, :, :3]).quantize(16),
         "b/sixteen.png": PIL.Image.fromarray(rng.integers(0, 65536, (16, 40), dtype=np.uint16)),
         "b/turned.jpg": PIL.Image.fromarray(pixels[:, :, :3]),
-        "b/whole.bmp": PIL.Image.fromarray(pixels[:16, :16, :3]),
     }
     for name, picture in pictures.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +100,9 @@ def write_folder(folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 4])
 def test_decoded_as_before_training(channels, tmp_path):
-    """From a folder of images, from an archive of them, and from the bytes in Parquet files."""
+    """From a folder, an archive, and the bytes in Parquet files."""
     files = write_folder(tmp_path / "folder")
     expected = decode_pictures(find_images(tmp_path / "folder"), channels, 16, progress=False)
     (tmp_path / "archive").mkdir()
@@ -126,8 +111,8 @@ def test_decoded_as_before_training(channels, tmp_path):
             archive.write(file, file.relative_to(tmp_path / "folder"))
     write_parquet(tmp_path / "parquet", [{"bytes": file.read_bytes(), "path": file.name} for file in files], 2)
     for name in ("folder", "archive", "parquet"):
-        feed = feed_of(tmp_path / name, 6, size=16, channels=channels)
-        assert feed.channels == channels and torch.equal(feed.first(6), expected)
+        feed = feed_of(tmp_path / name, 3, size=16, channels=channels)
+        assert feed.channels == channels and torch.equal(feed.first(3), expected)
         batch = next(feed.batches(0, 0))
         assert all((image == batch).flatten(1).all(1).any() for image in expected)
 
@@ -140,24 +125,21 @@ def test_linked_images(tmp_path, monkeypatch, caplog):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("0.png", numbered(1)[0]["bytes"])
     schema = datasets.Features({"picture": datasets.Image()}).arrow_schema
-    links = [f"zip://{name}.png::{tmp_path / 'images.zip'}" for name in ("0", "missing")]
+    there, missing = (f"zip://{name}.png::{tmp_path / 'images.zip'}" for name in ("0", "missing"))
 
-    def write(links: list[str]) -> None:
+    def feed_of_links(*links: str):
         rows = pyarrow.table({"picture": [{"bytes": None, "path": link} for link in links]}, schema)
         pyarrow.parquet.write_table(rows, tmp_path / "data" / "train.parquet")
+        return feed_of(tmp_path / "data", skip_broken=True)
 
-    write(links)
-    assert numbers(feed_of(tmp_path / "data", skip_broken=True), 2) == [0, 0]
-    assert len(caplog.records) == 1 and f"{links[1]} (" in caplog.text
-    write([links[0], "http://127.0.0.1:1/1.png"])
-    feed = feed_of(tmp_path / "data", skip_broken=True)
+    assert numbers(feed_of_links(there, missing), 2) == [0, 0]
+    assert len(caplog.records) == 1 and f"{missing} (" in caplog.text
     with pytest.raises(Exception) as caught:
-        numbers(feed, 2)
+        numbers(feed_of_links(there, "http://127.0.0.1:1/1.png"), 2)
     assert not isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_are_named_and_refused_or_passed_over(workers, tmp_path, caplog):
+def test_broken_images_are_named_and_refused_or_passed_over(tmp_path, caplog):
     """Damaged bytes, no image at all, pixels without a range."""
     sources = numbered(12)
     sources[0] = None
@@ -167,19 +149,17 @@ def test_broken_images_are_named_and_refused_or_passed_over(workers, tmp_path, c
     folder = write_parquet(tmp_path / "data", sources, 2)
     with pytest.raises(ValueError, match="data.* row"):
         feed_of(folder)
-    feed = feed_of(folder, 3, workers=workers, skip_broken=True)
+    feed = feed_of(folder, 3, workers=2, skip_broken=True)
     assert feed.first(12)[:, 0, 0, 0].tolist() == whole
     order = numbers(feed, 27)
     assert sorted(order[:9]) == sorted(order[9:18]) == sorted(order[18:]) == whole
     messages = [record.message for record in caplog.records]
-    assert len(messages) == 3
-    assert (
-        "row" in messages[0] and hashlib.sha256(b"no picture").hexdigest() in messages[1] and "9.tiff" in messages[2]
-    )
+    parts = ("row", hashlib.sha256(b"no picture").hexdigest(), "9.tiff")
+    assert all(part in message for part, message in zip(parts, messages, strict=True))
     # Of the second file, and so not among the first images.
     sources = numbered(8)
     sources[5]["bytes"] = sources[5]["bytes"][:40]
-    feed = feed_of(write_parquet(tmp_path / "later", sources, 2), 4, workers=workers)
+    feed = feed_of(write_parquet(tmp_path / "later", sources, 2), 4, workers=2)
     with pytest.raises(ValueError, match=r"later.* 5\.png \("):
         numbers(feed, 8)
 
@@ -189,36 +169,33 @@ def test_data_without_images_are_refused(data, tmp_path):
     torn = next(data.iterdir()).read_bytes()[:300]
     with pytest.raises(ValueError, match="dataset_name .*folder"):
         feed_of(folder)
-    with pytest.raises(ValueError, match="dataset_name .*folder|train_batch_size"):
-        feed_of(write_parquet(folder, []))
+    folder.mkdir()
     for name, content, argument in (
         ("train.parquet", torn, "dataset_name"), ("train.jsonl", b"", "dataset_name"), ("train.jsonl", b'{"label": 1}\n', "image_column"),
     ):  # fmt: skip
-        for path in folder.iterdir():
-            path.unlink()
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=argument):
             feed_of(folder)
+        (folder / name).unlink()
     with pytest.raises(ValueError, match=r"image_column .*\['picture'\].*'label'"):
         feed_of(data, image_column="label")
     assert len(feed_of(data, image_column="picture").first(3)) == 3
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_fewer_images_than_a_batch(workers, data, tmp_path):
+def test_fewer_images_than_a_batch(data, tmp_path):
     """Of all files, or of those of this process."""
     with pytest.raises(ValueError, match=r"train_batch_size .*\(9\).* 10"):
         feed_of(data, 10, ranks=3)
     folder = write_parquet(tmp_path / "data", numbered(7), 1)
     write_parquet(folder / "more", numbered(1), 1)
-    feed = feed_of(folder, 4, workers=workers, rank=0, ranks=2)
+    feed = feed_of(folder, 4, workers=1, rank=0, ranks=2)
     with pytest.raises(ValueError, match=r"train_batch_size .*\(1\)"):
         numbers(feed, 8)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_resumes_on_its_own_images_alone(streaming, tmp_path):
-    """In the folder of its own data set, where its pictures are no data; moved and renamed, but not on another image."""
+    """In the folder of its own data set, where its pictures are no data."""
     data = write_images(tmp_path / "data", count=8)
     out = data / "train_run"
     given = [
@@ -238,27 +215,15 @@ def test_a_run_resumes_on_its_own_images_alone(streaming, tmp_path):
     assert not (out / "checkpoint-3").exists()
     if not streaming:
         # Another run, from this one: what that was trained on counts for its model as well.
-        further = [
-            "--output_dir",
-            tmp_path / "further",
-            "--max_train_steps",
-            1,
-            "--pretrained_model_name_or_path",
-            out,
-        ]
-        train(*TINY, "--train_data_dir", data, *further)
+        train_tiny(data, tmp_path / "further", 1, "--pretrained_model_name_or_path", out)
         assert trained_hashes(tmp_path / "further" / "vae") > hashes
 
 
 def test_a_vae_and_a_decoder_train_on_a_stream(data, tmp_path):
-    stream = ["--dataset_name", data, "--streaming", "--dataloader_num_workers", 2, "--log_steps", 1]
-    vae = [*stream, "--in_channels", 3, *TINY, "--checkpointing_steps", 2, "--output_dir", tmp_path / "vae"]
-    train(*vae, "--max_train_steps", 2)
-    train(*vae, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
-    assert [record["step"] for record in metrics(tmp_path / "vae")] == [1, 2, 3, 4]
+    stream = ["--dataset_name", data, "--streaming", "--dataloader_num_workers", 2, "--max_train_steps", 1]
+    train(*stream, *TINY, "--in_channels", 3, "--output_dir", tmp_path / "vae")
     assert ECVAEPipeline.from_pretrained(tmp_path / "vae").vae.config.reconstruction_variance > 0
-    start = write_autoencoder(tmp_path / "model")
     # In its own channels.
-    decoder = [*stream, *TINY_DECODER, "--pretrained_model_name_or_path", start, "--output_dir", tmp_path / "decoder"]
-    train(*decoder, "--max_train_steps", 1, script="calibrate_decoder")
-    assert [record["step"] for record in metrics(tmp_path / "decoder")] == [1]
+    start = ["--pretrained_model_name_or_path", write_autoencoder(tmp_path / "model")]
+    train(*stream, *TINY_DECODER, *start, "--output_dir", tmp_path / "decoder", script="calibrate_decoder")
+    assert (tmp_path / "decoder" / "energy_model").is_dir()

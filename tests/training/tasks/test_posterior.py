@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from training_runs import TINY, metrics, weights, write_images
-from training_runs import train as run
+from training_runs import assert_same_weights, metrics, weights, without_end
+from training_runs import train_tiny as train
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
@@ -19,31 +19,10 @@ from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 from ecvae_diffusers.training.train_ecvae import VAEConfig
 
 
-STEPS = 8
+STEPS = 4
 BOTH = ("--calibration", "both", "--max_posterior_dual", 10, "--checkpointing_steps", STEPS // 2)
 SMALL = {"sample_size": 16, "in_channels": 1, "latent_channels": 4, "block_out_channels": (16, 16)}
 RESUMED = ("--resume_from_checkpoint", "latest")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data") / "gray")
-
-
-def train(images: Path, output_dir: Path, num_steps: int, *arguments) -> list[dict]:
-    run(
-        "--train_data_dir",
-        images,
-        "--output_dir",
-        output_dir,
-        *TINY,
-        "--log_steps",
-        1,
-        "--max_train_steps",
-        num_steps,
-        *arguments,
-    )
-    return metrics(output_dir)
 
 
 @pytest.fixture(scope="module")
@@ -65,39 +44,31 @@ def test_both_constraints_have_a_dual_variable_each(both):
 
 def test_a_run_cut_in_two_equals_a_run_in_one(both, images, tmp_path):
     """The posterior's dual variable is in the checkpoint too."""
-    shutil.copytree(both, tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / f"checkpoint-{STEPS}")
-    shutil.rmtree(tmp_path / "cut" / "vae")
-    lines = train(images, tmp_path / "cut", STEPS, *BOTH, *RESUMED)
+    cut = without_end(both, tmp_path / "cut", STEPS)
+    lines = train(images, cut, STEPS, *BOTH, *RESUMED)
     assert lines[-1]["posterior_dual"] == metrics(both)[-1]["posterior_dual"]
-    whole, cut = weights(both), weights(tmp_path / "cut")
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert_same_weights(both, cut)
 
 
 def encoder_alone(start: Path, calibration: str) -> tuple:
     return ("--pretrained_model_name_or_path", start, "--freeze_decoder", "--calibration", calibration)
 
 
-def test_the_encoder_of_a_decoder_that_is_there(both, images, tmp_path):
-    """
-    Bit for bit the decoder, and so every sample; its energy model and chain stay with it, also when the run is resumed, whatever else
-    it is given by then.
-    """
-    arguments = ("--checkpointing_steps", 2)
-    train(images, tmp_path / "whole", 4, *encoder_alone(both, "posterior"), *arguments)
+def test_an_encoder_alone_leaves_the_decoder_bit_for_bit(both, images, tmp_path):
+    """Its energy model and chain stay with it, also when the run is resumed, whatever else it is given by then."""
+    arguments = ("--checkpointing_steps", 1)
+    train(images, tmp_path / "whole", 2, *encoder_alone(both, "posterior"), *arguments)
     before, after = weights(both), weights(tmp_path / "whole")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith("vae/encoder.") for key in changed)
     for name in ("energy_model/config.json", "scheduler/scheduler_config.json"):
         assert (both / name).read_text() == (tmp_path / "whole" / name).read_text()
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-4")
+    cut = without_end(tmp_path / "whole", tmp_path / "cut", 2)
     shutil.copytree(both, tmp_path / "other")
     path = tmp_path / "other" / "energy_model" / "diffusion_pytorch_model.safetensors"
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
-    train(images, tmp_path / "cut", 4, *encoder_alone(tmp_path / "other", "posterior"), *arguments, *RESUMED)
-    cut = weights(tmp_path / "cut")
-    assert after.keys() == cut.keys() and all(torch.equal(after[key], cut[key]) for key in after)
+    train(images, cut, 2, *encoder_alone(tmp_path / "other", "posterior"), *arguments, *RESUMED)
+    assert_same_weights(tmp_path / "whole", cut)
 
 
 def test_evaluations_of_an_encoder_alone(both, images, tmp_path, monkeypatch):
@@ -113,7 +84,7 @@ def test_evaluations_of_an_encoder_alone(both, images, tmp_path, monkeypatch):
 
 def test_bf16(both, images, tmp_path):
     """The first step is that of float32, but for rounding; all chains keep their state in float32."""
-    (line,) = train(images, tmp_path, 1, *BOTH, "--mixed_precision", "bf16", "--overwrite_output_dir")
+    (line,) = train(images, tmp_path / "run", 1, *BOTH, "--mixed_precision", "bf16")
     expected = metrics(both)[0]
     for name in ("reconstruction", "kl", "refined_reconstruction"):
         assert line[name] == pytest.approx(expected[name], rel=0.05), name
@@ -128,15 +99,10 @@ def test_the_chain_follows_the_weight_of_the_step(images, tmp_path):
     (whole, remainder), (half, rest) = state.chain(1.0), state.chain(0.5)
     assert half.config.drift_step_size == whole.config.drift_step_size / 2 and 0 < rest < remainder
     # At a thousandth a whole step would move latents by hundreds of sigma.
-    lines = train(images, tmp_path / "run", 3, "--calibration", "posterior", "--kl_warmup_steps", 3000)
+    lines = train(images, tmp_path / "run", 2, "--calibration", "posterior", "--kl_warmup_steps", 3000)
     assert lines[0]["kl_weight"] == pytest.approx(1 / 3000)
     assert all(line["posterior_constraint"] < 100 for line in lines)
     assert all(line["refined_reconstruction"] < 1.05 * line["reconstruction"] for line in lines)
-    # A warm-up of one step is none.
-    arguments = ("--calibration", "posterior", "--kl_weight", 0.5, "--kl_warmup_steps")
-    none, over = (train(images, tmp_path / str(steps), 1, *arguments, steps)[0] for steps in (0, 1))
-    for name in ("kl_weight", "posterior_constraint", "posterior_dual", "refined_reconstruction", "gradient_norm"):
-        assert none[name] == over[name]
 
 
 def test_the_encoder_learns_from_generated_images_too():
@@ -169,10 +135,9 @@ def test_the_encoder_learns_from_generated_images_too():
 
 def test_batch_normalization_is_refused(images, tmp_path):
     AutoencoderEC(**SMALL, norm_type="batch").save_pretrained(tmp_path / "batch")
-    start = ("--pretrained_model_name_or_path", tmp_path / "batch")
     for extra in (["--calibration", "both"], ["--freeze_decoder", "--calibration", "none"]):
         with pytest.raises(SystemExit, match="pretrained_model_name_or_path"):
-            train(images, tmp_path / "run", 1, *start, *extra)
+            train(images, tmp_path / "run", 1, "--pretrained_model_name_or_path", tmp_path / "batch", *extra)
     assert not (tmp_path / "run").exists()
 
 
