@@ -104,6 +104,16 @@ def test_one_step_is_a_critic_in_float64(spectral_norm):
     assert (samples.grad - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
+def test_one_step_is_a_critic_in_expectation():
+    """With noise, over many chains from one sample: x - x~ = a grad f - b n, and the noise has mean 0."""
+    a, b, count, sample = 0.1, 0.5, 100_000, randn(1, 6, seed=1).requires_grad_()
+    scheduler = LangevinScheduler(num_steps=1, drift_step_size=a, noise_scale=b)
+    calibrator = EnergyCalibrator(Quadratic(randn(1, 6)), scheduler, initial_dual=1.0)
+    calibrator.calibrate(sample.expand(count, -1), seeded(0)).loss.backward()
+    expected, error = critic_gradient(calibrator.energy_model, sample, 2 * a), 2 * b / math.sqrt(count)
+    assert (sample.grad - expected).abs().max() < 5 * error < expected.abs().max() / 4
+
+
 def test_total_drift_on_a_constant_gradient():
     """K steps of a constant gradient have weight 2 lambda K a, as the docstring of the module states."""
     calibrator = EnergyCalibrator(Linear(randn(6)), drift_only(15, 0.3 / 15), initial_dual=2.0)

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from energies import Linear, drift_only, randn, seeded, tiny_energy_model
+from energies import Linear, Quadratic, drift_only, randn, seeded, tiny_energy_model
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy, frozen
@@ -43,6 +43,13 @@ def test_run_chain_is_the_loop(noise_scale, conditioning_weight, generators):
     output = calibrator.calibrate(samples, generator())
     assert torch.equal(output.targets, states[-1])
     assert torch.allclose(output.energy_samples, compute_energy(still, samples), atol=1e-6)
+
+
+def test_chain_in_closed_form():
+    """On a quadratic energy, each step takes the share a of the distance to its centre."""
+    center, samples = randn(1, 2, 4, seed=1), randn(3, 2, 4)
+    targets = EnergyCalibrator(Quadratic(center), drift_only(7, 0.3)).run_chain(samples)
+    assert torch.allclose(targets - center, (1 - 0.3) ** 7 * (samples - center), rtol=1e-5, atol=1e-6)
 
 
 def test_given_noise_stands_for_drawn_noise():

@@ -108,6 +108,16 @@ def test_log_prob_is_the_normal_density_times_the_determinant(flow):
         assert torch.equal(output.prior_sample, flow.decode(drawn))
 
 
+def test_density_integrates_to_one():
+    """By draws from the wider density r of a hotter flow: the mean of p / r is 1."""
+    flow = tiny()
+    with torch.no_grad():
+        latents, log_det = flow.encode(flow.decode(1.2 * latents_of(flow, 20_000)))
+        log_wider = torch.distributions.Normal(0, 1.2).log_prob(latents).flatten(1).sum(1) + log_det
+        ratio = (flow.log_prob(flow.decode(latents)) - log_wider).double().exp()
+    assert abs(ratio.mean().item() - 1) < 5 * ratio.std().item() / math.sqrt(len(ratio)) < 0.5
+
+
 def test_gradients_pass_through_sampling():
     """Calibration trains the flow through its inverse: the gradient of samples by finite differences."""
     flow = unsettle(tiny(), images(3, 1, 8)).double()
@@ -154,7 +164,10 @@ def test_dequantized_levels_fill_the_range_once():
     low, high = dequantize(levels, torch.zeros_like(levels)), dequantize(levels, torch.ones_like(levels))
     assert low.min() == -1 and high.max() == 1
     assert torch.equal(low.flatten()[1:], high.flatten()[:-1])
-    # Of a uniform density, 1/2 over [-1, 1), bits are eight.
+
+
+def test_bits_of_a_uniform_density_are_eight():
+    """Each of 256 levels as likely as any: 1/2 over [-1, 1)."""
     assert abs(bits_per_dimension(torch.tensor([-64 * math.log(2)]), 64).item() - 8) < 1e-6
 
 
