@@ -1,11 +1,11 @@
-"""The variational bound, free bits and active units."""
+"""The variational bound and active units."""
 
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from energies import randn, seeded
 
-from ecvae_diffusers.variational import active_units, elbo_loss, kl_per_dimension, kl_warmup, likelihood_bounds
+from ecvae_diffusers.variational import active_units, elbo_loss, kl_warmup, likelihood_bounds
 
 
 def posterior(batch_size: int = 6, dimensions: int = 5, seed: int = 0) -> DiagonalGaussianDistribution:
@@ -20,30 +20,12 @@ def test_loss_is_summed_error_plus_beta_kl():
     q, real, made = posterior(), images(1), images(2)
     output = elbo_loss(real, made, q, kl_weight=0.3)
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(q.mean, q.std), normal(0.0, 1.0)).flatten(1)
-    assert torch.allclose(kl_per_dimension(q), expected, atol=1e-6)
+    kl = torch.distributions.kl_divergence(normal(q.mean, q.std), normal(0.0, 1.0)).sum().item() / len(real)
     error = (real - made).square().sum() / len(real)
     assert output.reconstruction == pytest.approx(error.item(), rel=1e-6)
-    assert output.kl == pytest.approx(q.kl().mean().item(), rel=1e-5)
-    assert output.loss.item() == pytest.approx(error.item() + 0.3 * q.kl().mean().item(), rel=1e-6)
+    assert output.kl == pytest.approx(kl, rel=1e-5)
+    assert output.loss.item() == pytest.approx(error.item() + 0.3 * kl, rel=1e-5)
     assert output.loss.requires_grad and not output.reconstruction.requires_grad and not output.kl.requires_grad
-
-
-def test_free_bits_leave_a_dimension_alone_until_it_is_spent():
-    """Without gradient if the mean KL of a dimension is below the allowance; above it, with that of the plain KL."""
-    q, real = posterior(), images(1)
-    each = kl_per_dimension(q).mean(0).detach()
-    allowance = each.median().item() + 1e-4
-    loss = elbo_loss(real, real, q, free_bits=allowance).loss
-    (free,) = torch.autograd.grad(loss, q.parameters, retain_graph=True)
-    (plain,) = torch.autograd.grad(elbo_loss(real, real, q).loss, q.parameters, retain_graph=True)
-    free, plain = free.view(6, 2, 5), plain.view(6, 2, 5)
-    spent = each > allowance
-    assert 0 < spent.sum() < 5
-    assert (free[..., ~spent] == 0).all() and torch.allclose(free[..., spent], plain[..., spent], atol=1e-7)
-    # What is reported is the divergence itself.
-    assert elbo_loss(real, real, q, free_bits=9.0).kl == elbo_loss(real, real, q).kl
-    assert elbo_loss(real, real, q, free_bits=9.0).loss.item() == pytest.approx(5 * 9.0)
 
 
 def test_active_units_are_those_whose_mean_varies():

@@ -13,9 +13,6 @@ from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy, energy_and_gradient
 
 
-# The constraint and its gradient
-
-
 @pytest.mark.parametrize("shape", [(5, 1, 8, 8), (1, 12), (6, 2, 3, 4, 5)])
 def test_constraint_and_its_gradient(shape):
     """
@@ -70,9 +67,6 @@ def test_noise_and_drift_add_up_to_the_constraint(slope, num_steps, noise_scale)
     assert 0 <= output.drift.item() <= math.sqrt(drift**2 + 5 * deviation) + 1e-6
 
 
-# The one-step limit: a critic
-
-
 def critic_gradient(energy_model, samples: torch.Tensor, weight: float) -> torch.Tensor:
     """The gradient of a generator's loss weight * mean f(x), as of a critic f."""
     samples = samples.detach().requires_grad_()
@@ -121,9 +115,6 @@ def test_total_drift_on_a_constant_gradient():
     calibrator.calibrate(samples).loss.backward()
     expected = critic_gradient(calibrator.energy_model, samples, 2 * 2.0 * 0.3)
     assert torch.allclose(samples.grad, expected, rtol=1e-4, atol=1e-6)
-
-
-# The energy's loss
 
 
 @pytest.mark.parametrize("num_targets", [1, 5])
@@ -202,9 +193,6 @@ def test_gradient_penalty_of_an_energy_model(checkpointing):
     assert weight.grad[0, 0, 1, 1].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3)
 
 
-# Any energy, any input
-
-
 @pytest.mark.parametrize("energy_shape", [(-1,), (-1, 1), (-1, 1, 1, 1)])
 def test_plain_callables(energy_shape):
     """An energy is any function that gives one number per sample. Critics give a trailing dimension of 1."""
@@ -221,10 +209,8 @@ def test_plain_callables(energy_shape):
 
 
 def test_what_would_be_cut_or_spread_silently_is_refused():
-    """
-    A map of patch scores as energy; integer data, which would round targets; targets of one sample, which would stand for all.
-    """
-    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only())
+    """A map of patch scores as energy; integer data, which would round targets; targets of one sample; a tolerance of 0."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only(), drift_tolerance=0.0)
     samples = randn(4, 1, 8, 8)
     targets = calibrator.calibrate(samples).targets
     for energy in (lambda sample: sample, lambda sample: (sample,)):
@@ -236,6 +222,7 @@ def test_what_would_be_cut_or_spread_silently_is_refused():
         ("samples", lambda: calibrator.constrain(samples, targets[:1])),
         ("samples", lambda: calibrator.calibrate(randn(5))),
         ("energy_model", lambda: EnergyCalibrator(None, drift_only()).run_chain(samples)),
+        ("drift_tolerance", calibrator.resolve_tolerance),
     ):
         with pytest.raises(ValueError, match=f"`{name}`"):
             call()

@@ -52,9 +52,6 @@ class TestFlowECModel(ModelTests):
         return -output.log_prob.mean() + output.prior_sample.square().flatten(1).sum(1).mean()
 
 
-# The map
-
-
 def test_is_inverted(flow):
     with torch.no_grad():
         latents, _ = flow.encode(sample_of(flow))
@@ -156,9 +153,6 @@ def test_initialized_on_data_it_is_normalized():
         assert (output.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
 
 
-# Bits
-
-
 def test_dequantized_levels_fill_the_range_once():
     levels = torch.arange(256).float().view(1, 1, 16, 16) / 127.5 - 1
     low, high = dequantize(levels, torch.zeros_like(levels)), dequantize(levels, torch.ones_like(levels))
@@ -198,9 +192,6 @@ def test_a_sample_that_is_far_away_weighs_little_more_than_others(flow):
     near, far = latents_of(flow, 1, seed=1), 1e4 * latents_of(flow, 1, seed=1)
     assert as_shown(flow.decode(far))[1].all()
     assert 0 < gradient_norm(far) < 10 * gradient_norm(near)
-
-
-# Wrong input
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from diffusers.optimization import get_scheduler
 
 from ecvae_diffusers.training.config import OptimizerConfig
@@ -16,7 +17,7 @@ class Trained:
 
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: AcceleratedScheduler
     learning_rate: float
 
     def scale_learning_rate(self, factor: float) -> None:
@@ -41,7 +42,7 @@ def build_trained(
         config.lr_scheduler,
         optimizer=optimizer,
         # Accelerate steps a prepared schedule once a process.
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_warmup_steps=(config.lr_warmup_steps or 0) * accelerator.num_processes,
         num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
     return Trained(*accelerator.prepare(network, optimizer, lr_scheduler), learning_rate)
