@@ -45,7 +45,8 @@ def build_trained(
         num_warmup_steps=(config.lr_warmup_steps or 0) * accelerator.num_processes,
         num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
-    return Trained(*accelerator.prepare(network, optimizer, lr_scheduler), learning_rate)
+    network, optimizer, lr_scheduler = accelerator.prepare(network, optimizer, lr_scheduler)
+    return Trained(network, optimizer, lr_scheduler, learning_rate)
 
 
 def clip_gradients(accelerator: Accelerator, trained: Trained, max_norm: float | None) -> torch.Tensor:
