@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from energies import randn, seeded
+from linear_decoder import LATENTS, PIXELS, VARIANCE, LinearDecoder, posterior_of
 
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.energy import energy_and_gradient
@@ -24,32 +24,8 @@ from ecvae_diffusers.posterior import (
 from ecvae_diffusers.variational import likelihood_bounds
 
 
-LATENTS, PIXELS, VARIANCE = 3, 8, 0.25
-
-
 def draws(count: int, seed: int = 0) -> torch.Tensor:
     return randn(count, LATENTS, 1, 1, seed=seed)
-
-
-def posterior_of(mean: torch.Tensor, std: torch.Tensor) -> DiagonalGaussianDistribution:
-    return DiagonalGaussianDistribution(torch.cat([mean, 2 * std.log()], 1))
-
-
-class LinearDecoder:
-    """G(z) = W z with orthogonal columns of different lengths: its posterior is Gaussian with a diagonal covariance."""
-
-    def __init__(self):
-        columns = torch.linalg.qr(randn(PIXELS, LATENTS))[0]
-        self.weight = columns * torch.tensor([0.1, 1.0, 5.0])
-
-    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents.flatten(1) @ self.weight.T).view(-1, 1, 2, 4)
-
-    def posterior(self, images: torch.Tensor) -> DiagonalGaussianDistribution:
-        variance = 1 / (1 + self.weight.square().sum(0) / VARIANCE)
-        mean = images.flatten(1) @ self.weight * variance / VARIANCE
-        shape = (len(images), LATENTS, 1, 1)
-        return posterior_of(mean.view(shape), variance.sqrt().view(1, -1, 1, 1).expand(shape))
 
 
 @pytest.fixture
@@ -127,34 +103,31 @@ def test_log_form_is_a_difference_of_log_probabilities_and_0_without_a_move():
     assert (still == 0).all() and (torch.autograd.grad(still.sum(), q.mean)[0] == 0).all()
 
 
-@pytest.mark.parametrize("conditioning_weight", [0.0, 3.0])
-def test_stationary_constraint_is_what_a_chain_leaves_where_q_is_the_posterior(decoder, conditioning_weight):
-    """Without conditioning, the ends of chains are distributed as q, up to the order of the step."""
+def test_stationary_constraint_is_what_a_chain_leaves_where_q_is_the_posterior(decoder):
+    """The ends of chains are distributed as q, up to the order of the step."""
     count = 20_000
     images = randn(1, 1, 2, 4).expand(count, -1, -1, -1)
     q = decoder.posterior(images)
     energy = PosteriorEnergy(decoder, images, q, VARIANCE)
-    scheduler = posterior_chain(5, 0.1, conditioning_weight)
+    scheduler = posterior_chain(5, 0.1)
     calibrator = EnergyCalibrator(None, scheduler, tolerance=1.0)
     distance = negative_log_posterior(q, energy)
     output = calibrator.calibrate(draws(count), seeded(1), energy_model=energy, distance=distance)
     # Of each latent a squared normal number at most 2 wide, halved in the logarithm.
     noise = 5 * math.sqrt(2 * LATENTS / count)
     assert abs(output.constraint.item() - stationary_constraint(scheduler, LATENTS)) < noise
-    if conditioning_weight == 0:
-        assert output.targets.mean(0).abs().max() < 5 / math.sqrt(count)
-        # Unadjusted Langevin dynamics of a standard normal has the variance 1 / (1 - a / 2).
-        assert (output.targets.var(0) - 1).abs().max() < 0.05 / 0.95 + 5 * math.sqrt(2 / count)
+    assert output.targets.mean(0).abs().max() < 5 / math.sqrt(count)
+    # Unadjusted Langevin dynamics of a standard normal has the variance 1 / (1 - a / 2).
+    assert (output.targets.var(0) - 1).abs().max() < 0.05 / 0.95 + 5 * math.sqrt(2 / count)
 
 
-@pytest.mark.parametrize("conditioning_weight", [0.0, 3.0])
-def test_coupled_chains_end_together_where_q_is_the_posterior(decoder, conditioning_weight):
+def test_coupled_chains_end_together_where_q_is_the_posterior(decoder):
     """Then neither the constraint nor its gradient has any variance: the one is its remainder, the other 0."""
     images = randn(6, 1, 2, 4)
     true = decoder.posterior(images)
     q = posterior_of(true.mean.clone().requires_grad_(), true.std.clone().requires_grad_())
     energy = PosteriorEnergy(decoder, images, q, VARIANCE)
-    scheduler = posterior_chain(5, 0.1, conditioning_weight)
+    scheduler = posterior_chain(5, 0.1)
     start, noise = draws(6, 1), list(randn(5, 6, LATENTS, 1, 1, seed=2))
     ends = EnergyCalibrator(None, scheduler, tolerance=1.0).run_chain(start, noise=noise, energy_model=energy)
     reference = coupled_ends(scheduler, start, noise)

@@ -342,9 +342,7 @@ class EnergyCalibrator:
             ValueError: if `targets` have another shape than `samples`, or the distance does not give one number per sample.
         """
         if samples.shape != targets.shape:
-            raise ValueError(
-                f"`samples` and `targets` differ in shape: {tuple(samples.shape)}, {tuple(targets.shape)}."
-            )
+            raise ValueError(f"`samples` must have the shape of `targets`: {samples.shape}, {targets.shape}.")
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
         self.drift_scale = self.drift_scale.to(samples.device)

@@ -38,9 +38,7 @@ COMMANDS = {
         "Calibrate the decoder of an autoencoder of diffusers.",
         "my_images --pretrained_model_name_or_path my_vae --resolution 64 --output_dir my_calibrated_vae",
     ),
-    "sample": Command(
-        "commands.sample", "Sample images from a trained model.", "my_model -n 64 --seed 0 -o samples.png"
-    ),
+    "sample": Command("commands.sample", "Sample images from a trained model.", "my_model -n 64 -o samples.png"),
     "restore": Command(
         "commands.restore",
         "Restore damaged pictures with a trained model.",
@@ -84,10 +82,7 @@ def overview() -> str:
 
 
 def named_data(argv: list[str]) -> list[str]:
-    """
-    Turn data that a training command is given as its first argument into `--train_data_dir` or `--dataset_name`: a folder of
-    pictures is the first, a folder with data files and a Hub id are the second.
-    """
+    """Turn data given as the first argument into `--train_data_dir` or, of data files or the Hub, `--dataset_name`."""
     if not argv or argv[0].startswith("-"):
         return argv
     source = os.path.expanduser(argv[0])
@@ -100,10 +95,7 @@ def named_data(argv: list[str]) -> list[str]:
 
 
 def launch(name: str, argv: list[str]) -> None:
-    """
-    Use all of the machine, and say so: become `accelerate launch` where there are several GPUs, and give PyTorch a thread
-    per physical core where there is none. Does nothing in a process that a launcher has started.
-    """
+    """Use all of the machine: a process per GPU, or a thread per physical core. Not in a process of a launcher."""
     if any(variable in os.environ for variable in LAUNCHED):
         return
     import psutil

@@ -61,10 +61,7 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
 
 
 def energy_and_gradient(energy_model: Callable, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No graph
-    is kept.
-    """
+    """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample)

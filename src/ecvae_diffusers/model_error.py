@@ -28,31 +28,26 @@ def squared_error(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.
     return (reconstructions.float() - images.float()).square().flatten(1).mean(1)
 
 
-def bands_around(
-    height: int, width: int, num_bands: int, device: torch.device | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def bands_around(height: int, width: int, num_bands: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the one above it: (H, W // 2 + 1)."""
-    vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=device)
-    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64, device=device)
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64)
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64)
     radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles per pixel
     place = radius / HIGHEST_FREQUENCY * (num_bands - 1)
     below = place.floor().long().clamp(max=max(num_bands - 2, 0))
     return below, (place - below).clamp(0, 1)
 
 
-def multiplicity(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+def multiplicity(height: int, width: int) -> torch.Tensor:
     """Return how many frequencies each one of `rfft2` stands for: 1 in columns that are their own mirror image, 2 elsewhere."""
-    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device=device)
+    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
     count[0] = 1
     count[width - width // 2 :] = 1  # only of an even width
     return count.expand(height, -1)
 
 
 def error_power(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """
-    Return the power of the error at each frequency, mean over images and channels: (H, W // 2 + 1), float64, on the CPU. Its mean
-    over all frequencies is v.
-    """
+    """Return the mean power of the error at each frequency, (H, W // 2 + 1), float64, on the CPU. Its mean is v."""
     error = (reconstructions.float() - images.float()).cpu().double()
     return torch.fft.rfft2(error, norm="ortho").abs().square().mean((0, 1))
 
@@ -64,22 +59,22 @@ def spectrum_of(power: torch.Tensor, width: int) -> list[float]:
     """
     if not (power.isfinite().all() and power.sum() > 0):
         raise ValueError(f"`power` must be finite, and not 0 everywhere, but has the sum {power.sum().item()}.")
-    height, count = power.shape[0], multiplicity(power.shape[0], width, power.device)
-    below, above = bands_around(height, width, NUM_BANDS, power.device)
+    height, count = power.shape[0], multiplicity(power.shape[0], width)
+    below, above = bands_around(height, width, NUM_BANDS)
     sums, weights = power.new_zeros(NUM_BANDS), power.new_zeros(NUM_BANDS)
     for band, share in ((below, 1 - above), (below + 1, above)):
         sums.index_add_(0, band.flatten(), (share * count * power).flatten())
         weights.index_add_(0, band.flatten(), (share * count).flatten())
     # Small images have no frequency near some bands: those lie on the line between their neighbours.
-    found = (weights > 1e-9).nonzero().flatten().cpu().numpy()
-    values = (sums / weights.clamp(min=1e-9)).cpu().numpy()
+    found = (weights > 1e-9).nonzero().flatten().numpy()
+    values = (sums / weights.clamp(min=1e-9)).numpy()
     spectrum = torch.from_numpy(np.interp(np.arange(NUM_BANDS), found, values[found]))
     return (spectrum / mean_over_frequencies(at_frequencies(spectrum, height, width), width)).tolist()
 
 
 def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
     """Return the mean over all frequencies of values at those of `rfft2`."""
-    count = multiplicity(values.shape[0], width, values.device)
+    count = multiplicity(values.shape[0], width)
     return (values * count).sum() / count.sum()
 
 
@@ -87,7 +82,7 @@ def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Ten
     """Return S at the frequencies of `rfft2`, (H, W // 2 + 1), by its values at the bands."""
     if len(spectrum) == 1:
         return spectrum.expand(height, width // 2 + 1)
-    below, above = bands_around(height, width, len(spectrum), spectrum.device)
+    below, above = bands_around(height, width, len(spectrum))
     return (1 - above) * spectrum[below] + above * spectrum[below + 1]
 
 

@@ -32,6 +32,8 @@ from .variational import LikelihoodBounds, likelihood_bounds
 
 # a, on whitened latents: a tenth of the step that is 1 in a standard normal posterior.
 DRIFT_STEP = 0.1
+# Of Adam, on the mean in units of the standard deviation and on the logarithm of the variance.
+LEARNING_RATE = 0.1
 
 
 class PosteriorEnergy:
@@ -72,19 +74,13 @@ class PosteriorEnergy:
         return error / (2 * self.variance) + latents.square().flatten(1).sum(1) / 2
 
 
-def posterior_chain(
-    num_steps: int, drift_step_size: float = DRIFT_STEP, conditioning_weight: float = 0.0
-) -> LangevinScheduler:
+def posterior_chain(num_steps: int, drift_step_size: float = DRIFT_STEP) -> LangevinScheduler:
     """
     Return a chain of K steps on whitened latents: with a noise of sqrt(2 a) it leaves the posterior as it is, except for terms of
     the order of a. Steps are stable below 2 over the largest curvature of U in u, which is 1 where q is right.
     """
-    return LangevinScheduler(
-        num_steps=num_steps,
-        drift_step_size=drift_step_size,
-        noise_scale=math.sqrt(2 * drift_step_size),
-        conditioning_weight=conditioning_weight,
-    )
+    noise_scale = math.sqrt(2 * drift_step_size)
+    return LangevinScheduler(num_steps=num_steps, drift_step_size=drift_step_size, noise_scale=noise_scale)
 
 
 def refine(
@@ -129,19 +125,16 @@ def refine(
 
 def stationary_constraint(scheduler: LangevinScheduler, num_latents: int) -> float:
     """
-    Return the mean of the constraint that a chain on whitened latents leaves if q is the posterior already. Then
-    U(u) = |u|^2 / 2, x_k = alpha_k u_0 + noise of variance v_k, and -log q minus q's entropy has the mean d / 2 (alpha^2 + v - 1).
+    Return the mean of the constraint that a `posterior_chain` leaves if q is the posterior already. Then U(u) = |u|^2 / 2, its
+    end has the variance (1 - a)^2K + 2 a (1 + (1 - a)^2 + ...) per latent, and -log q minus q's entropy the mean
+    d / 2 (1 - (1 - a)^2K) a / (2 - a).
 
     Args:
         scheduler ([`LangevinScheduler`]): The chain.
         num_latents (`int`): d, the dimension of the latent vector.
     """
-    start, variance = 1.0, 0.0
-    for timestep in range(len(scheduler)):
-        pull = scheduler.conditioning_coefficient(timestep)
-        kept = 1 - scheduler.config.drift_step_size - pull
-        start, variance = kept * start + pull, kept**2 * variance + scheduler.config.noise_scale**2
-    return num_latents / 2 * (start**2 + variance - 1)
+    a = scheduler.config.drift_step_size
+    return num_latents / 2 * (1 - (1 - a) ** (2 * len(scheduler))) * a / (2 - a)
 
 
 def coupled_ends(scheduler: LangevinScheduler, whitened: torch.Tensor, noise: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -156,7 +149,7 @@ def coupled_ends(scheduler: LangevinScheduler, whitened: torch.Tensor, noise: Se
     """
     ends = whitened
     for timestep in range(len(scheduler)):
-        ends = scheduler.step(ends, timestep, ends, whitened, noise=noise[timestep], return_dict=False)[0]
+        ends = scheduler.step(ends, timestep, ends, noise=noise[timestep], return_dict=False)[0]
     return ends
 
 
@@ -237,7 +230,6 @@ def optimized_posterior(
     decode: Callable[[torch.Tensor], torch.Tensor],
     variance: float = 0.5,
     num_steps: int = 200,
-    learning_rate: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> DiagonalGaussianDistribution:
     """
@@ -250,13 +242,11 @@ def optimized_posterior(
         decode (`Callable`): G, of a frozen module: latents (B, d, 1, 1) -> images.
         variance (`float`, *optional*, defaults to 0.5): s^2, per pixel.
         num_steps (`int`, *optional*, defaults to 200): At least 1.
-        learning_rate (`float`, *optional*, defaults to 0.1): On the mean in units of the standard deviation, and on the
-            logarithm of the variance.
         generator (`torch.Generator`, *optional*): Draws one latent per image and step.
     """
     energy = PosteriorEnergy(decode, images, posterior, variance)
     moved, widened = (torch.zeros_like(energy.mean, requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.Adam([moved, widened], lr=learning_rate)
+    optimizer = torch.optim.Adam([moved, widened], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, num_steps)
     for _ in range(num_steps):
         noise = randn_tensor(moved.shape, generator=generator, device=moved.device, dtype=moved.dtype)

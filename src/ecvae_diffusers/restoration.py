@@ -182,10 +182,7 @@ def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> t
 
 
 class Canvas:
-    """
-    Images of `height` x `width` pixels as overlapping tiles of the model's size, or as one tile if the sizes are equal. Neighbours
-    share at least `overlap` pixels.
-    """
+    """Images as tiles of the model's size, of which neighbours share at least `overlap` pixels; or as one tile."""
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
         self.height, self.width, self.tile_size = height, width, tile_size

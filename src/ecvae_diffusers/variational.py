@@ -1,12 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""The variational bound that the autoencoder is trained on, with free bits and a warm-up against posterior collapse.
+r"""The variational bound that the autoencoder is trained on, with a warm-up against posterior collapse.
 
-.. math::
-    L = \mathbb E_x \Big[ \| x - \hat x \|^2 + \beta \sum_j \max\big(\lambda_\text{free}, \mathbb E_x
-    \operatorname{KL}(q(z_j|x) \,\|\, p(z_j))\big) \Big]
+.. math:: L = \mathbb E_x \big[ \| x - \hat x \|^2 + \beta \operatorname{KL}(q(z|x) \,\|\, p(z)) \big]
 
-with the squared error SUMMED per image, which is -log p(x|z) up to constants at a variance of 1/2. Free bits (Kingma
-et al. 2016, arXiv 1606.04934) leave each latent dimension its first nats without charge.
+with the squared error SUMMED per image, which is -log p(x|z) up to constants at a variance of 1/2.
 
 The likelihood of images is measured by the importance-weighted bound (Burda et al. 2016, arXiv 1509.00519),
 
@@ -38,8 +35,7 @@ class ELBOOutput(BaseOutput):
     Args:
         loss (`torch.Tensor`): L, with gradients.
         reconstruction (`torch.Tensor`): Squared error, summed per image and averaged over the batch. No gradient.
-        kl (`torch.Tensor`): KL divergence in nats, summed over dimensions and averaged over the batch, without beta
-            and free bits. No gradient.
+        kl (`torch.Tensor`): KL divergence in nats, averaged over the batch, without beta. No gradient.
     """
 
     loss: torch.Tensor
@@ -47,17 +43,11 @@ class ELBOOutput(BaseOutput):
     kl: torch.Tensor
 
 
-def kl_per_dimension(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Return KL(q(z_j|x) || N(0, 1)) = (mean^2 + var - 1 - log var) / 2 in nats, shape (B, d)."""
-    return 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).flatten(1)
-
-
 def elbo_loss(
     sample: torch.Tensor,
     reconstruction: torch.Tensor,
     posterior: DiagonalGaussianDistribution,
     kl_weight: float = 1.0,
-    free_bits: float = 0.0,
 ) -> ELBOOutput:
     """
     Return the (negative) variational bound.
@@ -66,15 +56,13 @@ def elbo_loss(
         sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and their reconstructions.
         posterior ([`DiagonalGaussianDistribution`]): q(z|x), latents of shape (B, d, 1, 1).
         kl_weight (`float`, *optional*, defaults to 1.0): beta, at least 0.
-        free_bits (`float`, *optional*, defaults to 0.0): Nats per dimension, at least 0, averaged over the batch.
 
     Returns:
         [`ELBOOutput`]
     """
     error = (reconstruction.float() - sample).square().flatten(1).sum(1).mean()
-    kl = kl_per_dimension(posterior).mean(0)
-    charged = kl.clamp(min=free_bits) if free_bits > 0 else kl
-    return ELBOOutput(loss=error + kl_weight * charged.sum(), reconstruction=error.detach(), kl=kl.detach().sum())
+    kl = posterior.kl().mean()
+    return ELBOOutput(loss=error + kl_weight * kl, reconstruction=error.detach(), kl=kl.detach())
 
 
 @torch.no_grad()

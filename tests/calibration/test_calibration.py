@@ -13,9 +13,6 @@ from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.energy import compute_energy, energy_and_gradient
 
 
-# The constraint and its gradient
-
-
 @pytest.mark.parametrize("shape", [(5, 1, 8, 8), (1, 12), (6, 2, 3, 4, 5)])
 def test_constraint_and_its_gradient(shape):
     """
@@ -70,9 +67,6 @@ def test_noise_and_drift_add_up_to_the_constraint(slope, num_steps, noise_scale)
     assert 0 <= output.drift.item() <= math.sqrt(drift**2 + 5 * deviation) + 1e-6
 
 
-# The one-step limit: a critic
-
-
 def critic_gradient(energy_model, samples: torch.Tensor, weight: float) -> torch.Tensor:
     """The gradient of a generator's loss weight * mean f(x), as of a critic f."""
     samples = samples.detach().requires_grad_()
@@ -104,6 +98,16 @@ def test_one_step_is_a_critic_in_float64(spectral_norm):
     assert (samples.grad - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
+def test_one_step_is_a_critic_in_expectation():
+    """With noise, over many chains from one sample: x - x~ = a grad f - b n, and the noise has mean 0."""
+    a, b, count, sample = 0.1, 0.5, 100_000, randn(1, 6, seed=1).requires_grad_()
+    scheduler = LangevinScheduler(num_steps=1, drift_step_size=a, noise_scale=b)
+    calibrator = EnergyCalibrator(Quadratic(randn(1, 6)), scheduler, initial_dual=1.0)
+    calibrator.calibrate(sample.expand(count, -1), seeded(0)).loss.backward()
+    expected, error = critic_gradient(calibrator.energy_model, sample, 2 * a), 2 * b / math.sqrt(count)
+    assert (sample.grad - expected).abs().max() < 5 * error < expected.abs().max() / 4
+
+
 def test_total_drift_on_a_constant_gradient():
     """K steps of a constant gradient have weight 2 lambda K a, as the docstring of the module states."""
     calibrator = EnergyCalibrator(Linear(randn(6)), drift_only(15, 0.3 / 15), initial_dual=2.0)
@@ -111,9 +115,6 @@ def test_total_drift_on_a_constant_gradient():
     calibrator.calibrate(samples).loss.backward()
     expected = critic_gradient(calibrator.energy_model, samples, 2 * 2.0 * 0.3)
     assert torch.allclose(samples.grad, expected, rtol=1e-4, atol=1e-6)
-
-
-# The energy's loss
 
 
 @pytest.mark.parametrize("num_targets", [1, 5])
@@ -192,9 +193,6 @@ def test_gradient_penalty_of_an_energy_model(checkpointing):
     assert weight.grad[0, 0, 1, 1].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3)
 
 
-# Any energy, any input
-
-
 @pytest.mark.parametrize("energy_shape", [(-1,), (-1, 1), (-1, 1, 1, 1)])
 def test_plain_callables(energy_shape):
     """An energy is any function that gives one number per sample. Critics give a trailing dimension of 1."""
@@ -211,10 +209,8 @@ def test_plain_callables(energy_shape):
 
 
 def test_what_would_be_cut_or_spread_silently_is_refused():
-    """
-    A map of patch scores as energy; integer data, which would round targets; targets of one sample, which would stand for all.
-    """
-    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only())
+    """A map of patch scores as energy; integer data, which would round targets; targets of one sample; a tolerance of 0."""
+    calibrator = EnergyCalibrator(tiny_energy_model(), drift_only(), drift_tolerance=0.0)
     samples = randn(4, 1, 8, 8)
     targets = calibrator.calibrate(samples).targets
     for energy in (lambda sample: sample, lambda sample: (sample,)):
@@ -226,6 +222,7 @@ def test_what_would_be_cut_or_spread_silently_is_refused():
         ("samples", lambda: calibrator.constrain(samples, targets[:1])),
         ("samples", lambda: calibrator.calibrate(randn(5))),
         ("energy_model", lambda: EnergyCalibrator(None, drift_only()).run_chain(samples)),
+        ("drift_tolerance", calibrator.resolve_tolerance),
     ):
         with pytest.raises(ValueError, match=f"`{name}`"):
             call()

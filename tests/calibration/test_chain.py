@@ -6,13 +6,10 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from energies import Linear, drift_only, randn, seeded, tiny_energy_model
+from energies import Linear, Quadratic, drift_only, randn, seeded, tiny_energy_model
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
-from ecvae_diffusers.energy import compute_energy, frozen
-
-
-# The chain
+from ecvae_diffusers.energy import compute_energy
 
 
 @pytest.mark.parametrize("noise_scale, conditioning_weight", [(0.0, 0.0), (0.1, 0.0), (0.1, 1.0)])
@@ -43,6 +40,13 @@ def test_run_chain_is_the_loop(noise_scale, conditioning_weight, generators):
     output = calibrator.calibrate(samples, generator())
     assert torch.equal(output.targets, states[-1])
     assert torch.allclose(output.energy_samples, compute_energy(still, samples), atol=1e-6)
+
+
+def test_chain_in_closed_form():
+    """On a quadratic energy, each step takes the share a of the distance to its centre."""
+    center, samples = randn(1, 2, 4, seed=1), randn(3, 2, 4)
+    targets = EnergyCalibrator(Quadratic(center), drift_only(7, 0.3)).run_chain(samples)
+    assert torch.allclose(targets - center, (1 - 0.3) ** 7 * (samples - center), rtol=1e-5, atol=1e-6)
 
 
 def test_given_noise_stands_for_drawn_noise():
@@ -97,9 +101,6 @@ def test_energy_model_in_another_precision(dtype):
     assert calibrator.run_chain(samples.double()).dtype == torch.float64
 
 
-# What a chain leaves behind
-
-
 def mixed_energy_model() -> EnergyModel:
     """In training, except for a block in evaluation mode and another whose weights are frozen."""
     energy_model = tiny_energy_model(num_scales=2).train()
@@ -135,19 +136,6 @@ def test_chain_leaves_the_energy_model_unchanged():
     with pytest.raises(ValueError, match="`sample`"):
         calibrator.run_chain(randn(3, 1, 16, 16))
     assert_unchanged(energy_model, before)
-
-
-def test_frozen():
-    energy_model = mixed_energy_model()
-    conv_in = energy_model.networks[0].conv_in
-    with frozen(energy_model):
-        assert not any(part.training for part in energy_model.modules())
-        assert not any(parameter.requires_grad for parameter in energy_model.parameters())
-        assert conv_in.weight is conv_in.weight  # the normalized weights are computed once, not at every step
-    assert conv_in.weight is not conv_in.weight
-
-
-# An adapted step, and checkpoints
 
 
 @pytest.mark.parametrize("steepness", [1e-3, 30.0])

@@ -126,7 +126,7 @@ def test_too_few_images_are_refused():
 def test_nearest_neighbours_equal_brute_force():
     generator = torch.Generator().manual_seed(0)
     queries, bank = torch.randn(30, 4, generator=generator), torch.randn(50, 4, generator=generator)
-    distances, indices = nearest_neighbours(queries, bank, num_neighbours=3, chunk_size=7)
+    distances, indices = nearest_neighbours(queries, bank, num_neighbours=3)
     nearest = torch.cdist(queries, bank).sort()
     assert torch.equal(indices, nearest.indices[:, :3])
     torch.testing.assert_close(distances, nearest.values[:, :3])

@@ -55,9 +55,6 @@ class TestAutoencoderECModel(ModelTests):
         return squared_error + output.latent_dist.kl().mean() + output.prior_sample.square().mean()
 
 
-# Shapes and structure
-
-
 @pytest.mark.parametrize(
     "sample_size, in_channels, block_out_channels, num_excitations",
     [
@@ -95,9 +92,6 @@ def test_group_counts_adapt(channels, norm_num_groups, expected):
     vae = tiny(8, block_out_channels=(channels,), norm_num_groups=norm_num_groups)
     norms = [module for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)]
     assert len(norms) == 6 and {norm.num_groups for norm in norms} == {expected}
-
-
-# The forward pass: reconstruction and generation in one
 
 
 @pytest.mark.parametrize("sample_posterior", [False, True])
@@ -165,9 +159,6 @@ def test_slicing(vae):
     assert batches == [3, 5] + [1] * 8
     assert torch.allclose(sliced.sample, whole.sample, atol=1e-5)
     assert torch.allclose(sliced.latent_dist.parameters, whole.latent_dist.parameters, atol=1e-5)
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(

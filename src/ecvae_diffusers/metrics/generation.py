@@ -26,6 +26,7 @@ from ..figures import why_no_frechet_distance
 
 # Kernel and neighbour measures hold features in memory and compare them in pairs: at most so many of each set.
 MAX_KEPT_FEATURES = 10_000
+QUERIES_AT_A_TIME = 1024
 
 
 class _KeptFeatures(Metric):
@@ -59,7 +60,6 @@ class GenerationMetrics:
         num_neighbours (`int`, *optional*, defaults to `5`): k of precision, recall, density and coverage.
         num_kernel_subsets (`int`, *optional*, defaults to `100`): Subsets of the kernel distance.
         kernel_subset_size (`int`, *optional*, defaults to `1000`): Features per subset; fewer if a set has fewer.
-        seed (`int`, *optional*, defaults to `0`): Draws the subsets.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class GenerationMetrics:
         num_neighbours: int = 5,
         num_kernel_subsets: int = 100,
         kernel_subset_size: int = 1000,
-        seed: int = 0,
     ):
         if num_neighbours < 1:
             raise ValueError(f"`num_neighbours` must be at least 1, but is {num_neighbours}.")
@@ -76,7 +75,6 @@ class GenerationMetrics:
         self.num_neighbours = num_neighbours
         self.num_kernel_subsets = num_kernel_subsets
         self.kernel_subset_size = kernel_subset_size
-        self.seed = seed
         self.frechet: FrechetInceptionDistance | None = None
         self.kept = _KeptFeatures()
         self.counts = {True: 0, False: 0}
@@ -109,17 +107,13 @@ class GenerationMetrics:
         if self.frechet is None:
             raise ValueError("`compute` needs images: call `update` with real and with generated ones first.")
         with self.frechet.sync_context(distributed_available=torch.distributed.is_initialized):
-            num_real, num_generated = (
-                int(self.frechet.real_features_num_samples),
-                int(self.frechet.fake_features_num_samples),
-            )
+            counts = (self.frechet.real_features_num_samples, self.frechet.fake_features_num_samples)
+            num_real, num_generated = map(int, counts)
         real, generated = self.kept.compute()
         # An image is not its own neighbour, and `prdc` asks for one more than it takes.
-        if min(len(real), len(generated)) < self.num_neighbours + 2:
-            raise ValueError(
-                f"There must be at least {self.num_neighbours + 2} images of each kind (`num_neighbours` + 2), but "
-                f"there are {len(real)} real and {len(generated)} generated ones."
-            )
+        if min(len(real), len(generated)) < (least := self.num_neighbours + 2):
+            found = f"there are {len(real)} real and {len(generated)} generated ones"
+            raise ValueError(f"There must be `num_neighbours` + 2 ({least}) images of each kind, but {found}.")
         is_stated = why_no_frechet_distance(num_real, num_generated, real.shape[1]) is None
         return {
             "frechet_distance": self.frechet.compute().item() if is_stated else None,
@@ -143,7 +137,7 @@ class GenerationMetrics:
         kernel.update(real.double(), real=True)
         kernel.update(generated.double(), real=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(0)
             mean, std = kernel.compute()
         return {"kernel_distance": mean.item(), "kernel_distance_std": std.item()}
 
@@ -175,7 +169,7 @@ def neighbour_measures(real: torch.Tensor, generated: torch.Tensor, num_neighbou
 
 
 def nearest_neighbours(
-    queries: torch.Tensor, bank: torch.Tensor, num_neighbours: int = 1, chunk_size: int = 1024
+    queries: torch.Tensor, bank: torch.Tensor, num_neighbours: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Find the features of a bank that are nearest to each query. A grid of them shows whether samples are copies of
@@ -185,7 +179,6 @@ def nearest_neighbours(
         queries (`torch.Tensor` of shape `(N, F)`): Features of generated images.
         bank (`torch.Tensor` of shape `(M, F)`): Features of training images.
         num_neighbours (`int`, *optional*, defaults to `1`): Neighbours per query, at most M.
-        chunk_size (`int`, *optional*, defaults to `1024`): Queries compared at a time.
 
     Returns:
         Euclidean distances and indices into the bank, both of shape `(N, num_neighbours)`, nearest first.
@@ -193,6 +186,6 @@ def nearest_neighbours(
     found = [
         # Without the shortcut through matrix products, which loses small distances to rounding.
         torch.cdist(chunk, bank, compute_mode="donot_use_mm_for_euclid_dist").topk(num_neighbours, largest=False)
-        for chunk in queries.split(chunk_size)
+        for chunk in queries.split(QUERIES_AT_A_TIME)
     ]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])

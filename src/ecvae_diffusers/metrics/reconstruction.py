@@ -24,19 +24,14 @@ def reconstruction_metrics(images: torch.Tensor, originals: torch.Tensor) -> dic
             [0, 1].
     """
     if images.shape != originals.shape or images.ndim != 4:
-        raise ValueError(
-            f"`images` and `originals` must have one shape (B, C, H, W), not {tuple(images.shape)} and "
-            f"{tuple(originals.shape)}."
-        )
+        raise ValueError(f"`images` and `originals` must be (B, C, H, W), not {images.shape} and {originals.shape}.")
     if min(images.shape[2:]) < 11:
         raise ValueError(f"`images` must have at least 11 px a side for SSIM, but has shape {tuple(images.shape)}.")
     for name, values in (("images", images), ("originals", originals)):
         low, high = values.min().item(), values.max().item()
         # Also refuses what is not a number.
         if not values.is_floating_point() or not (-RANGE_TOLERANCE <= low and high <= 1 + RANGE_TOLERANCE):
-            raise ValueError(
-                f"`{name}` must be floating-point in [0, 1], but is {values.dtype} from {low:.4g} to {high:.4g}."
-            )
+            raise ValueError(f"`{name}` must be floats in [0, 1], but is {values.dtype} from {low:.4g} to {high:.4g}.")
     images, originals = images.float(), originals.float()
     psnr = peak_signal_noise_ratio(images, originals, data_range=1.0, reduction="none", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(images, originals, data_range=1.0, reduction="none")

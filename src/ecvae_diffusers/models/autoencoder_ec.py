@@ -392,9 +392,8 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             posterior = self.encode(sample).latent_dist
         else:
             moments = self.encode(torch.cat([sample, extra_sample.to(sample)])).latent_dist.parameters
-            posterior, extra_posterior = map(
-                DiagonalGaussianDistribution, moments.split([len(sample), len(extra_sample)])
-            )
+            parts = moments.split([len(sample), len(extra_sample)])
+            posterior, extra_posterior = map(DiagonalGaussianDistribution, parts)
         if not sample_posterior:
             z = posterior.mode()
         elif posterior_noise is not None:
@@ -409,6 +408,4 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not return_dict:
             asked_for = tuple(part for part in (prior_sample, extra_posterior) if part is not None)
             return (reconstruction, posterior) + asked_for
-        return AutoencoderECOutput(
-            sample=reconstruction, latent_dist=posterior, prior_sample=prior_sample, extra_latent_dist=extra_posterior
-        )
+        return AutoencoderECOutput(reconstruction, posterior, prior_sample, extra_posterior)

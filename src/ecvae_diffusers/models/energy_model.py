@@ -227,9 +227,8 @@ class EnergyModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if not 8 <= sample_size <= MAX_SAMPLE_SIZE or sample_size & (sample_size - 1):
-            raise ValueError(
-                f"`sample_size` must be a power of two from 8 to {MAX_SAMPLE_SIZE}, but is {sample_size}."
-            )
+            allowed = f"a power of two from 8 to {MAX_SAMPLE_SIZE}"
+            raise ValueError(f"`sample_size` must be {allowed}, but is {sample_size}.")
         for name, values, limit in (
             ("in_channels", [in_channels], MAX_CHANNELS),
             ("block_out_channels", block_out_channels, MAX_CHANNELS),

@@ -299,10 +299,7 @@ def prepare_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """
-    Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
-    Raises `ValueError` if an argument is outside its range, or `latents` do not fit the others.
-    """
+    """Return latents (batch_size, num_latents, 1, 1): those given, or draws. Raise `ValueError` for wrong ones."""
     check_number("batch_size", batch_size, 1, whole=True)
     check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
     if latents is not None and temperature != 1:

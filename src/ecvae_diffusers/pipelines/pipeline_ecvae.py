@@ -69,9 +69,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         `from_pipe(restoration, scheduler=scheduler)`, or `None` to do without `num_refinement_steps`.
         """
         if "scheduler" not in kwargs and "scheduler" not in pipeline.components:
-            raise ValueError(
-                f"`scheduler` must be given, since {type(pipeline).__name__} has none: a LangevinScheduler or None."
-            )
+            raise ValueError("`scheduler` must be given, a LangevinScheduler or None: the other pipeline has none.")
         return super().from_pipe(pipeline, **kwargs)
 
     @property

@@ -150,9 +150,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if mask_image is not None:
             observed = prepare_mask(mask_image, self.mask_processor, y).to(y.device)
             if is_turned(image) and not is_turned(mask_image):
-                logger.warning(
-                    "`image` is turned upright by its EXIF data. `mask_image` has none: it must be upright."
-                )
+                logger.warning("`image` is turned upright by its EXIF data. `mask_image` has none: is it upright?")
             # What is repainted does not count, not even values that are not finite.
             y = torch.where(observed, y, 0.0)
             y = y.expand(-1, channels, -1, -1) if y.shape[1] == 1 else y
@@ -160,9 +158,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         operator = as_operator(operator)
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
-            raise ValueError(
-                f"`image` must measure images of {channels} channel(s) from {size}x{size} px, not {tuple(back.shape[1:])}."
-            )
+            allowed = f"images of {channels} channel(s) from {size}x{size} px"
+            raise ValueError(f"`image` must measure {allowed}, not {tuple(back.shape[1:])}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         check_shape("image", y, tuple(measured.shape))
         if not all((values.abs() <= LARGEST_VALUE).all() for values in (y, back, measured)):

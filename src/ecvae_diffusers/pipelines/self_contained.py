@@ -57,12 +57,9 @@ class SelfContained(saving.SelfContained):
         self,
         repo_id: str,
         commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
+        *,
         safe_serialization: bool = True,
         variant: str | None = None,
-        subfolder: str | None = None,
         **kwargs,
     ) -> str:
         """
@@ -74,8 +71,7 @@ class SelfContained(saving.SelfContained):
         Returns:
             `str`: URL of the commit, or of the pull request.
         """
-        kwargs |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
             with writing(folder):
                 self.save_pretrained(folder, safe_serialization, variant)
-            return upload_folder(folder, repo_id, subfolder=subfolder, **kwargs)
+            return upload_folder(folder, repo_id, commit_message=commit_message, **kwargs)

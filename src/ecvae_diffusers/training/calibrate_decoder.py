@@ -98,7 +98,3 @@ def main(argv: list[str] | None = None, prog: str = "calibrate_decoder.py") -> N
     from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)
-
-
-if __name__ == "__main__":
-    main()

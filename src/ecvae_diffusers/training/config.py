@@ -16,9 +16,7 @@ from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 from ecvae_diffusers.training.run.command import place
 
 
-SCHEDULES = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-]  # fmt: skip
+SCHEDULES = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
@@ -85,12 +83,8 @@ class DataConfig(Group):
     image_column: str | None = option(help="Column of the images. Default: the only column of images.")
     max_train_samples: int | None = option(help="Train on the first N images only.", at_least=1)
     resolution: int = option(32, help="Resize (shorter side) and center-crop images to this power of two.", at_least=8)
-    image_size: int | None = option(
-        help="Resize images (shorter side) to this instead, and train on random crops of --resolution."
-    )
-    in_channels: Literal[1, 3, 4] | None = option(
-        help="1 gray, 3 RGB, 4 RGBA. Default: 1 if all images are gray, else 3."
-    )
+    image_size: int | None = option(help="Resize images (shorter side) to this, and crop --resolution at random.")
+    in_channels: Literal[1, 3, 4] | None = option(help="1 gray, 3 RGB, 4 RGBA. Default: 1 if all are gray, else 3.")
     skip_broken_images: bool = option(False, help="Skip images that can't be read, and list them.")
     streaming: bool = option(
         False,
@@ -224,9 +218,7 @@ class EvaluationConfig(Group):
     )
     # Neighbour measures compare each image with its 5 nearest.
     evaluation_samples: int = option(2048, help="Number of samples and of training images.", at_least=6)
-    early_stopping_patience: int | None = option(
-        help="Stop after N evaluations without a better one; save the best.", at_least=1
-    )
+    early_stopping_patience: int | None = option(help="Stop N evaluations after the best one; save it.", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

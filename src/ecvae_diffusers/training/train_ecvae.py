@@ -111,7 +111,3 @@ def main(argv: list[str] | None = None, prog: str = "train_ecvae.py") -> None:
     from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,9 +27,7 @@ from ecvae_diffusers.training.run.command import place
 class FlowConfig(Group):
     """model and its loss"""
 
-    calibration: Literal["none", "energy"] = option(
-        "energy", help="'none': likelihood only, which calibration starts from."
-    )
+    calibration: Literal["none", "energy"] = option("energy", help="'none': only likelihood, to calibrate later.")
     pretrained_model_name_or_path: str | None = option(
         help="Start from the weights and architecture of this pipeline or FlowEC (folder or Hub id).", read=place
     )
@@ -102,7 +100,3 @@ def main(argv: list[str] | None = None, prog: str = "train_flow.py") -> None:
     from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,12 +21,12 @@ NUM_TRAIN = 1500
 SIZE = 16
 
 
-def load_digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Return all digits in a seeded order, uint8 (1797, 1, 16, 16), and their labels (1797,). The first 1,500 are for training."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     pixels, labels = sklearn_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(pixels))
+    order = np.random.default_rng(0).permutation(len(pixels))
     images = [
         np.asarray(PIL.Image.fromarray(digit).resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC))
         for digit in (pixels[order].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
@@ -34,9 +34,9 @@ def load_digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.stack(images)).unsqueeze(1), torch.from_numpy(labels[order])
 
 
-def write_digits(folder: Path, seed: int = 0) -> None:
+def write_digits(folder: Path) -> None:
     """Write `train/` (1,500 images) and `test/` (297) as PNG files, with a sub-folder per class."""
-    images, labels = load_digits(seed)
+    images, labels = load_digits()
     for i, (image, label) in enumerate(zip(images, labels)):
         path = folder / ("train" if i < NUM_TRAIN else "test") / str(int(label)) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class DigitFeatures(nn.Module):
         return self.body(to_range(images.to(self.head.weight.device)))
 
 
-def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFeatures, float]:
+def train_digit_features() -> tuple[DigitFeatures, float]:
     """
     Train the classifier on the 1,500 training digits with a little noise, on one thread: sums in another order would give another
     classifier with other distances.
@@ -73,10 +73,10 @@ def train_digit_features(num_steps: int = 1000, seed: int = 0) -> tuple[DigitFea
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         features = DigitFeatures()
         optimizer = torch.optim.Adam(features.parameters(), lr=1e-3)
-        for _ in tqdm(range(num_steps), desc="Training the classifier"):
+        for _ in tqdm(range(1000), desc="Training the classifier"):
             chosen = torch.randint(NUM_TRAIN, (64,))
             noisy = images[chosen] + 6.0 * torch.randn(64, 1, SIZE, SIZE)
             loss = F.cross_entropy(features.head(features(noisy)), labels[chosen])

@@ -161,10 +161,7 @@ class Pictures:
 
 
 def find_images(folder: str | os.PathLike, argument: str | None = None) -> Pictures:
-    """
-    Find the pictures of a folder and its sub-folders: the files that Pillow opens, by the extension of their names. Raise
-    `ValueError`, naming the command line's `argument`, if it is not a folder, or can't be read.
-    """
+    """Find a folder's pictures, by their extensions. Raise `ValueError`, naming `argument`, if it can't be read."""
     check_picture_folder(argument or "folder", folder)
     readable, found = readable_extensions(), FolderFiles(Path(folder))
     files = [path for path in found.files if path.suffix.lower() in readable]
@@ -240,7 +237,6 @@ def trained_hashes(name_or_path: str | os.PathLike | None) -> set[bytes] | None:
             try:
                 return {bytes.fromhex(line) for line in path.read_text(encoding="utf-8").split()}
             except ValueError as error:  # damaged text too
-                raise ValueError(
-                    f"{str(path)!r} is damaged ({error}). Remove it to continue without knowing the training images."
-                ) from error
+                what_to_do = "Remove it to continue without knowing the training images."
+                raise ValueError(f"{str(path)!r} is damaged ({error}). {what_to_do}") from error
     return None

@@ -205,9 +205,8 @@ class CheckedPictures:
             except Exception as error:  # PIL raises a different class for nearly every kind of damage
                 broken.append(f"{name_of(pictures, i)} ({error})")
         if broken:
-            self.skipped = (
-                f"{len(broken)} of {len(pictures)} images can't be read, among them: {'; '.join(broken[:3])}"
-            )
+            named = "; ".join(broken[:3])
+            self.skipped = f"{len(broken)} of {len(pictures)} images can't be read, among them: {named}"
             if not (skip_broken and whole):
                 raise ValueError(f"{self.skipped}.")
             pictures = pictures.select(whole)

@@ -39,16 +39,11 @@ MAX_NAMED = 20
 def check_batch_size(batch_size: int, num_images: int) -> None:
     """Raise `ValueError` if a process has fewer images than a batch."""
     if num_images < batch_size:
-        raise ValueError(
-            f"--train_batch_size must be at most the number of images per process ({num_images}), but is {batch_size}."
-        )
+        raise ValueError(f"--train_batch_size must fit the images per process ({num_images}), but is {batch_size}.")
 
 
 class DecodedFeed:
-    """
-    Shuffled batches of an [`ImageDataset`], sharded by Accelerate. Raises `ValueError` if the data can't be loaded, an image can't be
-    read, or there are fewer images than one batch per process.
-    """
+    """Shuffled batches of an [`ImageDataset`], sharded by Accelerate. Raises `ValueError` for unusable data."""
 
     def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
         self.accelerator, self.seed, self.resolution = accelerator, seed, data.resolution
@@ -94,13 +89,9 @@ class StreamFeed:
     """
     Batches of a data set that is read while training (`datasets` with `streaming=True`), and is never on the disk as a whole.
 
-    Each process reads its own share. If the number of files is a multiple of the number of processes, these are whole files;
-    otherwise each process reads the whole stream, and decodes every `num_processes`-th image.
-
-    The order comes from a buffer of 10,000 undecoded images, and from shuffling the files. With a single file, a folder of images
-    or `--max_train_samples`, the buffer alone mixes the images: store them in a random order, not sorted by class. `datasets` waits
-    for 5 seconds whenever a pass over Parquet files ends. A failing connection is never taken for a broken image. Raises `ValueError`
-    as [`DecodedFeed`] does.
+    Each process reads its own share: whole files, if their number is a multiple of that of the processes, or else every
+    `num_processes`-th image. Files are shuffled, and a buffer of 10,000 undecoded images mixes them: store a single file, or a folder of
+    images, in a random order. A failing connection is never taken for a broken image. Raises `ValueError` as [`DecodedFeed`] does.
     """
 
     num_images = batches_per_epoch = hashes = None
@@ -110,11 +101,8 @@ class StreamFeed:
         from datasets.distributed import split_dataset_by_node
 
         self.data, self.device, self.batch_size, self.seed = data, accelerator.device, batch_size, seed
-        self.name, self.channels, self.size = (
-            data.dataset_name or "",
-            data.in_channels or 3,
-            data.image_size or data.resolution,
-        )
+        self.name, self.channels = data.dataset_name or "", data.in_channels or 3
+        self.size = data.image_size or data.resolution
         self.named: set[str] = set()
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         dataset = load_split(self.name, data.dataset_config_name, None, streaming=True)
@@ -166,12 +154,10 @@ class StreamFeed:
 
     def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
         """
-        Give uint8 batches (B, C, H, W) of this process's share without end, each epoch in another order. No image is dropped: the rest of
-        an epoch starts the first batch of the next.
+        Give uint8 batches (B, C, H, W) of this process's share without end. The rest of an epoch starts the first batch of the next.
 
-        A resumed run is not the uninterrupted one bit for bit: it starts an epoch in a new order, instead of reading again all that
-        it has seen (hours for millions of images). If it is interrupted more often than once per epoch, it sees some images more
-        often than others. `first_batch` and `reseed` change the order.
+        A resumed run starts an epoch in a new order, by `first_batch`, instead of reading again all that it has seen, which takes hours
+        for millions of images. `reseed` changes the order too.
         """
         num_workers = min(self.data.dataloader_num_workers, self.num_files)
         if num_workers < self.data.dataloader_num_workers:
@@ -239,10 +225,7 @@ class ImageChunks(torch.utils.data.IterableDataset):
 
 
 def fetch(source: dict | None) -> dict | None:
-    """
-    Read an image that lies on another machine or in an archive, where Pillow can't open it. One that does not exist stays as it is:
-    Pillow says so. A failing connection raises whatever its file system raises.
-    """
+    """Read an image on another machine or in an archive. One that is not there stays: Pillow says so."""
     if source is None or source["bytes"] is not None or "://" not in (source["path"] or ""):
         return source
     from datasets.utils.file_utils import xopen

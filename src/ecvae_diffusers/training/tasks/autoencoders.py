@@ -45,10 +45,7 @@ CALIBRATING_ON = "\nIn the run's folder, `energy_model/` and `scheduler/` are fo
 
 
 class CalibratedDecoder(torch.nn.Module):
-    """
-    An autoencoder of which decoding is trained, and where it comes from, for its card. Its forward decodes, so that a process group
-    sees one forward an iteration.
-    """
+    """An autoencoder of which decoding is trained, by `forward`, and where it comes from, for its card."""
 
     def __init__(self, autoencoder: ModelMixin, origin: str):
         super().__init__()
@@ -78,10 +75,7 @@ class CalibratedDecoder(torch.nn.Module):
 
 
 class SavedDecoder:
-    """
-    What a run saves: the autoencoder's own folder, as plain diffusers writes and reads it, with the energy model and the
-    chain in folders of their own, and a card, if it has none yet. It has the methods of a pipeline that the training loop calls.
-    """
+    """What a run saves in place of a pipeline: the autoencoder's folder, with energy model and chain in sub-folders, and a card."""
 
     def __init__(
         self,
@@ -183,10 +177,8 @@ def load_autoencoder(
     # Those of audio have no channels of images, and one that decodes by diffusion no decoder of one pass.
     decodes_at_once = isinstance(getattr(model, "decoder", None), torch.nn.Module)
     if not decodes_at_once or model.config.get("in_channels") not in (1, 3, 4):
-        raise ValueError(
-            f"{refused} must be an autoencoder of images of 1, 3 or 4 channels that decodes in one pass (AutoencoderKL, "
-            f"AutoencoderTiny, VQModel), but is a {class_name}."
-        )
+        allowed = "an autoencoder of images of 1, 3 or 4 channels that decodes in one pass, such as AutoencoderKL"
+        raise ValueError(f"{refused} must be {allowed}, but is a {class_name}.")
     return model
 
 
@@ -220,9 +212,8 @@ def load_energy_model(
             return EnergyModel.from_pretrained(place, low_cpu_mem_usage=False, **where).train()
     except LOADING_ERRORS as error:
         if is_local or config:
-            raise ValueError(
-                f"--pretrained_model_name_or_path: {str(place)!r}, energy_model, can't be loaded: {error}"
-            ) from error
+            named = f"--pretrained_model_name_or_path: {str(place)!r}, energy_model,"
+            raise ValueError(f"{named} can't be loaded: {error}") from error
         found = (str(error).splitlines()[0],)  # There is none on the Hub, or the network failed.
     logger.info(
         f"The energy model is a new one: {str(name_or_path)!r} has none of {in_channels} channel(s) and {resolution} px "
@@ -259,20 +250,14 @@ def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]
 
 
 def load_latents(path: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """
-    Load latents (N, C, h, w) of a safetensors file.
-
-    Raises:
-        ValueError: if it can't be read, or holds none of `shape`, or some that are not finite.
-    """
+    """Load latents (N, *shape), finite, of a safetensors file. Raise `ValueError` if there are none."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"--latents_file {path!r} can't be read as safetensors: {error}") from error
     latents = tensors.get("latents", torch.empty(0)).float()
     if len(latents) == 0 or tuple(latents.shape[1:]) != shape or not latents.isfinite().all():
-        raise ValueError(
-            f"--latents_file {path!r} must hold a tensor `latents` of shape (N, {', '.join(map(str, shape))}), all finite, but "
-            f"holds { ({name: tuple(tensor.shape) for name, tensor in tensors.items()}) }."
-        )
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        allowed = f"a tensor `latents` of shape (N, {', '.join(map(str, shape))}), all finite"
+        raise ValueError(f"--latents_file {path!r} must hold {allowed}, but holds {found}.")
     return latents

@@ -135,12 +135,7 @@ class DecoderTask(Task):
 
 
 def calibrate_decoder(config: ECDecoderConfig) -> None:
-    """
-    Train as configured.
-
-    Raises:
-        ValueError: if the autoencoder or the latents can't be loaded, or do not fit; and what `launch.train` raises.
-    """
+    """Train as configured. Raises `ValueError` if the autoencoder or latents do not fit."""
     model, path = config.model, config.model.pretrained_model_name_or_path or ""
     autoencoder = load_autoencoder(path, model.subfolder, model.revision, model.variant)
     decoder = CalibratedDecoder(autoencoder, path)

@@ -34,12 +34,7 @@ def build_energy_model(config: EnergyConfig, resolution: int, in_channels: int) 
 def build_models(
     config: TrainingConfig, in_channels: int, build: Callable[[], torch.nn.Module], pretrained: Pretrained
 ) -> tuple[Any, EnergyModel | None]:
-    """
-    The generator and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest.
-
-    Raises:
-        ValueError: if the pretrained generator is for images of another number of channels than `in_channels`.
-    """
+    """The generator and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest."""
     generator, companions = pretrained
     if generator is not None and generator.config.in_channels != in_channels:
         raise ValueError(
@@ -107,9 +102,8 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
     if not isinstance(model, model_class):
         raise ValueError(f"{refused} holds no {model_class.__name__}.")
     if model.config.sample_size != config.data.resolution:
-        raise ValueError(
-            f"{refused} is for images of {model.config.sample_size} px, but --resolution is {config.data.resolution}."
-        )
+        found = f"images of {model.config.sample_size} px"
+        raise ValueError(f"{refused} is for {found}, but --resolution is {config.data.resolution}.")
     # `from_pretrained` gives networks in evaluation mode.
     for network in (model, companions.get("energy_model")):
         if network is not None:

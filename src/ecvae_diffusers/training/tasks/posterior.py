@@ -36,9 +36,7 @@ class Refined:
     ends: torch.Tensor  # the chain's ends, as whitened latents: the encoder's targets
     reference: torch.Tensor  # what its ends were if q was the posterior
     generated: torch.Tensor  # the generated images, (b, C, H, W)
-    latents: (
-        torch.Tensor | None
-    )  # (b, d, 1, 1), where those of data are after further steps, if the decoder learns from them
+    latents: torch.Tensor | None  # (b, d, 1, 1): those of data after further steps, if the decoder learns from them
 
 
 class PosteriorCalibration:
@@ -61,10 +59,7 @@ class PosteriorCalibration:
         self.num_batches = 0
 
     def chain(self, kl_weight: float) -> tuple[LangevinScheduler, float]:
-        """
-        The chain at a step's beta, and what it leaves of the constraint where q is the posterior. The likelihood is the sharper
-        the smaller beta is, and a whole step would lead far beyond it: while beta warms up, a does too.
-        """
+        """The chain at a step's beta, and what it leaves of the constraint. The sharper the likelihood, the smaller a is."""
         scheduler = posterior_chain(NUM_STEPS, DRIFT_STEP * (kl_weight / self.config.kl_weight))
         return scheduler, stationary_constraint(scheduler, self.vae.config.latent_channels)
 

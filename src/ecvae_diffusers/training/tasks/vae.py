@@ -102,9 +102,8 @@ class ECVAETask(Task):
             return {}  # there is no likelihood that the loss stands for
         count = max(1, min(NUM_LIKELIHOOD_IMAGES, self.num_likelihood_images))
         images, variance = to_range(images[:count].to(generator.device)), self.config.kl_weight / 2
-        bounds = posterior_bounds(
-            images, generator, IMPORTANCE_SAMPLES, AMORTISATION_STEPS, variance, batch_size=self.batch_size
-        )
+        numbers = (IMPORTANCE_SAMPLES, AMORTISATION_STEPS)
+        bounds = posterior_bounds(images, generator, *numbers, variance, batch_size=self.batch_size)
         return {name: values.mean().item() for name, values in bounds.items()}
 
     def sample(self, generator, latents):
