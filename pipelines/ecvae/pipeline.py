@@ -84,10 +84,7 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
 
 
 def energy_and_gradient(energy_model: Callable, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No graph
-    is kept.
-    """
+    """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample)
@@ -376,10 +373,7 @@ def prepare_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """
-    Return latents of shape (batch_size, num_latents, 1, 1): those given, or draws with a standard deviation of `temperature`.
-    Raises `ValueError` if an argument is outside its range, or `latents` do not fit the others.
-    """
+    """Return latents (batch_size, num_latents, 1, 1): those given, or draws. Raise `ValueError` for wrong ones."""
     check_number("batch_size", batch_size, 1, whole=True)
     check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
     if latents is not None and temperature != 1:
@@ -439,14 +433,10 @@ class SelfContained:
         for name, component in self.components.items():
             kind = type(unwrapped(component))
             if kind.__module__.split(".")[0] not in KNOWN:
-                warnings.warn(
-                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: import it to load the folder."
-                )
+                warnings.warn(f"The code of `{name}` ({kind}) is not saved: import it to load the folder.")
         mine, saved = type(self).__name__, self.saved_class.__name__
         if type(self) is not self.saved_class:
-            warnings.warn(
-                f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads it as a {saved}."
-            )
+            warnings.warn(f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads a {saved}.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
@@ -456,10 +446,7 @@ class SelfContained:
             (folder / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
     def to_json_string(self) -> str:
-        """
-        Return `model_index.json`, which names the code files in the folder: a list as `_class_name`, a file's stem as the library
-        of each component of ours. Leave out `_name_or_path`, a path of the writer's machine.
-        """
+        """Return `model_index.json`, which names the code files in the folder, and no path of the writer's machine."""
         parent: Any = super()
         index = json.loads(parent.to_json_string())
         index.pop("_name_or_path", None)
@@ -522,9 +509,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         `from_pipe(restoration, scheduler=scheduler)`, or `None` to do without `num_refinement_steps`.
         """
         if "scheduler" not in kwargs and "scheduler" not in pipeline.components:
-            raise ValueError(
-                f"`scheduler` must be given, since {type(pipeline).__name__} has none: a LangevinScheduler or None."
-            )
+            raise ValueError("`scheduler` must be given, a LangevinScheduler or None: the other pipeline has none.")
         return super().from_pipe(pipeline, **kwargs)
 
     @property

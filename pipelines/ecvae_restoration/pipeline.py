@@ -84,10 +84,7 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
 
 
 def energy_and_gradient(energy_model: Callable, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return each sample's energy, shape (B,), and its gradient with respect to the sample, in shape and dtype of `sample`. No graph
-    is kept.
-    """
+    """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample)
@@ -372,9 +369,7 @@ def as_operator(operator: Any) -> LinearOperator:
         return FunctionOperator(operator.A, operator.A_adjoint)
     if isinstance(operator, tuple | list) and len(operator) == 2 and all(map(callable, operator)):
         return FunctionOperator(*operator)
-    raise ValueError(
-        f"`operator` must be a LinearOperator, have `A` and `A_adjoint`, or be a pair of them, not {operator!r}."
-    )
+    raise ValueError(f"`operator` must be an operator or a pair of functions (A, A_adjoint), but is {operator!r}.")
 
 
 class Inpainting(LinearOperator):
@@ -444,21 +439,19 @@ class Inpainting(LinearOperator):
 HIGHEST_FREQUENCY = math.sqrt(0.5)
 
 
-def bands_around(
-    height: int, width: int, num_bands: int, device: torch.device | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def bands_around(height: int, width: int, num_bands: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the one above it: (H, W // 2 + 1)."""
-    vertical = torch.fft.fftfreq(height, dtype=torch.float64, device=device)
-    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64, device=device)
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64)
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64)
     radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles per pixel
     place = radius / HIGHEST_FREQUENCY * (num_bands - 1)
     below = place.floor().long().clamp(max=max(num_bands - 2, 0))
     return below, (place - below).clamp(0, 1)
 
 
-def multiplicity(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+def multiplicity(height: int, width: int) -> torch.Tensor:
     """Return how many frequencies each one of `rfft2` stands for: 1 in columns that are their own mirror image, 2 elsewhere."""
-    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64, device=device)
+    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
     count[0] = 1
     count[width - width // 2 :] = 1  # only of an even width
     return count.expand(height, -1)
@@ -466,7 +459,7 @@ def multiplicity(height: int, width: int, device: torch.device | None = None) ->
 
 def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
     """Return the mean over all frequencies of values at those of `rfft2`."""
-    count = multiplicity(values.shape[0], width, values.device)
+    count = multiplicity(values.shape[0], width)
     return (values * count).sum() / count.sum()
 
 
@@ -474,7 +467,7 @@ def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Ten
     """Return S at the frequencies of `rfft2`, (H, W // 2 + 1), by its values at the bands."""
     if len(spectrum) == 1:
         return spectrum.expand(height, width // 2 + 1)
-    below, above = bands_around(height, width, len(spectrum), spectrum.device)
+    below, above = bands_around(height, width, len(spectrum))
     return (1 - above) * spectrum[below] + above * spectrum[below + 1]
 
 
@@ -654,10 +647,7 @@ def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> t
 
 
 class Canvas:
-    """
-    Images of `height` x `width` pixels as overlapping tiles of the model's size, or as one tile if the sizes are equal. Neighbours
-    share at least `overlap` pixels.
-    """
+    """Images as tiles of the model's size, of which neighbours share at least `overlap` pixels; or as one tile."""
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
         self.height, self.width, self.tile_size = height, width, tile_size
@@ -1125,14 +1115,10 @@ class SelfContained:
         for name, component in self.components.items():
             kind = type(unwrapped(component))
             if kind.__module__.split(".")[0] not in KNOWN:
-                warnings.warn(
-                    f"The code of `{name}` ({kind.__module__}.{kind.__name__}) is not saved: import it to load the folder."
-                )
+                warnings.warn(f"The code of `{name}` ({kind}) is not saved: import it to load the folder.")
         mine, saved = type(self).__name__, self.saved_class.__name__
         if type(self) is not self.saved_class:
-            warnings.warn(
-                f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads it as a {saved}."
-            )
+            warnings.warn(f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads a {saved}.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pipeline.py").write_text(self.pipeline_code(), encoding="utf-8")
@@ -1142,10 +1128,7 @@ class SelfContained:
             (folder / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
     def to_json_string(self) -> str:
-        """
-        Return `model_index.json`, which names the code files in the folder: a list as `_class_name`, a file's stem as the library
-        of each component of ours. Leave out `_name_or_path`, a path of the writer's machine.
-        """
+        """Return `model_index.json`, which names the code files in the folder, and no path of the writer's machine."""
         parent: Any = super()
         index = json.loads(parent.to_json_string())
         index.pop("_name_or_path", None)
@@ -1277,9 +1260,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if mask_image is not None:
             observed = prepare_mask(mask_image, self.mask_processor, y).to(y.device)
             if is_turned(image) and not is_turned(mask_image):
-                logger.warning(
-                    "`image` is turned upright by its EXIF data. `mask_image` has none: it must be upright."
-                )
+                logger.warning("`image` is turned upright by its EXIF data. `mask_image` has none: is it upright?")
             # What is repainted does not count, not even values that are not finite.
             y = torch.where(observed, y, 0.0)
             y = y.expand(-1, channels, -1, -1) if y.shape[1] == 1 else y
@@ -1287,9 +1268,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         operator = as_operator(operator)
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
-            raise ValueError(
-                f"`image` must measure images of {channels} channel(s) from {size}x{size} px, not {tuple(back.shape[1:])}."
-            )
+            allowed = f"images of {channels} channel(s) from {size}x{size} px"
+            raise ValueError(f"`image` must measure {allowed}, not {tuple(back.shape[1:])}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         check_shape("image", y, tuple(measured.shape))
         if not all((values.abs() <= LARGEST_VALUE).all() for values in (y, back, measured)):
