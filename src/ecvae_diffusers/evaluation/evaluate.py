@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             model = EvaluatedModel(args.pretrained_model_name_or_path, args.revision, accelerator.device)
             if args.resolution not in (None, model.resolution):
                 raise ValueError(f"--resolution must be the model's ({model.resolution}), but is {args.resolution}.")
-        images = EvaluatedImages(args, model, main_process)
+        images = EvaluatedImages(args, None if model is None else (model.channels, model.resolution), main_process)
         identity = {name: value for name, value in vars(args).items() if name not in ("output_dir", "cache_dir")}
         identity["weights"] = model.fingerprint if model is not None else None
         # Other images may lie under the same path by now.

@@ -4,7 +4,6 @@
 import argparse
 import logging
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +17,6 @@ from ecvae_diffusers.training.data.images import (
     open_folder,
 )
 from ecvae_diffusers.training.run.command import PICTURE_FOLDERS
-
-
-if TYPE_CHECKING:
-    from ecvae_diffusers.evaluation.work import EvaluatedModel
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +61,7 @@ def decode_all(
 
 class EvaluatedImages:
     """
-    The images that the command line of `ecvae evaluate` names, for a model, or for generated images alone. The main
+    The images that the command line of `ecvae evaluate` names, for a model of images of `shape` (channels, resolution), or for generated images alone. The main
     process warns of generated images that are training images, and of pictures that are left out.
 
     Attributes:
@@ -75,7 +70,7 @@ class EvaluatedImages:
         training ([`Pictures`]): All training images, of which `real` are drawn.
     """
 
-    def __init__(self, args: argparse.Namespace, model: "EvaluatedModel | None", main_process: bool):
+    def __init__(self, args: argparse.Namespace, shape: tuple[int, int] | None, main_process: bool):
         self.checked: dict[str, CheckedPictures] = {}
 
         def look(name: str, argument: str, source: str, split: str, count: int | None) -> Pictures:
@@ -92,11 +87,11 @@ class EvaluatedImages:
             look("test", "test_data_dir", args.test_data_dir, args.test_split, args.num_test)
         elif args.dataset_name is not None and args.test_split != "none":
             look("test", "dataset_name", args.dataset_name, args.test_split, args.num_test)
-        if model is not None:
+        if shape is not None:
             for named in args.out_of_distribution:
                 name, _, source = named.partition("=")
                 look(f"outside_{name}", "out_of_distribution", source, args.test_split, args.num_test)
-            resolution, channels = model.resolution, model.channels
+            channels, resolution = shape
         else:
             look("generated", "generated_image_dir", args.generated_image_dir, "train", None)
             generated, known = self.checked["generated"], set(self.checked["real"].hashes)
@@ -115,7 +110,7 @@ class EvaluatedImages:
             channels = max(one.channels for one in self.checked.values())
         sets = self.checked.items()
         self.decoded = {name: decode_all(one, resolution, channels, main_process) for name, one in sets}
-        if model is not None and "test" in self.decoded:
-            shape = (min(len(self.decoded["test"]), 1000), channels, resolution, resolution)
+        if shape is not None and "test" in self.decoded:
             noise = torch.Generator().manual_seed(0)
-            self.decoded["outside_noise"] = torch.randint(256, shape, generator=noise, dtype=torch.uint8)
+            size = (min(len(self.decoded["test"]), 1000), channels, resolution, resolution)
+            self.decoded["outside_noise"] = torch.randint(256, size, generator=noise, dtype=torch.uint8)

@@ -57,7 +57,9 @@ class SelfContained(saving.SelfContained):
         self,
         repo_id: str,
         commit_message: str | None = None,
-        *,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
         safe_serialization: bool = True,
         variant: str | None = None,
         **kwargs,
@@ -74,4 +76,5 @@ class SelfContained(saving.SelfContained):
         with tempfile.TemporaryDirectory() as folder:
             with writing(folder):
                 self.save_pretrained(folder, safe_serialization, variant)
-            return upload_folder(folder, repo_id, commit_message=commit_message, **kwargs)
+            kwargs |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+            return upload_folder(folder, repo_id, **kwargs)

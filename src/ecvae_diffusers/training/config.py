@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Configuration of training: a dataclass per group of flags, with the default, help and range of each field.
 
-A script's configuration is a [`TrainingConfig`] with the model's own group, see `tasks/`. `command_line.py` reads it from flags
+A script's configuration is a [`TrainingConfig`] with the model's own group: those of VAEs, flows and decoders are at the end. `command_line.py` reads it from flags
 and YAML files; `TrainingConfig.resolved` fills in the defaults that depend on other fields, and `TrainingConfig.check` refuses
 what would train something else in silence or fail after hours.
 """
@@ -329,3 +329,206 @@ class TrainingConfig:
 def default_channels(resolution: int) -> list[int]:
     """Return 64, 128, 256, 256 and so on: channels at each resolution down to 4 px."""
     return [min(64 * 2**i, 256) for i in range(max(int(math.log2(max(resolution, 1))) - 1, 1))]
+
+
+# `--calibration` with an energy model, and with the posterior's.
+ENERGY_CALIBRATIONS, POSTERIOR_CALIBRATIONS = ("energy", "both"), ("posterior", "both")
+# lambda_z at --kl_weight 1: a step of 0.01 moves latents by a hundredth of what there is to move.
+POSTERIOR_DUAL = 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig(Group):
+    """model and its loss"""
+
+    calibration: Literal["none", "energy", "posterior", "both"] = option(
+        "energy",
+        help="Calibrate the decoder's samples by an energy model, the encoder's by the posterior, or both; 'none': a plain VAE.",
+    )
+    pretrained_model_name_or_path: str | None = option(
+        help="Start from the weights and architecture of this pipeline or AutoencoderEC (folder or Hub id).",
+        read=place,
+    )
+    freeze_decoder: bool = option(
+        False,
+        help="Train the encoder only: samples of --pretrained_model_name_or_path do not change, and its energy model is kept.",
+    )
+    latent_channels: int = option(128, help="Dimension of the latent vector.", at_least=1)
+    block_out_channels: list[int] | None = option(
+        help="Channels at each resolution, from --resolution down by halves. Default: 64 128 256 256 ..., down to 4 px."
+    )
+    layers_per_block: int = option(1, help="Residual blocks per resolution.", at_least=1)
+    kl_weight: float = option(1.0, help="beta: weight of the KL divergence.", at_least=0)
+    kl_warmup_steps: int = option(0, help="Steps over which beta rises from 0.", at_least=0)
+    max_posterior_dual: float | None = option(
+        help="lambda_z at the start, and its upper bound. Default: 1000 times --kl_weight.", above=0
+    )
+    posterior_decoder_weight: float | None = option(
+        help="Weight of the squared error of images decoded from refined latents. Default: 0.1, or 0 with --freeze_decoder.",
+        at_least=0,
+    )
+
+    def resolved(self, resolution: int) -> Self:
+        """Return the group with the defaults that depend on other fields filled in."""
+        beta = self.kl_weight if 0 < self.kl_weight < math.inf else 1.0
+        dual, weight = self.max_posterior_dual, self.posterior_decoder_weight
+        return replace(
+            self,
+            block_out_channels=self.block_out_channels or default_channels(resolution),
+            max_posterior_dual=POSTERIOR_DUAL * beta if dual is None else dual,
+            posterior_decoder_weight=weight if weight is not None else 0.0 if self.freeze_decoder else 0.1,
+        )
+
+    def check(self) -> None:
+        super().check()
+        if self.calibration in POSTERIOR_CALIBRATIONS and self.kl_weight == 0:
+            refuse("kl_weight", 0, f"above 0 with --calibration {self.calibration}")
+        if not self.freeze_decoder:
+            return
+        if self.pretrained_model_name_or_path is None:
+            refuse("pretrained_model_name_or_path", None, "given with --freeze_decoder, also when a run is resumed")
+        if self.calibration in ENERGY_CALIBRATIONS:
+            refuse("calibration", self.calibration, "none or posterior with --freeze_decoder")
+        if self.posterior_decoder_weight:
+            refuse("posterior_decoder_weight", self.posterior_decoder_weight, "0 with --freeze_decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ECVAEConfig(TrainingConfig):
+    """The configuration of `train_ecvae.py`."""
+
+    model: VAEConfig = field(default_factory=VAEConfig)
+
+    description: ClassVar[str] = (
+        "Train an energy-calibrated VAE on images: "
+        "accelerate launch training/train_ecvae.py --train_data_dir my_images --output_dir my_model --resolution 32"
+    )
+
+    def resolved(self) -> Self:
+        return super(ECVAEConfig, replace(self, model=self.model.resolved(self.data.resolution))).resolved()
+
+    def check(self) -> None:
+        super().check()
+        patience = self.evaluation.early_stopping_patience
+        if self.model.freeze_decoder and patience is not None:
+            refuse("early_stopping_patience", patience, "left out with --freeze_decoder: samples do not change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(Group):
+    """model and its loss"""
+
+    calibration: Literal["none", "energy"] = option("energy", help="'none': only likelihood, to calibrate later.")
+    pretrained_model_name_or_path: str | None = option(
+        help="Start from the weights and architecture of this pipeline or FlowEC (folder or Hub id).", read=place
+    )
+    num_levels: int = option(3, help="Scales of the flow, each of half the size.", at_least=1)
+    steps_per_level: int = option(8, help="Steps of the flow per scale.", at_least=1)
+    hidden_channels: int = option(128, help="Channels of the couplings' networks.", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptimizerConfig(OptimizerConfig):
+    """training"""
+
+    # Likelihood has a noisy gradient with rare, enormous values: an Adam that averages and clips learns several times faster than
+    # the one that suits a critic's opponent (docs/flows.md).
+    learning_rate: float | None = option(
+        help="Learning rate of the flow. Default: 3e-3 for a new flow, 5e-4 for a pretrained one.", above=0
+    )
+    lr_scheduler: SCHEDULES = with_default(OptimizerConfig, "lr_scheduler", "constant_with_warmup")
+    adam_beta1: float = with_default(OptimizerConfig, "adam_beta1", 0.9)
+    energy_learning_rate: float = with_default(OptimizerConfig, "energy_learning_rate", 5e-4)
+    energy_adam_beta2: float = with_default(OptimizerConfig, "energy_adam_beta2", 0.9)
+    adam_beta2: float = with_default(OptimizerConfig, "adam_beta2", 0.999)
+    max_grad_norm: float | None = with_default(OptimizerConfig, "max_grad_norm", 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ECFlowConfig(TrainingConfig):
+    """The configuration of `train_flow.py`."""
+
+    model: FlowConfig = field(default_factory=FlowConfig)
+    energy: SpectralEnergyConfig = field(default_factory=SpectralEnergyConfig)
+    optimizer: FlowOptimizerConfig = field(default_factory=FlowOptimizerConfig)
+
+    description: ClassVar[str] = (
+        "Train an energy-calibrated normalizing flow on images. On likelihood first: accelerate launch training/train_flow.py "
+        "--calibration none --train_data_dir my_images --output_dir plain_flow --resolution 32; then calibrated: accelerate launch "
+        "training/train_flow.py --pretrained_model_name_or_path plain_flow --train_data_dir my_images --output_dir my_flow "
+        "--resolution 32"
+    )
+
+    def resolved(self) -> Self:
+        config = super().resolved()
+        if config.optimizer.learning_rate is not None:
+            return config
+        # Calibrated at the high rate from its first step, a flow may find patterns that the energy model does not see yet.
+        rate = 3e-3 if self.model.pretrained_model_name_or_path is None else 5e-4
+        return replace(config, optimizer=replace(config.optimizer, learning_rate=rate))
+
+    def check(self) -> None:
+        super().check()
+        if self.model.num_levels > (most := int(math.log2(self.data.resolution))):
+            refuse("num_levels", self.model.num_levels, f"at most {most} at --resolution {self.data.resolution}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Group):
+    """model and its loss"""
+
+    calibration: Literal["none", "energy"] = option("energy", help="'none': only the squared error.")
+    pretrained_model_name_or_path: str | None = option(
+        help="The autoencoder: AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers (folder or Hub id). An energy model "
+        "that a run saved with it is kept.",
+        read=place,
+    )
+    subfolder: str | None = option(help="Its subfolder in a pipeline: vae.")
+    revision: str | None = option(help="Branch, tag or commit of the Hub id.")
+    variant: str | None = option(help="Variant of its weights, such as fp16. Training and saving are in float32.")
+    reconstruction_weight: float = option(
+        1.0, help="Weight of the squared error: more keeps PSNR, less gives the chain more say.", at_least=0
+    )
+    latent_noise: float = option(
+        0.0,
+        help="Noise on the encodings whose decodings are calibrated: its standard deviation over that of the latents.",
+        at_least=0,
+    )
+    latents_file: str | None = option(
+        help="Calibrate decodings of these: a safetensors file with a tensor `latents` (N, C, h, w).", read=place
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.pretrained_model_name_or_path is None:
+            refuse("pretrained_model_name_or_path", None, "given: the autoencoder whose decoder is calibrated")
+        if self.reconstruction_weight == 0 and self.calibration == "none":
+            refuse("reconstruction_weight", 0, "above 0 with --calibration none: nothing would be trained")
+        if self.latents_file is not None and self.latent_noise > 0:
+            refuse("latent_noise", self.latent_noise, "0 with --latents_file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptimizerConfig(OptimizerConfig):
+    """training"""
+
+    learning_rate: float | None = with_default(OptimizerConfig, "learning_rate", 1e-4)
+    energy_learning_rate: float = with_default(OptimizerConfig, "energy_learning_rate", 5e-4)
+    adam_beta2: float = with_default(OptimizerConfig, "adam_beta2", 0.9)
+    energy_adam_beta2: float = with_default(OptimizerConfig, "energy_adam_beta2", 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ECDecoderConfig(TrainingConfig):
+    """The configuration of `calibrate_decoder.py`."""
+
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    energy: SpectralEnergyConfig = field(default_factory=SpectralEnergyConfig)
+    optimizer: DecoderOptimizerConfig = field(default_factory=DecoderOptimizerConfig)
+
+    description: ClassVar[str] = (
+        "Calibrate the decoder of any autoencoder of diffusers on images: accelerate launch training/calibrate_decoder.py "
+        "--pretrained_model_name_or_path my_vae --train_data_dir my_images --output_dir my_sharper_vae --resolution 64"
+    )
+    channels_of_model: ClassVar[bool] = True
+    max_resolution: ClassVar[int] = 1024

@@ -4,17 +4,13 @@ What is learned is the `Task`'s business: the generator's own loss, how it makes
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.scheduler import AcceleratedScheduler
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
@@ -49,7 +45,7 @@ from ecvae_diffusers.training.run.log import (
 )
 from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer
 from ecvae_diffusers.training.tasks.base import Task
-from ecvae_diffusers.training.tasks.networks import build_calibrator, moving_average
+from ecvae_diffusers.training.tasks.networks import Trained, build_calibrator, moving_average
 
 
 logger = get_logger(__name__)
@@ -61,38 +57,6 @@ TRACKER_PROJECT = "ecvae"
 
 class Stopped(Exception):
     """The run has ended before its last step, with what it had saved; the message says why and what to do."""
-
-
-@dataclass
-class Trained:
-    """A network with its Adam and schedule, wrapped by Accelerate."""
-
-    accelerator: Accelerator
-    max_grad_norm: float | None
-    network: torch.nn.Module
-    optimizer: AcceleratedOptimizer
-    lr_scheduler: AcceleratedScheduler
-
-    def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Backpropagate a loss and, after the last batch of a step, update the network. Returns the gradient norm then."""
-        norms = {}
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            # Of this optimizer alone: Accelerate's own clipping would unscale the gradients of both.
-            self.accelerator.unscale_gradients(self.optimizer)
-            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-            norms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad()
-        return norms
-
-    def scale_learning_rate(self, factor: float) -> None:
-        """Go on at `factor` times the rate that was given, wherever in the schedule."""
-        schedule, groups = self.lr_scheduler.scheduler, self.optimizer.param_groups
-        schedule.base_lrs = [group["initial_lr"] * factor for group in groups]
-        for group, base, rule in zip(groups, schedule.base_lrs, schedule.lr_lambdas):
-            group["lr"] = base * rule(schedule.last_epoch)
 
 
 class Trainer:

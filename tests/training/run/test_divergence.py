@@ -21,7 +21,7 @@ from ecvae_diffusers.training.run.divergence import (
     calibration_state,
 )
 from ecvae_diffusers.training.run.log import read_metrics
-from ecvae_diffusers.training.trainer import Trained
+from ecvae_diffusers.training.tasks.networks import Trained
 
 
 HEALTHY = {

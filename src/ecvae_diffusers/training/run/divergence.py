@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +19,8 @@ from accelerate.utils import recursively_apply
 
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.run.log import record_event
+from ecvae_diffusers.training.tasks.networks import Trained
 
-
-if TYPE_CHECKING:
-    from ecvae_diffusers.training.trainer import Trained
 
 # Logged steps before anything except finiteness is judged, and logged steps that a running range covers.
 WARMUP, WINDOW = 20, 50
@@ -162,8 +160,8 @@ class Recovery:
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        generator: "Trained",
-        energy: "Trained | None",
+        generator: Trained,
+        energy: Trained | None,
         parts: Sequence[Any] = (),
     ):
         self.accelerator, self.output_dir = accelerator, Path(str(config.run.output_dir))

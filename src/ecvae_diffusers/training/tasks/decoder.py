@@ -15,7 +15,7 @@ from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.hub.saving import fingerprint
 from ecvae_diffusers.hub.upload import CONFIG
 from ecvae_diffusers.model_error import squared_error
-from ecvae_diffusers.training.calibrate_decoder import ECDecoderConfig
+from ecvae_diffusers.training.config import ECDecoderConfig
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.tasks.autoencoders import (

@@ -1,17 +1,21 @@
 """The two networks of a run, new or from a saved pipeline, what calibrates them, and the moving average."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
-from ecvae_diffusers.training.config import CalibrationConfig, EnergyConfig, TrainingConfig
-from ecvae_diffusers.training.train_ecvae import ENERGY_CALIBRATIONS
+from ecvae_diffusers.training.config import ENERGY_CALIBRATIONS, CalibrationConfig, EnergyConfig, TrainingConfig
 
 
 # A generator, and what a saved pipeline holds next to it: `energy_model` and `scheduler`, or nothing.
@@ -138,3 +142,35 @@ def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:
     average = AveragedModel(generator, multi_avg_fn=update)
     average.requires_grad_(False)
     return average
+
+
+@dataclass
+class Trained:
+    """A network with its Adam and schedule, wrapped by Accelerate."""
+
+    accelerator: Accelerator
+    max_grad_norm: float | None
+    network: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: AcceleratedScheduler
+
+    def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Backpropagate a loss and, after the last batch of a step, update the network. Returns the gradient norm then."""
+        norms = {}
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            # Of this optimizer alone: Accelerate's own clipping would unscale the gradients of both.
+            self.accelerator.unscale_gradients(self.optimizer)
+            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+            norms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        return norms
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Go on at `factor` times the rate that was given, wherever in the schedule."""
+        schedule, groups = self.lr_scheduler.scheduler, self.optimizer.param_groups
+        schedule.base_lrs = [group["initial_lr"] * factor for group in groups]
+        for group, base, rule in zip(groups, schedule.base_lrs, schedule.lr_lambdas):
+            group["lr"] = base * rule(schedule.last_epoch)

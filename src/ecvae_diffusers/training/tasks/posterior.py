@@ -18,8 +18,8 @@ from ecvae_diffusers.posterior import (
     posterior_chain,
     stationary_constraint,
 )
+from ecvae_diffusers.training.config import VAEConfig
 from ecvae_diffusers.training.randomness import StepNoise
-from ecvae_diffusers.training.train_ecvae import VAEConfig
 
 
 # On latents in units of q(z|x)'s standard deviation. One small step gives the encoder the gradient of its bound with little noise;

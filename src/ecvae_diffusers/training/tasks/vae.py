@@ -16,13 +16,13 @@ import torch
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.posterior import posterior_bounds
+from ecvae_diffusers.training.config import POSTERIOR_CALIBRATIONS, ECVAEConfig
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.run.log import progress
 from ecvae_diffusers.training.tasks.base import Task, evaluating
 from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, load_pretrained
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
-from ecvae_diffusers.training.train_ecvae import POSTERIOR_CALIBRATIONS, ECVAEConfig
 from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
 
 
