@@ -1,11 +1,13 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Tiny pipelines of real classes. Modules that tests share are in `tests/support`."""
+"""Tiny pipelines of real classes, and images to train on. Modules that tests share are in `tests/support`."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from training_runs import write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
 
@@ -55,3 +57,16 @@ def like_mps() -> type[TorchFunctionMode]:
 @pytest.fixture
 def pipe(make_pipeline) -> ECVAEPipeline:
     return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def saved(make_pipeline, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """24 gray images of 16 px."""
+    return write_images(tmp_path_factory.mktemp("data") / "gray")

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_runs import write_images
 
 from ecvae_diffusers.atomic import WriteError
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
@@ -24,13 +23,11 @@ SCRIPTS = [train_ecvae, evaluate, evaluate_restoration]
 
 
 @pytest.fixture
-def start(pipe, tmp_path):
-    """Starts a script with data that is not there: what is told of its output folder is told before anything is opened."""
+def start(pipe, images, tmp_path):
+    """Starts a script, which looks at its output folder before it reads images."""
 
     def start(script, output_dir: Path) -> None:
-        given = ["--train_data_dir", "no such folder"]
-        if script is evaluate_restoration:
-            given = ["--image_dir", write_images(tmp_path / "images")]
+        given = ["--image_dir" if script is evaluate_restoration else "--train_data_dir", images]
         if script is not train_ecvae:
             pipe.save_pretrained(tmp_path / "model")
             given += ["--pretrained_model_name_or_path", tmp_path / "model"]
@@ -60,7 +57,8 @@ def test_one_run_a_folder_which_can_be_written(script, start, tmp_path):
         pass
 
 
-def test_a_run_that_is_refused_leaves_nothing(start, tmp_path):
+def test_a_run_that_is_refused_leaves_nothing(tmp_path):
+    arguments = ["--train_data_dir", "no such folder", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="train_data_dir"):
-        start(train_ecvae, tmp_path / "out")
+        train_ecvae.run(train_ecvae.parse_args(arguments))
     assert not (tmp_path / "out").exists()
