@@ -976,6 +976,9 @@ def as_list(images: Images, name: str) -> list:
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
         raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
+    sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
     return images
 
 
@@ -1379,6 +1382,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
         variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, ("latents",))
         if (operator is None) == (mask_image is None):
             raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
         if variance is None or (energy_weight and self.energy_model is None):
@@ -1415,7 +1420,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
             progress_bar.update()
             if callback_on_step_end is not None:
-                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
                 latents = (callback_on_step_end(self, step, step, tensors) or {}).pop("latents", latents)
             if self.interrupt:
                 raise Interruption(latents)

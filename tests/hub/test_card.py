@@ -21,6 +21,8 @@ DETAILS = Details.from_yaml(FIELDS)
     "change, named",
     [
         *(({name: None}, name) for name in FIELDS),
+        ({"license": " "}, "license"),
+        ({"data": {"name": "", "license": "CC0"}}, "data.name"),
         ({"author": "me"}, "author"),
         ({"data": {"name": "x"}}, "data.license"),
         ({"training": "a week"}, "training"),

@@ -2,6 +2,7 @@
 """Publishing, with the Hub's real client against a server of ours: nothing of value on the Hub is lost."""
 
 import json
+import traceback
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,9 @@ def test_refused_by_the_client(hub, saved, tmp_path):
     with pytest.raises(UploadError, match="user/model.*HF_TOKEN") as raised:
         upload_folder(saved, "user/model", token="hf_wrong")
     assert "hf_wrong" not in str(raised.value)
+    with pytest.raises(UploadError) as raised:  # the client quotes a token that no header may hold
+        upload_folder(saved, "user/model", token="\n".join(["hf_secret", "abc"]))
+    assert "Bearer hf_secret" not in "".join(traceback.format_exception(raised.value))
     with pytest.raises(ValueError, match="`repo_id`.*a/b/c"):
         upload_folder(saved, "a/b/c")
     ECFlowPipeline(flow=FlowEC(sample_size=8, num_levels=1, steps_per_level=1)).save_pretrained(tmp_path / "flow")
@@ -135,6 +139,9 @@ def test_only_an_error_of_the_network_is_tried_again(hub, saved, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/cache")  # what the Hub sends can't be kept
     with pytest.raises(UploadError, match="/dev/null"):
         upload_folder(saved, "user/model")
-    hub.__exit__()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(UploadError, match="user/model"):
         upload_folder(saved, "user/model")
+    assert len(waits) == 2

@@ -172,6 +172,7 @@ WRONG = [
     ("weights", lambda: Colorization((math.nan, 1.0, 1.0))),
     ("kernel", lambda: Blur(torch.ones(1, 3, 3))),
     ("kernel", lambda: Blur(motion_kernel(3, angle=math.nan))),
+    ("kernel", lambda: Blur(gaussian_kernel(8), "reflect").A(image())),
     ("padding", lambda: Blur(torch.ones(3, 3), "zeros")),
     ("rcond", lambda: Blur(torch.ones(3, 3), rcond=1.0)),
     ("size", lambda: gaussian_kernel(1.0, size=4)),

@@ -121,7 +121,7 @@ def test_automodel_loads_components(make, name, tmp_path):
     for component, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):
             for folder, place in ((tmp_path / component, {}), (tmp_path, {"subfolder": component})):
-                loaded = AutoModel.from_pretrained(str(folder), **place)
+                loaded = AutoModel.from_pretrained(str(folder), trust_remote_code=bool(place), **place)
                 assert type(loaded) is type(model)
                 assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 

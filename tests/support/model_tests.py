@@ -85,6 +85,8 @@ class ModelTests:
         loaded = type(model).from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, variant=variant)
         assert not loaded.training
         self.assert_same(model, loaded)
+        with pytest.raises(ValueError, match="safe_serialization"):
+            model.save_pretrained(tmp_path, safe_serialization=False)
         self.loss(loaded.train(), self.sample()).backward()
         assert trained_parameters(loaded).keys() == trained_parameters(model).keys()
         assert all(parameter.grad is not None for parameter in trained_parameters(loaded).values())

@@ -60,6 +60,8 @@ def test_the_data_of_the_command_line_replaces_that_of_the_file(read):
         ("resolution: big", "--resolution"),
         ("resolution: true", "--resolution"),
         ("random_flip: 'false'", "--random_flip"),
+        ("push_to_hub: true\nhub_model_id: no", "--hub_model_id"),
+        ("train_data_dir: [a, b]", "--train_data_dir"),
         ("block_out_channels: [16, wide]", "--block_out_channels"),
         ("calibration: sometimes", "--calibration"),
         ("resolution: 48\ntrain_data_dir: images", "--resolution"),

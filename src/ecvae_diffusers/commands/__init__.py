@@ -60,7 +60,7 @@ def load_pipeline(
 
 def what_to_install(error: ImportError) -> str:
     """Return an error's message, with what to install if it does not say so."""
-    return str(error) if "pip install" in str(error) else f"{error}: pip install 'ecvae-diffusers[training]'"
+    return str(error) if "pip install" in str(error) else f"{error}: pip install 'ecvae-diffusers[training,metrics]'"
 
 
 def run_or_fail(

@@ -63,3 +63,7 @@ def main(argv: list[str] | None = None, prog: str = "publish.py") -> None:
     from ecvae_diffusers.hub.publish import run
 
     run_or_fail(run, args, prog)
+
+
+if __name__ == "__main__":
+    main()

@@ -171,3 +171,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None, prog: str = "ecvae restore") -> None:
     """Restore as a command line says: that of this process, or `argv`."""
     run_or_fail(run, parse_args(argv, prog), prog)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,12 @@ class Details:
         """Return the details that a YAML file's content holds. Raises `ValueError` naming a field that is missing or wrong."""
         if isinstance(value, dict) and isinstance(value.get("training"), dict):
             value = value | {"training": {str(name): str(one) for name, one in value["training"].items()}}
-        return read(cls, value, "")
+        details = read(cls, value, "")
+        stated = {"title": details.title, "license": details.license, "known_failures": details.known_failures}
+        stated |= {"data.name": details.data.name, "data.license": details.data.license}
+        if empty := [name for name, text in stated.items() if not text.strip()]:
+            raise ValueError(f"`{empty[0]}` must not be empty.")
+        return details
 
 
 def with_location(card: str, location: str) -> str:

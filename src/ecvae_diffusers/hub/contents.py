@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from diffusers.models import autoencoders
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -136,7 +137,7 @@ def held_class(name: str, index: Any) -> str:
 
 
 def check_file(path: Path, folder: Path) -> None:
-    """Raise `ValueError` for a link, for damaged safetensors, and for a text that names a path of this machine."""
+    """Raise `ValueError` for a link, for damaged safetensors, for a PNG that is none, and for a text that names a path of this machine."""
     if path.resolve() != folder.resolve() / path.relative_to(folder):
         raise ValueError(f"{str(path)!r} leads to {str(path.resolve())!r}: replace it by a copy.")
     if path.suffix == ".safetensors":
@@ -146,7 +147,13 @@ def check_file(path: Path, folder: Path) -> None:
             raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
         if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{str(path)!r} must hold finite weights only, but {broken[0]!r} has some that are not.")
-    elif path.suffix not in PICTURES:
+    elif path.suffix in PICTURES:
+        try:
+            with PIL.Image.open(path, formats=["PNG"]) as picture:
+                picture.verify()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is no PNG picture: remove it.") from error
+    else:
         text = path.read_text(encoding="utf-8", errors="replace")
         # `~` where the user has no home.
         for private in {str(folder), os.path.expanduser("~")} - {"/", "~"}:

@@ -13,12 +13,14 @@ from typing import Any
 import diffusers
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models import auto_model
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 
 LIBRARY = "ecvae_diffusers"
-# diffusers' own, before `register` wraps it.
+# diffusers' own, before `register` wraps them.
 get_signature_keys = DiffusionPipeline.__dict__["_get_signature_keys"]
+resolve_trust_remote_code = auto_model.resolve_trust_remote_code
 
 
 def register(components: tuple[type, ...], pipelines: tuple[type, ...]) -> None:
@@ -50,6 +52,12 @@ def register(components: tuple[type, ...], pipelines: tuple[type, ...]) -> None:
     # On the base classes: the generic ones' `from_pretrained` reads the file before it knows the class.
     for generic in (AutoModel, DiffusionPipeline):
         generic._dict_from_json_file = classmethod(_dict_from_json_file)
+
+    def resolve_trust(trust_remote_code: bool, model_name: str, has_remote_code: bool) -> bool:
+        # `AutoModel` refuses trust in a repository without code for it to run, and a class of this package needs none.
+        return resolve_trust_remote_code(trust_remote_code, model_name, has_remote_code) and has_remote_code
+
+    auto_model.resolve_trust_remote_code = resolve_trust
 
     def _get_signature_keys(cls, obj: type) -> tuple[list[str], list[str]]:
         # The generic class asks itself, not the pipeline it loads, which components are optional, and so would ignore

@@ -6,6 +6,8 @@ The token is that of `hf auth login` or of the environment variable `HF_TOKEN`, 
 
 import json
 import os
+import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +16,7 @@ from typing import Any, cast
 
 from diffusers.utils import logging
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from .card import CARD_MARKER, with_location
@@ -190,12 +192,18 @@ def attempt(repo_id: str, call: Callable[[], Any]) -> Any:
             raise ValueError(f"`repo_id` must be 'user/name', but is {repo_id!r}: {error}") from error
         except (HTTPError, OSError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            may_pass = isinstance(error, HTTPError) and (status is None or status == 429 or status >= 500)
+            is_transport = isinstance(
+                error, (HTTPError, ConnectionError, TimeoutError, socket.gaierror, LocalEntryNotFoundError)
+            )
+            may_pass = is_transport and (status is None or status == 429 or status >= 500)
             if wait is None or not may_pass:
                 login = (
                     ": `hf auth login`, or set HF_TOKEN to a token that may write there"
                     if status in (401, 403)
                     else ""
                 )
-                raise UploadError(f"{repo_id!r} can't be published{login}: {error}") from error
+                # A token with characters that no header may hold is quoted in the client's error.
+                message = re.sub(r"Bearer [^'\"]*", "Bearer (hidden)", str(error))
+                cause = None if "Bearer" in message else error
+                raise UploadError(f"{repo_id!r} can't be published{login}: {message}") from cause
             time.sleep(wait)

@@ -354,6 +354,19 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             return (sample,)
         return DecoderOutput(sample=sample)
 
+    def save_pretrained(
+        self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, variant=None,
+        max_shard_size="10GB", **kwargs,
+    ):  # fmt: skip
+        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors: no other file would be loaded again."""
+        if not safe_serialization:
+            raise ValueError(
+                "`safe_serialization` must not be False: weights are saved and loaded as safetensors only."
+            )
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, True, variant, max_shard_size, **kwargs
+        )
+
     def forward(
         self,
         sample: torch.Tensor,

@@ -53,6 +53,7 @@ class Blur(LinearOperator):
         self.column_and_row = column_and_row if second < RANK_ONE else None
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
+        self.check_size(x)
         if self.padding == "circular":
             return self.filtered(x, self.transfer(x))
         rows, columns = (self.mirrored(dim, x.shape[dim - 2]).to(x.device) for dim in (0, 1))
@@ -61,6 +62,7 @@ class Blur(LinearOperator):
         return blurred.squeeze(1).unflatten(0, padded.shape[:2])
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        self.check_size(y)
         if self.padding == "circular":
             return self.filtered(y, self.transfer(y).conj())
         rows, columns = (self.mirrored(dim, y.shape[dim - 2]).to(y.device) for dim in (0, 1))
@@ -86,6 +88,12 @@ class Blur(LinearOperator):
         if y.shape[-2] * y.shape[-1] > DENSE_ENTRIES:
             return self.solve(y, damping)
         return self.solve_densely(y.flatten(0, 1), (1, *y.shape[-2:]), damping).view(y.shape)
+
+    def check_size(self, x: torch.Tensor) -> None:
+        if any(k > size for k, size in zip(self.kernel.shape, x.shape[-2:])):  # a mirror image has size - 1 pixels
+            raise ValueError(
+                f"`kernel` of shape {tuple(self.kernel.shape)} is larger than images of {tuple(x.shape[-2:])}."
+            )
 
     def transfer(self, like: torch.Tensor) -> torch.Tensor:
         """Return the kernel's spectrum at the size of `like`, in its precision but at least float32: there is no FFT below."""

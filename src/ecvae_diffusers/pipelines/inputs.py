@@ -196,6 +196,9 @@ def as_list(images: Images, name: str) -> list:
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
         raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
+    sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
     return images
 
 

@@ -269,6 +269,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
         variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, ("latents",))
         if (operator is None) == (mask_image is None):
             raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
         if variance is None or (energy_weight and self.energy_model is None):
@@ -305,7 +307,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
             progress_bar.update()
             if callback_on_step_end is not None:
-                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
                 latents = (callback_on_step_end(self, step, step, tensors) or {}).pop("latents", latents)
             if self.interrupt:
                 raise Interruption(latents)

@@ -114,13 +114,22 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
     for name, value in entries.items():
         if value is None or name in replaced:
             continue
-        if isinstance(actions[name], argparse.BooleanOptionalAction) and isinstance(value, bool):
+        # YAML reads a bare `no` as false.
+        if value is False and "no" in (actions[name].choices or ()):
+            value = "no"
+        is_switch, is_list = isinstance(actions[name], argparse.BooleanOptionalAction), actions[name].nargs == "+"
+        if name not in RETIRED and (
+            is_switch != isinstance(value, bool) or isinstance(value, list | dict) and not is_list
+        ):
+            allowed = "true or false" if is_switch else "one value"
+            parser.error(f"--config {path!r}: --{name} must be {allowed}, but is {value!r}.")
+        if is_switch and isinstance(value, bool):
             arguments.append(f"--{'' if value else 'no-'}{name}")
-        elif actions[name].nargs == "+":
+        elif is_list:
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         else:
-            # YAML reads a bare `no` as false. In one piece, so that a value may start with a dash.
-            arguments.append(f"--{name}={'no' if value is False else value}")
+            # In one piece, so that a value may start with a dash.
+            arguments.append(f"--{name}={value}")
     return arguments
 
 

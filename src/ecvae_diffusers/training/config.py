@@ -156,6 +156,9 @@ class CalibrationConfig(Group):
             refuse("drift_tolerance", self.drift_tolerance, allowed)
         if self.initial_dual > self.max_dual:
             refuse("initial_dual", self.initial_dual, f"at most --max_dual ({self.max_dual})")
+        if self.largest_drift_step * self.conditioning_weight > 1:
+            most = f"at most 1 / --langevin_drift_step ({1 / self.largest_drift_step:g})"
+            refuse("conditioning_weight", self.conditioning_weight, most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,9 +324,14 @@ class TrainingConfig:
             raise ConfigError("--hub_model_id and --hub_private_repo require --push_to_hub.")
         if evaluation.early_stopping_patience is not None and evaluation.evaluation_steps is None:
             raise ConfigError("--early_stopping_patience requires --evaluation_steps.")
-        for name in self.run.report_to or []:  # which Accelerate would leave out without a word
-            if importlib.util.find_spec(name) is None:
-                raise ConfigError(f"--report_to {name} requires a package that is not installed: pip install {name}.")
+        needed: dict[str, tuple[str, str]] = {f"--report_to {name}": (name, name) for name in self.run.report_to or []}
+        if evaluation.evaluation_steps is not None:
+            needed["--evaluation_steps"] = ("torchmetrics", "ecvae-diffusers[metrics]")
+            if evaluation.evaluation_features == "inception":
+                needed["--evaluation_features inception"] = ("torch_fidelity", "torch-fidelity")
+        for argument, (module, package) in needed.items():
+            if importlib.util.find_spec(module) is None:
+                raise ConfigError(f"{argument} requires a package that is not installed: pip install '{package}'.")
 
 
 def default_channels(resolution: int) -> list[int]:

@@ -71,7 +71,8 @@ class FolderFiles:
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.appendleft(path)
                 elif not entry.is_symlink():
-                    found[real / entry.name] = path
+                    if entry.is_file():  # a pipe would be waited for
+                        found[real / entry.name] = path
                 elif not os.path.isdir(path):
                     linked_files.append(path)  # broken links too: reading the file says so
                 elif real.is_relative_to(os.path.realpath(path)):

@@ -110,7 +110,7 @@ class StreamFeed:
             # Formats without a schema show their columns only in their first rows.
             dataset = dataset._resolve_features()
         except Exception as error:  # each format has its own ways to fail
-            raise ValueError(f"--dataset_name {self.name!r} can't be streamed: {error}") from error
+            raise ValueError(f"--dataset_name {self.name!r} can't be streamed: {error or 'it is empty'}.") from error
         self.column = find_image_column(dataset.features, self.name, data.image_column)
         # Undecoded, so that a broken image can be named.
         dataset = dataset.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))

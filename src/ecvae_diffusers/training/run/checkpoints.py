@@ -76,8 +76,8 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         damaged.append(f"{str(checkpoint)!r} ({what})")
     if damaged:
         raise ValueError(
-            f"--resume_from_checkpoint {resume_from_checkpoint!r} finds damage: {', '.join(damaged)}. Bring the files back, resume "
-            "from 'latest', which is the newest whole one, or start again with --overwrite_output_dir."
+            f"--resume_from_checkpoint {resume_from_checkpoint!r} finds damage: {', '.join(damaged)}. Bring the files back, "
+            f"{'' if resume_from_checkpoint == 'latest' else 'resume from latest, '}or start again with --overwrite_output_dir."
         )
     return None
 

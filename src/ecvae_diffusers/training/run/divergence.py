@@ -33,7 +33,7 @@ MIN_GRADIENT, MIN_SPREAD = 0.1, 0.05
 # Logged steps in a row after which a doubt is an alarm: dead samples, a dead energy model, clipped gradients. Fewer are chance.
 LASTING = 5
 # Steps and logged steps in a row, at least, that lambda may be at its bound (at first it often is, while the energy model is
-# ahead), and constraint over tolerance above which the chain has run away. Below, the run is as healthy as with a fixed lambda.
+# ahead), and the median of constraint over tolerance above which the chain has run away. Below, the run is as healthy as with a fixed lambda.
 PINNED_STEPS, PINNED_LOGGED, RUNAWAY = 500, 50, 10.0
 # Calibration is off if its gradient is below this share of the reconstruction's. After so many steps a warning says so.
 MIN_CALIBRATION_WEIGHT, OFF_STEPS = 0.01, 100
@@ -71,7 +71,9 @@ class DivergenceGuard:
         self.max_pinned, self.max_off = max(PINNED_LOGGED, PINNED_STEPS // log_steps), max(1, OFF_STEPS // log_steps)
         self.history: dict[str, list[float]] = {name: [] for name in RANGED}
         # Logged steps, and those in a row of which something was true.
-        self.counts = dict.fromkeys(("observations", "doubtful", "pinned", "runaway", "off"), 0)
+        self.counts = dict.fromkeys(("observations", "doubtful", "off"), 0)
+        # Constraint over tolerance of the logged steps in a row with lambda at its bound.
+        self.pinned_ratios: list[float] = []
         # Not part of the state: it does not go back with the run.
         self.has_been_pinned = False
 
@@ -106,15 +108,16 @@ class DivergenceGuard:
         if self.count("doubtful", bool(doubts)) >= LASTING:
             alarms += doubts
         is_pinned = scalars.get("dual", -1.0) >= self.max_dual
-        ran_away = is_pinned and scalars["constraint"] > RUNAWAY * scalars["tolerance"]
-        pinned, runaway = self.count("pinned", is_pinned), self.count("runaway", ran_away)
-        message = f"lambda has been at its bound ({self.max_dual:g}) for {self.max_pinned} logged steps"
-        # One alarm only: if a lower rate does not bring lambda down, nothing that the guard does will.
-        if runaway == self.max_pinned and not self.has_been_pinned:
-            self.has_been_pinned = True
-            alarms.append(f"{message}, with a constraint of over {RUNAWAY:g} times its tolerance")
-        elif pinned == self.max_pinned:
-            warnings.append(f"{message}: consider a larger --max_dual or --drift_tolerance")
+        self.pinned_ratios = [*self.pinned_ratios, scalars["constraint"] / scalars["tolerance"]] if is_pinned else []
+        if len(self.pinned_ratios) == self.max_pinned:
+            ratio = statistics.median(self.pinned_ratios)
+            message = f"lambda has been at its bound ({self.max_dual:g}) for {self.max_pinned} logged steps, with a constraint of {ratio:.1f} times its tolerance"
+            # One alarm only: if a lower rate does not bring lambda down, nothing that the guard does will.
+            if ratio > RUNAWAY and not self.has_been_pinned:
+                self.has_been_pinned = True
+                alarms.append(message)
+            else:
+                warnings.append(f"{message}: consider a larger --max_dual or --drift_tolerance")
         if self.count("off", bool(scalars.get("calibration_off"))) == self.max_off:
             warnings.append(
                 f"calibration is off (lambda {scalars['dual']:.3g}) while the energy model tells samples from data: this run trains "
@@ -123,11 +126,11 @@ class DivergenceGuard:
         return alarms, warnings
 
     def state_dict(self) -> dict:
-        return {"history": dict(self.history), **self.counts}
+        return {"history": dict(self.history), "pinned_ratios": self.pinned_ratios, **self.counts}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore a saved state. Counts that 0.1 did not have begin at 0."""
-        self.history = dict(state_dict["history"])
+        self.history, self.pinned_ratios = dict(state_dict["history"]), state_dict["pinned_ratios"]
         self.counts = {name: state_dict.get(name, 0) for name in self.counts}
 
 
@@ -234,7 +237,7 @@ class Recovery:
             # A copy: an optimizer takes over the tensors that it is given, and changes them.
             part.load_state_dict(recursively_apply(torch.clone, saved))
         # What must last is counted anew.
-        self.guard.counts.update(doubtful=0, pinned=0, runaway=0)
+        self.guard.counts["doubtful"], self.guard.pinned_ratios = 0, []
         self.peaks.clear()
         seen, kind = "; ".join(alarms), "stopped"
         message = f"{seen}: stopped after {self.num_rollbacks} rollbacks"

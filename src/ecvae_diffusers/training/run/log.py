@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ def peak_memory(device: torch.device) -> float:
         return int(found[1]) / 2**20
     import resource  # POSIX only
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def progress(
