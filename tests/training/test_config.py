@@ -28,6 +28,7 @@ FROZEN, START = "--freeze_decoder --calibration posterior", "--pretrained_model_
         ("--energy_block_out_channels 8 8 8 8 8", "energy_block_out_channels"),
         ("--energy_num_scales 5", "energy_num_scales"),
         ("--initial_dual 200", "initial_dual"),
+        ("--conditioning_weight 6", "conditioning_weight"),
         ("--learning_rate 0", "learning_rate"),
         ("--calibration_tolerance some", "calibration_tolerance"),
         ("--drift_tolerance 0 --langevin_noise 0 --langevin_drift_step 0.1", "drift_tolerance"),

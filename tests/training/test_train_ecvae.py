@@ -88,7 +88,6 @@ def test_what_is_no_pretrained_model_is_named(finished, tmp_path):
         (2, 2, [], "2 of 4"),
         (8, 0, ["--train_batch_size", 64], "--train_batch_size"),
         (8, 0, ["--mixed_precision", "fp16"], "--mixed_precision"),
-        (8, 0, ["--conditioning_weight", 6], "conditioning_weight"),
         (8, 0, ["--in_channels", 3, "--pretrained_model_name_or_path", "{finished}"], "--in_channels"),
     ],
 )
