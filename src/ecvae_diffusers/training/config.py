@@ -199,7 +199,7 @@ class RunConfig(Group):
     checkpointing_steps: int = option(500, help="Save a checkpoint every N steps.", at_least=1)
     checkpoints_total_limit: int | None = option(help="Keep only the newest N checkpoints.", at_least=1)
     resume_from_checkpoint: str | None = option(
-        help="'latest': go on from the newest checkpoint in --output_dir, or start at step 0 if there is none.",
+        help="'latest': resume from the newest checkpoint in --output_dir, or start at step 0 if there is none.",
         read=place,
     )
     log_steps: int = option(10, help="Write to metrics.jsonl every N steps.", at_least=1)

@@ -342,7 +342,7 @@ class Trainer:
             rate = "--energy_learning_rate" if self.energy is not None else "--learning_rate"
             raise Stopped(
                 f"stopped at step {broke_at} after {self.config.guard.max_rollbacks} rollbacks: {'; '.join(alarms)}. The state of "
-                f"step {self.step} is saved: try a lower {rate}, --max_grad_norm, or fp32, and go on from it with "
+                f"step {self.step} is saved: try a lower {rate}, --max_grad_norm, or fp32, and resume from it with "
                 f"--pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
             )
         self.progress.n = self.step

@@ -190,7 +190,7 @@ def load_energy_model(
     revision: str | None = None,
 ) -> EnergyModel | None:
     """
-    Load the energy model that an earlier run has saved beside its decoder, ready to train; `None`, and a line in the log, where
+    Load the energy model that an earlier run has saved next to its decoder, ready to train; `None`, and a line in the log, where
     there is none, or one for other images.
 
     Raises:

@@ -80,7 +80,7 @@ class Task(ABC):
         """After a step of the networks, in every process: what is the task's own, such as a dual variable."""
 
     def measure(self, generator: torch.nn.Module, images: torch.Tensor) -> dict[str, float]:
-        """Measure, on the main process, what an evaluation states beside samples, on reference images: uint8 (N, C, H, W)."""
+        """Measure, on the main process, what an evaluation states next to samples, on reference images: uint8 (N, C, H, W)."""
         return {}
 
     def finish(self, generator: torch.nn.Module, feed) -> None:
