@@ -71,8 +71,8 @@ def calibration_row(records: list[dict]) -> dict:
     row = {name: study.median(last, name) for name in LOGGED if name in last[0]}
     if "constraint" in last[0]:
         row["violation"] = statistics.median(record["constraint"] / record["tolerance"] for record in last)
-        settled = [record["calibrating"] for record in records if record["step"] > SETTLING_STEPS]
-        row["share_on"] = statistics.mean(settled) if settled else None
+        settled = [record for record in records if record["step"] > SETTLING_STEPS] or last
+        row["share_on"] = statistics.mean(record["calibrating"] for record in settled)
     return row
 
 

@@ -322,11 +322,13 @@ def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) 
         return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
         images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
+    if not (first := torch.as_tensor(images[0])).is_floating_point():
+        raise ValueError(f"`image` must be floating-point in [0, 1], but is {first.dtype}.")
     picture = processor.preprocess(images[0] if len(images) == 1 else images)
     finite = picture[picture.isfinite()]
     low, high = finite.aminmax() if len(finite) else (0, 1)
-    if not picture.is_floating_point() or low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(f"`image` must be floating-point in [0, 1], but is {picture.dtype} from {low:g} to {high:g}.")
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"`image` must be in [0, 1], but is from {low:g} to {high:g}.")
     return picture
 
 

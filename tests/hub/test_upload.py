@@ -92,6 +92,21 @@ def test_figures_and_variants_stay_as_long_as_they_are_of_the_weights(hub, saved
     assert HALF.replace("fp16", "other") in hub.files("user/figures")
 
 
+def test_weights_in_several_files_replace_one_and_the_other_way_round(hub, make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.push_to_hub("user/parts")
+    pipe.to(torch.float16).push_to_hub("user/parts", variant="fp16")
+    pipe.to(torch.float32).save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    pipe.vae.save_pretrained(tmp_path / "vae", max_shard_size="20KB")
+    upload_folder(tmp_path, "user/parts")
+    published = hub.files("user/parts")
+    assert f"{WEIGHTS}.index.json" in published and not {WEIGHTS, HALF} & published.keys()
+    pipe.push_to_hub("user/parts")
+    published = hub.files("user/parts")
+    assert [path for path in published if path.startswith("vae/diffusion")] == [WEIGHTS]
+
+
 @pytest.mark.parametrize(
     "repo_id, there, named",
     [

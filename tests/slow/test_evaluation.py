@@ -93,6 +93,13 @@ def test_a_killed_evaluation_resumes(files, arguments, evaluation):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     image.write_bytes(before)
 
+    part = out / ".parts" / "samples_0-00000.safetensors"
+    content = part.read_bytes()
+    part.write_bytes(content[:-9])
+    refused = run(*arguments, "--output_dir", out)
+    assert refused.returncode == 1 and part.name in refused.stderr and "Traceback" not in refused.stderr
+    part.write_bytes(content)
+
     result = run(*arguments, "--output_dir", out)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_figures(json.loads((out / "evaluation.json").read_text()), evaluation)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -187,7 +188,14 @@ class Work:
         """Concatenate the parts of a kind. Raises `ValueError` if another machine has made one in a folder of its own."""
         if not all(path.is_file() for path in self.paths[kind]):
             raise ValueError(f"parts of {kind!r} are missing: --output_dir must be a folder that all processes share.")
-        parts = [load_file(path) for path in self.paths[kind]]
+        parts = []
+        for path in self.paths[kind]:
+            try:
+                parts.append(load_file(path))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{str(path)!r} is damaged ({error}): remove it, and this command makes it again."
+                ) from error
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def trained_on(self) -> int:

@@ -37,6 +37,7 @@ from .contents import (
 
 logger = logging.get_logger(__name__)
 
+SHARDS = "diffusion_pytorch_model.safetensors.index.json"  # which names the files of weights in several
 HUB_FILES = {".gitattributes", CARD}  # which the Hub makes itself
 WAITS = (1.0, 4.0)  # seconds before the second and the third try
 # The error of the client's transport, httpx or by newer releases httpx2.
@@ -107,12 +108,15 @@ def upload_folder(
                 card_stays = CARD in held
             else:
                 removed = [EVALUATION]
+        # Full weights in one file where now there are several, or the other way round, would be loaded instead of those.
+        folders = {PurePosixPath(file).parent for file in full}
+        others = [path for path in map(PurePosixPath, there) if path.parent in folders and str(path) not in files]
+        replaced = [str(path) for path in others if FULL_WEIGHTS.fullmatch(path.name) or path.name == SHARDS]
         # A model's parts belong together: where the full weights of one are others, all variants go.
-        is_changed = any(there.get(file) not in (None, additions[file].upload_info.sha256.hex()) for file in full)
-        if is_changed and not is_evaluated:
-            folders = {PurePosixPath(file).parent for file in full}
-            variants = [path for path in map(PurePosixPath, there) if VARIANT_WEIGHTS.fullmatch(path.name)]
-            removed += [str(path) for path in variants if path.parent in folders and str(path) not in files]
+        changed = [file for file in full if there.get(file) not in (None, additions[file].upload_info.sha256.hex())]
+        if (changed or replaced) and not is_evaluated:
+            removed += [str(path) for path in others if VARIANT_WEIGHTS.fullmatch(path.name)]
+        removed += replaced
         del additions[CARD]
         if not (card_stays or prefix):
             card = with_location((folder / CARD).read_text(encoding="utf-8"), repo_id)

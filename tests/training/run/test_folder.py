@@ -1,11 +1,13 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Output folders: one run at a time, and nothing is left of one that was refused."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from ecvae_diffusers.atomic import WriteError
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
@@ -55,6 +57,16 @@ def test_one_run_a_folder_which_can_be_written(script, start, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(WriteError, match="out"), locked(tmp_path / "file" / "out"):
         pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def acquire(self):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported", str(tmp_path / "out" / LOCK_FILE))
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / "metrics.jsonl").touch()
+    assert (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_run_that_is_refused_leaves_nothing(tmp_path):

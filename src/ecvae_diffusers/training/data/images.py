@@ -274,19 +274,23 @@ class ImageDataset(torch.utils.data.Dataset):
         skip_broken: bool = False,
         progress: bool = True,
     ):
-        # Of gray images, if all turn out to be gray, the first of three equal channels.
-        shape = (len(pictures), in_channels or 3, resolution, resolution)
-        cache = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MAX_CACHED_BYTES else None
+        num_values = len(pictures) * resolution**2
+        # Of gray images, if all turn out to be gray, the first of three equal channels. Where three are too many, one is kept.
+        kept = in_channels or (3 if 3 * num_values <= MAX_CACHED_BYTES else 1)
+        shape = (len(pictures), kept, resolution, resolution)
+        cache = torch.empty(shape, dtype=torch.uint8) if kept * num_values <= MAX_CACHED_BYTES else None
         places = iter(range(len(pictures)))
 
         def keep(image: PIL.Image.Image) -> None:
             if cache is not None:
-                cache[next(places)] = to_tensor(image, shape[1], resolution)
+                cache[next(places)] = to_tensor(image, kept, resolution)
 
         # The first look at an image also decodes it.
         self.checked = CheckedPictures(pictures, skip_broken, progress, keep)
         self.pictures, self.resolution = self.checked.pictures, resolution
         self.channels = in_channels or self.checked.channels
+        if cache is not None and kept < self.channels:
+            cache = None
         self.cache = None if cache is None else cache[: len(self), : self.channels].contiguous()
 
     def decode(self, i: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The output folder of a run: what is in it, what may be overwritten, and one process at a time."""
 
+import errno
+import logging
 import os
 import re
 import sys
@@ -24,7 +26,11 @@ from ecvae_diffusers.training.run.log import (
 )
 
 
+logger = logging.getLogger(__name__)
+
 LOCK_FILE = ".lock"
+# What systems say of a folder, such as some of those on other machines, in which nothing can be locked.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 HASHES_FILE = "training_images.txt"  # of the images that a run was trained on
 BEST_FOLDER = "best"
 PICTURES = ("samples", "reconstructions", "chain", "neighbours")
@@ -130,6 +136,10 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
             raise ValueError(
                 f"--output_dir {str(output_dir)!r} is in use by another run: wait for it, stop it, or choose another folder."
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning(f"{str(output_dir)!r} lies on a file system without locks: start no second run there.")
     try:
         yield
     finally:

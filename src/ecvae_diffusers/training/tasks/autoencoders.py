@@ -215,9 +215,9 @@ def load_energy_model(
             named = f"--pretrained_model_name_or_path: {str(place)!r}, energy_model,"
             raise ValueError(f"{named} can't be loaded: {error}") from error
         found = (str(error).splitlines()[0],)  # There is none on the Hub, or the network failed.
+    there = "none" if is_local and not config else ", ".join(map(str, found))
     logger.info(
-        f"The energy model is a new one: {str(name_or_path)!r} has none of {in_channels} channel(s) and {resolution} px "
-        f"next to it, but {found}."
+        f"The energy model is a new one of {in_channels} channel(s) and {resolution} px. Next to {str(name_or_path)!r}: {there}."
     )
     return None
 

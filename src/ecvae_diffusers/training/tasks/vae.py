@@ -21,7 +21,7 @@ from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.run.log import progress
 from ecvae_diffusers.training.tasks.base import Task, evaluating
-from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, load_pretrained
+from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS, Pretrained, build_models, load_pretrained
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
 
@@ -159,7 +159,11 @@ def train_vae(config: ECVAEConfig) -> None:
             )
         if model.freeze_decoder and checkpoint is not None:
             # The decoder is the checkpoint's, whatever the path holds by now.
-            saved = ECVAEPipeline.from_pretrained(checkpoint / "pipeline", low_cpu_mem_usage=False)
+            folder = checkpoint / "pipeline"
+            try:
+                saved = ECVAEPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+            except LOADING_ERRORS as error:
+                raise ValueError(f"{str(folder)!r} can't be loaded: {' '.join(str(error).split())}") from error
             companions = {"energy_model": saved.energy_model, "scheduler": saved.scheduler}
         return vae, companions
 
