@@ -62,6 +62,7 @@ class SelfContained(saving.SelfContained):
         create_pr: bool = False,
         safe_serialization: bool = True,
         variant: str | None = None,
+        subfolder: str | None = None,
         **kwargs,
     ) -> str:
         """
@@ -76,5 +77,13 @@ class SelfContained(saving.SelfContained):
         with tempfile.TemporaryDirectory() as folder:
             with writing(folder):
                 self.save_pretrained(folder, safe_serialization, variant)
-            kwargs |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
-            return upload_folder(folder, repo_id, **kwargs)
+            return upload_folder(
+                folder,
+                repo_id,
+                token=token,
+                private=private,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                subfolder=subfolder,
+                **kwargs,
+            )
