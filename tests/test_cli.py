@@ -13,6 +13,7 @@ from training_runs import TINY, write_images
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, FlowEC, cli
 from ecvae_diffusers.cli import COMMANDS, main
+from ecvae_diffusers.training.train_ecvae import parse_args
 
 
 FEW_STEPS = ["--num_restorations", 2, "--num_inference_steps", 2]
@@ -94,20 +95,25 @@ assert not hasattr(ecvae_diffusers, "nothing")
 @pytest.mark.parametrize(
     "source, others, argument",
     [
-        ("pictures", [], "--train_data_dir"),
-        ("pictures", ["--streaming"], "--dataset_name"),
-        ("tables", [], "--dataset_name"),
-        ("./nowhere", [], "--train_data_dir"),
-        ("user/data", [], "--dataset_name"),
+        ("pictures", [], "train_data_dir"),
+        ("pictures", ["--streaming", "--in_channels", "1"], "dataset_name"),
+        ("pictures/0.png", [], "train_data_dir"),
+        ("tables", [], "dataset_name"),
+        ("./nowhere", [], "train_data_dir"),
+        ("user/data", [], "dataset_name"),
     ],
 )
-def test_data_may_be_the_first_argument(source, others, argument, tmp_path, monkeypatch):
+def test_data_may_be_given_without_its_flag(source, others, argument, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder, file in (("pictures", "0.png"), ("tables", "train.parquet")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).touch()
-    assert cli.named_data([source, *others]) == [argument, source, *others]
-    assert cli.named_data(["--config", "a.yaml"]) == ["--config", "a.yaml"]
+    rest = ["--output_dir", "out", "--resolution", "16", *others]
+    for argv in ([source, *rest], [*rest, source]):
+        config = parse_args(argv)
+        assert getattr(config.data, argument) == source
+    with pytest.raises(SystemExit):
+        parse_args([source, *rest, "--train_data_dir", source])
 
 
 @pytest.fixture

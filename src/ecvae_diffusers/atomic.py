@@ -24,9 +24,11 @@ TORCH_WRITER = ("StreamWriter", "unexpected pos")
 
 
 class WriteError(OSError):
-    """A file or folder that could not be written. The message names it, the reason and the free space."""
+    """A file or folder that could not be written. The message names it, the reason and, on a full disk, the free space."""
 
     def __str__(self) -> str:
+        if self.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return f"{self.filename!r} can't be written: {self.strerror}."
         place = next(parent for parent in Path(self.filename).absolute().parents if os.path.exists(parent))
         free = shutil.disk_usage(place).free / 2**20
         return f"{self.filename!r} can't be written: {self.strerror} ({free:,.0f} MiB are free there)."

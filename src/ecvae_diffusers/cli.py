@@ -7,6 +7,7 @@ This module imports what a command needs only when the command is run, so that h
 import importlib
 import os
 import sys
+from functools import partial
 from typing import NamedTuple
 
 from . import __version__
@@ -62,12 +63,9 @@ COMMANDS = {
         "my_model --evaluation my_evaluation --details details.yaml --hub_model_id me/my-model",
     ),
 }
-TRAINING = ("train", "train-flow", "calibrate-decoder")  # whose first argument may be the data
-PARALLEL = (*TRAINING, "evaluate")  # which compute on every GPU of the machine
+PARALLEL = ("train", "train-flow", "calibrate-decoder", "evaluate")  # which compute on every GPU of the machine
 # Set by `torchrun` and by `accelerate launch`, which have started the processes already.
 LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
-# Files of a folder that `datasets` reads as a data set, instead of as pictures.
-DATA_FILES = (".parquet", ".arrow", ".jsonl", ".csv", ".tar", ".zip")
 
 
 def overview() -> str:
@@ -79,19 +77,6 @@ def overview() -> str:
         f"usage: ecvae COMMAND ...\n\nEnergy-calibrated VAEs for diffusers.\n\ncommands:\n{commands}\n\n"
         f"example:\n{examples}\n\n`ecvae COMMAND --help` lists the arguments of a command."
     )
-
-
-def named_data(argv: list[str]) -> list[str]:
-    """Turn data given as the first argument into `--train_data_dir` or, of data files or the Hub, `--dataset_name`."""
-    if not argv or argv[0].startswith("-"):
-        return argv
-    source = os.path.expanduser(argv[0])
-    if os.path.isdir(source):
-        names = os.listdir(source) if os.access(source, os.R_OK) else []  # training says what is wrong
-        is_data_set = "--streaming" in argv or any(name.endswith(DATA_FILES) for name in names)
-    else:
-        is_data_set = not source.startswith((".", "~", os.sep))
-    return ["--dataset_name" if is_data_set else "--train_data_dir", source, *argv[1:]]
 
 
 def launch(name: str, argv: list[str]) -> None:
@@ -134,12 +119,12 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"ecvae: error: COMMAND must be one of {', '.join(COMMANDS)}, but is {name!r}.")
     command, prog = COMMANDS[name], f"ecvae {name}"
     asks_for_help = "-h" in argv or "--help" in argv
-    argv = named_data(argv) if name in TRAINING else argv
     try:
         module = importlib.import_module(f".{command.module}", __package__)
-        if name in PARALLEL and not asks_for_help:
-            launch(name, argv)
-        module.main(argv, prog)
+        if name in PARALLEL:
+            module.main(argv, prog, partial(launch, name, argv))
+        else:
+            module.main(argv, prog)
     except ImportError as error:
         fail(f"{prog}: error: {what_to_install(error)}")
     except SystemExit as end:

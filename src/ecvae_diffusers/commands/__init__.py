@@ -3,7 +3,9 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ecvae_diffusers.training.run.command import fail
@@ -30,6 +32,13 @@ def number(kind: type[int] | type[float], least: float, most: float = math.inf) 
         return value
 
     return read
+
+
+def check_writable(argument: str, path: str) -> None:
+    """Raise `ValueError`, before anything is computed, if nothing may be written to a path."""
+    place = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{argument} {path!r} can't be written: {str(place)!r} is read-only.")
 
 
 def load_pipeline(
@@ -60,7 +69,7 @@ def load_pipeline(
 
 def what_to_install(error: ImportError) -> str:
     """Return an error's message, with what to install if it does not say so."""
-    return str(error) if "pip install" in str(error) else f"{error}: pip install 'ecvae-diffusers[training,metrics]'"
+    return str(error) if "pip install" in str(error) else f"{error}: pip install 'ecvae-diffusers[training]'"
 
 
 def run_or_fail(

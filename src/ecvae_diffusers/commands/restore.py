@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecvae_diffusers.commands import LARGEST_SEED, load_pipeline, number, run_or_fail
+from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, run_or_fail
 from ecvae_diffusers.training.run.command import ArgumentParser
 
 
@@ -147,6 +147,7 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
 
 
 def run(args: argparse.Namespace) -> None:
+    check_writable("--output_dir", args.output_dir)
     pictures = find_pictures(args.pictures)
     check_pictures(pictures, args.mask)
 
@@ -154,6 +155,8 @@ def run(args: argparse.Namespace) -> None:
     from ecvae_diffusers.atomic import write_json
 
     pipeline = load_pipeline(ecvae_diffusers.ECVAERestorationPipeline, "--model", args.model, args.device)
+    if args.task == "colorization" and pipeline.vae.config.in_channels == 1:
+        raise ValueError(f"--task colorization needs a model in colour, but --model {args.model!r} is of gray images.")
     record: dict[str, Any] = {
         "arguments": vars(args),
         "ecvae_diffusers": ecvae_diffusers.__version__,

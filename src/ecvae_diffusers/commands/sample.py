@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from ecvae_diffusers.commands import LARGEST_SEED, load_pipeline, number, run_or_fail
+from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, run_or_fail
 from ecvae_diffusers.training.run.command import ArgumentParser
 
 
@@ -43,6 +43,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def run(args: argparse.Namespace) -> None:
+    check_writable("--output", args.output)
+
     import torch
     from diffusers import DiffusionPipeline
     from tqdm import tqdm

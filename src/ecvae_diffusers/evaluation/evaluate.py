@@ -8,6 +8,7 @@ resumes when it is started again with the same arguments.
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from ecvae_diffusers.atomic import remove, write_json
@@ -16,7 +17,7 @@ from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
 from ecvae_diffusers.training.run.command import ArgumentParser, check_places, named_place, place, printable
 
 
-PARTS_FOLDER = ".parts"
+PARTS_FOLDER, SAMPLES, NEIGHBOURS = ".parts", "samples.png", "neighbours.png"
 HOW_TO_READ = (
     "Good: distances low, those of the floor are what unseen images get instead of samples; precision, recall, density "
     "and coverage near 1; of reconstructions PSNR and SSIM high; bounds on the likelihood high, amortisation gap and "
@@ -68,8 +69,11 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
             "--out_of_distribution must be NAME=SOURCE with different names, none of them 'noise', but is "
             f"{' '.join(args.out_of_distribution)!r}."
         )
-    if (Path(args.output_dir) / EVALUATION_FILE).exists():
-        parser.error(f"--output_dir {args.output_dir!r} holds an {EVALUATION_FILE}: give another folder.")
+    folder = Path(args.output_dir)
+    there = [name for name in (EVALUATION_FILE, SAMPLES, NEIGHBOURS) if (folder / name).exists()]
+    # Pictures next to its parts are of an evaluation that was interrupted as it wrote.
+    if EVALUATION_FILE in there or there and not (folder / PARTS_FOLDER).is_dir():
+        parser.error(f"--output_dir {args.output_dir!r} holds {there[0]}: give another folder.")
     return args
 
 
@@ -117,15 +121,19 @@ def run(args: argparse.Namespace) -> None:
         remove(work.folder)
         print(evaluation_table(evaluation))
         print(HOW_TO_READ)
-        print(f"{output_dir / 'samples.png'}: samples.")
-        print(f"{output_dir / 'neighbours.png'}: samples, each next to the training images nearest to it.")
+        print(f"{output_dir / SAMPLES}: samples.")
+        print(f"{output_dir / NEIGHBOURS}: samples, each next to the training images nearest to it.")
         print(f"{output_dir / EVALUATION_FILE}: every figure with its protocol.")
 
 
-def main(argv: list[str] | None = None, prog: str = "ecvae evaluate") -> None:
-    """Evaluate as a command line says: that of this process, or `argv`."""
+def main(
+    argv: list[str] | None = None, prog: str = "ecvae evaluate", prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Evaluate as a command line says: that of this process, or `argv`. `prepare` is called when that is read."""
     printable()
-    run_or_fail(run, parse_args(argv, prog), prog, ": start it again with the same arguments to resume")
+    args = parse_args(argv, prog)
+    prepare()
+    run_or_fail(run, args, prog, ": start it again with the same arguments to resume")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,10 @@ def files_to_keep(args: argparse.Namespace, folder: Path) -> list[str]:
     """Return what somebody has laid next to an earlier model in `--output_dir`, which this one replaces, or has edited there."""
     if not folder.exists() or not any(folder.iterdir()):
         return []
-    known = set(files_to_publish(folder))
+    try:
+        known = set(files_to_publish(folder))
+    except ValueError as error:
+        raise ValueError(f"--output_dir must be new, empty or an earlier model's folder, but {error}") from error
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if found - known:  # they would be gone
         raise ValueError(f"--output_dir {args.output_dir!r} holds other files, such as {min(found - known)!r}.")

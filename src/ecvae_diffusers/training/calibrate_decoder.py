@@ -3,6 +3,8 @@
 `ecvae calibrate-decoder --help`. The encoder stays frozen, and what is saved loads with plain diffusers.
 """
 
+from collections.abc import Callable
+
 from ecvae_diffusers.training.command_line import read_config
 from ecvae_diffusers.training.config import ECDecoderConfig
 
@@ -19,9 +21,12 @@ def run(config: ECDecoderConfig) -> None:
     calibrate_decoder(config)
 
 
-def main(argv: list[str] | None = None, prog: str = "calibrate_decoder.py") -> None:
-    """Train as the command line says."""
+def main(
+    argv: list[str] | None = None, prog: str = "calibrate_decoder.py", prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Train as the command line says. `prepare` is called when that is read."""
     config = parse_args(argv, prog)
+    prepare()
     from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)

@@ -2,6 +2,7 @@
 """Reads a [`TrainingConfig`] from flags, from a YAML file, and from the arguments of the run that is resumed."""
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from types import NoneType
@@ -45,6 +46,8 @@ RETIRED: dict[str, tuple[Any, str]] = {
     "tracker_project_name": ("ecvae", "it is ecvae"),
     "use_8bit_adam": (False, "the networks are small"),
 }
+# Files of a folder that `datasets` reads as a data set, instead of as pictures.
+DATA_FILES = (".parquet", ".arrow", ".jsonl", ".csv", ".tar", ".zip")
 # Ignoring these would cost hours, or publish where it was not meant.
 REFUSED = ("hub_revision", "num_epochs")
 # The command line may give one where the YAML file gives the other.
@@ -78,6 +81,13 @@ def argparse_options(kind: Any, read: Any) -> dict[str, Any]:
 
 def build_parser(config_class: type[TrainingConfig], prog: str | None) -> argparse.ArgumentParser:
     parser = ArgumentParser(prog=prog, description=config_class.description, formatter_class=HelpFormatter)
+    parser.usage = f"{parser.prog} [data] [--argument value ...]"
+    parser.add_argument(
+        "data",
+        nargs="?",
+        type=place,
+        help="Folder of images, or data set: a short form of the two arguments for data.",
+    )
     parser.add_argument(
         "--config",
         type=place,
@@ -103,7 +113,7 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
         parser.error(f"--config {path!r} can't be read: {error}")
     if not isinstance(entries, dict):
         parser.error(f"--config {path!r} must hold `argument: value` lines.")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config", "data")}
     if unknown := [str(name) for name in entries if name not in actions]:
         parser.error(f"--config {path!r} holds unknown arguments: {', '.join(unknown)}.")
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions)))
@@ -133,11 +143,27 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
     return arguments
 
 
+def named_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Return which argument `data` is short for: `train_data_dir` or, of data files or the Hub, `dataset_name`."""
+    for name in EITHER_OR:
+        if (other := getattr(args, name)) is not None:
+            parser.error(f"data must be given once, but is {args.data!r} and --{name} {other!r}.")
+    if os.path.isdir(args.data):
+        names = os.listdir(args.data) if os.access(args.data, os.R_OK) else []  # training says what is wrong
+        is_data_set = args.streaming or any(name.endswith(DATA_FILES) for name in names)
+    else:
+        is_data_set = not (os.path.exists(args.data) or args.data.startswith((".", os.sep)))
+    return "dataset_name" if is_data_set else "train_data_dir"
+
+
 def read_config(config_class: type[Config], argv: list[str] | None = None, prog: str | None = None) -> Config:
     """Read and check a script's configuration. Exits with one line that names the argument, its value and what is allowed."""
     parser = build_parser(config_class, prog)
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parser.parse_args(argv)
+    if args.data is not None:
+        argv = [*argv, f"--{named_data(parser, args)}={args.data}"]
+        args = parser.parse_args(argv)
     if args.config is not None:
         argv = [*yaml_arguments(parser, args.config, argv), *argv]
         args = parser.parse_args(argv)
@@ -150,6 +176,7 @@ def read_config(config_class: type[Config], argv: list[str] | None = None, prog:
         parser.set_defaults(**{name: value for name, value in own.items() if name in vars(args)})
         args = parser.parse_args(argv)
     given = vars(args)
+    del given["data"]
     for name in sorted(RETIRED.keys() & given.keys()):
         if name in REFUSED:
             parser.error(f"--{name} is retired: {RETIRED[name][1]}.")

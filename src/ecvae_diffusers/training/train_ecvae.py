@@ -1,6 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Trains an energy-calibrated VAE on images: `accelerate launch training/train_ecvae.py --help`, or `ecvae train --help`."""
 
+from collections.abc import Callable
+
 from ecvae_diffusers.training.command_line import read_config
 from ecvae_diffusers.training.config import ECVAEConfig
 
@@ -17,9 +19,12 @@ def run(config: ECVAEConfig) -> None:
     train_vae(config)
 
 
-def main(argv: list[str] | None = None, prog: str = "train_ecvae.py") -> None:
-    """Train as the command line says."""
+def main(
+    argv: list[str] | None = None, prog: str = "train_ecvae.py", prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Train as the command line says. `prepare` is called when that is read."""
     config = parse_args(argv, prog)
+    prepare()
     from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)

@@ -5,6 +5,8 @@ Likelihood is learned first, with `--calibration none`; a second run from there 
 docs/flows.md.
 """
 
+from collections.abc import Callable
+
 from ecvae_diffusers.training.command_line import read_config
 from ecvae_diffusers.training.config import ECFlowConfig
 
@@ -21,9 +23,12 @@ def run(config: ECFlowConfig) -> None:
     train_flow(config)
 
 
-def main(argv: list[str] | None = None, prog: str = "train_flow.py") -> None:
-    """Train as the command line says."""
+def main(
+    argv: list[str] | None = None, prog: str = "train_flow.py", prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Train as the command line says. `prepare` is called when that is read."""
     config = parse_args(argv, prog)
+    prepare()
     from ecvae_diffusers.training.run.launch import run_script
 
     run_script(prog, config, run)

@@ -1,9 +1,11 @@
 """What may be overwritten, resumed and started from: nothing of the user's is lost."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
+from ecvae_diffusers.training.command_line import RETIRED
 from ecvae_diffusers.training.run.checkpoints import (
     STATE_FILES,
     check_resumed_arguments,
@@ -69,16 +71,37 @@ def test_another_checkpoint_is_named_with_those_there_are(tmp_path):
 def test_a_run_is_gone_on_with_under_its_own_arguments(tmp_path):
     arguments = parse_args(["--train_data_dir", "images", "--output_dir", "out", "--max_train_steps", "5"]).flat()
     (tmp_path / "training_args.json").write_text(json.dumps(arguments))
-    check_resumed_arguments(tmp_path, arguments | {"max_train_steps": 9, "log_steps": 1, "train_data_dir": "moved"})
+    check_resumed_arguments(
+        tmp_path, arguments | {"max_train_steps": 9, "log_steps": 1, "train_data_dir": "moved"}, {}
+    )
     with pytest.raises(ValueError, match="latent_channels.*learning_rate"):
-        check_resumed_arguments(tmp_path, arguments | {"latent_channels": 6, "learning_rate": 1.0})
+        check_resumed_arguments(tmp_path, arguments | {"latent_channels": 6, "learning_rate": 1.0}, {})
+
+
+@pytest.mark.parametrize(
+    "own, named",
+    [
+        ({"num_chains": 2}, "--num_chains 2"),
+        ({"posterior_langevin_steps": 2}, None),  # which does nothing without a calibrated posterior
+        ({"posterior_langevin_steps": 2, "calibration": "both"}, "--posterior_langevin_steps 2"),
+        ({"shuffle_buffer_size": 20_000}, None),
+        ({"shuffle_buffer_size": 20_000, "streaming": True}, "--shuffle_buffer_size 20000"),
+        ({"initial_posterior_dual": 5.0, "healthy_states": 5, "tracker_project_name": "mine"}, None),
+    ],
+)
+def test_a_run_with_what_a_retired_argument_did_is_not_resumed(own, named, tmp_path):
+    arguments = parse_args(["--train_data_dir", "images", "--output_dir", "out"]).flat()
+    (tmp_path / "training_args.json").write_text(json.dumps(arguments | own))
+    arguments |= {name: value for name, value in own.items() if name in arguments}
+    with pytest.raises(ValueError, match=named) if named else nullcontext():
+        check_resumed_arguments(tmp_path, arguments, RETIRED)
 
 
 @pytest.mark.parametrize("held", ["", "[1]", "{", "\udcff"])
 def test_arguments_that_can_not_be_read_are_named(held, tmp_path):
     (tmp_path / "training_args.json").write_bytes(held.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match="training_args.json"):
-        check_resumed_arguments(tmp_path, {})
+        check_resumed_arguments(tmp_path, {}, {})
 
 
 def test_overwriting_leaves_nothing_of_the_old_run_and_all_of_the_users(tmp_path):

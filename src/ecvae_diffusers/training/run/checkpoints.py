@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from ecvae_diffusers.atomic import discard, move, remove, replacing, sync, temporary_path, write_json, writing
+from ecvae_diffusers.training.config import POSTERIOR_CALIBRATIONS
 from ecvae_diffusers.training.run.log import read_arguments
 
 
@@ -28,13 +30,17 @@ MANIFEST = "files.json"
 STATE_FILES = (
     "model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl",
 )  # fmt: skip
-# Arguments that a resumed run may change: where things lie, how long it lasts, what is written when.
-FREE_ON_RESUME = {
+# Arguments that a resumed run does not take over from the one before: where things lie, and that it is published.
+GIVEN_AGAIN = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
-    "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "num_epochs", "max_train_steps",
-    "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "log_steps", "save_images_steps", "config",
-    "report_to", "tracker_project_name", "evaluation_steps", "early_stopping_patience", "max_rollbacks", "healthy_states",
-    "healthy_state_steps", "divergence_guard", "early_stopping_metric", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+    "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "config", "num_epochs",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+}  # fmt: skip
+# Arguments that a resumed run may change: those, how long it lasts, and what is written when.
+FREE_ON_RESUME = GIVEN_AGAIN | {
+    "max_train_steps", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "log_steps",
+    "save_images_steps", "report_to", "tracker_project_name", "evaluation_steps", "early_stopping_patience", "max_rollbacks",
+    "healthy_states", "healthy_state_steps", "divergence_guard", "early_stopping_metric",
 }  # fmt: skip
 # What runs did that were saved before an argument existed.
 BEFORE = {"energy_gradient_penalty": 0.0, "relative_dual_step": True}
@@ -154,9 +160,19 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
         ) from error
 
 
-def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
-    """Raise `ValueError` if an argument that would change the model or the course of training differs from the run's own."""
+def check_resumed_arguments(output_dir: Path, arguments: dict, retired: dict[str, tuple[Any, str]]) -> None:
+    """
+    Raise `ValueError` if an argument that would change the model or the course of training differs from the run's own, or the run
+    had a value of one of the `retired` other than the one that is left.
+    """
     before = {**BEFORE, **read_arguments(output_dir)}
+    for name, (value, reason) in retired.items():
+        is_kept = name in arguments or name in FREE_ON_RESUME
+        if not is_kept and before.get(name, value) != value and is_used(name, before):
+            raise ValueError(
+                f"--resume_from_checkpoint: the run in {str(output_dir)!r} has --{name} {before[name]}, which is retired "
+                f"({reason}). Resume it with ecvae-diffusers 0.1."
+            )
     free = {"evaluation_features", "evaluation_samples"} if before.get("evaluation_steps") is None else set()
     fixed = {f"--{name}": value for name, value in arguments.items() if name not in free | FREE_ON_RESUME}
     refuse_changes("arguments", {f"--{name}": value for name, value in before.items()}, fixed)
@@ -165,6 +181,14 @@ def check_resumed_arguments(output_dir: Path, arguments: dict) -> None:
 def check_resumed_launch(output_dir: Path, launch: dict) -> None:
     """Raise `ValueError` if a run is resumed on other data, or launched in another way, than its checkpoint was made with."""
     refuse_changes("data, number of processes and precision", read_arguments(output_dir).get("launch", {}), launch)
+
+
+def is_used(name: str, arguments: dict) -> bool:
+    """Return whether an argument does anything in a run with those arguments, after its first step."""
+    if name.startswith("posterior_"):
+        return arguments.get("calibration") in POSTERIOR_CALIBRATIONS
+    # A checkpoint holds its dual variables.
+    return name != "initial_posterior_dual" and bool(name != "shuffle_buffer_size" or arguments.get("streaming"))
 
 
 def refuse_changes(what: str, before: dict, now: dict) -> None:
@@ -185,7 +209,7 @@ def arguments_of_run(output_dir: str | Path) -> dict:
     if checkpoints(Path(output_dir)):
         with suppress(ValueError):  # what is wrong with the file `check_resumed_arguments` says
             own = {**BEFORE, **read_arguments(output_dir)}
-    return {name: value for name, value in own.items() if name not in FREE_ON_RESUME}
+    return {name: value for name, value in own.items() if name not in GIVEN_AGAIN}
 
 
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:

@@ -30,8 +30,6 @@ from ecvae_diffusers.training.trainer import Stopped, Trainer
 
 logger = logging.getLogger(__name__)
 
-# What a run of 0.1 must have had of a retired flag to be resumed; a checkpoint holds its dual variables.
-KEPT = {name: value for name, (value, _) in RETIRED.items() if name != "initial_posterior_dual"}
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 MOST_BYTES = 2**31 - 1
@@ -141,7 +139,7 @@ def train(
         check_output_dir(output_dir, run.overwrite_output_dir, resume is not None, task_class.component)
         checkpoint = find_checkpoint(output_dir, resume)
         if checkpoint is not None:
-            check_resumed_arguments(output_dir, {**KEPT, **config.flat()})
+            check_resumed_arguments(output_dir, config.flat(), RETIRED)
         elif model.pretrained_model_name_or_path is not None:
             check_pretrained_stays(output_dir, model.pretrained_model_name_or_path)
         # Opened, checked and decoded before anything is written.
