@@ -23,6 +23,7 @@ import torch
 import ecvae_diffusers
 from ecvae_diffusers import ECVAEPipeline, ECVAERestorationPipeline
 from ecvae_diffusers.atomic import write_json
+from ecvae_diffusers.command import ArgumentParser
 from ecvae_diffusers.report.curves import plot_curves
 from ecvae_diffusers.training.data.digits import (
     NUM_TRAIN,
@@ -34,7 +35,6 @@ from ecvae_diffusers.training.data.digits import (
     write_digits,
 )
 from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.command import ArgumentParser
 from ecvae_diffusers.training.run.log import METRICS_FILE, read_metrics
 from ecvae_diffusers.training.run.pictures import image_grid
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import diffusers
 import torch
 
-from ecvae_diffusers.training.run.command import device_name
+from ecvae_diffusers.command import device_name
 
 
 def device(text: str) -> torch.device:

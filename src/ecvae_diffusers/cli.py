@@ -11,8 +11,8 @@ from functools import partial
 from typing import NamedTuple
 
 from . import __version__
+from .command import fail, printable
 from .commands import what_to_install
-from .training.run.command import fail, printable
 
 
 class Command(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ecvae_diffusers.training.run.command import fail
+from ecvae_diffusers.command import fail
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load_pipeline(
     """
     import torch
 
-    from ecvae_diffusers.training.run.command import device_name, why_missing
+    from ecvae_diffusers.command import device_name, why_missing
     from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
     try:

@@ -6,8 +6,8 @@
 
 import argparse
 
+from ecvae_diffusers.command import ArgumentParser, named_place, place, printable
 from ecvae_diffusers.commands import run_or_fail
-from ecvae_diffusers.training.run.command import ArgumentParser, named_place, place, printable
 
 
 def named_folder(text: str) -> str:

@@ -6,8 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from ecvae_diffusers.command import ArgumentParser
 from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, run_or_fail
-from ecvae_diffusers.training.run.command import ArgumentParser
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ecvae_diffusers.atomic import remove, write_json
+from ecvae_diffusers.command import ArgumentParser, check_places, named_place, place, printable
 from ecvae_diffusers.commands import number, run_or_fail
 from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
-from ecvae_diffusers.training.run.command import ArgumentParser, check_places, named_place, place, printable
 
 
 PARTS_FOLDER, SAMPLES, NEIGHBOURS = ".parts", "samples.png", "neighbours.png"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.atomic import write_json, write_text
+from ecvae_diffusers.command import ArgumentParser, check_places, place, printable
 from ecvae_diffusers.commands import number, run_or_fail
-from ecvae_diffusers.training.run.command import ArgumentParser, check_places, place, printable
 
 
 if TYPE_CHECKING:

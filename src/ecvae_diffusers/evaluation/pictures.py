@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from ecvae_diffusers.command import PICTURE_FOLDERS
 from ecvae_diffusers.training.data.files import Pictures, find_images
 from ecvae_diffusers.training.data.images import (
     CheckedPictures,
@@ -16,7 +17,6 @@ from ecvae_diffusers.training.data.images import (
     load_split,
     open_folder,
 )
-from ecvae_diffusers.training.run.command import PICTURE_FOLDERS
 
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 import torch.nn as nn
 
+from ecvae_diffusers.command import name_as_text
 from ecvae_diffusers.evaluation import schema
 from ecvae_diffusers.evaluation.schema import Evaluation, Figures, ImageSet, OverSeeds, Section
 from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
@@ -21,7 +22,6 @@ from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
 from ecvae_diffusers.metrics import GenerationMetrics, out_of_distribution_auroc
 from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_diffusers.training.data.transforms import to_range
-from ecvae_diffusers.training.run.command import name_as_text
 from ecvae_diffusers.training.run.pictures import image_grid
 
 

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from ecvae_diffusers.command import why_missing
 from ecvae_diffusers.figures import why_no_frechet_distance
 from ecvae_diffusers.training.data.transforms import to_range, to_uint8
-from ecvae_diffusers.training.run.command import why_missing
 from ecvae_diffusers.training.run.log import progress
 from ecvae_diffusers.training.run.pictures import image_grid, save_atomically, step_file
 

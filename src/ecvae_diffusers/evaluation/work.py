@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
 from ecvae_diffusers.atomic import replacing, to_json, write_json
+from ecvae_diffusers.command import name_as_text
 from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.evaluation.pictures import EvaluatedImages
 from ecvae_diffusers.evaluation.while_training import load_features
@@ -32,7 +33,6 @@ from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.training.data.files import HASH_BYTES, trained_hashes
 from ecvae_diffusers.training.data.images import hashes_of
 from ecvae_diffusers.training.data.transforms import to_range, to_uint8
-from ecvae_diffusers.training.run.command import name_as_text
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from ecvae_diffusers.atomic import write_text
+from ecvae_diffusers.command import ArgumentParser, local_path, printable
 from ecvae_diffusers.commands import run_or_fail
-from ecvae_diffusers.training.run.command import ArgumentParser, local_path, printable
 
 
 # Tells a report of ours, which may be replaced, from other files.

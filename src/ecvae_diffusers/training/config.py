@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 
-from ecvae_diffusers.training.run.command import place
+from ecvae_diffusers.command import place
 
 
 SCHEDULES = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]

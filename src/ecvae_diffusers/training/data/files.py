@@ -17,7 +17,7 @@ import PIL.Image
 from huggingface_hub import DatasetCard
 
 from ecvae_diffusers.atomic import write_text
-from ecvae_diffusers.training.run.command import check_picture_folder
+from ecvae_diffusers.command import check_picture_folder
 from ecvae_diffusers.training.run.folder import ARGUMENTS_FILE, CHECKPOINT, HASHES_FILE, RUN_FILES, RUN_FOLDERS
 
 

@@ -17,12 +17,12 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from diffusers.utils import logging as diffusers_logging
 
 from ecvae_diffusers.atomic import WriteError
+from ecvae_diffusers.command import announce, check_places, fail
 from ecvae_diffusers.hub.upload import UploadError, open_repository, upload_folder
 from ecvae_diffusers.training.command_line import RETIRED
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.loaders import build_feed
 from ecvae_diffusers.training.run.checkpoints import check_resumed_arguments, checkpoints, find_checkpoint
-from ecvae_diffusers.training.run.command import announce, check_places, fail
 from ecvae_diffusers.training.run.folder import check_output_dir, check_pretrained_stays, is_finished, locked_by_main
 from ecvae_diffusers.training.tasks.base import Task
 from ecvae_diffusers.training.trainer import Stopped, Trainer

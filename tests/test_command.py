@@ -14,11 +14,11 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from training_runs import TINY, TINY_DECODER, TINY_FLOW, write_autoencoder, write_images
 
+from ecvae_diffusers.command import check_places, name_as_text, why_missing
 from ecvae_diffusers.commands import publish
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.run import launch
-from ecvae_diffusers.training.run.command import check_places, name_as_text, why_missing
 
 
 TRAINING = ["--train_data_dir", "x", "--output_dir", "x"]
@@ -39,7 +39,7 @@ SCRIPTS = {
     publish: (["x", "--output_dir", "x"], "output_dir"),
 }  # fmt: skip
 FAILING = """
-from ecvae_diffusers.training.run.command import fail
+from ecvae_diffusers.command import fail
 fail("script.py: error: --argument must\\nbe right.")
 """
 # What both launchers do: they wait, and say in many lines that a process has failed.
