@@ -175,6 +175,24 @@ def test_gradient_penalty_is_half_the_mean_squared_slope_at_the_data():
     assert not output.energy_real.requires_grad and not real.requires_grad
 
 
+def test_the_automatic_gradient_penalty_is_that_of_the_same_image_at_every_size():
+    """gamma E |grad f|^2 where f sees averages over a grid n times as fine: n times gamma, and 1 / n of the squared slope."""
+    real, targets = randn(6, 3, 8, 8), randn(4, 3, 8, 8, seed=1)
+    quadratic = Quadratic(randn(3 * 8 * 8, seed=2))
+    losses = []
+    for scale in (1, 2, 4):
+
+        def energy(sample, scale=scale):
+            return quadratic(torch.nn.functional.avg_pool2d(sample, scale).flatten(1))
+
+        calibrator = EnergyCalibrator(energy, LangevinScheduler(), gradient_penalty="auto")
+        finer = (image.repeat_interleave(scale, 2).repeat_interleave(scale, 3) for image in (real, targets))
+        losses.append(calibrator.energy_loss(*finer).loss)
+    assert torch.allclose(torch.stack(losses), losses[0].expand(3), rtol=1e-5)
+    fixed = EnergyCalibrator(lambda sample: quadratic(sample.flatten(1)), LangevinScheduler(), gradient_penalty=0.075)
+    assert torch.allclose(fixed.energy_loss(real, targets).loss, losses[0])
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_penalty_of_an_energy_model(checkpointing):
     """The penalty's gradient to a weight, by finite differences; the same with activations computed again."""
@@ -232,7 +250,7 @@ def test_what_would_be_cut_or_spread_silently_is_refused():
     "name, values",
     [
         ("tolerance", (0.0, -1.0, math.nan, math.inf, "automatic", None)), ("max_dual", (0.0, -1.0, math.inf, math.nan, 10.0)),
-        ("initial_dual", (-1.0, 101.0, math.nan)), ("drift_tolerance", (-1.0, math.nan)), ("gradient_penalty", (-1.0, math.nan)),
+        ("initial_dual", (-1.0, 101.0, math.nan)), ("drift_tolerance", (-1.0, math.nan)), ("gradient_penalty", (-1.0, math.nan, "automatic")),
         ("dual_learning_rate", (-0.1, math.inf, math.nan)), ("energy_regularization", (-0.1, math.nan)),
     ],
 )  # fmt: skip

@@ -105,8 +105,10 @@ class EnergyConfig(Group):
     energy_num_scales: int = option(1, help="Image scales that the energy model sees.", at_least=1)
     energy_spectral_norm: bool = option(False, help="Normalize the energy model's weights by their spectral norm.")
     energy_regularization: float = option(0.1, help="alpha: weight of the mean squared energies.", at_least=0)
-    energy_gradient_penalty: float = option(
-        0.1, help="gamma: weight of half the squared gradient at the data (R1).", at_least=0
+    energy_gradient_penalty: Literal["auto"] | float = option(
+        "auto",
+        help="gamma: weight of half the squared gradient at the data (R1). 'auto': 0.1 per 256 pixels times channels.",
+        at_least=0,
     )
 
 
@@ -115,7 +117,7 @@ class SpectralEnergyConfig(EnergyConfig):
     """energy model"""
 
     energy_spectral_norm: bool = with_default(EnergyConfig, "energy_spectral_norm", True)
-    energy_gradient_penalty: float = with_default(EnergyConfig, "energy_gradient_penalty", 0.0)
+    energy_gradient_penalty: Literal["auto"] | float = with_default(EnergyConfig, "energy_gradient_penalty", 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
