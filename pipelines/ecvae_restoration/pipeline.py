@@ -59,17 +59,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
+def compute_energy(
+    energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
-    numbers. A module gets the samples in the precision of its parameters.
+    numbers. A module gets the samples in the precision of its parameters. A `condition` of B items, such as classes, is passed on
+    as the second argument.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
             # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
-    output = energy_model(sample)
+    output = energy_model(sample) if condition is None else energy_model(sample, condition)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
@@ -83,11 +86,13 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
         return x.clone() if x.is_inference() else x
 
 
-def energy_and_gradient(energy_model: Callable, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def energy_and_gradient(
+    energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
-        energy = compute_energy(energy_model, sample)
+        energy = compute_energy(energy_model, sample, condition)
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 
 
@@ -799,6 +804,9 @@ logger = logging.get_logger(__name__)
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
+ClassLabels = str | int | list[str | int | None] | torch.Tensor | None
+
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -1069,6 +1077,52 @@ def check_generator(generator: Generators, count: int) -> None:
         raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
 
 
+def label_ids(names: list[str], config: Any) -> list[int]:
+    """Return the numbers of classes by their names in a model's config. Raise `ValueError` if there is no such class."""
+    known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"`class_labels` must be among {list(known)}, but has {unknown[0]!r}.")
+    return [known[name] for name in names]
+
+
+def prepare_labels(class_labels: ClassLabels, count: int, config: Any) -> list[int | None] | None:
+    """
+    Return the class of each of `count` images as a number, `None` where it is not said. Return `None` for a model without classes.
+    Raise `ValueError` for labels that the model does not have, or of another count.
+    """
+    if isinstance(class_labels, torch.Tensor):
+        class_labels = class_labels.flatten().tolist()
+    labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
+    num_classes = config.get("num_class_embeds")  # repositories of earlier code have none
+    if num_classes is None:
+        if labels != [None] * len(labels):
+            raise ValueError(f"`class_labels` must be None for a model without classes, but is {class_labels!r}.")
+        return None
+    if len(labels) != count:
+        raise ValueError(f"`class_labels` must have one label per image ({count}), but has {len(labels)}.")
+    numbers: list[int | None] = []
+    for label in labels:
+        if isinstance(label, str):
+            numbers += label_ids([label], config)
+        elif label is None or (type(label) is int and 0 <= label <= num_classes):
+            numbers.append(label)
+        else:
+            raise ValueError(
+                f"`class_labels` must be names, integers from 0 to {num_classes} (unknown) or None, but has {label!r}."
+            )
+    return numbers
+
+
+def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
+    """Return class numbers (B,), that of the unknown class where none is given. `None` for a model without classes."""
+    labels = prepare_labels(class_labels, count, pipeline.vae.config)
+    if labels is None:
+        return None
+    unknown = pipeline.vae.config.num_class_embeds
+    numbers = [unknown if label is None else label for label in labels]
+    return torch.tensor(numbers, device=pipeline._execution_device)
+
+
 def check_finite(images: torch.Tensor, suspects: str) -> None:
     """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
     if not images.isfinite().all():
@@ -1285,7 +1339,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return operator, y, is_picture, tuple(back.shape[2:])
 
     def prepare_latents(
-        self, likelihood: Likelihood, canvas: Canvas, start: str, generator: Generators, latents: torch.Tensor | None
+        self,
+        likelihood: Likelihood,
+        canvas: Canvas,
+        start: str,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         count = len(likelihood.y) * likelihood.num_answers
         check_generator(generator, count)
@@ -1297,7 +1357,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if start == "prior":
             return noise
         guess = likelihood.operator.A_dagger(likelihood.y, max(likelihood.damping, START_DAMPING)).float().clamp(-1, 1)
-        encoded = self.vae.encode(canvas.split(guess).to(self.vae.dtype)).latent_dist.mode().float()
+        classes = {} if labels is None else {"class_labels": labels.repeat_interleave(len(canvas))}
+        encoded = self.vae.encode(canvas.split(guess).to(self.vae.dtype), **classes).latent_dist.mode().float()
         answers = encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0)
         return answers.flatten(0, 1) + START_SPREAD * noise
 
@@ -1321,6 +1382,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        class_labels: ClassLabels = None,
     ) -> ECVAERestorationOutput:
         r"""
         The call function to the pipeline for restoration.
@@ -1364,6 +1426,9 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 Called as `callback(pipe, step, step, {"latents": latents})` after each step. It may return new latents in a dict,
                 or set `pipe._interrupt = True`: the answers are then made from the latents of that step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors that the callback gets: `"latents"`.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                Names or numbers of the classes that the measurements show, one for all or one per measurement (B). `None` is an
+                unknown class. A model without classes takes only `None`.
 
         Examples:
             ```py
@@ -1406,18 +1471,22 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         spectrum = config.get("reconstruction_spectrum")  # repositories of earlier code have none
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
+        labels, of_tiles = known_labels(self, class_labels, len(y)), None
+        if labels is not None:
+            of_tiles = labels.repeat_interleave(num_restorations * len(canvas))
+        classes = {} if of_tiles is None else {"class_labels": of_tiles}
         calls = ["encoder"] if latents is None and start == "encoding" else []
-        latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
+        latents = self.prepare_latents(likelihood, canvas, start, generator, latents, labels)
         # Functions are called in the measurement's precision.
         dtype = y.dtype if operator.solver_dtype is None else torch.float32
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             calls.append("decoder")
-            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(dtype)
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **classes)[0].to(dtype)
 
         def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
             calls.append("energy model")
-            return energy_and_gradient(self.energy_model, tiles)[1]
+            return energy_and_gradient(self.energy_model, tiles, of_tiles)[1]
 
         def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
             progress_bar.update()
@@ -1455,7 +1524,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if self.energy_model is not None:
             calls.append("energy model")
             with frozen(self.energy_model):
-                energies = compute_energy(self.energy_model, canvas.split(answers))
+                energies = compute_energy(self.energy_model, canvas.split(answers), of_tiles)
             energy = energies.unflatten(0, (-1, len(canvas))).mean(1)
         output = ECVAERestorationOutput(
             images=postprocess(answers, self.image_processor, output_type),

@@ -249,6 +249,7 @@ class EnergyCalibrator:
         generator: torch.Generator | list[torch.Generator] | None,
         noise: torch.Tensor | Sequence[torch.Tensor] | None,
         energy_model: Callable | None = None,
+        condition: torch.Tensor | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the energies f(x_k) and the next state x_{k+1}, for each step k of a chain from `samples`."""
         energy_model = self._choose(energy_model)
@@ -256,7 +257,7 @@ class EnergyCalibrator:
         drift_scale = self.drift_scale.to(sample.device)
         with frozen(energy_model) if isinstance(energy_model, nn.Module) else nullcontext():
             for timestep in range(len(self.scheduler)):
-                energy, gradient = energy_and_gradient(energy_model, sample)
+                energy, gradient = energy_and_gradient(energy_model, sample, condition)
                 draws = None if noise is None else noise[timestep]
                 sample = self.scheduler.step(
                     gradient, timestep, sample, initial_sample, generator, draws, drift_scale, return_dict=False
@@ -270,6 +271,7 @@ class EnergyCalibrator:
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
         return_trajectory: bool = False,
         energy_model: Callable | None = None,
+        condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Return the end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
@@ -281,13 +283,13 @@ class EnergyCalibrator:
             noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, or a sequence of one per step, *optional*):
                 The chain's standard normal draws. Drawn if not given.
             return_trajectory (`bool`, *optional*, defaults to `False`): Whether to return all states.
-            energy_model (`Callable`, *optional*): As for `calibrate`.
+            energy_model (`Callable`, *optional*), condition (`torch.Tensor`, *optional*): As for `calibrate`.
 
         Returns:
             `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 where they are), no gradient. With
             `return_trajectory` x_0 to x_K, of shape `(num_steps + 1, batch_size, ...)`.
         """
-        states = [sample for _, sample in self._chain(samples, generator, noise, energy_model)]
+        states = [sample for _, sample in self._chain(samples, generator, noise, energy_model, condition)]
         if return_trajectory:
             return torch.stack([samples.detach().to(states[0].dtype), *states])
         return states[-1]
@@ -299,6 +301,7 @@ class EnergyCalibrator:
         noise: torch.Tensor | Sequence[torch.Tensor] | None = None,
         energy_model: Callable | None = None,
         distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        condition: torch.Tensor | None = None,
     ) -> CalibrationOutput:
         """
         Correct samples by the energy, and measure how far they had to go.
@@ -313,6 +316,8 @@ class EnergyCalibrator:
                 What the constraint bounds the mean of, instead of the squared error: maps samples and targets (the chain's
                 ends, no gradient) to one number per sample, with gradients. `noise_floor` and `drift` remain those of the
                 squared error.
+            condition (`torch.Tensor` of shape `(batch_size, ...)`, *optional*):
+                What the energy model gets as its second argument, such as the samples' classes.
 
         Returns:
             [`CalibrationOutput`]
@@ -324,7 +329,7 @@ class EnergyCalibrator:
         if samples.ndim < 2 or samples.shape[0] == 0:
             raise ValueError(f"`samples` must have shape (batch_size, ...), but has {tuple(samples.shape)}.")
         energy_samples = None
-        for energy, targets in self._chain(samples, generator, noise, energy_model):
+        for energy, targets in self._chain(samples, generator, noise, energy_model, condition):
             energy_samples = energy if energy_samples is None else energy_samples
         return self.constrain(samples, targets, energy_samples, distance)
 
@@ -379,7 +384,12 @@ class EnergyCalibrator:
         return (constraint / self.known_entries() - self.scheduler.noise_variance()).clamp(min=0).sqrt()
 
     def energy_loss(
-        self, real: torch.Tensor, targets: torch.Tensor, energy_model: Callable | None = None
+        self,
+        real: torch.Tensor,
+        targets: torch.Tensor,
+        energy_model: Callable | None = None,
+        condition: torch.Tensor | None = None,
+        target_condition: torch.Tensor | None = None,
     ) -> EnergyLossOutput:
         """
         Return the loss of the energy step. Without a gradient penalty it takes one forward pass over data and calibrated
@@ -390,25 +400,33 @@ class EnergyCalibrator:
             targets (`torch.Tensor` of shape `(num_samples, ...)`): The calibrated samples, no gradient.
             energy_model (`nn.Module`, *optional*):
                 The wrapped energy model, where training is distributed: gradients are synchronised only through it.
+            condition (`torch.Tensor` of shape `(batch_size, ...)`, *optional*),
+            target_condition (`torch.Tensor` of shape `(num_samples, ...)`, *optional*):
+                What the energy model gets as its second argument for the data and for the calibrated samples: both or neither.
 
         Returns:
             [`EnergyLossOutput`]
 
         Raises:
-            ValueError: if `real` holds integers, since the energy model gets targets in its precision.
+            ValueError: if `real` holds integers, since the energy model gets targets in its precision, or only one of both
+                conditions is given.
         """
         if not real.is_floating_point():
             raise ValueError(f"`real` must be of a floating point dtype, as samples are, but is {real.dtype}.")
+        conditions = [one for one in (condition, target_condition) if one is not None]
+        if len(conditions) == 1:
+            raise ValueError("`condition` and `target_condition` must both be given, or neither.")
         energy_model = self._choose(energy_model)
         targets = targets.detach().to(real.dtype)
         if self.gradient_penalty == 0:
-            energy = compute_energy(energy_model, torch.cat([real, targets]))
+            both = torch.cat(conditions) if conditions else None
+            energy = compute_energy(energy_model, torch.cat([real, targets]), both)
             return self.contrast(*energy.split([real.shape[0], targets.shape[0]]))
         # Apart, so that only the data's part is differentiated twice.
         real = real.detach().requires_grad_()
-        energy_real = compute_energy(energy_model, real)
+        energy_real = compute_energy(energy_model, real, condition)
         gradient = torch.autograd.grad(energy_real.sum(), real, create_graph=True)[0]
-        output = self.contrast(energy_real, compute_energy(energy_model, targets))
+        output = self.contrast(energy_real, compute_energy(energy_model, targets, target_condition))
         penalty = gradient.float().square().flatten(1).sum(1).mean()
         gamma = (
             GRADIENT_PENALTY * gradient[0].numel() if self.gradient_penalty == "auto" else float(self.gradient_penalty)

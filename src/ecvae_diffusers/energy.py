@@ -36,17 +36,20 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def compute_energy(energy_model: Callable, sample: torch.Tensor) -> torch.Tensor:
+def compute_energy(
+    energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
-    numbers. A module gets the samples in the precision of its parameters.
+    numbers. A module gets the samples in the precision of its parameters. A `condition` of B items, such as classes, is passed on
+    as the second argument.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
             # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
-    output = energy_model(sample)
+    output = energy_model(sample) if condition is None else energy_model(sample, condition)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
@@ -60,9 +63,11 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
         return x.clone() if x.is_inference() else x
 
 
-def energy_and_gradient(energy_model: Callable, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def energy_and_gradient(
+    energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
-        energy = compute_energy(energy_model, sample)
+        energy = compute_energy(energy_model, sample, condition)
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]

@@ -17,6 +17,7 @@ CONFIGS = {
         "norm_num_groups": 4, "act_fn": "gelu", "reconstruction_variance": 0.01, "reconstruction_spectrum": [2.0, 0.5, 0.0],
     },
     "batch": {"norm_type": "batch", "layers_per_block": 2},
+    "classes": {"num_class_embeds": 3, "class_frequencies": [0.2, 0.3, 0.5]},
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ecvae_diffusers.models.energy_model import PooledConv2d
 CONFIGS = {
     "spectral_norm": {"num_scales": 2, "act_fn": "silu"},
     "plain": {"spectral_norm": False, "act_fn": "gelu", "layers_per_block": 2},
+    "classes": {"num_class_embeds": 3, "num_scales": 2},
 }
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.command import fail
 
@@ -39,6 +39,12 @@ def check_writable(argument: str, path: str) -> None:
     place = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not os.access(place, os.W_OK):
         raise ValueError(f"{argument} {path!r} can't be written: {str(place)!r} is read-only.")
+
+
+def read_label(text: str | None, pipeline: Any) -> str | int | None:
+    """Read a class from the command line: a name of the model's, or else a number."""
+    names = (pipeline.vae.config.get("id2label") or {}).values()
+    return int(text) if text is not None and text.isdecimal() and text not in names else text
 
 
 def load_pipeline(

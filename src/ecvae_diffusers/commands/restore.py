@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.command import ArgumentParser
-from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, run_or_fail
+from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, read_label, run_or_fail
 
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         ("seed", number(int, 0, LARGEST_SEED), 0, "Seed of the answers"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning}. Default: {default}.")
+    parser.add_argument("--class_label", metavar="CLASS", help="Name or number of the class that all pictures show.")
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
     if (args.task == "deblurring") != bool(args.blur_std):
@@ -124,6 +125,7 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
         num_restorations=args.num_restorations,
         num_inference_steps=args.num_inference_steps,
         generator=torch.Generator().manual_seed(args.seed),
+        class_labels=read_label(args.class_label, pipeline),
     )
     uncertainty = np.uint8((np.asarray(output.std[0]).mean(-1) / WHITE_STD * 255).clip(0, 255).round())
     digits = len(str(args.num_restorations - 1))

@@ -2,12 +2,14 @@
 """Sample images from a trained model, into one picture or a folder: `ecvae sample --help`."""
 
 import argparse
+import itertools
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from ecvae_diffusers.command import ArgumentParser
-from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, run_or_fail
+from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, read_label, run_or_fail
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -26,6 +28,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument(
         "--temperature", type=number(float, 0), default=1.0,
         help="Standard deviation of the latents. Below 1, images are more typical and less varied. Default: 1.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--class_labels", nargs="+", metavar="CLASS",
+        help="Names or numbers of classes, which the images take in turn. Default: drawn by their frequencies.",
     )  # fmt: skip
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
@@ -60,10 +66,20 @@ def run(args: argparse.Namespace) -> None:
     # All latents are drawn at once, so that images do not depend on the batch size.
     generator = torch.Generator().manual_seed(args.seed)
     latents = pipeline(args.num_images, generator, temperature=args.temperature, output_type="latent").images
+    classes: Any = itertools.repeat({})
+    if isinstance(pipeline, ECVAEPipeline):
+        given = args.class_labels or [None]
+        asked_for = [
+            read_label(label, pipeline) for label in itertools.islice(itertools.cycle(given), args.num_images)
+        ]
+        if (labels := pipeline.draw_labels(asked_for, generator)) is not None:
+            classes = [{"class_labels": some} for some in labels.split(args.batch_size)]
+    elif args.class_labels is not None:
+        raise ValueError(f"--class_labels must be left out for an ECFlowPipeline, but is {args.class_labels}.")
     images: list[torch.Tensor] = []
     with tqdm(total=args.num_images, desc="Images", unit="image") as progress_bar:
-        for batch in latents.split(args.batch_size):
-            images += 2 * pipeline(latents=batch, output_type="pt").images.cpu() - 1
+        for batch, own in zip(latents.split(args.batch_size), classes):
+            images += 2 * pipeline(latents=batch, output_type="pt", **own).images.cpu() - 1
             progress_bar.update(len(batch))
     if len(args.files) == 1:
         # Nearly square.

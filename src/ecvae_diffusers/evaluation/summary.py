@@ -133,7 +133,7 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
     if model is None:
         first = images["generated"][:NUM_GRID_IMAGES]
     else:
-        first = model.sample(model.latents(args.num_samples, args.seeds[0])[:NUM_GRID_IMAGES])
+        first = model.sampler(args.num_samples, args.seeds[0])(torch.arange(min(args.num_samples, NUM_GRID_IMAGES)))
     scale = max(1, 64 // resolution)
     return evaluation, {
         "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),

@@ -1,6 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Measures samples against training images while a run trains, sharded over processes, and finds the best model."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +97,8 @@ class Evaluator:
         limit = MAX_KEPT_FEATURES // accelerator.num_processes
         # The images of which the metrics keep features, in their order.
         self.kept_reference = torch.cat([p[:limit] for p in self.reference.tensor_split(accelerator.num_processes)])
-        self.latents = self.share(latents)
+        self.latents, labels = self.share(latents), task.labels(num_samples, seed + 1)
+        self.labels = None if labels is None else self.share(labels)
         self.metric = "frechet_distance"
         if (why := why_no_frechet_distance(len(self.reference), len(latents), num_features)) is not None:
             self.metric = "kernel_distance"
@@ -113,8 +115,10 @@ class Evaluator:
             for images in self.share(self.reference).split(self.batch_size):
                 self.metrics.update(images.to(device), real=True)
         shown: list[torch.Tensor] = []
-        for latents in progress("Evaluation", self.latents.split(self.batch_size), shown=main_process):
-            samples = to_uint8(self.task.sample(exported, latents.to(device)))
+        classes = itertools.repeat(None) if self.labels is None else self.labels.to(device).split(self.batch_size)
+        batches = progress("Evaluation", self.latents.split(self.batch_size), shown=main_process)
+        for latents, labels in zip(batches, classes):
+            samples = to_uint8(self.task.sample(exported, latents.to(device), labels))
             self.metrics.update(samples, real=False)
             shown += samples[: NUM_NEIGHBOUR_ROWS - len(shown)]
         measures = self.metrics.compute()

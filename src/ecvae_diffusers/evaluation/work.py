@@ -76,14 +76,22 @@ class EvaluatedModel:
         self.resolution, self.channels = model.config.sample_size, model.config.in_channels
         self.num_latents = model.num_latents if self.is_flow else model.config.latent_channels
 
-    def latents(self, count: int, seed: int) -> torch.Tensor:
-        """Draw latents: the same ones for a seed, and the first ones of a larger count."""
-        return torch.randn((count, self.num_latents, 1, 1), generator=torch.Generator().manual_seed(seed))
+    def sampler(self, count: int, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """
+        Draw the latents, and the classes where the model has them, of `count` samples, always the same for a seed. Return what makes
+        those of given numbers: uint8 images, as a reader of PNG files would get them.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        latents = torch.randn((count, self.num_latents, 1, 1), generator=generator)
+        labels = None if self.is_flow else self.pipeline.draw_labels([None] * count, generator)
 
-    def sample(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return uint8 images: what a reader of PNG files would get."""
-        images = self.pipeline(len(latents), latents=latents.to(self.device), output_type="pt").images
-        return to_uint8(images.cpu() * 2 - 1)
+        def sample(chosen: torch.Tensor) -> torch.Tensor:
+            classes = {} if labels is None else {"class_labels": labels[chosen]}
+            given = latents[chosen].to(self.device)
+            images = self.pipeline(len(chosen), latents=given, output_type="pt", **classes).images
+            return to_uint8(images.cpu() * 2 - 1)
+
+        return sample
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
@@ -157,8 +165,8 @@ class Work:
         if model is None:
             return
         for seed in self.args.seeds:
-            latents = model.latents(self.args.num_samples, seed)
-            self.make(f"samples_{seed}", latents, lambda batch: self.features_of(model.sample(batch)))
+            count, sample = self.args.num_samples, model.sampler(self.args.num_samples, seed)
+            self.make(f"samples_{seed}", torch.arange(count), lambda chosen: self.features_of(sample(chosen)))
         # A flow's reconstructions are the images, and its likelihoods are exact.
         if "test" in images and not model.is_flow:
             self.make("reconstructed", images["test"], lambda batch: self.reconstructed(model, batch))

@@ -69,6 +69,28 @@ class AutoencoderECOutput(BaseOutput):
     extra_latent_dist: DiagonalGaussianDistribution | None = None
 
 
+class ClassNorm(nn.Module):
+    """A normalization whose output is scaled and shifted by class: norm(x) (1 + scale_c) + shift_c. Both are 0 at the start."""
+
+    def __init__(self, channels: int, config: FrozenDict):
+        super().__init__()
+        self.norm = get_norm(channels, config)
+        self.embedding = nn.Embedding(config.num_class_embeds + 1, 2 * channels)
+        nn.init.zeros_(self.embedding.weight)
+
+    def forward(self, hidden_states: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.embedding(class_labels)[:, :, None, None].chunk(2, dim=1)
+        return self.norm(hidden_states) * (1 + scale) + shift
+
+
+def get_class_norm(channels: int, config: FrozenDict) -> nn.Module:
+    return get_norm(channels, config) if config.num_class_embeds is None else ClassNorm(channels, config)
+
+
+def normalize(norm: nn.Module, hidden_states: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+    return norm(hidden_states, class_labels) if isinstance(norm, ClassNorm) else norm(hidden_states)
+
+
 def get_norm(channels: int, config: FrozenDict) -> nn.Module:
     if config.norm_type == "batch":
         return nn.BatchNorm2d(channels)
@@ -79,7 +101,7 @@ def get_norm(channels: int, config: FrozenDict) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two pre-activated 3x3 convolutions with a shortcut, at one resolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: FrozenDict):
+    def __init__(self, in_channels: int, out_channels: int, config: FrozenDict, get_norm: Callable = get_norm):
         super().__init__()
         self.norm1 = get_norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -88,9 +110,9 @@ class ResidualBlock(nn.Module):
         self.act = get_activation(config.act_fn)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.conv1(self.act(self.norm1(hidden_states)))
-        residual = self.conv2(self.act(self.norm2(residual)))
+    def forward(self, hidden_states: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        residual = self.conv1(self.act(normalize(self.norm1, hidden_states, class_labels)))
+        residual = self.conv2(self.act(normalize(self.norm2, residual, class_labels)))
         return self.shortcut(hidden_states) + residual
 
 
@@ -104,13 +126,13 @@ class GatedUpsample(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, config: FrozenDict):
         super().__init__()
-        self.norm = get_norm(in_channels, config)
+        self.norm = get_class_norm(in_channels, config)
         self.act = get_activation(config.act_fn)
         self.conv = nn.Conv2d(in_channels, 2 * out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = F.glu(self.conv(self.act(self.norm(hidden_states))), dim=1)
+    def forward(self, hidden_states: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        residual = F.glu(self.conv(self.act(normalize(self.norm, hidden_states, class_labels))), dim=1)
         return F.interpolate(self.shortcut(hidden_states) + residual, scale_factor=2.0, mode="bilinear")
 
 
@@ -128,8 +150,17 @@ class SkipLayerExcitation(nn.Module):
         return high * torch.sigmoid(gate)
 
 
+class DecoderBlock(nn.Sequential):
+    """The layers of one resolution of the decoder."""
+
+    def forward(self, hidden_states: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        for layer in self:
+            hidden_states = layer(hidden_states, class_labels)
+        return hidden_states
+
+
 class ECEncoder(nn.Module):
-    """Image (B, C, H, W) -> moments (B, 2d, 1, 1)."""
+    """Image (B, C, H, W) and classes (B,) -> moments (B, 2d, 1, 1)."""
 
     _gradient_checkpointing_func: Callable
 
@@ -145,24 +176,30 @@ class ECEncoder(nn.Module):
                 layers.append(ResidualBlock(channels, out_channels, config))
                 channels = out_channels
             self.blocks.append(nn.Sequential(*layers))
+        self.class_embedding = None
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds + 1, channels)
+            nn.init.zeros_(self.class_embedding.weight)
         self.norm_out = get_norm(channels, config)
         self.act_out = get_activation(config.act_fn)
         # The kernel covers the last feature map: a linear layer, in 4-D.
         size = config.sample_size >> (len(config.block_out_channels) - 1)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, size)
 
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = self.conv_in(sample)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states)
             else:
                 hidden_states = block(hidden_states)
+        if self.class_embedding is not None:
+            hidden_states = hidden_states + self.class_embedding(class_labels)[:, :, None, None]
         return self.conv_out(self.act_out(self.norm_out(hidden_states)))
 
 
 class ECDecoder(nn.Module):
-    """Latents (B, d, 1, 1) -> image (B, C, H, W) in [-1, 1]."""
+    """Latents (B, d, 1, 1) and classes (B,) -> image (B, C, H, W) in [-1, 1]."""
 
     _gradient_checkpointing_func: Callable
 
@@ -176,29 +213,30 @@ class ECDecoder(nn.Module):
         channels_at = {}
         for i, out_channels in enumerate(reversed(config.block_out_channels)):
             layers: list[nn.Module] = [GatedUpsample(channels, out_channels, config)] if i > 0 else []
-            layers += [ResidualBlock(out_channels, out_channels, config) for _ in range(config.layers_per_block)]
-            self.blocks.append(nn.Sequential(*layers))
+            for _ in range(config.layers_per_block):
+                layers.append(ResidualBlock(out_channels, out_channels, config, get_class_norm))
+            self.blocks.append(DecoderBlock(*layers))
             size *= 2 if i > 0 else 1
             channels = channels_at[size] = out_channels
             if size >= SKIP_EXCITATION_MIN_SIZE and size // 16 in channels_at:
                 self.excitations[str(i)] = SkipLayerExcitation(channels_at[size // 16], channels, config.act_fn)
-        self.norm_out = get_norm(channels, config)
+        self.norm_out = get_class_norm(channels, config)
         self.act_out = get_activation(config.act_fn)
         self.conv_out = nn.Conv2d(channels, config.in_channels, 3, padding=1)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = self.conv_in(latents)
         outputs: list[torch.Tensor | None] = []
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, class_labels)
             else:
-                hidden_states = block(hidden_states)
+                hidden_states = block(hidden_states, class_labels)
             if str(i) in self.excitations:
                 # Four doublings below: 16 times fewer pixels per side.
                 hidden_states = self.excitations[str(i)](outputs[i - 4], hidden_states)
             outputs.append(hidden_states if self.excitations else None)
-        return torch.tanh(self.conv_out(self.act_out(self.norm_out(hidden_states))))
+        return torch.tanh(self.conv_out(self.act_out(normalize(self.norm_out, hidden_states, class_labels))))
 
 
 class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -236,6 +274,14 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         reconstruction_spectrum (`list[float]`, *optional*):
             How that error spreads over frequencies, with mean 1 (see `model_error.py`). Training measures it too; restoration needs
             it for its uncertainty. By default, all frequencies have the same error.
+        num_class_embeds (`int`, *optional*):
+            Number of classes, from 1 to 8192. The decoder scales and shifts its normalizations by class, and the encoder adds
+            an embedding to its last feature map. One more embedding, of label `num_class_embeds`, stands for an unknown class.
+            By default, images have no classes.
+        id2label (`dict[str, str]`, *optional*):
+            The name of each class, by its number as text.
+        class_frequencies (`list[float]`, *optional*):
+            The share of each class in the training data. Pipelines draw classes by it. By default, all are equally frequent.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -259,6 +305,9 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         act_fn: str = "silu",
         reconstruction_variance: float | None = None,
         reconstruction_spectrum: list[float] | None = None,
+        num_class_embeds: int | None = None,
+        id2label: dict[str, str] | None = None,
+        class_frequencies: list[float] | None = None,
     ):
         super().__init__()
         if sample_size not in (8, 16, 32, 64, 128, 256):
@@ -269,6 +318,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             ("latent_channels", [latent_channels], MAX_CHANNELS),
             ("block_out_channels", block_out_channels, MAX_CHANNELS),
             ("layers_per_block", [layers_per_block], MAX_LAYERS_PER_BLOCK),
+            ("num_class_embeds", [1 if num_class_embeds is None else num_class_embeds], MAX_CHANNELS),
         ):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
@@ -280,6 +330,16 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         spectrum = reconstruction_spectrum
         if spectrum is not None and not (spectrum and min(spectrum) >= 0 and 0 < sum(spectrum) < math.inf):
             raise ValueError(f"`reconstruction_spectrum` must be finite, at least 0 and not all 0, but is {spectrum}.")
+        if id2label is not None and sorted(id2label) != sorted(map(str, range(num_class_embeds or 0))):
+            raise ValueError(
+                f"`id2label` must have the keys '0' to '{(num_class_embeds or 0) - 1}', but is {id2label}."
+            )
+        shares = class_frequencies
+        if shares is not None and not (
+            len(shares) == num_class_embeds and min(shares) >= 0 and 0 < sum(shares) < math.inf
+        ):
+            allowed = f"{num_class_embeds or 0} finite numbers of at least 0, not all 0"
+            raise ValueError(f"`class_frequencies` must be {allowed}, but is {shares}.")
         self.encoder, self.decoder = ECEncoder(self.config), ECDecoder(self.config)
         self.use_slicing = False
 
@@ -300,9 +360,40 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"Weights in {pretrained_model_name_or_path} are missing or not finite: {broken[:3]}.")
         return (model, info) if kwargs.get("output_loading_info") else model
 
+    def prepare_labels(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
+        """
+        Return one label per item of `sample`, shape (B,), int64: those given, or the unknown class. Return `None` for a model without
+        classes. Raises `ValueError` for labels of another shape or dtype, or of a model without classes.
+        """
+        if self.config.num_class_embeds is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` must be None: the model has no classes (`num_class_embeds` is None).")
+            return None
+        if class_labels is None:
+            return torch.full((len(sample),), self.config.num_class_embeds, device=sample.device)
+        if class_labels.shape != sample.shape[:1] or class_labels.is_floating_point():
+            found = f"{class_labels.dtype} of shape {tuple(class_labels.shape)}"
+            raise ValueError(f"`class_labels` must be integers of shape ({len(sample)},), but are {found}.")
+        return class_labels.to(sample.device, torch.int64)
+
+    def join_labels(self, *parts: tuple[torch.Tensor | None, torch.Tensor]) -> torch.Tensor | None:
+        labels = [label for pair in parts if (label := self.prepare_labels(*pair)) is not None]
+        return torch.cat(labels) if labels else None
+
+    def apply_in_slices(
+        self, network: nn.Module, sample: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        labels = self.prepare_labels(class_labels, sample)
+        if not self.use_slicing:
+            return network(sample) if labels is None else network(sample, labels)
+        parts = [[part] for part in sample.split(1)]
+        if labels is not None:
+            parts = [[*part, label] for part, label in zip(parts, labels.split(1))]
+        return torch.cat([network(*part) for part in parts])
+
     @apply_forward_hook
     def encode(
-        self, x: torch.Tensor, return_dict: bool = True
+        self, x: torch.Tensor, return_dict: bool = True, class_labels: torch.Tensor | None = None
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
         Encode images into their posterior.
@@ -311,17 +402,19 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             x (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`AutoencoderKLOutput`] instead of a plain tuple.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*):
+                Classes from 0 to `num_class_embeds`, which is the unknown one and the default.
 
         Returns:
             [`AutoencoderKLOutput`] whose `latent_dist` has moments of shape `(batch_size, latent_channels, 1, 1)`.
 
         Raises:
-            ValueError: if `x` has another number of channels, height or width.
+            ValueError: if `x` has another number of channels, height or width, or `class_labels` another shape or dtype.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if x.shape[1:] != expected:
             raise ValueError(f"Each image of `x` must have shape {expected}, but `x` has {tuple(x.shape)}.")
-        moments = torch.cat([self.encoder(part) for part in x.split(1)]) if self.use_slicing else self.encoder(x)
+        moments = self.apply_in_slices(self.encoder, x, class_labels)
         if torch.is_autocast_enabled(x.device.type):
             moments = moments.float()  # the KL divergence is a sum of small differences
         posterior = DiagonalGaussianDistribution(moments)
@@ -330,7 +423,9 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior)
 
     @apply_forward_hook
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, class_labels: torch.Tensor | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
         """
         Decode latents into images, in one pass.
 
@@ -338,18 +433,19 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             z (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`): Latents. Draws from N(0, I) give new images.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`DecoderOutput`] instead of a plain tuple.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*): As for `encode`.
 
         Returns:
             [`DecoderOutput`] whose `sample` has shape `(batch_size, in_channels, sample_size, sample_size)`, in
             [-1, 1].
 
         Raises:
-            ValueError: if `z` has another shape.
+            ValueError: if `z` has another shape, or `class_labels` another shape or dtype.
         """
         expected = (self.config.latent_channels, 1, 1)
         if z.shape[1:] != expected:
             raise ValueError(f"Each latent of `z` must have shape {expected}, but `z` has {tuple(z.shape)}.")
-        sample = torch.cat([self.decoder(part) for part in z.split(1)]) if self.use_slicing else self.decoder(z)
+        sample = self.apply_in_slices(self.decoder, z, class_labels)
         if not return_dict:
             return (sample,)
         return DecoderOutput(sample=sample)
@@ -376,6 +472,9 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         extra_sample: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        prior_class_labels: torch.Tensor | None = None,
+        extra_class_labels: torch.Tensor | None = None,
     ) -> AutoencoderECOutput | tuple:
         """
         Reconstruct images and generate new ones in the same pass, so that a training step needs only `forward`: distributed wrappers
@@ -394,6 +493,8 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             generator (`torch.Generator`, *optional*): Makes the posterior's draws deterministic.
             extra_sample (`torch.Tensor` of shape `(num_extra, in_channels, sample_size, sample_size)`, *optional*):
                 Images in [-1, 1] to encode too, without reconstructing them.
+            class_labels, prior_class_labels, extra_class_labels (`torch.Tensor`, integers, *optional*):
+                The classes of `sample`, of `prior_latents` and of `extra_sample`, as for `encode`.
 
         Returns:
             [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)`, followed by `prior_sample` and `extra_latent_dist` if they
@@ -402,9 +503,11 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         # One pass over both halves of a batch: half the kernel launches, and every parameter is touched exactly once.
         extra_posterior = prior_sample = None
         if extra_sample is None:
-            posterior = self.encode(sample).latent_dist
+            posterior = self.encode(sample, class_labels=class_labels).latent_dist
         else:
-            moments = self.encode(torch.cat([sample, extra_sample.to(sample)])).latent_dist.parameters
+            both = torch.cat([sample, extra_sample.to(sample)])
+            labels = self.join_labels((class_labels, sample), (extra_class_labels, extra_sample))
+            moments = self.encode(both, class_labels=labels).latent_dist.parameters
             parts = moments.split([len(sample), len(extra_sample)])
             posterior, extra_posterior = map(DiagonalGaussianDistribution, parts)
         if not sample_posterior:
@@ -414,9 +517,10 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         else:
             z = posterior.sample(generator=generator)
         if prior_latents is None:
-            reconstruction = self.decode(z).sample
+            reconstruction = self.decode(z, class_labels=class_labels).sample
         else:
-            images = self.decode(torch.cat([z, prior_latents.to(z)])).sample
+            labels = self.join_labels((class_labels, z), (prior_class_labels, prior_latents))
+            images = self.decode(torch.cat([z, prior_latents.to(z)]), class_labels=labels).sample
             reconstruction, prior_sample = images.split([len(z), len(prior_latents)])
         if not return_dict:
             asked_for = tuple(part for part in (prior_sample, extra_posterior) if part is not None)

@@ -152,7 +152,7 @@ def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class EnergyNetwork(nn.Module):
-    """The energy at one scale: image (B, C, H / 2^scale, W / 2^scale) -> (B,)."""
+    """The energy at one scale: image (B, C, H / 2^scale, W / 2^scale) and classes (B,) -> (B,)."""
 
     _gradient_checkpointing_func: Callable
 
@@ -170,15 +170,23 @@ class EnergyNetwork(nn.Module):
                 channels = out_channels
         self.act_out = get_energy_activation(config.act_fn)
         self.conv_out = EnergyConv2d(channels, 1, config.sample_size >> (len(config.block_out_channels) - 1))
+        self.class_out = None
+        if config.num_class_embeds is not None:
+            self.class_out = EnergyConv2d(channels, config.num_class_embeds + 1, 1, bias=False)
 
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = self.conv_in(sample)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(recomputable(block), hidden_states)
             else:
                 hidden_states = block(hidden_states)
-        return self.conv_out(self.act_out(hidden_states)).flatten()
+        hidden_states = self.act_out(hidden_states)
+        energy = self.conv_out(hidden_states).flatten()
+        if self.class_out is not None and class_labels is not None:
+            of_classes = self.class_out(hidden_states.mean((2, 3), keepdim=True)).flatten(1)
+            energy = energy + of_classes.gather(1, class_labels[:, None]).flatten()
+        return energy
 
 
 class EnergyModel(ModelMixin, ConfigMixin):
@@ -205,6 +213,10 @@ class EnergyModel(ModelMixin, ConfigMixin):
         spectral_norm (`bool`, *optional*, defaults to `True`):
             Whether to divide each weight by its largest singular value (Miyato et al. 2018), which bounds the slope of the energy
             and the drift of the chain.
+        num_class_embeds (`int`, *optional*):
+            Number of classes, from 1 to 8192. The energy is f(x) + <e_c, h(x)>, with an embedding e_c per class and the mean h(x) of
+            the last features (projection, Miyato and Koyama 2018, arXiv 1802.05637). One more embedding, of label
+            `num_class_embeds`, stands for an unknown class. By default, images have no classes.
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -224,6 +236,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         num_scales: int = 1,
         act_fn: str = "leaky_relu",
         spectral_norm: bool = True,
+        num_class_embeds: int | None = None,
     ):
         super().__init__()
         if not 8 <= sample_size <= MAX_SAMPLE_SIZE or sample_size & (sample_size - 1):
@@ -233,6 +246,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             ("in_channels", [in_channels], MAX_CHANNELS),
             ("block_out_channels", block_out_channels, MAX_CHANNELS),
             ("layers_per_block", [layers_per_block], MAX_LAYERS_PER_BLOCK),
+            ("num_class_embeds", [1 if num_class_embeds is None else num_class_embeds], MAX_CHANNELS),
         ):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
@@ -277,12 +291,29 @@ class EnergyModel(ModelMixin, ConfigMixin):
             save_directory, is_main_process, save_function, True, variant, max_shard_size, **kwargs
         )
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> EnergyModelOutput | tuple[torch.Tensor]:
+    def prepare_labels(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
+        """As [`AutoencoderEC.prepare_labels`]."""
+        if self.config.num_class_embeds is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` must be None: the model has no classes (`num_class_embeds` is None).")
+            return None
+        if class_labels is None:
+            return torch.full((len(sample),), self.config.num_class_embeds, device=sample.device)
+        if class_labels.shape != sample.shape[:1] or class_labels.is_floating_point():
+            found = f"{class_labels.dtype} of shape {tuple(class_labels.shape)}"
+            raise ValueError(f"`class_labels` must be integers of shape ({len(sample)},), but are {found}.")
+        return class_labels.to(sample.device, torch.int64)
+
+    def forward(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, return_dict: bool = True
+    ) -> EnergyModelOutput | tuple[torch.Tensor]:
         """
         Return the energy of images.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*):
+                Classes from 0 to `num_class_embeds`, which is the unknown one and the default.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`EnergyModelOutput`] instead of a plain tuple.
 
@@ -290,14 +321,16 @@ class EnergyModel(ModelMixin, ConfigMixin):
             [`EnergyModelOutput`] with one float32 energy per image, shape `(batch_size,)`.
 
         Raises:
-            ValueError: if `sample` has another number of channels, height or width.
+            ValueError: if `sample` has another number of channels, height or width, or `class_labels` another shape or dtype.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if sample.shape[1:] != expected:
             raise ValueError(f"Images of `sample` must have shape {expected}, but `sample` has {tuple(sample.shape)}.")
-        energy = self.networks[0](sample).float()
+        labels = self.prepare_labels(class_labels, sample)
+        given = () if labels is None else (labels,)
+        energy = self.networks[0](sample, *given).float()
         for scale in range(1, len(self.networks)):
-            energy = energy + self.networks[scale](F.avg_pool2d(sample, 2**scale)).float()
+            energy = energy + self.networks[scale](F.avg_pool2d(sample, 2**scale), *given).float()
         if not return_dict:
             return (energy,)
         return EnergyModelOutput(energy=energy)

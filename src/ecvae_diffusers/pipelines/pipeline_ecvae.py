@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """One-step image generation with an energy-calibrated VAE."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 import torch
@@ -14,13 +14,17 @@ from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
 from ..schedulers.scheduling_langevin import LangevinScheduler
 from .inputs import (
+    ClassLabels,
     Generators,
     Images,
     check_finite,
     check_generator,
     check_number,
     check_shape,
+    known_labels,
+    label_ids,
     postprocess,
+    prepare_labels,
     prepare_latents,
     prepare_picture,
 )
@@ -34,7 +38,7 @@ CPU_PART_BYTES = 8 * 2**20
 
 class ECVAEPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for unconditional image generation with an energy-calibrated VAE: one decoder pass per image.
+    Pipeline for image generation with an energy-calibrated VAE, by class if it has learned classes: one decoder pass per image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -92,13 +96,45 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             return self._execution_device, self.vae.dtype
         return conv_in.weight.device, conv_in.weight.dtype
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """
+        Return the numbers of classes.
+
+        Args:
+            label (`str` or `list[str]`): Names of classes, of those in `pipe.vae.config.id2label`.
+
+        Raises:
+            ValueError: if the model has no class of that name.
+        """
+        return label_ids([label] if isinstance(label, str) else label, self.vae.config)
+
+    def draw_labels(self, class_labels: Sequence[str | int | None], generator: Generators) -> torch.Tensor | None:
+        """
+        Return class numbers (B,): those given, and draws by the training data's frequencies where one is `None`. Return `None` for a
+        model without classes.
+        """
+        config = self.vae.config
+        if (labels := prepare_labels(list(class_labels), len(class_labels), config)) is None:
+            return None
+        weights = torch.tensor(config.class_frequencies or [1.0] * config.num_class_embeds)
+        generators = generator if isinstance(generator, list) else [generator] * len(labels)
+        numbers = []
+        for label, own in zip(labels, generators):
+            if label is None:
+                device = "cpu" if own is None else own.device
+                label = int(weights.to(device).multinomial(1, generator=own))
+            numbers.append(label)
+        return torch.tensor(numbers, device=self._execution_device)
+
+    def decode(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
         config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
             widest = config.block_out_channels[0] * config.sample_size**2 * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
-        images = [self.vae.decode(some, return_dict=False)[0] for some in latents.split(part)]
+        classes = [{}] * len(latents) if labels is None else [{"class_labels": some} for some in labels.split(part)]
+        parts = zip(latents.split(part), classes)
+        images = [self.vae.decode(some, return_dict=False, **own)[0] for some, own in parts]
         return images[0] if len(images) == 1 else torch.cat(images)
 
     def prepare_image(self, image: Images) -> torch.Tensor:
@@ -114,7 +150,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
         return self.image_processor.normalize(images)
 
-    def refine(self, sample: torch.Tensor, num_refinement_steps: int, generator: Generators) -> torch.Tensor:
+    def refine(
+        self,
+        sample: torch.Tensor,
+        num_refinement_steps: int,
+        generator: Generators,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run the calibrating chain, which training teaches the decoder, on images in [-1, 1]."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
@@ -123,7 +165,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
             for timestep in self.refinement_steps(num_refinement_steps):
-                gradient = energy_and_gradient(self.energy_model, sample)[1]
+                gradient = energy_and_gradient(self.energy_model, sample, labels)[1]
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
@@ -137,6 +179,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         num_refinement_steps: int = 0,
         output_type: str | None = "pil",
         return_dict: bool = True,
+        class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput:
         r"""
         The call function to the pipeline for generation: one decoder pass, and no other network.
@@ -156,6 +199,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 `"latent"`, the latents without decoding. `None` is `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                What to generate: names or numbers of classes, one for all images or one per image. `None` draws a class by its
+                frequency in the training data, and the number `vae.config.num_class_embeds` is an unknown class. A model without
+                classes takes only `None`.
 
         Examples:
             ```py
@@ -177,14 +224,18 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         if num_refinement_steps and (output_type == "latent" or self.energy_model is None or self.scheduler is None):
             raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
         num_latents = self.vae.config.latent_channels
+        if isinstance(class_labels, (list, tuple, torch.Tensor)) and batch_size == 1 and latents is None:
+            batch_size = len(class_labels)
         latents = prepare_latents(batch_size, num_latents, temperature, generator, latents, *self.latents_placement())
+        asked_for = prepare_labels(class_labels, len(latents), self.vae.config)
         if output_type == "latent":
             image = latents
         else:
-            image = self.decode(latents)
+            labels = None if asked_for is None else self.draw_labels(asked_for, generator)
+            image = self.decode(latents, labels)
             check_finite(image, "`temperature`, `latents` and the decoder's weights")
             if num_refinement_steps > 0:
-                image = self.refine(image, num_refinement_steps, generator)
+                image = self.refine(image, num_refinement_steps, generator, labels)
             image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
@@ -199,6 +250,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         generator: Generators = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
+        class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput:
         """
         Encode images and decode them again.
@@ -219,6 +271,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             output_type (`str`, *optional*, defaults to `"pil"`):
                 As for generation; `"latent"` gives the encoding, of shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                The images' classes, as for generation. `None` is the unknown class.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple`
@@ -230,15 +284,19 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         check_number("variance", variance, 1e-12)
         images = self.prepare_image(image)
         check_generator(generator, len(images))
-        posterior = self.vae.encode(images).latent_dist
+        labels = known_labels(self, class_labels, len(images))
+        classes = {} if labels is None else {"class_labels": labels}
+        posterior = self.vae.encode(images, **classes).latent_dist
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         if num_refinement_steps > 0:
             dtype, steps = latents.dtype, self.refinement_steps(num_refinement_steps)
-            energy = PosteriorEnergy(lambda z: self.vae.decode(z.to(dtype)).sample, images, posterior, variance)
+            energy = PosteriorEnergy(
+                lambda z: self.vae.decode(z.to(dtype), **classes).sample, images, posterior, variance
+            )
             with frozen(self.vae):
                 whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
             latents = energy.unwhiten(whitened).to(dtype)
-        return self(latents=latents, output_type=output_type, return_dict=return_dict)
+        return self(latents=latents, output_type=output_type, return_dict=return_dict, class_labels=labels)
 
     @torch.no_grad()
     def interpolate(
@@ -248,6 +306,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         num_steps: int = 8,
         output_type: str | None = "pil",
         return_dict: bool = True,
+        class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput:
         """
         Decode the straight line between the encodings of two images.
@@ -259,6 +318,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 Number of images from a to b, including the reconstructions of both; at least 2.
             output_type (`str`, *optional*, defaults to `"pil"`): As for generation.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                The classes of both images of each pair, as for `reconstruct`.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple` with B * `num_steps` images, pair by pair.
@@ -267,19 +328,26 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             ValueError: if there are fewer than 2 steps, or an image does not fit the model.
         """
         check_number("num_steps", num_steps, 2, whole=True)
-        ends = [self.reconstruct(image, output_type="latent").images for image in (image_a, image_b)]
+        ends = [
+            self.reconstruct(image, output_type="latent", class_labels=class_labels).images
+            for image in (image_a, image_b)
+        ]
         weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
         latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
-        return self(latents=latents, output_type=output_type, return_dict=return_dict)
+        labels = known_labels(self, class_labels, len(latents) // num_steps)
+        labels = None if labels is None else labels.repeat_interleave(num_steps)
+        return self(latents=latents, output_type=output_type, return_dict=return_dict, class_labels=labels)
 
     @torch.no_grad()
-    def score(self, image: Images) -> torch.Tensor:
+    def score(self, image: Images, class_labels: ClassLabels = None) -> torch.Tensor:
         """
         Return the energies of images: low means like the training data. Only differences between energies are meaningful.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
                 B images of the model's size, as for `reconstruct`.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                The images' classes, as for `reconstruct`.
 
         Returns:
             `torch.Tensor` of shape `(B,)`, float32.
@@ -291,6 +359,6 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             raise ValueError("`score` requires an `energy_model`.")
         sample = self.prepare_image(image).to(self.energy_model.dtype)
         with frozen(self.energy_model):
-            energy = compute_energy(self.energy_model, sample)
+            energy = compute_energy(self.energy_model, sample, known_labels(self, class_labels, len(sample)))
         self.maybe_free_model_hooks()
         return energy

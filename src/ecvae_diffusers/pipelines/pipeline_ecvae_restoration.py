@@ -23,6 +23,7 @@ from ..restoration import Canvas, Likelihood, draw, neural_transport
 from .inputs import (
     GRAY_MODES,
     LARGEST_VALUE,
+    ClassLabels,
     Generators,
     Images,
     as_list,
@@ -32,6 +33,7 @@ from .inputs import (
     check_number,
     check_shape,
     is_turned,
+    known_labels,
     postprocess,
     prepare_mask,
     prepare_picture,
@@ -170,7 +172,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return operator, y, is_picture, tuple(back.shape[2:])
 
     def prepare_latents(
-        self, likelihood: Likelihood, canvas: Canvas, start: str, generator: Generators, latents: torch.Tensor | None
+        self,
+        likelihood: Likelihood,
+        canvas: Canvas,
+        start: str,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         count = len(likelihood.y) * likelihood.num_answers
         check_generator(generator, count)
@@ -182,7 +190,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if start == "prior":
             return noise
         guess = likelihood.operator.A_dagger(likelihood.y, max(likelihood.damping, START_DAMPING)).float().clamp(-1, 1)
-        encoded = self.vae.encode(canvas.split(guess).to(self.vae.dtype)).latent_dist.mode().float()
+        classes = {} if labels is None else {"class_labels": labels.repeat_interleave(len(canvas))}
+        encoded = self.vae.encode(canvas.split(guess).to(self.vae.dtype), **classes).latent_dist.mode().float()
         answers = encoded.unflatten(0, (-1, len(canvas))).repeat_interleave(likelihood.num_answers, dim=0)
         return answers.flatten(0, 1) + START_SPREAD * noise
 
@@ -206,6 +215,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        class_labels: ClassLabels = None,
     ) -> ECVAERestorationOutput:
         r"""
         The call function to the pipeline for restoration.
@@ -249,6 +259,9 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 Called as `callback(pipe, step, step, {"latents": latents})` after each step. It may return new latents in a dict,
                 or set `pipe._interrupt = True`: the answers are then made from the latents of that step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors that the callback gets: `"latents"`.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                Names or numbers of the classes that the measurements show, one for all or one per measurement (B). `None` is an
+                unknown class. A model without classes takes only `None`.
 
         Examples:
             ```py
@@ -291,18 +304,22 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         spectrum = config.get("reconstruction_spectrum")  # repositories of earlier code have none
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
+        labels, of_tiles = known_labels(self, class_labels, len(y)), None
+        if labels is not None:
+            of_tiles = labels.repeat_interleave(num_restorations * len(canvas))
+        classes = {} if of_tiles is None else {"class_labels": of_tiles}
         calls = ["encoder"] if latents is None and start == "encoding" else []
-        latents = self.prepare_latents(likelihood, canvas, start, generator, latents)
+        latents = self.prepare_latents(likelihood, canvas, start, generator, latents, labels)
         # Functions are called in the measurement's precision.
         dtype = y.dtype if operator.solver_dtype is None else torch.float32
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             calls.append("decoder")
-            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(dtype)
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False, **classes)[0].to(dtype)
 
         def energy_gradient(tiles: torch.Tensor) -> torch.Tensor:
             calls.append("energy model")
-            return energy_and_gradient(self.energy_model, tiles)[1]
+            return energy_and_gradient(self.energy_model, tiles, of_tiles)[1]
 
         def on_step(step: int, latents: torch.Tensor) -> torch.Tensor:
             progress_bar.update()
@@ -340,7 +357,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if self.energy_model is not None:
             calls.append("energy model")
             with frozen(self.energy_model):
-                energies = compute_energy(self.energy_model, canvas.split(answers))
+                energies = compute_energy(self.energy_model, canvas.split(answers), of_tiles)
             energy = energies.unflatten(0, (-1, len(canvas))).mean(1)
         output = ECVAERestorationOutput(
             images=postprocess(answers, self.image_processor, output_type),

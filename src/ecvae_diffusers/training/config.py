@@ -93,6 +93,27 @@ class DataConfig(Group):
     )
     random_flip: bool = option(False, help="Flip each image horizontally with probability 1/2.")
     dataloader_num_workers: int = option(0, help="Processes that load data. 0: the main process.", at_least=0)
+    class_conditional: bool = option(False, flag=False)
+    class_column: str | None = option(flag=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassDataConfig(DataConfig):
+    """data"""
+
+    class_conditional: bool = option(
+        False, help="Learn classes: the sub-folders of --train_data_dir, or a column of --dataset_name."
+    )
+    class_column: str | None = option(
+        help="Column of the classes, with --class_conditional. Default: the only column of class labels."
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.class_column is not None and not (self.class_conditional and self.dataset_name is not None):
+            refuse("class_column", self.class_column, "left out without --class_conditional and --dataset_name")
+        if self.class_conditional and self.streaming:
+            refuse("streaming", True, "left out with --class_conditional: the classes must be known before training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,6 +428,7 @@ class VAEConfig(Group):
 class ECVAEConfig(TrainingConfig):
     """The configuration of `train_ecvae.py`."""
 
+    data: ClassDataConfig = field(default_factory=ClassDataConfig)
     model: VAEConfig = field(default_factory=VAEConfig)
 
     description: ClassVar[str] = (
@@ -419,6 +441,8 @@ class ECVAEConfig(TrainingConfig):
 
     def check(self) -> None:
         super().check()
+        if self.data.class_conditional and self.model.calibration in POSTERIOR_CALIBRATIONS:
+            refuse("calibration", self.model.calibration, "none or energy with --class_conditional")
         patience = self.evaluation.early_stopping_patience
         if self.model.freeze_decoder and patience is not None:
             refuse("early_stopping_patience", patience, "left out with --freeze_decoder: samples do not change")

@@ -19,8 +19,14 @@ from ecvae_diffusers.atomic import replacing, write_json
 from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
-from ecvae_diffusers.training.data.loaders import DecodedFeed, StreamFeed
-from ecvae_diffusers.training.data.transforms import batch_spread, crop_at_random, flip_at_random, to_range
+from ecvae_diffusers.training.data.loaders import Batch, DecodedFeed, StreamFeed
+from ecvae_diffusers.training.data.transforms import (
+    batch_spread,
+    crop_at_random,
+    flip_at_random,
+    forget_classes,
+    to_range,
+)
 from ecvae_diffusers.training.randomness import ChainNoise, StepNoise
 from ecvae_diffusers.training.run.checkpoints import (
     check_resumed_launch,
@@ -52,6 +58,8 @@ logger = get_logger(__name__)
 
 # Steps of the first pictures, in addition to every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
 FIRST_PICTURES = (1, 10, 100)
+# Share of images whose class the networks are not told, so that they also learn pictures of an unknown class.
+CLASS_DROPOUT = 0.1
 TRACKER_PROJECT = "ecvae"
 
 
@@ -223,18 +231,19 @@ class Trainer:
                 # What the model that the run starts from was trained on counts as well.
                 before = trained_hashes(config.model.pretrained_model_name_or_path) or set()
                 write_hashes(self.feed.hashes | before, output_dir / HASHES_FILE)
-            images, optimizer = self.feed.reference(NUM_ENERGIES), config.optimizer
-            device, batch_size = self.accelerator.device, optimizer.train_batch_size
-            self.observer = Observer(output_dir, self.task, images, optimizer.seed, device, batch_size)
+            images, labels = self.feed.reference(NUM_ENERGIES), self.feed.reference_labels(NUM_ENERGIES)
+            device, optimizer = self.accelerator.device, config.optimizer
+            batch_size = optimizer.train_batch_size
+            self.observer = Observer(output_dir, self.task, images, labels, optimizer.seed, device, batch_size)
         if config.run.report_to is not None:
             flat = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.flat().items()}
             self.accelerator.init_trackers(TRACKER_PROJECT, config=flat)
         self.recovery.keep_healthy(self.step)
 
-    def new_batches(self) -> Iterator[torch.Tensor]:
+    def new_batches(self) -> Iterator[Batch]:
         return self.feed.batches(self.step * self.num_batches, reseed=self.recovery.num_rollbacks)
 
-    def train_step(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
         """One step of both networks, the dual variable and the average. Returns the scalars of its last batch."""
         data, optimizer, accelerator = self.config.data, self.config.optimizer, self.accelerator
         generator, energy = self.generator, self.energy
@@ -249,23 +258,29 @@ class Trainer:
                 optimizer.seed, self.step * self.num_batches + part, accelerator.process_index, accelerator.num_processes,
                 accelerator.device, reseed=self.recovery.num_rollbacks,
             )  # fmt: skip
-            real = to_range(next(batches))
+            images, labels = next(batches)
+            real = to_range(images)
             if data.image_size is not None:
                 real = crop_at_random(real, data.resolution, noise)
             if data.random_flip:
                 real = flip_at_random(real, noise)
+            if labels is not None and self.feed.class_names is not None:
+                labels = forget_classes(labels, CLASS_DROPOUT, len(self.feed.class_names), noise)
             # One context for both networks: each entered would count a batch of accumulation.
             with accelerator.accumulate(*networks):
                 # The generator: its own loss, and the constraint on its samples.
-                loss, samples, own = self.task.loss(generator.network, real, noise, self.step, energy is not None)
+                # Samples have the classes of the data, which are a draw of their frequencies.
+                loss, samples, own = self.task.loss(
+                    generator.network, real, noise, self.step, energy is not None, labels
+                )
                 if energy is not None:
-                    calibration = calibrator.calibrate(samples, noise=ChainNoise(noise, samples))
+                    calibration = calibrator.calibrate(samples, noise=ChainNoise(noise, samples), condition=labels)
                     loss = loss + calibration.loss
                     constraint = constraint + calibration.constraint / self.num_batches
                 norms |= generator.step(loss)
                 # The energy model: data against the same targets.
                 if energy is not None:
-                    energies = calibrator.energy_loss(real, calibration.targets, energy.network)
+                    energies = calibrator.energy_loss(real, calibration.targets, energy.network, labels, labels)
                     norms |= {f"energy_{name}": norm for name, norm in energy.step(energies.loss).items()}
         scalars, peaks = {**norms, **own}, {**norms}
         if energy is not None:

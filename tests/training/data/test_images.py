@@ -48,15 +48,15 @@ def test_each_image_is_decoded_once_and_cached_as_it_is_decoded_later(
     monkeypatch.setattr(image_file, "load_prepare", lambda self: (decoded.append(self.filename), prepare(self)))
     images = dataset(tmp_path, in_channels=in_channels, skip_broken=skip_broken)
     assert len(decoded) == len(set(decoded)) == len(modes) + skip_broken
-    batch = images.__getitems__(list(range(len(modes))))
+    batch = images.images(list(range(len(modes))))
     assert batch.shape == (len(modes), in_channels or (1 if set(modes) <= set(GRAYS) else 3), 16, 16)
-    assert torch.equal(images.__getitems__([3, 1]), torch.stack([images[3], images[1]]))
+    assert torch.equal(images.images([3, 1]), torch.stack([images[3], images[1]]))
     # No room for any, and room for one channel of each, broken ones too.
     for room, is_cached in ((100, False), ((len(modes) + skip_broken) * 16**2, batch.shape[1] == 1)):
         monkeypatch.setattr(module, "MAX_CACHED_BYTES", room)
         again = dataset(tmp_path, in_channels=in_channels, skip_broken=skip_broken)
         assert (again.cache is not None) == is_cached
-        assert torch.equal(again.__getitems__(list(range(len(modes)))), batch)
+        assert torch.equal(again.images(list(range(len(modes)))), batch)
 
 
 @pytest.mark.parametrize("size", [(40, 17), (9, 33)])

@@ -40,7 +40,8 @@ def numbers(feed, count: int, first_batch: int = 0, reseed: int = 0) -> list[int
     """The first `count` images' numbers."""
     found, batches = [], feed.batches(first_batch, reseed)
     while len(found) < count:
-        batch = next(batches)
+        batch, labels = next(batches)
+        assert labels is None
         assert batch.dtype == torch.uint8 and batch.shape[1:] == (3, 8, 8)
         assert (batch[:, 1] == 255 - batch[:, 0]).all()
         found += batch[:, 0, 0, 0].tolist()
@@ -113,7 +114,7 @@ def test_decoded_as_before_training(channels, tmp_path):
     for name in ("folder", "archive", "parquet"):
         feed = feed_of(tmp_path / name, 3, size=16, channels=channels)
         assert feed.channels == channels and torch.equal(feed.first(3), expected)
-        batch = next(feed.batches(0, 0))
+        batch, _ = next(feed.batches(0, 0))
         assert all((image == batch).flatten(1).all(1).any() for image in expected)
 
 

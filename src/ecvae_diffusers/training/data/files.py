@@ -143,10 +143,17 @@ class Pictures:
     Args:
         source (`list[Path]` or `datasets.Dataset`): Files, or a data set with the one column `image`, undecoded.
         left_out (`list[str]`): What the source holds besides, in words.
+        labels (`list[int]`, *optional*), class_names (`list[str]`, *optional*): The class of each picture, and the names of all.
     """
 
-    def __init__(self, source: Any, left_out: list[str]):
-        self.source, self.left_out = source, left_out
+    def __init__(
+        self,
+        source: Any,
+        left_out: list[str],
+        labels: list[int] | None = None,
+        class_names: list[str] | None = None,
+    ):
+        self.source, self.left_out, self.labels, self.class_names = source, left_out, labels, class_names
 
     def __len__(self) -> int:
         return len(self.source)
@@ -158,7 +165,8 @@ class Pictures:
     def select(self, indices: list[int]) -> "Pictures":
         """Return the pictures of the given indices, in their order."""
         chosen = [self.source[i] for i in indices] if isinstance(self.source, list) else self.source.select(indices)
-        return Pictures(chosen, self.left_out)
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return Pictures(chosen, self.left_out, labels, self.class_names)
 
 
 def find_images(folder: str | os.PathLike, argument: str | None = None) -> Pictures:

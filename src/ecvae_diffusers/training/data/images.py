@@ -17,6 +17,8 @@ from ecvae_diffusers.training.data.files import Pictures, content_hash, find_ima
 
 # Above this, images are decoded at each use instead of being kept.
 MAX_CACHED_BYTES = 4 * 2**30
+# Kinds of columns that can hold classes.
+CLASS_DTYPES = {"string", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
 
 # Opening
@@ -26,10 +28,14 @@ def load_images(data: DataConfig) -> Pictures:
     """Open the pictures to train on, undecoded: those of a folder, or of the train split of a data set."""
     if data.train_data_dir is not None:
         pictures = open_folder(data.train_data_dir, "train_data_dir")
+        if data.class_conditional:
+            pictures = with_classes_of_folders(pictures, data.train_data_dir)
     else:
         name = data.dataset_name or ""
         dataset = load_split(name, data.dataset_config_name, None)
         pictures = column_of_images(dataset, find_image_column(dataset.features, name, data.image_column), name)
+        if data.class_conditional:
+            pictures.labels, pictures.class_names = classes_of_column(dataset, name, data.class_column)
     if data.max_train_samples is not None:
         pictures = pictures.select(list(range(min(data.max_train_samples, len(pictures)))))
     return pictures
@@ -42,6 +48,44 @@ def open_folder(folder: str, argument: str) -> Pictures:
         why = f": left out are {'; '.join(pictures.left_out)}" if pictures.left_out else ""
         raise ValueError(f"--{argument} must hold images, but {folder!r} holds none{why}.")
     return pictures
+
+
+def with_classes_of_folders(pictures: Pictures, folder: str) -> Pictures:
+    """Take the sub-folders of a folder for the classes of its pictures. Raise `ValueError` if a picture lies in none."""
+    paths = [path.relative_to(folder) for path in pictures.source]
+    if outside := [str(path) for path in paths if len(path.parts) == 1]:
+        raise ValueError(
+            f"--train_data_dir {folder!r} must hold images only in sub-folders with --class_conditional, each named as its class, "
+            f"but {len(outside)} lie in none, among them: {outside[0]!r}."
+        )
+    names = sorted({path.parts[0] for path in paths})
+    return Pictures(pictures.source, pictures.left_out, [names.index(path.parts[0]) for path in paths], names)
+
+
+def classes_of_column(dataset, dataset_name: str, class_column: str | None) -> tuple[list[int], list[str]]:
+    """
+    Return the class of each row, and the names of all classes: `class_column`, or the only column of class labels. Raise `ValueError` if
+    there is no such column, or several, or a row has no class.
+    """
+    datasets = import_datasets()
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if class_column is None and len(columns) != 1:
+        raise ValueError(
+            f"{dataset_name!r} has the columns of class labels {columns}: choose one with --class_column."
+        )
+    column = class_column or columns[0]
+    # Texts, whole numbers and booleans can be classes as well.
+    possible = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in CLASS_DTYPES]
+    if column not in possible:
+        raise ValueError(f"--class_column must be one of {possible} in {dataset_name!r}, but is {class_column!r}.")
+    if None in (values := dataset[column][:]) or -1 in values and column in columns:
+        raise ValueError(
+            f"--class_column {column!r} must give each row a class, but some rows of {dataset_name!r} have none."
+        )
+    if column in columns:
+        return values, list(dataset.features[column].names)
+    names = sorted(set(values))
+    return [names.index(value) for value in values], [str(name) for name in names]
 
 
 def column_of_images(dataset, column: str, dataset_name: str) -> Pictures:
@@ -263,7 +307,7 @@ class BrokenImage(ValueError):
 class ImageDataset(torch.utils.data.Dataset):
     """
     Images as uint8 tensors (C, H, W), each opened and checked at construction, and kept in memory up to 4 GiB. They have `in_channels`,
-    by default 1 if every image is gray, else 3. Raises what [`CheckedPictures`] raises.
+    by default 1 if every image is gray, else 3. `labels` are the classes (N,) of all, or `None`. Raises what [`CheckedPictures`] raises.
     """
 
     def __init__(
@@ -288,6 +332,7 @@ class ImageDataset(torch.utils.data.Dataset):
         # The first look at an image also decodes it.
         self.checked = CheckedPictures(pictures, skip_broken, progress, keep)
         self.pictures, self.resolution = self.checked.pictures, resolution
+        self.labels = None if self.pictures.labels is None else torch.tensor(self.pictures.labels)
         self.channels = in_channels or self.checked.channels
         if cache is not None and kept < self.channels:
             cache = None
@@ -303,10 +348,15 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.pictures)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return self.__getitems__([i])[0]
+        return self.images([i])[0]
 
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        """Return a batch: indexing the cache is far cheaper than stacking its items."""
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return a batch of `images` and, where there are classes, of `labels`."""
+        batch = {"images": self.images(indices)}
+        return batch if self.labels is None else batch | {"labels": self.labels[torch.tensor(indices)]}
+
+    def images(self, indices: list[int]) -> torch.Tensor:
+        """Return uint8 images (B, C, H, W): indexing the cache is far cheaper than stacking its items."""
         if self.cache is not None:
             return self.cache[torch.tensor(indices)]
         return torch.stack([self.decode(i) for i in indices])

@@ -2,7 +2,8 @@
 
 Images have `image_size` if that is given, and each step crops `resolution` from them; those to look at are their center. Both
 classes give `channels`, `num_images`, `batches_per_epoch` and the `hashes` of all images (`None` for a stream, which can't look
-ahead), numbered batches on the device, images to look at and to measure with, and `data_hash`, which tells data apart.
+ahead), the `class_names` (`None` without classes), numbered batches on the device, images to look at and to measure with, and
+`data_hash`, which tells data apart. A batch is a pair: images, and their classes or `None`.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from ecvae_diffusers.training.data.transforms import center_crop
 
 logger = logging.getLogger(__name__)
 
+Batch = tuple[torch.Tensor, torch.Tensor | None]
 # Undecoded images that each next one of a stream is drawn from, in memory in each process and worker.
 SHUFFLE_BUFFER_SIZE = 10_000
 # A large crawl can hold thousands of broken images: the rest are only counted.
@@ -56,7 +58,11 @@ class DecodedFeed:
             logger.info(f"Of the images in {source!r}, {converted}: see --in_channels.")
         self.channels, self.num_images = self.dataset.channels, len(self.dataset)
         self.hashes = set(checked.hashes)
-        self.data_hash = hashlib.sha256(b"".join(checked.hashes)).hexdigest()
+        self.labels, self.class_names = self.dataset.labels, self.dataset.pictures.class_names
+        told_apart = list(checked.hashes)
+        if self.labels is not None:
+            told_apart += [repr(self.class_names).encode(), self.labels.numpy().tobytes()]
+        self.data_hash = hashlib.sha256(b"".join(told_apart)).hexdigest()
         check_batch_size(batch_size, self.num_images // accelerator.num_processes)
         self.batches_per_epoch = self.num_images // (batch_size * accelerator.num_processes)
         loader = torch.utils.data.DataLoader(
@@ -70,19 +76,26 @@ class DecodedFeed:
         )
         self.loader = accelerator.prepare(loader)
 
-    def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
+    def batches(self, first_batch: int, reseed: int) -> Iterator[Batch]:
         """Give uint8 batches (B, C, H, W), epoch after epoch, from number `first_batch` on. `reseed` changes the order."""
         epoch, skipped = divmod(first_batch, self.batches_per_epoch)
         while True:
             # The sampler's seed is that of the run plus this number.
             self.loader.set_epoch(epoch + reseed * 1_000_003)
-            yield from self.accelerator.skip_first_batches(self.loader, skipped) if skipped else self.loader
+            for batch in self.accelerator.skip_first_batches(self.loader, skipped) if skipped else self.loader:
+                yield batch["images"], batch.get("labels")
             epoch, skipped = epoch + 1, 0
+
+    def chosen(self, count: int) -> torch.Tensor:
+        return torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed))[:count]
 
     def reference(self, count: int) -> torch.Tensor:
         """Return the center of at most `count` images, uint8: drawn at random from all, always the same ones."""
-        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed))
-        return center_crop(self.dataset.__getitems__(order[:count].tolist()), self.resolution)
+        return center_crop(self.dataset.images(self.chosen(count).tolist()), self.resolution)
+
+    def reference_labels(self, count: int) -> torch.Tensor | None:
+        """Return the classes of the images of `reference`, or `None` without classes."""
+        return None if self.labels is None else self.labels[self.chosen(count)]
 
 
 class StreamFeed:
@@ -94,7 +107,7 @@ class StreamFeed:
     images, in a random order. A failing connection is never taken for a broken image. Raises `ValueError` as [`DecodedFeed`] does.
     """
 
-    num_images = batches_per_epoch = hashes = None
+    num_images = batches_per_epoch = hashes = labels = class_names = None
 
     def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
         datasets = import_datasets()
@@ -152,7 +165,10 @@ class StreamFeed:
             self.kept = self.first(count)
         return center_crop(self.kept[:count], self.data.resolution)
 
-    def batches(self, first_batch: int, reseed: int) -> Iterator[torch.Tensor]:
+    def reference_labels(self, count: int) -> None:
+        """A stream has no classes."""
+
+    def batches(self, first_batch: int, reseed: int) -> Iterator[Batch]:
         """
         Give uint8 batches (B, C, H, W) of this process's share without end. The rest of an epoch starts the first batch of the next.
 
@@ -179,7 +195,7 @@ class StreamFeed:
                 num_images += len(images)
                 waiting = torch.cat([waiting, images])
                 if len(waiting) >= self.batch_size:
-                    yield waiting[: self.batch_size].to(self.device, non_blocking=True)
+                    yield waiting[: self.batch_size].to(self.device, non_blocking=True), None
                     waiting = waiting[self.batch_size :]
             check_batch_size(self.batch_size, num_images)
 

@@ -34,6 +34,11 @@ def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
     return torch.where(flip, images.flip(-1), images)
 
 
+def forget_classes(labels: torch.Tensor, probability: float, unknown: int, noise: StepNoise) -> torch.Tensor:
+    """Replace each label with that of the unknown class, with a probability."""
+    return torch.where(noise.uniform(len(labels)) < probability, unknown, labels)
+
+
 def batch_spread(images: torch.Tensor) -> torch.Tensor:
     """Return the standard deviation over the batch, averaged over pixels: 0 if all images are the same."""
     return images.float().std(0, correction=0).mean()

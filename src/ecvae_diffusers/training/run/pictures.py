@@ -1,5 +1,6 @@
 """Pictures of a run, and the energies of its images: what `ecvae report` lays out."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,18 +33,30 @@ class Observer:
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): Data to reconstruct and to take energies of.
+        labels (`torch.Tensor` of shape `(N,)`, *optional*): Their classes. Samples get such too, row by row in the sheet.
         batch_size (`int`): Images at a time: that of training, whose memory is there.
     """
 
     def __init__(
-        self, output_dir: Path, task: "Task", images: torch.Tensor, seed: int, device: torch.device, batch_size: int
+        self,
+        output_dir: Path,
+        task: "Task",
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        seed: int,
+        device: torch.device,
+        batch_size: int,
     ):
         self.output_dir, self.task, self.seed, self.device = output_dir, task, seed, device
-        self.batch_size, self.images = batch_size, images
+        self.batch_size, self.images, self.labels = batch_size, images, labels
         # As many pixels at each resolution.
         count = NUM_ENERGIES * FULL_SIZE**2 // images.shape[-1] ** 2
         self.num_energies = max(FEWEST_ENERGIES, min(NUM_ENERGIES, count))
-        self.latents = task.latents(max(NUM_GRID_IMAGES, self.num_energies), seed).to(device)
+        count = max(NUM_GRID_IMAGES, self.num_energies)
+        self.latents, self.sample_labels = task.latents(count, seed).to(device), task.labels(count, seed)
+        if self.sample_labels is not None:
+            shown, others = self.sample_labels[:NUM_GRID_IMAGES], self.sample_labels[NUM_GRID_IMAGES:]
+            self.sample_labels = torch.cat([shown.sort().values, others])
 
     @torch.no_grad()
     def observe(
@@ -53,35 +66,50 @@ class Observer:
         Write the pictures of a step: of `exported`, which would be saved now, and of the chain from `generator`, which is trained.
         And, if asked to, energies, whose chains cost many times what the pictures do.
         """
-        samples = self.in_batches("Samples", lambda z: self.task.sample(exported, z), self.latents[:NUM_GRID_IMAGES])
+        latents = self.latents[:NUM_GRID_IMAGES]
+        samples = self.in_batches(
+            "Samples", lambda z, c: self.task.sample(exported, z, c), latents, self.sample_labels
+        )
         self.save("samples", step, image_grid(samples, num_columns=8))
         images = to_range(self.images[: NUM_GRID_IMAGES // 2].to(self.device))
-        reconstructions = self.in_batches("Reconstructions", lambda x: self.task.reconstruct(exported, x), images)
+        reconstructions = self.in_batches(
+            "Reconstructions", lambda x, c: self.task.reconstruct(exported, x, c), images, self.labels
+        )
         self.save("reconstructions", step, pairs_grid(images, reconstructions))
         if calibrator is None:
             return
         noise = torch.Generator(device=self.device).manual_seed(self.seed)
 
-        def run_chain(latents: torch.Tensor) -> torch.Tensor:
-            samples = self.task.sample(generator, latents)
-            return calibrator.run_chain(samples, noise, return_trajectory=True).transpose(0, 1)
+        def run_chain(latents: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+            samples = self.task.sample(generator, latents, labels)
+            return calibrator.run_chain(samples, noise, return_trajectory=True, condition=labels).transpose(0, 1)
 
         # Without energies as many whole batches as are shown: the noise of a picture depends on the size of its batch.
         count = self.num_energies if energies else -(-NUM_CHAIN_IMAGES // self.batch_size) * self.batch_size
-        states = self.in_batches("Chains", run_chain, self.latents[: min(count, self.num_energies)]).transpose(0, 1)
+        latents = self.latents[: min(count, self.num_energies)]
+        states = self.in_batches("Chains", run_chain, latents, self.sample_labels).transpose(0, 1)
         self.save("chain", step, chain_strip(states[:, :NUM_CHAIN_IMAGES]))
         if not energies:
             return
         model: Any = calibrator.energy_model  # a callable to users of the calibrator, but a module here
         whole = {"data": to_range(self.images[: self.num_energies].to(self.device))}
         whole |= {"samples": states[0], "targets": states[-1]}
+        values = {}
         with frozen(model):
-            values = {k: self.in_batches("Energies", lambda x: compute_energy(model, x), v) for k, v in whole.items()}
+            for name, some in whole.items():
+                labels = self.labels if name == "data" else self.sample_labels
+                values[name] = self.in_batches("Energies", lambda x, c: compute_energy(model, x, c), some, labels)
         rounded = {name: [round(e, 5) for e in taken.tolist()] for name, taken in values.items()}
         RunLog(self.output_dir / ENERGIES_FILE).write(step=step, **rounded)
 
-    def in_batches(self, what: str, function: Callable, whole: torch.Tensor) -> torch.Tensor:
-        return torch.cat([function(part) for part in progress(what, whole.split(self.batch_size))])
+    def in_batches(
+        self, what: str, function: Callable, whole: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply a function to a batch and its labels at a time, `None` without classes."""
+        parts, classes = whole.split(self.batch_size), itertools.repeat(None)
+        if labels is not None:
+            classes = labels[: len(whole)].to(self.device).split(self.batch_size)
+        return torch.cat([function(part, some) for part, some in zip(progress(what, parts), classes)])
 
     def save(self, kind: str, step: int, picture: PIL.Image.Image) -> None:
         save_atomically(picture, step_file(self.output_dir, kind, step))

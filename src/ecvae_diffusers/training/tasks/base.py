@@ -49,11 +49,18 @@ class Task(ABC):
 
     @abstractmethod
     def loss(
-        self, network: torch.nn.Module, real: torch.Tensor, noise: StepNoise, step: int, with_samples: bool
+        self,
+        network: torch.nn.Module,
+        real: torch.Tensor,
+        noise: StepNoise,
+        step: int,
+        with_samples: bool,
+        labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
         """
         In one pass through `network`, the wrapped generator: its own loss; new samples (B, C, H, W) with gradients, or
-        `None` where they aren't asked for; and scalars to log, `headline` among them.
+        `None` where they aren't asked for; and scalars to log, `headline` among them. `labels` are the classes of `real`, which
+        the samples get too.
         """
 
     def draw(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
@@ -64,12 +71,20 @@ class Task(ABC):
         """Latents of `count` samples, or of as many as there are, always the same for a seed."""
         return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
 
+    def labels(self, count: int, seed: int) -> torch.Tensor | None:
+        """Classes of `count` samples, by their frequencies, always the same for a seed. `None` without classes."""
+        return None
+
     @abstractmethod
-    def sample(self, generator: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    def sample(
+        self, generator: torch.nn.Module, latents: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Images in [-1, 1]. No gradient."""
 
     @abstractmethod
-    def reconstruct(self, generator: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def reconstruct(
+        self, generator: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The generator's own version of images in [-1, 1]. No gradient."""
 
     @abstractmethod

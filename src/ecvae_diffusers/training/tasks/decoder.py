@@ -91,7 +91,7 @@ class DecoderTask(Task):
         encodings = self.encode_batch(real)
         return encodings + self.noise_scale * noise.normal(*encodings.shape) if self.noise_scale > 0 else encodings
 
-    def loss(self, network, real, noise, step, with_samples):
+    def loss(self, network, real, noise, step, with_samples, labels=None):
         encodings = self.encode_batch(real)
         if not with_samples:
             decoded, samples = network(encodings), None
@@ -122,11 +122,11 @@ class DecoderTask(Task):
             errors.append((decoded - originals).square().mean((1, 2, 3)).cpu())
         return {"psnr": (10 * torch.log10(4 / torch.cat(errors))).mean().item()}
 
-    def sample(self, generator, latents):
+    def sample(self, generator, latents, labels=None):
         with evaluating(generator):
             return generator(latents).float()
 
-    def reconstruct(self, generator, images):
+    def reconstruct(self, generator, images, labels=None):
         with evaluating(generator):
             return generator(generator.encode(images)).float()
 

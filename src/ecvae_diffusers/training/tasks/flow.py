@@ -34,7 +34,7 @@ class FlowTask(Task):
         self.optimizer, self.generator, self.energy_model = config.optimizer, flow, energy_model
         self.latent_shape = (flow.num_latents, 1, 1)
 
-    def loss(self, network, real, noise, step, with_samples):
+    def loss(self, network, real, noise, step, with_samples, labels=None):
         dequantized = dequantize(real, noise.uniform(*real.shape))
         output = network(dequantized, prior_latents=self.draw(real, noise) if with_samples else None)
         bits = bits_per_dimension(output.log_prob.detach(), self.generator.num_latents)
@@ -54,11 +54,11 @@ class FlowTask(Task):
                 bits.append(bits_per_dimension(log_prob, self.generator.num_latents).cpu())
         return {"bits_per_dimension": torch.cat(bits).mean().item()}
 
-    def sample(self, generator, latents):
+    def sample(self, generator, latents, labels=None):
         with evaluating(generator):
             return generator.decode(latents).float().clamp(-1, 1)
 
-    def reconstruct(self, generator, images):
+    def reconstruct(self, generator, images, labels=None):
         """There and back: what differs is rounding."""
         with evaluating(generator):
             return generator.decode(generator.encode(images)[0]).float()
@@ -94,6 +94,6 @@ def train_flow(config: ECFlowConfig) -> None:
         return pretrained
 
     def build_task(pretrained: Pretrained, feed) -> FlowTask:
-        return FlowTask(config, *build_models(config, feed.channels, lambda: build_flow(config, feed), pretrained))
+        return FlowTask(config, *build_models(config, feed, lambda: build_flow(config, feed), pretrained))
 
     train(config, load, build_task, FlowTask)

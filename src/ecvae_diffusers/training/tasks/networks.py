@@ -24,7 +24,9 @@ Pretrained = tuple[Any, dict[str, Any]]
 LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
-def build_energy_model(config: EnergyConfig, resolution: int, in_channels: int) -> EnergyModel:
+def build_energy_model(
+    config: EnergyConfig, resolution: int, in_channels: int, num_class_embeds: int | None = None
+) -> EnergyModel:
     """Return a new energy model."""
     return EnergyModel(
         sample_size=resolution,
@@ -32,14 +34,16 @@ def build_energy_model(config: EnergyConfig, resolution: int, in_channels: int) 
         block_out_channels=tuple(config.energy_block_out_channels or ()),
         num_scales=config.energy_num_scales,
         spectral_norm=config.energy_spectral_norm,
+        num_class_embeds=num_class_embeds,
     )
 
 
 def build_models(
-    config: TrainingConfig, in_channels: int, build: Callable[[], torch.nn.Module], pretrained: Pretrained
+    config: TrainingConfig, feed, build: Callable[[], torch.nn.Module], pretrained: Pretrained
 ) -> tuple[Any, EnergyModel | None]:
     """The generator and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest."""
     generator, companions = pretrained
+    in_channels = feed.channels
     if generator is not None and generator.config.in_channels != in_channels:
         raise ValueError(
             f"--pretrained_model_name_or_path {config.model.pretrained_model_name_or_path!r} is for images of "
@@ -48,8 +52,10 @@ def build_models(
     generator = build() if generator is None else generator
     if config.model.calibration not in ENERGY_CALIBRATIONS:
         return generator, None
-    energy_model = companions.get("energy_model")
-    return generator, energy_model or build_energy_model(config.energy, config.data.resolution, in_channels)
+    if (energy_model := companions.get("energy_model")) is None:
+        num_classes = None if feed.class_names is None else len(feed.class_names)
+        energy_model = build_energy_model(config.energy, config.data.resolution, in_channels, num_classes)
+    return generator, energy_model
 
 
 def build_calibrator(

@@ -8,8 +8,10 @@ energy model steps on data against the same targets; lambda steps on the constra
 the decoder may learn from those of the data. The equations are in `ecvae_diffusers.calibration`, `.variational` and `.posterior`.
 """
 
+import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +54,7 @@ class ECVAETask(Task):
         if self.config.calibration in POSTERIOR_CALIBRATIONS:
             self.state = PosteriorCalibration(self.config, vae, config.calibration.dual_learning_rate)
 
-    def loss(self, network, real, noise, step, with_samples):
+    def loss(self, network, real, noise, step, with_samples, labels=None):
         kl_weight = kl_warmup(self.config.kl_weight, step, self.config.kl_warmup_steps)
         posterior_noise = noise.normal(len(real), *self.latent_shape)
         latents, generated = {}, None
@@ -69,6 +71,8 @@ class ECVAETask(Task):
             posterior_noise=posterior_noise,
             prior_latents=torch.cat(list(latents.values())) if latents else None,
             extra_sample=generated,
+            class_labels=labels,
+            prior_class_labels=labels,
         )
         decoded = dict(zip(latents, output.prior_sample.chunk(len(latents)))) if latents else {}
         elbo = elbo_loss(real, output.sample, output.latent_dist, kl_weight)
@@ -106,13 +110,21 @@ class ECVAETask(Task):
         bounds = posterior_bounds(images, generator, *numbers, variance, batch_size=self.batch_size)
         return {name: values.mean().item() for name, values in bounds.items()}
 
-    def sample(self, generator, latents):
-        with evaluating(generator):
-            return generator.decode(latents).sample.float()
+    def labels(self, count, seed):
+        shares, num_classes = self.generator.config.class_frequencies, self.generator.config.num_class_embeds
+        if num_classes is None:
+            return None
+        weights = torch.tensor(shares or [1.0] * num_classes, dtype=torch.float64)
+        return weights.multinomial(count, replacement=True, generator=torch.Generator().manual_seed(seed))
 
-    def reconstruct(self, generator, images):
+    def sample(self, generator, latents, labels=None):
         with evaluating(generator):
-            return generator.decode(generator.encode(images).latent_dist.mean).sample.float()
+            return generator.decode(latents, class_labels=labels).sample.float()
+
+    def reconstruct(self, generator, images, labels=None):
+        with evaluating(generator):
+            latents = generator.encode(images, class_labels=labels).latent_dist.mean
+            return generator.decode(latents, class_labels=labels).sample.float()
 
     def build_pipeline(self, generator, energy_model, scheduler):
         if self.companions is not None:
@@ -121,10 +133,13 @@ class ECVAETask(Task):
 
     def finish(self, generator, feed):
         """Write the error of reconstructions from the posterior mean, its square and spectrum, into the autoencoder's config."""
-        images, power = feed.reference(NUM_VARIANCE_IMAGES), 0.0
-        for batch in progress("Error of reconstructions", images.split(self.batch_size)):
+        images, labels = feed.reference(NUM_VARIANCE_IMAGES), feed.reference_labels(NUM_VARIANCE_IMAGES)
+        parts, power = images.split(self.batch_size), 0.0
+        labels = [None] * len(parts) if labels is None else labels.split(self.batch_size)
+        for batch, classes in zip(progress("Error of reconstructions", parts), labels):
             batch = to_range(batch.to(generator.device))
-            power = power + len(batch) / len(images) * error_power(batch, self.reconstruct(generator, batch))
+            found = self.reconstruct(generator, batch, classes)
+            power = power + len(batch) / len(images) * error_power(batch, found)
         width = images.shape[-1]
         variance = mean_over_frequencies(power, width).item()
         generator.eval().register_to_config(
@@ -134,9 +149,22 @@ class ECVAETask(Task):
         )
 
 
-def build_vae(config: ECVAEConfig, in_channels: int) -> AutoencoderEC:
-    """Return a new autoencoder."""
+def describe_classes(feed) -> dict[str, Any]:
+    """Return what the config of an autoencoder says of the classes of `feed`, nothing without classes."""
+    if feed.class_names is None:
+        return {}
+    counts = feed.labels.bincount(minlength=len(feed.class_names))
+    return {
+        "num_class_embeds": len(feed.class_names),
+        "id2label": {str(i): name for i, name in enumerate(feed.class_names)},
+        "class_frequencies": [round(share, 6) for share in (counts / counts.sum()).tolist()],
+    }
+
+
+def build_vae(config: ECVAEConfig, in_channels: int, **classes: Any) -> AutoencoderEC:
+    """Return a new autoencoder. `classes` are those of `describe_classes`."""
     return AutoencoderEC(
+        **classes,
         sample_size=config.data.resolution,
         in_channels=in_channels,
         latent_channels=config.model.latent_channels,
@@ -168,7 +196,14 @@ def train_vae(config: ECVAEConfig) -> None:
         return vae, companions
 
     def build_task(pretrained: Pretrained, feed) -> ECVAETask:
-        vae, energy_model = build_models(config, feed.channels, lambda: build_vae(config, feed.channels), pretrained)
+        build = functools.partial(build_vae, config, feed.channels, **describe_classes(feed))
+        vae, energy_model = build_models(config, feed, build, pretrained)
+        names = None if vae.config.id2label is None else list(vae.config.id2label.values())
+        if pretrained[0] is not None and names != feed.class_names:
+            raise ValueError(
+                f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path!r} must have the classes of the data "
+                f"({feed.class_names}), but has {names}: see --class_conditional."
+            )
         return ECVAETask(config, vae, energy_model, pretrained[1] if model.freeze_decoder else None)
 
     train(config, load, build_task, ECVAETask)
