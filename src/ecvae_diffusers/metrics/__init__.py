@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("Metrics need: pip install 'ecvae-diffusers[metrics]'.") from error
 
+from .classifier import ClassifierFeatures
 from .features import FeatureExtractor, InceptionFeatures, lite0_features, transformers_features
 from .generation import GenerationMetrics, nearest_neighbours, neighbour_measures
 from .out_of_distribution import out_of_distribution_auroc
@@ -14,6 +15,7 @@ from .reconstruction import reconstruction_metrics
 
 
 __all__ = [
+    "ClassifierFeatures",
     "FeatureExtractor",
     "GenerationMetrics",
     "InceptionFeatures",

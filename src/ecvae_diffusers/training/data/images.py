@@ -50,12 +50,12 @@ def open_folder(folder: str, argument: str) -> Pictures:
     return pictures
 
 
-def with_classes_of_folders(pictures: Pictures, folder: str) -> Pictures:
+def with_classes_of_folders(pictures: Pictures, folder: str, argument: str = "train_data_dir") -> Pictures:
     """Take the sub-folders of a folder for the classes of its pictures. Raise `ValueError` if a picture lies in none."""
     paths = [path.relative_to(folder) for path in pictures.source]
     if outside := [str(path) for path in paths if len(path.parts) == 1]:
         raise ValueError(
-            f"--train_data_dir {folder!r} must hold images only in sub-folders with --class_conditional, each named as its class, "
+            f"--{argument} {folder!r} must hold images only in sub-folders, each named as its class, "
             f"but {len(outside)} lie in none, among them: {outside[0]!r}."
         )
     names = sorted({path.parts[0] for path in paths})
