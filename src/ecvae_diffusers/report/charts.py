@@ -44,9 +44,18 @@ def calibration_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "energies",
-            {"energy_real": "data", "energy_samples": "prior samples", "energy_targets": "calibrated samples"},
+            {
+                "energy_real": "data", "energy_samples": "prior samples", "energy_targets": "calibrated samples",
+                "energy_held_out": "held-out images",
+            },
             "Mean, and one standard deviation to each side (low = like the data). Only differences mean something: that "
             "the three wander together is healthy, that they part is not.",
+        ),
+        Chart(
+            "overfitting of the energy model",
+            {"overfitting": "overfitting", "augmentation_probability": "probability of augmentations"},
+            "0: held-out images have the energies of training images; 1: those of samples. Augmentations become more frequent "
+            "while it is above 0.5, with --adaptive_augmentation.",
         ),
         Chart(
             "spread of samples", spreads,

@@ -93,6 +93,12 @@ class DataConfig(Group):
     )
     random_flip: bool = option(False, help="Flip each image horizontally with probability 1/2.")
     dataloader_num_workers: int = option(0, help="Processes that load data. 0: the main process.", at_least=0)
+    validation_fraction: float = option(
+        0.0,
+        help="Share of the images that is held out. Their energies are logged, and show whether the energy model overfits.",
+        at_least=0,
+        below=1,
+    )
     class_conditional: bool = option(False, flag=False)
     class_column: str | None = option(flag=False)
 
@@ -130,6 +136,10 @@ class EnergyConfig(Group):
         "auto",
         help="gamma: weight of half the squared gradient at the data (R1). 'auto': 0.1 per 256 pixels times channels.",
         at_least=0,
+    )
+    adaptive_augmentation: bool = option(
+        False,
+        help="Augment what the energy model sees (colour, translation, holes) while it overfits, by --validation_fraction.",
     )
 
 
@@ -343,6 +353,10 @@ class TrainingConfig:
         if data.streaming and (data.dataset_name is None or (data.in_channels is None and not self.channels_of_model)):
             channels = "" if self.channels_of_model else " and --in_channels"
             raise ConfigError(f"--streaming requires --dataset_name{channels}: it can't look ahead.")
+        if energy.adaptive_augmentation and not data.validation_fraction:
+            refuse("validation_fraction", data.validation_fraction, "above 0 with --adaptive_augmentation")
+        if data.streaming and data.validation_fraction:
+            refuse("validation_fraction", data.validation_fraction, "0 with --streaming")
         if not hub.push_to_hub and not (hub.hub_model_id is hub.hub_private_repo is None):
             raise ConfigError("--hub_model_id and --hub_private_repo require --push_to_hub.")
         if evaluation.early_stopping_patience is not None and evaluation.evaluation_steps is None:

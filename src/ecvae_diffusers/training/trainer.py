@@ -16,7 +16,9 @@ from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from ecvae_diffusers.atomic import replacing, write_json
+from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
+from ecvae_diffusers.training.augmentation import MEASURED_EVERY, AdaptiveAugmentation, AugmentedEnergy
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.data.loaders import Batch, DecodedFeed, StreamFeed
@@ -83,7 +85,7 @@ class Trainer:
         self.step = 0
         self.num_batches = optimizer.gradient_accumulation_steps
         self.images_per_step = optimizer.train_batch_size * accelerator.num_processes * self.num_batches
-        self.calibrator = self.energy = self.ema = None
+        self.calibrator = self.energy = self.ema = self.overfitting = None
         models: list[Any] = [model for model in (task.generator, task.energy_model) if model is not None]
         for model in models:
             model.to(memory_format=torch.channels_last)
@@ -99,7 +101,9 @@ class Trainer:
             self.energy = self.prepare(task.energy_model, optimizer.energy_learning_rate, betas)
             self.calibrator = build_calibrator(config.calibration, config.energy, task.energy_model)
         task.prepare(accelerator)
-        state = (self.ema, self.calibrator, task.state)
+        if feed.held_out and self.energy is not None:
+            self.overfitting = AdaptiveAugmentation(config.energy.adaptive_augmentation)
+        state = (self.ema, self.calibrator, task.state, self.overfitting)
         self.recovery = Recovery(config, accelerator, self.generator, self.energy, state)
         self.evaluation: Any = None
         metric = "frechet_distance"
@@ -111,7 +115,15 @@ class Trainer:
             metric = self.evaluation.metric
         self.patience = Patience(metric, evaluation.early_stopping_patience)
         self.stopwatch = Stopwatch()
-        resumed = (self.calibrator, self.ema, self.recovery, self.patience, self.stopwatch, task.state)
+        resumed = (
+            self.calibrator,
+            self.ema,
+            self.recovery,
+            self.patience,
+            self.stopwatch,
+            task.state,
+            self.overfitting,
+        )
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
 
     def prepare(self, network: torch.nn.Module, learning_rate: Any, betas: tuple[float, float]) -> Trained:
@@ -274,13 +286,16 @@ class Trainer:
                     generator.network, real, noise, self.step, energy is not None, labels
                 )
                 if energy is not None:
-                    calibration = calibrator.calibrate(samples, noise=ChainNoise(noise, samples), condition=labels)
+                    frozen_energy, trained_energy = self.augmented(real, noise)
+                    calibration = calibrator.calibrate(
+                        samples, noise=ChainNoise(noise, samples), energy_model=frozen_energy, condition=labels
+                    )
                     loss = loss + calibration.loss
                     constraint = constraint + calibration.constraint / self.num_batches
                 norms |= generator.step(loss)
                 # The energy model: data against the same targets.
                 if energy is not None:
-                    energies = calibrator.energy_loss(real, calibration.targets, energy.network, labels, labels)
+                    energies = calibrator.energy_loss(real, calibration.targets, trained_energy, labels, labels)
                     norms |= {f"energy_{name}": norm for name, norm in energy.step(energies.loss).items()}
         scalars, peaks = {**norms, **own}, {**norms}
         if energy is not None:
@@ -289,6 +304,8 @@ class Trainer:
             calibrator.dual_step(constraint)
             if self.config.calibration.langevin_drift_step == "auto":
                 calibrator.adapt_drift_step(constraint)
+            if self.overfitting is not None and self.step % MEASURED_EVERY == 0:
+                self.look_at_held_out(energies.energy_real, calibration.energy_samples, frozen_energy)
         self.task.end_step()
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
@@ -304,6 +321,26 @@ class Trainer:
                 scalars |= moments("energy_targets", energies.energy_targets)
         return scalars
 
+    def augmented(self, real: torch.Tensor, noise: StepNoise) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Return the energy model, and as it is wrapped, which see augmented images if it is time to."""
+        own: Any = self.task.energy_model
+        wrapped: Any = self.energy.network if self.energy is not None else None
+        augmentation = self.overfitting.draw(real, noise) if self.overfitting is not None else None
+        if augmentation is None:
+            return own, wrapped
+        return AugmentedEnergy(own, augmentation), AugmentedEnergy(wrapped, augmentation)
+
+    @torch.no_grad()
+    def look_at_held_out(self, real: torch.Tensor, samples: torch.Tensor, energy_model: torch.nn.Module) -> None:
+        """Compare the energies of held-out images with those of data and samples, and move the probability of augmentations."""
+        feed: Any = self.feed
+        images, labels = feed.held_out_batch(self.step // MEASURED_EVERY)
+        with frozen(energy_model), self.accelerator.autocast():
+            held_out = compute_energy(energy_model, to_range(images), labels)
+        means = torch.stack([energies.float().mean() for energies in (real, held_out, samples)])
+        overfitting: Any = self.overfitting
+        overfitting.update(self.accelerator.reduce(means, reduction="mean"), MEASURED_EVERY * self.images_per_step)
+
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
         """Write the step's scalars, show some of them, and return the guard's alarms."""
         accelerator, calibrator = self.accelerator, self.calibrator
@@ -314,6 +351,12 @@ class Trainer:
             logged["drift_tolerance"] = calibrator.resolve_drift_tolerance()
             logged["langevin_drift_step"] = calibrator.drift_step_size
             logged |= calibration_state(logged)
+        if self.overfitting is not None:
+            logged |= {
+                "overfitting": self.overfitting.overfitting,
+                "energy_held_out": self.overfitting.averages[1].item(),
+            }
+            logged["augmentation_probability"] = self.overfitting.probability
         if alarms := self.recovery.judge(self.step, logged):
             return alarms
         logged["learning_rate"] = self.generator.lr_scheduler.get_last_lr()[0]

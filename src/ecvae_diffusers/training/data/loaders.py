@@ -9,6 +9,7 @@ ahead), the `class_names` (`None` without classes), numbered batches on the devi
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ class DecodedFeed:
     """Shuffled batches of an [`ImageDataset`], sharded by Accelerate. Raises `ValueError` for unusable data."""
 
     def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
-        self.accelerator, self.seed, self.resolution = accelerator, seed, data.resolution
+        self.accelerator, self.seed, self.resolution, self.batch_size = accelerator, seed, data.resolution, batch_size
         main_process, size = accelerator.is_main_process, data.image_size or data.resolution
         self.dataset = ImageDataset(load_images(data), size, data.in_channels, data.skip_broken_images, main_process)
         checked, source = self.dataset.checked, data.train_data_dir or data.dataset_name
@@ -56,8 +57,11 @@ class DecodedFeed:
             logger.warning(f"Left out of {source!r}: {left_out}.")
         if main_process and (converted := checked.converted(self.dataset.channels)) is not None:
             logger.info(f"Of the images in {source!r}, {converted}: see --in_channels.")
-        self.channels, self.num_images = self.dataset.channels, len(self.dataset)
-        self.hashes = set(checked.hashes)
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        num_held_out = math.ceil(data.validation_fraction * len(order))
+        self.held_out, self.training = order[:num_held_out], sorted(order[num_held_out:])
+        self.channels, self.num_images = self.dataset.channels, len(self.training)
+        self.hashes = {checked.hashes[i] for i in self.training}
         self.labels, self.class_names = self.dataset.labels, self.dataset.pictures.class_names
         told_apart = list(checked.hashes)
         if self.labels is not None:
@@ -66,7 +70,7 @@ class DecodedFeed:
         check_batch_size(batch_size, self.num_images // accelerator.num_processes)
         self.batches_per_epoch = self.num_images // (batch_size * accelerator.num_processes)
         loader = torch.utils.data.DataLoader(
-            self.dataset,
+            torch.utils.data.Subset(self.dataset, self.training) if self.held_out else self.dataset,
             batch_size=batch_size,
             shuffle=True,
             drop_last=True,
@@ -87,7 +91,16 @@ class DecodedFeed:
             epoch, skipped = epoch + 1, 0
 
     def chosen(self, count: int) -> torch.Tensor:
-        return torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed))[:count]
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed))[:count]
+        return torch.tensor(self.training)[order]
+
+    def held_out_batch(self, number: int) -> Batch:
+        """Return the center of the held-out images of a batch, uint8, on the device: all in turn, each process its own."""
+        count, accelerator = self.batch_size, self.accelerator
+        start = (number * accelerator.num_processes + accelerator.process_index) * count
+        chosen = [self.held_out[i % len(self.held_out)] for i in range(start, start + count)]
+        images = center_crop(self.dataset.images(chosen), self.resolution).to(accelerator.device)
+        return images, None if self.labels is None else self.labels[chosen].to(accelerator.device)
 
     def reference(self, count: int) -> torch.Tensor:
         """Return the center of at most `count` images, uint8: drawn at random from all, always the same ones."""
@@ -108,6 +121,7 @@ class StreamFeed:
     """
 
     num_images = batches_per_epoch = hashes = labels = class_names = None
+    held_out: tuple[int, ...] = ()
 
     def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
         datasets = import_datasets()
