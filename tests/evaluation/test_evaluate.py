@@ -26,7 +26,7 @@ from ecvae_diffusers.model_error import squared_error
 from ecvae_diffusers.training.data.transforms import to_range
 
 
-SECTIONS = ("generation", "held_out", "floor", "reconstruction", "likelihood", "out_of_distribution")
+SECTIONS = ("generation", "held_out", "floor", "memorisation", "reconstruction", "likelihood", "out_of_distribution")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,17 @@ def test_figures_are_those_of_the_library(evaluation, files):
     assert set(found) == {"stripes", "noise"} and set(found["noise"]) == {"energy", "error"}
     bounds = evaluation["likelihood"]["measures"]
     assert bounds["elbo"] < bounds["importance_weighted"] and 0 < bounds["amortisation_gap"] < 100
+
+
+def test_copies_of_training_images_are_told(files, tmp_path):
+    """Samples that are training images lie at distance 0, new images of the same kind do not."""
+    data = ["--train_data_dir", files / "train", "--test_data_dir", files / "test", "--num_reference", 48]
+    found = {
+        name: measure(tmp_path / name, "--generated_image_dir", files / folder, *data)["memorisation"]["measures"]
+        for name, folder in (("copies", "train"), ("new", "test"))
+    }
+    assert found["copies"]["nearest_of_samples"] == found["copies"]["nearest_ratio"] == 0
+    assert found["new"]["nearest_ratio"] == 1 and found["new"]["nearest_of_held_out"] > 0
 
 
 def test_comparisons_of_few_images():

@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Measure a model, or a folder of generated images, against data: `ecvae evaluate --help`.
 
-Writes `evaluation.json` (every figure with its protocol), `samples.png` and `neighbours.png` (samples, each next to
-the training images that are nearest to it). Any number of processes gives the same figures. An interrupted evaluation
+Writes `evaluation.json` (every figure with its protocol), `samples.png` and `neighbours.png` (the samples that are
+nearest to training images, each next to those). Any number of processes gives the same figures. An interrupted evaluation
 resumes when it is started again with the same arguments.
 """
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         print(evaluation_table(evaluation))
         print(HOW_TO_READ)
         print(f"{output_dir / SAMPLES}: samples.")
-        print(f"{output_dir / NEIGHBOURS}: samples, each next to the training images nearest to it.")
+        print(f"{output_dir / NEIGHBOURS}: the samples nearest to training images, each next to those.")
         print(f"{output_dir / EVALUATION_FILE}: every figure with its protocol.")
 
 

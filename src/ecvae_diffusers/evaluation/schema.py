@@ -133,6 +133,15 @@ class OutOfDistributionProtocol:
 
 
 @dataclass(kw_only=True)
+class MemorisationProtocol:
+    """The median distance, in features, to the nearest training image: of the first samples, and of held-out images."""
+
+    reference: ImageSet
+    compared: ImageSet
+    num_samples: int
+
+
+@dataclass(kw_only=True)
 class ClassesProtocol:
     """
     A classifier that was trained on the training data's classes: `accuracy` on the test images. The measures are those of samples by
@@ -173,6 +182,7 @@ class Measured:
     likelihood: Section[LikelihoodProtocol, Figures] | None = None
     out_of_distribution: Section[OutOfDistributionProtocol, dict[str, Figures]] | None = None
     classes: Section[ClassesProtocol, dict[str, Figures]] | None = None
+    memorisation: Section[MemorisationProtocol, Figures] | None = None
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,12 @@ from ecvae_diffusers.evaluation.schema import Evaluation, Figures, ImageSet, Ove
 from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
 from ecvae_diffusers.evaluation.work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
 from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
-from ecvae_diffusers.metrics import ClassifierFeatures, GenerationMetrics, out_of_distribution_auroc
+from ecvae_diffusers.metrics import (
+    ClassifierFeatures,
+    GenerationMetrics,
+    nearest_neighbours,
+    out_of_distribution_auroc,
+)
 from ecvae_diffusers.metrics.generation import MAX_KEPT_FEATURES
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.pictures import image_grid
@@ -37,6 +42,7 @@ FEATURE_LIBRARIES = {
 }
 GENERATION = (*DISTANCES, "precision", "recall", "density", "coverage")
 NUM_GRID_IMAGES = 64
+MOST_LOOKED_UP = 2000  # images whose nearest training image is looked for
 KERNEL, ALL_CLASSES = ("kernel_distance", "kernel_distance_std"), "all classes"
 NUM_SUBSETS, MOST_IN_A_SUBSET = 100, 1000  # of the kernel distance
 # Scores that tell other images from the model's own, besides the energy.
@@ -132,18 +138,51 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
             num_images=len(images["test"]),
         )
         add_held_out_measures(evaluation, work, real, train, test)
+    nearest = nearest_neighbours(samples[0][:MOST_LOOKED_UP], real)[0].flatten()
+    closest = nearest.argsort()[:NUM_NEIGHBOUR_ROWS]
+    if "test" in images:
+        add_memorisation(evaluation, nearest, work.collect("test")["features"][:MOST_LOOKED_UP], real, train, test)
+    numbers = torch.cat([torch.arange(min(num_samples, NUM_GRID_IMAGES)), closest])
     if model is None:
-        first = images["generated"][:NUM_GRID_IMAGES]
+        shown = images["generated"][numbers]
     else:
-        sample, _ = model.sampler(args.num_samples, args.seeds[0])
-        first = sample(torch.arange(min(args.num_samples, NUM_GRID_IMAGES)))
+        shown = torch.cat(
+            [model.sampler(args.num_samples, args.seeds[0])[0](some) for some in numbers.split(args.batch_size)]
+        )
+    first, rows = shown[: -len(closest)], shown[-len(closest) :]
     if work.classifier is not None:
         evaluation.classes = class_measures(work, work.classifier, real, samples)
     scale = max(1, 64 // resolution)
     return evaluation, {
         "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
-        "neighbours.png": neighbours_grid(first[:NUM_NEIGHBOUR_ROWS], samples[0], real, images["real"], scale),
+        "neighbours.png": neighbours_grid(rows, samples[0][closest], real, images["real"], scale),
     }
+
+
+def add_memorisation(
+    evaluation: Evaluation,
+    nearest: torch.Tensor,
+    held_out: torch.Tensor,
+    real: torch.Tensor,
+    train: ImageSet,
+    test: ImageSet,
+) -> None:
+    """
+    Add how far samples lie from the training image nearest to each, `nearest`, and how far held-out images do, in features. Samples that
+    are copies of training images lie nearer than any new image does.
+    """
+    of_samples = nearest.median().item()
+    of_held_out = nearest_neighbours(held_out, real)[0].median().item()
+    evaluation.memorisation = Section(
+        protocol=schema.MemorisationProtocol(
+            reference=train, compared=replace(test, num_images=len(held_out)), num_samples=len(nearest)
+        ),
+        measures={
+            "nearest_of_samples": of_samples,
+            "nearest_of_held_out": of_held_out,
+            "nearest_ratio": of_samples / of_held_out if of_held_out > 0 else None,
+        },
+    )
 
 
 def class_measures(

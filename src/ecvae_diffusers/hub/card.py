@@ -36,6 +36,9 @@ TITLES = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "mean_squared_error": "mean squared error",
+    "nearest_of_samples": "distance of samples to the nearest training image",
+    "nearest_of_held_out": "distance of held-out images to the nearest training image",
+    "nearest_ratio": "ratio of both",
 }
 Row = tuple[str, str, str, str]  # measure, value, spread, of what
 
@@ -143,6 +146,9 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[Row]:
         if likelihood.protocol.variance is not None:  # of a VAE, whose likelihood has bounds only
             of += f", variance {likelihood.protocol.variance}, {likelihood.protocol.importance_samples} latents"
         yield from rows_of("{}", likelihood.measures, of)
+    if (memorisation := evaluation.memorisation) is not None:
+        of = f"{memorisation.protocol.num_samples:,} samples and {images_of(memorisation.protocol.compared)}; copies are nearer"
+        yield from rows_of("{}", memorisation.measures, of)
     if (classes := evaluation.classes) is not None:
         known = (
             ""

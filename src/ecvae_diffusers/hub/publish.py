@@ -29,7 +29,7 @@ from .upload import upload_folder
 EVALUATED: dict[str, Any] = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
 CAPTIONS = {
     "samples.png": "Samples, the first ones of the first seed",
-    "neighbours.png": "Each sample (left) next to the training images nearest to it in features",
+    "neighbours.png": "The samples nearest to training images (left), each next to those images",
     "curves.png": "Curves of training",
 }
 
