@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""What do classes cost, and are they learned? `python benchmarks/studies/class_study.py --fashion_mnist DATASET --output_dir STUDY`.
+
+The same EC-VAE is trained with classes and without, for as many iterations. A row says how far samples are from the training images,
+over EfficientNet-Lite0 and over the features of a classifier of the training data's own classes, and of a model with classes which
+share of its samples that classifier names as asked. The classifier's accuracy on test images is what that share can be at most.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import study
+from ecvae_diffusers import ECVAEPipeline
+from ecvae_diffusers.metrics import ClassifierFeatures
+
+
+SETTINGS = {"without classes": [], "classes": ["--class_conditional", "--class_column", "label"]}
+COLUMNS = {
+    **study.FRECHET,
+    "kernel distance": study.middle("kernel_distance", ".4f"),
+    "Frechet distance over the classifier": study.middle("classifier_frechet_distance", ".1f"),
+    "recall": study.middle("recall", ".2f"),
+    "named as asked": study.each("named_as_asked", ".1%"),
+    "lambda": study.middle("dual", ".0f"),
+    "seconds per iteration": study.seconds_per_iteration,
+}
+
+
+class Classes(study.FashionMNIST):
+    """Fashion-MNIST with the classifier of its classes."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        rows = load_dataset(args.dataset, split="train").shuffle(seed=0).select(range(len(self.train)))
+        names = rows.features["label"].names
+        self.classifier = ClassifierFeatures(self.train, torch.tensor(rows["label"]), names).to(self.device)
+        rows = load_dataset(args.dataset, split="test").shuffle(seed=0).select(range(10_000))
+        features = self.classifier(study.fashion_images(args.dataset, "test", 10_000))
+        right = self.classifier.classify(features) == torch.tensor(rows["label"]).to(self.device)
+        self.about += f"; the classifier names {right.float().mean():.1%} of test images right"
+        self.by_classifier = study.reference(self.classifier, self.train)
+
+    def measure(self, folder: Path) -> dict:
+        row, pipeline = study.trained_row(self, folder), ECVAEPipeline.from_pretrained(folder).to(self.device)
+        count, classes = self.num_samples, {}
+        generator = torch.Generator().manual_seed(1)
+        if (labels := pipeline.draw_labels([None] * count, generator)) is not None:
+            classes = {"class_labels": labels}
+        latents = torch.randn(count, pipeline.vae.config.latent_channels, 1, 1, generator=generator)
+        images = pipeline(count, latents=latents, output_type="pt", **classes).images
+        images = (images * 255).round().to(torch.uint8)
+        row |= {f"classifier_{name}": value for name, value in study.against(self.by_classifier, images).items()}
+        if labels is not None:
+            found = torch.cat([self.classifier.classify(self.classifier(part)) for part in images.split(500)])
+            row["named_as_asked"] = (found == labels).float().mean().item()
+        return row
+
+
+def main() -> None:
+    args = study.parser(__doc__, list(SETTINGS), "fashion_mnist").parse_args()
+
+    def make(data: Classes, name: str, seed: int) -> dict:
+        folder = study.run_folder(args.output_dir, data.name, name, seed)
+        study.train(data, folder, seed, args.max_train_steps, *SETTINGS[name])
+        return data.measure(folder)
+
+    results = study.run(args, "class", Classes, make, arguments=SETTINGS)
+    print(results.table("setting", list(SETTINGS), COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
