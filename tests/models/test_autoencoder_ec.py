@@ -18,6 +18,7 @@ CONFIGS = {
     },
     "batch": {"norm_type": "batch", "layers_per_block": 2},
     "classes": {"num_class_embeds": 3, "class_frequencies": [0.2, 0.3, 0.5]},
+    "patches": {"patch_size": 2},
 }  # fmt: skip
 
 
@@ -183,3 +184,17 @@ def test_other_shapes_are_refused(vae):
     for shape in ((2, 4), (2, 3, 1, 1), (2, 4, 2, 2), (4, 1, 1)):
         with pytest.raises(ValueError, match="`z`"):
             vae.decode(torch.zeros(shape))
+
+
+def test_patches_are_channels_of_the_first_and_the_last_layer():
+    """With patches of 2, networks at 16 px are those at 8 px with 4 times the channels at their ends."""
+    whole, patched = tiny(8, in_channels=4), tiny(16, in_channels=1, patch_size=2)
+    patched.load_state_dict(whole.state_dict())
+    z, x = latents(2), images(2)
+    shuffle = torch.nn.functional.pixel_shuffle
+    torch.testing.assert_close(patched.decode(z).sample, shuffle(whole.decode(z).sample, 2))
+    moments = whole.encode(torch.nn.functional.pixel_unshuffle(x, 2)).latent_dist.parameters
+    torch.testing.assert_close(patched.encode(x).latent_dist.parameters, moments)
+    for sample_size, patch_size in ((16, 3), (16, 8), (8, 4)):
+        with pytest.raises(ValueError, match="`patch_size`"):
+            tiny(sample_size, patch_size=patch_size)

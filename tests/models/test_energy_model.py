@@ -19,6 +19,7 @@ CONFIGS = {
     "spectral_norm": {"num_scales": 2, "act_fn": "silu"},
     "plain": {"spectral_norm": False, "act_fn": "gelu", "layers_per_block": 2},
     "classes": {"num_class_embeds": 3, "num_scales": 2},
+    "patches": {"patch_size": 4, "spectral_norm": False, "block_out_channels": (8,)},
 }
 
 

@@ -52,9 +52,11 @@ def test_learns_and_keeps_the_newest_checkpoints_each_with_a_pipeline_to_look_at
 def test_a_plain_vae_of_colour_images_in_bf16_has_no_energy_model(tmp_path):
     """RGBA images become RGB."""
     data = write_images(tmp_path / "data" / "class", mode="RGBA", size=20, count=8)
-    train_tiny(data.parent, tmp_path / "out", 1, "--calibration", "none", "--no-use_ema", "--mixed_precision", "bf16")
+    arguments = ["--calibration", "none", "--no-use_ema", "--mixed_precision", "bf16", "--patch_size", 2]
+    train_tiny(data.parent, tmp_path / "out", 1, *arguments)
     pipeline = ECVAEPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.energy_model is None and pipeline.scheduler is None and pipeline.vae.config.in_channels == 3
+    assert pipeline.vae.config.patch_size == 2 and pipeline(output_type="pt").images.shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("source, kept", [("", ""), ("vae", "vae/")])

@@ -160,8 +160,9 @@ class EnergyNetwork(nn.Module):
         super().__init__()
         self.gradient_checkpointing = False
         block_out_channels = config.block_out_channels[scale:]
-        channels = block_out_channels[0]
-        self.conv_in = EnergyConv2d(config.in_channels, channels, 3, padding=1)
+        channels, patch = block_out_channels[0], config.patch_size
+        self.unshuffle = nn.PixelUnshuffle(patch) if patch > 1 else nn.Identity()
+        self.conv_in = EnergyConv2d(config.in_channels * patch**2, channels, 3, padding=1)
         self.blocks = nn.ModuleList()
         for i, out_channels in enumerate(block_out_channels):
             for j in range(config.layers_per_block):
@@ -169,13 +170,13 @@ class EnergyNetwork(nn.Module):
                 self.blocks.append(EnergyResidualBlock(channels, out_channels, downsample, config.act_fn))
                 channels = out_channels
         self.act_out = get_energy_activation(config.act_fn)
-        self.conv_out = EnergyConv2d(channels, 1, config.sample_size >> (len(config.block_out_channels) - 1))
+        self.conv_out = EnergyConv2d(channels, 1, config.sample_size // patch >> (len(config.block_out_channels) - 1))
         self.class_out = None
         if config.num_class_embeds is not None:
             self.class_out = EnergyConv2d(channels, config.num_class_embeds + 1, 1, bias=False)
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        hidden_states = self.conv_in(sample)
+        hidden_states = self.conv_in(self.unshuffle(sample))
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(recomputable(block), hidden_states)
@@ -201,7 +202,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             Height and width of the images, in pixels: a power of two from 8 to 4096.
         in_channels (`int`, *optional*, defaults to `3`): Number of image channels, from 1 to 8192.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
-            Channels at each resolution, from 1 to 8192: from `sample_size` down by halves to at least 4 px.
+            Channels at each resolution, from 1 to 8192: from `sample_size / patch_size` down by halves to at least 4 px.
         layers_per_block (`int`, *optional*, defaults to `1`):
             Number of residual blocks at each resolution, from 1 to 128.
         num_scales (`int`, *optional*, defaults to `1`):
@@ -217,6 +218,8 @@ class EnergyModel(ModelMixin, ConfigMixin):
             Number of classes, from 1 to 8192. The energy is f(x) + <e_c, h(x)>, with an embedding e_c per class and the mean h(x) of
             the last features (projection, Miyato and Koyama 2018, arXiv 1802.05637). One more embedding, of label
             `num_class_embeds`, stands for an unknown class. By default, images have no classes.
+        patch_size (`int`, *optional*, defaults to `1`):
+            1, 2 or 4: the network sees squares of so many pixels a side as channels of one pixel (`nn.PixelUnshuffle`).
 
     Raises:
         ValueError: if an argument is outside what is listed above.
@@ -237,6 +240,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         act_fn: str = "leaky_relu",
         spectral_norm: bool = True,
         num_class_embeds: int | None = None,
+        patch_size: int = 1,
     ):
         super().__init__()
         if not 8 <= sample_size <= MAX_SAMPLE_SIZE or sample_size & (sample_size - 1):
@@ -250,7 +254,9 @@ class EnergyModel(ModelMixin, ConfigMixin):
         ):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
-        most = int(math.log2(sample_size)) - 1
+        if patch_size not in (1, 2, 4) or sample_size // patch_size < 4:
+            raise ValueError(f"`patch_size` must be 1, 2 or 4, and leave 4 pixels a side, but is {patch_size}.")
+        most = int(math.log2(sample_size // patch_size)) - 1
         if not 1 <= len(block_out_channels) <= most:
             raise ValueError(f"`block_out_channels` must have from 1 to {most} entries, but is {block_out_channels}.")
         if not 1 <= num_scales <= len(block_out_channels):

@@ -130,7 +130,8 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
         config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
-            widest = config.block_out_channels[0] * config.sample_size**2 * latents.element_size()
+            size = config.sample_size // config.get("patch_size", 1)  # repositories of earlier code have none
+            widest = config.block_out_channels[0] * size**2 * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
         classes = [{}] * len(latents) if labels is None else [{"class_labels": some} for some in labels.split(part)]
         parts = zip(latents.split(part), classes)

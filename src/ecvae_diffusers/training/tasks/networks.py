@@ -25,7 +25,11 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, 
 
 
 def build_energy_model(
-    config: EnergyConfig, resolution: int, in_channels: int, num_class_embeds: int | None = None
+    config: EnergyConfig,
+    resolution: int,
+    in_channels: int,
+    num_class_embeds: int | None = None,
+    patch_size: int = 1,
 ) -> EnergyModel:
     """Return a new energy model."""
     return EnergyModel(
@@ -35,6 +39,7 @@ def build_energy_model(
         num_scales=config.energy_num_scales,
         spectral_norm=config.energy_spectral_norm,
         num_class_embeds=num_class_embeds,
+        patch_size=patch_size,
     )
 
 
@@ -54,7 +59,8 @@ def build_models(
         return generator, None
     if (energy_model := companions.get("energy_model")) is None:
         num_classes = None if feed.class_names is None else len(feed.class_names)
-        energy_model = build_energy_model(config.energy, config.data.resolution, in_channels, num_classes)
+        about = (config.data.resolution, in_channels, num_classes, config.patch_size)
+        energy_model = build_energy_model(config.energy, *about)
     return generator, energy_model
 
 

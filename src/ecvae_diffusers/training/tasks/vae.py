@@ -170,6 +170,7 @@ def build_vae(config: ECVAEConfig, in_channels: int, **classes: Any) -> Autoenco
         latent_channels=config.model.latent_channels,
         block_out_channels=tuple(config.model.block_out_channels or ()),
         layers_per_block=config.model.layers_per_block,
+        patch_size=config.model.patch_size,
     )
 
 
