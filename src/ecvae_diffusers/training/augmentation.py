@@ -14,10 +14,14 @@ the chain follows the gradient of f(T(x)) with respect to x.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
 
+from ecvae_diffusers.energy import compute_energy, frozen
+from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.randomness import StepNoise
 
 
@@ -137,9 +141,41 @@ class AdaptiveAugmentation:
         data, held_out, samples = self.averages.tolist()
         return (held_out - data) / (samples - data) if samples > data else 0.0
 
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged."""
+        found = {"overfitting": self.overfitting, "energy_held_out": self.averages[1].item()}
+        return found | {"augmentation_probability": self.probability}
+
     def state_dict(self) -> dict:
         return {"probability": self.probability, "num_looks": self.num_looks, "averages": self.averages.clone()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.probability, self.num_looks = state_dict["probability"], state_dict["num_looks"]
         self.averages = state_dict["averages"].clone()
+
+
+def augmented(
+    adaptive: AdaptiveAugmentation | None, images: torch.Tensor, noise: StepNoise, *energy_models: Any
+) -> tuple[Any, ...]:
+    """Return energy models that see a batch's augmentations, all the same ones, or as they are if it gets none."""
+    augmentation = adaptive.draw(images, noise) if adaptive is not None else None
+    if augmentation is None:
+        return energy_models
+    return tuple(AugmentedEnergy(energy_model, augmentation) for energy_model in energy_models)
+
+
+@torch.no_grad()
+def compare_with_held_out(
+    accelerator: Accelerator,
+    feed: Any,
+    number: int,
+    energy_model: nn.Module,
+    data: torch.Tensor,
+    samples: torch.Tensor,
+) -> torch.Tensor:
+    """Return the mean energies of data, of the held-out batch of this number and of samples, the same in every process."""
+    images, labels = feed.held_out_batch(number)
+    with frozen(energy_model), accelerator.autocast():
+        held_out = compute_energy(energy_model, to_range(images), labels)
+    means = torch.stack([energies.float().mean() for energies in (data, held_out, samples)])
+    return accelerator.reduce(means, reduction="mean")

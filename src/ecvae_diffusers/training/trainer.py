@@ -16,9 +16,13 @@ from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 from ecvae_diffusers.atomic import replacing, write_json
-from ecvae_diffusers.energy import compute_energy, frozen
 from ecvae_diffusers.evaluation.while_training import Evaluator, Patience
-from ecvae_diffusers.training.augmentation import MEASURED_EVERY, AdaptiveAugmentation, AugmentedEnergy
+from ecvae_diffusers.training.augmentation import (
+    MEASURED_EVERY,
+    AdaptiveAugmentation,
+    augmented,
+    compare_with_held_out,
+)
 from ecvae_diffusers.training.config import TrainingConfig
 from ecvae_diffusers.training.data.files import trained_hashes, write_hashes
 from ecvae_diffusers.training.data.loaders import Batch, DecodedFeed, StreamFeed
@@ -286,7 +290,10 @@ class Trainer:
                     generator.network, real, noise, self.step, energy is not None, labels
                 )
                 if energy is not None:
-                    frozen_energy, trained_energy = self.augmented(real, noise)
+                    # Both are the same network, as it is and as it is wrapped.
+                    frozen_energy, trained_energy = augmented(
+                        self.overfitting, real, noise, self.task.energy_model, energy.network
+                    )
                     calibration = calibrator.calibrate(
                         samples, noise=ChainNoise(noise, samples), energy_model=frozen_energy, condition=labels
                     )
@@ -305,7 +312,9 @@ class Trainer:
             if self.config.calibration.langevin_drift_step == "auto":
                 calibrator.adapt_drift_step(constraint)
             if self.overfitting is not None and self.step % MEASURED_EVERY == 0:
-                self.look_at_held_out(energies.energy_real, calibration.energy_samples, frozen_energy)
+                number, found = self.step // MEASURED_EVERY, (energies.energy_real, calibration.energy_samples)
+                means = compare_with_held_out(accelerator, self.feed, number, frozen_energy, *found)
+                self.overfitting.update(means, MEASURED_EVERY * self.images_per_step)
         self.task.end_step()
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
@@ -321,26 +330,6 @@ class Trainer:
                 scalars |= moments("energy_targets", energies.energy_targets)
         return scalars
 
-    def augmented(self, real: torch.Tensor, noise: StepNoise) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Return the energy model, and as it is wrapped, which see augmented images if it is time to."""
-        own: Any = self.task.energy_model
-        wrapped: Any = self.energy.network if self.energy is not None else None
-        augmentation = self.overfitting.draw(real, noise) if self.overfitting is not None else None
-        if augmentation is None:
-            return own, wrapped
-        return AugmentedEnergy(own, augmentation), AugmentedEnergy(wrapped, augmentation)
-
-    @torch.no_grad()
-    def look_at_held_out(self, real: torch.Tensor, samples: torch.Tensor, energy_model: torch.nn.Module) -> None:
-        """Compare the energies of held-out images with those of data and samples, and move the probability of augmentations."""
-        feed: Any = self.feed
-        images, labels = feed.held_out_batch(self.step // MEASURED_EVERY)
-        with frozen(energy_model), self.accelerator.autocast():
-            held_out = compute_energy(energy_model, to_range(images), labels)
-        means = torch.stack([energies.float().mean() for energies in (real, held_out, samples)])
-        overfitting: Any = self.overfitting
-        overfitting.update(self.accelerator.reduce(means, reduction="mean"), MEASURED_EVERY * self.images_per_step)
-
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
         """Write the step's scalars, show some of them, and return the guard's alarms."""
         accelerator, calibrator = self.accelerator, self.calibrator
@@ -352,11 +341,7 @@ class Trainer:
             logged["langevin_drift_step"] = calibrator.drift_step_size
             logged |= calibration_state(logged)
         if self.overfitting is not None:
-            logged |= {
-                "overfitting": self.overfitting.overfitting,
-                "energy_held_out": self.overfitting.averages[1].item(),
-            }
-            logged["augmentation_probability"] = self.overfitting.probability
+            logged |= self.overfitting.scalars()
         if alarms := self.recovery.judge(self.step, logged):
             return alarms
         logged["learning_rate"] = self.generator.lr_scheduler.get_last_lr()[0]
