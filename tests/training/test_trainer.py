@@ -1,6 +1,7 @@
 """The training loop: what a run writes and shows of itself, its optimizers and its average, and how it resumes."""
 
 import json
+import logging
 
 import numpy as np
 import PIL.Image
@@ -10,6 +11,7 @@ from training_runs import assert_same_weights, metrics, train_tiny, weights, wit
 
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.metrics import GenerationMetrics, lite0_features
+from ecvae_diffusers.training import trainer as trainer_module
 from ecvae_diffusers.training.run.log import read_metrics
 from ecvae_diffusers.training.tasks import vae
 
@@ -167,3 +169,16 @@ def test_a_run_cut_in_two_equals_a_run_in_one(images, tmp_path, caplog):
     assert_same_weights(tmp_path / "whole", cut)
     with pytest.raises(SystemExit, match="mixed_precision"):
         train_tiny(images, cut, 5, *arguments, "--mixed_precision", "bf16")
+
+
+def test_tells_what_to_expect_after_its_first_steps(images, tmp_path, monkeypatch, caplog):
+    """Of the steps since it was started. Networks that are large for a CPU are told."""
+    monkeypatch.setattr(trainer_module, "WARMUP_STEPS", 2)
+    monkeypatch.setattr(trainer_module, "LARGE_WIDTH", 16)
+    arguments = ["--calibration", "none", "--checkpointing_steps", 3, "--save_images_steps", 7]
+    with caplog.at_level(logging.INFO):
+        train_tiny(images, tmp_path / "run", 3, *arguments)
+        train_tiny(images, tmp_path / "run", 6, *arguments, "--resume_from_checkpoint", "latest")
+    told = [message for message in caplog.messages if str(tmp_path / "run" / "samples") in message]
+    assert len(told) == 2
+    assert sum("--block_out_channels" in message for message in caplog.messages) == 2

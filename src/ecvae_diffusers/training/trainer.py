@@ -49,6 +49,7 @@ from ecvae_diffusers.training.run.log import (
     METRICS_FILE,
     RunLog,
     Stopwatch,
+    duration,
     moments,
     peak_memory,
     progress,
@@ -64,6 +65,8 @@ logger = get_logger(__name__)
 
 # Steps of the first pictures, in addition to every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
 FIRST_PICTURES = (1, 10, 100)
+# Steps after which a run tells what to expect, and the channels at the full resolution from which networks are large for a CPU.
+WARMUP_STEPS, LARGE_WIDTH = 20, 64
 # Share of images whose class the networks are not told, so that they also learn pictures of an unknown class.
 CLASS_DROPOUT = 0.1
 TRACKER_PROJECT = "ecvae"
@@ -186,6 +189,8 @@ class Trainer:
             while self.step < self.num_steps and not self.patience.is_over:
                 scalars = self.train_step(batches)
                 self.step += 1
+                if self.step - self.started_step == WARMUP_STEPS:
+                    self.tell_what_to_expect()
                 last = self.step == self.num_steps
                 logged = self.step % run.log_steps == 0 or last
                 stopped = is_stopped(self.step) and not last
@@ -225,6 +230,22 @@ class Trainer:
             self.save()
             # Not before: at 100% nothing is left to wait for.
             self.progress.update(self.step - self.progress.n)
+
+    def tell_what_to_expect(self) -> None:
+        """Log how long the run will take, by the steps since it was started, and when pictures come."""
+        seconds = (self.stopwatch.seconds - self.started) / WARMUP_STEPS
+        run, pictures = self.config.run, self.output_dir / "samples"
+        logger.info(
+            f"{seconds:.2g} s per step: {duration(seconds * (self.num_steps - self.step))} for the remaining "
+            f"{self.num_steps - self.step} steps, without evaluations. {peak_memory(self.accelerator.device):.1f} GiB of memory. "
+            f"Pictures come at the steps {', '.join(map(str, FIRST_PICTURES))} and every {run.save_images_steps}: {pictures}."
+        )
+        channels = getattr(self.config.model, "block_out_channels", None) or [0]
+        if self.accelerator.device.type == "cpu" and channels[0] >= LARGE_WIDTH:
+            logger.info(
+                "These networks are large for a CPU. Smaller ones: --block_out_channels 16 32 64 --latent_channels 64 "
+                "--mixed_precision bf16"
+            )
 
     def start(self, checkpoint: Path | None) -> None:
         """Load the checkpoint, if there is one, and bring the output folder to its step."""

@@ -4,6 +4,7 @@
 import json
 import math
 
+import pytest
 import torch
 from training_runs import TINY, write_images
 
@@ -11,7 +12,7 @@ from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.evaluation.while_training import Evaluator
 from ecvae_diffusers.training import train_ecvae
 from ecvae_diffusers.training.run import log as module
-from ecvae_diffusers.training.run.log import RunLog, Stopwatch, progress, read_metrics
+from ecvae_diffusers.training.run.log import RunLog, Stopwatch, duration, progress, read_metrics
 from ecvae_diffusers.training.run.pictures import image_grid
 
 
@@ -76,3 +77,10 @@ def test_image_grid_places_images_row_by_row():
     assert grid.size == ((3 * 5 - 1) * 2, (2 * 5 - 1) * 2)
     assert grid.getpixel((1, 1)) == 0 and grid.getpixel((11, 1)) == 64 and grid.getpixel((11, 11)) == 255
     assert grid.getpixel((8, 1)) == 255  # the line between two images
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0.4, "0 s"), (89, "89 s"), (150, "2 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words

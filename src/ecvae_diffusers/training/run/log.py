@@ -106,6 +106,14 @@ def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -
     return logged
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words, such as "2 h 5 min" or "40 s"."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def peak_memory(device: torch.device) -> float:
     """Return the most memory that this process has held, of the device or, on a CPU, of the process, in GiB."""
     if device.type == "cuda":
