@@ -38,6 +38,7 @@ VARIED = {
     **{f"batch {size}": ["--train_batch_size", str(size)] for size in (8, 16, 64, 128)},
     "two scales": ["--energy_num_scales", "2"],
     "spectral norm": ["--energy_spectral_norm", "--energy_gradient_penalty", "0"],
+    "gradient penalty 0.1": ["--energy_gradient_penalty", "0.1"],
 }
 SETTINGS |= {f"EC-VAE, {name}": arguments for name, arguments in VARIED.items()}
 CHANNELS = (16, 32, 64, 64, 64, 64, 64)
