@@ -10,10 +10,12 @@ import onnx
 import PIL.Image
 import pytest
 import torch
+from hub_server import HubServer, files
 from without_package import run_without
 
 from ecvae_diffusers import AutoencoderEC, ECFlowPipeline, ECVAEPipeline, EnergyModel, FlowEC, LangevinScheduler
 from ecvae_diffusers.cli import main
+from ecvae_diffusers.commands.export import read_card
 from ecvae_diffusers.onnx import OnnxECVAEPipeline
 from ecvae_diffusers.onnx.export import Decoder, check, export_onnx
 
@@ -182,7 +184,11 @@ def test_draws(folders):
         lambda folder: (folder / "model.json").write_text("{"),
         lambda folder: (folder / "model.json").write_text("[]"),
         lambda folder: (folder / "model.json").write_text('{"sample_size": 16}'),
+        lambda folder: (folder / "model.json").write_text(
+            (folder / "model.json").read_text().replace('"decoder"', '"d"')
+        ),
         lambda folder: (folder / "decoder.onnx").unlink(),
+        lambda folder: shutil.copyfile(folder / "energy.onnx", folder / "encoder.onnx"),
         lambda folder: (folder / "energy.onnx").write_bytes(b"no network"),
         lambda folder: (folder / "encoder.onnx").write_bytes((folder / "encoder.onnx").read_bytes()[:1000]),
     ],
@@ -224,8 +230,8 @@ IMAGE, LATENTS = np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 6, 1, 1), np.flo
         ("image_b", lambda pipe: pipe.interpolate(IMAGE, IMAGE.astype(float))),
         ("image_b", lambda pipe: pipe.interpolate(IMAGE, IMAGE.repeat(2, 0))),
         ("num_steps", lambda pipe: pipe.interpolate(IMAGE, IMAGE, 1)),
-        ("precision", lambda pipe: OnnxECVAEPipeline(pipe.folder, "int8")),
-        ("providers", lambda pipe: OnnxECVAEPipeline(pipe.folder, providers=["NoSuchProvider"])),
+        ("precision", lambda pipe: OnnxECVAEPipeline("unused", "int8")),
+        ("providers", lambda pipe: OnnxECVAEPipeline("unused", providers=["NoSuchProvider"])),
     ],
 )  # fmt: skip
 def test_wrong_arguments(argument, call, folders):
@@ -250,6 +256,15 @@ def test_export_refuses_what_is_no_model_and_writes_over_nothing(folders, tmp_pa
     for output in (mine, mine / "notes.txt"):
         assert "--output_dir" in refusal(capsys, "export", folders["gray"], "--output_dir", output)
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+
+
+def test_the_card_of_a_model_on_the_hub(folders, tmp_path, monkeypatch):
+    with HubServer() as server:
+        server.use(monkeypatch, tmp_path)
+        server.commit("me/with", files(folders["gray"]))
+        server.commit("me/without", {"model_index.json": b"{}"})
+        assert read_card("me/with").license == "mit" and read_card("me/without") is None
+    assert server.unknown_requests == []
 
 
 def test_what_differs_from_torch_is_not_kept(folders, tmp_path):

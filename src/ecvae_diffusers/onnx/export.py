@@ -161,16 +161,19 @@ def quiet() -> Iterator[None]:
 def to_onnx(network: Network) -> onnx.ModelProto:
     """Trace a network, for any batch size."""
     batch = torch.export.Dim("batch_size")
-    with quiet():
-        program: Any = torch.onnx.export(
-            network,
-            network.random_inputs(TRACED_BATCH, torch.Generator().manual_seed(0)),
-            input_names=list(network.inputs),
-            output_names=list(network.outputs),
-            dynamic_shapes=tuple({0: batch} for _ in network.inputs),
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        with quiet():
+            program: Any = torch.onnx.export(
+                network,
+                network.random_inputs(TRACED_BATCH, torch.Generator().manual_seed(0)),
+                input_names=list(network.inputs),
+                output_names=list(network.outputs),
+                dynamic_shapes=tuple({0: batch} for _ in network.inputs),
+                dynamo=True,
+                verbose=False,
+            )
+    except ImportError as error:  # of an onnxscript that is older than torch
+        raise ImportError(f"{error}: pip install --upgrade onnxscript") from error
     model = program.model_proto
     # Among them the lines of code that made each node, with the paths of this machine.
     graph = model.graph

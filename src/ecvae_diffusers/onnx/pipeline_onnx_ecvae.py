@@ -19,6 +19,7 @@ except ImportError as error:
 
 
 MODEL_FILE = "model.json"
+NETWORKS = ("decoder", "encoder", "energy")
 # Precisions of the weights, and what a file of each is called behind the network's name.
 SUFFIXES = {"fp32": "", "fp16": "_fp16"}
 
@@ -66,7 +67,6 @@ class OnnxECVAEPipeline:
         precision: str = "fp32",
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
-        self.folder = Path(folder)
         check_choice("precision", precision, tuple(SUFFIXES))
         for provider in providers:
             check_choice("providers", provider, tuple(onnxruntime.get_available_providers()))
@@ -74,19 +74,34 @@ class OnnxECVAEPipeline:
             self.config: dict[str, Any] = json.loads((Path(folder) / MODEL_FILE).read_text(encoding="utf-8"))
             self.latent_shape = (self.config["latent_channels"], 1, 1)
             self.image_shape = (self.config["sample_size"], self.config["sample_size"], self.config["channels"])
-            networks = list(self.config["networks"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"its {MODEL_FILE} can't be read ({type(error).__name__}: {error})"
+            networks = self.config["networks"]
+            names = [name for name in NETWORKS if name in networks or name != "energy"]
+            shapes = {
+                name: [
+                    {key: one["shape"] for key, one in networks[name][kind].items()} for kind in ("inputs", "outputs")
+                ]
+                for name in names
+            }
+        except FileNotFoundError as error:
             raise ValueError(
-                f"`folder` must be one that `ecvae export` wrote, but of {str(folder)!r} {what}."
+                f"`folder` must be one that `ecvae export` wrote, but {str(folder)!r} holds no {MODEL_FILE}."
             ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"`folder`: {MODEL_FILE} of {str(folder)!r} can't be read ({reason}).") from error
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
-        for network in networks:
-            path = network_path(folder, network, precision)
+        for name, expected in shapes.items():
+            path = network_path(folder, name, precision)
             try:
-                self.sessions[network] = onnxruntime.InferenceSession(path, providers=list(providers))
+                session = onnxruntime.InferenceSession(path, providers=list(providers))
             except Exception as error:  # of many kinds, which have no common base class
                 raise ValueError(f"`folder`: {str(path)!r} can't be loaded: {error}") from error
+            found = [{one.name: one.shape for one in kind} for kind in (session.get_inputs(), session.get_outputs())]
+            if found != expected:
+                raise ValueError(
+                    f"`folder`: {str(path)!r} must have {expected}, as {MODEL_FILE} says, but has {found}."
+                )
+            self.sessions[name] = session
 
     def run(self, network: str, argument: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         """Run a network on its only input, and return the outputs of these names."""
