@@ -255,6 +255,8 @@ def test_export_refuses_what_is_no_model_and_writes_over_nothing(folders, tmp_pa
         assert not (tmp_path / "out").exists()
     for output in (mine, mine / "notes.txt"):
         assert "--output_dir" in refusal(capsys, "export", folders["gray"], "--output_dir", output)
+    with pytest.raises(ValueError, match="output_dir"):
+        export_onnx(make_pipeline(1, False), mine)
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
 
 

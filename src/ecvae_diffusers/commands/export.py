@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ecvae_diffusers.atomic import is_free
 from ecvae_diffusers.command import ArgumentParser, place
 from ecvae_diffusers.commands import check_writable, load_pipeline, run_or_fail
 
@@ -24,7 +25,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "-o", "--output_dir", type=place, required=True, help="Folder to write to. Must be new or empty."
     )
     args = parser.parse_args(argv)
-    if os.path.exists(args.output_dir) and (not os.path.isdir(args.output_dir) or os.listdir(args.output_dir)):
+    if not is_free(args.output_dir):
         parser.error(f"--output_dir must be a new or empty folder, but {args.output_dir!r} holds something.")
     return args
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from .. import __version__
-from ..atomic import replacing, write_json
+from ..atomic import is_free, replacing, write_json
 from ..hub.saving import weights_fingerprint
 from ..models import AutoencoderEC, EnergyModel
 from ..pipelines import ECVAEPipeline
@@ -204,7 +204,7 @@ def with_half_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check(path: Path, network: Network, precision: str) -> None:
-    """Raise `RuntimeError` if a file is no valid ONNX, or gives other outputs than torch."""
+    """Check a file by `onnx.checker`, and raise `RuntimeError` if it gives other outputs than torch on random inputs."""
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(1)
@@ -228,13 +228,16 @@ def export_onnx(pipeline: ECVAEPipeline, output_dir: str | os.PathLike, card: Mo
 
     Args:
         pipeline ([`ECVAEPipeline`]): What to export. Without an energy model there is no `energy.onnx`.
-        output_dir (`str`): Where to write. A folder of that name is replaced.
+        output_dir (`str`): Where to write: a new or empty folder.
         card (`ModelCardData`, *optional*): The model card's data, whose title, licence and figures go into `model.json`.
 
     Raises:
-        RuntimeError: if a file is no valid ONNX, or gives other outputs than torch.
+        ValueError: if `output_dir` holds something.
+        RuntimeError: if a network gives other outputs as ONNX than in torch.
         WriteError: if the folder can't be written.
     """
+    if not is_free(output_dir):
+        raise ValueError(f"`output_dir` must be a new or empty folder, but {str(output_dir)!r} holds something.")
     # Copies, in float32 on the CPU.
     vae = copy.deepcopy(pipeline.vae).cpu().float().eval()
     networks: dict[str, Network] = {"decoder": Decoder(vae), "encoder": Encoder(vae)}

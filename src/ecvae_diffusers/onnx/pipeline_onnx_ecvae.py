@@ -103,10 +103,10 @@ class OnnxECVAEPipeline:
                 )
             self.sessions[name] = session
 
-    def run(self, network: str, argument: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
-        """Run a network on its only input, and return the outputs of these names."""
+    def run(self, network: str, outputs: Sequence[str], *inputs: np.ndarray) -> list[np.ndarray]:
+        """Run a network on its inputs, and return the outputs of these names."""
         session = self.sessions[network]
-        return session.run(list(outputs), {session.get_inputs()[0].name: argument})
+        return session.run(list(outputs), {one.name: value for one, value in zip(session.get_inputs(), inputs)})
 
     def check_image(self, name: str, image: np.ndarray) -> None:
         """Raise `ValueError` if an argument is not a batch of images of the model's size and channels, uint8."""
@@ -167,7 +167,7 @@ class OnnxECVAEPipeline:
             )
             raise ValueError(f"`latents` must be a floating-point array {shape}, but is {found}.")
         with np.errstate(over="ignore"):
-            image, sample = self.run("decoder", latents.astype(np.float32), ("image", "sample"))
+            image, sample = self.run("decoder", ("image", "sample"), latents.astype(np.float32))
         if not np.isfinite(sample).all():  # they would be shown as black
             raise ValueError("Images are not finite. Check `temperature` and `latents`.")
         return image
@@ -186,7 +186,7 @@ class OnnxECVAEPipeline:
             ValueError: if `image` does not fit the model.
         """
         self.check_image("image", image)
-        return self.run("encoder", image, ["mean"])[0]
+        return self.run("encoder", ["mean"], image)[0]
 
     def reconstruct(self, image: np.ndarray) -> np.ndarray:
         """
@@ -241,4 +241,4 @@ class OnnxECVAEPipeline:
         if "energy" not in self.sessions:
             raise ValueError("`score` requires an energy model, and the exported model had none.")
         self.check_image("image", image)
-        return self.run("energy", image, ["energy"])[0]
+        return self.run("energy", ["energy"], image)[0]
