@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from training_runs import TINY, TINY_DECODER, TINY_FLOW, write_autoencoder, write_images
 
 from ecvae_diffusers.command import check_places, name_as_text, why_missing
-from ecvae_diffusers.commands import publish
+from ecvae_diffusers.commands import export, publish
 from ecvae_diffusers.evaluation import evaluate, evaluate_restoration
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
 from ecvae_diffusers.training.run import launch
@@ -36,6 +36,7 @@ SCRIPTS = {
         [*MODEL, "--image_dir", "x", "--output_dir", "x"],
         "image_dir output_dir pretrained_model_name_or_path baseline features",
     ),
+    export: (["x", "--output_dir", "x"], "output_dir"),
     publish: (["x", "--output_dir", "x"], "output_dir"),
 }  # fmt: skip
 FAILING = """

@@ -22,9 +22,6 @@ FlowEC = ModelMixin
 LangevinScheduler = SchedulerMixin
 
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
 LARGEST_VALUE = 1e12
 
 
@@ -39,8 +36,12 @@ def check_number(name: str, value: float, low: float, high: float = LARGEST_VALU
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raise `ValueError` if an argument is none of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
+
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

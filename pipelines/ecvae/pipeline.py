@@ -32,6 +32,16 @@ EnergyModel = ModelMixin
 LangevinScheduler = SchedulerMixin
 
 
+LARGEST_VALUE = 1e12
+
+
+def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
+    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
@@ -177,6 +187,15 @@ def refine(
     return whitened
 
 
+LARGEST_TEMPERATURE = 100.0
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raise `ValueError` if an argument is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
+
+
 logger = logging.get_logger(__name__)
 
 
@@ -210,12 +229,6 @@ UPRIGHT = {
 
 
 RANGE_TOLERANCE = 1e-3
-
-
-LARGEST_VALUE = 1e12
-
-
-LARGEST_TEMPERATURE = 100.0
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
@@ -345,18 +358,6 @@ def has_colours(image: PIL.Image.Image) -> bool:
         return False
     pixels = np.asarray(read_picture(image, 3))
     return bool((pixels[..., 1:] != pixels[..., :1]).any())
-
-
-def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
-    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
-    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
-        kind = "an integer" if whole else "a number"
-        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

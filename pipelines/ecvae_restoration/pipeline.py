@@ -32,6 +32,22 @@ AutoencoderEC = ModelMixin
 EnergyModel = ModelMixin
 
 
+LARGEST_VALUE = 1e12
+
+
+def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
+    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raise `ValueError` if an argument is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
@@ -839,9 +855,6 @@ LEAST_REGION = 0.005
 SHADE_TOLERANCE = 2
 
 
-LARGEST_VALUE = 1e12
-
-
 def white_level(image: PIL.Image.Image) -> int | None:
     """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
     # Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
@@ -1051,18 +1064,6 @@ def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.T
 def is_turned(images: Images) -> bool:
     """Tell whether the EXIF data turn a picture."""
     return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image"))
-
-
-def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
-    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
-    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
-        kind = "an integer" if whole else "a number"
-        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

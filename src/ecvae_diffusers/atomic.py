@@ -91,6 +91,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             raise
 
 
+def is_free(path: str | os.PathLike) -> bool:
+    """Tell whether a folder of that name would replace nothing: there is none, or it is empty."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path))
+
+
 def write_text(path: str | os.PathLike, text: str, errors: str = "strict") -> None:
     """Write a text in UTF-8. `errors` is that of `str.encode`. Raises `WriteError` if it can't be written."""
     with replacing(path) as temporary:

@@ -57,6 +57,9 @@ COMMANDS = {
         "--pretrained_model_name_or_path my_model --image_dir my_other_images --output_dir my_restorations",
     ),
     "report": Command("report.report", "Write the report of a training run as one HTML file.", "my_model"),
+    "export": Command(
+        "commands.export", "Export a model to ONNX, to run it without torch.", "my_model --output_dir my_onnx_model"
+    ),
     "publish": Command(
         "commands.publish",
         "Make a model's folder ready for the Hub, and upload it.",

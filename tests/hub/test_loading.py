@@ -50,7 +50,7 @@ image = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 seen["score"] = pipe.score(image).tolist()
 refined = pipe(generator=torch.Generator().manual_seed(0), num_refinement_steps=2, output_type="np")
 seen["refined"] = refined.images.tolist()
-sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Absent)]
+sys.meta_path[sys.meta_path.index(WithoutPackage)] = PathFinder
 import ecvae_diffusers
 assert type(DiffusionPipeline.from_pretrained(folder)) is ecvae_diffusers.ECVAEPipeline
 print(json.dumps(seen))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ecvae_diffusers.atomic import is_free
 from ecvae_diffusers.command import ArgumentParser
 from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, read_label, run_or_fail
 
@@ -58,7 +59,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         parser.error(f"--task deblurring, and no other, needs a --blur_std above 0, but it is {args.blur_std}.")
     if args.task == "denoising" and not args.noise_std:
         parser.error(f"--task denoising needs a --noise_std above 0, but it is {args.noise_std}.")
-    if os.path.exists(args.output_dir) and (not os.path.isdir(args.output_dir) or os.listdir(args.output_dir)):
+    if not is_free(args.output_dir):
         parser.error(f"--output_dir must be a new or empty folder, but {args.output_dir!r} holds something.")
     return args
 

@@ -6,15 +6,23 @@ import itertools
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.command import ArgumentParser
 from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, read_label, run_or_fail
 
 
+if TYPE_CHECKING:
+    import numpy as np
+
+
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog=prog, description=str(__doc__).split(":")[0] + ".")
-    parser.add_argument("model", type=os.path.expanduser, help="Pipeline: folder or Hub id.")
+    parser.add_argument(
+        "model",
+        type=os.path.expanduser,
+        help="Pipeline: folder or Hub id. With --backend onnx a folder of `ecvae export`.",
+    )
     parser.add_argument("-n", "--num_images", type=number(int, 1), default=16, help="Default: 16.")
     parser.add_argument(
         "--seed", type=number(int, 0, LARGEST_SEED), default=0, help="Seed of the latents. Default: 0."
@@ -33,8 +41,16 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--class_labels", nargs="+", metavar="CLASS",
         help="Names or numbers of classes, which the images take in turn. Default: drawn by their frequencies.",
     )  # fmt: skip
-    parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
+    parser.add_argument(
+        "--backend", choices=("torch", "onnx"), default="torch",
+        help="onnx needs no torch, and a seed gives other images with it. Default: torch.",
+    )  # fmt: skip
+    parser.add_argument("--device", help="Of --backend torch: such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
+    if args.backend == "onnx" and args.device is not None:
+        parser.error(
+            f"--device must not be given with --backend onnx, which samples on the CPU, but is {args.device!r}."
+        )
     if (suffix := Path(args.output).suffix.lower()) in (".jpg", ".jpeg", ".webp", ".gif", ".tiff", ".bmp"):
         parser.error(f"--output must be a .png or a folder, but is a {suffix} file.")
     if args.output.lower().endswith(".png") and not os.path.isdir(args.output):
@@ -48,15 +64,14 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    check_writable("--output", args.output)
-
+def sample(args: argparse.Namespace) -> "np.ndarray":
+    """Return images (N, H, W, C), uint8, of a pipeline."""
     import torch
     from diffusers import DiffusionPipeline
     from tqdm import tqdm
 
     from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline
-    from ecvae_diffusers.training.run.pictures import image_grid, save_atomically
+    from ecvae_diffusers.training.data.transforms import to_uint8
 
     pipeline = load_pipeline(DiffusionPipeline, "model", args.model, args.device)
     if not isinstance(pipeline, (ECVAEPipeline, ECFlowPipeline)):
@@ -81,12 +96,41 @@ def run(args: argparse.Namespace) -> None:
         for batch, own in zip(latents.split(args.batch_size), classes):
             images += 2 * pipeline(latents=batch, output_type="pt", **own).images.cpu() - 1
             progress_bar.update(len(batch))
+    return to_uint8(torch.stack(images)).permute(0, 2, 3, 1).numpy()
+
+
+def sample_onnx(args: argparse.Namespace) -> "np.ndarray":
+    """Return images (N, H, W, C), uint8, of a folder of `ecvae export`, without torch."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from ecvae_diffusers.onnx import OnnxECVAEPipeline
+
+    try:
+        pipeline = OnnxECVAEPipeline(args.model)
+    except ValueError as error:
+        raise ValueError(f"model {args.model!r} can't be loaded: {error}") from error
+    generator, images = np.random.default_rng(args.seed), []
+    with tqdm(total=args.num_images, desc="Images", unit="image") as progress_bar:
+        for start in range(0, args.num_images, args.batch_size):
+            batch_size = min(args.batch_size, args.num_images - start)
+            images.append(pipeline.sample(batch_size, generator, args.temperature))
+            progress_bar.update(batch_size)
+    return np.concatenate(images)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_writable("--output", args.output)
+
+    from ecvae_diffusers.grid import lay_out, save_atomically
+
+    images = sample_onnx(args) if args.backend == "onnx" else sample(args)
     if len(args.files) == 1:
         # Nearly square.
-        save_atomically(image_grid(torch.stack(images), math.ceil(math.sqrt(len(images)))), args.files[0])
+        save_atomically(lay_out(images, math.ceil(math.sqrt(len(images)))), args.files[0])
     else:
         for image, path in zip(images, args.files):
-            save_atomically(image_grid(image[None], 1), path)
+            save_atomically(lay_out(image[None], 1), path)
     print(f"{args.output}: {args.num_images} image(s) of {args.model}.")
 
 

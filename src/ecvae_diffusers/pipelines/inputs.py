@@ -13,6 +13,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checks import LARGEST_TEMPERATURE, check_choice, check_number
+
 
 logger = logging.get_logger(__name__)
 
@@ -40,10 +42,6 @@ DARK, BRIGHT = 0.06, 0.94
 LEAST_REGION = 0.005
 # Shades of one colour differ from its multiples by at most this many levels.
 SHADE_TOLERANCE = 2
-# Squares of numbers up to this are finite in float32.
-LARGEST_VALUE = 1e12
-# Latents have a standard deviation of 1 in training.
-LARGEST_TEMPERATURE = 100.0
 
 
 # Pictures
@@ -264,18 +262,6 @@ def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.T
 def is_turned(images: Images) -> bool:
     """Tell whether the EXIF data turn a picture."""
     return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image"))
-
-
-def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
-    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
-    if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
-        kind = "an integer" if whole else "a number"
-        raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
+from ..checks import check_number
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
@@ -19,7 +20,6 @@ from .inputs import (
     Images,
     check_finite,
     check_generator,
-    check_number,
     check_shape,
     known_labels,
     label_ids,

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 
+from ..checks import LARGEST_VALUE, check_choice, check_number
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
@@ -22,15 +23,12 @@ from ..operators.pixelwise import Inpainting
 from ..restoration import Canvas, Likelihood, draw, neural_transport
 from .inputs import (
     GRAY_MODES,
-    LARGEST_VALUE,
     ClassLabels,
     Generators,
     Images,
     as_list,
-    check_choice,
     check_finite,
     check_generator,
-    check_number,
     check_shape,
     is_turned,
     known_labels,

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ecvae_diffusers import EnergyCalibrator
-from ecvae_diffusers.atomic import replacing
 from ecvae_diffusers.energy import compute_energy, frozen
+from ecvae_diffusers.grid import lay_out, save_atomically
 from ecvae_diffusers.training.data.transforms import to_range, to_uint8
 from ecvae_diffusers.training.run.log import ENERGIES_FILE, RunLog, progress
 
@@ -147,21 +147,7 @@ def image_grid(images: torch.Tensor, num_columns: int, scale: int = 1) -> PIL.Im
         num_columns (`int`): Images per row.
         scale (`int`, *optional*, defaults to 1): Whole-number magnification, without smoothing.
     """
-    images = to_uint8(images.cpu())
-    batch_size, channels, height, width = images.shape
-    num_rows = -(-batch_size // num_columns)
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    grid = PIL.Image.new(mode, (num_columns * (width + 1) - 1, num_rows * (height + 1) - 1), "white")
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        tile = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)
-        grid.paste(tile, ((i % num_columns) * (width + 1), (i // num_columns) * (height + 1)))
-    return grid.resize((grid.width * scale, grid.height * scale), PIL.Image.Resampling.NEAREST)
-
-
-def save_atomically(image: PIL.Image.Image, path: Path) -> None:
-    """Write a PNG. Raises `WriteError` if it can't be written."""
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+    return lay_out(to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy(), num_columns, scale)
 
 
 def step_file(output_dir: Path, kind: str, step: int) -> Path:

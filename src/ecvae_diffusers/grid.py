@@ -1,0 +1,34 @@
+# Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
+"""Lays images out as one picture and writes it. Imports no torch: `ecvae sample --backend onnx` runs without it."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from .atomic import replacing
+
+
+def lay_out(images: np.ndarray, num_columns: int, scale: int = 1) -> PIL.Image.Image:
+    """
+    Lay images out in rows, with a line of one pixel between them.
+
+    Args:
+        images (`np.ndarray` of shape `(batch_size, height, width, channels)`, uint8): Gray, RGB or RGBA.
+        num_columns (`int`): Images per row.
+        scale (`int`, *optional*, defaults to 1): Whole-number magnification, without smoothing.
+    """
+    batch_size, height, width, channels = images.shape
+    num_rows = -(-batch_size // num_columns)
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    grid = PIL.Image.new(mode, (num_columns * (width + 1) - 1, num_rows * (height + 1) - 1), "white")
+    for i, image in enumerate(images):
+        tile = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)
+        grid.paste(tile, ((i % num_columns) * (width + 1), (i // num_columns) * (height + 1)))
+    return grid.resize((grid.width * scale, grid.height * scale), PIL.Image.Resampling.NEAREST)
+
+
+def save_atomically(image: PIL.Image.Image, path: Path) -> None:
+    """Write a PNG. Raises `WriteError` if it can't be written."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
