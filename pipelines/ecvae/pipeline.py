@@ -42,6 +42,44 @@ def check_number(name: str, value: float, low: float, high: float = LARGEST_VALU
         raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
 
 
+def label_ids(names: list[str], config: Any) -> list[int]:
+    """Return the numbers of classes by their names in a model's config. Raise `ValueError` if there is no such class."""
+    known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"`class_labels` must be among {list(known)}, but has {unknown[0]!r}.")
+    return [known[name] for name in names]
+
+
+def prepare_labels(class_labels: Any, count: int, config: Any) -> list[int | None] | None:
+    """
+    Return the class of each of `count` images as a number, `None` where it is not said. Return `None` for a model without classes.
+    Raise `ValueError` for labels that the model does not have, or of another count.
+    """
+    if hasattr(class_labels, "tolist"):  # a tensor or an array
+        class_labels = class_labels.reshape(-1).tolist()
+    labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
+    num_classes = config.get("num_class_embeds")  # repositories of earlier code have none
+    if num_classes is None:
+        if labels != [None] * len(labels):
+            raise ValueError(f"`class_labels` must be None for a model without classes, but is {class_labels!r}.")
+        return None
+    if len(labels) != count:
+        raise ValueError(f"`class_labels` must have one label per image ({count}), but has {len(labels)}.")
+    numbers: list[int | None] = []
+    for label in labels:
+        if isinstance(label, str):
+            numbers += label_ids([label], config)
+        elif label is None:
+            numbers.append(None)
+        elif isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label <= num_classes:
+            numbers.append(int(label))
+        else:
+            raise ValueError(
+                f"`class_labels` must be names, integers from 0 to {num_classes} (unknown) or None, but has {label!r}."
+            )
+    return numbers
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
@@ -370,42 +408,6 @@ def check_generator(generator: Generators, count: int) -> None:
     kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
     if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
         raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
-
-
-def label_ids(names: list[str], config: Any) -> list[int]:
-    """Return the numbers of classes by their names in a model's config. Raise `ValueError` if there is no such class."""
-    known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"`class_labels` must be among {list(known)}, but has {unknown[0]!r}.")
-    return [known[name] for name in names]
-
-
-def prepare_labels(class_labels: ClassLabels, count: int, config: Any) -> list[int | None] | None:
-    """
-    Return the class of each of `count` images as a number, `None` where it is not said. Return `None` for a model without classes.
-    Raise `ValueError` for labels that the model does not have, or of another count.
-    """
-    if isinstance(class_labels, torch.Tensor):
-        class_labels = class_labels.flatten().tolist()
-    labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
-    num_classes = config.get("num_class_embeds")  # repositories of earlier code have none
-    if num_classes is None:
-        if labels != [None] * len(labels):
-            raise ValueError(f"`class_labels` must be None for a model without classes, but is {class_labels!r}.")
-        return None
-    if len(labels) != count:
-        raise ValueError(f"`class_labels` must have one label per image ({count}), but has {len(labels)}.")
-    numbers: list[int | None] = []
-    for label in labels:
-        if isinstance(label, str):
-            numbers += label_ids([label], config)
-        elif label is None or (type(label) is int and 0 <= label <= num_classes):
-            numbers.append(label)
-        else:
-            raise ValueError(
-                f"`class_labels` must be names, integers from 0 to {num_classes} (unknown) or None, but has {label!r}."
-            )
-    return numbers
 
 
 def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:

@@ -165,6 +165,44 @@ def test_a_model_without_an_energy_model(folders, tmp_path):
         pipe.score(pipe.sample())
 
 
+def test_classes(tmp_path):
+    """Every network takes classes, by name or number. Without one, samples have those of the training data."""
+    torch.manual_seed(0)
+    config = {"sample_size": 16, "in_channels": 1, "block_out_channels": (8, 8), "num_class_embeds": 3}
+    names = {"0": "shirt", "1": "shoe", "2": "bag"}
+    vae = AutoencoderEC(latent_channels=4, id2label=names, class_frequencies=[0.5, 0.0, 0.5], **config)
+    for name, parameter in vae.named_parameters():
+        if "embedding" in name:
+            parameter.data.normal_(0, 0.5)
+    whole = ECVAEPipeline(vae.eval(), EnergyModel(**config).eval())
+    export_onnx(whole, tmp_path / "model")
+    pipe, labels = OnnxECVAEPipeline(tmp_path / "model"), ["bag", 0, None, 3]
+    latents = np.random.default_rng(0).standard_normal((4, 4, 1, 1), np.float32)
+    numbers = torch.tensor([2, 0, 3, 3])
+    image = whole(latents=torch.from_numpy(latents), class_labels=numbers, output_type="np").images
+    assert_same_pictures(pipe.decode(latents, labels), to_levels(image))
+    given = to_levels(image)
+    found = whole.score(given / np.float32(255), class_labels=labels)
+    np.testing.assert_allclose(pipe.score(given, labels), found, atol=1e-5)
+    expected = whole.reconstruct(given / np.float32(255), class_labels=labels, output_type="np").images
+    assert_same_pictures(pipe.reconstruct(given, labels), to_levels(expected))
+    assert_same_pictures(pipe.interpolate(given, given[::-1].copy(), 3, labels)[::3], to_levels(expected))
+    assert not (pipe.decode(latents, "bag") == pipe.decode(latents, "shoe")).all()
+    drawn = pipe.draw_labels(None, 400, np.random.default_rng(0))
+    assert set(drawn) == {0, 2} and 150 < drawn.count(0) < 250
+    assert len(pipe.sample(class_labels=["bag", None])) == 2
+    for size in (1, 3):
+        asked_for = ["--class_labels", "bag", "0"] if size == 1 else []
+        for batch_size in (1, size):
+            place = ["-o", str(tmp_path / f"{size}_{batch_size}.png"), "--batch_size", str(batch_size), *asked_for]
+            main(["sample", str(tmp_path / "model"), "--backend", "onnx", "-n", "3", *place, "--overwrite"])
+    one, three = (np.array(PIL.Image.open(tmp_path / f"3_{batch_size}.png")) for batch_size in (1, 3))
+    assert_same_pictures(one[..., None], three[..., None])
+    for wrong in ("trousers", 4, ["bag"] * 3):
+        with pytest.raises(ValueError, match="`class_labels`"):
+            pipe.decode(latents, wrong)
+
+
 def test_draws(folders):
     pipe = OnnxECVAEPipeline(folders["gray_onnx"])
     images = pipe.sample(5, np.random.default_rng(0))

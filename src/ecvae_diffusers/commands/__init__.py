@@ -41,9 +41,9 @@ def check_writable(argument: str, path: str) -> None:
         raise ValueError(f"{argument} {path!r} can't be written: {str(place)!r} is read-only.")
 
 
-def read_label(text: str | None, pipeline: Any) -> str | int | None:
-    """Read a class from the command line: a name of the model's, or else a number."""
-    names = (pipeline.vae.config.get("id2label") or {}).values()
+def read_label(text: str | None, config: Any) -> str | int | None:
+    """Read a class from the command line: a name in a model's config, or else a number."""
+    names = (config.get("id2label") or {}).values()
     return int(text) if text is not None and text.isdecimal() and text not in names else text
 
 

@@ -126,7 +126,7 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
         num_restorations=args.num_restorations,
         num_inference_steps=args.num_inference_steps,
         generator=torch.Generator().manual_seed(args.seed),
-        class_labels=read_label(args.class_label, pipeline),
+        class_labels=read_label(args.class_label, pipeline.vae.config),
     )
     uncertainty = np.uint8((np.asarray(output.std[0]).mean(-1) / WHITE_STD * 255).clip(0, 255).round())
     digits = len(str(args.num_restorations - 1))

@@ -85,7 +85,8 @@ def sample(args: argparse.Namespace) -> "np.ndarray":
     if isinstance(pipeline, ECVAEPipeline):
         given = args.class_labels or [None]
         asked_for = [
-            read_label(label, pipeline) for label in itertools.islice(itertools.cycle(given), args.num_images)
+            read_label(label, pipeline.vae.config)
+            for label in itertools.islice(itertools.cycle(given), args.num_images)
         ]
         if (labels := pipeline.draw_labels(asked_for, generator)) is not None:
             classes = [{"class_labels": some} for some in labels.split(args.batch_size)]
@@ -111,10 +112,15 @@ def sample_onnx(args: argparse.Namespace) -> "np.ndarray":
     except ValueError as error:
         raise ValueError(f"model {args.model!r} can't be loaded: {error}") from error
     generator, images = np.random.default_rng(args.seed), []
+    given = [read_label(label, pipeline.config) for label in args.class_labels or [None]]
+    # All at once, so that images do not depend on the batch size.
+    asked_for = list(itertools.islice(itertools.cycle(given), args.num_images))
+    labels = pipeline.draw_labels(asked_for, args.num_images, generator)
     with tqdm(total=args.num_images, desc="Images", unit="image") as progress_bar:
         for start in range(0, args.num_images, args.batch_size):
             batch_size = min(args.batch_size, args.num_images - start)
-            images.append(pipeline.sample(batch_size, generator, args.temperature))
+            own = None if labels is None else labels[start : start + batch_size]
+            images.append(pipeline.sample(batch_size, generator, args.temperature, own))
             progress_bar.update(batch_size)
     return np.concatenate(images)
 

@@ -57,6 +57,12 @@ def to_image(sample: torch.Tensor) -> torch.Tensor:
     return ((sample * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def labels_of(config: Any) -> dict[str, dict[str, Any]]:
+    """Return the input of class numbers, for a model with classes. The last number is the unknown class."""
+    classes = config.num_class_embeds
+    return {} if classes is None else {"class_labels": described("int64", range=[0, classes])}
+
+
 class Network(nn.Module):
     """A network as it is exported. `forward` takes `inputs` and returns `outputs`, in their order."""
 
@@ -84,14 +90,15 @@ class Decoder(Network):
         super().__init__()
         self.vae, config = vae, vae.config
         size, channels = config.sample_size, config.in_channels
-        self.inputs = {"latents": described("float32", config.latent_channels, 1, 1, distribution="N(0, I)")}
+        latents = described("float32", config.latent_channels, 1, 1, distribution="N(0, I)")
+        self.inputs = {"latents": latents, **labels_of(config)}
         self.outputs = {
             "image": described("uint8", size, size, channels, range=[0, 255]),
             "sample": described("float32", channels, size, size, range=[-1, 1]),
         }
 
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        sample = self.vae.decode(latents).sample
+    def forward(self, latents: torch.Tensor, class_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        sample = self.vae.decode(latents, class_labels=class_labels).sample
         return to_image(sample), sample
 
 
@@ -101,13 +108,12 @@ class Encoder(Network):
     def __init__(self, vae: AutoencoderEC):
         super().__init__()
         self.vae, config = vae, vae.config
-        self.inputs = {
-            "image": described("uint8", config.sample_size, config.sample_size, config.in_channels, range=[0, 255])
-        }
+        image = described("uint8", config.sample_size, config.sample_size, config.in_channels, range=[0, 255])
+        self.inputs = {"image": image, **labels_of(config)}
         self.outputs = {name: described("float32", config.latent_channels, 1, 1) for name in ("mean", "std")}
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        posterior = self.vae.encode(to_sample(image)).latent_dist
+    def forward(self, image: torch.Tensor, class_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        posterior = self.vae.encode(to_sample(image), class_labels=class_labels).latent_dist
         return posterior.mean, posterior.std
 
 
@@ -117,13 +123,12 @@ class Energy(Network):
     def __init__(self, energy_model: EnergyModel):
         super().__init__()
         self.energy_model, config = without_spectral_norm(energy_model), energy_model.config
-        self.inputs = {
-            "image": described("uint8", config.sample_size, config.sample_size, config.in_channels, range=[0, 255])
-        }
+        image = described("uint8", config.sample_size, config.sample_size, config.in_channels, range=[0, 255])
+        self.inputs = {"image": image, **labels_of(config)}
         self.outputs = {"energy": described("float32")}
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.energy_model(to_sample(image)).energy,)
+    def forward(self, image: torch.Tensor, class_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        return (self.energy_model(to_sample(image), class_labels).energy,)
 
 
 def without_spectral_norm(energy_model: EnergyModel) -> EnergyModel:
@@ -250,6 +255,9 @@ def export_onnx(pipeline: ECVAEPipeline, output_dir: str | os.PathLike, card: Mo
         "sample_size": vae.config.sample_size,
         "channels": vae.config.in_channels,
         "latent_channels": vae.config.latent_channels,
+        "num_class_embeds": vae.config.num_class_embeds,
+        "id2label": vae.config.id2label,
+        "class_frequencies": vae.config.class_frequencies,
         "networks": {name: {"inputs": one.inputs, "outputs": one.outputs} for name, one in networks.items()},
         "figures": [
             {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import LARGEST_TEMPERATURE, check_choice, check_number
+from ..checks import LARGEST_TEMPERATURE, check_choice, check_number, prepare_labels
 
 
 try:
@@ -18,6 +18,7 @@ except ImportError as error:
     raise ImportError(f"{error}: pip install 'ecvae-diffusers[onnx]'") from error
 
 
+ClassLabels = str | int | Sequence[str | int | None] | np.ndarray | None
 MODEL_FILE = "model.json"
 NETWORKS = ("decoder", "encoder", "energy")
 # Precisions of the weights, and what a file of each is called behind the network's name.
@@ -31,10 +32,11 @@ def network_path(folder: str | os.PathLike, network: str, precision: str) -> Pat
 
 class OnnxECVAEPipeline:
     """
-    Pipeline for unconditional image generation with a model that `ecvae export` wrote. It needs neither torch nor diffusers.
+    Pipeline for image generation with a model that `ecvae export` wrote. It needs neither torch nor diffusers.
 
     Images are arrays of shape `(batch_size, height, width, channels)`, uint8, in and out. `PIL.Image.fromarray` and `np.asarray`
     convert one to and from a picture. Latents are draws of numpy: a seed gives other images here than with [`ECVAEPipeline`].
+    `class_labels` are names or numbers of classes, one for all images or one per image, as in [`ECVAEPipeline`].
 
     Args:
         folder (`str`): Folder that `ecvae export` wrote.
@@ -108,6 +110,26 @@ class OnnxECVAEPipeline:
         session = self.sessions[network]
         return session.run(list(outputs), {one.name: value for one, value in zip(session.get_inputs(), inputs)})
 
+    def labels(self, class_labels: ClassLabels, count: int) -> list[np.ndarray]:
+        """Return the input of class numbers (B,), int64, that of the unknown class for `None`. Nothing for a model without classes."""
+        numbers = prepare_labels(class_labels, count, self.config)
+        if numbers is None:
+            return []
+        unknown = self.config["num_class_embeds"]
+        return [np.array([unknown if one is None else one for one in numbers], np.int64)]
+
+    def draw_labels(self, class_labels: ClassLabels, count: int, generator: np.random.Generator) -> list[int] | None:
+        """Return class numbers, drawn by the training data's frequencies where one is `None`. `None` for a model without classes."""
+        numbers = prepare_labels(class_labels, count, self.config)
+        if numbers is None:
+            return None
+        known = [one for one in numbers if one is not None]
+        if len(known) == count:
+            return known
+        weights = np.array(self.config["class_frequencies"] or [1.0] * self.config["num_class_embeds"])
+        drawn = generator.choice(len(weights), size=count, p=weights / weights.sum()).tolist()
+        return [other if one is None else one for one, other in zip(numbers, drawn)]
+
     def check_image(self, name: str, image: np.ndarray) -> None:
         """Raise `ValueError` if an argument is not a batch of images of the model's size and channels, uint8."""
         is_array = isinstance(image, np.ndarray)
@@ -118,7 +140,11 @@ class OnnxECVAEPipeline:
             )
 
     def sample(
-        self, batch_size: int = 1, generator: np.random.Generator | None = None, temperature: float = 1.0
+        self,
+        batch_size: int = 1,
+        generator: np.random.Generator | None = None,
+        temperature: float = 1.0,
+        class_labels: ClassLabels = None,
     ) -> np.ndarray:
         """
         Generate images: one decoder pass, and no other network.
@@ -126,9 +152,11 @@ class OnnxECVAEPipeline:
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
             generator (`np.random.Generator`, *optional*):
-                Makes generation deterministic. Images do not depend on how many are drawn at a time.
+                Makes generation deterministic. Images do not depend on how many are drawn at a time, if their classes are given.
             temperature (`float`, *optional*, defaults to 1.0):
                 Standard deviation of the latents, from 0 to 100. Below 1, images are more typical and less varied.
+            class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
+                Classes to draw. `None` draws a class by its frequency in the training data.
 
         Returns:
             `np.ndarray` of shape `(batch_size, height, width, channels)`, uint8.
@@ -136,20 +164,25 @@ class OnnxECVAEPipeline:
         Raises:
             ValueError: if an argument is outside its range.
         """
+        if isinstance(class_labels, (list, tuple, np.ndarray)) and batch_size == 1:
+            batch_size = len(class_labels)
         check_number("batch_size", batch_size, 1, whole=True)
         check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
         if not isinstance(generator, np.random.Generator | None):
             raise ValueError(f"`generator` must be a numpy.random.Generator, but is a {type(generator).__name__}.")
         generator = generator or np.random.default_rng()
-        return self.decode(temperature * generator.standard_normal((batch_size, *self.latent_shape), np.float32))
+        latents = temperature * generator.standard_normal((batch_size, *self.latent_shape), np.float32)
+        return self.decode(latents, self.draw_labels(class_labels, batch_size, generator))
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
+    def decode(self, latents: np.ndarray, class_labels: ClassLabels = None) -> np.ndarray:
         """
         Decode latents into images, in one pass.
 
         Args:
             latents (`np.ndarray` of shape `(batch_size, latent_channels, 1, 1)`, floating-point):
                 Draws from N(0, I) give new images.
+            class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
+                The classes to decode as. `None` is the unknown class, here and below.
 
         Returns:
             `np.ndarray` of shape `(batch_size, height, width, channels)`, uint8.
@@ -167,12 +200,13 @@ class OnnxECVAEPipeline:
             )
             raise ValueError(f"`latents` must be a floating-point array {shape}, but is {found}.")
         with np.errstate(over="ignore"):
-            image, sample = self.run("decoder", ("image", "sample"), latents.astype(np.float32))
+            labels = self.labels(class_labels, len(latents))
+            image, sample = self.run("decoder", ("image", "sample"), latents.astype(np.float32), *labels)
         if not np.isfinite(sample).all():  # they would be shown as black
             raise ValueError("Images are not finite. Check `temperature` and `latents`.")
         return image
 
-    def encode(self, image: np.ndarray) -> np.ndarray:
+    def encode(self, image: np.ndarray, class_labels: ClassLabels = None) -> np.ndarray:
         """
         Encode images into their latents, the mean of the posterior.
 
@@ -186,18 +220,20 @@ class OnnxECVAEPipeline:
             ValueError: if `image` does not fit the model.
         """
         self.check_image("image", image)
-        return self.run("encoder", ["mean"], image)[0]
+        return self.run("encoder", ["mean"], image, *self.labels(class_labels, len(image)))[0]
 
-    def reconstruct(self, image: np.ndarray) -> np.ndarray:
+    def reconstruct(self, image: np.ndarray, class_labels: ClassLabels = None) -> np.ndarray:
         """
         Encode images and decode them again. Takes and returns arrays of shape `(batch_size, height, width, channels)`, uint8.
 
         Raises:
             ValueError: if `image` does not fit the model.
         """
-        return self.decode(self.encode(image))
+        return self.decode(self.encode(image, class_labels), class_labels)
 
-    def interpolate(self, image_a: np.ndarray, image_b: np.ndarray, num_steps: int = 8) -> np.ndarray:
+    def interpolate(
+        self, image_a: np.ndarray, image_b: np.ndarray, num_steps: int = 8, class_labels: ClassLabels = None
+    ) -> np.ndarray:
         """
         Decode the straight line between the encodings of two images.
 
@@ -220,12 +256,13 @@ class OnnxECVAEPipeline:
             raise ValueError(
                 f"`image_b` must hold one image or {len(image_a)}, as `image_a`, but holds {len(image_b)}."
             )
-        a, b = (self.encode(image)[:, None] for image in (image_a, image_b))
+        a, b = (self.encode(image, class_labels)[:, None] for image in (image_a, image_b))
         weights = np.linspace(0, 1, num_steps, dtype=np.float32).reshape(1, -1, 1, 1, 1)
         latents = a * (1 - weights) + b * weights
-        return self.decode(latents.reshape(-1, *self.latent_shape))
+        labels = [np.repeat(one, num_steps) for one in self.labels(class_labels, len(latents))]
+        return self.decode(latents.reshape(-1, *self.latent_shape), labels[0] if labels else None)
 
-    def score(self, image: np.ndarray) -> np.ndarray:
+    def score(self, image: np.ndarray, class_labels: ClassLabels = None) -> np.ndarray:
         """
         Return the energies of images: low means like the training data. Only differences between energies are meaningful.
 
@@ -241,4 +278,4 @@ class OnnxECVAEPipeline:
         if "energy" not in self.sessions:
             raise ValueError("`score` requires an energy model, and the exported model had none.")
         self.check_image("image", image)
-        return self.run("energy", ["energy"], image)[0]
+        return self.run("energy", ["energy"], image, *self.labels(class_labels, len(image)))[0]

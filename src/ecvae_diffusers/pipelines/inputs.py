@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..checks import LARGEST_TEMPERATURE, check_choice, check_number
+from ..checks import LARGEST_TEMPERATURE, check_choice, check_number, prepare_labels
 
 
 logger = logging.get_logger(__name__)
@@ -274,42 +274,6 @@ def check_generator(generator: Generators, count: int) -> None:
     kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
     if kinds not in (torch.Generator, [torch.Generator] * count, type(None)):
         raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
-
-
-def label_ids(names: list[str], config: Any) -> list[int]:
-    """Return the numbers of classes by their names in a model's config. Raise `ValueError` if there is no such class."""
-    known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"`class_labels` must be among {list(known)}, but has {unknown[0]!r}.")
-    return [known[name] for name in names]
-
-
-def prepare_labels(class_labels: ClassLabels, count: int, config: Any) -> list[int | None] | None:
-    """
-    Return the class of each of `count` images as a number, `None` where it is not said. Return `None` for a model without classes.
-    Raise `ValueError` for labels that the model does not have, or of another count.
-    """
-    if isinstance(class_labels, torch.Tensor):
-        class_labels = class_labels.flatten().tolist()
-    labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
-    num_classes = config.get("num_class_embeds")  # repositories of earlier code have none
-    if num_classes is None:
-        if labels != [None] * len(labels):
-            raise ValueError(f"`class_labels` must be None for a model without classes, but is {class_labels!r}.")
-        return None
-    if len(labels) != count:
-        raise ValueError(f"`class_labels` must have one label per image ({count}), but has {len(labels)}.")
-    numbers: list[int | None] = []
-    for label in labels:
-        if isinstance(label, str):
-            numbers += label_ids([label], config)
-        elif label is None or (type(label) is int and 0 <= label <= num_classes):
-            numbers.append(label)
-        else:
-            raise ValueError(
-                f"`class_labels` must be names, integers from 0 to {num_classes} (unknown) or None, but has {label!r}."
-            )
-    return numbers
 
 
 def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:

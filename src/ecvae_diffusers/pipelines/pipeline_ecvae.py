@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
-from ..checks import check_number
+from ..checks import check_number, label_ids, prepare_labels
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
@@ -22,9 +22,7 @@ from .inputs import (
     check_generator,
     check_shape,
     known_labels,
-    label_ids,
     postprocess,
-    prepare_labels,
     prepare_latents,
     prepare_picture,
 )
