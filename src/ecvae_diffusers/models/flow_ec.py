@@ -338,7 +338,9 @@ class FlowEC(ModelMixin, ConfigMixin):
         """
         expected = (self.num_latents, 1, 1)
         if latents.shape[1:] != expected:
-            raise ValueError(f"Each of `latents` must have shape {expected}, but `latents` has {tuple(latents.shape)}.")
+            raise ValueError(
+                f"Each of `latents` must have shape {expected}, but `latents` has {tuple(latents.shape)}."
+            )
         parts = latents.flatten(1).split([math.prod(shape) for shape in self.latent_shapes], dim=1)
         kept = latents.new_empty(len(latents), 0, *self.latent_shapes[-1][1:])
         for level, part, shape in zip(reversed(self.levels), reversed(parts), reversed(self.latent_shapes)):

@@ -99,7 +99,9 @@ def cgls(
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
-    warnings.warn(f"CGLS stopped after {max_iterations} iterations without reaching a relative residual of {tolerance}.")
+    warnings.warn(
+        f"CGLS stopped after {max_iterations} iterations without reaching a relative residual of {tolerance}."
+    )
     return x
 
 
