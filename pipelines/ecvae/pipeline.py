@@ -35,12 +35,12 @@ LangevinScheduler = SchedulerMixin
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
-    Freeze a module while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration, and change the
-    energy, at every step), no parameter gradients, normalized weights computed once. The mode and `requires_grad` of every part are
-    restored.
+    Freeze a module while a chain runs on it: evaluation mode, no parameter gradients, normalized weights computed once. In training
+    mode, spectral norm would take a power iteration at every step and so change the energy. The mode and `requires_grad` of every
+    part are restored afterwards.
 
-    Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
-    after the layer's forward pass, so what backward needs is kept from that pass.
+    Gradients also pass through a module that diffusers offloads or casts layer by layer. Its hooks swap the data of a parameter
+    after the layer's forward pass, so the tensors that backward needs are saved during that pass.
     """
     modes = [(m, m.training) for m in module.modules()]
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -63,25 +63,25 @@ def compute_energy(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
-    numbers. A module gets the samples in the precision of its parameters. A `condition` of B items, such as classes, is passed on
-    as the second argument.
+    Return one energy per sample, shape (B,), in float32 or higher precision. `energy_model` is an [`EnergyModel`] or any callable
+    that returns a tensor of B numbers. A module receives the samples in the precision of its parameters. A `condition` of B items,
+    such as class labels, is passed as the second argument. Raises `ValueError` if the number of energies is not B.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
-            # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
+            # Layerwise casting stores weights in another precision than a diffusers model computes in, which is its `dtype`.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
     output = energy_model(sample) if condition is None else energy_model(sample, condition)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
-        raise ValueError(f"`energy_model` must give one energy per sample ({len(sample)}), but gave {found}.")
+        raise ValueError(f"`energy_model` must return one energy per sample ({len(sample)}), but returned {found}.")
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(len(sample))
 
 
 def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor of inference mode, with which nothing can be computed where gradients are taken."""
+    """Return a copy of a tensor from inference mode, which autograd can't use. Return any other tensor as it is."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
 
@@ -89,7 +89,7 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
 def energy_and_gradient(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
+    """Return the energies of samples, shape (B,), and their gradients, in the shape and dtype of `sample`, without a graph."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample, condition)
@@ -104,7 +104,7 @@ class PosteriorEnergy:
     The energy U of a batch of images, as a function of whitened latents, for `EnergyCalibrator.calibrate(..., energy_model=)`.
 
     Args:
-        decode (`Callable`): G: latents (B, d, 1, 1) -> images (B, C, H, W).
+        decode (`Callable`): The decoder G: latents (B, d, 1, 1) -> images (B, C, H, W).
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
         posterior (`DiagonalGaussianDistribution`): q(z|x), whose mean and standard deviation are frozen.
         variance (`float`): s^2 > 0, per pixel.
@@ -145,11 +145,11 @@ def refine(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    Return the end of `posterior_chain` from whitened latents, or without noise that of gradient descent on U, which never rises.
-    Written out, because a pipeline on the Hub has only the scheduler that it was saved with.
+    Return the end of `posterior_chain` from whitened latents or, without noise, the end of gradient descent on U. The steps are
+    written out, because a pipeline on the Hub has only the scheduler that it was saved with.
 
-    The step fits where q is near the posterior. For an image unlike the data, q may be far too wide, and a step lead uphill: descent
-    does not take such a step, and halves the next ones of that image.
+    The step size suits a q near the posterior. For an image unlike the data, q may be far too wide and a step may lead uphill.
+    Descent rejects such a step and halves the later steps of that image, so U never rises.
 
     Args:
         energy ([`PosteriorEnergy`]): U, of a frozen decoder.
@@ -169,7 +169,7 @@ def refine(
     for _ in steps:
         proposal = whitened - step * gradient
         new_value, new_gradient = energy_and_gradient(energy, proposal)
-        lower = new_value < value  # and so not where U is no number any more
+        lower = new_value < value  # False also if U has become NaN
         value = torch.where(lower, new_value, value)
         lower = lower.view(step.shape)
         whitened, gradient = torch.where(lower, proposal, whitened), torch.where(lower, new_gradient, gradient)

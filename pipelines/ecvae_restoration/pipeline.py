@@ -35,12 +35,12 @@ EnergyModel = ModelMixin
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
-    Freeze a module while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration, and change the
-    energy, at every step), no parameter gradients, normalized weights computed once. The mode and `requires_grad` of every part are
-    restored.
+    Freeze a module while a chain runs on it: evaluation mode, no parameter gradients, normalized weights computed once. In training
+    mode, spectral norm would take a power iteration at every step and so change the energy. The mode and `requires_grad` of every
+    part are restored afterwards.
 
-    Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
-    after the layer's forward pass, so what backward needs is kept from that pass.
+    Gradients also pass through a module that diffusers offloads or casts layer by layer. Its hooks swap the data of a parameter
+    after the layer's forward pass, so the tensors that backward needs are saved during that pass.
     """
     modes = [(m, m.training) for m in module.modules()]
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -63,25 +63,25 @@ def compute_energy(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
-    numbers. A module gets the samples in the precision of its parameters. A `condition` of B items, such as classes, is passed on
-    as the second argument.
+    Return one energy per sample, shape (B,), in float32 or higher precision. `energy_model` is an [`EnergyModel`] or any callable
+    that returns a tensor of B numbers. A module receives the samples in the precision of its parameters. A `condition` of B items,
+    such as class labels, is passed as the second argument. Raises `ValueError` if the number of energies is not B.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
-            # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
+            # Layerwise casting stores weights in another precision than a diffusers model computes in, which is its `dtype`.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
     output = energy_model(sample) if condition is None else energy_model(sample, condition)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
-        raise ValueError(f"`energy_model` must give one energy per sample ({len(sample)}), but gave {found}.")
+        raise ValueError(f"`energy_model` must return one energy per sample ({len(sample)}), but returned {found}.")
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(len(sample))
 
 
 def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor of inference mode, with which nothing can be computed where gradients are taken."""
+    """Return a copy of a tensor from inference mode, which autograd can't use. Return any other tensor as it is."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
 
@@ -89,7 +89,7 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
 def energy_and_gradient(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
+    """Return the energies of samples, shape (B,), and their gradients, in the shape and dtype of `sample`, without a graph."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample, condition)
@@ -448,7 +448,7 @@ HIGHEST_FREQUENCY = math.sqrt(0.5)
 
 
 def bands_around(height: int, width: int, num_bands: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the one above it: (H, W // 2 + 1)."""
+    """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the band above, both (H, W // 2 + 1)."""
     vertical = torch.fft.fftfreq(height, dtype=torch.float64)
     horizontal = torch.fft.rfftfreq(width, dtype=torch.float64)
     radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles per pixel
@@ -458,21 +458,21 @@ def bands_around(height: int, width: int, num_bands: int) -> tuple[torch.Tensor,
 
 
 def multiplicity(height: int, width: int) -> torch.Tensor:
-    """Return how many frequencies each one of `rfft2` stands for: 1 in columns that are their own mirror image, 2 elsewhere."""
+    """Return how many frequencies of `fft2` each of `rfft2` stands for: 1 in columns that mirror themselves, 2 elsewhere."""
     count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
     count[0] = 1
-    count[width - width // 2 :] = 1  # only of an even width
+    count[width - width // 2 :] = 1  # a column that only an even width has
     return count.expand(height, -1)
 
 
 def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the mean over all frequencies of values at those of `rfft2`."""
+    """Return the mean over all frequencies of values given at the frequencies of `rfft2`."""
     count = multiplicity(values.shape[0], width)
     return (values * count).sum() / count.sum()
 
 
 def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return S at the frequencies of `rfft2`, (H, W // 2 + 1), by its values at the bands."""
+    """Interpolate S from its bands to the frequencies of `rfft2`, (H, W // 2 + 1)."""
     if len(spectrum) == 1:
         return spectrum.expand(height, width // 2 + 1)
     below, above = bands_around(height, width, len(spectrum))
@@ -481,8 +481,8 @@ def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Ten
 
 def colored(white: torch.Tensor, spectrum: list[float] | None) -> torch.Tensor:
     """
-    Apply C^(1/2) to images (B, C, H, W): independent entries of variance 1 become errors like the model's, of variance 1 per pixel
-    too. Without a `spectrum` C is the identity.
+    Apply C^(1/2) to white noise (B, C, H, W) of variance 1. The result has the correlations of the model's error, and variance 1 per
+    pixel. Without a `spectrum`, C is the identity.
     """
     if spectrum is None:
         return white
@@ -525,10 +525,10 @@ LEAST_SEEN = 0.1
 @dataclass(frozen=True)
 class Likelihood:
     """
-    The likelihood p(y | z) of measurements (B, ...), for M answers each.
+    The likelihood p(y | z) of B measurements, with M answers each.
 
-    Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
-    after the other: it may have a mask per image.
+    The answers' images and latents have shape (B * M, ...), grouped by measurement. The operator is called with batches of B, once
+    per answer, because it may have one mask per image.
     """
 
     operator: LinearOperator  # A
@@ -536,7 +536,9 @@ class Likelihood:
     noise_std: float  # sigma, in the unit of y
     model_variance: float  # v, above 0
     num_answers: int = 1  # M
-    error_spectrum: list[float] | None = None  # S, by which `variance` knows the model's error better than as v I
+    error_spectrum: list[float] | None = (
+        None  # S, the spectrum of the model's error (`model_error.py`), for `variance`
+    )
 
     @property
     def damping(self) -> float:
@@ -569,7 +571,7 @@ class Likelihood:
 
     def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        Draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images. With the decoder's Jacobian J, the mean of (J^T g)^2
+        Draw images g with covariance A^T (v A A^T + sigma^2 I)^{-1} A. With the decoder's Jacobian J, the mean of (J^T g)^2
         is the diagonal of the Gauss-Newton curvature of -log p(y | z).
         """
         noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
@@ -578,13 +580,13 @@ class Likelihood:
         return self.A_dagger(noise, self.damping) / self.model_variance
 
     def project(self, g: torch.Tensor) -> torch.Tensor:
-        """Return (I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        """Return (I - A_s A) g, where I - A_s A is the (symmetric) derivative of x^ with respect to G."""
         return g - self.A_dagger(self.A(g), self.damping)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Return x^ = G + A_s r. Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a blur's A^+
-        leaves out is added with less and less damping, in float64.
+        Return x^ = G + A_s r. Without noise, its relative residual is at most 1e-6 if y is in the range of A: what the cutoff of a
+        blur's A^+ leaves out is added in float64, with decreasing damping.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
         for level in CUTOFF_LEVELS if self.noise_std == 0 else ():
@@ -597,14 +599,14 @@ class Likelihood:
         return restored
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Convert to float64, if the device and the operator have it."""
+        """Convert to float64 if the device and the operator support it."""
         return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
 
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        Draw x given z and y, with a residual of sigma per entry if v is right. What the measurement does not tell (the null space
-        of A, and what a blur almost removes) is left as the decoder makes it, since a draw would add noise of v to each pixel.
-        Without noise there is nothing to draw: use `mean`.
+        Draw x given z and y, with a residual of sigma per entry if v is right. The decoder's image stays as it is where the
+        measurement tells nothing (in the null space of A, and where a blur removes almost everything): a draw would add noise of
+        variance v to each pixel. Without noise there is nothing to draw: use `mean`.
         """
         error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
         seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
@@ -619,8 +621,8 @@ class Likelihood:
 
         .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
 
-        or v (I - A_s A) for C = I. It is exact if A^T A is diagonal, and does not depend on C then. Otherwise 64 draws with random
-        signs for entries estimate it within about 9% of the standard deviation of a pixel.
+        or v (I - A_s A) for C = I. If A^T A is diagonal, the result is exact and does not depend on C. Otherwise it is estimated from
+        64 draws of random signs, with an error of about 9% of a pixel's standard deviation.
         """
         if self.operator.is_diagonal:
             seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
@@ -643,25 +645,25 @@ class Likelihood:
             total += (error - self.operator.A_dagger(misfit, self.damping)).square()
         variance = total / NUM_VARIANCE_PROBES
         if self.error_spectrum is None:
-            variance = variance.clamp(max=self.model_variance)  # which the exact one never exceeds
+            variance = variance.clamp(max=self.model_variance)  # the exact variance never exceeds it
         return variance.expand_as(like)
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
-    """Draw from N(0, I). Each of a list of generators draws the same number of entries, such as an answer's tiles."""
+    """Draw from N(0, I). Each generator of a list draws an equal share of the batch, such as the tiles of one answer."""
     generators = generator if isinstance(generator, list) else [generator]
     part = (shape[0] // len(generators), *shape[1:])
     return torch.cat([randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generators])
 
 
 class Canvas:
-    """Images as tiles of the model's size, of which neighbours share at least `overlap` pixels; or as one tile."""
+    """A division of images into tiles of the model's size. Neighbouring tiles share at least `overlap` pixels."""
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
         self.height, self.width, self.tile_size = height, width, tile_size
         tops, lefts = (self.starts(size, tile_size, overlap) for size in (height, width))
         self.corners = [(top, left) for top in tops for left in lefts]
-        # A tile counts less near its border.
+        # A tile has less weight near its border.
         ramp = torch.arange(tile_size) + 0.5
         ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
         weight = torch.outer(ramp, ramp).expand(len(self.corners), 1, -1, -1)
@@ -669,7 +671,7 @@ class Canvas:
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
-        """Return the first pixels of evenly spread tiles."""
+        """Return the first pixel of each tile along one side, evenly spread."""
         count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
         return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
 
@@ -718,12 +720,13 @@ def neural_transport(
     """
     Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
-    `"langevin"` first descends (Adam), estimates the diagonal h of the curvature of U there, and then takes Langevin steps
-    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` only descends, with a
-    cosine rate down to 0.
+    `"langevin"` first descends by Adam and estimates the diagonal h of the curvature of U there. It then takes Langevin steps
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t falling from 0.6 to 0.1. `"map"` only descends, with
+    a rate that falls to 0 along a cosine.
 
     Args:
-        decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
+        decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, S, S) in float32.
+        likelihood ([`Likelihood`]), canvas ([`Canvas`]): The measurements, and the division of their images into tiles.
         latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
         energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
@@ -735,9 +738,9 @@ def neural_transport(
     num_tiles = len(canvas)
 
     def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Apply J^T to what `gradient_of` makes of the tiles."""
+        """Return J^T g, where g is `gradient_of` of the decoded tiles and J the decoder's Jacobian."""
         with torch.inference_mode(False), torch.enable_grad():
-            # A tensor of inference mode can't carry gradients, a copy of it can.
+            # A tensor from inference mode can't carry gradients, but a copy of it can.
             latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
             tiles = decode(latents)
             return torch.autograd.grad(tiles, latents, gradient_of(tiles.detach()))[0]
@@ -751,8 +754,8 @@ def neural_transport(
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Each tile has the model's error against the image. The mean moves with the tiles, but the weighted differences to
-            # it sum up to 0.
+            # The term for the difference between tiles and their mean. The mean depends on the tiles too, but the weighted
+            # differences to it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
@@ -781,11 +784,11 @@ def neural_transport(
     for probe in range(num_probes):
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
-    # Answers to one measurement are near each other and share their estimate.
+    # Answers to one measurement are near each other and share one estimate.
     shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
     estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
-    # Few probes may underestimate the curvature, and steps would grow without bound. The squared gradient, whose mean along a
-    # stationary chain is the curvature too, bounds them.
+    # A few probes may underestimate the curvature, and steps would then grow without bound. The squared gradient bounds them: its
+    # mean along a stationary chain is the curvature too.
     square = estimate
     start = num_descents + num_probes
     for step in range(start, num_steps):
