@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Write the code that is generated from the package: `python pipelines/generate.py`.
+"""Generate the single-file pipelines of this folder from the package: `python pipelines/generate.py`.
 
-The single-file pipelines of this folder, as `ecvae_diffusers.hub.single_file` makes them; with `--check`, fail where one is out of date.
-With `--cards`, the code of the models in `model_cards/`, which is not in git: without the package they load only with it.
+`ecvae_diffusers.hub.single_file` makes them. `--check` writes nothing, and fails if one is out of date. `--cards` writes the code of
+the models in `model_cards/` instead: it is not in git, and the models need it to load without the package.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))  # this checkout, whatever is installed
+sys.path.insert(0, str(ROOT / "src"))  # use this checkout, even if another version is installed
 
 from ecvae_diffusers import ECVAEPipeline  # noqa: E402
 from ecvae_diffusers.hub.single_file import single_file  # noqa: E402
@@ -20,7 +20,7 @@ from ecvae_diffusers.hub.single_file import single_file  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail where a file is out of date; write nothing")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     parser.add_argument("--cards", action="store_true", help="write the code of the models in model_cards/ instead")
     args = parser.parse_args()
     if args.cards:

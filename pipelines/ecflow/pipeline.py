@@ -29,7 +29,7 @@ LARGEST_TEMPERATURE = 100.0
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
-    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    """Raise `ValueError` if an argument is not from `low` to `high` or, with `whole`, not an integer."""
     if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
         kind = "an integer" if whole else "a number"
         raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
@@ -57,7 +57,7 @@ def check_generator(generator: Generators, count: int) -> None:
 
 
 def check_finite(images: torch.Tensor, suspects: str) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    """Raise `ValueError` if decoded images are not finite: they would be displayed as black."""
     if not images.isfinite().all():
         raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
@@ -71,11 +71,11 @@ def prepare_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return latents (batch_size, num_latents, 1, 1): those given, or draws. Raise `ValueError` for wrong ones."""
+    """Return the given latents, or draw them: (batch_size, num_latents, 1, 1). Raises `ValueError` if an argument does not fit."""
     check_number("batch_size", batch_size, 1, whole=True)
     check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
     if latents is not None and temperature != 1:
-        raise ValueError(f"`temperature` must be 1 with `latents`, but is {temperature}.")
+        raise ValueError(f"`temperature` must be 1 if `latents` are given, but is {temperature}.")
     if latents is not None and batch_size == 1:
         batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
@@ -87,7 +87,7 @@ def prepare_latents(
 
 
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
-    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
     check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
@@ -174,13 +174,13 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
 
     Args:
         flow ([`FlowEC`]): The flow whose inverse maps latents from N(0, I) to images.
-        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated it. Sampling does not need it.
-        scheduler ([`LangevinScheduler`], *optional*): The chain that it was calibrated with. Sampling does not need it.
+        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated the flow. Sampling does not need it.
+        scheduler ([`LangevinScheduler`], *optional*): The chain of the calibration. Sampling does not need it.
     """
 
     model_cpu_offload_seq = "flow->energy_model"
     _optional_components = ["energy_model", "scheduler"]
-    # Nothing interrupts its one pass.
+    # A single pass can't be interrupted.
     num_timesteps, interrupt = 1, False
 
     def __init__(
@@ -204,7 +204,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput:
         r"""
-        The call function to the pipeline for generation: one pass of the flow's inverse, and no other network.
+        The call function to the pipeline for generation. It runs one pass of the flow's inverse and no other network.
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
@@ -215,8 +215,8 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
             temperature (`float`, *optional*, defaults to 1.0):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
-                images are clamped; or `"latent"`, the latents without decoding. `None` is `"np"`.
+                `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), clamped to [0, 1]; or `"latent"`, the
+                latents without decoding. `None` means `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 

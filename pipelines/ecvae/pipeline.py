@@ -36,14 +36,14 @@ LARGEST_VALUE = 1e12
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
-    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    """Raise `ValueError` if an argument is not from `low` to `high` or, with `whole`, not an integer."""
     if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
         kind = "an integer" if whole else "a number"
         raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
 
 
 def label_ids(names: list[str], config: Any) -> list[int]:
-    """Return the numbers of classes by their names in a model's config. Raise `ValueError` if there is no such class."""
+    """Return the numbers of classes from their names in a model's config. Raises `ValueError` if there is no such class."""
     known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"`class_labels` must be among {list(known)}, but has {unknown[0]!r}.")
@@ -52,13 +52,13 @@ def label_ids(names: list[str], config: Any) -> list[int]:
 
 def prepare_labels(class_labels: Any, count: int, config: Any) -> list[int | None] | None:
     """
-    Return the class of each of `count` images as a number, `None` where it is not said. Return `None` for a model without classes.
-    Raise `ValueError` for labels that the model does not have, or of another count.
+    Return the class number of each of `count` images, or `None` for images without a given class. Return `None` for a model without
+    classes. Raises `ValueError` if the model has no such class, or there are not `count` labels.
     """
     if hasattr(class_labels, "tolist"):  # a tensor or an array
         class_labels = class_labels.reshape(-1).tolist()
     labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
-    num_classes = config.get("num_class_embeds")  # repositories of earlier code have none
+    num_classes = config.get("num_class_embeds")  # configs saved by earlier versions lack it
     if num_classes is None:
         if labels != [None] * len(labels):
             raise ValueError(f"`class_labels` must be None for a model without classes, but is {class_labels!r}.")
@@ -83,12 +83,12 @@ def prepare_labels(class_labels: Any, count: int, config: Any) -> list[int | Non
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
-    Freeze a module while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration, and change the
-    energy, at every step), no parameter gradients, normalized weights computed once. The mode and `requires_grad` of every part are
-    restored.
+    Freeze a module while a chain runs on it: evaluation mode, no parameter gradients, normalized weights computed once. In training
+    mode, spectral norm would take a power iteration at every step and so change the energy. The mode and `requires_grad` of every
+    part are restored afterwards.
 
-    Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
-    after the layer's forward pass, so what backward needs is kept from that pass.
+    Gradients also pass through a module that diffusers offloads or casts layer by layer. Its hooks swap the data of a parameter
+    after the layer's forward pass, so the tensors that backward needs are saved during that pass.
     """
     modes = [(m, m.training) for m in module.modules()]
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -111,25 +111,25 @@ def compute_energy(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
-    numbers. A module gets the samples in the precision of its parameters. A `condition` of B items, such as classes, is passed on
-    as the second argument.
+    Return one energy per sample, shape (B,), in float32 or higher precision. `energy_model` is an [`EnergyModel`] or any callable
+    that returns a tensor of B numbers. A module receives the samples in the precision of its parameters. A `condition` of B items,
+    such as class labels, is passed as the second argument. Raises `ValueError` if the number of energies is not B.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
-            # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
+            # Layerwise casting stores weights in another precision than a diffusers model computes in, which is its `dtype`.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
     output = energy_model(sample) if condition is None else energy_model(sample, condition)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
-        raise ValueError(f"`energy_model` must give one energy per sample ({len(sample)}), but gave {found}.")
+        raise ValueError(f"`energy_model` must return one energy per sample ({len(sample)}), but returned {found}.")
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(len(sample))
 
 
 def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor of inference mode, with which nothing can be computed where gradients are taken."""
+    """Return a copy of a tensor from inference mode, which autograd can't use. Return any other tensor as it is."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
 
@@ -137,7 +137,7 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
 def energy_and_gradient(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
+    """Return the energies of samples, shape (B,), and their gradients, in the shape and dtype of `sample`, without a graph."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample, condition)
@@ -152,7 +152,7 @@ class PosteriorEnergy:
     The energy U of a batch of images, as a function of whitened latents, for `EnergyCalibrator.calibrate(..., energy_model=)`.
 
     Args:
-        decode (`Callable`): G: latents (B, d, 1, 1) -> images (B, C, H, W).
+        decode (`Callable`): The decoder G: latents (B, d, 1, 1) -> images (B, C, H, W).
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
         posterior (`DiagonalGaussianDistribution`): q(z|x), whose mean and standard deviation are frozen.
         variance (`float`): s^2 > 0, per pixel.
@@ -193,11 +193,11 @@ def refine(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    Return the end of `posterior_chain` from whitened latents, or without noise that of gradient descent on U, which never rises.
-    Written out, because a pipeline on the Hub has only the scheduler that it was saved with.
+    Return the end of `posterior_chain` from whitened latents or, without noise, the end of gradient descent on U. The steps are
+    written out, because a pipeline on the Hub has only the scheduler that it was saved with.
 
-    The step fits where q is near the posterior. For an image unlike the data, q may be far too wide, and a step lead uphill: descent
-    does not take such a step, and halves the next ones of that image.
+    The step size suits a q near the posterior. For an image unlike the data, q may be far too wide and a step may lead uphill.
+    Descent rejects such a step and halves the later steps of that image, so U never rises.
 
     Args:
         energy ([`PosteriorEnergy`]): U, of a frozen decoder.
@@ -217,7 +217,7 @@ def refine(
     for _ in steps:
         proposal = whitened - step * gradient
         new_value, new_gradient = energy_and_gradient(energy, proposal)
-        lower = new_value < value  # and so not where U is no number any more
+        lower = new_value < value  # False also if U has become NaN
         value = torch.where(lower, new_value, value)
         lower = lower.view(step.shape)
         whitened, gradient = torch.where(lower, proposal, whitened), torch.where(lower, new_gradient, gradient)
@@ -270,47 +270,47 @@ RANGE_TOLERANCE = 1e-3
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
-    """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
-    # Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
+    """Return the pixel value of white, or `None` if the picture's mode does not define it."""
+    # Modes of float and 32-bit pixels do not define white, except in file formats that store 16 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
     return None if image.mode in ("F", "I") else 255
 
 
 def check_mode(image: PIL.Image.Image) -> int:
-    """Return the level of white, or raise `ValueError` if the picture's mode has no agreed one."""
+    """Return the pixel value of white. Raises `ValueError` if the picture's mode does not define it."""
     if (white := white_level(image)) is not None:
         return white
     low, high = np.asarray(image).min(), np.asarray(image).max()
     guess = next((level for level in (1, 255, 65535) if high <= level), high)
     raise ValueError(
-        f"mode {image.mode} has no agreed white, and goes from {low:.4g} to {high:.4g}. If white is {guess:g}: "
+        f"mode {image.mode} does not define white; its values are from {low:.4g} to {high:.4g}. If white is {guess:g}, use "
         f"PIL.Image.fromarray((numpy.asarray(image) / {guess:g} * 255).clip(0, 255).round().astype('uint8'))"
     )
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation from 1 (upright) to 8, or raise `ValueError` if the EXIF data can't be read."""
+    """Return the EXIF orientation, from 1 (upright) to 8. Raises `ValueError` if the EXIF data can't be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(f"the EXIF data can't be read ({error}). Without them: image.info.pop('exif')") from error
+        raise ValueError(f"the EXIF data can't be read ({error}). To ignore them: image.info.pop('exif')") from error
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
-    image.load()  # Pillow turns TIFF files itself.
+    """Turn a picture upright according to its EXIF data: cameras store photographs as they were held."""
+    image.load()  # Pillow turns TIFF files upright itself when it loads them.
     stored = orientation(image)
     return image.transpose(UPRIGHT[stored]) if stored in UPRIGHT else image
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the alpha channel of an L, I;16 or RGB picture with a transparent colour."""
+    """Return the alpha channel of a picture of mode L, I;16 or RGB that has a transparent colour."""
     pixels, key = np.asarray(image), np.array(image.info["transparency"])
     if image.mode == "RGB" and key.max() > 255:
-        key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
+        key = key >> 8  # Pillow keeps only the high bytes of 16-bit pixels, but both bytes of the transparent colour.
     if image.mode == "L":
-        # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
+        # Pillow scales 2- and 4-bit pixels to 8 bits, but not the transparent colour.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
     transparent = (pixels == key).all(-1) if image.mode == "RGB" else pixels == key
@@ -321,10 +321,11 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     """
     Convert a picture of any mode to 1, 3 or 4 channels of 8 bits.
 
-    The EXIF data turn it upright, 16 bits are scaled and rounded, and transparency is laid on white unless alpha is a channel.
+    The picture is turned upright according to its EXIF data, and 16 bits are scaled and rounded to 8. Transparent pixels are laid
+    over white unless there are 4 channels.
 
     Raises:
-        ValueError: if the mode has no agreed white, or the EXIF data can't be read.
+        ValueError: if the mode does not define white, or the EXIF data can't be read.
     """
     white = check_mode(image)
     image = upright(image)
@@ -348,12 +349,14 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
 
 
 def as_list(images: Images, name: str) -> list:
-    """Return an argument as a list of PIL images, of arrays or of tensors."""
+    """Return an argument as a list of PIL images, arrays or tensors. Raises `ValueError` for other or mixed types or sizes."""
     images = list(images) if isinstance(images, list | tuple) else [images]
     kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
-        raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
+        raise ValueError(
+            f"`{name}` must hold at least one PIL image, numpy array or tensor, all of one type, but holds {found}."
+        )
     sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
     if len(sizes) > 1:
         raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
@@ -369,15 +372,16 @@ def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Convert pictures to one tensor (B, C, H, W) in [0, 1], or raise `ValueError`.
+    Convert pictures to one tensor (B, C, H, W) in [0, 1].
 
-    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and values that are not finite.
+    PIL images are converted to `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep their channels, and values
+    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, or leave [0, 1].
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
         levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
-            logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
+            logger.warning("`image` has colours, but the model is gray: it is converted to gray, as in training.")
         return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
         images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
@@ -411,7 +415,7 @@ def check_generator(generator: Generators, count: int) -> None:
 
 
 def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
-    """Return class numbers (B,), that of the unknown class where none is given. `None` for a model without classes."""
+    """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
     labels = prepare_labels(class_labels, count, pipeline.vae.config)
     if labels is None:
         return None
@@ -421,7 +425,7 @@ def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.
 
 
 def check_finite(images: torch.Tensor, suspects: str) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    """Raise `ValueError` if decoded images are not finite: they would be displayed as black."""
     if not images.isfinite().all():
         raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
@@ -435,11 +439,11 @@ def prepare_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return latents (batch_size, num_latents, 1, 1): those given, or draws. Raise `ValueError` for wrong ones."""
+    """Return the given latents, or draw them: (batch_size, num_latents, 1, 1). Raises `ValueError` if an argument does not fit."""
     check_number("batch_size", batch_size, 1, whole=True)
     check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
     if latents is not None and temperature != 1:
-        raise ValueError(f"`temperature` must be 1 with `latents`, but is {temperature}.")
+        raise ValueError(f"`temperature` must be 1 if `latents` are given, but is {temperature}.")
     if latents is not None and batch_size == 1:
         batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
@@ -451,7 +455,7 @@ def prepare_latents(
 
 
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
-    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
     check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
@@ -529,14 +533,14 @@ class SelfContained:
         parent.save_config(save_directory, **kwargs)
 
 
-# Bytes of the decoder's widest activations that a CPU computes at a time. More outgrow the cache, and each buffer is fetched
-# from the system anew: batches of 256 were up to 2.5 times slower.
+# On a CPU, batches are decoded in parts whose widest activations take this many bytes. Larger parts outgrow the cache and are
+# slower.
 CPU_PART_BYTES = 8 * 2**20
 
 
 class ECVAEPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for image generation with an energy-calibrated VAE, by class if it has learned classes: one decoder pass per image.
+    Pipeline for image generation with an energy-calibrated VAE, optionally conditional on classes: one decoder pass per image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -544,9 +548,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     Args:
         vae ([`AutoencoderEC`]): The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
-            The energy model that calibrated it. Only `score` and `num_refinement_steps` require it.
+            The energy model that calibrated the VAE. Only `score` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
-            The chain that it was calibrated with. Only `num_refinement_steps` requires it.
+            The chain of the calibration. Only `num_refinement_steps` requires it.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -567,11 +571,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ECVAEPipeline":
         """
-        Share the components of another pipeline. Of a restoration pipeline, which has no scheduler, give one too:
-        `from_pipe(restoration, scheduler=scheduler)`, or `None` to do without `num_refinement_steps`.
+        Create a pipeline that shares the components of another one. A restoration pipeline has no scheduler, so pass one:
+        `from_pipe(restoration, scheduler=scheduler)`, or `None` if `num_refinement_steps` is not needed.
         """
         if "scheduler" not in kwargs and "scheduler" not in pipeline.components:
-            raise ValueError("`scheduler` must be given, a LangevinScheduler or None: the other pipeline has none.")
+            raise ValueError(
+                "`scheduler` must be given (a LangevinScheduler or None), because the other pipeline has none."
+            )
         return super().from_pipe(pipeline, **kwargs)
 
     @property
@@ -585,11 +591,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
-        Return device and dtype of the decoder's latents. diffusers' properties know the hooks that move or cast them, but walk
-        through all modules five times, which takes as long as half a pass of a small decoder.
+        Return the device and dtype of the decoder's latents. diffusers' properties account for hooks that move or cast them, but
+        take as long as half a pass of a small decoder. They are used only if there are such hooks.
         """
         conv_in = self.vae.decoder.conv_in
-        modules = (self.vae, self.vae.decoder, conv_in)  # on which such a hook sits
+        modules = (self.vae, self.vae.decoder, conv_in)  # where such hooks are placed
         if any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook")):
             return self._execution_device, self.vae.dtype
         return conv_in.weight.device, conv_in.weight.dtype
@@ -599,7 +605,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Return the numbers of classes.
 
         Args:
-            label (`str` or `list[str]`): Names of classes, of those in `pipe.vae.config.id2label`.
+            label (`str` or `list[str]`): Names of classes, from `pipe.vae.config.id2label`.
 
         Raises:
             ValueError: if the model has no class of that name.
@@ -608,7 +614,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def draw_labels(self, class_labels: Sequence[str | int | None], generator: Generators) -> torch.Tensor | None:
         """
-        Return class numbers (B,): those given, and draws by the training data's frequencies where one is `None`. Return `None` for a
+        Return class numbers (B,). A label that is `None` is drawn by the class frequencies of the training data. Return `None` for a
         model without classes.
         """
         config = self.vae.config
@@ -625,10 +631,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return torch.tensor(numbers, device=self._execution_device)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
+        """Decode latents to images in [-1, 1]. On a CPU, large batches are decoded in parts."""
         config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
-            size = config.sample_size // config.get("patch_size", 1)  # repositories of earlier code have none
+            size = config.sample_size // config.get("patch_size", 1)  # configs saved by earlier versions lack it
             widest = config.block_out_channels[0] * size**2 * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
         classes = [{}] * len(latents) if labels is None else [{"class_labels": some} for some in labels.split(part)]
@@ -639,7 +645,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     def prepare_image(self, image: Images) -> torch.Tensor:
         """
         Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1]. Raises
-        `ValueError` if size, channels or range are not the model's, or a value is not finite.
+        `ValueError` if the size or channels do not fit the model, or a value is out of range or not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
@@ -656,10 +662,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         generator: Generators,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the calibrating chain, which training teaches the decoder, on images in [-1, 1]."""
+        """Run the calibration chain on decoded images in [-1, 1]."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
-        # A copy: the pipeline's may be a calibrator's, with another number of steps.
+        # A copy, because the pipeline may share its scheduler with a calibrator that takes another number of steps.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
@@ -681,7 +687,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput:
         r"""
-        The call function to the pipeline for generation: one decoder pass, and no other network.
+        The call function to the pipeline for generation. It runs one decoder pass, and by default no other network.
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
@@ -695,13 +701,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 Number of Langevin steps on the energy model after decoding. A calibrated decoder does not need them.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents without decoding. `None` is `"np"`.
+                `"latent"`, the latents without decoding. `None` means `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
-                What to generate: names or numbers of classes, one for all images or one per image. `None` draws a class by its
-                frequency in the training data, and the number `vae.config.num_class_embeds` is an unknown class. A model without
-                classes takes only `None`.
+                The classes to generate, as names or numbers: one for all images or one per image. `None` draws a class by its
+                frequency in the training data. The number `vae.config.num_class_embeds` is the unknown class. A model without
+                classes accepts only `None`.
 
         Examples:
             ```py
@@ -760,15 +766,15 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of steps, each a decoder pass forth and back, that move the latents towards the true posterior,
-                -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant: Langevin steps from a draw, gradient descent to the
-                likeliest latents from the mean.
+                Number of steps that move the latents towards the true posterior,
+                -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant. A draw (`sample_posterior`) takes Langevin steps, the
+                mean descends to the most likely latents. Each step takes a forward and a backward pass of the decoder.
             variance (`float`, *optional*, defaults to 0.5):
-                s^2 per pixel, from 1e-12: half of the KL weight that the autoencoder was trained with.
+                s^2 per pixel, at least 1e-12: half of the KL weight that the autoencoder was trained with.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per image, to make the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                As for generation; `"latent"` gives the encoding, of shape `(batch_size, latent_channels, 1, 1)`.
+                As for generation; `"latent"` returns the encoding, of shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
                 The images' classes, as for generation. `None` is the unknown class.
@@ -808,11 +814,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput:
         """
-        Decode the straight line between the encodings of two images.
+        Decode latents on the straight line between the encodings of two images.
 
         Args:
             image_a, image_b (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                B images each, or one, as for `reconstruct`.
+                B images each, as for `reconstruct`. One image is paired with all images of the other argument.
             num_steps (`int`, *optional*, defaults to 8):
                 Number of images from a to b, including the reconstructions of both; at least 2.
             output_type (`str`, *optional*, defaults to `"pil"`): As for generation.
@@ -840,7 +846,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     @torch.no_grad()
     def score(self, image: Images, class_labels: ClassLabels = None) -> torch.Tensor:
         """
-        Return the energies of images: low means like the training data. Only differences between energies are meaningful.
+        Return the energies of images. Low energy means like the training data. Only differences between energies are meaningful.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
@@ -855,7 +861,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             ValueError: if the pipeline has no energy model, or an image does not fit the model.
         """
         if self.energy_model is None:
-            raise ValueError("`score` requires an `energy_model`.")
+            raise ValueError("`score` requires an `energy_model`, but the pipeline has none.")
         sample = self.prepare_image(image).to(self.energy_model.dtype)
         with frozen(self.energy_model):
             energy = compute_energy(self.energy_model, sample, known_labels(self, class_labels, len(sample)))

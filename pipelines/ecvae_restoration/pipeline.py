@@ -36,7 +36,7 @@ LARGEST_VALUE = 1e12
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
-    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    """Raise `ValueError` if an argument is not from `low` to `high` or, with `whole`, not an integer."""
     if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
         kind = "an integer" if whole else "a number"
         raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
@@ -51,12 +51,12 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
-    Freeze a module while a chain runs on it: evaluation mode (spectral norm would otherwise take a power iteration, and change the
-    energy, at every step), no parameter gradients, normalized weights computed once. The mode and `requires_grad` of every part are
-    restored.
+    Freeze a module while a chain runs on it: evaluation mode, no parameter gradients, normalized weights computed once. In training
+    mode, spectral norm would take a power iteration at every step and so change the energy. The mode and `requires_grad` of every
+    part are restored afterwards.
 
-    Gradients pass through a module that diffusers offloads or casts layer by layer too: its hooks swap the data of a parameter
-    after the layer's forward pass, so what backward needs is kept from that pass.
+    Gradients also pass through a module that diffusers offloads or casts layer by layer. Its hooks swap the data of a parameter
+    after the layer's forward pass, so the tensors that backward needs are saved during that pass.
     """
     modes = [(m, m.training) for m in module.modules()]
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -79,25 +79,25 @@ def compute_energy(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Return one energy per sample, shape (B,), float32 or more, of an [`EnergyModel`] or of any callable that gives a tensor of B
-    numbers. A module gets the samples in the precision of its parameters. A `condition` of B items, such as classes, is passed on
-    as the second argument.
+    Return one energy per sample, shape (B,), in float32 or higher precision. `energy_model` is an [`EnergyModel`] or any callable
+    that returns a tensor of B numbers. A module receives the samples in the precision of its parameters. A `condition` of B items,
+    such as class labels, is passed as the second argument. Raises `ValueError` if the number of energies is not B.
     """
     if isinstance(energy_model, nn.Module):
         parameter = next(energy_model.parameters(), sample)
         if parameter.dtype != sample.dtype:
-            # A model of diffusers knows in which precision it computes, where layerwise casting stores weights in another.
+            # Layerwise casting stores weights in another precision than a diffusers model computes in, which is its `dtype`.
             sample = sample.to(getattr(energy_model, "dtype", parameter.dtype))
     output = energy_model(sample) if condition is None else energy_model(sample, condition)
     energy = getattr(output, "energy", output)
     if not isinstance(energy, torch.Tensor) or energy.numel() != len(sample):
         found = tuple(energy.shape) if isinstance(energy, torch.Tensor) else type(energy).__name__
-        raise ValueError(f"`energy_model` must give one energy per sample ({len(sample)}), but gave {found}.")
+        raise ValueError(f"`energy_model` must return one energy per sample ({len(sample)}), but returned {found}.")
     return energy.to(torch.promote_types(energy.dtype, torch.float32)).view(len(sample))
 
 
 def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor of inference mode, with which nothing can be computed where gradients are taken."""
+    """Return a copy of a tensor from inference mode, which autograd can't use. Return any other tensor as it is."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
 
@@ -105,7 +105,7 @@ def out_of_inference_mode(x: torch.Tensor) -> torch.Tensor:
 def energy_and_gradient(
     energy_model: Callable, sample: torch.Tensor, condition: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each sample's energy, shape (B,), and its gradient in shape and dtype of `sample`. No graph is kept."""
+    """Return the energies of samples, shape (B,), and their gradients, in the shape and dtype of `sample`, without a graph."""
     with torch.inference_mode(False), torch.enable_grad():
         sample = out_of_inference_mode(sample).detach().requires_grad_()
         energy = compute_energy(energy_model, sample, condition)
@@ -139,8 +139,8 @@ def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.T
 
 def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
     """
-    Return A_s y for `damping` s above 0, or A^+ y for 0, which leaves out singular values up to `rcond` times the largest.
-    Computes in float64 if the device has it, since it divides by products of small singular values.
+    Return A_s y for a `damping` s above 0, and A^+ y for 0. A^+ leaves out singular values up to `rcond` times the largest.
+    Computes in float64 if the device supports it, because it divides by products of small singular values.
     """
     exact = y if y.device.type == "mps" else y.double()
     values = torch.outer(rows.values, columns.values).to(exact)
@@ -164,8 +164,9 @@ def cgls(
     Return x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0, of each entry of a batch (Hestenes and Stiefel 1952; Bjorck 1996,
     algorithm 7.4.1), in float32 or float64.
 
-    An entry is done if its A^T r - s x is at most `tolerance` times A^T y in norm, or its r `tolerance` times y. float32 reaches
-    about 1e-6, and stops where it no longer improves. After `max_iterations` it stops with a warning.
+    An entry of the batch has converged if |A^T r - s x| is at most `tolerance` times |A^T y|, or |r| at most `tolerance` times |y|,
+    with r = y - A x. float32 reaches about 1e-6, and an entry stops when it no longer improves. After `max_iterations`, all entries
+    stop with a warning.
     """
 
     def squares(tensor: torch.Tensor) -> torch.Tensor:
@@ -186,7 +187,7 @@ def cgls(
             return x
         image = A(direction)
         curvature = squares(image) + damping * squares(direction)
-        # An entry that is done stays where it is: its direction may be 0.
+        # A converged entry stays unchanged, because its direction may be 0.
         step = torch.where(is_active, gradient_norm / curvature.where(is_active, torch.ones_like(curvature)), 0.0)
         x, residual = x + each(step, direction), residual - each(step, image)
         gradient = A_adjoint(residual) - damping * x
@@ -195,13 +196,15 @@ def cgls(
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
-    warnings.warn(f"CGLS stopped after {max_iterations} iterations, before a relative residual of {tolerance}.")
+    warnings.warn(
+        f"CGLS stopped after {max_iterations} iterations without reaching a relative residual of {tolerance}."
+    )
     return x
 
 
 class LeastSquares(torch.autograd.Function):
     """
-    Make [`cgls`] differentiable in y without a graph of its iterations: the adjoint of (A^T A + s I)^{-1} A^T is
+    [`cgls`], differentiable in y without a graph of its iterations: the adjoint of (A^T A + s I)^{-1} A^T is
     (A A^T + s I)^{-1} A, the same problem with A^T instead of A.
     """
 
@@ -227,18 +230,18 @@ class LinearOperator(nn.Module):
     A linear measurement of images in [-1, 1]. All methods take batches on any device and in any floating dtype, and are
     differentiable.
 
-    A subclass has `A` and `A_adjoint`, and passes the arguments of its constructor to this one, which registers tensors as buffers
-    and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A; otherwise it may override
-    `A_dagger` with a closed form.
+    A subclass defines `A` and `A_adjoint`, and passes its constructor's arguments to this constructor, which registers tensors as
+    buffers and keeps the other arguments for the config. It sets `row_norm` to c if A A^T = c I on the range of A; otherwise it
+    may override `A_dagger` with a closed form.
     """
 
-    # `as_operator` recognizes operators by this, even those of another copy of this class: a pipeline from the Hub brings its own.
+    # `as_operator` recognizes operators by this attribute, because a pipeline from the Hub brings its own copy of this class.
     is_linear_operator = True
     row_norm: float | None = None  # c if A A^T is c times the projection on the range of A
-    solver_dtype: torch.dtype | None = torch.float64  # of CGLS; None is the measurement's own
+    solver_dtype: torch.dtype | None = torch.float64  # dtype of CGLS; None keeps that of the measurement
     rcond: float = 0.0  # A^+ leaves out singular values up to this times the largest
-    is_the_same_for_all_images: bool = True  # every image of a batch is measured alike
-    is_diagonal: bool = False  # A^T A is: each entry of a measurement is one of the image's
+    is_the_same_for_all_images: bool = True  # whether all images of a batch are measured alike
+    is_diagonal: bool = False  # whether A^T A is diagonal, as for a mask
 
     def __init__(self, **arguments: Any):
         super().__init__()
@@ -262,24 +265,24 @@ class LinearOperator(nn.Module):
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """
-        Apply the pseudo-inverse to measurements (B, ...): of all x whose A x is nearest to y, A^+ y has the least norm. With a
-        `damping` s above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
+        Apply the pseudo-inverse to measurements (B, ...): A^+ y has the least norm of all x whose A x is nearest to y. With a
+        `damping` s above 0, apply the damped inverse instead: A_s y = A^T (A A^T + s I)^{-1} y.
 
-        Without a closed form, CGLS solves it from 0, in float64 if the device has it: to a relative residual of 1e-10 for
-        measurements in float64 and 1e-8 in float32 (1e-6 if it computes in float32).
+        Without a closed form, CGLS computes it from x = 0, in float64 if the device supports it. The relative tolerance is 1e-10 for
+        float64 measurements and 1e-8 for float32 ones (1e-6 if CGLS runs in float32).
         """
         if self.row_norm is not None:
             return self.A_adjoint(y) / (self.row_norm + damping)
         return self.solve(y, damping)
 
     def solve(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-        """Apply `A_dagger` by CGLS, even if there is a closed form."""
+        """Compute `A_dagger` by CGLS, even if there is a closed form."""
         dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
 
     def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, ...], damping: float = 0.0) -> torch.Tensor:
-        """Apply `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        """Compute `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
 
         def matrix() -> torch.Tensor:
             entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
@@ -290,7 +293,7 @@ class LinearOperator(nn.Module):
         return solved.view(len(y), *image_shape)
 
     def decomposed(self, key: tuple[int, ...], matrix: Callable[[], torch.Tensor]) -> Factors:
-        """Decompose a matrix once, so that its factors serve gradients later, even if they are made in inference mode."""
+        """Decompose a matrix once and cache its factors. Gradients can use them even if this call is in inference mode."""
         if key not in self.decompositions:
             with torch.inference_mode(False), torch.no_grad():
                 self.decompositions[key] = factorize(matrix())
@@ -300,11 +303,11 @@ class LinearOperator(nn.Module):
         return self.A(x)
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        """Return the constructor's arguments for JSON. Tensors go to `tensors`, and their names to the config."""
+        """Return the constructor's arguments as a config for JSON. Tensors are added to `tensors`, and the config holds their names."""
         config: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, value in self._arguments.items():
             if isinstance(value, torch.Tensor):
-                # A copy: safetensors does not save two names of one tensor, such as a mask that two parts share.
+                # A copy, because safetensors can't save a tensor under two names, such as a mask that two parts share.
                 tensors[prefix + name] = getattr(self, name).contiguous().clone()
                 value = {"tensor": prefix + name}
             elif isinstance(value, list):
@@ -315,8 +318,8 @@ class LinearOperator(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] = {}) -> "LinearOperator":
         """
-        Build an operator of any class from the config of `to_config`. Raises `ValueError` if the class is unknown: that of an
-        operator of your own must be imported before.
+        Build an operator of any class from the config of `to_config`. Raises `ValueError` if the class is unknown; import your own
+        operator classes first.
         """
         config, kinds = dict(config), {kind.__name__: kind for kind in subclasses(LinearOperator)}
         name = config.pop("_class_name", None)
@@ -342,7 +345,7 @@ class LinearOperator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "LinearOperator":
-        """Load what `save_pretrained` wrote. Raises as `from_config`, and `OSError` if a file is missing."""
+        """Load an operator that `save_pretrained` wrote. Raises `ValueError` as `from_config` does, and `OSError` if a file is missing."""
         folder = Path(save_directory)
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return cls.from_config(config, safetensors.torch.load_file(folder / TENSORS_FILE))
@@ -350,7 +353,7 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator of two functions, which solves for A^+. It can't be saved. The functions are called with contiguous copies of
+    An operator defined by two functions. CGLS computes its A^+, and it can't be saved. The functions receive contiguous copies of
     batches, which they may change, in the dtype of the measurement.
 
     Args:
@@ -359,7 +362,7 @@ class FunctionOperator(LinearOperator):
     """
 
     solver_dtype = None
-    is_the_same_for_all_images = False  # as far as we know
+    is_the_same_for_all_images = False  # unknown, so assume that they differ
 
     def __init__(self, A: Callable[[torch.Tensor], torch.Tensor], A_adjoint: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
@@ -382,7 +385,7 @@ def subclasses(kind: type) -> set[type]:
 def as_operator(operator: Any) -> LinearOperator:
     """
     Convert a [`LinearOperator`], an object with `A` and `A_adjoint` (a `LinearPhysics` of deepinv, for example), or a pair of
-    functions (A, A_adjoint) to an operator. Raises `ValueError` for anything else.
+    functions (A, A_adjoint) to an operator. Raises `ValueError` for any other object.
     """
     if getattr(operator, "is_linear_operator", False):
         return operator
@@ -395,7 +398,7 @@ def as_operator(operator: Any) -> LinearOperator:
 
 class Inpainting(LinearOperator):
     """
-    A x = m x, pixel by pixel. A measurement has the image's shape, and is 0 where nothing was observed: middle gray in a
+    A mask: A x = m x, pixel by pixel. A measurement has the image's shape, and is 0 where nothing was observed: middle gray in a
     tensor, black in a picture.
 
     Args:
@@ -417,7 +420,7 @@ class Inpainting(LinearOperator):
 
     @classmethod
     def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> Self:
-        """Make the operator for images with a missing box, whose first row and column are `top` and `left`."""
+        """Return the operator of a missing box, in pixels, whose first row and column are `top` and `left`."""
         bottom, right = top + box_height, left + box_width
         if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
             raise ValueError(f"`box_height` {box_height} and `box_width` {box_width} must fit {height}x{width} px.")
@@ -435,8 +438,8 @@ class Inpainting(LinearOperator):
         num_masks: int | None = None,
     ) -> Self:
         """
-        Make the operator that observes each pixel, with all its channels, with probability `observed`. With `num_masks` it has
-        as many masks, one per image.
+        Return an operator that observes each pixel, in all its channels, with probability `observed`. With `num_masks`, it has
+        one mask for each image of a batch of that size.
         """
         if not 0 <= observed <= 1:
             raise ValueError(f"`observed` must be from 0 to 1, but is {observed}.")
@@ -454,14 +457,14 @@ class Inpainting(LinearOperator):
         return self.A(y)
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(image_shape)  # of one image, whatever the number of masks
+        return tuple(image_shape)  # one image has this shape even with several masks
 
 
 HIGHEST_FREQUENCY = math.sqrt(0.5)
 
 
 def bands_around(height: int, width: int, num_bands: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the one above it: (H, W // 2 + 1)."""
+    """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the band above, both (H, W // 2 + 1)."""
     vertical = torch.fft.fftfreq(height, dtype=torch.float64)
     horizontal = torch.fft.rfftfreq(width, dtype=torch.float64)
     radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles per pixel
@@ -471,21 +474,21 @@ def bands_around(height: int, width: int, num_bands: int) -> tuple[torch.Tensor,
 
 
 def multiplicity(height: int, width: int) -> torch.Tensor:
-    """Return how many frequencies each one of `rfft2` stands for: 1 in columns that are their own mirror image, 2 elsewhere."""
+    """Return how many frequencies of `fft2` each of `rfft2` stands for: 1 in columns that mirror themselves, 2 elsewhere."""
     count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
     count[0] = 1
-    count[width - width // 2 :] = 1  # only of an even width
+    count[width - width // 2 :] = 1  # a column that only an even width has
     return count.expand(height, -1)
 
 
 def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the mean over all frequencies of values at those of `rfft2`."""
+    """Return the mean over all frequencies of values given at the frequencies of `rfft2`."""
     count = multiplicity(values.shape[0], width)
     return (values * count).sum() / count.sum()
 
 
 def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return S at the frequencies of `rfft2`, (H, W // 2 + 1), by its values at the bands."""
+    """Interpolate S from its bands to the frequencies of `rfft2`, (H, W // 2 + 1)."""
     if len(spectrum) == 1:
         return spectrum.expand(height, width // 2 + 1)
     below, above = bands_around(height, width, len(spectrum))
@@ -494,8 +497,8 @@ def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Ten
 
 def colored(white: torch.Tensor, spectrum: list[float] | None) -> torch.Tensor:
     """
-    Apply C^(1/2) to images (B, C, H, W): independent entries of variance 1 become errors like the model's, of variance 1 per pixel
-    too. Without a `spectrum` C is the identity.
+    Apply C^(1/2) to white noise (B, C, H, W) of variance 1. The result has the correlations of the model's error, and variance 1 per
+    pixel. Without a `spectrum`, C is the identity.
     """
     if spectrum is None:
         return white
@@ -538,10 +541,10 @@ LEAST_SEEN = 0.1
 @dataclass(frozen=True)
 class Likelihood:
     """
-    The likelihood p(y | z) of measurements (B, ...), for M answers each.
+    The likelihood p(y | z) of B measurements, with M answers each.
 
-    Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
-    after the other: it may have a mask per image.
+    The answers' images and latents have shape (B * M, ...), grouped by measurement. The operator is called with batches of B, once
+    per answer, because it may have one mask per image.
     """
 
     operator: LinearOperator  # A
@@ -549,7 +552,9 @@ class Likelihood:
     noise_std: float  # sigma, in the unit of y
     model_variance: float  # v, above 0
     num_answers: int = 1  # M
-    error_spectrum: list[float] | None = None  # S, by which `variance` knows the model's error better than as v I
+    error_spectrum: list[float] | None = (
+        None  # S, the spectrum of the model's error (`model_error.py`), for `variance`
+    )
 
     @property
     def damping(self) -> float:
@@ -582,7 +587,7 @@ class Likelihood:
 
     def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        Draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images. With the decoder's Jacobian J, the mean of (J^T g)^2
+        Draw images g with covariance A^T (v A A^T + sigma^2 I)^{-1} A. With the decoder's Jacobian J, the mean of (J^T g)^2
         is the diagonal of the Gauss-Newton curvature of -log p(y | z).
         """
         noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
@@ -591,13 +596,13 @@ class Likelihood:
         return self.A_dagger(noise, self.damping) / self.model_variance
 
     def project(self, g: torch.Tensor) -> torch.Tensor:
-        """Return (I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        """Return (I - A_s A) g, where I - A_s A is the (symmetric) derivative of x^ with respect to G."""
         return g - self.A_dagger(self.A(g), self.damping)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Return x^ = G + A_s r. Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a blur's A^+
-        leaves out is added with less and less damping, in float64.
+        Return x^ = G + A_s r. Without noise, its relative residual is at most 1e-6 if y is in the range of A: what the cutoff of a
+        blur's A^+ leaves out is added in float64, with decreasing damping.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
         for level in CUTOFF_LEVELS if self.noise_std == 0 else ():
@@ -610,14 +615,14 @@ class Likelihood:
         return restored
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Convert to float64, if the device and the operator have it."""
+        """Convert to float64 if the device and the operator support it."""
         return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
 
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        Draw x given z and y, with a residual of sigma per entry if v is right. What the measurement does not tell (the null space
-        of A, and what a blur almost removes) is left as the decoder makes it, since a draw would add noise of v to each pixel.
-        Without noise there is nothing to draw: use `mean`.
+        Draw x given z and y, with a residual of sigma per entry if v is right. The decoder's image stays as it is where the
+        measurement tells nothing (in the null space of A, and where a blur removes almost everything): a draw would add noise of
+        variance v to each pixel. Without noise there is nothing to draw: use `mean`.
         """
         error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
         seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
@@ -632,8 +637,8 @@ class Likelihood:
 
         .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
 
-        or v (I - A_s A) for C = I. It is exact if A^T A is diagonal, and does not depend on C then. Otherwise 64 draws with random
-        signs for entries estimate it within about 9% of the standard deviation of a pixel.
+        or v (I - A_s A) for C = I. If A^T A is diagonal, the result is exact and does not depend on C. Otherwise it is estimated from
+        64 draws of random signs, with an error of about 9% of a pixel's standard deviation.
         """
         if self.operator.is_diagonal:
             seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
@@ -656,25 +661,25 @@ class Likelihood:
             total += (error - self.operator.A_dagger(misfit, self.damping)).square()
         variance = total / NUM_VARIANCE_PROBES
         if self.error_spectrum is None:
-            variance = variance.clamp(max=self.model_variance)  # which the exact one never exceeds
+            variance = variance.clamp(max=self.model_variance)  # the exact variance never exceeds it
         return variance.expand_as(like)
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
-    """Draw from N(0, I). Each of a list of generators draws the same number of entries, such as an answer's tiles."""
+    """Draw from N(0, I). Each generator of a list draws an equal share of the batch, such as the tiles of one answer."""
     generators = generator if isinstance(generator, list) else [generator]
     part = (shape[0] // len(generators), *shape[1:])
     return torch.cat([randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generators])
 
 
 class Canvas:
-    """Images as tiles of the model's size, of which neighbours share at least `overlap` pixels; or as one tile."""
+    """A division of images into tiles of the model's size. Neighbouring tiles share at least `overlap` pixels."""
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
         self.height, self.width, self.tile_size = height, width, tile_size
         tops, lefts = (self.starts(size, tile_size, overlap) for size in (height, width))
         self.corners = [(top, left) for top in tops for left in lefts]
-        # A tile counts less near its border.
+        # A tile has less weight near its border.
         ramp = torch.arange(tile_size) + 0.5
         ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
         weight = torch.outer(ramp, ramp).expand(len(self.corners), 1, -1, -1)
@@ -682,7 +687,7 @@ class Canvas:
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
-        """Return the first pixels of evenly spread tiles."""
+        """Return the first pixel of each tile along one side, evenly spread."""
         count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
         return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
 
@@ -731,12 +736,13 @@ def neural_transport(
     """
     Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
-    `"langevin"` first descends (Adam), estimates the diagonal h of the curvature of U there, and then takes Langevin steps
-    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` only descends, with a
-    cosine rate down to 0.
+    `"langevin"` first descends by Adam and estimates the diagonal h of the curvature of U there. It then takes Langevin steps
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t falling from 0.6 to 0.1. `"map"` only descends, with
+    a rate that falls to 0 along a cosine.
 
     Args:
-        decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
+        decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, S, S) in float32.
+        likelihood ([`Likelihood`]), canvas ([`Canvas`]): The measurements, and the division of their images into tiles.
         latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
         energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
@@ -748,9 +754,9 @@ def neural_transport(
     num_tiles = len(canvas)
 
     def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Apply J^T to what `gradient_of` makes of the tiles."""
+        """Return J^T g, where g is `gradient_of` of the decoded tiles and J the decoder's Jacobian."""
         with torch.inference_mode(False), torch.enable_grad():
-            # A tensor of inference mode can't carry gradients, a copy of it can.
+            # A tensor from inference mode can't carry gradients, but a copy of it can.
             latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
             tiles = decode(latents)
             return torch.autograd.grad(tiles, latents, gradient_of(tiles.detach()))[0]
@@ -764,8 +770,8 @@ def neural_transport(
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Each tile has the model's error against the image. The mean moves with the tiles, but the weighted differences to
-            # it sum up to 0.
+            # The term for the difference between tiles and their mean. The mean depends on the tiles too, but the weighted
+            # differences to it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
@@ -794,11 +800,11 @@ def neural_transport(
     for probe in range(num_probes):
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
-    # Answers to one measurement are near each other and share their estimate.
+    # Answers to one measurement are near each other and share one estimate.
     shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
     estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
-    # Few probes may underestimate the curvature, and steps would grow without bound. The squared gradient, whose mean along a
-    # stationary chain is the curvature too, bounds them.
+    # A few probes may underestimate the curvature, and steps would then grow without bound. The squared gradient bounds them: its
+    # mean along a stationary chain is the curvature too.
     square = estimate
     start = num_descents + num_probes
     for step in range(start, num_steps):
@@ -815,7 +821,7 @@ def neural_transport(
 
 
 def label_ids(names: list[str], config: Any) -> list[int]:
-    """Return the numbers of classes by their names in a model's config. Raise `ValueError` if there is no such class."""
+    """Return the numbers of classes from their names in a model's config. Raises `ValueError` if there is no such class."""
     known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"`class_labels` must be among {list(known)}, but has {unknown[0]!r}.")
@@ -824,13 +830,13 @@ def label_ids(names: list[str], config: Any) -> list[int]:
 
 def prepare_labels(class_labels: Any, count: int, config: Any) -> list[int | None] | None:
     """
-    Return the class of each of `count` images as a number, `None` where it is not said. Return `None` for a model without classes.
-    Raise `ValueError` for labels that the model does not have, or of another count.
+    Return the class number of each of `count` images, or `None` for images without a given class. Return `None` for a model without
+    classes. Raises `ValueError` if the model has no such class, or there are not `count` labels.
     """
     if hasattr(class_labels, "tolist"):  # a tensor or an array
         class_labels = class_labels.reshape(-1).tolist()
     labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
-    num_classes = config.get("num_class_embeds")  # repositories of earlier code have none
+    num_classes = config.get("num_class_embeds")  # configs saved by earlier versions lack it
     if num_classes is None:
         if labels != [None] * len(labels):
             raise ValueError(f"`class_labels` must be None for a model without classes, but is {class_labels!r}.")
@@ -894,47 +900,47 @@ SHADE_TOLERANCE = 2
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
-    """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
-    # Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
+    """Return the pixel value of white, or `None` if the picture's mode does not define it."""
+    # Modes of float and 32-bit pixels do not define white, except in file formats that store 16 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
     return None if image.mode in ("F", "I") else 255
 
 
 def check_mode(image: PIL.Image.Image) -> int:
-    """Return the level of white, or raise `ValueError` if the picture's mode has no agreed one."""
+    """Return the pixel value of white. Raises `ValueError` if the picture's mode does not define it."""
     if (white := white_level(image)) is not None:
         return white
     low, high = np.asarray(image).min(), np.asarray(image).max()
     guess = next((level for level in (1, 255, 65535) if high <= level), high)
     raise ValueError(
-        f"mode {image.mode} has no agreed white, and goes from {low:.4g} to {high:.4g}. If white is {guess:g}: "
+        f"mode {image.mode} does not define white; its values are from {low:.4g} to {high:.4g}. If white is {guess:g}, use "
         f"PIL.Image.fromarray((numpy.asarray(image) / {guess:g} * 255).clip(0, 255).round().astype('uint8'))"
     )
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation from 1 (upright) to 8, or raise `ValueError` if the EXIF data can't be read."""
+    """Return the EXIF orientation, from 1 (upright) to 8. Raises `ValueError` if the EXIF data can't be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(f"the EXIF data can't be read ({error}). Without them: image.info.pop('exif')") from error
+        raise ValueError(f"the EXIF data can't be read ({error}). To ignore them: image.info.pop('exif')") from error
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
-    image.load()  # Pillow turns TIFF files itself.
+    """Turn a picture upright according to its EXIF data: cameras store photographs as they were held."""
+    image.load()  # Pillow turns TIFF files upright itself when it loads them.
     stored = orientation(image)
     return image.transpose(UPRIGHT[stored]) if stored in UPRIGHT else image
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the alpha channel of an L, I;16 or RGB picture with a transparent colour."""
+    """Return the alpha channel of a picture of mode L, I;16 or RGB that has a transparent colour."""
     pixels, key = np.asarray(image), np.array(image.info["transparency"])
     if image.mode == "RGB" and key.max() > 255:
-        key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
+        key = key >> 8  # Pillow keeps only the high bytes of 16-bit pixels, but both bytes of the transparent colour.
     if image.mode == "L":
-        # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
+        # Pillow scales 2- and 4-bit pixels to 8 bits, but not the transparent colour.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
     transparent = (pixels == key).all(-1) if image.mode == "RGB" else pixels == key
@@ -945,10 +951,11 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     """
     Convert a picture of any mode to 1, 3 or 4 channels of 8 bits.
 
-    The EXIF data turn it upright, 16 bits are scaled and rounded, and transparency is laid on white unless alpha is a channel.
+    The picture is turned upright according to its EXIF data, and 16 bits are scaled and rounded to 8. Transparent pixels are laid
+    over white unless there are 4 channels.
 
     Raises:
-        ValueError: if the mode has no agreed white, or the EXIF data can't be read.
+        ValueError: if the mode does not define white, or the EXIF data can't be read.
     """
     white = check_mode(image)
     image = upright(image)
@@ -973,18 +980,21 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
 
 def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     """
-    Return the pixels that a mask repaints, a bool array of shape (H, W).
+    Return which pixels a mask repaints, as a bool array of shape (H, W).
 
-    A mask of black and one other level or colour repaints all that is not black: labels 0 and 1, palettes of one object, paint.
-    A mask of shades of white, or of one bright paint, on a dark ground repaints what has at least half of white.
-    Raises `ValueError`, with the line that converts it, if a mask is neither, or has transparent pixels.
+    A mask of black and one other level or colour repaints all that is not black. Examples are labels 0 and 1, a palette with one
+    object, and painted strokes. A mask with shades of white, or of one bright colour, on a dark ground repaints pixels of at least
+    half the level of white.
+
+    Raises:
+        ValueError: if a mask is of neither kind, or has transparent pixels. The message suggests a conversion.
     """
     white = white_level(mask)
     if mask.has_transparency_data and np.asarray(read_picture(mask, 4))[..., 3].min() < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
         raise ValueError(
-            f"mode {mask.mode} has transparent pixels. To repaint what is erased: {alpha}.point(lambda a: 255 - a). "
-            f"To repaint what is opaque: {alpha}"
+            f"mode {mask.mode} has transparent pixels. To repaint transparent pixels: {alpha}.point(lambda a: 255 - a). "
+            f"To repaint opaque pixels: {alpha}"
         )
     pixels = np.asarray(read_picture(mask, 3)) if white == 255 else np.asarray(upright(mask))[..., None]
     level = pixels.max(-1)
@@ -1001,19 +1011,19 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     example = next((value for value in values if value != 0), 0)
     array, each = ("numpy.asarray(mask.convert('RGB'))", ".all(-1)") if white == 255 else ("numpy.asarray(mask)", "")
     raise ValueError(
-        f"mode {mask.mode} with the values {values} is not in black (kept) and white (repainted). To repaint one: "
+        f"mode {mask.mode} with the values {values} is not black (kept) and white (repainted). To repaint one of the values: "
         f"PIL.Image.fromarray(({array} == {example}){each})"
     )
 
 
 def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
-    """Tell whether the levels (H, W) of a mask, from 0 to 1, are a dark ground, bright shapes and soft edges, instead of labels."""
+    """Return whether the levels (H, W) of a mask, from 0 to 1, are bright shapes with soft edges on a dark ground, not labels."""
     levels = np.unique(level)
     if len(levels) == 1:
         return gray and levels[0] == 1
     if not (levels[0] < 0.5 <= levels[-1] and (levels[0] < DARK or levels[-1] > BRIGHT)):
         return False
-    # Levels that fill regions: at least half of their pixels lie in squares of 2 x 2. Those of soft edges do not.
+    # A level fills a region if at least half of its pixels lie in 2 x 2 squares of it. Levels of soft edges do not.
     corner = level[:-1, :-1]
     square = (corner == level[1:, :-1]) & (corner == level[:-1, 1:]) & (corner == level[1:, 1:])
     inside = np.zeros(level.shape, bool)
@@ -1024,17 +1034,19 @@ def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
     )
     regions = levels[(inside_counts >= LEAST_REGION * level.size) & (2 * inside_counts >= counts)]
     regions = regions[(regions > levels[0]) & (regions < levels[-1])]
-    only_white = (levels >= 0.5).sum() == 1  # JPEG files have noise on both sides
+    only_white = (levels >= 0.5).sum() == 1  # not a JPEG file, which has several bright levels
     return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
 
 
 def as_list(images: Images, name: str) -> list:
-    """Return an argument as a list of PIL images, of arrays or of tensors."""
+    """Return an argument as a list of PIL images, arrays or tensors. Raises `ValueError` for other or mixed types or sizes."""
     images = list(images) if isinstance(images, list | tuple) else [images]
     kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
-        raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
+        raise ValueError(
+            f"`{name}` must hold at least one PIL image, numpy array or tensor, all of one type, but holds {found}."
+        )
     sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
     if len(sizes) > 1:
         raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
@@ -1050,15 +1062,16 @@ def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Convert pictures to one tensor (B, C, H, W) in [0, 1], or raise `ValueError`.
+    Convert pictures to one tensor (B, C, H, W) in [0, 1].
 
-    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and values that are not finite.
+    PIL images are converted to `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep their channels, and values
+    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, or leave [0, 1].
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
         levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
-            logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
+            logger.warning("`image` has colours, but the model is gray: it is converted to gray, as in training.")
         return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
         images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
@@ -1081,8 +1094,8 @@ def has_colours(image: PIL.Image.Image) -> bool:
 
 def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.Tensor) -> torch.Tensor:
     """
-    Return the pixels of pictures `like` (B, C, H, W) that were observed, bool of shape (1 or B, 1, H, W): those where the mask is
-    black. Raises `ValueError` if a mask can't be read or does not fit. Warns of a mask that repaints nothing or everything.
+    Return which pixels of pictures `like` (B, C, H, W) were observed, as a bool tensor (1 or B, 1, H, W): those where the mask is
+    black. Raises `ValueError` if a mask can't be read or does not fit. Warns if a mask repaints nothing or everything.
     """
     masks = as_list(mask_image, "mask_image")
     if isinstance(masks[0], PIL.Image.Image):
@@ -1095,12 +1108,14 @@ def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.T
     check_shape("mask_image", repainted, (count, 1, *like.shape[2:]))
     for found, what in ((~repainted.flatten(1).any(1), "nothing"), (repainted.flatten(1).all(1), "everything")):
         if found.any():
-            logger.warning(f"`mask_image` repaints {what} in {int(found.sum())} of {count} masks. White is repainted.")
+            logger.warning(
+                f"`mask_image` repaints {what} in {int(found.sum())} of {count} mask(s): white is repainted, black is kept."
+            )
     return ~repainted
 
 
 def is_turned(images: Images) -> bool:
-    """Tell whether the EXIF data turn a picture."""
+    """Return whether EXIF data turn any of the pictures."""
     return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image"))
 
 
@@ -1117,7 +1132,7 @@ def check_generator(generator: Generators, count: int) -> None:
 
 
 def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
-    """Return class numbers (B,), that of the unknown class where none is given. `None` for a model without classes."""
+    """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
     labels = prepare_labels(class_labels, count, pipeline.vae.config)
     if labels is None:
         return None
@@ -1127,13 +1142,13 @@ def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.
 
 
 def check_finite(images: torch.Tensor, suspects: str) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    """Raise `ValueError` if decoded images are not finite: they would be displayed as black."""
     if not images.isfinite().all():
         raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
 
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
-    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
     check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
@@ -1217,12 +1232,13 @@ logger = logging.get_logger(__name__)
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
 # Spread of the initial latents around the encoding of A^+ y, in standard deviations of the prior.
 START_SPREAD = 0.3
-# The measurement is damped by at least this before it is encoded: A^+ alone would amplify noise.
+# Least damping of the inverse that makes the image to encode from the measurement: A^+ alone would amplify noise.
 START_DAMPING = 1e-3
-# Answers warn if, by root mean square, they leave the range of images by more than this, or differ from a noisy measurement by more
-# than this many standard deviations of the noise, or if their relative residual to one without noise is larger than this.
+# The pipeline warns if answers leave [-1, 1] by more than LARGEST_EXCESS, or differ from a noisy measurement by more than
+# LARGEST_MISFIT standard deviations of the noise (both root mean squares), or have a relative residual above LARGEST_RESIDUAL
+# without noise.
 LARGEST_EXCESS, LARGEST_MISFIT, LARGEST_RESIDUAL = 0.1, 3.0, 1e-5
-# Mean squared error per pixel of images in [-1, 1].
+# Upper bound of `reconstruction_variance`: the largest squared error of a pixel in [-1, 1].
 LARGEST_VARIANCE = 4.0
 
 
@@ -1233,18 +1249,18 @@ class ECVAERestorationOutput(BaseOutput):
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            B * M answers. Without noise each agrees with its measurement; with noise it is a draw, whose residual is that of
-            the noise.
+            B * M answers. Without noise, each agrees with its measurement. With noise, each is a draw whose residual is about as
+            large as the noise.
         mean (as `images`): The mean of the answers to each measurement, B images, without the noise of the draws.
         std (`np.ndarray` of shape `(B, H, W, C)`, or `torch.Tensor` `(B, C, H, W)` for `output_type="pt"`):
-            Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers and
-            the error that the model makes even with the right latents. A single answer has no spread: ask for several (8, say)
-            where `std` matters.
+            Standard deviation of each pixel given the measurement, for images in [0, 1]. It combines the spread of the answers and
+            the error of the model at the right latents. A single answer has no spread, so set `num_restorations` to 8 or so if
+            `std` matters.
         residual (`torch.Tensor` of shape `(B * M,)`):
-            ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
+            ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to [-1, 1].
         residual_output (`torch.Tensor` of shape `(B * M,)`): The same for `images`, which are clamped and rounded.
         residual_mean (`torch.Tensor` of shape `(B,)`): The same for `mean` before it is clamped.
-        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): Energy, mean over tiles; low means like the training data.
+        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): Energy of each answer, mean over tiles; low means like the training data.
         num_network_calls (`int`): Passes through the decoder, the encoder and the energy model per answer and tile.
     """
 
@@ -1259,20 +1275,20 @@ class ECVAERestorationOutput(BaseOutput):
 
 
 class Interruption(Exception):
-    """Stops a search early, with the latents that it has reached."""
+    """Raised to stop a search early. Its argument is the latents that the search has reached."""
 
 
 class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for inverse problems y = A x + n with a known linear A, by a model that was never trained for the task: inpainting,
-    super-resolution, deblurring, colorization, denoising, compressed sensing and any other linear operator.
+    Pipeline for zero-shot restoration: it solves inverse problems y = A x + n with a known linear A, such as inpainting,
+    super-resolution, deblurring, colorization, denoising and compressed sensing. The model needs no training for these tasks.
 
-    Loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Images larger than
-    the model's are restored in overlapping tiles.
+    The pipeline loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Images
+    larger than the model's size are restored in overlapping tiles.
 
     Args:
-        vae ([`AutoencoderEC`]): The autoencoder whose decoder is the prior: images of latents from N(0, I).
-        energy_model ([`EnergyModel`], *optional*): Measures how much an answer is like the training data.
+        vae ([`AutoencoderEC`]): The autoencoder whose decoder defines the prior: it maps latents from N(0, I) to images.
+        energy_model ([`EnergyModel`], *optional*): Measures how similar an answer is to the training data.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -1289,12 +1305,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # Folders of a generation pipeline, and of 0.1, name a scheduler too.
+        # Folders of a generation pipeline, and all folders of version 0.1, also name a scheduler.
         config_dict = {name: value for name, value in config_dict.items() if name != "scheduler"}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def register_to_config(self, **kwargs) -> None:
-        # `from_pipe` passes on the entries of a generation pipeline that this one does not take.
+        # `from_pipe` also passes config entries that only a generation pipeline has.
         kwargs.pop("_scheduler", None)
         super().register_to_config(**kwargs)
 
@@ -1306,12 +1322,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     def prepare_measurement(
         self, image: Images, operator: Any, mask_image: Images | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
-        """Return the operator, y of images in [-1, 1], whether it was a picture, and the image's height and width."""
+        """Return the operator, the measurement y of images in [-1, 1], whether it was a picture, and the image's height and width."""
         channels, size = self.vae.config.in_channels, self.vae.config.sample_size
         images = as_list(image, "image")
         is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
         if is_picture:
-            # An operator may measure gray values of colours.
+            # Gray pictures stay gray, because an operator may measure the gray values of colour images.
             gray = mask_image is None and all(getattr(one, "mode", None) in GRAY_MODES for one in images)
             y = prepare_picture(image, self.image_processor, 1 if gray else channels)
         else:
@@ -1322,22 +1338,24 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if mask_image is not None:
             observed = prepare_mask(mask_image, self.mask_processor, y).to(y.device)
             if is_turned(image) and not is_turned(mask_image):
-                logger.warning("`image` is turned upright by its EXIF data. `mask_image` has none: is it upright?")
-            # What is repainted does not count, not even values that are not finite.
+                logger.warning(
+                    "`image` is turned upright by its EXIF data, but `mask_image` has none: check that it is upright."
+                )
+            # Repainted pixels do not count, even if their values are not finite.
             y = torch.where(observed, y, 0.0)
             y = y.expand(-1, channels, -1, -1) if y.shape[1] == 1 else y
             operator = Inpainting(observed)
         operator = as_operator(operator)
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
-            allowed = f"images of {channels} channel(s) from {size}x{size} px"
-            raise ValueError(f"`image` must measure {allowed}, not {tuple(back.shape[1:])}.")
+            allowed = f"of images with {channels} channel(s) and at least {size}x{size} px"
+            raise ValueError(f"`image` must be a measurement {allowed}, but is one of {tuple(back.shape[1:])}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         check_shape("image", y, tuple(measured.shape))
         if not all((values.abs() <= LARGEST_VALUE).all() for values in (y, back, measured)):
-            raise ValueError(f"`image`, or what `operator` makes of it, is not finite or exceeds {LARGEST_VALUE:g}.")
+            raise ValueError(f"`image`, and `operator` applied to it, must be finite and at most {LARGEST_VALUE:g}.")
         if is_picture:
-            # A picture p is what A makes of an image in [0, 1]; of the same image in [-1, 1] it makes 2 p - A 1.
+            # A picture p measures an image in [0, 1]. The measurement of the same image in [-1, 1] is 2 p - A 1.
             y = 2 * y - measured
         return operator, y, is_picture, tuple(back.shape[2:])
 
@@ -1393,36 +1411,37 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
                 The measurement, never a clean image. With `mask_image` it is a picture: PIL, an array (B, H, W, C) or a tensor
-                (B, C, H, W) in [0, 1]. With `operator`, PIL images and arrays are what the operator makes of an image in [0, 1],
-                and a tensor (B, ...) is y = A x of an image x in [-1, 1]. PIL images are read as in training: turned upright by
-                their EXIF data, with transparency on white.
+                (B, C, H, W) in [0, 1]. With `operator`, PIL images and arrays are measurements of an image in [0, 1], and a
+                tensor (B, ...) is the measurement y = A x of an image x in [-1, 1]. PIL images are read as in training: turned
+                upright by their EXIF data, with transparent pixels over white.
             operator ([`~operators.LinearOperator`], an object with `A` and `A_adjoint`, or a pair of functions, *optional*):
-                What was measured. Called with batches of B.
+                The linear operator A, called with batches of B.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
                 Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one per image.
-                PIL masks of black and one other level or colour work too: labels 0 and 1, palettes of one object, paint.
+                PIL masks may also have black and one other level or colour, such as labels 0 and 1, or painted strokes.
             noise_std (`float`, *optional*):
-                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. Divide noise in 8-bit levels by
-                127.5. Defaults to that of rounding to 8 bits (0.0023) for pictures, and to 0 for measurements.
+                The standard deviation sigma of the noise in each entry of y, for images in [-1, 1]. Divide noise in 8-bit levels
+                by 127.5. Defaults to 0.0023 (rounding to 8 bits) for pictures, and to 0 for tensors with an `operator`.
             num_restorations (`int`, *optional*, defaults to 1):
-                M: answers to each measurement. They differ in what was not measured, and `std` needs several.
+                Number M of answers per measurement. They differ in what was not measured; `std` needs several.
             num_inference_steps (`int`, *optional*, defaults to 75):
-                Decoder passes, forth and back, that search the latents; one more makes the answer.
+                Number of search steps, each a forward and a backward pass of the decoder. One more pass decodes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
-                `"langevin"` draws answers from the posterior, `"map"` finds the likeliest latents near each start.
-            energy_weight (`float`, *optional*, defaults to 0.0): w: how much the energy of an answer counts.
+                `"langevin"` draws answers from the posterior, `"map"` finds the most likely latents near each start.
+            energy_weight (`float`, *optional*, defaults to 0.0):
+                Weight w of an answer's energy in the search, at least 0. A weight above 0 requires an `energy_model`.
             start (`str`, *optional*, defaults to `"encoding"`):
-                Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
-            tile_overlap (`int`, *optional*): Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
+                `"encoding"` starts the latents near the encoding of A^+ y, `"prior"` at draws from N(0, I).
+            tile_overlap (`int`, *optional*): Pixels that neighbouring tiles share. Defaults to a quarter of a tile.
             reconstruction_variance (`float`, *optional*):
-                v: mean squared error of the model's reconstructions per pixel of images in [-1, 1]. Defaults to what training
-                measured, which in any case says how the error spreads over frequencies.
+                Mean squared error v of the model's reconstructions per pixel, for images in [-1, 1]. Defaults to the value that
+                training measured. How the error spreads over frequencies always comes from training.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per answer (B * M), to make restoration deterministic.
             latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*):
                 Initial latents instead of `start`.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` is `"np"`.
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` means `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -1430,8 +1449,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 or set `pipe._interrupt = True`: the answers are then made from the latents of that step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors that the callback gets: `"latents"`.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
-                Names or numbers of the classes that the measurements show, one for all or one per measurement (B). `None` is an
-                unknown class. A model without classes takes only `None`.
+                Names or numbers of the classes that the measurements show, one for all or one per measurement (B). `None` is the
+                unknown class. A model without classes accepts only `None`.
 
         Examples:
             ```py
@@ -1447,7 +1466,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             [`ECVAERestorationOutput`] or `tuple`
 
         Raises:
-            ValueError: if an argument is outside its range, or sizes do not fit.
+            ValueError: if an argument is outside its range, or shapes do not fit.
         """
         config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
@@ -1457,8 +1476,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if (operator is None) == (mask_image is None):
             raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
         if variance is None or (energy_weight and self.energy_model is None):
-            missing = "`reconstruction_variance`" if variance is None else "An `energy_model` for `energy_weight`"
-            raise ValueError(f"{missing} must be given: the pipeline has none.")
+            missing = (
+                "`reconstruction_variance` must be given"
+                if variance is None
+                else "`energy_weight` requires an `energy_model`"
+            )
+            raise ValueError(f"{missing}: the pipeline has none.")
         check_number("num_restorations", num_restorations, 1, whole=True)
         check_number("num_inference_steps", num_inference_steps, 1, whole=True)
         check_number("energy_weight", energy_weight, 0)
@@ -1471,7 +1494,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
         check_number("noise_std", noise_std, 0, max(1.0, y.abs().max().item()))
 
-        spectrum = config.get("reconstruction_spectrum")  # repositories of earlier code have none
+        spectrum = config.get("reconstruction_spectrum")  # configs saved by earlier versions lack it
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
         labels, of_tiles = known_labels(self, class_labels, len(y)), None
@@ -1480,7 +1503,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         classes = {} if of_tiles is None else {"class_labels": of_tiles}
         calls = ["encoder"] if latents is None and start == "encoding" else []
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents, labels)
-        # Functions are called in the measurement's precision.
+        # Operators without a `solver_dtype`, such as functions, are called in the measurement's precision.
         dtype = y.dtype if operator.solver_dtype is None else torch.float32
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -1544,7 +1567,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
     @staticmethod
     def check_answers(likelihood: Likelihood, center: torch.Tensor, residual: float) -> None:
-        """Warn if answers are out of range, or disagree with the measurement."""
+        """Warn if answers leave [-1, 1], or disagree with the measurement."""
         excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
         misfit, noise_std = likelihood.misfit(center).square().mean().sqrt().item(), likelihood.noise_std
         faults = [f"leave [-1, 1] by {excess:.2g}"] if excess > LARGEST_EXCESS else []
@@ -1554,6 +1577,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             faults.append(f"agree with `image` only to {residual:.1g}")
         if faults:
             logger.warning(
-                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}: `image` has more noise, is outside the "
-                "operator's range (a hole of `Inpainting` is not 0), or measures no images in [-1, 1] that the model knows."
+                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}. Possible causes: `image` has more noise, is "
+                "outside the operator's range (missing pixels of `Inpainting` must be 0), or shows nothing like the training data."
             )

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Energy-calibrated VAEs for diffusers: one-step image generation, trained with an energy model that samples without it."""
+"""Energy-calibrated VAEs for diffusers: one-step image generators, trained with an energy model that sampling does not need."""
 
 import importlib
 import importlib.util
@@ -50,12 +50,12 @@ __all__ = [
 ]
 
 
-# diffusers looks up base classes of components in the package that an index names.
+# diffusers also looks up the base classes of components in the package that `model_index.json` names.
 PUBLIC = (*__all__, "ModelMixin", "SchedulerMixin")
 
 
-# Importing torch and diffusers takes seconds, and the command's help needs neither. So the public names are imported at
-# their first use, as diffusers does it.
+# Importing torch and diffusers takes seconds, and `ecvae --help` needs neither. As in diffusers, public names are therefore
+# imported at first use.
 def __getattr__(name: str) -> Any:
     if name in PUBLIC:
         public = importlib.import_module(".public", __name__)
@@ -72,14 +72,15 @@ def __dir__() -> list[str]:
 
 class RegisterBeforeLoading:
     """
-    Registers the public classes with diffusers just before it reads its first config: after `import ecvae_diffusers`,
-    `DiffusionPipeline.from_pretrained` loads a folder of this package. diffusers may be imported before or after it.
+    An import hook that registers the public classes with diffusers just before it reads its first config. After
+    `import ecvae_diffusers`, `DiffusionPipeline.from_pretrained` then loads folders of this package. diffusers may be imported
+    before or after this package.
     """
 
     module = "diffusers.configuration_utils"
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find the module that reads configs, as `sys.meta_path` asks, so that it is patched once it has been imported."""
+        """Return a spec of the module that reads configs, which patches it after its import. Return `None` for other modules."""
         if name != self.module:
             return None
         sys.meta_path.remove(self)

@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Writes files and folders so that each is complete or absent, and JSON that every parser reads.
+"""Write files and folders so that each is complete or absent, and JSON that every parser can read.
 
-A file is written next to its place, flushed to the disk and renamed. A process that is killed, a machine that loses its power
-and a disk that is full leave what was there before.
+A file is written under a temporary name next to its path, flushed to disk and renamed. If the process is killed, the power fails
+or the disk is full, the previous file is still there.
 """
 
 import errno
@@ -19,12 +19,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 
-# What torch says, in a RuntimeError, of a file that it could not write to the end.
+# Words in the RuntimeError that torch raises for a file it could not write completely.
 TORCH_WRITER = ("StreamWriter", "unexpected pos")
 
 
 class WriteError(OSError):
-    """A file or folder that could not be written. The message names it, the reason and, on a full disk, the free space."""
+    """An error in writing a file or folder. The message names it, the reason and, on a full disk, the free space."""
 
     def __str__(self) -> str:
         if self.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -37,11 +37,11 @@ class WriteError(OSError):
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """
-    Turn the errors of a write to `path` into a [`WriteError`] that names it. An error that names another file, such as one that the
-    body reads, stays as it is.
+    Turn errors of writing `path` into a [`WriteError`] that names it. An error that names another file, such as one that the body
+    reads, is raised unchanged.
 
     Raises:
-        WriteError: if the body can't write, as on a full disk.
+        WriteError: if the body can't write, for example on a full disk.
     """
     try:
         yield
@@ -50,10 +50,10 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         if isinstance(error, RuntimeError):
             if not any(word in str(error) for word in TORCH_WRITER):
                 raise
-            number = errno.ENOSPC  # torch only tells that less was written than there was
+            number = errno.ENOSPC  # torch says only that the file is incomplete
         elif isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
             number = int(found[1])
-        # If it is of a renaming, the second is the new name.
+        # If a file was renamed, `filename2` is the new name.
         named = getattr(error, "filename2", None) or getattr(error, "filename", None)
         if isinstance(named, str | os.PathLike):
             named, own = Path(named).absolute(), Path(path).absolute()
@@ -64,18 +64,18 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def temporary_path(path: str | os.PathLike) -> Path:
-    """Return the hidden name next to `path` under which it is written."""
+    """Return the hidden temporary name next to `path` under which it is written."""
     return Path(path).with_name(f".{Path(path).name}")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yield the name under which the body writes a file or a folder. Afterwards it is flushed to the disk and renamed to `path`,
-    replacing what is there. If the body fails, it is removed, and `path` is as it was.
+    Yield a temporary path for the body to write a file or folder to. It is then flushed to disk and renamed to `path`, replacing
+    what is there. If the body fails, the temporary file or folder is removed, and `path` is unchanged.
 
     Raises:
-        WriteError: if it can't be written.
+        WriteError: if `path` can't be written.
     """
     path, temporary = Path(path), temporary_path(path)
     with writing(path):
@@ -97,7 +97,7 @@ def is_free(path: str | os.PathLike) -> bool:
 
 
 def write_text(path: str | os.PathLike, text: str, errors: str = "strict") -> None:
-    """Write a text in UTF-8. `errors` is that of `str.encode`. Raises `WriteError` if it can't be written."""
+    """Write text in UTF-8, with `errors` as for `str.encode`. Raises `WriteError` if it can't be written."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
 
@@ -108,12 +108,12 @@ def write_json(path: str | os.PathLike, value: Any, sort_keys: bool = False) -> 
 
 
 def to_json(value: Any, **options) -> str:
-    """Return JSON with `null` for numbers that are not finite: JSON has no NaN and no infinity. `options` are those of `json.dumps`."""
+    """Return JSON with `null` for non-finite numbers, since JSON has no NaN or infinity. `options` are those of `json.dumps`."""
     return json.dumps(finite_or_none(value), allow_nan=False, **options)
 
 
 def finite_or_none(value: Any) -> Any:
-    """Replace numbers that are not finite, in nested dictionaries, lists and tuples, by `None`."""
+    """Replace non-finite numbers in nested dictionaries, lists and tuples by `None`. Tuples become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -124,12 +124,12 @@ def finite_or_none(value: Any) -> Any:
 
 
 def sync(path: Path, recursive: bool = True) -> None:
-    """Flush a file, or a folder with all that is in it, to the disk."""
+    """Flush a file, or a folder with all its contents, to disk."""
     is_folder, is_windows = path.is_dir(), os.name == "nt"
     for child in path.iterdir() if is_folder and recursive else []:
         sync(child)
     if is_folder and is_windows:
-        return  # it opens no folders, and keeps their entries itself
+        return  # Windows can't open folders, and stores their entries itself
     descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,7 +142,7 @@ def sync(path: Path, recursive: bool = True) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link, if there is one. What a link leads to stays."""
+    """Remove a file, a folder or a link, if it exists. The target of a link stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -158,12 +158,12 @@ def move(source: Path, path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder under another name: if the process is killed meanwhile, no part of it is left under its own."""
+    """Rename a folder, then remove it: if the process is killed meanwhile, no partial folder is left under its own name."""
     remove(hide(path))
 
 
 def hide(path: Path) -> Path:
-    """Rename a folder to a hidden name next to it, under which it is removed."""
+    """Rename a folder to a hidden name next to it, and return that name, for removal."""
     hidden = path.with_name(f".discarded-{path.name.lstrip('.')}")
     remove(hidden)
     os.replace(path, hidden)

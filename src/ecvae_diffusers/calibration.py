@@ -1,14 +1,14 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 r"""Energy calibration of any generator, by constrained learning (Luo et al., ECCV 2024, arXiv 2311.04071).
 
-A generator G is trained on its own samples, corrected by a short Langevin run of an energy model f:
+A generator G is trained on its own samples, corrected by a short Langevin chain on an energy model f:
 
 .. math::
     \min_G \; L(G) \quad \text{subject to} \quad
     C(G) = \mathbb E_z \| G(z) - \operatorname{sg}[\tilde x(G(z))] \|^2 \le \epsilon
 
-with the end x~ of a K-step chain (see [`LangevinScheduler`]) that starts at G(z), and the squared error SUMMED over a
-sample. It is solved primal-dual, with the dual variable (the adaptive weight) lambda:
+Here x~ is the target: the end of a K-step chain (see [`LangevinScheduler`]) that starts at G(z). The squared error is SUMMED over
+a sample. The problem is solved by primal-dual steps, where the dual variable lambda is an adaptive weight:
 
 .. math::
     \text{primal:}\quad & \min_G \; L(G) + \lambda C(G) \\
@@ -18,25 +18,25 @@ sample. It is solved primal-dual, with the dual variable (the adaptive weight) l
     + \alpha \, (\mathbb E f(x_{\text{data}})^2 + \mathbb E f(\operatorname{sg}[\tilde x])^2)
     + \tfrac{\gamma}{2} \, \mathbb E \| \nabla f(x_{\text{data}}) \|^2
 
-The dual step is taken on the relative violation C / epsilon - 1. On the absolute violation C - epsilon, as published, eta
-would have to be chosen anew for every image size, and lambda would hardly move.
+The dual step uses the relative violation C / epsilon - 1. With the published absolute violation C - epsilon, eta would need
+tuning for every image size, and lambda would hardly move.
 
 **The tolerance.** The chain moves a sample by its noise and by its drift. The noise moves each of the D entries, and adds
-D K b^2 to C. The drift moves the sample as a whole: its length is at most K a times the slope of the energy, and the
-slope is a property of the whole sample that does not grow with D. So `"auto"` is
+D K b^2 to C. The drift moves the sample as a whole. Its length is at most K a times the slope of the energy, which does not
+grow with D. So `"auto"` is
 
 .. math:: \epsilon = D K b^2 + \rho^2
 
-with a length rho that is the same for every sample size.
+with the same length rho for every sample size.
 
-**The gradient penalty.** Draw the same image with n times as many pixels, and let the energy see their averages: its
-squared slope is n times smaller. A fixed gamma would fade with the size of the sample, so `"auto"` is
+**The gradient penalty.** Take the same image at n times as many pixels, and an energy of their averages: the squared norm of
+its gradient is n times smaller. A fixed gamma would thus lose its effect on larger samples, so `"auto"` is
 
 .. math:: \gamma = 0.1 \, D / 256
 
-**A limit worth knowing.** The gradient of lambda C is 2 lambda (G(z) - x~), and for a short chain x~ - G(z) is close
-to -K a grad f: the generator then receives 2 lambda K a times the gradient of f, exactly so in expectation at K = 1.
-There the method is a VAE-GAN with a Wasserstein-type critic f.
+**The limit of short chains.** The gradient of lambda C is 2 lambda (G(z) - x~), and for a short chain x~ - G(z) is close to
+-K a grad f. The generator then receives 2 lambda K a times the gradient of f; at K = 1, this is exact in expectation. In this
+limit, the method is a VAE-GAN with a Wasserstein-type critic f.
 """
 
 import math
@@ -52,34 +52,34 @@ from .energy import compute_energy, energy_and_gradient, frozen
 from .schedulers.scheduling_langevin import LangevinScheduler
 
 
-# Length rho of the drift of a whole sample that a healthy run on images in [-1, 1] keeps: measured on digits
-# (benchmarks/RESULTS.md). It sets the "auto" tolerance together with the noise floor.
+# Length rho of the drift of a whole sample in a healthy run on images in [-1, 1], measured on digits. Its square, plus the noise
+# floor, is the "auto" tolerance.
 HEALTHY_MOVE = 0.1184
-# The "auto" gradient penalty per entry of a sample: measured on digits (D = 256) and on colour up to 64 px.
+# The "auto" gradient penalty per entry of a sample, tuned on digits (D = 256) and on colour images up to 64 px.
 GRADIENT_PENALTY = 0.1 / 256
-# Rate of the adapted drift step: it forgets an error within some ten iterations, as lambda does.
+# Rate of the adapted drift step: like lambda, it corrects an error within about ten iterations.
 DRIFT_STEP_RATE = 0.1
 
 
 @dataclass
 class CalibrationOutput(BaseOutput):
     """
-    Output of [`EnergyCalibrator.calibrate`]. All scalars are tensors of no dimension on the samples' device, so that
-    logging alone decides when to wait for them.
+    Output of [`EnergyCalibrator.calibrate`]. All scalars are 0-dimensional tensors on the samples' device, so that only
+    logging waits for the device.
 
     Args:
-        loss (`torch.Tensor`): lambda times the constraint, with gradients to the samples: add it to the primal loss.
-        constraint (`torch.Tensor`): C, the squared distance between the ends of the chain, summed over a sample and
+        loss (`torch.Tensor`): lambda times the constraint, with gradients to the samples. Add it to the generator's own loss.
+        constraint (`torch.Tensor`): C, the squared distance between a sample and its target, summed over the sample and
             averaged over the batch. No gradient.
-        noise_floor (`torch.Tensor`): The part of C that the chain's noise accounts for.
-        drift (`torch.Tensor`): Root-mean-square move per entry that is not noise (the energy's gradient, and the pull
-            of a conditioned chain): sqrt(max(C - noise_floor, 0) / D).
-        targets (`torch.Tensor`): The calibrated samples x~, float32 or more, no gradient. The energy step takes them as
-            its negatives.
-        energy_samples (`torch.Tensor` of shape `(batch_size,)`): Energies of the samples, from the chain's first step;
-            `None` from `constrain` where they were not given.
-        gradient_norm (`torch.Tensor`): Length of the gradient that a sample receives from lambda times its squared distance, without
-            the chain's noise, which averages out: 2 lambda sqrt(max(C - noise_floor, 0)). No gradient.
+        noise_floor (`torch.Tensor`): The part of C that comes from the chain's noise.
+        drift (`torch.Tensor`): Root-mean-square move per entry without the noise: sqrt(max(C - noise_floor, 0) / D). It comes
+            from the energy's gradient, and from the pull of a conditioned chain.
+        targets (`torch.Tensor`): The calibrated samples x~, float32 or higher precision, no gradient. They are the negatives of
+            the energy step.
+        energy_samples (`torch.Tensor` of shape `(batch_size,)`): Energies of the samples, from the chain's first step. `None` if
+            `constrain` was not given them.
+        gradient_norm (`torch.Tensor`): Norm of the gradient of lambda times the squared distance with respect to one sample:
+            2 lambda sqrt(max(C - noise_floor, 0)). It leaves out the chain's noise, which averages out. No gradient.
     """
 
     loss: torch.Tensor
@@ -97,7 +97,7 @@ class EnergyLossOutput(BaseOutput):
     Output of [`EnergyCalibrator.energy_loss`].
 
     Args:
-        loss (`torch.Tensor`): What the energy model minimises.
+        loss (`torch.Tensor`): The loss that the energy model minimises, with gradients.
         energy_real (`torch.Tensor` of shape `(batch_size,)`): Energies of the data. No gradient.
         energy_targets (`torch.Tensor` of shape `(num_samples,)`): Energies of the calibrated samples. No gradient.
     """
@@ -109,36 +109,36 @@ class EnergyLossOutput(BaseOutput):
 
 class EnergyCalibrator:
     r"""
-    Calibration of the samples of any generator with an energy model.
+    Energy calibration for the samples of any generator.
 
     Args:
         energy_model (`nn.Module` or any callable, or `None`):
-            f: maps samples (B, ...) to an [`EnergyModelOutput`] or to a tensor of B energies; low = like the data. A
-            module is frozen while a chain runs on it. `None` if each batch is given with an energy of its own.
+            The energy f: maps samples (B, ...) to an [`EnergyModelOutput`] or to a tensor of B energies, which are low for
+            samples like the data. A module is frozen while a chain runs on it. `None` if every call passes an energy model.
         scheduler ([`LangevinScheduler`]):
             The chain: its number of steps, drift step, noise and conditioning.
         tolerance (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-            The bound epsilon > 0 on the constraint, a squared error summed over a sample. `"auto"` is D K b^2 + rho^2 with
-            D entries per sample: it holds at every sample size, unlike a fixed number.
+            The bound epsilon > 0 on the constraint, a squared error summed over a sample. `"auto"` is D K b^2 + rho^2 for
+            D entries per sample. Unlike a fixed number, it suits every sample size.
         drift_tolerance (`float`, *optional*):
             The root-mean-square drift per entry that `"auto"` allows beyond the noise: rho / sqrt(D). If `None`, rho is
-            0.1184 at every D, in the unit of images in [-1, 1].
+            0.1184 at every D, for images in [-1, 1].
         initial_dual (`float`, *optional*, defaults to `30.0`): lambda at the start, from 0 to `max_dual`.
         dual_learning_rate (`float`, *optional*, defaults to `0.1`):
-            eta, at least 0, on the violation of the constraint. 0 keeps lambda fixed.
+            Rate eta of the dual step, at least 0. 0 keeps lambda fixed.
         relative_dual_step (`bool`, *optional*, defaults to `True`):
-            Whether the violation is C / epsilon - 1 and clipped to [-1, 1], or the published C - epsilon.
+            Whether the violation is C / epsilon - 1, clipped to [-1, 1], instead of the published C - epsilon.
         max_dual (`float`, *optional*, defaults to `100.0`): Upper bound of lambda, above 0.
         energy_regularization (`float`, *optional*, defaults to `0.1`):
-            alpha >= 0, on the mean square of energies. It keeps them near 0, and their gradients from growing without end
-            where data and samples are far apart; 0 is the loss without it.
+            Weight alpha >= 0 of the mean squared energies. It keeps energies near 0, and limits their gradients while data and
+            samples are far apart.
         gradient_penalty (`float` or `"auto"`, *optional*, defaults to `0.0`):
-            gamma >= 0, on the mean squared norm of the energy's gradient at the data (R1, Mescheder et al. 2018, arXiv
-            1801.04406). It damps the game of energy model and generator, which otherwise circle each other. `"auto"` is
-            0.1 D / 256. Where it is above 0, the energy model must be differentiable twice.
+            Weight gamma >= 0 of the mean squared norm of the energy's gradient at the data (R1, Mescheder et al. 2018, arXiv
+            1801.04406). It damps oscillations between energy model and generator. `"auto"` is 0.1 D / 256. If it is above 0, the
+            energy model must be twice differentiable.
 
     Raises:
-        ValueError: if an argument is outside what is listed above.
+        ValueError: if an argument is outside the range given above.
 
     Example (a generator of points learns where the data lies, at (2, 2)):
 
@@ -211,14 +211,14 @@ class EnergyCalibrator:
         Return epsilon as a number: `tolerance`, or for `"auto"` D K b^2 + rho^2.
 
         Raises:
-            RuntimeError: if it is `"auto"` and no sample was calibrated yet, so that D is not known.
+            RuntimeError: if it is `"auto"` and D is unknown, because no sample was calibrated yet.
             ValueError: if it is `"auto"` and would be 0.
         """
         if self.tolerance != "auto":
             return float(self.tolerance)
         tolerance = self.known_entries() * (self.resolve_drift_tolerance() ** 2 + self.scheduler.noise_variance())
         if tolerance == 0:
-            raise ValueError("The 'auto' tolerance is 0: `noise_scale` and `drift_tolerance` can't both be 0.")
+            raise ValueError("`noise_scale` and `drift_tolerance` can't both be 0 if `tolerance` is 'auto'.")
         return tolerance
 
     def resolve_drift_tolerance(self) -> float:
@@ -234,13 +234,15 @@ class EnergyCalibrator:
     def known_entries(self) -> int:
         """Return the number D of entries of a sample. Raises `RuntimeError` if no sample was calibrated yet."""
         if self.num_entries is None:
-            raise RuntimeError("The tolerance of the drift depends on the size of a sample: call `calibrate` first.")
+            raise RuntimeError(
+                "The tolerance depends on the size of a sample, which is unknown: call `calibrate` first."
+            )
         return self.num_entries
 
     def _choose(self, energy_model: Callable | None) -> Callable:
         energy_model = self.energy_model if energy_model is None else energy_model
         if energy_model is None:
-            raise ValueError("`energy_model` must be given: the calibrator has none of its own.")
+            raise ValueError("`energy_model` must be given, because the calibrator has none.")
         return energy_model
 
     def _chain(
@@ -274,20 +276,20 @@ class EnergyCalibrator:
         condition: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Return the end of a chain that starts at `samples`, on the frozen energy. State and update are float32, whatever
-        precision the energy model computes in.
+        Run a chain from `samples` on the frozen energy model, and return its end. The chain's state is float32 or higher
+        precision, whatever the precision of the energy model.
 
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): The start x_0.
             generator (`torch.Generator` or a list of one per sample, *optional*): Makes the noise deterministic.
             noise (`torch.Tensor` of shape `(num_steps, batch_size, ...)`, or a sequence of one per step, *optional*):
-                The chain's standard normal draws. Drawn if not given.
-            return_trajectory (`bool`, *optional*, defaults to `False`): Whether to return all states.
+                The chain's standard normal draws. Drawn from `generator` if not given.
+            return_trajectory (`bool`, *optional*, defaults to `False`): Whether to return all states of the chain.
             energy_model (`Callable`, *optional*), condition (`torch.Tensor`, *optional*): As for `calibrate`.
 
         Returns:
-            `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 where they are), no gradient. With
-            `return_trajectory` x_0 to x_K, of shape `(num_steps + 1, batch_size, ...)`.
+            `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 if `samples` are), no gradient. With
+            `return_trajectory`, the states x_0 to x_K, of shape `(num_steps + 1, batch_size, ...)`.
         """
         states = [sample for _, sample in self._chain(samples, generator, noise, energy_model, condition)]
         if return_trajectory:
@@ -304,27 +306,25 @@ class EnergyCalibrator:
         condition: torch.Tensor | None = None,
     ) -> CalibrationOutput:
         """
-        Correct samples by the energy, and measure how far they had to go.
+        Run a chain from the generator's samples, and return the constraint on their distance to its ends.
 
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
             generator, noise: As for `run_chain`.
             energy_model (`Callable`, *optional*):
-                The energy of these samples, if it differs between batches: that of latents given images, for example. The
-                calibrator's own if not given.
+                Replaces the calibrator's energy model for this batch, for example by the energy of latents given images.
             distance (`Callable`, *optional*):
-                What the constraint bounds the mean of, instead of the squared error: maps samples and targets (the chain's
-                ends, no gradient) to one number per sample, with gradients. `noise_floor` and `drift` remain those of the
-                squared error.
+                Replaces the squared error in the constraint: maps samples and targets (the chain's ends, no gradient) to one
+                number per sample, with gradients. `noise_floor` and `drift` remain those of the squared error.
             condition (`torch.Tensor` of shape `(batch_size, ...)`, *optional*):
-                What the energy model gets as its second argument, such as the samples' classes.
+                Second argument of the energy model, such as the samples' classes.
 
         Returns:
             [`CalibrationOutput`]
 
         Raises:
             ValueError: if `samples` has fewer than two dimensions or an empty batch, or the energy model or the distance does
-                not give one number per sample.
+                not return one number per sample.
         """
         if samples.ndim < 2 or samples.shape[0] == 0:
             raise ValueError(f"`samples` must have shape (batch_size, ...), but has {tuple(samples.shape)}.")
@@ -341,23 +341,23 @@ class EnergyCalibrator:
         distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> CalibrationOutput:
         """
-        Return what `calibrate` returns, for samples whose chain was run before: by `run_chain`, from the same values without
+        Compute the output of `calibrate` for a chain that has already run: by `run_chain`, from the same samples without
         gradients.
 
         Args:
             samples (`torch.Tensor` of shape `(batch_size, ...)`): Samples of the generator, with gradients.
             targets (`torch.Tensor`): The chain's ends, float32 or more, no gradient.
-            energy_samples (`torch.Tensor` of shape `(batch_size,)`, *optional*): Energies of the samples, to be passed on.
+            energy_samples (`torch.Tensor` of shape `(batch_size,)`, *optional*): Energies of the samples, for the output.
             distance (`Callable`, *optional*): As for `calibrate`.
 
         Returns:
             [`CalibrationOutput`]
 
         Raises:
-            ValueError: if `targets` have another shape than `samples`, or the distance does not give one number per sample.
+            ValueError: if `samples` and `targets` differ in shape, or the distance does not return one number per sample.
         """
         if samples.shape != targets.shape:
-            raise ValueError(f"`samples` must have the shape of `targets`: {samples.shape}, {targets.shape}.")
+            raise ValueError(f"`samples` must have the shape of `targets`, {targets.shape}, but has {samples.shape}.")
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
         self.drift_scale = self.drift_scale.to(samples.device)
@@ -365,7 +365,9 @@ class EnergyCalibrator:
         if distance is not None:
             distances = distance(samples, targets)
             if distances.numel() != len(samples):
-                raise ValueError(f"`distance` must give {len(samples)} numbers, but gave {tuple(distances.shape)}.")
+                raise ValueError(
+                    f"`distance` must return {len(samples)} numbers, but returned {tuple(distances.shape)}."
+                )
             constraint = distances.mean()
         noise_floor = constraint.new_tensor(self.num_entries * self.scheduler.noise_variance())
         drift = self._drift(squared_error.detach())
@@ -392,27 +394,26 @@ class EnergyCalibrator:
         target_condition: torch.Tensor | None = None,
     ) -> EnergyLossOutput:
         """
-        Return the loss of the energy step. Without a gradient penalty it takes one forward pass over data and calibrated
-        samples together.
+        Return the loss of the energy step. Without a gradient penalty, data and calibrated samples share one forward pass.
 
         Args:
             real (`torch.Tensor` of shape `(batch_size, ...)`): Data.
             targets (`torch.Tensor` of shape `(num_samples, ...)`): The calibrated samples, no gradient.
             energy_model (`nn.Module`, *optional*):
-                The wrapped energy model, where training is distributed: gradients are synchronised only through it.
+                The wrapped energy model in distributed training, where only the wrapper synchronises gradients.
             condition (`torch.Tensor` of shape `(batch_size, ...)`, *optional*),
             target_condition (`torch.Tensor` of shape `(num_samples, ...)`, *optional*):
-                What the energy model gets as its second argument for the data and for the calibrated samples: both or neither.
+                Second argument of the energy model for the data and for the calibrated samples. Give both or neither.
 
         Returns:
             [`EnergyLossOutput`]
 
         Raises:
-            ValueError: if `real` holds integers, since the energy model gets targets in its precision, or only one of both
-                conditions is given.
+            ValueError: if `real`, whose dtype the targets are converted to, holds integers, or only one of the conditions is
+                given.
         """
         if not real.is_floating_point():
-            raise ValueError(f"`real` must be of a floating point dtype, as samples are, but is {real.dtype}.")
+            raise ValueError(f"`real` must have a floating-point dtype, as samples do, but has {real.dtype}.")
         conditions = [one for one in (condition, target_condition) if one is not None]
         if len(conditions) == 1:
             raise ValueError("`condition` and `target_condition` must both be given, or neither.")
@@ -422,7 +423,7 @@ class EnergyCalibrator:
             both = torch.cat(conditions) if conditions else None
             energy = compute_energy(energy_model, torch.cat([real, targets]), both)
             return self.contrast(*energy.split([real.shape[0], targets.shape[0]]))
-        # Apart, so that only the data's part is differentiated twice.
+        # Two passes, so that only that of the data is differentiated twice.
         real = real.detach().requires_grad_()
         energy_real = compute_energy(energy_model, real, condition)
         gradient = torch.autograd.grad(energy_real.sum(), real, create_graph=True)[0]
@@ -435,7 +436,7 @@ class EnergyCalibrator:
         return output
 
     def contrast(self, energy_real: torch.Tensor, energy_targets: torch.Tensor) -> EnergyLossOutput:
-        """Return the loss of the energy step from the energies of data and of calibrated samples, each of any number."""
+        """Return the energy step's loss without the gradient penalty, from the energies of data and of calibrated samples."""
         loss = energy_real.mean() - energy_targets.mean()
         if self.energy_regularization > 0:
             squares = energy_real.square().mean() + energy_targets.square().mean()
@@ -448,13 +449,13 @@ class EnergyCalibrator:
         Take the dual step lambda <- clip(lambda + eta v, 0, lambda_max) with the violation v = clip(C / epsilon - 1, -1, 1),
         or, without `relative_dual_step`, v = C - epsilon.
 
-        Before the energy model has learned anything, C can be many times epsilon whatever the generator does: without clipping,
-        lambda would rise to its bound and take the rest of a run to come down. A `distance` that can be far below 0 would let it
-        fall to 0 at once. Clipping does not change where lambda rests.
+        Before the energy model has learned anything, C can be many times epsilon whatever the generator does. Without clipping,
+        lambda would rise to its bound and take the rest of the run to come down. With a `distance` far below 0, it would fall to 0
+        at once. Clipping does not change the value at which lambda settles.
 
         Args:
             constraint (`torch.Tensor` or `float`):
-                C of this step. In distributed training its mean over the processes, so that lambda is the same in all.
+                C of this step. In distributed training, pass its mean over processes, so that lambda is the same in all.
         """
         tolerance = self.resolve_tolerance()
         if self.relative_dual_step:
@@ -467,34 +468,34 @@ class EnergyCalibrator:
     @torch.no_grad()
     def adapt_drift_step(self, constraint: torch.Tensor | float) -> None:
         """
-        Lower the chain's drift step while the drift exceeds its tolerance: a <- min(a (drift_tolerance / drift)^0.1, a_0),
-        by at most a factor e each way before the power, where a_0 is the scheduler's. Call it after each step where the
-        energy's scale is not known.
+        Lower the chain's drift step a while the drift exceeds its tolerance: a <- min(a (drift_tolerance / drift)^0.1, a_0). The
+        ratio is clipped to [1 / e, e], and a_0 is the scheduler's drift step. Call it after each training step if the scale of the
+        energy is unknown.
 
-        a never rises above a_0. If it kept the drift at its tolerance, the constraint would always just hold and lambda have no
-        effect: with a weak energy model, a would grow without end, and noise lead the generator.
+        a never rises above a_0. If it could, it would hold the drift at its tolerance: the constraint would always just hold, and
+        lambda would have no effect. With a weak energy model, a would grow without bound, and noise would lead the generator.
 
         Args:
             constraint (`torch.Tensor` or `float`): As for `dual_step`.
 
         Raises:
             ValueError: if `drift_tolerance` is 0.
-            RuntimeError: if no sample was calibrated yet, so that D is not known.
+            RuntimeError: if D is unknown, because no sample was calibrated yet.
         """
         if self.drift_tolerance == 0:
-            raise ValueError("`drift_tolerance` must be above 0 for the drift step to be adapted, but is 0.")
+            raise ValueError("`drift_tolerance` must be above 0 to adapt the drift step, but is 0.")
         ratio = self.resolve_drift_tolerance() / self._drift(torch.as_tensor(constraint)).clamp(min=1e-8)
         self.drift_scale = (self.drift_scale * ratio.clamp(math.exp(-1), math.e) ** DRIFT_STEP_RATE).clamp(max=1.0)
 
     @property
     def drift_step_size(self) -> float:
-        """The current a: the scheduler's, as `adapt_drift_step` has changed it."""
+        """The current drift step a: that of the scheduler, as changed by `adapt_drift_step`."""
         return self.scheduler.config.drift_step_size * self.drift_scale.item()
 
     def adapted_scheduler(self) -> LangevinScheduler:
-        """Return the current chain, to be saved: with the adapted a, and the same pull a w."""
+        """Return a scheduler of the current chain for saving: with the adapted drift step a and an unchanged pull a w."""
         config = self.scheduler.config
-        # a w is at most 1: not a rounding above it.
+        # The scheduler refuses a w above 1, which rounding must not cause.
         largest_weight = (1 - 1e-12) / max(self.drift_step_size, 1e-12)
         return LangevinScheduler.from_config(
             config,
@@ -503,10 +504,10 @@ class EnergyCalibrator:
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint must hold next to the energy model: the dual variable and the adapted drift step."""
+        """Return the state of the calibrator for a checkpoint: the dual variable and the adapted drift step."""
         return {"dual": self.dual.detach().cpu(), "drift_scale": self.drift_scale.detach().cpu()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         self.dual = state_dict["dual"].to(self.dual).clamp(0.0, self.max_dual)
         self.drift_scale = state_dict["drift_scale"].to(self.drift_scale)

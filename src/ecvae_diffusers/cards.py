@@ -1,4 +1,4 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The name that `ecvae_diffusers.hub.card` had in version 0.1. It goes with 0.2."""
+"""Alias of `ecvae_diffusers.hub.card` from version 0.1. It will be removed in version 0.2."""
 
 from .hub.card import *  # noqa: F403

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Checks of arguments that all pipelines share. Imports no torch: the ONNX pipeline runs without it."""
+"""Check arguments for all pipelines. This module imports no torch, so that the ONNX pipeline runs without it."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ import numpy as np
 
 # Squares of numbers up to this are finite in float32.
 LARGEST_VALUE = 1e12
-# Latents have a standard deviation of 1 in training.
+# Upper bound of `temperature`: latents have a standard deviation of 1 in training.
 LARGEST_TEMPERATURE = 100.0
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
-    """Raise `ValueError` if an argument is not a number from `low` to `high`, or not a whole one."""
+    """Raise `ValueError` if an argument is not from `low` to `high` or, with `whole`, not an integer."""
     if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
         kind = "an integer" if whole else "a number"
         raise ValueError(f"`{name}` must be {kind} from {low:g} to {high:g}, but is {value}.")
@@ -26,7 +26,7 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 
 
 def label_ids(names: list[str], config: Any) -> list[int]:
-    """Return the numbers of classes by their names in a model's config. Raise `ValueError` if there is no such class."""
+    """Return the numbers of classes from their names in a model's config. Raises `ValueError` if there is no such class."""
     known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"`class_labels` must be among {list(known)}, but has {unknown[0]!r}.")
@@ -35,13 +35,13 @@ def label_ids(names: list[str], config: Any) -> list[int]:
 
 def prepare_labels(class_labels: Any, count: int, config: Any) -> list[int | None] | None:
     """
-    Return the class of each of `count` images as a number, `None` where it is not said. Return `None` for a model without classes.
-    Raise `ValueError` for labels that the model does not have, or of another count.
+    Return the class number of each of `count` images, or `None` for images without a given class. Return `None` for a model without
+    classes. Raises `ValueError` if the model has no such class, or there are not `count` labels.
     """
     if hasattr(class_labels, "tolist"):  # a tensor or an array
         class_labels = class_labels.reshape(-1).tolist()
     labels = list(class_labels) if isinstance(class_labels, list | tuple) else [class_labels] * count
-    num_classes = config.get("num_class_embeds")  # repositories of earlier code have none
+    num_classes = config.get("num_class_embeds")  # configs saved by earlier versions lack it
     if num_classes is None:
         if labels != [None] * len(labels):
             raise ValueError(f"`class_labels` must be None for a model without classes, but is {class_labels!r}.")

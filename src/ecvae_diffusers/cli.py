@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """The command `ecvae`: train, sample, restore, evaluate and publish energy-calibrated models. `ecvae --help` lists all commands.
 
-This module imports what a command needs only when the command is run, so that help answers at once.
+What a command needs is imported only when the command runs, so that help is shown at once.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from .commands import what_to_install
 
 
 class Command(NamedTuple):
-    """A command of `ecvae`: the module of this package whose `main(argv, prog)` runs it, what it does, and arguments as an example."""
+    """A command of `ecvae`: the module whose `main(argv, prog)` runs it, a one-line summary, and example arguments."""
 
     module: str
     summary: str
@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "calibrate-decoder": Command(
         "training.calibrate_decoder",
-        "Calibrate the decoder of an autoencoder of diffusers.",
+        "Calibrate the decoder of a diffusers autoencoder.",
         "my_images --pretrained_model_name_or_path my_vae --resolution 64 --output_dir my_calibrated_vae",
     ),
     "sample": Command("commands.sample", "Sample images from a trained model.", "my_model -n 64 -o samples.png"),
@@ -47,13 +47,13 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "evaluation.evaluate",
-        "Measure a model, or a folder of generated images, against data.",
+        "Evaluate a model, or a folder of generated images, against data.",
         "--pretrained_model_name_or_path my_model --train_data_dir my_images --test_data_dir my_other_images "
         "--output_dir my_evaluation",
     ),
     "evaluate-restoration": Command(
         "evaluation.evaluate_restoration",
-        "Measure restorations of a folder of clean images.",
+        "Evaluate restoration on a folder of clean images.",
         "--pretrained_model_name_or_path my_model --image_dir my_other_images --output_dir my_restorations",
     ),
     "report": Command("report.report", "Write the report of a training run as one HTML file.", "my_model"),
@@ -62,12 +62,12 @@ COMMANDS = {
     ),
     "publish": Command(
         "commands.publish",
-        "Make a model's folder ready for the Hub, and upload it.",
+        "Prepare the folder of a model for the Hub, and upload it.",
         "my_model --evaluation my_evaluation --details details.yaml --hub_model_id me/my-model",
     ),
 }
-PARALLEL = ("train", "train-flow", "calibrate-decoder", "evaluate")  # which compute on every GPU of the machine
-# Set by `torchrun` and by `accelerate launch`, which have started the processes already.
+PARALLEL = ("train", "train-flow", "calibrate-decoder", "evaluate")  # commands that use every GPU of the machine
+# Environment variables of a process that `torchrun` or `accelerate launch` has started.
 LAUNCHED = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
 
 
@@ -83,7 +83,7 @@ def overview() -> str:
 
 
 def launch(name: str, argv: list[str]) -> None:
-    """Use all of the machine: a process per GPU, or a thread per physical core. Not in a process of a launcher."""
+    """Use the whole machine: one process per GPU, or one thread per physical core. Does nothing under a launcher."""
     if any(variable in os.environ for variable in LAUNCHED):
         return
     import psutil
@@ -94,8 +94,12 @@ def launch(name: str, argv: list[str]) -> None:
             "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_gpus), "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ecvae_diffusers.cli", name,
         ]  # fmt: skip
-        print(f"ecvae {name}: {num_gpus} processes, one per GPU, by accelerate launch.", file=sys.stderr, flush=True)
-        # Replaces this process: signals reach the launcher, and its exit code is this one's.
+        print(
+            f"ecvae {name}: running {num_gpus} processes, one per GPU, with accelerate launch.",
+            file=sys.stderr,
+            flush=True,
+        )
+        # `execv` replaces this process, so signals reach the launcher and its exit code is returned.
         os.execv(sys.executable, [sys.executable, *launcher, *argv])
     if torch.accelerator.is_available():
         where = f"on {torch.accelerator.current_accelerator()}"
@@ -104,11 +108,11 @@ def launch(name: str, argv: list[str]) -> None:
             usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(min(psutil.cpu_count(logical=False) or usable, usable))
         where = f"on the CPU, with {torch.get_num_threads()} thread(s)"
-    print(f"ecvae {name}: one process {where}.", file=sys.stderr, flush=True)
+    print(f"ecvae {name}: running one process {where}.", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command: that of this process's command line, or of `argv`."""
+    """Run the command that `argv` names, by default the command line of this process."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     printable()
     if not argv or argv[0] in ("-h", "--help"):

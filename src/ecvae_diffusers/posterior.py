@@ -6,14 +6,14 @@ proportional to exp(-U), with
 
 .. math:: U(z) = \frac{\| x - G(z) \|^2}{2 s^2} + \frac{\| z \|^2}{2}
 
-(s^2 = beta / 2 is the likelihood that a bound with the squared error summed and beta times the KL divergence has). A chain that
-starts at a sample of q(z|x) and follows U comes nearer to that posterior, and the encoder learns from where it ends, as a
-generator learns from the ends of its own chains: [`EnergyCalibrator`] serves both.
+A loss of the summed squared error plus beta times the KL divergence implies s^2 = beta / 2. A chain on U that starts at a sample of
+q(z|x) moves towards the posterior. The encoder learns from the ends of these chains, as a generator learns from the ends of its own,
+so [`EnergyCalibrator`] serves both.
 
-It runs on whitened latents u = (z - m) / sigma, with the mean and standard deviation of q(z|x) frozen. There q is standard
-normal whatever it has learned, so that one drift step fits every dimension, whether or not the image determines it. With a noise
-of sqrt(2 a) per step, the chain is unadjusted Langevin dynamics, preconditioned by sigma^2, whose stationary law is the posterior
-except for terms of the order of a.
+The chain runs on whitened latents u = (z - m) / sigma, with the frozen mean m and standard deviation sigma of q(z|x). In these units
+q is always standard normal, so one drift step a suits every dimension, whether or not the image determines it. With noise of scale
+sqrt(2 a), the chain is unadjusted Langevin dynamics preconditioned by sigma^2. Its stationary distribution is the posterior up to
+terms of order a.
 """
 
 import math
@@ -30,9 +30,9 @@ from .schedulers.scheduling_langevin import LangevinScheduler
 from .variational import LikelihoodBounds, likelihood_bounds
 
 
-# a, on whitened latents: a tenth of the step that is 1 in a standard normal posterior.
+# Drift step a on whitened latents. On a standard normal posterior, a step of 1 would reach the mode at once.
 DRIFT_STEP = 0.1
-# Of Adam, on the mean in units of the standard deviation and on the logarithm of the variance.
+# Learning rate of Adam, for the mean (in standard deviations) and the log-variance.
 LEARNING_RATE = 0.1
 
 
@@ -41,7 +41,7 @@ class PosteriorEnergy:
     The energy U of a batch of images, as a function of whitened latents, for `EnergyCalibrator.calibrate(..., energy_model=)`.
 
     Args:
-        decode (`Callable`): G: latents (B, d, 1, 1) -> images (B, C, H, W).
+        decode (`Callable`): The decoder G: latents (B, d, 1, 1) -> images (B, C, H, W).
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
         posterior (`DiagonalGaussianDistribution`): q(z|x), whose mean and standard deviation are frozen.
         variance (`float`): s^2 > 0, per pixel.
@@ -76,8 +76,9 @@ class PosteriorEnergy:
 
 def posterior_chain(num_steps: int, drift_step_size: float = DRIFT_STEP) -> LangevinScheduler:
     """
-    Return a chain of K steps on whitened latents: with a noise of sqrt(2 a) it leaves the posterior as it is, except for terms of
-    the order of a. Steps are stable below 2 over the largest curvature of U in u, which is 1 where q is right.
+    Return the scheduler of a chain of K steps on whitened latents, with noise of scale sqrt(2 a). The chain leaves the posterior
+    unchanged up to terms of order a. It is stable if a is below 2 / (largest curvature of U in u), a curvature that is 1 if q is
+    the posterior.
     """
     noise_scale = math.sqrt(2 * drift_step_size)
     return LangevinScheduler(num_steps=num_steps, drift_step_size=drift_step_size, noise_scale=noise_scale)
@@ -91,11 +92,11 @@ def refine(
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """
-    Return the end of `posterior_chain` from whitened latents, or without noise that of gradient descent on U, which never rises.
-    Written out, because a pipeline on the Hub has only the scheduler that it was saved with.
+    Return the end of `posterior_chain` from whitened latents or, without noise, the end of gradient descent on U. The steps are
+    written out, because a pipeline on the Hub has only the scheduler that it was saved with.
 
-    The step fits where q is near the posterior. For an image unlike the data, q may be far too wide, and a step lead uphill: descent
-    does not take such a step, and halves the next ones of that image.
+    The step size suits a q near the posterior. For an image unlike the data, q may be far too wide and a step may lead uphill.
+    Descent rejects such a step and halves the later steps of that image, so U never rises.
 
     Args:
         energy ([`PosteriorEnergy`]): U, of a frozen decoder.
@@ -115,7 +116,7 @@ def refine(
     for _ in steps:
         proposal = whitened - step * gradient
         new_value, new_gradient = energy_and_gradient(energy, proposal)
-        lower = new_value < value  # and so not where U is no number any more
+        lower = new_value < value  # False also if U has become NaN
         value = torch.where(lower, new_value, value)
         lower = lower.view(step.shape)
         whitened, gradient = torch.where(lower, proposal, whitened), torch.where(lower, new_gradient, gradient)
@@ -125,8 +126,8 @@ def refine(
 
 def stationary_constraint(scheduler: LangevinScheduler, num_latents: int) -> float:
     """
-    Return the mean of the constraint that a `posterior_chain` leaves if q is the posterior already. Then U(u) = |u|^2 / 2, its
-    end has the variance (1 - a)^2K + 2 a (1 + (1 - a)^2 + ...) per latent, and -log q minus q's entropy the mean
+    Return the mean constraint of a `posterior_chain` if q is already the posterior. Then U(u) = |u|^2 / 2, the chain's end has
+    variance (1 - a)^2K + 2 a (1 + (1 - a)^2 + ...) per latent, and the mean of -log q minus the entropy of q is
     d / 2 (1 - (1 - a)^2K) a / (2 - a).
 
     Args:
@@ -139,13 +140,13 @@ def stationary_constraint(scheduler: LangevinScheduler, num_latents: int) -> flo
 
 def coupled_ends(scheduler: LangevinScheduler, whitened: torch.Tensor, noise: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    Return the end of the same chain, from the same start and with the same noise, if q were the posterior: on the energy
+    Return where the chain would end, from the same start and with the same noise, if q were the posterior: a chain on the energy
     |u|^2 / 2, whose gradient is u.
 
     Args:
         scheduler ([`LangevinScheduler`]): The chain.
         whitened (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0.
-        noise (a `torch.Tensor` of that shape for each step): The chain's standard normal draws.
+        noise (sequence of one `torch.Tensor` of that shape per step): The chain's standard normal draws.
     """
     ends = whitened
     for timestep in range(len(scheduler)):
@@ -160,28 +161,27 @@ def negative_log_posterior(
     remainder: float = 0.0,
 ) -> Callable:
     r"""
-    Return a distance for `EnergyCalibrator.calibrate(..., distance=)`: by how much less likely under q the chain's ends are than
-    the samples it started from,
+    Return a distance for `EnergyCalibrator.calibrate(..., distance=)`: how much less likely under q the chain's ends are than its
+    starts,
 
     .. math:: \log q(\operatorname{sg}[z_0] | x) - \log q(\operatorname{sg}[\tilde z] | x), \qquad z_0 \sim q,
 
-    in nats per image. Its gradient has the mean of that of -log q(z~|x), since the score of q has mean 0 over samples of q.
+    in nats per image. Its expected gradient is that of -log q(z~|x), since the score of q has mean 0 over samples of q.
 
     The chain's noise moves its ends far more than the posterior does, and would dominate the gradient. With `reference`, z_0 is
-    replaced by the end of the same chain with the same noise, if q were the posterior (`coupled_ends`). The mean difference that
-    this leaves is known, `remainder`, so that value and gradient keep their means, except for the chain's own error of the order of
-    a; and if q is the posterior, both ends are equal and the gradient has no variance at all, as the one of Roeder et al. 2017
-    (arXiv 1703.09194) for K = 1.
+    therefore replaced by `coupled_ends`: where the same chain would end if q were the posterior. This shifts the mean by a known
+    amount, which `remainder` adds back, so that value and gradient keep their means up to the chain's own error of order a. If q is
+    the posterior, both ends are equal and the gradient has no variance, as in Roeder et al. 2017 (arXiv 1703.09194) for K = 1.
 
-    For short chains of small steps the mean gradient is 0 where E_q grad U = 0 and E_q u grad U = 1, which is where q has the
-    highest evidence lower bound; the longer the chain, the more q covers the posterior. Unlike the squared distance between a
-    sample and its chain's end, it widens q if the ends lie wider.
+    For short chains of small steps, the mean gradient is 0 where E_q grad U = 0 and E_q u grad U = 1, which is where q has the
+    highest evidence lower bound. The longer the chain, the more q covers the posterior. Unlike the squared distance between start
+    and end, this distance widens q if the ends are more spread out.
 
     Args:
         posterior (`DiagonalGaussianDistribution`): q(z|x), with gradients.
-        energy ([`PosteriorEnergy`]): Of the same q, without.
-        reference (`torch.Tensor` of shape `(B, d, 1, 1)`, *optional*): `coupled_ends` of the chain. The samples themselves
-            if not given.
+        energy ([`PosteriorEnergy`]): The energy U with the same q, without gradients.
+        reference (`torch.Tensor` of shape `(B, d, 1, 1)`, *optional*): `coupled_ends` of the chain. Defaults to
+            the samples.
         remainder (`float`, *optional*, defaults to 0.0): `stationary_constraint` of that chain.
     """
 
@@ -189,7 +189,7 @@ def negative_log_posterior(
         def squared(whitened: torch.Tensor) -> torch.Tensor:
             return ((energy.unwhiten(whitened.detach()) - posterior.mean) / posterior.std).square()
 
-        # The logarithm of sigma is in both, and cancels.
+        # log sigma is in both terms and cancels.
         compared = samples if reference is None else reference
         return remainder + 0.5 * (squared(targets) - squared(compared)).flatten(1).sum(1)
 
@@ -205,13 +205,13 @@ def generated_images(
     prior: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Return images of the model with real residuals: x' = G(z') + x - G(z), with z' ~ N(0, I) and z ~ q(z|x). If q is the posterior
-    and the model right, x - G(z) is the likelihood's noise, and x' a draw of the model: new images at every step.
+    Generate images with the residuals of real ones: x' = G(z') + x - G(z), with z' ~ N(0, I) and z ~ q(z|x). If q is the posterior
+    and the model is right, x - G(z) is the noise of the likelihood, and x' is a draw from the model.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
         posterior (`DiagonalGaussianDistribution`): q(z|x), latents (B, d, 1, 1).
-        decode (`Callable`): G: latents (B, d, 1, 1) -> images.
+        decode (`Callable`): The decoder G: latents (B, d, 1, 1) -> images.
         noise (`torch.Tensor` of shape `(B, d, 1, 1)`): The standard normal draws of z.
         prior (`torch.Tensor` of shape `(B, d, 1, 1)`): z'.
 
@@ -233,15 +233,15 @@ def optimized_posterior(
     generator: torch.Generator | None = None,
 ) -> DiagonalGaussianDistribution:
     """
-    Optimise mean and variance of q for the evidence lower bound of each image, from the encoder's, by Adam with a rate that falls
-    to 0. The difference of the two bounds is the amortisation gap (Cremer et al. 2018, arXiv 1801.03558).
+    Optimise the mean and variance of q for the evidence lower bound of each image, starting at the encoder's, by Adam with a rate
+    that falls to 0. The gain of the bound is the amortisation gap (Cremer et al. 2018, arXiv 1801.03558).
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
         posterior ([`DiagonalGaussianDistribution`]): q(z|x) of the encoder, latents (B, d, 1, 1).
-        decode (`Callable`): G, of a frozen module: latents (B, d, 1, 1) -> images.
+        decode (`Callable`): The decoder G of a frozen module: latents (B, d, 1, 1) -> images.
         variance (`float`, *optional*, defaults to 0.5): s^2, per pixel.
-        num_steps (`int`, *optional*, defaults to 200): At least 1.
+        num_steps (`int`, *optional*, defaults to 200): Number of Adam steps, at least 1.
         generator (`torch.Generator`, *optional*): Draws one latent per image and step.
     """
     energy = PosteriorEnergy(decode, images, posterior, variance)
@@ -267,7 +267,7 @@ class PosteriorBounds(LikelihoodBounds):
 
     Args:
         importance_weighted, elbo (`torch.Tensor`): As in [`~variational.LikelihoodBounds`].
-        amortisation_gap (`torch.Tensor`): By how much optimising the posterior of each image raises `elbo`.
+        amortisation_gap (`torch.Tensor`): How much `elbo` rises when the posterior of each image is optimised.
     """
 
     amortisation_gap: torch.Tensor
@@ -283,11 +283,11 @@ def posterior_bounds(
     batch_size: int = 256,
 ) -> PosteriorBounds:
     """
-    Bound the likelihood of images, and measure how much of it the encoder loses.
+    Bound the likelihood of images from below, and measure the amortisation gap of the encoder.
 
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
-        vae ([`AutoencoderEC`]): Frozen meanwhile.
+        vae ([`AutoencoderEC`]): The autoencoder, frozen during the call.
         num_samples, variance, generator, batch_size: As for [`~variational.likelihood_bounds`].
         num_steps (`int`, *optional*, defaults to 200): As for `optimized_posterior`.
 
@@ -305,6 +305,6 @@ def posterior_bounds(
         state = generator.get_state()
         bounds = likelihood_bounds(images, posterior, decode, num_samples, variance, generator, batch_size)
         best = optimized_posterior(images, posterior, decode, variance, num_steps, generator=generator)
-        generator.set_state(state)  # the same draws for both, whose noise then favours neither
+        generator.set_state(state)  # the same draws for both bounds, so that noise favours neither
         best_bounds = likelihood_bounds(images, best, decode, num_samples, variance, generator, batch_size)
     return PosteriorBounds(**bounds, amortisation_gap=best_bounds.elbo - bounds.elbo)

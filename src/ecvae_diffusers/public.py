@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The public names, imported and registered with diffusers. `ecvae_diffusers` imports it when one of them is used."""
+"""The public names, registered with diffusers. `ecvae_diffusers` imports this module when one of them is first used."""
 
 from diffusers import ModelMixin, SchedulerMixin
 

@@ -1,22 +1,22 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Zero-shot restoration: images that the decoder G makes likely, given a measurement y = A x + n, n ~ N(0, sigma^2 I).
+r"""Zero-shot restoration of images from a measurement y = A x + n, n ~ N(0, sigma^2 I), with the decoder G as the prior.
 
-The model's error is that of its reconstructions: given its latents, an image is :math:`x \sim N(G(z), v I)`, so that
+Given its latents, an image is :math:`x \sim N(G(z), v I)`, where v is the mean squared reconstruction error per pixel. Hence
 
 .. math:: y \mid z \sim N(A G(z),\; v A A^T + \sigma^2 I).
 
-**Neural transport** samples latents, not pixels, from :math:`e^{-U}` with
+**Neural transport** samples latents instead of pixels from :math:`e^{-U}` with
 
 .. math:: U(z) = \tfrac12 r^T (v A A^T + \sigma^2 I)^{-1} r + w f(\hat x(z)) + \tfrac12 \|z\|^2, \qquad r = y - A G(z).
 
 With :math:`A_s = A^T (A A^T + s I)^{-1}`, s = sigma^2 / v, the gradient of the first term with respect to G is
-:math:`-A_s r / v`: one application of A and one of its damped inverse, for every operator.
+:math:`-A_s r / v`. For every operator, it takes one application of A and one of its damped inverse.
 
-An image larger than the model's is the weighted mean of overlapping tiles G(z_t). Then f is summed over tiles, and U has
-another term, the error of each tile against that mean, :math:`\tfrac1{2v} \sum_t \|\sqrt{w_t} (G(z_t) - x_t)\|^2`.
+An image x larger than the model's size is the weighted mean of overlapping tiles G(z_t). Then f is summed over tiles, and U has
+a term for the difference between each tile and that mean, :math:`\tfrac1{2v} \sum_t \|\sqrt{w_t} (G(z_t) - x_t)\|^2`.
 
-**Range and null space**: given latents, the mean of x is :math:`\hat x = G + A_s r`. Without noise that is
-:math:`A^+ y + (I - A^+ A) G`, which agrees with y to the last digit.
+**Range and null space**: given the latents and y, the mean of x is :math:`\hat x = G + A_s r`. Without noise, it is
+:math:`A^+ y + (I - A^+ A) G`, which agrees with y up to rounding.
 """
 
 import math
@@ -32,30 +32,30 @@ from .operators.linear_operator import LinearOperator
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-# Relative residual of a restoration without noise, and the dampings, relative to A, that are tried until it is reached.
+# Relative residual that a restoration without noise must reach, and the dampings, relative to A, that are tried until it does.
 ENOUGH_RESIDUAL = 1e-6
 CUTOFF_LEVELS = (1e-4, 1e-5, 1e-6, 1e-7)
-# Share of the Langevin method's steps that first descend to the neighbourhood of the latents, by Adam.
+# Share of the Langevin method's steps that first descend towards likely latents, by Adam.
 DESCENT_SHARE = 0.4
 DESCENT_RATE, DESCENT_BETAS = 0.4, (0.8, 0.9)
-# Decoder passes that estimate the curvature of U; at most a fifth of all.
+# Number of decoder passes that estimate the curvature of U; at most a fifth of all passes.
 NUM_CURVATURE_PROBES = 6
-# First and last Langevin step, in units of the inverse curvature: long steps find their way, short ones are exact.
+# First and last Langevin step, in units of the inverse curvature: long steps explore, short ones are accurate.
 FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
-# Draws that estimate the variance of pixels; they only call the operator.
+# Number of draws that estimate the variance of pixels. They call only the operator.
 NUM_VARIANCE_PROBES = 64
-# Draws leave out the decoder's error where the measurement tells less than this times its noise does.
+# A draw leaves out the decoder's error in directions whose squared singular value is below this share of the damping.
 LEAST_SEEN = 0.1
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """
-    The likelihood p(y | z) of measurements (B, ...), for M answers each.
+    The likelihood p(y | z) of B measurements, with M answers each.
 
-    Images and latents of answers are grouped by measurement, (B * M, ...). The operator is called with batches of B, one answer
-    after the other: it may have a mask per image.
+    The answers' images and latents have shape (B * M, ...), grouped by measurement. The operator is called with batches of B, once
+    per answer, because it may have one mask per image.
     """
 
     operator: LinearOperator  # A
@@ -63,7 +63,9 @@ class Likelihood:
     noise_std: float  # sigma, in the unit of y
     model_variance: float  # v, above 0
     num_answers: int = 1  # M
-    error_spectrum: list[float] | None = None  # S, by which `variance` knows the model's error better than as v I
+    error_spectrum: list[float] | None = (
+        None  # S, the spectrum of the model's error (`model_error.py`), for `variance`
+    )
 
     @property
     def damping(self) -> float:
@@ -96,7 +98,7 @@ class Likelihood:
 
     def curvature_probe(self, like: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        Draw g with covariance A^T (v A A^T + sigma^2 I)^{-1} A, in images. With the decoder's Jacobian J, the mean of (J^T g)^2
+        Draw images g with covariance A^T (v A A^T + sigma^2 I)^{-1} A. With the decoder's Jacobian J, the mean of (J^T g)^2
         is the diagonal of the Gauss-Newton curvature of -log p(y | z).
         """
         noise = math.sqrt(self.model_variance) * self.A(draw(like.shape, generator, like))
@@ -105,13 +107,13 @@ class Likelihood:
         return self.A_dagger(noise, self.damping) / self.model_variance
 
     def project(self, g: torch.Tensor) -> torch.Tensor:
-        """Return (I - A_s A) g: the derivative of x^ with respect to G, which is symmetric, applied to g."""
+        """Return (I - A_s A) g, where I - A_s A is the (symmetric) derivative of x^ with respect to G."""
         return g - self.A_dagger(self.A(g), self.damping)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Return x^ = G + A_s r. Without noise A x^ = y to a relative 1e-6 if y is in the range of A: what the cutoff of a blur's A^+
-        leaves out is added with less and less damping, in float64.
+        Return x^ = G + A_s r. Without noise, its relative residual is at most 1e-6 if y is in the range of A: what the cutoff of a
+        blur's A^+ leaves out is added in float64, with decreasing damping.
         """
         restored = x + self.A_dagger(self.misfit(x), self.damping)
         for level in CUTOFF_LEVELS if self.noise_std == 0 else ():
@@ -124,14 +126,14 @@ class Likelihood:
         return restored
 
     def exact(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Convert to float64, if the device and the operator have it."""
+        """Convert to float64 if the device and the operator support it."""
         return tensor if tensor.device.type == "mps" or self.operator.solver_dtype is None else tensor.double()
 
     def sample(self, x: torch.Tensor, generator: Generators) -> torch.Tensor:
         """
-        Draw x given z and y, with a residual of sigma per entry if v is right. What the measurement does not tell (the null space
-        of A, and what a blur almost removes) is left as the decoder makes it, since a draw would add noise of v to each pixel.
-        Without noise there is nothing to draw: use `mean`.
+        Draw x given z and y, with a residual of sigma per entry if v is right. The decoder's image stays as it is where the
+        measurement tells nothing (in the null space of A, and where a blur removes almost everything): a draw would add noise of
+        variance v to each pixel. Without noise there is nothing to draw: use `mean`.
         """
         error = math.sqrt(self.model_variance) * draw(x.shape, generator, x)
         seen = self.A_dagger(self.A(error), LEAST_SEEN * self.damping)
@@ -146,8 +148,8 @@ class Likelihood:
 
         .. math:: v (I - A_s A) C (I - A_s A)^T + \sigma^2 A_s A_s^T,
 
-        or v (I - A_s A) for C = I. It is exact if A^T A is diagonal, and does not depend on C then. Otherwise 64 draws with random
-        signs for entries estimate it within about 9% of the standard deviation of a pixel.
+        or v (I - A_s A) for C = I. If A^T A is diagonal, the result is exact and does not depend on C. Otherwise it is estimated from
+        64 draws of random signs, with an error of about 9% of a pixel's standard deviation.
         """
         if self.operator.is_diagonal:
             seen = self.operator.A_dagger(self.operator.A(torch.ones_like(like)), self.damping)
@@ -170,25 +172,25 @@ class Likelihood:
             total += (error - self.operator.A_dagger(misfit, self.damping)).square()
         variance = total / NUM_VARIANCE_PROBES
         if self.error_spectrum is None:
-            variance = variance.clamp(max=self.model_variance)  # which the exact one never exceeds
+            variance = variance.clamp(max=self.model_variance)  # the exact variance never exceeds it
         return variance.expand_as(like)
 
 
 def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> torch.Tensor:
-    """Draw from N(0, I). Each of a list of generators draws the same number of entries, such as an answer's tiles."""
+    """Draw from N(0, I). Each generator of a list draws an equal share of the batch, such as the tiles of one answer."""
     generators = generator if isinstance(generator, list) else [generator]
     part = (shape[0] // len(generators), *shape[1:])
     return torch.cat([randn_tensor(part, generator=one, device=like.device, dtype=like.dtype) for one in generators])
 
 
 class Canvas:
-    """Images as tiles of the model's size, of which neighbours share at least `overlap` pixels; or as one tile."""
+    """A division of images into tiles of the model's size. Neighbouring tiles share at least `overlap` pixels."""
 
     def __init__(self, height: int, width: int, tile_size: int, overlap: int):
         self.height, self.width, self.tile_size = height, width, tile_size
         tops, lefts = (self.starts(size, tile_size, overlap) for size in (height, width))
         self.corners = [(top, left) for top in tops for left in lefts]
-        # A tile counts less near its border.
+        # A tile has less weight near its border.
         ramp = torch.arange(tile_size) + 0.5
         ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
         weight = torch.outer(ramp, ramp).expand(len(self.corners), 1, -1, -1)
@@ -196,7 +198,7 @@ class Canvas:
 
     @staticmethod
     def starts(size: int, tile_size: int, overlap: int) -> list[int]:
-        """Return the first pixels of evenly spread tiles."""
+        """Return the first pixel of each tile along one side, evenly spread."""
         count = 1 + math.ceil((size - tile_size) / max(1, tile_size - overlap))
         return [round(i * (size - tile_size) / max(1, count - 1)) for i in range(count)]
 
@@ -245,12 +247,13 @@ def neural_transport(
     """
     Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
-    `"langevin"` first descends (Adam), estimates the diagonal h of the curvature of U there, and then takes Langevin steps
-    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t from 0.6 down to 0.1. `"map"` only descends, with a
-    cosine rate down to 0.
+    `"langevin"` first descends by Adam and estimates the diagonal h of the curvature of U there. It then takes Langevin steps
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t falling from 0.6 to 0.1. `"map"` only descends, with
+    a rate that falls to 0 along a cosine.
 
     Args:
-        decode (`Callable`): G, differentiable: latents (N, ...) to tiles (N, C, S, S) in float32.
+        decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, S, S) in float32.
+        likelihood ([`Likelihood`]), canvas ([`Canvas`]): The measurements, and the division of their images into tiles.
         latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
         energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
@@ -262,9 +265,9 @@ def neural_transport(
     num_tiles = len(canvas)
 
     def pull_back(latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Apply J^T to what `gradient_of` makes of the tiles."""
+        """Return J^T g, where g is `gradient_of` of the decoded tiles and J the decoder's Jacobian."""
         with torch.inference_mode(False), torch.enable_grad():
-            # A tensor of inference mode can't carry gradients, a copy of it can.
+            # A tensor from inference mode can't carry gradients, but a copy of it can.
             latents = (latents.clone() if latents.is_inference() else latents.detach()).requires_grad_()
             tiles = decode(latents)
             return torch.autograd.grad(tiles, latents, gradient_of(tiles.detach()))[0]
@@ -278,8 +281,8 @@ def neural_transport(
             gradient = gradient + energy_weight * likelihood.project(along)
         gradient = canvas.join_adjoint(gradient)
         if num_tiles > 1:
-            # Each tile has the model's error against the image. The mean moves with the tiles, but the weighted differences to
-            # it sum up to 0.
+            # The term for the difference between tiles and their mean. The mean depends on the tiles too, but the weighted
+            # differences to it sum up to 0.
             gradient = gradient + canvas.weigh(tiles - canvas.split(x)) / likelihood.model_variance
         return gradient
 
@@ -308,11 +311,11 @@ def neural_transport(
     for probe in range(num_probes):
         curvature += pull_back(latents, probe_gradient).square() / num_probes
         latents = step_done(num_descents + probe, latents)
-    # Answers to one measurement are near each other and share their estimate.
+    # Answers to one measurement are near each other and share one estimate.
     shared = 1 + curvature.unflatten(0, (-1, likelihood.num_answers, num_tiles)).mean(1, keepdim=True)
     estimate = shared.expand(-1, likelihood.num_answers, *[-1] * (shared.ndim - 2)).flatten(0, 2)
-    # Few probes may underestimate the curvature, and steps would grow without bound. The squared gradient, whose mean along a
-    # stationary chain is the curvature too, bounds them.
+    # A few probes may underestimate the curvature, and steps would then grow without bound. The squared gradient bounds them: its
+    # mean along a stationary chain is the curvature too.
     square = estimate
     start = num_descents + num_probes
     for step in range(start, num_steps):

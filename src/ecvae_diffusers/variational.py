@@ -1,9 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""The variational bound that the autoencoder is trained on, with a warm-up against posterior collapse.
+r"""The variational loss that the autoencoder is trained on, and bounds on the likelihood of images.
 
 .. math:: L = \mathbb E_x \big[ \| x - \hat x \|^2 + \beta \operatorname{KL}(q(z|x) \,\|\, p(z)) \big]
 
-with the squared error SUMMED per image, which is -log p(x|z) up to constants at a variance of 1/2.
+The squared error is SUMMED per image. It is -log p(x|z) for a variance of 1/2, up to a constant.
 
 The likelihood of images is measured by the importance-weighted bound (Burda et al. 2016, arXiv 1509.00519),
 
@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# Variance over the data above which the posterior mean of a latent dimension says something (Burda et al. 2016,
+# A latent dimension is active if the variance of its posterior mean over the data is above this (Burda et al. 2016,
 # arXiv 1509.00519, section 5.2).
 ACTIVE_VARIANCE = 0.01
 
@@ -30,7 +30,7 @@ ACTIVE_VARIANCE = 0.01
 @dataclass
 class ELBOOutput(BaseOutput):
     """
-    Output of `elbo_loss`: tensors of no dimension.
+    Output of `elbo_loss`: 0-dimensional tensors.
 
     Args:
         loss (`torch.Tensor`): L, with gradients.
@@ -50,7 +50,7 @@ def elbo_loss(
     kl_weight: float = 1.0,
 ) -> ELBOOutput:
     """
-    Return the (negative) variational bound.
+    Return the loss L: the negative variational bound with KL weight beta.
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and their reconstructions.
@@ -69,7 +69,7 @@ def elbo_loss(
 def error_gradient_norm(sample: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     """
     Return the Euclidean norm of the gradient that one reconstruction receives from its squared error, averaged over the batch:
-    2 mean |x - x^|, a tensor of no dimension.
+    2 mean |x - x^|, a 0-dimensional tensor.
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`), reconstruction: Images in [-1, 1], and their reconstructions.
@@ -79,8 +79,8 @@ def error_gradient_norm(sample: torch.Tensor, reconstruction: torch.Tensor) -> t
 
 def kl_warmup(kl_weight: float, step: int, num_steps: int) -> float:
     """
-    Return beta of a step: from `kl_weight` / `num_steps` at step 0 up to `kl_weight` in equal parts, against posterior collapse
-    (Bowman et al. 2016, arXiv 1511.06349). 0 `num_steps` mean no warm-up.
+    Return beta at a step: it rises linearly from `kl_weight` / `num_steps` at step 0 to `kl_weight`, against posterior collapse
+    (Bowman et al. 2016, arXiv 1511.06349). If `num_steps` is 0, there is no warm-up.
     """
     return kl_weight * min(1.0, (step + 1) / max(num_steps, 1))
 
@@ -118,17 +118,17 @@ def likelihood_bounds(
     batch_size: int = 256,
 ) -> LikelihoodBounds:
     """
-    Bound from below the density of images in [-1, 1] under p(x|z) = N(G(z), variance I), p(z) = N(0, I).
+    Return lower bounds on the log-density of images in [-1, 1] under p(x|z) = N(G(z), variance I), p(z) = N(0, I).
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
         posterior ([`DiagonalGaussianDistribution`]): q(z|x) of these images, latents (B, d, 1, 1).
-        decode (`Callable`): G, of latents (N, d, 1, 1) to images (N, C, H, W).
-        num_samples (`int`, *optional*, defaults to 500): K, at least 1.
-        variance (`float`, *optional*, defaults to 0.5): Of a pixel. The training loss has 1/2 at beta 1.
+        decode (`Callable`): The decoder G: latents (N, d, 1, 1) -> images (N, C, H, W).
+        num_samples (`int`, *optional*, defaults to 500): Number K of latents per image, at least 1.
+        variance (`float`, *optional*, defaults to 0.5): Variance per pixel. The training loss implies 1/2 at beta 1.
             Bounds at different variances can't be compared.
         generator (`torch.Generator`, *optional*): Draws the latents.
-        batch_size (`int`, *optional*, defaults to 256): Latents decoded at a time.
+        batch_size (`int`, *optional*, defaults to 256): Number of latents decoded at a time.
 
     Returns:
         [`LikelihoodBounds`]
@@ -137,11 +137,11 @@ def likelihood_bounds(
         ValueError: if `num_samples` or `batch_size` is below 1 or `variance` is not a finite number above 0.
     """
     if num_samples < 1 or batch_size < 1 or not 0 < variance < math.inf:
-        given = f"`num_samples` {num_samples}, `batch_size` {batch_size}, `variance` {variance}"
-        raise ValueError(f"Numbers must be at least 1 and the variance finite and above 0, but are {given}.")
+        allowed = "`num_samples` and `batch_size` must be at least 1, and `variance` finite and above 0"
+        raise ValueError(f"{allowed}, but they are {num_samples}, {batch_size} and {variance}.")
     count, dimension = len(sample), sample[0].numel()
     mean, spread = posterior.mean.float(), posterior.std.float()
-    # All at once: drawn in parts, torch's numbers would depend on the parts.
+    # All at once: drawn in parts, the numbers would depend on `batch_size`.
     draws = randn_tensor((num_samples, *mean.shape), generator=generator, device=mean.device)
     parts = []
     for noise in draws.split(max(1, batch_size // count)):
@@ -153,7 +153,7 @@ def likelihood_bounds(
         log_prior = -0.5 * (latents.square() - noise.square() - 2 * spread.log()).flatten(2).sum(2)
         parts.append(log_likelihood + log_prior)
     log_weights = torch.cat(parts)
-    if log_weights.device.type != "mps":  # which has no float64
+    if log_weights.device.type != "mps":  # MPS has no float64
         log_weights = log_weights.double()
     return LikelihoodBounds(
         importance_weighted=(log_weights.logsumexp(0) - math.log(num_samples)).float(),

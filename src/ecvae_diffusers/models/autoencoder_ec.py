@@ -24,9 +24,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 
-# Below this resolution, the receptive field of a decoder block covers the image: excitation would add nothing.
+# Below this resolution, the receptive field of a decoder block covers the image, and excitation adds nothing.
 SKIP_EXCITATION_MIN_SIZE = 128
-# Bounds far above any use: a downloaded config must not fill the memory.
+# Bounds far above any practical use, so that a downloaded config can't exhaust the memory.
 MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 8192, 128
 
 
@@ -36,7 +36,7 @@ def unflatten_posterior(values: Iterable, names: list[str]) -> DiagonalGaussianD
     return posterior
 
 
-# `torch.export` takes outputs apart into tensors. diffusers registers its outputs for that, but not this part of one.
+# `torch.export` flattens outputs into tensors. diffusers registers its output classes for that, but not this distribution.
 if DiagonalGaussianDistribution not in pytree.SUPPORTED_NODES:
     pytree.register_pytree_node(
         DiagonalGaussianDistribution,
@@ -62,7 +62,7 @@ class AutoencoderECOutput(BaseOutput):
             The posterior of `extra_sample`. `None` if none was given.
     """
 
-    # All but the first have defaults: Accelerate rebuilds outputs from one mapping under mixed precision.
+    # All fields but the first have defaults, because Accelerate rebuilds outputs from a single mapping under mixed precision.
     sample: torch.Tensor
     latent_dist: DiagonalGaussianDistribution | None = None
     prior_sample: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class AutoencoderECOutput(BaseOutput):
 
 
 class ClassNorm(nn.Module):
-    """A normalization whose output is scaled and shifted by class: norm(x) (1 + scale_c) + shift_c. Both are 0 at the start."""
+    """A normalization whose output is scaled and shifted by class: norm(x) (1 + scale_c) + shift_c. Scale and shift start at 0."""
 
     def __init__(self, channels: int, config: FrozenDict):
         super().__init__()
@@ -117,11 +117,11 @@ class ResidualBlock(nn.Module):
 
 
 class GatedUpsample(nn.Module):
-    """A gated convolution (the second half of its channels gates the first) with a shortcut, then twice the resolution.
+    """A gated convolution (the second half of its channels gates the first) with a shortcut, then upsampling by 2.
 
-    Upsampling is bilinear, and comes last, where it costs least. With nearest-neighbour upsampling, neighbours share all their
-    input; with a transposed convolution, they have different numbers of inputs. Both leave a grid, which an energy model finds
-    first, and which the decoder then spends its training on.
+    Upsampling is bilinear and comes last, where it costs least. Nearest-neighbour upsampling gives neighbouring pixels the same
+    inputs, and a transposed convolution gives them different numbers of inputs. Both leave a grid. The energy model would detect
+    it first, and the decoder would spend its training on it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: FrozenDict):
@@ -160,7 +160,7 @@ class DecoderBlock(nn.Sequential):
 
 
 class ECEncoder(nn.Module):
-    """Image (B, C, H, W) and classes (B,) -> moments (B, 2d, 1, 1)."""
+    """The encoder. Maps images (B, C, H, W) and class labels (B,) to moments (B, 2d, 1, 1)."""
 
     _gradient_checkpointing_func: Callable
 
@@ -183,7 +183,7 @@ class ECEncoder(nn.Module):
             nn.init.zeros_(self.class_embedding.weight)
         self.norm_out = get_norm(channels, config)
         self.act_out = get_activation(config.act_fn)
-        # The kernel covers the last feature map: a linear layer, in 4-D.
+        # The kernel covers the last feature map, so this is a linear layer with a 4-D output.
         size = config.sample_size // patch >> (len(config.block_out_channels) - 1)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, size)
 
@@ -200,7 +200,7 @@ class ECEncoder(nn.Module):
 
 
 class ECDecoder(nn.Module):
-    """Latents (B, d, 1, 1) and classes (B,) -> image (B, C, H, W) in [-1, 1]."""
+    """The decoder. Maps latents (B, d, 1, 1) and class labels (B,) to images (B, C, H, W) in [-1, 1]."""
 
     _gradient_checkpointing_func: Callable
 
@@ -236,7 +236,7 @@ class ECDecoder(nn.Module):
             else:
                 hidden_states = block(hidden_states, class_labels)
             if str(i) in self.excitations:
-                # Four doublings below: 16 times fewer pixels per side.
+                # The output of four blocks earlier, at 1/16 of this resolution.
                 hidden_states = self.excitations[str(i)](outputs[i - 4], hidden_states)
             outputs.append(hidden_states if self.excitations else None)
         hidden_states = self.conv_out(self.act_out(normalize(self.norm_out, hidden_states, class_labels)))
@@ -249,8 +249,8 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
     latent vector from N(0, I) to an image in one pass.
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for
-    all models (such as downloading or saving). Construct it with keyword arguments only: positional ones are lost by
-    `from_config`.
+    all models (such as downloading or saving). Construct it with keyword arguments only, because
+    `from_config` loses positional ones.
 
     Parameters:
         sample_size (`int`, *optional*, defaults to `32`):
@@ -261,37 +261,37 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             The dimension d of the latent vector, from 1 to 8192. Latents have shape `(batch_size, latent_channels, 1, 1)`.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
             Channels at each resolution, from 1 to 8192: the first entry at `sample_size / patch_size`, each further one at half
-            the size. The last resolution must be at least 4 px; a linear layer joins it to the latents.
+            the size. The last resolution must be at least 4 px; a linear layer connects it to the latents.
         layers_per_block (`int`, *optional*, defaults to `1`):
             Number of residual blocks at each resolution, from 1 to 128.
         norm_type (`str`, *optional*, defaults to `"group"`):
             `"group"` or `"batch"`. Batch normalization sees posterior and prior batches in turn, so its running statistics fit
-            neither (`benchmarks/RESULTS.md` lists the cost). diffusers' `EMAModel` does not keep them.
+            neither, and diffusers' `EMAModel` does not keep them.
         norm_num_groups (`int`, *optional*, defaults to `8`):
-            Upper bound on the number of groups of group normalization. Fewer are used if a group would have less than four
+            Upper bound on the number of groups of group normalization. Fewer are used if a group would have fewer than four
             channels, or groups would differ in size.
         act_fn (`str`, *optional*, defaults to `"silu"`):
             Activation function: `"silu"`, `"gelu"`, `"relu"` or `"mish"`.
         reconstruction_variance (`float`, *optional*):
             Mean squared error per pixel of the reconstructions, for images in [-1, 1]. Training measures it and writes it here;
-            restoration uses it as the error of the model.
+            restoration uses it as the variance of the model's error.
         reconstruction_spectrum (`list[float]`, *optional*):
             How that error spreads over frequencies, with mean 1 (see `model_error.py`). Training measures it too; restoration needs
             it for its uncertainty. By default, all frequencies have the same error.
         num_class_embeds (`int`, *optional*):
             Number of classes, from 1 to 8192. The decoder scales and shifts its normalizations by class, and the encoder adds
             an embedding to its last feature map. One more embedding, of label `num_class_embeds`, stands for an unknown class.
-            By default, images have no classes.
+            By default, the model has no classes.
         id2label (`dict[str, str]`, *optional*):
-            The name of each class, by its number as text.
+            The name of each class. The keys are the class numbers as strings.
         class_frequencies (`list[float]`, *optional*):
             The share of each class in the training data. Pipelines draw classes by it. By default, all are equally frequent.
         patch_size (`int`, *optional*, defaults to `1`):
-            1, 2 or 4: the networks see squares of so many pixels a side as channels of one pixel (`nn.PixelUnshuffle`), and the
-            decoder makes such squares. 2 takes a quarter of the time of the highest resolution.
+            1, 2 or 4. The networks treat squares of this many pixels per side as the channels of one pixel (`nn.PixelUnshuffle`).
+            2 cuts the time spent at the highest resolution to a quarter.
 
     Raises:
-        ValueError: if an argument is outside what is listed above.
+        ValueError: if an argument is outside the range given above.
     """
 
     _supports_gradient_checkpointing = True
@@ -331,7 +331,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
         if patch_size not in (1, 2, 4) or sample_size // patch_size < 4:
-            raise ValueError(f"`patch_size` must be 1, 2 or 4, and leave 4 pixels a side, but is {patch_size}.")
+            raise ValueError(f"`patch_size` must be 1, 2 or 4, and at most `sample_size` / 4, but is {patch_size}.")
         most = int(math.log2(sample_size // patch_size)) - 1
         if not 1 <= len(block_out_channels) <= most:
             raise ValueError(f"`block_out_channels` must have from 1 to {most} entries, but is {block_out_channels}.")
@@ -356,14 +356,14 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, but always from safetensors: a pickle runs code when it is read.
+        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors: a pickle can run code when it is read.
 
         Raises:
             ValueError: if weights are missing or not finite.
         """
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        # Weights offloaded to disk have no values here, and `isfinite` does not support all 8-bit dtypes.
         weights = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
         broken = [name for name, weight in weights.items() if not weight.float().isfinite().all()]
         if broken := sorted(info["missing_keys"] or broken):
@@ -373,7 +373,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
     def prepare_labels(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
         """
         Return one label per item of `sample`, shape (B,), int64: those given, or the unknown class. Return `None` for a model without
-        classes. Raises `ValueError` for labels of another shape or dtype, or of a model without classes.
+        classes. Raises `ValueError` if labels have the wrong shape or dtype, or are given to a model without classes.
         """
         if self.config.num_class_embeds is None:
             if class_labels is not None:
@@ -413,20 +413,20 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`AutoencoderKLOutput`] instead of a plain tuple.
             class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*):
-                Classes from 0 to `num_class_embeds`, which is the unknown one and the default.
+                Class labels from 0 to `num_class_embeds`. The last one is the unknown class, and the default.
 
         Returns:
             [`AutoencoderKLOutput`] whose `latent_dist` has moments of shape `(batch_size, latent_channels, 1, 1)`.
 
         Raises:
-            ValueError: if `x` has another number of channels, height or width, or `class_labels` another shape or dtype.
+            ValueError: if the shape of `x`, or the shape or dtype of `class_labels`, does not fit the model.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if x.shape[1:] != expected:
             raise ValueError(f"Each image of `x` must have shape {expected}, but `x` has {tuple(x.shape)}.")
         moments = self.apply_in_slices(self.encoder, x, class_labels)
         if torch.is_autocast_enabled(x.device.type):
-            moments = moments.float()  # the KL divergence is a sum of small differences
+            moments = moments.float()  # the KL divergence sums small differences
         posterior = DiagonalGaussianDistribution(moments)
         if not return_dict:
             return (posterior,)
@@ -450,7 +450,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             [-1, 1].
 
         Raises:
-            ValueError: if `z` has another shape, or `class_labels` another shape or dtype.
+            ValueError: if the shape of `z`, or the shape or dtype of `class_labels`, does not fit the model.
         """
         expected = (self.config.latent_channels, 1, 1)
         if z.shape[1:] != expected:
@@ -464,7 +464,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, variant=None,
         max_shard_size="10GB", **kwargs,
     ):  # fmt: skip
-        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors: no other file would be loaded again."""
+        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors: `from_pretrained` loads nothing else."""
         if not safe_serialization:
             raise ValueError(
                 "`safe_serialization` must not be False: weights are saved and loaded as safetensors only."
@@ -487,30 +487,30 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         extra_class_labels: torch.Tensor | None = None,
     ) -> AutoencoderECOutput | tuple:
         """
-        Reconstruct images and generate new ones in the same pass, so that a training step needs only `forward`: distributed wrappers
-        synchronize no other method's gradients.
+        Reconstruct images, and generate new ones in the same pass. A training step then needs only `forward`, the one method whose
+        gradients distributed wrappers synchronize.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to draw z from q(z|x) (reparameterised) instead of taking its mean.
             prior_latents (`torch.Tensor` of shape `(num_prior_samples, latent_channels, 1, 1)`, *optional*):
-                Draws from N(0, I) to decode too.
+                Draws from N(0, I) to decode.
             posterior_noise (`torch.Tensor` of shape `(batch_size, latent_channels, 1, 1)`, *optional*):
-                Standard normal draws to sample the posterior with. Drawn from `generator` if not given.
+                Standard normal draws for sampling the posterior. Drawn from `generator` if not given.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`AutoencoderECOutput`] instead of a plain tuple.
             generator (`torch.Generator`, *optional*): Makes the posterior's draws deterministic.
             extra_sample (`torch.Tensor` of shape `(num_extra, in_channels, sample_size, sample_size)`, *optional*):
-                Images in [-1, 1] to encode too, without reconstructing them.
+                Further images in [-1, 1], which are encoded but not reconstructed.
             class_labels, prior_class_labels, extra_class_labels (`torch.Tensor`, integers, *optional*):
                 The classes of `sample`, of `prior_latents` and of `extra_sample`, as for `encode`.
 
         Returns:
-            [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)`, followed by `prior_sample` and `extra_latent_dist` if they
-            were asked for.
+            [`AutoencoderECOutput`], or a tuple `(sample, latent_dist)`, followed by `prior_sample` and `extra_latent_dist` if
+            `prior_latents` and `extra_sample` were given.
         """
-        # One pass over both halves of a batch: half the kernel launches, and every parameter is touched exactly once.
+        # One pass over both halves of a batch needs half the kernel launches, and uses every parameter exactly once.
         extra_posterior = prior_sample = None
         if extra_sample is None:
             posterior = self.encode(sample, class_labels=class_labels).latent_dist

@@ -4,8 +4,8 @@ r"""The energy-based model of EC-VAE: one scalar per image, low if the image is 
 .. math::
     p(x) \propto \exp(-f(x) / \tau)
 
-The network gives the raw energy f. The temperature is part of the Langevin drift step (see [`LangevinScheduler`]) instead of
-dividing the energy, because f / tau overflows in half precision.
+The network returns the raw energy f. The temperature tau is part of the Langevin drift step (see [`LangevinScheduler`]), because
+f / tau overflows in half precision.
 
 This file imports only torch and diffusers, so that it can be on the Hub next to its weights.
 """
@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from torch.nn.utils import parametrize
 
 
-# Bounds far above any use: a downloaded config must not fill the memory.
+# Bounds far above any practical use, so that a downloaded config can't exhaust the memory.
 MAX_SAMPLE_SIZE, MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 4096, 8192, 128
 
 
@@ -35,7 +35,7 @@ class EnergyModelOutput(BaseOutput):
 
     Args:
         energy (`torch.Tensor` of shape `(batch_size,)`, float32):
-            The energy f(x) of each image; low = like the data. Only differences mean anything.
+            The energy f(x) of each image; low means like the data. Only differences between energies are meaningful.
     """
 
     energy: torch.Tensor
@@ -48,7 +48,7 @@ def get_energy_activation(act_fn: str) -> nn.Module:
 class SpectralNorm(nn.Module):
     """
     Division of a weight by its largest singular value (Miyato et al. 2018, arXiv 1802.05957, algorithm 1), with one power
-    iteration per pass in training mode. Values and names are those of `torch.nn.utils.parametrizations.spectral_norm`, except that
+    iteration per pass in training mode. Values and names match `torch.nn.utils.parametrizations.spectral_norm`, except that
     the singular vectors are parameters without gradients instead of buffers: diffusers' `EMAModel` keeps only parameters.
     """
 
@@ -69,7 +69,7 @@ class SpectralNorm(nn.Module):
         matrix = weight.flatten(1)
         if self.training:
             self.iterate(matrix)
-        # Copies: backward needs the vectors of this pass, even after another one.
+        # Copies, because backward needs the vectors of this pass even after a later one.
         u, v = self._u.detach().clone(), self._v.detach().clone()
         return weight / torch.vdot(u, torch.mv(matrix, v))
 
@@ -86,7 +86,7 @@ class EnergyConv2d(nn.Conv2d):
     def __reduce_ex__(self, protocol):
         if not parametrize.is_parametrized(self):
             return super().__reduce_ex__(protocol)
-        # The class of a parametrized module is made at runtime, so torch refuses to pickle it.
+        # The class of a parametrized module is created at runtime, so torch refuses to pickle it.
         return parametrized_conv, (parametrize.type_before_parametrizations(self),), self.__dict__
 
 
@@ -110,8 +110,8 @@ class PooledConv2d(EnergyConv2d):
 class EnergyResidualBlock(nn.Module):
     """Two convolutions with a shortcut, then average pooling to half the resolution.
 
-    Activations are not normalized: over the batch, it would make an image's energy depend on its neighbours, and with it the
-    gradient that the Langevin chain follows.
+    Activations are not normalized. Batch normalization would make the energy of an image, and the gradient that its chain follows,
+    depend on the other images of the batch.
     """
 
     def __init__(self, in_channels: int, out_channels: int, downsample: bool, act_fn: str):
@@ -126,7 +126,7 @@ class EnergyResidualBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         residual = self.conv2(self.act(self.conv1(self.act(hidden_states))))
         if self.downsample:
-            # Pooling commutes with a 1x1 convolution; before it, it costs a quarter.
+            # Pooling commutes with the 1x1 shortcut, which then costs a quarter.
             hidden_states = F.avg_pool2d(hidden_states, 2)
         return self.shortcut(hidden_states) + residual
 
@@ -134,7 +134,7 @@ class EnergyResidualBlock(nn.Module):
 def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     Wrap a block for one pass under gradient checkpointing. In training mode, spectral norm takes a power iteration at each call, so
-    the second call (in backward) would differentiate other weights than the first one used. It is made in evaluation mode.
+    the second call (in backward) would use other weights than the first. The second call therefore runs in evaluation mode.
     """
     called = False
 
@@ -152,7 +152,7 @@ def recomputable(block: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class EnergyNetwork(nn.Module):
-    """The energy at one scale: image (B, C, H / 2^scale, W / 2^scale) and classes (B,) -> (B,)."""
+    """The energy at one scale. Maps images (B, C, H / 2^scale, W / 2^scale) and class labels (B,) to energies (B,)."""
 
     _gradient_checkpointing_func: Callable
 
@@ -192,7 +192,7 @@ class EnergyNetwork(nn.Module):
 
 class EnergyModel(ModelMixin, ConfigMixin):
     r"""
-    A residual convolutional network f(x) that gives one energy per image.
+    A residual convolutional network f(x) that returns one energy per image.
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for
     all models (such as downloading or saving). Construct it with keyword arguments only.
@@ -206,23 +206,23 @@ class EnergyModel(ModelMixin, ConfigMixin):
         layers_per_block (`int`, *optional*, defaults to `1`):
             Number of residual blocks at each resolution, from 1 to 128.
         num_scales (`int`, *optional*, defaults to `1`):
-            With more than one, the energy is a sum over networks that see the image at full, half, quarter ... size. Each drops
-            one more of the first entries of `block_out_channels`.
+            Number of networks, at most the length of `block_out_channels`. The energy is the sum of networks that see the image at
+            full, half, quarter ... size. Each smaller scale drops one more leading entry of `block_out_channels`.
         act_fn (`str`, *optional*, defaults to `"leaky_relu"`):
             Activation function: `"leaky_relu"` (slope 0.2), `"silu"`, `"gelu"`, `"relu"` or `"mish"`. Under spectral norm, a slope
-            near 1 preserves the energy's gradient through the layers (see `benchmarks/RESULTS.md`).
+            near 1 preserves the energy's gradient through the layers.
         spectral_norm (`bool`, *optional*, defaults to `True`):
             Whether to divide each weight by its largest singular value (Miyato et al. 2018), which bounds the slope of the energy
             and the drift of the chain.
         num_class_embeds (`int`, *optional*):
             Number of classes, from 1 to 8192. The energy is f(x) + <e_c, h(x)>, with an embedding e_c per class and the mean h(x) of
             the last features (projection, Miyato and Koyama 2018, arXiv 1802.05637). One more embedding, of label
-            `num_class_embeds`, stands for an unknown class. By default, images have no classes.
+            `num_class_embeds`, stands for an unknown class. By default, the model has no classes.
         patch_size (`int`, *optional*, defaults to `1`):
-            1, 2 or 4: the network sees squares of so many pixels a side as channels of one pixel (`nn.PixelUnshuffle`).
+            1, 2 or 4. Squares of this many pixels per side become the channels of one pixel (`nn.PixelUnshuffle`).
 
     Raises:
-        ValueError: if an argument is outside what is listed above.
+        ValueError: if an argument is outside the range given above.
     """
 
     _supports_gradient_checkpointing = True
@@ -255,7 +255,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
         if patch_size not in (1, 2, 4) or sample_size // patch_size < 4:
-            raise ValueError(f"`patch_size` must be 1, 2 or 4, and leave 4 pixels a side, but is {patch_size}.")
+            raise ValueError(f"`patch_size` must be 1, 2 or 4, and at most `sample_size` / 4, but is {patch_size}.")
         most = int(math.log2(sample_size // patch_size)) - 1
         if not 1 <= len(block_out_channels) <= most:
             raise ValueError(f"`block_out_channels` must have from 1 to {most} entries, but is {block_out_channels}.")
@@ -270,14 +270,14 @@ class EnergyModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, but always from safetensors: a pickle runs code when it is read.
+        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors: a pickle can run code when it is read.
 
         Raises:
             ValueError: if weights are missing or not finite.
         """
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        # Weights offloaded to disk have no values here, and `isfinite` does not support all 8-bit dtypes.
         weights = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
         broken = [name for name, weight in weights.items() if not weight.float().isfinite().all()]
         if broken := sorted(info["missing_keys"] or broken):
@@ -288,7 +288,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, variant=None,
         max_shard_size="10GB", **kwargs,
     ):  # fmt: skip
-        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors: no other file would be loaded again."""
+        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors: `from_pretrained` loads nothing else."""
         if not safe_serialization:
             raise ValueError(
                 "`safe_serialization` must not be False: weights are saved and loaded as safetensors only."
@@ -298,7 +298,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         )
 
     def prepare_labels(self, class_labels: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor | None:
-        """As [`AutoencoderEC.prepare_labels`]."""
+        """Return one label per image, as [`AutoencoderEC.prepare_labels`] does."""
         if self.config.num_class_embeds is None:
             if class_labels is not None:
                 raise ValueError("`class_labels` must be None: the model has no classes (`num_class_embeds` is None).")
@@ -319,7 +319,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
             class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*):
-                Classes from 0 to `num_class_embeds`, which is the unknown one and the default.
+                Class labels from 0 to `num_class_embeds`. The last one is the unknown class, and the default.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`EnergyModelOutput`] instead of a plain tuple.
 
@@ -327,7 +327,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             [`EnergyModelOutput`] with one float32 energy per image, shape `(batch_size,)`.
 
         Raises:
-            ValueError: if `sample` has another number of channels, height or width, or `class_labels` another shape or dtype.
+            ValueError: if the shape of `sample`, or the shape or dtype of `class_labels`, does not fit the model.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if sample.shape[1:] != expected:

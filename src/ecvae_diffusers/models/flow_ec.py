@@ -5,9 +5,9 @@ r"""A normalizing flow for images: an invertible map of images to standard norma
     \log p(x) = \log \mathcal N(F(x); 0, I) + \log \left| \det \tfrac{\partial F}{\partial x} \right|
 
 F is multi-scale (Dinh et al. 2017, arXiv 1605.08803, section 3.6) and made of Glow's steps (Kingma and Dhariwal 2018, arXiv
-1807.03039): activation normalization, an invertible 1x1 convolution, an affine coupling. Each transform gives its output and, per
-image, the logarithm of its Jacobian's determinant; with `inverse=True`, those of its inverse. Both directions are `forward`, where
-diffusers and Accelerate hook in to move, cast and compile weights.
+1807.03039): activation normalization, an invertible 1x1 convolution, an affine coupling. Each transform returns its output and the
+log-determinant of its Jacobian per image; with `inverse=True`, those of its inverse. Both directions go through `forward`, because
+diffusers and Accelerate hook into it to move, cast and compile weights.
 
 This file imports only torch and diffusers, so that it can be on the Hub next to its config.
 """
@@ -26,9 +26,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# A coupling scales by at most e^2 either way: without a bound it can't be inverted in float32.
+# Bound on the log-scale of a coupling. Without it, couplings can't be inverted in float32.
 MAX_LOG_SCALE = 2.0
-# Bounds far above any use: a downloaded config must not fill the memory.
+# Bounds far above any practical use, so that a downloaded config can't exhaust the memory.
 MAX_STEPS_PER_LEVEL, MAX_HIDDEN_CHANNELS = 512, 8192
 
 
@@ -46,17 +46,17 @@ class FlowECOutput(BaseOutput):
         log_prob (`torch.Tensor` of shape `(batch_size,)`): Log-density of the images in nats, float32.
         latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`): F(x).
         prior_sample (`torch.Tensor` of shape `(num_prior_samples, in_channels, sample_size, sample_size)`, *optional*):
-            Images of `prior_latents`.
+            Images decoded from `prior_latents`.
     """
 
-    # All but the first have defaults: Accelerate rebuilds outputs from one mapping under mixed precision.
+    # All fields but the first have defaults, because Accelerate rebuilds outputs from a single mapping under mixed precision.
     log_prob: torch.Tensor
     latents: torch.Tensor | None = None
     prior_sample: torch.Tensor | None = None
 
 
 class ActNorm(nn.Module):
-    """y = (x + bias) e^log_scale, per channel: normalization whose statistics are set once, from data."""
+    """Activation normalization y = (x + bias) e^log_scale per channel, whose parameters are initialized once from data."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -64,13 +64,13 @@ class ActNorm(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def initialize(self, x: torch.Tensor) -> None:
-        """Give each channel of `x` mean 0 and variance 1."""
+        """Set the parameters so that each channel of the output for `x` has mean 0 and variance 1."""
         self.bias.copy_(-x.mean((0, 2, 3), keepdim=True))
         self.log_scale.copy_(-x.std((0, 2, 3), correction=0, keepdim=True).clamp(min=1e-3).log())
 
     def forward(self, x: torch.Tensor, inverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         log_det = (at_least_float32(self.log_scale).sum() * x.shape[2] * x.shape[3]).expand(len(x))
-        # In the precision of the input: layerwise casting leaves these two as they are stored.
+        # Layerwise casting does not convert these two parameters to the precision of the input.
         bias, log_scale = self.bias.to(x.dtype), self.log_scale.to(x.dtype)
         if inverse:
             return x * (-log_scale).exp() - bias, -log_det
@@ -79,19 +79,19 @@ class ActNorm(nn.Module):
 
 class InvertibleConv(nn.Module):
     """
-    A 1x1 convolution by W = P L (U + diag(s)): its determinant is the product of s, its inverse two triangular solves (Kingma and
-    Dhariwal 2018, section 3.2). It starts as a random rotation.
+    A 1x1 convolution with W = P L (U + diag(s)) (Kingma and Dhariwal 2018, section 3.2). |det W| is the product of |s|, and the
+    inverse takes two triangular solves. W starts as a random rotation.
 
-    Autocast leaves it alone: W and its inverse, each rounded to bfloat16, are not inverse to each other. The networks of couplings
-    may use less precision, since they have the same input in both directions.
+    Autocast is disabled here: W and its inverse, both rounded to bfloat16, would not be inverse to each other. The networks of
+    couplings may run in lower precision, since they have the same input in both directions.
     """
 
     def __init__(self, channels: int):
         super().__init__()
-        # In float32 even for a model in half precision, which has no decompositions.
+        # float32 even for a model in half precision, which has no matrix decompositions.
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float32))[0]
         permutation, lower, upper = (m.to(torch.get_default_dtype()) for m in torch.linalg.lu(rotation))
-        # Fixed, but not buffers: diffusers' `EMAModel` keeps only parameters.
+        # Constants, but not buffers, because diffusers' `EMAModel` keeps only parameters.
         self.permutation = nn.Parameter(permutation, requires_grad=False)
         self.sign = nn.Parameter(upper.diagonal().sign(), requires_grad=False)
         self.log_scale = nn.Parameter(upper.diagonal().abs().log())
@@ -119,8 +119,8 @@ class InvertibleConv(nn.Module):
 
 class AffineCoupling(nn.Module):
     """
-    The first channels stay, and a network of them shifts and scales the rest: y_b = (x_b + t(x_a)) e^s(x_a), |s| <= 2. It starts
-    as the identity.
+    An affine coupling. The first channels x_a stay unchanged, and a network of them shifts and scales the rest:
+    y_b = (x_b + t(x_a)) e^s(x_a), |s| <= 2. It starts as the identity.
     """
 
     def __init__(self, kept_channels: int, changed_channels: int, hidden_channels: int):
@@ -147,7 +147,7 @@ class AffineCoupling(nn.Module):
 
 
 class FlowStep(nn.Module):
-    """Activation normalization, an invertible 1x1 convolution and an affine coupling of one half of channels by the other."""
+    """Activation normalization, an invertible 1x1 convolution, and an affine coupling of one half of the channels by the other."""
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
@@ -167,8 +167,9 @@ class FlowStep(nn.Module):
 
 class FlowLevel(nn.Module):
     """
-    A level that squeezes 2x2 pixels into channels and transforms them. The first `kept_channels`, half of them, are the next
-    level's images; the others are latents, which a last coupling normalizes by the first. The last level keeps none.
+    A level that squeezes 2x2 pixels into channels and transforms them. The first half of the channels (`kept_channels`) is the
+    input of the next level. The second half is latents, normalized by a last coupling given the first half. The last level has
+    only latents.
     """
 
     _gradient_checkpointing_func: Callable
@@ -195,12 +196,12 @@ class FlowLevel(nn.Module):
 
 class FlowEC(ModelMixin, ConfigMixin):
     r"""
-    A multi-scale normalizing flow for images, whose samples energy calibration can improve (EC-NF, Luo et al., ECCV 2024, arXiv
+    A multi-scale normalizing flow for images. Energy calibration can improve its samples (EC-NF, Luo et al., ECCV 2024, arXiv
     2311.04071).
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for all
-    models (such as downloading or saving). Construct it with keyword arguments only: positional ones are lost by
-    `from_config`.
+    models (such as downloading or saving). Construct it with keyword arguments only, because
+    `from_config` loses positional ones.
 
     Parameters:
         sample_size (`int`, *optional*, defaults to `32`):
@@ -210,10 +211,10 @@ class FlowEC(ModelMixin, ConfigMixin):
             Number of scales L, from 1 to log2(`sample_size`). Each halves the resolution.
         steps_per_level (`int`, *optional*, defaults to `8`): Steps at each scale, from 1 to 512.
         hidden_channels (`int`, *optional*, defaults to `128`):
-            Channels of the networks of couplings, from 1 to 8192.
+            Hidden channels of the couplings' networks, from 1 to 8192.
 
     Raises:
-        ValueError: if an argument is outside what is listed above.
+        ValueError: if an argument is outside the range given above.
     """
 
     _supports_gradient_checkpointing = True
@@ -255,14 +256,14 @@ class FlowEC(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """
-        Load a model as [`ModelMixin.from_pretrained`] does, but always from safetensors: a pickle runs code when it is read.
+        Load a model as [`ModelMixin.from_pretrained`] does, but only from safetensors: a pickle can run code when it is read.
 
         Raises:
             ValueError: if weights are missing or not finite.
         """
         loading = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **loading)
-        # Weights offloaded to disk have no values here, and `isfinite` does not know all 8-bit dtypes.
+        # Weights offloaded to disk have no values here, and `isfinite` does not support all 8-bit dtypes.
         weights = {name: weight for name, weight in model.state_dict().items() if not weight.is_meta}
         broken = [name for name, weight in weights.items() if not weight.float().isfinite().all()]
         if broken := sorted(info["missing_keys"] or broken):
@@ -271,7 +272,7 @@ class FlowEC(ModelMixin, ConfigMixin):
 
     @property
     def num_latents(self) -> int:
-        """The number D of latents, which is that of an image's entries."""
+        """The number D of latents, equal to the number of entries of an image."""
         return self.config.in_channels * self.config.sample_size**2
 
     @torch.no_grad()
@@ -305,11 +306,11 @@ class FlowEC(ModelMixin, ConfigMixin):
             nats, float32.
 
         Raises:
-            ValueError: if `sample` has another number of channels, height or width, or holds integers.
+            ValueError: if the number of channels, height or width of `sample` does not fit, or it holds integers.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if not sample.is_floating_point():
-            raise ValueError(f"`sample` must be of a floating point dtype, in [-1, 1], but is {sample.dtype}.")
+            raise ValueError(f"`sample` must have a floating-point dtype, in [-1, 1], but has {sample.dtype}.")
         if sample.shape[1:] != expected:
             raise ValueError(f"Images of `sample` must have shape {expected}, but `sample` has {tuple(sample.shape)}.")
         latents, kept, total = [], sample, sample.new_zeros(())
@@ -330,14 +331,16 @@ class FlowEC(ModelMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images. Most entries lie in [-1, 1], but
-            a flow is not bounded.
+            a flow is unbounded.
 
         Raises:
-            ValueError: if `latents` has another shape.
+            ValueError: if `latents` has the wrong shape.
         """
         expected = (self.num_latents, 1, 1)
         if latents.shape[1:] != expected:
-            raise ValueError(f"Each of `latents` must be of shape {expected}, but all are {tuple(latents.shape)}.")
+            raise ValueError(
+                f"Each of `latents` must have shape {expected}, but `latents` has {tuple(latents.shape)}."
+            )
         parts = latents.flatten(1).split([math.prod(shape) for shape in self.latent_shapes], dim=1)
         kept = latents.new_empty(len(latents), 0, *self.latent_shapes[-1][1:])
         for level, part, shape in zip(reversed(self.levels), reversed(parts), reversed(self.latent_shapes)):
@@ -381,7 +384,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         self, save_directory, is_main_process=True, save_function=None, safe_serialization=True, variant=None,
         max_shard_size="10GB", **kwargs,
     ):  # fmt: skip
-        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors: no other file would be loaded again."""
+        """Save a model as [`ModelMixin.save_pretrained`] does, but only as safetensors: `from_pretrained` loads nothing else."""
         if not safe_serialization:
             raise ValueError(
                 "`safe_serialization` must not be False: weights are saved and loaded as safetensors only."
@@ -394,18 +397,18 @@ class FlowEC(ModelMixin, ConfigMixin):
         self, sample: torch.Tensor, prior_latents: torch.Tensor | None = None, return_dict: bool = True
     ) -> FlowECOutput | tuple:
         """
-        Return the density of images and generate new ones in the same pass, so that a training step needs only `forward`: distributed
-        wrappers synchronize no other method's gradients.
+        Return the density of images, and generate new ones in the same pass. A training step then needs only `forward`, the one
+        method whose gradients distributed wrappers synchronize.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1).
             prior_latents (`torch.Tensor` of shape `(num_prior_samples, num_latents, 1, 1)`, *optional*):
-                Draws from N(0, I) to decode too.
+                Draws from N(0, I) to decode.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`FlowECOutput`] instead of a plain tuple.
 
         Returns:
-            [`FlowECOutput`], or a tuple `(log_prob, latents)`, followed by `prior_sample` if it was asked for.
+            [`FlowECOutput`], or a tuple `(log_prob, latents)`, followed by `prior_sample` if `prior_latents` were given.
         """
         latents, log_det = self.encode(sample)
         squares = at_least_float32(latents).square().flatten(1).sum(1)

@@ -10,27 +10,27 @@ from . import solvers
 from .linear_operator import DENSE_ENTRIES, LinearOperator
 
 
-# A kernel whose second singular value is below the first share of its first is made a column times a row, which it is already below
-# the second.
+# If the second singular value of a kernel is below RANK_ONE times the first, the kernel is replaced by a column times a row. Below
+# RANK_ONE_EXACTLY, it already is one.
 RANK_ONE, RANK_ONE_EXACTLY = 1e-6, 1e-14
 
 
 class Blur(LinearOperator):
     """
-    Convolution of each channel with one kernel: y = k * x, of the image's size.
+    Convolution of each channel with one kernel: y = k * x, in the image's size.
 
-    Singular values of a blur go down to 0. A^+ leaves out those up to `rcond` times the largest, or rounding would become noise:
-    from an 8-bit picture the uncut A^+ restores values of hundreds. A A^+ A is A up to `rcond`.
+    Singular values of a blur go down to 0. A^+ leaves out those up to `rcond` times the largest, because inverting them would turn
+    rounding errors into large noise. A A^+ A equals A up to `rcond`.
 
     Args:
         kernel (`torch.Tensor` of shape `(h, w)`): k, with its centre at (h // 2, w // 2). A sum of 1 keeps the brightness. See
             [`gaussian_kernel`], [`uniform_kernel`] and [`motion_kernel`].
         padding (`str`, *optional*, defaults to `"circular"`):
-            What lies beyond the border. `"circular"` is the opposite side: A^+ divides spectra. `"reflect"` is the mirror image
-            without the border pixel: A^+ decomposes two small matrices if the kernel is a column times a row, and the whole
-            matrix for images of up to 1,024 pixels. For larger ones it runs CGLS without `rcond` (restorations without noise
-            then reach a relative residual of 1e-4 to 1e-6).
-        rcond (`float`, *optional*, defaults to 1e-3): The cutoff.
+            What lies beyond the border. `"circular"` is the opposite side; A^+ then divides spectra. `"reflect"` is the mirror
+            image without the border pixel; A^+ then decomposes two small matrices if the kernel is a column times a row, and
+            otherwise the whole matrix for images of up to 1,024 pixels. For larger images it runs CGLS, which ignores `rcond`
+            (restorations without noise then have a relative residual of 1e-4 to 1e-6).
+        rcond (`float`, *optional*, defaults to 1e-3): The cutoff of singular values, at least 0 and below 1.
     """
 
     kernel: torch.Tensor
@@ -67,7 +67,7 @@ class Blur(LinearOperator):
             return self.filtered(y, self.transfer(y).conj())
         rows, columns = (self.mirrored(dim, y.shape[dim - 2]).to(y.device) for dim in (0, 1))
         spread = F.conv_transpose2d(y.flatten(0, 1).unsqueeze(1), self.weight(y)).unflatten(0, y.shape[:2]).squeeze(2)
-        # What lies beyond the border goes back to the pixels that it mirrors.
+        # Values beyond the border are added to the pixels that they mirror.
         folded = spread.new_zeros(*y.shape[:3], len(columns))[..., : y.shape[2], :].index_add(-2, rows, spread)
         return folded.new_zeros(y.shape).index_add(-1, columns, folded)
 
@@ -96,7 +96,7 @@ class Blur(LinearOperator):
             )
 
     def transfer(self, like: torch.Tensor) -> torch.Tensor:
-        """Return the kernel's spectrum at the size of `like`, in its precision but at least float32: there is no FFT below."""
+        """Return the kernel's spectrum at the size of `like`, in its precision or in float32, which FFTs need at least."""
         height, width = like.shape[-2:]
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         placed = like.new_zeros(height, width)
@@ -109,11 +109,11 @@ class Blur(LinearOperator):
         return torch.fft.irfft2(torch.fft.rfft2(x.to(transfer.real.dtype)) * transfer, s=x.shape[-2:]).to(x.dtype)
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
-        # Torch's conv2d correlates.
+        # `conv2d` correlates, so the kernel is flipped.
         return self.kernel.to(like).flip(0, 1)[None, None]
 
     def mirrored(self, dim: int, size: int) -> torch.Tensor:
-        """Return which pixel of a line of `size` stands at each place of the line with its borders."""
+        """Return the index of the pixel at each place of a line of `size` pixels after padding by reflection."""
         length = self.kernel.shape[dim]
         before = length - 1 - length // 2
         places = torch.arange(-before, size + length - 1 - before).abs()
@@ -135,9 +135,9 @@ def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: 
     Return a Gaussian kernel that sums up to 1.
 
     Args:
-        std (`float` or `tuple[float]`): Standard deviation in pixels, or those along the kernel's rows and columns.
+        std (`float` or `tuple[float]`): Standard deviation in pixels, or a vertical and a horizontal one (before rotation).
         angle (`float`, *optional*, defaults to 0.0): Counter-clockwise rotation in degrees.
-        size (`int`, *optional*): Height and width, odd. Defaults to three standard deviations to each side.
+        size (`int`, *optional*): Height and width, odd. Defaults to three standard deviations on each side.
     """
     along_rows, along_columns = (std, std) if isinstance(std, int | float) else std
     if min(along_rows, along_columns) <= 0:
@@ -152,7 +152,7 @@ def gaussian_kernel(std: float | tuple[float, float], angle: float = 0.0, size: 
 
 
 def uniform_kernel(size: int) -> torch.Tensor:
-    """Return the kernel of the mean of `size` x `size` pixels."""
+    """Return the kernel that averages `size` x `size` pixels."""
     return torch.full((size, size), 1 / size**2, dtype=torch.float64)
 
 
@@ -160,7 +160,7 @@ def motion_kernel(length: float, angle: float = 0.0) -> torch.Tensor:
     """
     Return the kernel of a straight motion of `length` pixels, turned by `angle` degrees counter-clockwise from the horizontal.
 
-    It sums up to 1. Each pixel weighs the part of the line, one pixel wide, that lies in it (by fine sampling).
+    It sums up to 1. The weight of a pixel is the share of the line, one pixel wide, that lies in it, computed by oversampling.
     """
     if length < 1:
         raise ValueError(f"`length` must be at least 1 px, but is {length}.")
@@ -174,7 +174,7 @@ def motion_kernel(length: float, angle: float = 0.0) -> torch.Tensor:
 
 
 def turned_grid(size: int, angle: float, per_pixel: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x and y from the centre in axes turned counter-clockwise by `angle` degrees; rows count downwards."""
+    """Return coordinates x and y from the centre, in pixels, in axes turned counter-clockwise by `angle` degrees (y downwards)."""
     places = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) / per_pixel
     y, x = torch.meshgrid(places, places, indexing="ij")
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))

@@ -1,10 +1,10 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 r"""Combinations of measurements.
 
-The pseudo-inverse of a composition is NOT the product of the parts' pseudo-inverses: :math:`(F G)^+ \ne G^+ F^+` in general,
-for a mask after a pooling for example. If a part has a cutoff, as a blur has, the whole matrix is decomposed with the largest
-cutoff of the parts, for images of at most 1,024 entries. All else is solved by CGLS, without a cutoff: A^+ of a wide blur of a
-larger image takes its 1,000 iterations, and warns.
+The pseudo-inverse of a composition is NOT the product of the parts' pseudo-inverses: in general :math:`(F G)^+ \ne G^+ F^+`,
+for example for a mask after pooling. If a part has a cutoff, as a blur does, the whole matrix is decomposed with the largest
+cutoff of the parts, for images of at most 1,024 entries. All other cases are solved by CGLS without a cutoff. For a wide blur of a
+larger image, CGLS stops after 1,000 iterations with a warning.
 """
 
 import math
@@ -40,10 +40,10 @@ class Combination(LinearOperator):
 
 class Compose(Combination):
     """
-    A measurement of another's result: `Compose([f, g])` applies g first, A x = F G x.
+    A composition of measurements: `Compose([f, g])` applies g first, A x = F G x.
 
     Args:
-        operators (`list`): Operators, or what [`as_operator`] takes. The last one is applied first.
+        operators (`list`): Operators, or objects that [`as_operator`] converts. The last one is applied first.
     """
 
     def __init__(self, operators: Sequence[Any]):
@@ -70,11 +70,11 @@ class Stack(Combination):
     Several measurements of one image, as one row of numbers per image: A x = (F x, G x, ...), of shape (B, m).
 
     Args:
-        operators (`list`): Operators, or what [`as_operator`] takes.
+        operators (`list`): Operators, or objects that [`as_operator`] converts.
         image_shape (`tuple[int]`): (C, H, W) of the images.
         measurement_shapes (`list[tuple[int]]`, *optional*):
-            Shape of each operator's measurement of one image. Required for functions that do not take a float32 batch of one image
-            on the CPU, which otherwise tells the shape.
+            Shape of each operator's measurement of one image. By default, measuring one float32 image on the CPU tells the shapes.
+            Required for functions that do not accept such an image.
     """
 
     def __init__(

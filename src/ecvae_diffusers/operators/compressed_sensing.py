@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Compressed sensing: random inner products of blocks of an image, fewer than pixels."""
+"""Compressed sensing: random inner products of image blocks, fewer than there are pixels."""
 
 import math
 from typing import Self
@@ -15,7 +15,7 @@ class CompressedSensing(LinearOperator):
     Products of each block of b x b pixels of each channel with the rows of a matrix: (B, C, H, W) to (B, C m, H / b, W / b).
 
     Args:
-        matrix (`torch.Tensor` of shape `(m, b * b)`): Orthonormal rows. `hadamard` and `orthonormal` draw random ones.
+        matrix (`torch.Tensor` of shape `(m, b * b)`): A matrix with orthonormal rows. `hadamard` and `orthonormal` draw random ones.
     """
 
     row_norm = 1.0
@@ -34,8 +34,8 @@ class CompressedSensing(LinearOperator):
     @classmethod
     def hadamard(cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None) -> Self:
         """
-        Draw rows of the Walsh-Hadamard transform, of pixels whose signs are flipped at random: a `ratio` of m to b * b above 0 and
-        up to 1, of blocks of b = `block_size` pixels, a power of 2.
+        Draw random rows of the Walsh-Hadamard transform, and flip the signs of pixels at random. `ratio` is m / b^2, above 0 and at
+        most 1. `block_size` is b, a power of 2.
         """
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"`block_size` must be a power of 2, but is {block_size}.")
@@ -49,7 +49,7 @@ class CompressedSensing(LinearOperator):
 
     @classmethod
     def orthonormal(cls, ratio: float = 0.25, block_size: int = 8, generator: torch.Generator | None = None) -> Self:
-        """Draw orthonormal rows, by a QR decomposition of normal draws, for any b. Arguments as of `hadamard`."""
+        """Draw random orthonormal rows by a QR decomposition, for any `block_size`. Arguments are as for `hadamard`."""
         num_pixels = block_size**2
         draws = torch.randn(num_pixels, cls.num_rows(ratio, num_pixels), dtype=torch.float64, generator=generator)
         return cls(torch.linalg.qr(draws).Q.mT)

@@ -3,8 +3,8 @@ r"""Linear measurements y = A x of images, with their adjoint and pseudo-inverse
 
 .. math:: \langle A x, y \rangle = \langle x, A^T y \rangle, \qquad A A^+ A = A, \quad A^+ A A^+ = A^+,
 
-where :math:`A A^+` and :math:`A^+ A` are symmetric. The damped inverse :math:`A_s = A^T (A A^T + s I)^{-1}` goes to :math:`A^+`
-as s goes to 0.
+where :math:`A A^+` and :math:`A^+ A` are symmetric. The damped inverse :math:`A_s = A^T (A A^T + s I)^{-1}` tends to :math:`A^+`
+as s tends to 0.
 """
 
 import json
@@ -21,7 +21,7 @@ from .solvers import Factors, LeastSquares, factorize, inverse
 
 
 CONFIG_FILE, TENSORS_FILE = "operator_config.json", "operator.safetensors"
-# Entries of an image up to which an operator's whole matrix is decomposed (half a second, 16 MB).
+# Largest number of image entries for which an operator's whole matrix is decomposed (half a second, 16 MB).
 DENSE_ENTRIES = 1024
 ONE = factorize(torch.ones(1, 1))
 
@@ -31,18 +31,18 @@ class LinearOperator(nn.Module):
     A linear measurement of images in [-1, 1]. All methods take batches on any device and in any floating dtype, and are
     differentiable.
 
-    A subclass has `A` and `A_adjoint`, and passes the arguments of its constructor to this one, which registers tensors as buffers
-    and keeps the rest for the config. It sets `row_norm` to c if A A^T = c I on the range of A; otherwise it may override
-    `A_dagger` with a closed form.
+    A subclass defines `A` and `A_adjoint`, and passes its constructor's arguments to this constructor, which registers tensors as
+    buffers and keeps the other arguments for the config. It sets `row_norm` to c if A A^T = c I on the range of A; otherwise it
+    may override `A_dagger` with a closed form.
     """
 
-    # `as_operator` recognizes operators by this, even those of another copy of this class: a pipeline from the Hub brings its own.
+    # `as_operator` recognizes operators by this attribute, because a pipeline from the Hub brings its own copy of this class.
     is_linear_operator = True
     row_norm: float | None = None  # c if A A^T is c times the projection on the range of A
-    solver_dtype: torch.dtype | None = torch.float64  # of CGLS; None is the measurement's own
+    solver_dtype: torch.dtype | None = torch.float64  # dtype of CGLS; None keeps that of the measurement
     rcond: float = 0.0  # A^+ leaves out singular values up to this times the largest
-    is_the_same_for_all_images: bool = True  # every image of a batch is measured alike
-    is_diagonal: bool = False  # A^T A is: each entry of a measurement is one of the image's
+    is_the_same_for_all_images: bool = True  # whether all images of a batch are measured alike
+    is_diagonal: bool = False  # whether A^T A is diagonal, as for a mask
 
     def __init__(self, **arguments: Any):
         super().__init__()
@@ -66,24 +66,24 @@ class LinearOperator(nn.Module):
 
     def A_dagger(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
         """
-        Apply the pseudo-inverse to measurements (B, ...): of all x whose A x is nearest to y, A^+ y has the least norm. With a
-        `damping` s above 0 this is A_s y = A^T (A A^T + s I)^{-1} y.
+        Apply the pseudo-inverse to measurements (B, ...): A^+ y has the least norm of all x whose A x is nearest to y. With a
+        `damping` s above 0, apply the damped inverse instead: A_s y = A^T (A A^T + s I)^{-1} y.
 
-        Without a closed form, CGLS solves it from 0, in float64 if the device has it: to a relative residual of 1e-10 for
-        measurements in float64 and 1e-8 in float32 (1e-6 if it computes in float32).
+        Without a closed form, CGLS computes it from x = 0, in float64 if the device supports it. The relative tolerance is 1e-10 for
+        float64 measurements and 1e-8 for float32 ones (1e-6 if CGLS runs in float32).
         """
         if self.row_norm is not None:
             return self.A_adjoint(y) / (self.row_norm + damping)
         return self.solve(y, damping)
 
     def solve(self, y: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-        """Apply `A_dagger` by CGLS, even if there is a closed form."""
+        """Compute `A_dagger` by CGLS, even if there is a closed form."""
         dtype = y.dtype if self.solver_dtype is None or y.device.type == "mps" else self.solver_dtype
         tolerance = {torch.float32: 1e-6}.get(dtype, 1e-10 if y.dtype == torch.float64 else 1e-8)
         return LeastSquares.apply(y.to(dtype), self.A, self.A_adjoint, damping, tolerance).to(y.dtype)
 
     def solve_densely(self, y: torch.Tensor, image_shape: tuple[int, ...], damping: float = 0.0) -> torch.Tensor:
-        """Apply `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
+        """Compute `A_dagger` by decomposing the whole matrix, for images (C, H, W) of at most 1,024 entries."""
 
         def matrix() -> torch.Tensor:
             entries = torch.eye(math.prod(image_shape), dtype=torch.float64).view(-1, *image_shape)
@@ -94,7 +94,7 @@ class LinearOperator(nn.Module):
         return solved.view(len(y), *image_shape)
 
     def decomposed(self, key: tuple[int, ...], matrix: Callable[[], torch.Tensor]) -> Factors:
-        """Decompose a matrix once, so that its factors serve gradients later, even if they are made in inference mode."""
+        """Decompose a matrix once and cache its factors. Gradients can use them even if this call is in inference mode."""
         if key not in self.decompositions:
             with torch.inference_mode(False), torch.no_grad():
                 self.decompositions[key] = factorize(matrix())
@@ -104,11 +104,11 @@ class LinearOperator(nn.Module):
         return self.A(x)
 
     def to_config(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, Any]:
-        """Return the constructor's arguments for JSON. Tensors go to `tensors`, and their names to the config."""
+        """Return the constructor's arguments as a config for JSON. Tensors are added to `tensors`, and the config holds their names."""
         config: dict[str, Any] = {"_class_name": type(self).__name__}
         for name, value in self._arguments.items():
             if isinstance(value, torch.Tensor):
-                # A copy: safetensors does not save two names of one tensor, such as a mask that two parts share.
+                # A copy, because safetensors can't save a tensor under two names, such as a mask that two parts share.
                 tensors[prefix + name] = getattr(self, name).contiguous().clone()
                 value = {"tensor": prefix + name}
             elif isinstance(value, list):
@@ -119,8 +119,8 @@ class LinearOperator(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor] = {}) -> "LinearOperator":
         """
-        Build an operator of any class from the config of `to_config`. Raises `ValueError` if the class is unknown: that of an
-        operator of your own must be imported before.
+        Build an operator of any class from the config of `to_config`. Raises `ValueError` if the class is unknown; import your own
+        operator classes first.
         """
         config, kinds = dict(config), {kind.__name__: kind for kind in subclasses(LinearOperator)}
         name = config.pop("_class_name", None)
@@ -146,7 +146,7 @@ class LinearOperator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> "LinearOperator":
-        """Load what `save_pretrained` wrote. Raises as `from_config`, and `OSError` if a file is missing."""
+        """Load an operator that `save_pretrained` wrote. Raises `ValueError` as `from_config` does, and `OSError` if a file is missing."""
         folder = Path(save_directory)
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return cls.from_config(config, safetensors.torch.load_file(folder / TENSORS_FILE))
@@ -154,7 +154,7 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator of two functions, which solves for A^+. It can't be saved. The functions are called with contiguous copies of
+    An operator defined by two functions. CGLS computes its A^+, and it can't be saved. The functions receive contiguous copies of
     batches, which they may change, in the dtype of the measurement.
 
     Args:
@@ -163,7 +163,7 @@ class FunctionOperator(LinearOperator):
     """
 
     solver_dtype = None
-    is_the_same_for_all_images = False  # as far as we know
+    is_the_same_for_all_images = False  # unknown, so assume that they differ
 
     def __init__(self, A: Callable[[torch.Tensor], torch.Tensor], A_adjoint: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
@@ -186,7 +186,7 @@ def subclasses(kind: type) -> set[type]:
 def as_operator(operator: Any) -> LinearOperator:
     """
     Convert a [`LinearOperator`], an object with `A` and `A_adjoint` (a `LinearPhysics` of deepinv, for example), or a pair of
-    functions (A, A_adjoint) to an operator. Raises `ValueError` for anything else.
+    functions (A, A_adjoint) to an operator. Raises `ValueError` for any other object.
     """
     if getattr(operator, "is_linear_operator", False):
         return operator

@@ -9,7 +9,7 @@ from .linear_operator import LinearOperator
 
 
 class Denoising(LinearOperator):
-    """A x = x: only noise is to be removed."""
+    """The identity A x = x: the measurement is the image with noise."""
 
     row_norm = 1.0
     is_diagonal = True
@@ -23,7 +23,7 @@ class Denoising(LinearOperator):
 
 class Inpainting(LinearOperator):
     """
-    A x = m x, pixel by pixel. A measurement has the image's shape, and is 0 where nothing was observed: middle gray in a
+    A mask: A x = m x, pixel by pixel. A measurement has the image's shape, and is 0 where nothing was observed: middle gray in a
     tensor, black in a picture.
 
     Args:
@@ -45,7 +45,7 @@ class Inpainting(LinearOperator):
 
     @classmethod
     def box(cls, height: int, width: int, top: int, left: int, box_height: int, box_width: int) -> Self:
-        """Make the operator for images with a missing box, whose first row and column are `top` and `left`."""
+        """Return the operator of a missing box, in pixels, whose first row and column are `top` and `left`."""
         bottom, right = top + box_height, left + box_width
         if not (0 <= top <= bottom <= height and 0 <= left <= right <= width):
             raise ValueError(f"`box_height` {box_height} and `box_width` {box_width} must fit {height}x{width} px.")
@@ -63,8 +63,8 @@ class Inpainting(LinearOperator):
         num_masks: int | None = None,
     ) -> Self:
         """
-        Make the operator that observes each pixel, with all its channels, with probability `observed`. With `num_masks` it has
-        as many masks, one per image.
+        Return an operator that observes each pixel, in all its channels, with probability `observed`. With `num_masks`, it has
+        one mask for each image of a batch of that size.
         """
         if not 0 <= observed <= 1:
             raise ValueError(f"`observed` must be from 0 to 1, but is {observed}.")
@@ -82,7 +82,7 @@ class Inpainting(LinearOperator):
         return self.A(y)
 
     def measurement_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(image_shape)  # of one image, whatever the number of masks
+        return tuple(image_shape)  # one image has this shape even with several masks
 
 
 class Colorization(LinearOperator):
@@ -107,7 +107,7 @@ class Colorization(LinearOperator):
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[1] != len(self.weights):
-            raise ValueError(f"`weights` are of {len(self.weights)} channels, but images have {x.shape[1]}.")
+            raise ValueError(f"`weights` are for {len(self.weights)} channel(s), but images have {x.shape[1]}.")
         return (x * self.column(x)).sum(1, keepdim=True)
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:

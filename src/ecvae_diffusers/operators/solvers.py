@@ -1,6 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""Pseudo-inverses. Small and separable matrices, :math:`Y = R_h X R_w^T` for each channel, by singular value decomposition: singular
-values are products of those of :math:`R_h` and :math:`R_w`. Operators that are functions by conjugate gradients (CGLS):
+r"""Pseudo-inverses of operators.
+
+Small and separable matrices, :math:`Y = R_h X R_w^T` for each channel, are inverted by singular value decomposition. Their singular
+values are the products of those of :math:`R_h` and :math:`R_w`. Other operators are inverted by conjugate gradients (CGLS):
 
 .. math:: \min_x \|y - A x\|^2 + s \|x\|^2
 
@@ -15,7 +17,7 @@ import torch
 
 
 MAX_ITERATIONS = 1000
-# Iterations without a smaller gradient after which float32 can't improve an entry.
+# In float32, an entry of the batch stops after this many iterations without a smaller gradient.
 STAGNATION = 50
 
 
@@ -40,8 +42,8 @@ def apply(rows: torch.Tensor, columns: torch.Tensor, x: torch.Tensor) -> torch.T
 
 def inverse(rows: Factors, columns: Factors, y: torch.Tensor, damping: float, rcond: float) -> torch.Tensor:
     """
-    Return A_s y for `damping` s above 0, or A^+ y for 0, which leaves out singular values up to `rcond` times the largest.
-    Computes in float64 if the device has it, since it divides by products of small singular values.
+    Return A_s y for a `damping` s above 0, and A^+ y for 0. A^+ leaves out singular values up to `rcond` times the largest.
+    Computes in float64 if the device supports it, because it divides by products of small singular values.
     """
     exact = y if y.device.type == "mps" else y.double()
     values = torch.outer(rows.values, columns.values).to(exact)
@@ -65,8 +67,9 @@ def cgls(
     Return x = (A^T A + s I)^{-1} A^T y, or A^+ y for s = 0, of each entry of a batch (Hestenes and Stiefel 1952; Bjorck 1996,
     algorithm 7.4.1), in float32 or float64.
 
-    An entry is done if its A^T r - s x is at most `tolerance` times A^T y in norm, or its r `tolerance` times y. float32 reaches
-    about 1e-6, and stops where it no longer improves. After `max_iterations` it stops with a warning.
+    An entry of the batch has converged if |A^T r - s x| is at most `tolerance` times |A^T y|, or |r| at most `tolerance` times |y|,
+    with r = y - A x. float32 reaches about 1e-6, and an entry stops when it no longer improves. After `max_iterations`, all entries
+    stop with a warning.
     """
 
     def squares(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,7 +90,7 @@ def cgls(
             return x
         image = A(direction)
         curvature = squares(image) + damping * squares(direction)
-        # An entry that is done stays where it is: its direction may be 0.
+        # A converged entry stays unchanged, because its direction may be 0.
         step = torch.where(is_active, gradient_norm / curvature.where(is_active, torch.ones_like(curvature)), 0.0)
         x, residual = x + each(step, direction), residual - each(step, image)
         gradient = A_adjoint(residual) - damping * x
@@ -96,13 +99,15 @@ def cgls(
         direction = gradient + each(ratio, direction)
         since = torch.where(gradient_norm < least, torch.zeros_like(since), since + 1)
         least = torch.minimum(least, gradient_norm)
-    warnings.warn(f"CGLS stopped after {max_iterations} iterations, before a relative residual of {tolerance}.")
+    warnings.warn(
+        f"CGLS stopped after {max_iterations} iterations without reaching a relative residual of {tolerance}."
+    )
     return x
 
 
 class LeastSquares(torch.autograd.Function):
     """
-    Make [`cgls`] differentiable in y without a graph of its iterations: the adjoint of (A^T A + s I)^{-1} A^T is
+    [`cgls`], differentiable in y without a graph of its iterations: the adjoint of (A^T A + s I)^{-1} A^T is
     (A A^T + s I)^{-1} A, the same problem with A^T instead of A.
     """
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Measurements of fewer, larger pixels."""
+"""Measurements at a lower resolution."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ from .linear_operator import LinearOperator
 
 class SuperResolution(LinearOperator):
     """
-    A lower resolution: (B, C, H, W) to (B, C, H / scale, W / scale).
+    Downsampling: (B, C, H, W) to (B, C, H / scale, W / scale).
 
     Args:
-        scale (`int`): Pixels that become one in each direction; must divide H and W.
+        scale (`int`): Factor in each direction, at least 1; must divide H and W.
         mode (`str`, *optional*, defaults to `"average"`):
             `"average"` is the mean of scale x scale pixels, `"bicubic"` is PIL's `image.resize(..., Image.BICUBIC)` (with
-            antialiasing), `"decimation"` is the first pixel of scale x scale.
+            antialiasing), `"decimation"` keeps the first pixel of scale x scale.
     """
 
     def __init__(self, scale: int, mode: str = "average"):
@@ -62,5 +62,5 @@ class SuperResolution(LinearOperator):
         if self.mode != "bicubic":
             return super().A_dagger(y, damping)
         rows, columns = (self.resizing(size * self.scale) for size in y.shape[-2:])
-        # The condition number is below 3.
+        # The condition number is below 3, so `rcond` leaves nothing out.
         return solvers.inverse(rows, columns, y, damping, rcond=1e-10)

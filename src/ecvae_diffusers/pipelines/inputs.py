@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Reads pictures, masks, tensors and latents: one reader for training, for evaluation and for every pipeline."""
+"""Readers of pictures, masks, tensors and latents, shared by training, evaluation and all pipelines."""
 
 import struct
 from collections import Counter
@@ -34,13 +34,13 @@ UPRIGHT = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-# Resizing and half precision leave [0, 1] by less than this.
+# Resizing and half precision overshoot [0, 1] by less than this.
 RANGE_TOLERANCE = 1e-3
-# Levels of a mask below and above which it is nearly black and nearly white.
+# A level of a mask below DARK is nearly black, and one above BRIGHT nearly white.
 DARK, BRIGHT = 0.06, 0.94
-# Share of a mask's pixels that a region of labels has at least.
+# Smallest share of a mask's pixels that counts as a region of one label.
 LEAST_REGION = 0.005
-# Shades of one colour differ from its multiples by at most this many levels.
+# A shade of a colour may differ from a multiple of the colour by this many levels.
 SHADE_TOLERANCE = 2
 
 
@@ -48,47 +48,47 @@ SHADE_TOLERANCE = 2
 
 
 def white_level(image: PIL.Image.Image) -> int | None:
-    """Return the level of white in a picture's pixels, or `None` if its mode has no agreed one."""
-    # Float and 32-bit pixels have no agreed white, except in formats that store 16 bits.
+    """Return the pixel value of white, or `None` if the picture's mode does not define it."""
+    # Modes of float and 32-bit pixels do not define white, except in file formats that store 16 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
     return None if image.mode in ("F", "I") else 255
 
 
 def check_mode(image: PIL.Image.Image) -> int:
-    """Return the level of white, or raise `ValueError` if the picture's mode has no agreed one."""
+    """Return the pixel value of white. Raises `ValueError` if the picture's mode does not define it."""
     if (white := white_level(image)) is not None:
         return white
     low, high = np.asarray(image).min(), np.asarray(image).max()
     guess = next((level for level in (1, 255, 65535) if high <= level), high)
     raise ValueError(
-        f"mode {image.mode} has no agreed white, and goes from {low:.4g} to {high:.4g}. If white is {guess:g}: "
+        f"mode {image.mode} does not define white; its values are from {low:.4g} to {high:.4g}. If white is {guess:g}, use "
         f"PIL.Image.fromarray((numpy.asarray(image) / {guess:g} * 255).clip(0, 255).round().astype('uint8'))"
     )
 
 
 def orientation(image: PIL.Image.Image) -> int:
-    """Return the EXIF orientation from 1 (upright) to 8, or raise `ValueError` if the EXIF data can't be read."""
+    """Return the EXIF orientation, from 1 (upright) to 8. Raises `ValueError` if the EXIF data can't be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, struct.error) as error:
-        raise ValueError(f"the EXIF data can't be read ({error}). Without them: image.info.pop('exif')") from error
+        raise ValueError(f"the EXIF data can't be read ({error}). To ignore them: image.info.pop('exif')") from error
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn a picture upright by its EXIF data: cameras store photographs as they were held."""
-    image.load()  # Pillow turns TIFF files itself.
+    """Turn a picture upright according to its EXIF data: cameras store photographs as they were held."""
+    image.load()  # Pillow turns TIFF files upright itself when it loads them.
     stored = orientation(image)
     return image.transpose(UPRIGHT[stored]) if stored in UPRIGHT else image
 
 
 def opacity(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return the alpha channel of an L, I;16 or RGB picture with a transparent colour."""
+    """Return the alpha channel of a picture of mode L, I;16 or RGB that has a transparent colour."""
     pixels, key = np.asarray(image), np.array(image.info["transparency"])
     if image.mode == "RGB" and key.max() > 255:
-        key = key >> 8  # Pillow keeps the high bytes of 16-bit pixels, and the whole key.
+        key = key >> 8  # Pillow keeps only the high bytes of 16-bit pixels, but both bytes of the transparent colour.
     if image.mode == "L":
-        # Pillow spreads 2- and 4-bit pixels over 8 bits, but not the key.
+        # Pillow scales 2- and 4-bit pixels to 8 bits, but not the transparent colour.
         scales = [scale for scale in (1, 17, 85) if not (pixels % scale).any() and (pixels == key * scale).any()]
         key = key * (scales or [1])[0]
     transparent = (pixels == key).all(-1) if image.mode == "RGB" else pixels == key
@@ -99,10 +99,11 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
     """
     Convert a picture of any mode to 1, 3 or 4 channels of 8 bits.
 
-    The EXIF data turn it upright, 16 bits are scaled and rounded, and transparency is laid on white unless alpha is a channel.
+    The picture is turned upright according to its EXIF data, and 16 bits are scaled and rounded to 8. Transparent pixels are laid
+    over white unless there are 4 channels.
 
     Raises:
-        ValueError: if the mode has no agreed white, or the EXIF data can't be read.
+        ValueError: if the mode does not define white, or the EXIF data can't be read.
     """
     white = check_mode(image)
     image = upright(image)
@@ -130,18 +131,21 @@ def read_picture(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
 
 def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     """
-    Return the pixels that a mask repaints, a bool array of shape (H, W).
+    Return which pixels a mask repaints, as a bool array of shape (H, W).
 
-    A mask of black and one other level or colour repaints all that is not black: labels 0 and 1, palettes of one object, paint.
-    A mask of shades of white, or of one bright paint, on a dark ground repaints what has at least half of white.
-    Raises `ValueError`, with the line that converts it, if a mask is neither, or has transparent pixels.
+    A mask of black and one other level or colour repaints all that is not black. Examples are labels 0 and 1, a palette with one
+    object, and painted strokes. A mask with shades of white, or of one bright colour, on a dark ground repaints pixels of at least
+    half the level of white.
+
+    Raises:
+        ValueError: if a mask is of neither kind, or has transparent pixels. The message suggests a conversion.
     """
     white = white_level(mask)
     if mask.has_transparency_data and np.asarray(read_picture(mask, 4))[..., 3].min() < 255:
         alpha = "mask.convert('RGBA').getchannel('A')"
         raise ValueError(
-            f"mode {mask.mode} has transparent pixels. To repaint what is erased: {alpha}.point(lambda a: 255 - a). "
-            f"To repaint what is opaque: {alpha}"
+            f"mode {mask.mode} has transparent pixels. To repaint transparent pixels: {alpha}.point(lambda a: 255 - a). "
+            f"To repaint opaque pixels: {alpha}"
         )
     pixels = np.asarray(read_picture(mask, 3)) if white == 255 else np.asarray(upright(mask))[..., None]
     level = pixels.max(-1)
@@ -158,19 +162,19 @@ def read_mask(mask: PIL.Image.Image) -> np.ndarray:
     example = next((value for value in values if value != 0), 0)
     array, each = ("numpy.asarray(mask.convert('RGB'))", ".all(-1)") if white == 255 else ("numpy.asarray(mask)", "")
     raise ValueError(
-        f"mode {mask.mode} with the values {values} is not in black (kept) and white (repainted). To repaint one: "
+        f"mode {mask.mode} with the values {values} is not black (kept) and white (repainted). To repaint one of the values: "
         f"PIL.Image.fromarray(({array} == {example}){each})"
     )
 
 
 def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
-    """Tell whether the levels (H, W) of a mask, from 0 to 1, are a dark ground, bright shapes and soft edges, instead of labels."""
+    """Return whether the levels (H, W) of a mask, from 0 to 1, are bright shapes with soft edges on a dark ground, not labels."""
     levels = np.unique(level)
     if len(levels) == 1:
         return gray and levels[0] == 1
     if not (levels[0] < 0.5 <= levels[-1] and (levels[0] < DARK or levels[-1] > BRIGHT)):
         return False
-    # Levels that fill regions: at least half of their pixels lie in squares of 2 x 2. Those of soft edges do not.
+    # A level fills a region if at least half of its pixels lie in 2 x 2 squares of it. Levels of soft edges do not.
     corner = level[:-1, :-1]
     square = (corner == level[1:, :-1]) & (corner == level[:-1, 1:]) & (corner == level[1:, 1:])
     inside = np.zeros(level.shape, bool)
@@ -181,7 +185,7 @@ def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
     )
     regions = levels[(inside_counts >= LEAST_REGION * level.size) & (2 * inside_counts >= counts)]
     regions = regions[(regions > levels[0]) & (regions < levels[-1])]
-    only_white = (levels >= 0.5).sum() == 1  # JPEG files have noise on both sides
+    only_white = (levels >= 0.5).sum() == 1  # not a JPEG file, which has several bright levels
     return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
 
 
@@ -189,12 +193,14 @@ def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
 
 
 def as_list(images: Images, name: str) -> list:
-    """Return an argument as a list of PIL images, of arrays or of tensors."""
+    """Return an argument as a list of PIL images, arrays or tensors. Raises `ValueError` for other or mixed types or sizes."""
     images = list(images) if isinstance(images, list | tuple) else [images]
     kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
     if not images or not any(all(isinstance(one, kind) for one in images) for kind in kinds):
         found = sorted({type(one).__name__ for one in images})
-        raise ValueError(f"`{name}` must hold PIL images, numpy arrays or tensors, at least one, but holds {found}.")
+        raise ValueError(
+            f"`{name}` must hold at least one PIL image, numpy array or tensor, all of one type, but holds {found}."
+        )
     sizes = {one.size if isinstance(one, PIL.Image.Image) else tuple(one.shape) for one in images}
     if len(sizes) > 1:
         raise ValueError(f"`{name}` must hold images of one size, but holds {sorted(sizes)}.")
@@ -210,15 +216,16 @@ def read_all(images: list[PIL.Image.Image], name: str, read: Callable[[PIL.Image
 
 def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) -> torch.Tensor:
     """
-    Convert pictures to one tensor (B, C, H, W) in [0, 1], or raise `ValueError`.
+    Convert pictures to one tensor (B, C, H, W) in [0, 1].
 
-    PIL images get `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep theirs, and values that are not finite.
+    PIL images are converted to `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep their channels, and values
+    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, or leave [0, 1].
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
         levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
-            logger.warning("`image` has colours, and the model is gray: it is converted to gray, as training does.")
+            logger.warning("`image` has colours, but the model is gray: it is converted to gray, as in training.")
         return levels.permute(0, 3, 1, 2).float() / 255
     if images[0].ndim == 2:
         images = [one[None] if isinstance(one, torch.Tensor) else one[..., None] for one in images]
@@ -241,8 +248,8 @@ def has_colours(image: PIL.Image.Image) -> bool:
 
 def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.Tensor) -> torch.Tensor:
     """
-    Return the pixels of pictures `like` (B, C, H, W) that were observed, bool of shape (1 or B, 1, H, W): those where the mask is
-    black. Raises `ValueError` if a mask can't be read or does not fit. Warns of a mask that repaints nothing or everything.
+    Return which pixels of pictures `like` (B, C, H, W) were observed, as a bool tensor (1 or B, 1, H, W): those where the mask is
+    black. Raises `ValueError` if a mask can't be read or does not fit. Warns if a mask repaints nothing or everything.
     """
     masks = as_list(mask_image, "mask_image")
     if isinstance(masks[0], PIL.Image.Image):
@@ -255,12 +262,14 @@ def prepare_mask(mask_image: Images, processor: VaeImageProcessor, like: torch.T
     check_shape("mask_image", repainted, (count, 1, *like.shape[2:]))
     for found, what in ((~repainted.flatten(1).any(1), "nothing"), (repainted.flatten(1).all(1), "everything")):
         if found.any():
-            logger.warning(f"`mask_image` repaints {what} in {int(found.sum())} of {count} masks. White is repainted.")
+            logger.warning(
+                f"`mask_image` repaints {what} in {int(found.sum())} of {count} mask(s): white is repainted, black is kept."
+            )
     return ~repainted
 
 
 def is_turned(images: Images) -> bool:
-    """Tell whether the EXIF data turn a picture."""
+    """Return whether EXIF data turn any of the pictures."""
     return any(isinstance(one, PIL.Image.Image) and orientation(one) in UPRIGHT for one in as_list(images, "image"))
 
 
@@ -277,7 +286,7 @@ def check_generator(generator: Generators, count: int) -> None:
 
 
 def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
-    """Return class numbers (B,), that of the unknown class where none is given. `None` for a model without classes."""
+    """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
     labels = prepare_labels(class_labels, count, pipeline.vae.config)
     if labels is None:
         return None
@@ -287,7 +296,7 @@ def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.
 
 
 def check_finite(images: torch.Tensor, suspects: str) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be shown as black."""
+    """Raise `ValueError` if decoded images are not finite: they would be displayed as black."""
     if not images.isfinite().all():
         raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
@@ -301,11 +310,11 @@ def prepare_latents(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return latents (batch_size, num_latents, 1, 1): those given, or draws. Raise `ValueError` for wrong ones."""
+    """Return the given latents, or draw them: (batch_size, num_latents, 1, 1). Raises `ValueError` if an argument does not fit."""
     check_number("batch_size", batch_size, 1, whole=True)
     check_number("temperature", temperature, 0, LARGEST_TEMPERATURE)
     if latents is not None and temperature != 1:
-        raise ValueError(f"`temperature` must be 1 with `latents`, but is {temperature}.")
+        raise ValueError(f"`temperature` must be 1 if `latents` are given, but is {temperature}.")
     if latents is not None and batch_size == 1:
         batch_size = max(1, len(latents))
     check_generator(generator, batch_size)
@@ -317,6 +326,6 @@ def prepare_latents(
 
 
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
-    """Convert images in [-1, 1] to `output_type`. The processor would denormalize them one by one."""
+    """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
     check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")

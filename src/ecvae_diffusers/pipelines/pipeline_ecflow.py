@@ -21,13 +21,13 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
 
     Args:
         flow ([`FlowEC`]): The flow whose inverse maps latents from N(0, I) to images.
-        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated it. Sampling does not need it.
-        scheduler ([`LangevinScheduler`], *optional*): The chain that it was calibrated with. Sampling does not need it.
+        energy_model ([`EnergyModel`], *optional*): The energy model that calibrated the flow. Sampling does not need it.
+        scheduler ([`LangevinScheduler`], *optional*): The chain of the calibration. Sampling does not need it.
     """
 
     model_cpu_offload_seq = "flow->energy_model"
     _optional_components = ["energy_model", "scheduler"]
-    # Nothing interrupts its one pass.
+    # A single pass can't be interrupted.
     num_timesteps, interrupt = 1, False
 
     def __init__(
@@ -51,7 +51,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput:
         r"""
-        The call function to the pipeline for generation: one pass of the flow's inverse, and no other network.
+        The call function to the pipeline for generation. It runs one pass of the flow's inverse and no other network.
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
@@ -62,8 +62,8 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
             temperature (`float`, *optional*, defaults to 1.0):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], to which a flow's
-                images are clamped; or `"latent"`, the latents without decoding. `None` is `"np"`.
+                `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), clamped to [0, 1]; or `"latent"`, the
+                latents without decoding. `None` means `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 

@@ -29,14 +29,14 @@ from .inputs import (
 from .self_contained import SelfContained
 
 
-# Bytes of the decoder's widest activations that a CPU computes at a time. More outgrow the cache, and each buffer is fetched
-# from the system anew: batches of 256 were up to 2.5 times slower.
+# On a CPU, batches are decoded in parts whose widest activations take this many bytes. Larger parts outgrow the cache and are
+# slower.
 CPU_PART_BYTES = 8 * 2**20
 
 
 class ECVAEPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for image generation with an energy-calibrated VAE, by class if it has learned classes: one decoder pass per image.
+    Pipeline for image generation with an energy-calibrated VAE, optionally conditional on classes: one decoder pass per image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -44,9 +44,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     Args:
         vae ([`AutoencoderEC`]): The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
-            The energy model that calibrated it. Only `score` and `num_refinement_steps` require it.
+            The energy model that calibrated the VAE. Only `score` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
-            The chain that it was calibrated with. Only `num_refinement_steps` requires it.
+            The chain of the calibration. Only `num_refinement_steps` requires it.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -67,11 +67,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ECVAEPipeline":
         """
-        Share the components of another pipeline. Of a restoration pipeline, which has no scheduler, give one too:
-        `from_pipe(restoration, scheduler=scheduler)`, or `None` to do without `num_refinement_steps`.
+        Create a pipeline that shares the components of another one. A restoration pipeline has no scheduler, so pass one:
+        `from_pipe(restoration, scheduler=scheduler)`, or `None` if `num_refinement_steps` is not needed.
         """
         if "scheduler" not in kwargs and "scheduler" not in pipeline.components:
-            raise ValueError("`scheduler` must be given, a LangevinScheduler or None: the other pipeline has none.")
+            raise ValueError(
+                "`scheduler` must be given (a LangevinScheduler or None), because the other pipeline has none."
+            )
         return super().from_pipe(pipeline, **kwargs)
 
     @property
@@ -85,11 +87,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def latents_placement(self) -> tuple[torch.device, torch.dtype]:
         """
-        Return device and dtype of the decoder's latents. diffusers' properties know the hooks that move or cast them, but walk
-        through all modules five times, which takes as long as half a pass of a small decoder.
+        Return the device and dtype of the decoder's latents. diffusers' properties account for hooks that move or cast them, but
+        take as long as half a pass of a small decoder. They are used only if there are such hooks.
         """
         conv_in = self.vae.decoder.conv_in
-        modules = (self.vae, self.vae.decoder, conv_in)  # on which such a hook sits
+        modules = (self.vae, self.vae.decoder, conv_in)  # where such hooks are placed
         if any(hasattr(module, hook) for module in modules for hook in ("_hf_hook", "_diffusers_hook")):
             return self._execution_device, self.vae.dtype
         return conv_in.weight.device, conv_in.weight.dtype
@@ -99,7 +101,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Return the numbers of classes.
 
         Args:
-            label (`str` or `list[str]`): Names of classes, of those in `pipe.vae.config.id2label`.
+            label (`str` or `list[str]`): Names of classes, from `pipe.vae.config.id2label`.
 
         Raises:
             ValueError: if the model has no class of that name.
@@ -108,7 +110,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
 
     def draw_labels(self, class_labels: Sequence[str | int | None], generator: Generators) -> torch.Tensor | None:
         """
-        Return class numbers (B,): those given, and draws by the training data's frequencies where one is `None`. Return `None` for a
+        Return class numbers (B,). A label that is `None` is drawn by the class frequencies of the training data. Return `None` for a
         model without classes.
         """
         config = self.vae.config
@@ -125,10 +127,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         return torch.tensor(numbers, device=self._execution_device)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Decode latents to images in [-1, 1], a large batch in parts on a CPU."""
+        """Decode latents to images in [-1, 1]. On a CPU, large batches are decoded in parts."""
         config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
-            size = config.sample_size // config.get("patch_size", 1)  # repositories of earlier code have none
+            size = config.sample_size // config.get("patch_size", 1)  # configs saved by earlier versions lack it
             widest = config.block_out_channels[0] * size**2 * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
         classes = [{}] * len(latents) if labels is None else [{"class_labels": some} for some in labels.split(part)]
@@ -139,7 +141,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     def prepare_image(self, image: Images) -> torch.Tensor:
         """
         Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1]. Raises
-        `ValueError` if size, channels or range are not the model's, or a value is not finite.
+        `ValueError` if the size or channels do not fit the model, or a value is out of range or not finite.
         """
         size, channels = self.vae.config.sample_size, self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
@@ -156,10 +158,10 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         generator: Generators,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the calibrating chain, which training teaches the decoder, on images in [-1, 1]."""
+        """Run the calibration chain on decoded images in [-1, 1]."""
         dtype = sample.dtype
         initial_sample = sample = sample.float()
-        # A copy: the pipeline's may be a calibrator's, with another number of steps.
+        # A copy, because the pipeline may share its scheduler with a calibrator that takes another number of steps.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(num_refinement_steps)
         with frozen(self.energy_model):
@@ -181,7 +183,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput:
         r"""
-        The call function to the pipeline for generation: one decoder pass, and no other network.
+        The call function to the pipeline for generation. It runs one decoder pass, and by default no other network.
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
@@ -195,13 +197,13 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 Number of Langevin steps on the energy model after decoding. A calibrated decoder does not need them.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents without decoding. `None` is `"np"`.
+                `"latent"`, the latents without decoding. `None` means `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
-                What to generate: names or numbers of classes, one for all images or one per image. `None` draws a class by its
-                frequency in the training data, and the number `vae.config.num_class_embeds` is an unknown class. A model without
-                classes takes only `None`.
+                The classes to generate, as names or numbers: one for all images or one per image. `None` draws a class by its
+                frequency in the training data. The number `vae.config.num_class_embeds` is the unknown class. A model without
+                classes accepts only `None`.
 
         Examples:
             ```py
@@ -260,15 +262,15 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of steps, each a decoder pass forth and back, that move the latents towards the true posterior,
-                -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant: Langevin steps from a draw, gradient descent to the
-                likeliest latents from the mean.
+                Number of steps that move the latents towards the true posterior,
+                -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant. A draw (`sample_posterior`) takes Langevin steps, the
+                mean descends to the most likely latents. Each step takes a forward and a backward pass of the decoder.
             variance (`float`, *optional*, defaults to 0.5):
-                s^2 per pixel, from 1e-12: half of the KL weight that the autoencoder was trained with.
+                s^2 per pixel, at least 1e-12: half of the KL weight that the autoencoder was trained with.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per image, to make the draws deterministic.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                As for generation; `"latent"` gives the encoding, of shape `(batch_size, latent_channels, 1, 1)`.
+                As for generation; `"latent"` returns the encoding, of shape `(batch_size, latent_channels, 1, 1)`.
             return_dict (`bool`, *optional*, defaults to `True`): As for generation.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
                 The images' classes, as for generation. `None` is the unknown class.
@@ -308,11 +310,11 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput:
         """
-        Decode the straight line between the encodings of two images.
+        Decode latents on the straight line between the encodings of two images.
 
         Args:
             image_a, image_b (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
-                B images each, or one, as for `reconstruct`.
+                B images each, as for `reconstruct`. One image is paired with all images of the other argument.
             num_steps (`int`, *optional*, defaults to 8):
                 Number of images from a to b, including the reconstructions of both; at least 2.
             output_type (`str`, *optional*, defaults to `"pil"`): As for generation.
@@ -340,7 +342,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
     @torch.no_grad()
     def score(self, image: Images, class_labels: ClassLabels = None) -> torch.Tensor:
         """
-        Return the energies of images: low means like the training data. Only differences between energies are meaningful.
+        Return the energies of images. Low energy means like the training data. Only differences between energies are meaningful.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
@@ -355,7 +357,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
             ValueError: if the pipeline has no energy model, or an image does not fit the model.
         """
         if self.energy_model is None:
-            raise ValueError("`score` requires an `energy_model`.")
+            raise ValueError("`score` requires an `energy_model`, but the pipeline has none.")
         sample = self.prepare_image(image).to(self.energy_model.dtype)
         with frozen(self.energy_model):
             energy = compute_energy(self.energy_model, sample, known_labels(self, class_labels, len(sample)))

@@ -45,12 +45,13 @@ logger = logging.get_logger(__name__)
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
 # Spread of the initial latents around the encoding of A^+ y, in standard deviations of the prior.
 START_SPREAD = 0.3
-# The measurement is damped by at least this before it is encoded: A^+ alone would amplify noise.
+# Least damping of the inverse that makes the image to encode from the measurement: A^+ alone would amplify noise.
 START_DAMPING = 1e-3
-# Answers warn if, by root mean square, they leave the range of images by more than this, or differ from a noisy measurement by more
-# than this many standard deviations of the noise, or if their relative residual to one without noise is larger than this.
+# The pipeline warns if answers leave [-1, 1] by more than LARGEST_EXCESS, or differ from a noisy measurement by more than
+# LARGEST_MISFIT standard deviations of the noise (both root mean squares), or have a relative residual above LARGEST_RESIDUAL
+# without noise.
 LARGEST_EXCESS, LARGEST_MISFIT, LARGEST_RESIDUAL = 0.1, 3.0, 1e-5
-# Mean squared error per pixel of images in [-1, 1].
+# Upper bound of `reconstruction_variance`: the largest squared error of a pixel in [-1, 1].
 LARGEST_VARIANCE = 4.0
 
 
@@ -61,18 +62,18 @@ class ECVAERestorationOutput(BaseOutput):
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            B * M answers. Without noise each agrees with its measurement; with noise it is a draw, whose residual is that of
-            the noise.
+            B * M answers. Without noise, each agrees with its measurement. With noise, each is a draw whose residual is about as
+            large as the noise.
         mean (as `images`): The mean of the answers to each measurement, B images, without the noise of the draws.
         std (`np.ndarray` of shape `(B, H, W, C)`, or `torch.Tensor` `(B, C, H, W)` for `output_type="pt"`):
-            Standard deviation of each pixel given the measurement, in the unit of images in [0, 1]: the spread of the answers and
-            the error that the model makes even with the right latents. A single answer has no spread: ask for several (8, say)
-            where `std` matters.
+            Standard deviation of each pixel given the measurement, for images in [0, 1]. It combines the spread of the answers and
+            the error of the model at the right latents. A single answer has no spread, so set `num_restorations` to 8 or so if
+            `std` matters.
         residual (`torch.Tensor` of shape `(B * M,)`):
-            ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to the range of images.
+            ||A x - y|| / ||y|| of each answer as a float image, before it is clamped to [-1, 1].
         residual_output (`torch.Tensor` of shape `(B * M,)`): The same for `images`, which are clamped and rounded.
         residual_mean (`torch.Tensor` of shape `(B,)`): The same for `mean` before it is clamped.
-        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): Energy, mean over tiles; low means like the training data.
+        energy (`torch.Tensor` of shape `(B * M,)`, *optional*): Energy of each answer, mean over tiles; low means like the training data.
         num_network_calls (`int`): Passes through the decoder, the encoder and the energy model per answer and tile.
     """
 
@@ -87,20 +88,20 @@ class ECVAERestorationOutput(BaseOutput):
 
 
 class Interruption(Exception):
-    """Stops a search early, with the latents that it has reached."""
+    """Raised to stop a search early. Its argument is the latents that the search has reached."""
 
 
 class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for inverse problems y = A x + n with a known linear A, by a model that was never trained for the task: inpainting,
-    super-resolution, deblurring, colorization, denoising, compressed sensing and any other linear operator.
+    Pipeline for zero-shot restoration: it solves inverse problems y = A x + n with a known linear A, such as inpainting,
+    super-resolution, deblurring, colorization, denoising and compressed sensing. The model needs no training for these tasks.
 
-    Loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Images larger than
-    the model's are restored in overlapping tiles.
+    The pipeline loads the folder of an [`ECVAEPipeline`], or shares its weights (`ECVAERestorationPipeline.from_pipe`). Images
+    larger than the model's size are restored in overlapping tiles.
 
     Args:
-        vae ([`AutoencoderEC`]): The autoencoder whose decoder is the prior: images of latents from N(0, I).
-        energy_model ([`EnergyModel`], *optional*): Measures how much an answer is like the training data.
+        vae ([`AutoencoderEC`]): The autoencoder whose decoder defines the prior: it maps latents from N(0, I) to images.
+        energy_model ([`EnergyModel`], *optional*): Measures how similar an answer is to the training data.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -117,12 +118,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # Folders of a generation pipeline, and of 0.1, name a scheduler too.
+        # Folders of a generation pipeline, and all folders of version 0.1, also name a scheduler.
         config_dict = {name: value for name, value in config_dict.items() if name != "scheduler"}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def register_to_config(self, **kwargs) -> None:
-        # `from_pipe` passes on the entries of a generation pipeline that this one does not take.
+        # `from_pipe` also passes config entries that only a generation pipeline has.
         kwargs.pop("_scheduler", None)
         super().register_to_config(**kwargs)
 
@@ -134,12 +135,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
     def prepare_measurement(
         self, image: Images, operator: Any, mask_image: Images | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
-        """Return the operator, y of images in [-1, 1], whether it was a picture, and the image's height and width."""
+        """Return the operator, the measurement y of images in [-1, 1], whether it was a picture, and the image's height and width."""
         channels, size = self.vae.config.in_channels, self.vae.config.sample_size
         images = as_list(image, "image")
         is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
         if is_picture:
-            # An operator may measure gray values of colours.
+            # Gray pictures stay gray, because an operator may measure the gray values of colour images.
             gray = mask_image is None and all(getattr(one, "mode", None) in GRAY_MODES for one in images)
             y = prepare_picture(image, self.image_processor, 1 if gray else channels)
         else:
@@ -150,22 +151,24 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if mask_image is not None:
             observed = prepare_mask(mask_image, self.mask_processor, y).to(y.device)
             if is_turned(image) and not is_turned(mask_image):
-                logger.warning("`image` is turned upright by its EXIF data. `mask_image` has none: is it upright?")
-            # What is repainted does not count, not even values that are not finite.
+                logger.warning(
+                    "`image` is turned upright by its EXIF data, but `mask_image` has none: check that it is upright."
+                )
+            # Repainted pixels do not count, even if their values are not finite.
             y = torch.where(observed, y, 0.0)
             y = y.expand(-1, channels, -1, -1) if y.shape[1] == 1 else y
             operator = Inpainting(observed)
         operator = as_operator(operator)
         back = operator.A_adjoint(y)
         if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
-            allowed = f"images of {channels} channel(s) from {size}x{size} px"
-            raise ValueError(f"`image` must measure {allowed}, not {tuple(back.shape[1:])}.")
+            allowed = f"of images with {channels} channel(s) and at least {size}x{size} px"
+            raise ValueError(f"`image` must be a measurement {allowed}, but is one of {tuple(back.shape[1:])}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         check_shape("image", y, tuple(measured.shape))
         if not all((values.abs() <= LARGEST_VALUE).all() for values in (y, back, measured)):
-            raise ValueError(f"`image`, or what `operator` makes of it, is not finite or exceeds {LARGEST_VALUE:g}.")
+            raise ValueError(f"`image`, and `operator` applied to it, must be finite and at most {LARGEST_VALUE:g}.")
         if is_picture:
-            # A picture p is what A makes of an image in [0, 1]; of the same image in [-1, 1] it makes 2 p - A 1.
+            # A picture p measures an image in [0, 1]. The measurement of the same image in [-1, 1] is 2 p - A 1.
             y = 2 * y - measured
         return operator, y, is_picture, tuple(back.shape[2:])
 
@@ -221,36 +224,37 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
                 The measurement, never a clean image. With `mask_image` it is a picture: PIL, an array (B, H, W, C) or a tensor
-                (B, C, H, W) in [0, 1]. With `operator`, PIL images and arrays are what the operator makes of an image in [0, 1],
-                and a tensor (B, ...) is y = A x of an image x in [-1, 1]. PIL images are read as in training: turned upright by
-                their EXIF data, with transparency on white.
+                (B, C, H, W) in [0, 1]. With `operator`, PIL images and arrays are measurements of an image in [0, 1], and a
+                tensor (B, ...) is the measurement y = A x of an image x in [-1, 1]. PIL images are read as in training: turned
+                upright by their EXIF data, with transparent pixels over white.
             operator ([`~operators.LinearOperator`], an object with `A` and `A_adjoint`, or a pair of functions, *optional*):
-                What was measured. Called with batches of B.
+                The linear operator A, called with batches of B.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
                 Instead of `operator`: white (1) pixels of `image` are repainted, black (0) ones kept. One mask, or one per image.
-                PIL masks of black and one other level or colour work too: labels 0 and 1, palettes of one object, paint.
+                PIL masks may also have black and one other level or colour, such as labels 0 and 1, or painted strokes.
             noise_std (`float`, *optional*):
-                sigma: standard deviation of the noise in each entry of y, for images in [-1, 1]. Divide noise in 8-bit levels by
-                127.5. Defaults to that of rounding to 8 bits (0.0023) for pictures, and to 0 for measurements.
+                The standard deviation sigma of the noise in each entry of y, for images in [-1, 1]. Divide noise in 8-bit levels
+                by 127.5. Defaults to 0.0023 (rounding to 8 bits) for pictures, and to 0 for tensors with an `operator`.
             num_restorations (`int`, *optional*, defaults to 1):
-                M: answers to each measurement. They differ in what was not measured, and `std` needs several.
+                Number M of answers per measurement. They differ in what was not measured; `std` needs several.
             num_inference_steps (`int`, *optional*, defaults to 75):
-                Decoder passes, forth and back, that search the latents; one more makes the answer.
+                Number of search steps, each a forward and a backward pass of the decoder. One more pass decodes the answer.
             method (`str`, *optional*, defaults to `"langevin"`):
-                `"langevin"` draws answers from the posterior, `"map"` finds the likeliest latents near each start.
-            energy_weight (`float`, *optional*, defaults to 0.0): w: how much the energy of an answer counts.
+                `"langevin"` draws answers from the posterior, `"map"` finds the most likely latents near each start.
+            energy_weight (`float`, *optional*, defaults to 0.0):
+                Weight w of an answer's energy in the search, at least 0. A weight above 0 requires an `energy_model`.
             start (`str`, *optional*, defaults to `"encoding"`):
-                Latents start near the encoding of A^+ y, or, with `"prior"`, from N(0, I).
-            tile_overlap (`int`, *optional*): Pixels that the tiles of a larger image share. Defaults to a quarter of a tile.
+                `"encoding"` starts the latents near the encoding of A^+ y, `"prior"` at draws from N(0, I).
+            tile_overlap (`int`, *optional*): Pixels that neighbouring tiles share. Defaults to a quarter of a tile.
             reconstruction_variance (`float`, *optional*):
-                v: mean squared error of the model's reconstructions per pixel of images in [-1, 1]. Defaults to what training
-                measured, which in any case says how the error spreads over frequencies.
+                Mean squared error v of the model's reconstructions per pixel, for images in [-1, 1]. Defaults to the value that
+                training measured. How the error spreads over frequencies always comes from training.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or a list of one per answer (B * M), to make restoration deterministic.
             latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*):
                 Initial latents instead of `start`.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` is `"np"`.
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` means `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -258,8 +262,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 or set `pipe._interrupt = True`: the answers are then made from the latents of that step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Tensors that the callback gets: `"latents"`.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
-                Names or numbers of the classes that the measurements show, one for all or one per measurement (B). `None` is an
-                unknown class. A model without classes takes only `None`.
+                Names or numbers of the classes that the measurements show, one for all or one per measurement (B). `None` is the
+                unknown class. A model without classes accepts only `None`.
 
         Examples:
             ```py
@@ -275,7 +279,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             [`ECVAERestorationOutput`] or `tuple`
 
         Raises:
-            ValueError: if an argument is outside its range, or sizes do not fit.
+            ValueError: if an argument is outside its range, or shapes do not fit.
         """
         config, size = self.vae.config, self.vae.config.sample_size
         overlap = size // 4 if tile_overlap is None else tile_overlap
@@ -285,8 +289,12 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         if (operator is None) == (mask_image is None):
             raise ValueError("Exactly one of `operator` and `mask_image` must be given.")
         if variance is None or (energy_weight and self.energy_model is None):
-            missing = "`reconstruction_variance`" if variance is None else "An `energy_model` for `energy_weight`"
-            raise ValueError(f"{missing} must be given: the pipeline has none.")
+            missing = (
+                "`reconstruction_variance` must be given"
+                if variance is None
+                else "`energy_weight` requires an `energy_model`"
+            )
+            raise ValueError(f"{missing}: the pipeline has none.")
         check_number("num_restorations", num_restorations, 1, whole=True)
         check_number("num_inference_steps", num_inference_steps, 1, whole=True)
         check_number("energy_weight", energy_weight, 0)
@@ -299,7 +307,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
         check_number("noise_std", noise_std, 0, max(1.0, y.abs().max().item()))
 
-        spectrum = config.get("reconstruction_spectrum")  # repositories of earlier code have none
+        spectrum = config.get("reconstruction_spectrum")  # configs saved by earlier versions lack it
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
         canvas = Canvas(height, width, size, overlap)
         labels, of_tiles = known_labels(self, class_labels, len(y)), None
@@ -308,7 +316,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         classes = {} if of_tiles is None else {"class_labels": of_tiles}
         calls = ["encoder"] if latents is None and start == "encoding" else []
         latents = self.prepare_latents(likelihood, canvas, start, generator, latents, labels)
-        # Functions are called in the measurement's precision.
+        # Operators without a `solver_dtype`, such as functions, are called in the measurement's precision.
         dtype = y.dtype if operator.solver_dtype is None else torch.float32
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -372,7 +380,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
     @staticmethod
     def check_answers(likelihood: Likelihood, center: torch.Tensor, residual: float) -> None:
-        """Warn if answers are out of range, or disagree with the measurement."""
+        """Warn if answers leave [-1, 1], or disagree with the measurement."""
         excess = (center.abs() - 1).clamp(min=0).square().mean().sqrt().item()
         misfit, noise_std = likelihood.misfit(center).square().mean().sqrt().item(), likelihood.noise_std
         faults = [f"leave [-1, 1] by {excess:.2g}"] if excess > LARGEST_EXCESS else []
@@ -382,6 +390,6 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             faults.append(f"agree with `image` only to {residual:.1g}")
         if faults:
             logger.warning(
-                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}: `image` has more noise, is outside the "
-                "operator's range (a hole of `Inpainting` is not 0), or measures no images in [-1, 1] that the model knows."
+                f"Answers {' and '.join(faults)}, but `noise_std` is {noise_std:.2g}. Possible causes: `image` has more noise, is "
+                "outside the operator's range (missing pixels of `Inpainting` must be 0), or shows nothing like the training data."
             )

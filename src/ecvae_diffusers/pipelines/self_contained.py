@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What every pipeline of this package does when it is saved: take its code and its card along, and be published if asked to."""
+"""Saving and publishing for all pipelines of this package: the saved folder holds the pipeline's code and its model card too."""
 
 import inspect
 import tempfile
@@ -14,15 +14,15 @@ from ..hub.upload import upload_folder
 
 
 class SelfContained(saving.SelfContained):
-    """Saves and publishes a pipeline so that its folder loads without this package too. Stands before `DiffusionPipeline`."""
+    """A mixin for pipelines whose folders also load without this package. It must precede `DiffusionPipeline` in the bases."""
 
     def pipeline_code(self) -> str:
         return single_file(Path(inspect.getfile(self.saved_class)).stem.removeprefix("pipeline_"))
 
     def save_code(self, save_directory: str | Path) -> None:
         """
-        Write the code of the pipeline and its components. With an [`ECVAEPipeline`], whose components restore pictures too, also
-        `restoration.py`: `DiffusionPipeline.from_pretrained(..., custom_pipeline="restoration", trust_remote_code=True)`.
+        Write the code of the pipeline and its components. For an [`ECVAEPipeline`], also write `restoration.py`, which loads by
+        `DiffusionPipeline.from_pretrained(..., custom_pipeline="restoration", trust_remote_code=True)`.
         """
         super().save_code(save_directory)
         if self.saved_class.__name__ == "ECVAEPipeline":
@@ -43,8 +43,9 @@ class SelfContained(saving.SelfContained):
         **kwargs,
     ) -> None:
         """
-        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`] for the arguments. With
-        `push_to_hub=True` publish the folder too, as `repo_id` (its name if not given); further arguments are those of
+        Save the pipeline: components, code and card. See [`DiffusionPipeline.save_pretrained`] for the arguments.
+
+        `push_to_hub=True` also uploads the folder to `repo_id`, by default the folder's name, and passes further arguments to
         [`~hub.upload.upload_folder`].
         """
         parent: Any = super()
@@ -66,10 +67,10 @@ class SelfContained(saving.SelfContained):
         **kwargs,
     ) -> str:
         """
-        Save the pipeline and publish it on the Hub as `repo_id` (`"user/name"`, or a name alone for one's own): components, code and
-        card. Further arguments, errors, and what stays there: as of [`~hub.upload.upload_folder`].
+        Save the pipeline and publish it on the Hub: components, code and card. `repo_id` is `"user/name"`, or only a name for a
+        repository of the token's user. See [`~hub.upload.upload_folder`] for further arguments, errors, and which files stay there.
 
-        Push full weights before a `variant` such as `"fp16"`: full weights that come later remove the variants that are there.
+        Push full weights before a `variant` such as `"fp16"`, because pushing full weights removes existing variants.
 
         Returns:
             `str`: URL of the commit, or of the pull request.

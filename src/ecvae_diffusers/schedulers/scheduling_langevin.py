@@ -6,8 +6,8 @@ r"""Unadjusted Langevin dynamics on an energy, conditioned on the initial sample
     c_k = a \, w \, (K - 1 - k) / K
 
 with the drift step a (`drift_step_size`), the noise scale b (`noise_scale`), the conditioning weight w
-(`conditioning_weight`) and K steps (`num_steps`). The temperature of the energy is part of a. The chain samples exp(-f), at
-temperature 1, if b = sqrt(2 a); short calibration chains use far less noise, and follow the drift.
+(`conditioning_weight`) and K steps (`num_steps`). The temperature of the energy is part of a. With b = sqrt(2 a), the chain
+samples from exp(-f), at temperature 1. Short calibration chains use far less noise and mostly follow the drift.
 
 This file imports only torch and diffusers, so that it can be on the Hub next to its config.
 """
@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# Far above any use: a downloaded config must not fill the memory.
+# Far above any practical use, so that a downloaded config can't exhaust the memory.
 MAX_STEPS = 1_000_000
 
 
@@ -31,7 +31,7 @@ class LangevinSchedulerOutput(BaseOutput):
     Output of [`LangevinScheduler.step`].
 
     Args:
-        prev_sample (`torch.Tensor`): The next sample of the chain, in the shape and dtype of the one given.
+        prev_sample (`torch.Tensor`): The next sample of the chain, in the shape and dtype of the current one.
     """
 
     prev_sample: torch.Tensor
@@ -55,7 +55,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             Strength w of the pull towards the initial sample, from 0 to 1 / a; it fades to 0 at the last step.
 
     Raises:
-        ValueError: if an argument is outside what is listed above.
+        ValueError: if an argument is outside the range given above.
     """
 
     order = 1
@@ -73,7 +73,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, but is {self.config[name]}.")
         if (pull := drift_step_size * conditioning_weight) > 1:
             raise ValueError(f"`drift_step_size` times `conditioning_weight` must be at most 1, but is {pull}.")
-        # Pipelines scale the initial sample of any scheduler by it; a Langevin chain takes it as it is.
+        # Pipelines multiply the initial sample of any scheduler by this factor. A Langevin chain needs none.
         self.init_noise_sigma = 1.0
         self.set_timesteps(num_steps)
 
@@ -83,11 +83,11 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps (`int`, *optional*):
-                Number K of steps, from 1 to 1,000,000. `config.num_steps` if not given.
+                Number K of steps, from 1 to 1,000,000. Defaults to `config.num_steps`.
             device (`str` or `torch.device`, *optional*): The device of `timesteps`.
 
         Raises:
-            ValueError: if the number is outside that range.
+            ValueError: if `num_inference_steps` is outside that range.
         """
         num_steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
         if num_steps not in range(1, MAX_STEPS + 1):
@@ -97,7 +97,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.arange(self.num_inference_steps, device=device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Return `sample` as it is: the energy model takes the chain's samples unscaled."""
+        """Return `sample` unchanged: the energy model takes the chain's samples unscaled."""
         return sample
 
     def conditioning_coefficient(self, timestep: int) -> float:
@@ -107,9 +107,9 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
 
     def noise_variance(self) -> float:
         """
-        Return the variance per entry that the noise alone gives the end of the chain: K b^2 without conditioning, while a pull c_k
-        reduces what has gathered to the share (1 - c_k)^2. Times the number of entries, it is the noise floor of the squared distance
-        between the two ends of a chain.
+        Return the variance per entry that the noise alone adds to the end of the chain. It is K b^2 without conditioning; a pull c_k
+        multiplies the variance so far by (1 - c_k)^2. Times the number of entries, it is the noise floor of the squared distance
+        between the start and the end of a chain.
         """
         variance = 0.0
         for timestep in range(self.num_inference_steps):
@@ -138,9 +138,9 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             initial_sample (`torch.Tensor`, *optional*):
                 The start x_0 of the chain. Required if `conditioning_weight` is above 0.
             generator (`torch.Generator` or a list of one per sample, *optional*): Makes the noise deterministic.
-            noise (`torch.Tensor`, *optional*): The standard normal draws n_k. Drawn if not given.
+            noise (`torch.Tensor`, *optional*): The standard normal draws n_k. Drawn from `generator` if not given.
             drift_scale (`float` or `torch.Tensor` of no dimension, *optional*, defaults to 1.0):
-                Factor of the step on the energy gradient, for callers that adapt it.
+                Factor on the drift step, for callers that adapt it.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`LangevinSchedulerOutput`] instead of a plain tuple.
 
@@ -148,7 +148,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
             [`LangevinSchedulerOutput`] or a tuple with the next sample.
 
         Raises:
-            ValueError: if `timestep` is not one of the chain, or `initial_sample` is required and missing.
+            ValueError: if `timestep` is outside the chain, or `initial_sample` is required but missing.
         """
         timestep = int(timestep)
         if not 0 <= timestep < self.num_inference_steps:
