@@ -82,7 +82,7 @@ def build_flow(config: ECFlowConfig, feed) -> FlowEC:
 
 
 def train_flow(config: ECFlowConfig) -> None:
-    """Train as configured. Raises what `launch.train` raises."""
+    """Train with a configuration. Raises the errors of `launch.train`."""
 
     def load(checkpoint: Path | None) -> Pretrained:
         pretrained = load_pretrained(config, "flow", FlowEC)

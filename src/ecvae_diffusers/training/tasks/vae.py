@@ -175,7 +175,7 @@ def build_vae(config: ECVAEConfig, in_channels: int, **classes: Any) -> Autoenco
 
 
 def train_vae(config: ECVAEConfig) -> None:
-    """Train as configured. Raises what `launch.train` raises."""
+    """Train with a configuration. Raises the errors of `launch.train`."""
     model = config.model
 
     def load(checkpoint: Path | None) -> Pretrained:
