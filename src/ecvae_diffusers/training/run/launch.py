@@ -172,7 +172,7 @@ def train(
         trainer.close()
         if hub.push_to_hub and main_process:
             url = upload_folder(output_dir, repository, private=hub.hub_private_repo)
-            logger.info(f"Published at {url}")
+            logger.info(f"Published: {url}")
 
 
 def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) -> None:

@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak memory in GiB: on a GPU of the tensors of this process, on a CPU of the whole process."""
+    """Return the peak memory in GiB: that of this process's tensors with CUDA, else that of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
