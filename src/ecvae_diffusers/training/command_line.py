@@ -50,7 +50,7 @@ RETIRED: dict[str, tuple[Any, str]] = {
 DATA_FILES = (".parquet", ".arrow", ".jsonl", ".csv", ".tar", ".zip")
 # Retired flags that are errors: ignoring them could cost hours, or publish to the wrong place.
 REFUSED = ("hub_revision", "num_epochs")
-# If the command line gives one of these, the YAML file may give the other.
+# If the command line gives one of these, both are ignored in the YAML file.
 EITHER_OR = ("dataset_name", "train_data_dir")
 
 

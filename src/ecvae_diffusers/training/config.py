@@ -95,7 +95,7 @@ class DataConfig(Group):
     streaming: bool = option(
         False,
         help="Read --dataset_name while training, for data that does not fit on the disk. Requires --in_channels, except for a "
-        "decoder. A resumed run differs from an uninterrupted one.",
+        "decoder. A resumed run continues in another order of images.",
     )
     random_flip: bool = option(False, help="Flip each image horizontally with probability 1/2.")
     dataloader_num_workers: int = option(
@@ -251,7 +251,9 @@ class RunConfig(Group):
     """saving and logging"""
 
     output_dir: str | None = option(help="Folder of the run. The pipeline is saved in it.", read=place)
-    overwrite_output_dir: bool = option(False, help="Replace the run in --output_dir. Other files are never replaced.")
+    overwrite_output_dir: bool = option(
+        False, help="Replace the run in --output_dir. A folder without a run is never replaced."
+    )
     checkpointing_steps: int = option(500, help="Save a checkpoint every N steps.", at_least=1)
     checkpoints_total_limit: int | None = option(help="Keep only the newest N checkpoints.", at_least=1)
     resume_from_checkpoint: str | None = option(
@@ -445,8 +447,8 @@ class VAEConfig(Group):
     layers_per_block: int = option(1, help="Residual blocks per resolution.", at_least=1)
     patch_size: Literal[1, 2, 4] = option(
         1,
-        help="Side, in pixels, of the patches that the networks see as one pixel with more channels. 2 saves most of the time on large "
-        "images.",
+        help="Side, in pixels, of the patches that the networks see as one pixel with more channels. 2 saves most of the training time "
+        "on large images.",
     )
     kl_weight: float = option(1.0, help="Weight of the KL divergence (beta).", at_least=0)
     kl_warmup_steps: int = option(0, help="Number of steps over which the KL weight rises from 0.", at_least=0)

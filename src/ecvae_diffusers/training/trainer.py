@@ -136,6 +136,7 @@ class Trainer:
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
 
     def prepare(self, network: torch.nn.Module, learning_rate: Any, betas: tuple[float, float]) -> Trained:
+        """Return a network with its AdamW optimizer and schedule, wrapped by Accelerate."""
         config, num_processes = self.config.optimizer, self.accelerator.num_processes
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
@@ -251,7 +252,7 @@ class Trainer:
             )
 
     def start(self, checkpoint: Path | None) -> None:
-        """Load the checkpoint, if there is one, and remove what the output folder holds of later steps."""
+        """Load the checkpoint, if there is one, and remove files of later steps from the output folder."""
         config, output_dir = self.config, self.output_dir
         if checkpoint is not None:
             check_resumed_launch(output_dir, self.launch)

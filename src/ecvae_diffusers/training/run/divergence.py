@@ -163,7 +163,8 @@ class Recovery:
     rollbacks, and a rate that is too high stays lowered.
 
     Args:
-        config ([`TrainingConfig`]): The configuration of the run. Without `--divergence_guard`, only values that are not finite end it.
+        config ([`TrainingConfig`]): The configuration of the run. Without `--divergence_guard` there are no rollbacks, and a value that is
+            not finite ends the run.
         generator ([`Trained`]), energy ([`Trained`], *optional*), parts (`Sequence`): The parts of a state. Each has `state_dict` and
             `load_state_dict`.
     """

@@ -57,7 +57,7 @@ def build_accelerator(config: TrainingConfig) -> Accelerator:
     """
     run, optimizer = config.run, config.optimizer
     accelerator = Accelerator(
-        # Explicit, because several processes without an accelerator would otherwise not join into one group.
+        # Explicit, because each of several processes without an accelerator would otherwise run as the only one.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=optimizer.mixed_precision,
         log_with=run.report_to,
@@ -208,7 +208,7 @@ def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) ->
 
 
 def way_on(output_dir: Path, mend: str = "") -> str:
-    """Say how to resume the run, after what to do first."""
+    """Return one sentence on how to resume the run. `mend` says what to do first."""
     if not (found := checkpoints(output_dir)):
         return "No checkpoint was saved."
     return f"The newest checkpoint is {found[-1].name}: {mend}resume with --resume_from_checkpoint latest."

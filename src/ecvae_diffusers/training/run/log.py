@@ -94,7 +94,7 @@ def moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """
-    Average scalars over processes, with one communication and one synchronization of the device. A pair `name` and `name_square` (from
+    Average scalars over processes, with a single exchange and a single wait for the device. A pair `name` and `name_square` (from
     `moments`) becomes `name` and `name_std`.
     """
     # MPS has no float64.

@@ -73,7 +73,7 @@ class Task(ABC):
         """
 
     def draw(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
-        """Draw latents for as many new samples as there are images in `real`. Each call gives other ones."""
+        """Draw latents for as many new samples as there are images in `real`. Each call draws anew."""
         return noise.normal(len(real), *self.latent_shape)
 
     def latents(self, count: int, seed: int) -> torch.Tensor:

@@ -144,7 +144,7 @@ class ECVAETask(Task):
         return ECVAEPipeline(vae=generator, energy_model=energy_model, scheduler=scheduler)
 
     def finish(self, generator, feed):
-        """Write the mean squared error of reconstructions from the posterior mean, and its spectrum, into the vae's config."""
+        """Write the mean squared error of reconstructions from the posterior mean, and its spectrum, into the config."""
         images, labels = feed.reference(NUM_VARIANCE_IMAGES), feed.reference_labels(NUM_VARIANCE_IMAGES)
         parts, power = images.split(self.batch_size), 0.0
         labels = [None] * len(parts) if labels is None else labels.split(self.batch_size)
