@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Make a model's folder ready for the Hub, and upload it: `python training/publish.py --help`."""
+"""Prepare a model's folder for the Hub and upload it: `python training/publish.py --help`."""
 
 from ecvae_diffusers.commands.publish import main
 

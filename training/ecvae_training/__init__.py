@@ -1,4 +1,4 @@
-"""Names that modules had before they became part of `ecvae_diffusers`, for scripts that were written with them. They go with 0.2."""
+"""Old names of modules that are now part of `ecvae_diffusers`, for scripts that import them. They will be removed in version 0.2."""
 
 import importlib
 import sys
@@ -54,7 +54,7 @@ for name, today in MOVED.items():
     modules = [importlib.import_module(f"ecvae_diffusers.{place}") for place in today.split()]
     module = modules[0]
     if len(modules) > 1:
-        # What was one module.
+        # One old module is now several.
         module = types.ModuleType(name)
         for part in modules:
             vars(module).update({key: value for key, value in vars(part).items() if not key.startswith("__")})

@@ -1,16 +1,16 @@
 r"""
-Augmentations of all that an energy model sees, and how often they are needed.
+Adaptive augmentation of the images that an energy model sees.
 
-With few pictures, an energy model learns them by heart: held-out pictures then get higher energies than those that it is trained on. Of
-the average energies of training images, of held-out ones and of samples,
+With few images, an energy model memorizes them: held-out images then get higher energies than training images. Overfitting is measured by
 
 .. math:: r = \frac{\mathbb E f(x_{\text{held out}}) - \mathbb E f(x_{\text{data}})}{\mathbb E f(G(z)) - \mathbb E f(x_{\text{data}})}
 
-is 0 without overfitting, and 1 where held-out images look to the energy model as samples do (r_v of Karras et al. 2020, arXiv
-2006.06676). The probability p of augmentations starts at 0, rises while r is above its target, and falls while it is below.
+from the mean energies of held-out images, training images and samples. r is 0 without overfitting, and 1 if held-out images get the
+energies of samples (r_v of Karras et al. 2020, arXiv 2006.06676). The probability p of augmentations starts at 0, rises while r is above
+its target, and falls while r is below it.
 
-The augmentations are differentiable, and the same ones for data, samples and each step of a chain (Zhao et al. 2020, arXiv 2006.10738):
-the chain follows the gradient of f(T(x)) with respect to x.
+The augmentations T are differentiable, and the same for data, samples and each step of a chain (Zhao et al. 2020, arXiv 2006.10738).
+The chain follows the gradient of f(T(x)) with respect to x.
 """
 
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.randomness import StepNoise
 
 
-# The share r of overfitting that is aimed at.
+# Target of the overfitting measure r.
 TARGET = 0.5
-# Images of training after which p has gone from 0 to 1, if r stays above its target.
+# Number of training images over which p rises from 0 to 1, if r stays above its target.
 RAMP = 100_000
-# Steps between two looks at held-out images, and the weight of the latest look in the averages.
+# Steps between two measurements on held-out images, and the weight of the newest measurement in the running averages.
 MEASURED_EVERY, LATEST = 8, 0.05
-# The largest changes: brightness, in the range of images [-1, 1]; translation and cut-out, in parts of the image's side.
+# The largest changes: brightness for images in [-1, 1]; translation and hole size as fractions of the image's side.
 BRIGHTNESS, TRANSLATION, CUTOUT = 0.5, 1 / 8, 1 / 2
 
 
 @dataclass
 class Augmentation:
     """
-    One draw of changes for each image of a batch, with shapes that broadcast over images (B, C, H, W). Groups of changes that an image
-    does not get are neutral.
+    Random changes for each image of a batch, in shapes that broadcast over images (B, C, H, W). Groups of changes that an image does not
+    get have neutral values.
     """
 
     brightness: torch.Tensor
@@ -51,7 +51,7 @@ class Augmentation:
 
     @classmethod
     def draw(cls, probability: float, images: torch.Tensor, noise: StepNoise) -> "Augmentation":
-        """Draw changes for a batch of images. Each group (colour, translation, hole) comes with the probability."""
+        """Draw changes for a batch of images. An image gets each group (colour, translation, hole) with `probability`."""
         count, size = len(images), images.shape[-1]
         draws = noise.uniform(count, 10)
         colour, moved, cut = ((draws[:, i] < probability).float() for i in range(3))
@@ -63,13 +63,13 @@ class Augmentation:
             saturation=(1 + colour * (2 * draws[:, 4] - 1)).view(number),
             contrast=(1 + colour * (draws[:, 5] - 0.5)).view(number),
             translation=(moves * moved[:, None]).long(),
-            # The middle of the hole is anywhere in the image.
+            # The center of the hole is uniform over the image, so a part of the hole may lie outside.
             hole=(draws[:, 8:10] * size).long() - round(CUTOUT * size) // 2,
             has_hole=cut.bool(),
         )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Change images (B, C, H, W) in [-1, 1]. A second batch behind the first gets the same changes."""
+        """Change images (B, C, H, W) in [-1, 1]. If several batches are concatenated, each gets the same changes."""
         return torch.cat([self.change(part) for part in images.split(len(self.has_hole))])
 
     def change(self, images: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class Augmentation:
 
 
 class AugmentedEnergy(nn.Module):
-    """f(T(x)): an energy model that sees augmented images."""
+    """An energy model of augmented images, f(T(x))."""
 
     def __init__(self, energy_model: nn.Module, augmentation: Augmentation):
         super().__init__()
@@ -105,10 +105,10 @@ class AugmentedEnergy(nn.Module):
 
 class AdaptiveAugmentation:
     """
-    The probability p of augmentations, by how far the energy model overfits.
+    The probability p of augmentations, adapted to the overfitting r of the energy model.
 
     Args:
-        is_adaptive (`bool`): Whether p follows r. If not, it stays 0, and r is only measured.
+        is_adaptive (`bool`): Whether p follows r. If not, p stays 0 and r is only measured.
     """
 
     def __init__(self, is_adaptive: bool):
@@ -116,20 +116,20 @@ class AdaptiveAugmentation:
         self.averages = torch.zeros(3)
 
     def draw(self, images: torch.Tensor, noise: StepNoise) -> Augmentation | None:
-        """Draw the augmentations of a batch, `None` while p is 0."""
+        """Draw the augmentations of a batch, or return `None` while p is 0."""
         return Augmentation.draw(self.probability, images, noise) if self.probability > 0 else None
 
     def update(self, energies: torch.Tensor, num_images: int) -> None:
         """
-        Move p by one look.
+        Update r and p with one measurement.
 
         Args:
-            energies (`torch.Tensor` of shape `(3,)`): Mean energies of training images, of held-out images and of samples, the
-                same in every process.
-            num_images (`int`): Images of training since the look before.
+            energies (`torch.Tensor` of shape `(3,)`): Mean energies of training images, held-out images and samples. They must be
+                the same in every process.
+            num_images (`int`): Number of training images since the previous measurement.
         """
         self.num_looks += 1
-        # The first looks are averaged evenly.
+        # The first measurements get equal weights.
         self.averages += max(LATEST, 1 / self.num_looks) * (energies.cpu() - self.averages)
         if self.is_adaptive:
             step = num_images / RAMP
@@ -137,12 +137,12 @@ class AdaptiveAugmentation:
 
     @property
     def overfitting(self) -> float:
-        """r; 0 where samples do not have higher energies than the training images."""
+        """The overfitting r. It is 0 if samples do not have higher energies than training images."""
         data, held_out, samples = self.averages.tolist()
         return (held_out - data) / (samples - data) if samples > data else 0.0
 
     def scalars(self) -> dict[str, float]:
-        """Return what is logged."""
+        """Return the scalars to log."""
         found = {"overfitting": self.overfitting, "energy_held_out": self.averages[1].item()}
         return found | {"augmentation_probability": self.probability}
 
@@ -157,7 +157,7 @@ class AdaptiveAugmentation:
 def augmented(
     adaptive: AdaptiveAugmentation | None, images: torch.Tensor, noise: StepNoise, *energy_models: Any
 ) -> tuple[Any, ...]:
-    """Return energy models that see a batch's augmentations, all the same ones, or as they are if it gets none."""
+    """Return the energy models, all with the same augmentations of a batch, or unchanged if the batch gets none."""
     augmentation = adaptive.draw(images, noise) if adaptive is not None else None
     if augmentation is None:
         return energy_models
@@ -173,7 +173,13 @@ def compare_with_held_out(
     data: torch.Tensor,
     samples: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the mean energies of data, of the held-out batch of this number and of samples, the same in every process."""
+    """
+    Return the mean energies of data, of held-out images and of samples, averaged over processes.
+
+    Args:
+        number (`int`): Number of the held-out batch.
+        data (`torch.Tensor` of shape `(B,)`), samples (`torch.Tensor` of shape `(B,)`): Energies of training images and of samples.
+    """
     images, labels = feed.held_out_batch(number)
     with frozen(energy_model), accelerator.autocast():
         held_out = compute_energy(energy_model, to_range(images), labels)

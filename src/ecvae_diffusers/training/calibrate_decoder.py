@@ -1,6 +1,6 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Calibrates the decoder of any autoencoder of diffusers: `accelerate launch training/calibrate_decoder.py --help`, or
-`ecvae calibrate-decoder --help`. The encoder stays frozen, and what is saved loads with plain diffusers.
+"""Calibrate the decoder of any autoencoder of diffusers: `accelerate launch training/calibrate_decoder.py --help`, or
+`ecvae calibrate-decoder --help`. The encoder is frozen. The saved autoencoder loads with plain diffusers.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from ecvae_diffusers.training.config import ECDecoderConfig
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECDecoderConfig:
-    """Read and check a configuration, as `read_config` does."""
+    """Read and check a configuration from the command line, with `read_config`."""
     return read_config(ECDecoderConfig, argv, prog)
 
 
 def run(config: ECDecoderConfig) -> None:
-    """Train as configured. Raises what `launch.train` raises."""
+    """Train with a configuration. Raises the errors of `launch.train`."""
     from ecvae_diffusers.training.tasks.decoder import calibrate_decoder
 
     calibrate_decoder(config)
@@ -24,7 +24,7 @@ def run(config: ECDecoderConfig) -> None:
 def main(
     argv: list[str] | None = None, prog: str = "calibrate_decoder.py", prepare: Callable[[], None] = lambda: None
 ) -> None:
-    """Train as the command line says. `prepare` is called when that is read."""
+    """Parse the command line and train. `prepare` is called between the two."""
     config = parse_args(argv, prog)
     prepare()
     from ecvae_diffusers.training.run.launch import run_script

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Reads a [`TrainingConfig`] from flags, from a YAML file, and from the arguments of the run that is resumed."""
+"""Read a [`TrainingConfig`] from flags, a YAML file and the arguments of a resumed run."""
 
 import argparse
 import os
@@ -16,46 +16,46 @@ from ecvae_diffusers.training.config import ConfigError, TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
-# Flags of 0.1, with the one value that is left of each (a run with another can't be resumed) and why.
+# Retired flags of version 0.1: the only value that is still supported (a run with another one can't be resumed), and the reason.
 RETIRED: dict[str, tuple[Any, str]] = {
-    "adam_epsilon": (1e-8, "it is 1e-8"),
-    "adam_weight_decay": (0.0, "there is none"),
+    "adam_epsilon": (1e-8, "it is always 1e-8"),
+    "adam_weight_decay": (0.0, "it is always 0"),
     "cache_dir": (None, "set HF_DATASETS_CACHE instead"),
-    "early_stopping_metric": ("frechet_distance", "the Frechet distance decides"),
-    "energy_act_fn": ("leaky_relu", "it is leaky_relu"),
-    "energy_adam_beta1": (0.0, "it is 0"),
-    "energy_adam_beta2": (None, "it is 0.99 (0.9 for flows and decoders), and a resumed run keeps its own"),
+    "early_stopping_metric": ("frechet_distance", "early stopping uses the Frechet distance"),
+    "energy_act_fn": ("leaky_relu", "it is always leaky_relu"),
+    "energy_adam_beta1": (0.0, "it is always 0"),
+    "energy_adam_beta2": (None, "it is 0.99 (0.9 for flows and decoders), and a resumed run keeps its value"),
     "free_bits": (0.0, "see --kl_warmup_steps"),
-    "healthy_state_steps": (100, "it is 100"),
-    "healthy_states": (3, "there are 3"),
+    "healthy_state_steps": (100, "it is always 100"),
+    "healthy_states": (3, "it is always 3"),
     "hub_revision": (None, "publish the run's folder with `ecvae publish --hub_revision` instead"),
-    "initial_posterior_dual": (None, "it begins at --max_posterior_dual"),
-    "langevin_dtype": (None, "the chain has the precision of training"),
-    "norm_type": ("group", "group normalization is the only one that every calibration can use"),
-    "num_chains": (1, "two were slower and no nearer to the data"),
+    "initial_posterior_dual": (None, "it is always --max_posterior_dual"),
+    "langevin_dtype": (None, "the chain runs in the precision of training"),
+    "norm_type": ("group", "only group normalization works with every calibration"),
+    "num_chains": (1, "two chains were slower and no closer to the data"),
     "num_epochs": (None, "give --max_train_steps instead"),
-    "posterior_conditioning_weight": (0.0, "there is no pull"),
+    "posterior_conditioning_weight": (0.0, "it is always 0"),
     "posterior_constraint": ("log_prob", "squared_error was worse than no calibration"),
-    "posterior_decoder_drift_step": (0.1, "it is 0.1"),
-    "posterior_decoder_langevin_steps": (5, "there are 5"),
-    "posterior_drift_step": (0.01, "it is 0.01"),
+    "posterior_decoder_drift_step": (0.1, "it is always 0.1"),
+    "posterior_decoder_langevin_steps": (5, "it is always 5"),
+    "posterior_drift_step": (0.01, "it is always 0.01"),
     "posterior_generated_images": (True, "generated images are always used"),
-    "posterior_langevin_steps": (1, "there is 1"),
-    "posterior_tolerance": ("auto", "it is what the chain leaves where q is the posterior"),
-    "shuffle_buffer_size": (10_000, "it is 10,000"),
-    "tracker_project_name": ("ecvae", "it is ecvae"),
-    "use_8bit_adam": (False, "the networks are small"),
+    "posterior_langevin_steps": (1, "it is always 1"),
+    "posterior_tolerance": ("auto", "it is computed from the chain"),
+    "shuffle_buffer_size": (10_000, "it is always 10,000"),
+    "tracker_project_name": ("ecvae", "it is always ecvae"),
+    "use_8bit_adam": (False, "the networks are too small to need it"),
 }
-# Files of a folder that `datasets` reads as a data set, instead of as pictures.
+# `datasets` reads a folder with such files as a data set, not as a folder of images.
 DATA_FILES = (".parquet", ".arrow", ".jsonl", ".csv", ".tar", ".zip")
-# Ignoring these would cost hours, or publish where it was not meant.
+# Retired flags that are errors: ignoring them could cost hours, or publish to the wrong place.
 REFUSED = ("hub_revision", "num_epochs")
-# The command line may give one where the YAML file gives the other.
+# If the command line gives one of these, both are ignored in the YAML file.
 EITHER_OR = ("dataset_name", "train_data_dir")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """With the defaults, except `None`."""
+    """A formatter that shows the default of each argument, except `None`."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -69,7 +69,7 @@ def auto_or_number(text: str) -> str | float:
 
 
 def argparse_options(kind: Any, read: Any) -> dict[str, Any]:
-    """Return what argparse needs to know of a field's type."""
+    """Return the options of argparse for a field of type `kind`. `read` converts its text, if it is not `None`."""
     if get_origin(kind) is Literal:
         return {"type": type(get_args(kind)[0]), "choices": get_args(kind)}
     if get_origin(kind) is list:
@@ -86,7 +86,7 @@ def build_parser(config_class: type[TrainingConfig], prog: str | None) -> argpar
         "data",
         nargs="?",
         type=place,
-        help="Folder of images, or data set: a short form of the two arguments for data.",
+        help="Folder of images or data set: short for --train_data_dir or --dataset_name.",
     )
     parser.add_argument(
         "--config",
@@ -105,7 +105,7 @@ def build_parser(config_class: type[TrainingConfig], prog: str | None) -> argpar
 
 
 def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) -> list[str]:
-    """Return a YAML file's entries as command-line arguments, so that the same parser checks their types and choices."""
+    """Return the entries of a YAML file as command-line arguments, so that the parser checks their types and choices."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             entries = yaml.safe_load(file)
@@ -138,18 +138,18 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
         elif is_list:
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         else:
-            # In one piece, so that a value may start with a dash.
+            # One string, so that the value may start with a dash.
             arguments.append(f"--{name}={value}")
     return arguments
 
 
 def named_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """Return which argument `data` is short for: `train_data_dir` or, of data files or the Hub, `dataset_name`."""
+    """Return the argument that `data` is short for: `train_data_dir`, or `dataset_name` for data files and Hub ids."""
     for name in EITHER_OR:
         if (other := getattr(args, name)) is not None:
-            parser.error(f"data must be given once, but is {args.data!r} and --{name} {other!r}.")
+            parser.error(f"data must be given only once, but {args.data!r} and --{name} {other!r} are given.")
     if os.path.isdir(args.data):
-        names = os.listdir(args.data) if os.access(args.data, os.R_OK) else []  # training says what is wrong
+        names = os.listdir(args.data) if os.access(args.data, os.R_OK) else []  # training reports the error
         is_data_set = args.streaming or any(name.endswith(DATA_FILES) for name in names)
     else:
         is_data_set = not (os.path.exists(args.data) or args.data.startswith((".", os.sep)))
@@ -157,7 +157,7 @@ def named_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str
 
 
 def read_config(config_class: type[Config], argv: list[str] | None = None, prog: str | None = None) -> Config:
-    """Read and check a script's configuration. Exits with one line that names the argument, its value and what is allowed."""
+    """Read and check a script's configuration. Exit with one line that names the argument, its value and what is allowed."""
     parser = build_parser(config_class, prog)
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     args = parser.parse_args(argv)
@@ -171,7 +171,7 @@ def read_config(config_class: type[Config], argv: list[str] | None = None, prog:
     if args.resume_from_checkpoint is not None and args.output_dir is not None:
         from ecvae_diffusers.training.run.checkpoints import arguments_of_run
 
-        # What is not given is as the run has it, whatever the defaults are by now.
+        # Arguments that are not given keep the run's values, even if defaults have changed since.
         own = arguments_of_run(args.output_dir)
         parser.set_defaults(**{name: value for name, value in own.items() if name in vars(args)})
         args = parser.parse_args(argv)

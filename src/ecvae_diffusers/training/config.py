@@ -1,9 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of training: a dataclass per group of flags, with the default, help and range of each field.
+"""Configuration of training: one dataclass per group of flags, with the default, help text and range of each field.
 
-A script's configuration is a [`TrainingConfig`] with the model's own group: those of VAEs, flows and decoders are at the end. `command_line.py` reads it from flags
-and YAML files; `TrainingConfig.resolved` fills in the defaults that depend on other fields, and `TrainingConfig.check` refuses
-what would train something else in silence or fail after hours.
+Each script's configuration is a subclass of [`TrainingConfig`] that adds the group of its model (VAE, flow or decoder). `command_line.py` reads it from
+flags and YAML files. `TrainingConfig.resolved` fills in the defaults that depend on other fields. `TrainingConfig.check` refuses
+values that would silently train something else, or fail after hours.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
 class ConfigError(ValueError):
-    """A field with a value that is not allowed; the message names the flag, its value and what is allowed."""
+    """The error for a value that is not allowed. The message names the flag, the value and what is allowed."""
 
 
 def option(
@@ -36,16 +36,16 @@ def option(
     Declare a field of a configuration.
 
     Args:
-        default, help: Its default, and what `--help` says.
-        read (`Callable`): Reads it from text, instead of its type.
-        flag (`bool`): Whether it is a flag. If not, it is set in Python, or by the arguments of a resumed run.
-        limits (`float`): Its range, by the names in `LIMITS`. Numbers are finite in any case.
+        default, help: The default value, and the text of `--help`.
+        read (`Callable`): Converts the text of the flag to a value, instead of the field's type.
+        flag (`bool`): Whether the field is a command-line flag. Other fields are set in Python, or by the arguments of a resumed run.
+        limits (`float`): The range of a number, by the names in `LIMITS`. Numbers must always be finite.
     """
     return field(default=default, metadata={"help": help, "limits": limits, "read": read, "flag": flag})
 
 
 def with_default(group: type, name: str, default: Any) -> Any:
-    """Declare a field of the group that is extended again, with another default."""
+    """Declare a field of `group` again, with another default, in a subclass of it."""
     return field(default=default, metadata=next(own.metadata for own in fields(group) if own.name == name))
 
 
@@ -55,11 +55,11 @@ def refuse(name: str, value: Any, allowed: str) -> NoReturn:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Fields that belong together, the title of which is the docstring's first line."""
+    """A group of related fields. The docstring of a subclass is the title of its section in `--help`."""
 
     def check(self) -> None:
         """
-        Check each field's range.
+        Check the range of each field.
 
         Raises:
             ConfigError: at the first value that is not allowed.
@@ -77,25 +77,33 @@ class Group:
 class DataConfig(Group):
     """data"""
 
-    dataset_name: str | None = option(help="Hub id or local folder of a data set that `datasets` loads.", read=place)
-    dataset_config_name: str | None = option(help="Configuration of the data set, where it has several.")
-    train_data_dir: str | None = option(help="Folder of images, instead of --dataset_name.", read=place)
-    image_column: str | None = option(help="Column of the images. Default: the only column of images.")
+    dataset_name: str | None = option(
+        help="Data set to train on: a Hub id or a local folder that `datasets` loads.", read=place
+    )
+    dataset_config_name: str | None = option(help="Configuration of the data set, if it has several.")
+    train_data_dir: str | None = option(help="Folder of images to train on, instead of --dataset_name.", read=place)
+    image_column: str | None = option(help="Column of the images. Default: the only image column.")
     max_train_samples: int | None = option(help="Train on the first N images only.", at_least=1)
     resolution: int = option(32, help="Resize (shorter side) and center-crop images to this power of two.", at_least=8)
-    image_size: int | None = option(help="Resize images (shorter side) to this, and crop --resolution at random.")
-    in_channels: Literal[1, 3, 4] | None = option(help="1 gray, 3 RGB, 4 RGBA. Default: 1 if all are gray, else 3.")
-    skip_broken_images: bool = option(False, help="Skip images that can't be read, and list them.")
+    image_size: int | None = option(
+        help="Resize images (shorter side) to this size, then crop --resolution at random."
+    )
+    in_channels: Literal[1, 3, 4] | None = option(
+        help="Channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA). Default: 1 if all images are gray, else 3."
+    )
+    skip_broken_images: bool = option(False, help="Skip images that can't be read, with a warning.")
     streaming: bool = option(
         False,
-        help="Read --dataset_name while training, for data that doesn't fit on the disk. Requires --in_channels, except for a "
-        "decoder. Resuming is not bit for bit.",
+        help="Read --dataset_name while training, for data that does not fit on the disk. Requires --in_channels, except for a "
+        "decoder. A resumed run continues in another order of images.",
     )
     random_flip: bool = option(False, help="Flip each image horizontally with probability 1/2.")
-    dataloader_num_workers: int = option(0, help="Processes that load data. 0: the main process.", at_least=0)
+    dataloader_num_workers: int = option(
+        0, help="Number of processes that load data. 0: the main process.", at_least=0
+    )
     validation_fraction: float = option(
         0.0,
-        help="Share of the images that is held out. Their energies are logged, and show whether the energy model overfits.",
+        help="Fraction of the images to hold out. Their logged energies show whether the energy model overfits.",
         at_least=0,
         below=1,
     )
@@ -108,18 +116,21 @@ class ClassDataConfig(DataConfig):
     """data"""
 
     class_conditional: bool = option(
-        False, help="Learn classes: the sub-folders of --train_data_dir, or a column of --dataset_name."
+        False,
+        help="Train a class-conditional model. Classes are the sub-folders of --train_data_dir or a column of --dataset_name.",
     )
     class_column: str | None = option(
-        help="Column of the classes, with --class_conditional. Default: the only column of class labels."
+        help="Column of the classes for --class_conditional. Default: the only column of class labels."
     )
 
     def check(self) -> None:
         super().check()
         if self.class_column is not None and not (self.class_conditional and self.dataset_name is not None):
-            refuse("class_column", self.class_column, "left out without --class_conditional and --dataset_name")
+            refuse("class_column", self.class_column, "given only with --class_conditional and --dataset_name")
         if self.class_conditional and self.streaming:
-            refuse("streaming", True, "left out with --class_conditional: the classes must be known before training")
+            raise ConfigError(
+                "--streaming can't be used with --class_conditional: the classes must be known before training."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +140,17 @@ class EnergyConfig(Group):
     energy_block_out_channels: list[int] | None = option(
         help="Channels at each resolution, from --resolution down by halves. Default: the autoencoder's, or 64 128 256 256 ..."
     )
-    energy_num_scales: int = option(1, help="Image scales that the energy model sees.", at_least=1)
-    energy_spectral_norm: bool = option(False, help="Normalize the energy model's weights by their spectral norm.")
-    energy_regularization: float = option(0.1, help="alpha: weight of the mean squared energies.", at_least=0)
+    energy_num_scales: int = option(1, help="Number of image scales that the energy model sees.", at_least=1)
+    energy_spectral_norm: bool = option(False, help="Apply spectral normalization to the energy model.")
+    energy_regularization: float = option(0.1, help="Weight of the mean squared energies (alpha).", at_least=0)
     energy_gradient_penalty: Literal["auto"] | float = option(
         "auto",
-        help="gamma: weight of half the squared gradient at the data (R1). 'auto': 0.1 per 256 pixels times channels.",
+        help="Weight of half the squared energy gradient at the data (R1, gamma). 'auto': 0.1 * pixels * channels / 256.",
         at_least=0,
     )
     adaptive_augmentation: bool = option(
         False,
-        help="Augment what the energy model sees (colour, translation, holes) while it overfits, by --validation_fraction.",
+        help="Augment the energy model's images (colour, translation, holes) while it overfits. Requires --validation_fraction.",
     )
 
 
@@ -155,37 +166,44 @@ class SpectralEnergyConfig(EnergyConfig):
 class CalibrationConfig(Group):
     """calibration"""
 
-    langevin_steps: int = option(5, help="K: steps of the chain.", at_least=1)
+    langevin_steps: int = option(5, help="Number of steps of the chain (K).", at_least=1)
     langevin_drift_step: Literal["auto"] | float = option(
         "auto",
-        help="a: step on the energy's gradient. 'auto': at most 1 / --langevin_steps, by --drift_tolerance.",
+        help="Drift step: step size on the energy's gradient (a). 'auto': adapts to --drift_tolerance, up to 1 / --langevin_steps.",
         at_least=0,
     )
-    langevin_noise: float = option(1e-3, help="b: noise of each step.", at_least=0)
-    conditioning_weight: float = option(0.0, help="w: pull of the chain towards its start.", at_least=0)
+    langevin_noise: float = option(1e-3, help="Standard deviation of the noise of each step (b).", at_least=0)
+    conditioning_weight: float = option(0.0, help="Pull of the chain towards its start (w).", at_least=0)
     calibration_tolerance: Literal["auto"] | float = option(
-        "auto", help="epsilon: bound on the squared distance that the chain moves an image, summed over it.", above=0
+        "auto",
+        help="Tolerance of the constraint (epsilon): bound on the squared distance that the chain moves an image, summed over pixels "
+        "and channels. 'auto': the chain's noise plus --drift_tolerance.",
+        above=0,
     )
     drift_tolerance: float | None = option(
-        help="Root-mean-square drift per pixel, for images in [-1, 1], that --calibration_tolerance auto allows in addition to the "
-        "noise, and --langevin_drift_step auto does not exceed. Default: 0.1184 over the root of the number of pixels times channels.",
+        help="Root-mean-square drift per pixel, for images in [-1, 1], that the 'auto' values of --calibration_tolerance and "
+        "--langevin_drift_step allow. Default: 0.1184 / sqrt(pixels * channels).",
         at_least=0,
     )
-    dual_learning_rate: float = option(0.1, help="eta: learning rate of the dual variable.", at_least=0)
-    relative_dual_step: bool = option(True, help="Step on C / epsilon - 1 instead of the published C - epsilon.")
-    initial_dual: float = option(30.0, help="Initial lambda.", at_least=0)
+    dual_learning_rate: float = option(0.1, help="Learning rate of the dual variable lambda (eta).", at_least=0)
+    relative_dual_step: bool = option(
+        True, help="Step lambda on constraint / tolerance - 1, instead of the published constraint - tolerance."
+    )
+    initial_dual: float = option(30.0, help="Initial value of lambda.", at_least=0)
     max_dual: float = option(100.0, help="Upper bound of lambda.", above=0)
 
     @property
     def largest_drift_step(self) -> float:
-        """a as training begins; with 'auto', also the largest a: all K steps together are then a step of 1."""
+        """The drift step at the start of training. For 'auto' it is also the largest one: K such steps add up to 1."""
         return 1.0 / self.langevin_steps if self.langevin_drift_step == "auto" else self.langevin_drift_step
 
     def check(self) -> None:
         super().check()
         is_auto = self.calibration_tolerance == "auto" and self.langevin_noise == 0
         if self.drift_tolerance == 0 and (is_auto or self.langevin_drift_step == "auto"):
-            allowed = "above 0 with --langevin_drift_step auto, and with --calibration_tolerance auto without --langevin_noise"
+            allowed = (
+                "above 0 with --langevin_drift_step auto, or with --calibration_tolerance auto and --langevin_noise 0"
+            )
             refuse("drift_tolerance", self.drift_tolerance, allowed)
         if self.initial_dual > self.max_dual:
             refuse("initial_dual", self.initial_dual, f"at most --max_dual ({self.max_dual})")
@@ -201,21 +219,26 @@ class OptimizerConfig(Group):
     seed: int = option(0, help="Seed of weights, data order and noise.", at_least=0, below=2**32)
     max_train_steps: int = option(10_000, help="Number of training steps.", at_least=1)
     train_batch_size: int = option(64, help="Batch size per process.", at_least=1)
-    gradient_accumulation_steps: int = option(1, help="Batches per step.", at_least=1)
-    max_grad_norm: float | None = option(help="Clip the gradient norm of each network to this.", above=0)
+    gradient_accumulation_steps: int = option(1, help="Number of batches per training step.", at_least=1)
+    max_grad_norm: float | None = option(help="Clip the gradient norm of each network to this value.", above=0)
     gradient_checkpointing: bool = option(False, help="Recompute activations in the backward pass, to save memory.")
     learning_rate: float | None = option(5e-4, help="Learning rate of the generator.", above=0)
     energy_learning_rate: float = option(1e-3, help="Learning rate of the energy model.", above=0)
     lr_scheduler: SCHEDULES = option(
-        "constant", help="Schedule of both learning rates. To resume as if not interrupted, keep --max_train_steps."
+        "constant",
+        help="Schedule of both learning rates. Decaying schedules depend on --max_train_steps: keep it when resuming.",
     )
-    lr_warmup_steps: int | None = option(help="Warm-up steps. Default: 100, with constant 0.", at_least=0)
+    lr_warmup_steps: int | None = option(
+        help="Number of warm-up steps. Default: 100, or 0 with --lr_scheduler constant.", at_least=0
+    )
     adam_beta1: float = option(0.0, help="beta1 of the generator's Adam.", at_least=0, below=1)
     adam_beta2: float = option(0.99, help="beta2 of the generator's Adam.", at_least=0, below=1)
     energy_adam_beta2: float = option(0.99, help="beta2 of the energy model's Adam.", at_least=0, below=1, flag=False)
-    use_ema: bool = option(True, help="Save the exponential moving average of the weights.")
-    ema_max_decay: float = option(0.999, help="Decay of the moving average, after a warm-up.", at_least=0, below=1)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(help="Default: Accelerate's setting.")
+    use_ema: bool = option(True, help="Save an exponential moving average of the generator's weights.")
+    ema_max_decay: float = option(0.999, help="Decay of the moving average after a warm-up.", at_least=0, below=1)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        help="Precision of training. Default: Accelerate's setting."
+    )
 
     def check(self) -> None:
         super().check()
@@ -227,8 +250,10 @@ class OptimizerConfig(Group):
 class RunConfig(Group):
     """saving and logging"""
 
-    output_dir: str | None = option(help="Folder of the run, which becomes the pipeline's folder.", read=place)
-    overwrite_output_dir: bool = option(False, help="Replace the run in --output_dir, but no other folder.")
+    output_dir: str | None = option(help="Folder of the run. The pipeline is saved in it.", read=place)
+    overwrite_output_dir: bool = option(
+        False, help="Replace the run in --output_dir. A folder without a run is never replaced."
+    )
     checkpointing_steps: int = option(500, help="Save a checkpoint every N steps.", at_least=1)
     checkpoints_total_limit: int | None = option(help="Keep only the newest N checkpoints.", at_least=1)
     resume_from_checkpoint: str | None = option(
@@ -238,7 +263,7 @@ class RunConfig(Group):
     log_steps: int = option(10, help="Write to metrics.jsonl every N steps.", at_least=1)
     save_images_steps: int = option(
         500,
-        help="Write samples, reconstructions, the chain and energies every N steps, and at 1, 10 and 100.",
+        help="Write samples, reconstructions, chains and energies every N steps, and pictures also at steps 1, 10 and 100.",
         at_least=1,
     )
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] | None = option(help="Also log to these trackers.")
@@ -248,36 +273,44 @@ class RunConfig(Group):
 class EvaluationConfig(Group):
     """evaluation"""
 
-    evaluation_steps: int | None = option(help="Measure samples against training images every N steps.", at_least=1)
+    evaluation_steps: int | None = option(help="Compare samples with training images every N steps.", at_least=1)
     evaluation_features: str = option(
-        "lite0", help="Features: 'lite0', 'digits', 'inception', or a vision model of `transformers`.", read=place
+        "lite0",
+        help="Feature extractor: 'lite0', 'digits', 'inception', or a vision model of `transformers`.",
+        read=place,
     )
-    # Neighbour measures compare each image with its 5 nearest.
-    evaluation_samples: int = option(2048, help="Number of samples and of training images.", at_least=6)
-    early_stopping_patience: int | None = option(help="Stop N evaluations after the best one; save it.", at_least=1)
+    # At least 6, because precision, recall, density and coverage use the 5 nearest neighbours of each image.
+    evaluation_samples: int = option(2048, help="Number of samples, and of training images, to compare.", at_least=6)
+    early_stopping_patience: int | None = option(
+        help="Stop after N evaluations without improvement, and save the best pipeline.", at_least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig(Group):
     """guard against divergence"""
 
-    divergence_guard: bool = option(True, help="At divergence, go back and lower the energy model's learning rate.")
-    max_rollbacks: int = option(10, help="Rollbacks per run. The next alarm stops it, saved.", at_least=0)
+    divergence_guard: bool = option(
+        True, help="If training diverges, roll back to a healthy state and lower the energy model's learning rate."
+    )
+    max_rollbacks: int = option(
+        10, help="Largest number of rollbacks. At the next divergence the run is saved and stops.", at_least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig(Group):
-    """Hub (the token is that of `hf auth login`, or HF_TOKEN)"""
+    """Hub (with the token of `hf auth login` or HF_TOKEN)"""
 
     push_to_hub: bool = option(False, help="Upload the pipeline after training.")
-    hub_model_id: str | None = option(help="Repository: user/name. Default: the name of --output_dir.")
-    hub_private_repo: bool | None = option(help="Whether a new repository is private.")
+    hub_model_id: str | None = option(help="Repository to upload to: user/name. Default: the name of --output_dir.")
+    hub_private_repo: bool | None = option(help="Whether to create a new repository as private.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """
-    The configuration of a run, group by group. A script's own adds its model's group as `model`, which has the fields
+    The configuration of a run, as groups of fields. The subclass of each script sets the group `model`, which has the fields
     `calibration` and `pretrained_model_name_or_path`.
     """
 
@@ -293,7 +326,7 @@ class TrainingConfig:
 
     description: ClassVar[str] = ""
     max_resolution: ClassVar[int] = 256
-    channels_of_model: ClassVar[bool] = False  # whether images come in the channels of a model that exists already
+    channels_of_model: ClassVar[bool] = False  # whether a pretrained model sets the channels of the images
 
     @classmethod
     def groups(cls) -> dict[str, type[Group]]:
@@ -301,7 +334,7 @@ class TrainingConfig:
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> Self:
-        """Build a configuration from fields by name, whatever their group. Missing ones have their defaults."""
+        """Build a configuration from a flat dictionary of fields. Missing fields get their defaults."""
         groups: dict[str, Any] = {
             name: kind(**{own.name: values[own.name] for own in fields(kind) if own.name in values})
             for name, kind in cls.groups().items()
@@ -309,13 +342,13 @@ class TrainingConfig:
         return cls(**groups)
 
     def flat(self) -> dict[str, Any]:
-        """Return all fields by name, as `training_args.json` holds them."""
+        """Return all fields as a flat dictionary, as in `training_args.json`."""
         groups = [getattr(self, own.name) for own in fields(self)]
         return {own.name: getattr(group, own.name) for group in groups for own in fields(group)}
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side that the networks see as one."""
+        """Side, in pixels, of the patches that the networks see as one pixel."""
         return getattr(self.model, "patch_size", 1)
 
     def resolved(self) -> Self:
@@ -341,7 +374,7 @@ class TrainingConfig:
         if self.run.output_dir is None:
             raise ConfigError("--output_dir must be given.")
         if (data.dataset_name is None) == (data.train_data_dir is None):
-            raise ConfigError("one of --dataset_name and --train_data_dir must be given, and not both.")
+            raise ConfigError("exactly one of --dataset_name and --train_data_dir must be given.")
         for own in fields(self):
             getattr(self, own.name).check()
         if data.resolution > self.max_resolution or data.resolution & (data.resolution - 1):
@@ -360,7 +393,7 @@ class TrainingConfig:
             refuse("image_size", data.image_size, f"at least --resolution ({data.resolution})")
         if data.streaming and (data.dataset_name is None or (data.in_channels is None and not self.channels_of_model)):
             channels = "" if self.channels_of_model else " and --in_channels"
-            raise ConfigError(f"--streaming requires --dataset_name{channels}: it can't look ahead.")
+            raise ConfigError(f"--streaming requires --dataset_name{channels}: a stream can't be read in advance.")
         if energy.adaptive_augmentation and not data.validation_fraction:
             refuse("validation_fraction", data.validation_fraction, "above 0 with --adaptive_augmentation")
         if data.streaming and data.validation_fraction:
@@ -380,13 +413,13 @@ class TrainingConfig:
 
 
 def default_channels(resolution: int) -> list[int]:
-    """Return 64, 128, 256, 256 and so on: channels at each resolution down to 4 px."""
+    """Return the channels at each resolution down to 4 px: 64, 128, 256, 256 and so on."""
     return [min(64 * 2**i, 256) for i in range(max(int(math.log2(max(resolution, 1))) - 1, 1))]
 
 
-# `--calibration` with an energy model, and with the posterior's.
+# Values of `--calibration` that use an energy model, and values that calibrate the posterior.
 ENERGY_CALIBRATIONS, POSTERIOR_CALIBRATIONS = ("energy", "both"), ("posterior", "both")
-# lambda_z at --kl_weight 1: a step of 0.01 moves latents by a hundredth of what there is to move.
+# Default of --max_posterior_dual at --kl_weight 1. It is large because the chain's one step moves latents only a hundredth of the way.
 POSTERIOR_DUAL = 1000.0
 
 
@@ -396,7 +429,8 @@ class VAEConfig(Group):
 
     calibration: Literal["none", "energy", "posterior", "both"] = option(
         "energy",
-        help="Calibrate the decoder's samples by an energy model, the encoder's by the posterior, or both; 'none': a plain VAE.",
+        help="Calibrate the decoder's samples with an energy model ('energy'), the encoder's samples with the posterior ('posterior'), "
+        "both, or neither ('none', a plain VAE).",
     )
     pretrained_model_name_or_path: str | None = option(
         help="Start from the weights and architecture of this pipeline or AutoencoderEC (folder or Hub id).",
@@ -404,7 +438,7 @@ class VAEConfig(Group):
     )
     freeze_decoder: bool = option(
         False,
-        help="Train the encoder only: samples of --pretrained_model_name_or_path do not change, and its energy model is kept.",
+        help="Train only the encoder. Samples of --pretrained_model_name_or_path do not change, and its energy model is kept.",
     )
     latent_channels: int = option(128, help="Dimension of the latent vector.", at_least=1)
     block_out_channels: list[int] | None = option(
@@ -413,15 +447,18 @@ class VAEConfig(Group):
     layers_per_block: int = option(1, help="Residual blocks per resolution.", at_least=1)
     patch_size: Literal[1, 2, 4] = option(
         1,
-        help="Pixels a side that the networks see as one, with more channels: 2 saves most of the time of large images.",
+        help="Side, in pixels, of the patches that the networks see as one pixel with more channels. 2 saves most of the training time "
+        "on large images.",
     )
-    kl_weight: float = option(1.0, help="beta: weight of the KL divergence.", at_least=0)
-    kl_warmup_steps: int = option(0, help="Steps over which beta rises from 0.", at_least=0)
+    kl_weight: float = option(1.0, help="Weight of the KL divergence (beta).", at_least=0)
+    kl_warmup_steps: int = option(0, help="Number of steps over which the KL weight rises from 0.", at_least=0)
     max_posterior_dual: float | None = option(
-        help="lambda_z at the start, and its upper bound. Default: 1000 times --kl_weight.", above=0
+        help="Initial value and upper bound of the posterior's dual variable. Default: 1000 times --kl_weight.",
+        above=0,
     )
     posterior_decoder_weight: float | None = option(
-        help="Weight of the squared error of images decoded from refined latents. Default: 0.1, or 0 with --freeze_decoder.",
+        help="Weight of the squared error of images decoded from latents that a chain on the posterior refined. Default: 0.1, or 0 with "
+        "--freeze_decoder.",
         at_least=0,
     )
 
@@ -443,7 +480,7 @@ class VAEConfig(Group):
         if not self.freeze_decoder:
             return
         if self.pretrained_model_name_or_path is None:
-            refuse("pretrained_model_name_or_path", None, "given with --freeze_decoder, also when a run is resumed")
+            raise ConfigError("--freeze_decoder requires --pretrained_model_name_or_path, also when a run is resumed.")
         if self.calibration in ENERGY_CALIBRATIONS:
             refuse("calibration", self.calibration, "none or posterior with --freeze_decoder")
         if self.posterior_decoder_weight:
@@ -471,28 +508,32 @@ class ECVAEConfig(TrainingConfig):
             refuse("calibration", self.model.calibration, "none or energy with --class_conditional")
         patience = self.evaluation.early_stopping_patience
         if self.model.freeze_decoder and patience is not None:
-            refuse("early_stopping_patience", patience, "left out with --freeze_decoder: samples do not change")
+            raise ConfigError(
+                f"--early_stopping_patience {patience} can't be used with --freeze_decoder: samples do not change."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(Group):
     """model and its loss"""
 
-    calibration: Literal["none", "energy"] = option("energy", help="'none': only likelihood, to calibrate later.")
+    calibration: Literal["none", "energy"] = option(
+        "energy", help="Calibrate samples with an energy model ('energy'), or train on likelihood alone ('none')."
+    )
     pretrained_model_name_or_path: str | None = option(
         help="Start from the weights and architecture of this pipeline or FlowEC (folder or Hub id).", read=place
     )
-    num_levels: int = option(3, help="Scales of the flow, each of half the size.", at_least=1)
-    steps_per_level: int = option(8, help="Steps of the flow per scale.", at_least=1)
-    hidden_channels: int = option(128, help="Channels of the couplings' networks.", at_least=1)
+    num_levels: int = option(3, help="Number of scales of the flow. Each one halves the size.", at_least=1)
+    steps_per_level: int = option(8, help="Number of flow steps per scale.", at_least=1)
+    hidden_channels: int = option(128, help="Channels of the coupling networks.", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowOptimizerConfig(OptimizerConfig):
     """training"""
 
-    # Likelihood has a noisy gradient with rare, enormous values: an Adam that averages and clips learns several times faster than
-    # the one that suits a critic's opponent (docs/flows.md).
+    # The likelihood's gradient is noisy, with rare, enormous values. Adam with momentum and clipping learns several times faster on it
+    # than with the settings of a calibrated VAE (docs/flows.md).
     learning_rate: float | None = option(
         help="Learning rate of the flow. Default: 3e-3 for a new flow, 5e-4 for a pretrained one.", above=0
     )
@@ -513,8 +554,8 @@ class ECFlowConfig(TrainingConfig):
     optimizer: FlowOptimizerConfig = field(default_factory=FlowOptimizerConfig)
 
     description: ClassVar[str] = (
-        "Train an energy-calibrated normalizing flow on images. On likelihood first: accelerate launch training/train_flow.py "
-        "--calibration none --train_data_dir my_images --output_dir plain_flow --resolution 32; then calibrated: accelerate launch "
+        "Train an energy-calibrated normalizing flow on images. First train on likelihood: accelerate launch training/train_flow.py "
+        "--calibration none --train_data_dir my_images --output_dir plain_flow --resolution 32; then calibrate: accelerate launch "
         "training/train_flow.py --pretrained_model_name_or_path plain_flow --train_data_dir my_images --output_dir my_flow "
         "--resolution 32"
     )
@@ -523,7 +564,8 @@ class ECFlowConfig(TrainingConfig):
         config = super().resolved()
         if config.optimizer.learning_rate is not None:
             return config
-        # Calibrated at the high rate from its first step, a flow may find patterns that the energy model does not see yet.
+        # A pretrained flow is calibrated from the first step. At the high rate it could learn patterns that the energy model does not
+        # see yet.
         rate = 3e-3 if self.model.pretrained_model_name_or_path is None else 5e-4
         return replace(config, optimizer=replace(config.optimizer, learning_rate=rate))
 
@@ -537,33 +579,38 @@ class ECFlowConfig(TrainingConfig):
 class DecoderConfig(Group):
     """model and its loss"""
 
-    calibration: Literal["none", "energy"] = option("energy", help="'none': only the squared error.")
+    calibration: Literal["none", "energy"] = option(
+        "energy", help="Calibrate with an energy model ('energy'), or train on the squared error alone ('none')."
+    )
     pretrained_model_name_or_path: str | None = option(
-        help="The autoencoder: AutoencoderKL, AutoencoderTiny, VQModel or another of diffusers (folder or Hub id). An energy model "
-        "that a run saved with it is kept.",
+        help="Autoencoder to calibrate: AutoencoderKL, AutoencoderTiny, VQModel or another one of diffusers (folder or Hub id). If a run "
+        "saved an energy model with it, its training continues.",
         read=place,
     )
-    subfolder: str | None = option(help="Its subfolder in a pipeline: vae.")
+    subfolder: str | None = option(help="Subfolder of the autoencoder, such as vae in a pipeline.")
     revision: str | None = option(help="Branch, tag or commit of the Hub id.")
-    variant: str | None = option(help="Variant of its weights, such as fp16. Training and saving are in float32.")
+    variant: str | None = option(help="Variant of the weights, such as fp16. Training and saving use float32.")
     reconstruction_weight: float = option(
-        1.0, help="Weight of the squared error: more keeps PSNR, less gives the chain more say.", at_least=0
+        1.0,
+        help="Weight of the squared error. A larger weight keeps PSNR, a smaller one strengthens calibration.",
+        at_least=0,
     )
     latent_noise: float = option(
         0.0,
-        help="Noise on the encodings whose decodings are calibrated: its standard deviation over that of the latents.",
+        help="Noise added to the encodings whose decodings are calibrated, in standard deviations of the latents.",
         at_least=0,
     )
     latents_file: str | None = option(
-        help="Calibrate decodings of these: a safetensors file with a tensor `latents` (N, C, h, w).", read=place
+        help="Calibrate decodings of the latents in this safetensors file: a tensor `latents` (N, C, h, w).",
+        read=place,
     )
 
     def check(self) -> None:
         super().check()
         if self.pretrained_model_name_or_path is None:
-            refuse("pretrained_model_name_or_path", None, "given: the autoencoder whose decoder is calibrated")
+            raise ConfigError("--pretrained_model_name_or_path must be given: the autoencoder to calibrate.")
         if self.reconstruction_weight == 0 and self.calibration == "none":
-            refuse("reconstruction_weight", 0, "above 0 with --calibration none: nothing would be trained")
+            refuse("reconstruction_weight", 0, "above 0 with --calibration none")
         if self.latents_file is not None and self.latent_noise > 0:
             refuse("latent_noise", self.latent_noise, "0 with --latents_file")
 

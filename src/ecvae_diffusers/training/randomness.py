@@ -1,8 +1,7 @@
-"""The random draws of one iteration, from its number alone.
+"""Random draws of a training step, which depend only on the seed and the number of the step.
 
-They depend on the seed and the step, and on nothing that came before: a resumed run draws what the uninterrupted one
-would have. And each process draws those of the GLOBAL batch and takes its share: one process and many agree, at the
-cost of drawing what others use, which is little beside a network pass.
+A resumed run draws the same numbers as an uninterrupted one. Each process draws the numbers of the GLOBAL batch and takes its
+share, so the results do not depend on the number of processes. The cost is small compared with a pass through a network.
 """
 
 import numpy as np
@@ -11,10 +10,12 @@ import torch
 
 class StepNoise:
     """
+    A source of random draws for one batch of training.
+
     Args:
-        seed (`int`), step (`int`): What the draws depend on.
-        process_index (`int`), num_processes (`int`): Which share of the global batch is this process's.
-        device (`torch.device`): Where to draw.
+        seed (`int`), step (`int`): Determine the draws.
+        process_index (`int`), num_processes (`int`): Determine this process's share of the global batch.
+        device (`torch.device`): The device of the draws.
         reseed (`int`, *optional*, defaults to 0): Another number gives other draws.
     """
 
@@ -30,18 +31,18 @@ class StepNoise:
         return draws.chunk(self.num_processes)[self.process_index]
 
     def normal(self, batch_size: int, *shape: int) -> torch.Tensor:
-        """Standard normal draws (batch_size, *shape), of the (num_processes * batch_size, *shape) that all have."""
+        """Return this process's (batch_size, *shape) of (num_processes * batch_size, *shape) standard normal draws."""
         size = (self.num_processes * batch_size, *shape)
         return self._share(torch.randn(size, generator=self.generator, device=self.generator.device))
 
     def uniform(self, batch_size: int, *shape: int) -> torch.Tensor:
-        """As `normal`, from [0, 1)."""
+        """Return draws like `normal`, but uniform in [0, 1)."""
         size = (self.num_processes * batch_size, *shape)
         return self._share(torch.rand(size, generator=self.generator, device=self.generator.device))
 
 
 class ChainNoise:
-    """The draws of a Langevin chain, each when its step asks for it: all at once would be K global batches of images."""
+    """The noise of a Langevin chain, drawn step by step: drawn at once it would take the memory of K global batches."""
 
     def __init__(self, noise: StepNoise, samples: torch.Tensor):
         self.noise = noise

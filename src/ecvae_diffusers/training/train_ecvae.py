@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Trains an energy-calibrated VAE on images: `accelerate launch training/train_ecvae.py --help`, or `ecvae train --help`."""
+"""Train an energy-calibrated VAE on images: `accelerate launch training/train_ecvae.py --help`, or `ecvae train --help`."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ from ecvae_diffusers.training.config import ECVAEConfig
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECVAEConfig:
-    """Read and check a configuration, as `read_config` does."""
+    """Read and check a configuration from the command line, with `read_config`."""
     return read_config(ECVAEConfig, argv, prog)
 
 
 def run(config: ECVAEConfig) -> None:
-    """Train as configured. Raises what `launch.train` raises."""
+    """Train with a configuration. Raises the errors of `launch.train`."""
     from ecvae_diffusers.training.tasks.vae import train_vae
 
     train_vae(config)
@@ -22,7 +22,7 @@ def run(config: ECVAEConfig) -> None:
 def main(
     argv: list[str] | None = None, prog: str = "train_ecvae.py", prepare: Callable[[], None] = lambda: None
 ) -> None:
-    """Train as the command line says. `prepare` is called when that is read."""
+    """Parse the command line and train. `prepare` is called between the two."""
     config = parse_args(argv, prog)
     prepare()
     from ecvae_diffusers.training.run.launch import run_script

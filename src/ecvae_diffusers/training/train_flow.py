@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Trains an energy-calibrated normalizing flow: `accelerate launch training/train_flow.py --help`, or `ecvae train-flow --help`.
+"""Train an energy-calibrated normalizing flow: `accelerate launch training/train_flow.py --help`, or `ecvae train-flow --help`.
 
-Likelihood is learned first, with `--calibration none`; a second run from there (`--pretrained_model_name_or_path`) calibrates: see
-docs/flows.md.
+Train on likelihood first, with `--calibration none`. Then calibrate in a second run that starts from the first one
+(`--pretrained_model_name_or_path`): see docs/flows.md.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from ecvae_diffusers.training.config import ECFlowConfig
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECFlowConfig:
-    """Read and check a configuration, as `read_config` does."""
+    """Read and check a configuration from the command line, with `read_config`."""
     return read_config(ECFlowConfig, argv, prog)
 
 
 def run(config: ECFlowConfig) -> None:
-    """Train as configured. Raises what `launch.train` raises."""
+    """Train with a configuration. Raises the errors of `launch.train`."""
     from ecvae_diffusers.training.tasks.flow import train_flow
 
     train_flow(config)
@@ -26,7 +26,7 @@ def run(config: ECFlowConfig) -> None:
 def main(
     argv: list[str] | None = None, prog: str = "train_flow.py", prepare: Callable[[], None] = lambda: None
 ) -> None:
-    """Train as the command line says. `prepare` is called when that is read."""
+    """Parse the command line and train. `prepare` is called between the two."""
     config = parse_args(argv, prog)
     prepare()
     from ecvae_diffusers.training.run.launch import run_script

@@ -1,6 +1,6 @@
-"""The training loop: calibrated learning of any generator, and everything that a run of days needs around it.
+"""The training loop: calibrated training of any generator, with logs, pictures, evaluations, checkpoints and rollbacks.
 
-What is learned is the `Task`'s business: the generator's own loss, how it makes images, and which pipeline it becomes.
+A `Task` defines what is trained: the generator's own loss, how it makes images, and the pipeline that is saved.
 """
 
 import gc
@@ -63,26 +63,28 @@ from ecvae_diffusers.training.tasks.networks import Trained, build_calibrator, m
 
 logger = get_logger(__name__)
 
-# Steps of the first pictures, in addition to every `--save_images_steps`: what is wrong with the data or with a rate shows by then.
+# Steps of pictures in addition to every `--save_images_steps`: faults in the data or the learning rates show early.
 FIRST_PICTURES = (1, 10, 100)
-# Steps after which a run tells what to expect, and the channels at the full resolution from which networks are large for a CPU.
+# Number of steps after which a run logs its expected duration, and channels at full resolution from which a network is large for a CPU.
 WARMUP_STEPS, LARGE_WIDTH = 20, 64
-# Share of images whose class the networks are not told, so that they also learn pictures of an unknown class.
+# Share of images whose class is hidden from the networks, so that they also learn images without a known class.
 CLASS_DROPOUT = 0.1
 TRACKER_PROJECT = "ecvae"
 
 
 class Stopped(Exception):
-    """The run has ended before its last step, with what it had saved; the message says why and what to do."""
+    """The error of a run that saved its state and ended before its last step. The message says why and what to do."""
 
 
 class Trainer:
     """
+    The training loop of a run.
+
     Args:
-        config ([`TrainingConfig`]): The run's.
+        config ([`TrainingConfig`]): The configuration of the run.
         accelerator ([`Accelerator`]): From `build_accelerator`.
-        feed: From `build_feed`.
-        task ([`Task`]): What is trained.
+        feed: The data, from `build_feed`.
+        task ([`Task`]): The generator and the energy model to train.
     """
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, feed: DecodedFeed | StreamFeed, task: Task):
@@ -98,7 +100,7 @@ class Trainer:
             model.to(memory_format=torch.channels_last)
             if optimizer.gradient_checkpointing:
                 model.enable_gradient_checkpointing()
-        # Before `prepare`, so that its modules carry no wrapper into the saved average.
+        # Before `prepare`, so that the saved average contains no wrapped modules.
         if optimizer.use_ema:
             self.ema = moving_average(task.generator, optimizer.ema_max_decay).to(accelerator.device)
         betas = (optimizer.adam_beta1, optimizer.adam_beta2)
@@ -134,10 +136,11 @@ class Trainer:
         accelerator.register_for_checkpointing(*[part for part in resumed if part is not None])
 
     def prepare(self, network: torch.nn.Module, learning_rate: Any, betas: tuple[float, float]) -> Trained:
+        """Return a network with its AdamW optimizer and schedule, wrapped by Accelerate."""
         config, num_processes = self.config.optimizer, self.accelerator.num_processes
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.0)
-        # Accelerate steps a prepared schedule once a process.
+        # Accelerate steps a prepared schedule once per process.
         warmup, total = config.lr_warmup_steps * num_processes, config.max_train_steps * num_processes
         lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         prepared = self.accelerator.prepare(network, optimizer, lr_scheduler)
@@ -145,7 +148,7 @@ class Trainer:
 
     @property
     def launch(self) -> dict:
-        """What a resumed run must have in common with what it was, next to its arguments."""
+        """Properties, other than arguments, that must be the same when the run is resumed."""
         return {
             "images_per_step": self.images_per_step,
             "num_images": self.feed.num_images,
@@ -157,7 +160,7 @@ class Trainer:
 
     @property
     def exported(self) -> torch.nn.Module:
-        """The generator that is saved and sampled from: the average, where there is one."""
+        """The generator that is saved and sampled from: the moving average, if there is one."""
         return self.ema.module if self.ema is not None else self.task.generator
 
     def build_pipeline(self) -> DiffusionPipeline:
@@ -168,13 +171,14 @@ class Trainer:
 
     def train(self, checkpoint: Path | None, is_stopped: Callable[[int], bool]) -> None:
         """
-        Train to the last step, from a checkpoint or from the start, and save the pipeline.
+        Train to the last step and save the pipeline.
 
         Args:
-            is_stopped (`Callable`): Whether to end the run, with a checkpoint, after the step of this number.
+            checkpoint (`Path`, *optional*): The checkpoint to resume from. Default: start at step 0.
+            is_stopped (`Callable`): Takes the number of a step, and returns whether to save a checkpoint and end the run after it.
 
         Raises:
-            Stopped: if a signal, the guard or early stopping ended it before.
+            Stopped: if a signal or the guard ended the run before its last step.
         """
         self.start(checkpoint)
         batches = self.new_batches()
@@ -199,7 +203,7 @@ class Trainer:
                 alarms = []
                 if logged:
                     alarms = self.log(scalars)
-                # Nothing is kept of a state that is not finite, whether or not this step is logged.
+                # A state that is not finite is never saved, even if this step is not logged.
                 elif (evaluate or save) and (peaks := self.recovery.peaks):
                     alarms = self.recovery.judge(self.step, reduce_scalars(self.accelerator, peaks), complete=False)
                 if alarms:
@@ -218,7 +222,7 @@ class Trainer:
                         self.save_checkpoint()
                 if stopped:
                     raise Stopped(
-                        f"stopped at step {self.step} of {self.num_steps}, which checkpoint-{self.step} holds: go on "
+                        f"stopped at step {self.step} of {self.num_steps} and saved checkpoint-{self.step}: resume "
                         "with --resume_from_checkpoint latest."
                     )
                 if last:
@@ -228,33 +232,33 @@ class Trainer:
                     record_event(self.accelerator, self.output_dir, self.step, "early_stopping", outcome)
                 self.progress.update()
             self.save()
-            # Not before: at 100% nothing is left to wait for.
+            # Only now, because at 100% the work should be done.
             self.progress.update(self.step - self.progress.n)
 
     def tell_what_to_expect(self) -> None:
-        """Log how long the run will take, by the steps since it was started, and when pictures come."""
+        """Log the expected duration of the run, from its steps so far, and the steps at which pictures are written."""
         seconds = (self.stopwatch.seconds - self.started) / WARMUP_STEPS
         run, pictures = self.config.run, self.output_dir / "samples"
         logger.info(
             f"{seconds:.2g} s per step: {duration(seconds * (self.num_steps - self.step))} for the remaining "
-            f"{self.num_steps - self.step} steps, without evaluations. {peak_memory(self.accelerator.device):.1f} GiB of memory. "
-            f"Pictures come at the steps {', '.join(map(str, FIRST_PICTURES))} and every {run.save_images_steps}: {pictures}."
+            f"{self.num_steps - self.step} steps, without evaluations. Peak memory: {peak_memory(self.accelerator.device):.1f} GiB. "
+            f"Pictures are written to {pictures} at steps {', '.join(map(str, FIRST_PICTURES))} and every {run.save_images_steps} steps."
         )
         channels = getattr(self.config.model, "block_out_channels", None) or [0]
         if self.accelerator.device.type == "cpu" and channels[0] >= LARGE_WIDTH:
             logger.info(
-                "These networks are large for a CPU. Smaller ones: --block_out_channels 16 32 64 --latent_channels 64 "
-                "--mixed_precision bf16"
+                "These networks are slow on a CPU. For smaller and faster ones, use --block_out_channels 16 32 64 "
+                "--latent_channels 64 --mixed_precision bf16."
             )
 
     def start(self, checkpoint: Path | None) -> None:
-        """Load the checkpoint, if there is one, and bring the output folder to its step."""
+        """Load the checkpoint, if there is one, and remove files of later steps from the output folder."""
         config, output_dir = self.config, self.output_dir
         if checkpoint is not None:
             check_resumed_launch(output_dir, self.launch)
             load_checkpoint(self.accelerator, checkpoint)
             self.step = checkpoint_step(checkpoint)
-            logger.info(f"Resuming from {checkpoint.name} of {self.num_steps} steps.")
+            logger.info(f"Resuming from {checkpoint.name}, up to step {self.num_steps}.")
         elif config.run.resume_from_checkpoint is not None:
             logger.info("There is no checkpoint to resume from: starting at step 0.")
         if self.accelerator.is_main_process:
@@ -265,7 +269,7 @@ class Trainer:
             arguments = {**config.flat(), "component": self.task.component, "launch": self.launch}
             write_json(output_dir / ARGUMENTS_FILE, arguments, sort_keys=True)
             if self.feed.hashes is not None and not (checkpoint is not None and (output_dir / HASHES_FILE).is_file()):
-                # What the model that the run starts from was trained on counts as well.
+                # Images that the pretrained model was trained on count as well.
                 before = trained_hashes(config.model.pretrained_model_name_or_path) or set()
                 write_hashes(self.feed.hashes | before, output_dir / HASHES_FILE)
             images, labels = self.feed.reference(NUM_ENERGIES), self.feed.reference_labels(NUM_ENERGIES)
@@ -281,13 +285,13 @@ class Trainer:
         return self.feed.batches(self.step * self.num_batches, reseed=self.recovery.num_rollbacks)
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, torch.Tensor]:
-        """One step of both networks, the dual variable and the average. Returns the scalars of its last batch."""
+        """Update both networks, the dual variable and the moving average. Return the scalars of the last batch."""
         data, optimizer, accelerator = self.config.data, self.config.optimizer, self.accelerator
         generator, energy = self.generator, self.energy
         networks = [trained.network for trained in (generator, energy) if trained is not None]
         norms: dict[str, torch.Tensor] = {}
         constraint: Any = 0.0
-        # Both are there where there is an energy model.
+        # Not `None` if there is an energy model.
         calibrator: Any = self.calibrator
         samples: Any
         for part in range(self.num_batches):
@@ -303,15 +307,14 @@ class Trainer:
                 real = flip_at_random(real, noise)
             if labels is not None and self.feed.class_names is not None:
                 labels = forget_classes(labels, CLASS_DROPOUT, len(self.feed.class_names), noise)
-            # One context for both networks: each entered would count a batch of accumulation.
+            # One context for both networks, because each entry counts as a batch of gradient accumulation.
             with accelerator.accumulate(*networks):
-                # The generator: its own loss, and the constraint on its samples.
-                # Samples have the classes of the data, which are a draw of their frequencies.
+                # The generator: its own loss plus the constraint on its samples. Samples get the classes of the batch.
                 loss, samples, own = self.task.loss(
                     generator.network, real, noise, self.step, energy is not None, labels
                 )
                 if energy is not None:
-                    # Both are the same network, as it is and as it is wrapped.
+                    # The same network twice: without and with Accelerate's wrapper.
                     frozen_energy, trained_energy = augmented(
                         self.overfitting, real, noise, self.task.energy_model, energy.network
                     )
@@ -321,13 +324,13 @@ class Trainer:
                     loss = loss + calibration.loss
                     constraint = constraint + calibration.constraint / self.num_batches
                 norms |= generator.step(loss)
-                # The energy model: data against the same targets.
+                # The energy model: data against the targets of the same chain.
                 if energy is not None:
                     energies = calibrator.energy_loss(real, calibration.targets, trained_energy, labels, labels)
                     norms |= {f"energy_{name}": norm for name, norm in energy.step(energies.loss).items()}
         scalars, peaks = {**norms, **own}, {**norms}
         if energy is not None:
-            # lambda, one number for all processes, on the constraint of the whole step.
+            # lambda is the same in all processes: it steps on the mean constraint of the whole step.
             peaks["constraint"] = constraint = accelerator.reduce(constraint, reduction="mean")
             calibrator.dual_step(constraint)
             if self.config.calibration.langevin_drift_step == "auto":
@@ -352,7 +355,7 @@ class Trainer:
         return scalars
 
     def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
-        """Write the step's scalars, show some of them, and return the guard's alarms."""
+        """Log the step's scalars, show some of them in the progress bar, and return the guard's alarms."""
         accelerator, calibrator = self.accelerator, self.calibrator
         logged: dict[str, Any] = reduce_scalars(accelerator, {**scalars, **self.recovery.peaks})
         self.recovery.peaks.clear()
@@ -388,15 +391,15 @@ class Trainer:
 
     def roll_back(self, alarms: list[str]) -> None:
         """
-        Go back to a healthy state, with a lower rate and other data.
+        Roll back to a healthy state, with a lower learning rate and the data in another order.
 
         Raises:
-            Stopped: after `--max_rollbacks`, with the healthy state saved.
+            Stopped: if there were `--max_rollbacks` rollbacks already. The healthy state is saved.
         """
         broke_at = self.step
         self.step, go_on = self.recovery.roll_back(self.step, alarms)
         self.patience.cut(self.step)
-        # Later checkpoints go first: a kill in between must not leave one that is not healthy as the newest.
+        # Remove later checkpoints first: if the run is killed here, the newest one must be healthy.
         if self.accelerator.is_main_process:
             cut_run(self.output_dir, self.step)
         with self.stopwatch.paused():
@@ -405,9 +408,9 @@ class Trainer:
             self.save()
             rate = "--energy_learning_rate" if self.energy is not None else "--learning_rate"
             raise Stopped(
-                f"stopped at step {broke_at} after {self.config.guard.max_rollbacks} rollbacks: {'; '.join(alarms)}. The state of "
-                f"step {self.step} is saved: try a lower {rate}, --max_grad_norm, or fp32, and resume from it with "
-                f"--pretrained_model_name_or_path {str(self.output_dir)!r} in another --output_dir."
+                f"stopped at step {broke_at} after {self.config.guard.max_rollbacks} rollbacks: {'; '.join(alarms)}. The healthy "
+                f"state of step {self.step} is saved. Start a new run from it with --pretrained_model_name_or_path "
+                f"{str(self.output_dir)!r} and another --output_dir, and try a lower {rate}, --max_grad_norm or --mixed_precision no."
             )
         self.progress.n = self.step
         self.progress.refresh()
@@ -418,7 +421,7 @@ class Trainer:
         save_checkpoint(self.accelerator, self.output_dir, self.step, self.build_pipeline, limit)
 
     def evaluate(self) -> None:
-        """Measure, and keep the best pipeline in `best/`."""
+        """Evaluate the exported generator. If it is the best one so far, save its pipeline in `best/`."""
         measures = self.evaluation.measure(self.exported, self.output_dir, self.step)
         best = self.patience.is_best(measures, self.step) and self.task.samples_change
         if self.accelerator.is_main_process:
@@ -436,7 +439,7 @@ class Trainer:
             self.accelerator.log(numbers, step=self.step)
 
     def save(self) -> None:
-        """Save the pipeline that the run has come to or, where it was stopped early, the best one."""
+        """Save the pipeline of the last step or, after early stopping, the best one."""
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
@@ -449,12 +452,14 @@ class Trainer:
             save_pipeline(pipeline, self.output_dir)
             bar.update()
         loads = f"{self.task.saved_class}.from_pretrained({str(self.output_dir)!r})"
-        logger.info(f"Saved to {self.output_dir}: {loads}.")
+        logger.info(f"Saved to {self.output_dir}. Load with {loads}.")
 
     def close(self) -> None:
         """
-        All leave together, the wrapped networks first: freed after the process group, their gradient reducer would be
-        the last to hold it, and free it under Python's lock, which the group's own threads may be waiting for.
+        End the run in all processes together.
+
+        The wrapped networks must be freed before the process group. Otherwise their gradient reducer would free the group while
+        it holds Python's lock, for which the group's threads may be waiting.
         """
         self.accelerator.wait_for_everyone()
         del self.generator, self.energy, self.recovery

@@ -1,7 +1,7 @@
-"""The pictures of a folder: one answer for every script, with what was left out, and hashes that identify pictures.
+"""Find the pictures of a folder, in the same way for every script, report what was left out, and hash pictures.
 
-Links are followed, and each file counts once. Whatever training runs, evaluations and restorations write is left out: a run that
-lies in its data folder must not be trained on, or measured against, its own sample sheets.
+Links are followed, and each file counts once. Files that training runs, evaluations and restorations wrote are left out, so that a run
+inside its data folder is not trained on its own sample sheets or compared with them.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from ecvae_diffusers.command import check_picture_folder
 from ecvae_diffusers.training.run.folder import ARGUMENTS_FILE, CHECKPOINT, HASHES_FILE, RUN_FILES, RUN_FOLDERS
 
 
-# Formats that Pillow recognizes but can't read without a program of the user's. MPEG is video.
+# Formats that Pillow recognizes but can't read without a plugin. MPEG is video.
 STUB_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 MODEL_FILE = "model_index.json"
 RESTORED_FILE = "restored.json"
-# What scripts write into any folder, by the file that is always part of it. `datasets` takes JSON for data too.
+# Files that scripts write into any folder, by the file that is always among them. `datasets` would read JSON files as data.
 SHEETS = re.compile(r"(model_index|evaluation)\.json|(samples|neighbours|curves)\.png")
 WRITTEN = {
     MODEL_FILE: SHEETS,
@@ -42,9 +42,9 @@ class FolderFiles:
     The files of a folder and its sub-folders, each once, sorted by name.
 
     Attributes:
-        files (`list[Path]`): Those that are data.
-        written (`list[Path]`): Folders and files that runs, evaluations and restorations wrote.
-        num_hidden, num_links (`int`): How many names begin with a dot, and how many links lead to what counts already.
+        files (`list[Path]`): The files that are data.
+        written (`list[Path]`): The folders and files that runs, evaluations and restorations wrote.
+        num_hidden, num_links (`int`): The number of hidden files and folders, and of links to files and folders that are counted already.
 
     Raises:
         ValueError: if a folder can't be read.
@@ -71,14 +71,14 @@ class FolderFiles:
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.appendleft(path)
                 elif not entry.is_symlink():
-                    if entry.is_file():  # a pipe would be waited for
+                    if entry.is_file():  # reading a pipe would block
                         found[real / entry.name] = path
                 elif not os.path.isdir(path):
-                    linked_files.append(path)  # broken links too: reading the file says so
+                    linked_files.append(path)  # broken links too: reading the file reports them
                 elif real.is_relative_to(os.path.realpath(path)):
                     self.num_links += 1
                 else:
-                    waiting.append(path)  # after all real folders, so that a file is known by its own name
+                    waiting.append(path)  # after all real folders, so that a file keeps its real name
         for path in sorted(linked_files):
             real = Path(os.path.realpath(path))
             self.num_links += real in found
@@ -98,21 +98,21 @@ class FolderFiles:
         return [entry for entry in entries if entry.name not in written]
 
     def left_out(self) -> list[str]:
-        """Say what is not among the files, and why."""
+        """Describe what is not among the files, and why."""
         parts = []
         if self.written:
             named = ", ".join(repr(os.path.relpath(path, self.folder)) for path in self.written[:MAX_NAMED])
             more = ", ..." if len(self.written) > MAX_NAMED else ""
-            parts.append(f"what runs, evaluations and restorations wrote ({named}{more})")
+            parts.append(f"files of runs, evaluations and restorations ({named}{more})")
         if self.num_links:
-            parts.append(f"{self.num_links} link(s) to what is there already")
+            parts.append(f"{self.num_links} link(s) to files or folders that are included already")
         if self.num_hidden:
             parts.append(f"{self.num_hidden} hidden file(s) or folder(s)")
         return parts
 
 
 def is_written(folder: Path) -> bool:
-    """Tell whether a folder (its real path) is a run, a part of one, a saved pipeline, or what `ecvae restore` wrote."""
+    """Return whether a folder (a real path) is a run, a part of one, a saved pipeline, or an output of `ecvae restore`."""
     if any((folder / name).is_file() for name in (ARGUMENTS_FILE, MODEL_FILE, RESTORED_FILE)):
         return True
     is_part = folder.name in RUN_FOLDERS or CHECKPOINT.fullmatch(folder.name) is not None
@@ -120,20 +120,20 @@ def is_written(folder: Path) -> bool:
 
 
 def readable_extensions() -> set[str]:
-    """Return the file name extensions, in lower case, that Pillow opens."""
+    """Return the file name extensions, in lower case, that Pillow can read."""
     PIL.Image.init()
     readable = PIL.Image.OPEN.keys() - STUB_FORMATS
     return {extension for extension, name in PIL.Image.EXTENSION.items() if name in readable}
 
 
 def unreadable(files: Iterable[Path]) -> list[str]:
-    """Say how many files of which kinds Pillow does not open."""
+    """Describe files that Pillow can't read, by number and extension. Empty if there are none."""
     counts = Counter(path.suffix.lower() or "without an extension" for path in files)
     if not counts:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(MAX_NAMED))
     more = ", ..." if len(counts) > MAX_NAMED else ""
-    return [f"{counts.total()} file(s) of kinds that Pillow does not read ({kinds}{more})"]
+    return [f"{counts.total()} file(s) that Pillow can't read ({kinds}{more})"]
 
 
 class Pictures:
@@ -141,9 +141,9 @@ class Pictures:
     The undecoded pictures of a folder or of a data set, as `{"path": ..., "bytes": ...}`.
 
     Args:
-        source (`list[Path]` or `datasets.Dataset`): Files, or a data set with the one column `image`, undecoded.
-        left_out (`list[str]`): What the source holds besides, in words.
-        labels (`list[int]`, *optional*), class_names (`list[str]`, *optional*): The class of each picture, and the names of all.
+        source (`list[Path]` or `datasets.Dataset`): Files, or a data set whose only column is `image`, undecoded.
+        left_out (`list[str]`): Descriptions of what was left out.
+        labels (`list[int]`, *optional*), class_names (`list[str]`, *optional*): The class of each picture, and the names of all classes.
     """
 
     def __init__(
@@ -163,14 +163,14 @@ class Pictures:
         return {"path": str(row), "bytes": None} if isinstance(row, Path) else row["image"]
 
     def select(self, indices: list[int]) -> "Pictures":
-        """Return the pictures of the given indices, in their order."""
+        """Return the pictures at the given indices, in that order."""
         chosen = [self.source[i] for i in indices] if isinstance(self.source, list) else self.source.select(indices)
         labels = None if self.labels is None else [self.labels[i] for i in indices]
         return Pictures(chosen, self.left_out, labels, self.class_names)
 
 
 def find_images(folder: str | os.PathLike, argument: str | None = None) -> Pictures:
-    """Find a folder's pictures, by their extensions. Raise `ValueError`, naming `argument`, if it can't be read."""
+    """Find the pictures of a folder by their extensions. Raises `ValueError`, which names `argument`, if it can't be read."""
     check_picture_folder(argument or "folder", folder)
     readable, found = readable_extensions(), FolderFiles(Path(folder))
     files = [path for path in found.files if path.suffix.lower() in readable]
@@ -180,8 +180,10 @@ def find_images(folder: str | os.PathLike, argument: str | None = None) -> Pictu
 
 def local_data_files(name_or_path: str) -> tuple[Any, list[str]]:
     """
-    Return what `datasets.load_dataset` takes as `data_files`, `None` for what it finds by itself, and in words what is left out of
-    a local data set: `datasets` alone would also take the pictures and logs of a run in its folder.
+    Return the argument `data_files` for `datasets.load_dataset`, and descriptions of what is left out of a local data set.
+
+    `data_files` is `None` if `datasets` finds the files by itself. If there is a run in the folder, `datasets` alone would also read the
+    run's pictures and logs.
     """
     if not os.path.isdir(name_or_path):
         return None, []
@@ -190,7 +192,7 @@ def local_data_files(name_or_path: str) -> tuple[Any, list[str]]:
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{str(path)!r} has a name that `datasets` can't read, since it is not UTF-8.") from None
+            raise ValueError(f"{str(path)!r} can't be read by `datasets`: its name is not UTF-8.") from None
     readable = readable_extensions()
     images = (path for path in found.files if str(mimetypes.guess_type(path.name)[0]).startswith("image/"))
     left_out = unreadable(path for path in images if path.suffix.lower() not in readable)
@@ -200,7 +202,7 @@ def local_data_files(name_or_path: str) -> tuple[Any, list[str]]:
 
 
 def split_files(found: FolderFiles, folder: str) -> Any:
-    """Sort files into splits by the rules of `datasets`. Return `None` if the data set's own card says how."""
+    """Sort files into splits by the rules of `datasets`. Return `None` if the data set's card defines the splits."""
     from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, DataFilesList, _get_data_files_patterns
     from fsspec.utils import glob_translate
 
@@ -208,7 +210,7 @@ def split_files(found: FolderFiles, folder: str) -> Any:
     if card.is_file() and DatasetCard.load(card).data.get("configs"):
         return None
     files = {path.relative_to(folder).as_posix(): path for path in found.files if path.name not in FILES_TO_IGNORE}
-    # In the order of `datasets`, so that a resumed run sees its images in the order in which it began.
+    # In the order of `datasets`, so that a resumed run keeps the order of its images.
     names = sorted(name for name in files if not any(part.startswith("__") for part in name.split("/")[:-1]))
 
     def matching(pattern: str) -> list[str]:
@@ -222,21 +224,21 @@ def split_files(found: FolderFiles, folder: str) -> Any:
 
 
 def content_hash(image: PIL.Image.Image) -> bytes:
-    """Hash an upright RGB image by its size and pixels, to 16 bytes. The file's format and name do not matter."""
+    """Return a hash (16 bytes) of the size and pixels of an upright RGB image. The file's format and name do not matter."""
     digest = hashlib.blake2b(repr(image.size).encode(), digest_size=HASH_BYTES)
     digest.update(image.tobytes())
     return digest.digest()
 
 
 def write_hashes(hashes: set[bytes], path: Path) -> None:
-    """Write hashes as sorted lines of hexadecimal digits."""
+    """Write hashes in hexadecimal, one per line, sorted."""
     write_text(path, "".join(f"{one.hex()}\n" for one in sorted(hashes)))
 
 
 def trained_hashes(name_or_path: str | os.PathLike | None) -> set[bytes] | None:
     """
-    Read the hashes of the images that a local model was trained on, as its run recorded them: a run's folder, its `best/`, or the
-    pipeline of one of its checkpoints. Return `None` if there is no record. Raise `ValueError` if the file is damaged.
+    Read the hashes of the images that a local model was trained on. The model is a run's folder, its `best/`, or the pipeline of one of
+    its checkpoints. Returns `None` if its run recorded no hashes. Raises `ValueError` if the file is damaged.
     """
     if name_or_path is None or not os.path.isdir(name_or_path):
         return None
@@ -246,6 +248,6 @@ def trained_hashes(name_or_path: str | os.PathLike | None) -> set[bytes] | None:
             try:
                 return {bytes.fromhex(line) for line in path.read_text(encoding="utf-8").split()}
             except ValueError as error:  # damaged text too
-                what_to_do = "Remove it to continue without knowing the training images."
+                what_to_do = "Restore it, or remove it to continue without the record of training images."
                 raise ValueError(f"{str(path)!r} is damaged ({error}). {what_to_do}") from error
     return None

@@ -15,9 +15,9 @@ from ecvae_diffusers.training.config import DataConfig
 from ecvae_diffusers.training.data.files import Pictures, content_hash, find_images, local_data_files
 
 
-# Above this, images are decoded at each use instead of being kept.
+# Data sets above this size are decoded at each use instead of being kept in memory.
 MAX_CACHED_BYTES = 4 * 2**30
-# Kinds of columns that can hold classes.
+# Types of columns that can hold classes.
 CLASS_DTYPES = {"string", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
 
 
@@ -25,7 +25,7 @@ CLASS_DTYPES = {"string", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for
 
 
 def load_images(data: DataConfig) -> Pictures:
-    """Open the pictures to train on, undecoded: those of a folder, or of the train split of a data set."""
+    """Open the pictures of a folder, or of the train split of a data set, undecoded."""
     if data.train_data_dir is not None:
         pictures = open_folder(data.train_data_dir, "train_data_dir")
         if data.class_conditional:
@@ -42,21 +42,21 @@ def load_images(data: DataConfig) -> Pictures:
 
 
 def open_folder(folder: str, argument: str) -> Pictures:
-    """Open the pictures of a folder, undecoded. Raise `ValueError`, naming the command line's `argument`, if it holds none."""
+    """Open the pictures of a folder, undecoded. Raises `ValueError`, which names the flag `argument`, if it holds none."""
     pictures = find_images(folder, argument)
     if not len(pictures):
-        why = f": left out are {'; '.join(pictures.left_out)}" if pictures.left_out else ""
+        why = f" (left out: {'; '.join(pictures.left_out)})" if pictures.left_out else ""
         raise ValueError(f"--{argument} must hold images, but {folder!r} holds none{why}.")
     return pictures
 
 
 def with_classes_of_folders(pictures: Pictures, folder: str, argument: str = "train_data_dir") -> Pictures:
-    """Take the sub-folders of a folder for the classes of its pictures. Raise `ValueError` if a picture lies in none."""
+    """Use the sub-folders of a folder as classes of its pictures. Raises `ValueError` if a picture is in no sub-folder."""
     paths = [path.relative_to(folder) for path in pictures.source]
     if outside := [str(path) for path in paths if len(path.parts) == 1]:
         raise ValueError(
-            f"--{argument} {folder!r} must hold images only in sub-folders, each named as its class, "
-            f"but {len(outside)} lie in none, among them: {outside[0]!r}."
+            f"--{argument} {folder!r} must hold images only in sub-folders, each named after its class, "
+            f"but {len(outside)} image(s) are in none, such as {outside[0]!r}."
         )
     names = sorted({path.parts[0] for path in paths})
     return Pictures(pictures.source, pictures.left_out, [names.index(path.parts[0]) for path in paths], names)
@@ -64,23 +64,23 @@ def with_classes_of_folders(pictures: Pictures, folder: str, argument: str = "tr
 
 def classes_of_column(dataset, dataset_name: str, class_column: str | None) -> tuple[list[int], list[str]]:
     """
-    Return the class of each row, and the names of all classes: `class_column`, or the only column of class labels. Raise `ValueError` if
-    there is no such column, or several, or a row has no class.
+    Return the class of each row and the names of all classes, from `class_column` or the only column of class labels. Raises
+    `ValueError` if there is no such column, if there are several, or if a row has no class.
     """
     datasets = import_datasets()
     columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     if class_column is None and len(columns) != 1:
         raise ValueError(
-            f"{dataset_name!r} has the columns of class labels {columns}: choose one with --class_column."
+            f"{dataset_name!r} has the class label columns {columns}: choose a column of classes with --class_column."
         )
     column = class_column or columns[0]
-    # Texts, whole numbers and booleans can be classes as well.
+    # Columns of strings, integers and booleans can hold classes too.
     possible = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") in CLASS_DTYPES]
     if column not in possible:
         raise ValueError(f"--class_column must be one of {possible} in {dataset_name!r}, but is {class_column!r}.")
     if None in (values := dataset[column][:]) or -1 in values and column in columns:
         raise ValueError(
-            f"--class_column {column!r} must give each row a class, but some rows of {dataset_name!r} have none."
+            f"--class_column {column!r} must hold a class in each row, but some rows of {dataset_name!r} have none."
         )
     if column in columns:
         return values, list(dataset.features[column].names)
@@ -89,7 +89,7 @@ def classes_of_column(dataset, dataset_name: str, class_column: str | None) -> t
 
 
 def column_of_images(dataset, column: str, dataset_name: str) -> Pictures:
-    """Open a column of a data set, undecoded, so that a broken image can be named and a header read without the pixels."""
+    """Open an image column of a data set, undecoded, so that broken images can be named and headers read without pixels."""
     dataset = dataset.select_columns([column])
     if column != "image":
         dataset = dataset.rename_column(column, "image")
@@ -98,11 +98,13 @@ def column_of_images(dataset, column: str, dataset_name: str) -> Pictures:
 
 
 def import_datasets():
-    """Import the package `datasets`. Raise `ImportError`, saying what to install, without it."""
+    """Import the package `datasets`. Raises `ImportError`, which says what to install, if it is missing."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Training needs the package `datasets`: pip install 'ecvae-diffusers[training]'.") from error
+        raise ImportError(
+            "Training requires the package `datasets`: pip install 'ecvae-diffusers[training]'."
+        ) from error
     return datasets
 
 
@@ -114,7 +116,7 @@ def load_split(
     streaming: bool = False,
     argument: str = "dataset_name",
 ):
-    """Load a split of a data set. Raise `ValueError`, naming the command line's `argument`, if that fails."""
+    """Load a split of a data set. Raises `ValueError`, which names the flag `argument`, if that fails."""
     datasets = import_datasets()
     try:
         return datasets.load_dataset(
@@ -125,14 +127,14 @@ def load_split(
             split=split,
             streaming=streaming,
         )
-    except Exception as error:  # each format has its own ways to fail
-        # Some errors of `datasets` only say where they happened.
+    except Exception as error:  # each format raises different errors
+        # Some errors of `datasets` only say where they happened: their cause says why.
         reason = str(error.__cause__ or error) or "it is empty"
         raise ValueError(f"--{argument} {dataset_name!r}, split {split!r}, can't be loaded: {reason}") from error
 
 
 def find_image_column(features, dataset_name: str, image_column: str | None) -> str:
-    """Return `image_column`, or the only column of images. Raise `ValueError` if it holds no images, or there are several."""
+    """Return `image_column`, or the only image column. Raises `ValueError` if it holds no images or the choice is not unique."""
     datasets = import_datasets()
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is not None and image_column not in columns:
@@ -146,13 +148,13 @@ def find_image_column(features, dataset_name: str, image_column: str | None) -> 
 
 
 def open_image(source: dict | None) -> PIL.Image.Image:
-    """Read the header of an undecoded image. Raise `ValueError`, or what Pillow raises, if there is none that can be read."""
+    """Read the header of an undecoded image. Raises `ValueError`, or an error of Pillow, if it can't be read."""
     if source is None:
-        raise ValueError("there is none")
+        raise ValueError("there is no image")
     try:
         image = PIL.Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
     except PIL.UnidentifiedImageError:
-        raise ValueError("cannot identify image file") from None  # Pillow adds where the bytes lie in memory
+        raise ValueError("cannot identify image file") from None  # Pillow's message holds a memory address
     check_mode(image)
     return image
 
@@ -174,7 +176,7 @@ def to_tensor(image: PIL.Image.Image, channels: int, resolution: int) -> torch.T
 
 
 def decode_image(source: dict | None, channels: int, resolution: int) -> torch.Tensor:
-    """Decode an image to uint8 (C, H, W), upright, resized and cropped. Raise what `open_image` and Pillow raise."""
+    """Decode an image to uint8 (C, H, W), upright, resized and cropped. Raises the errors of `open_image` and Pillow."""
     with open_image(source) as image:
         return to_tensor(image, channels, resolution)
 
@@ -188,7 +190,7 @@ def decode_pictures(pictures: Pictures, channels: int, resolution: int, progress
 
 
 def hashes_of(pictures: Pictures) -> list[bytes]:
-    """Return the [`content_hash`] of each picture that can be read."""
+    """Return the [`content_hash`] of each readable picture."""
     found = []
     for i in range(len(pictures)):
         try:
@@ -205,19 +207,24 @@ def name_of(pictures: Pictures, i: int) -> str:
 
 class CheckedPictures:
     """
-    Pictures that were each opened and decoded once, and what that found. `skip_broken` leaves out unreadable ones instead of refusing
-    them, and `keep` is called with each readable one, decoded, in their order.
+    Pictures that were checked by opening and decoding each once, and statistics of them.
+
+    Args:
+        pictures ([`Pictures`]): The pictures to check.
+        skip_broken (`bool`, *optional*, defaults to `False`): Whether to leave out unreadable pictures instead of raising an error.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        keep (`Callable`, *optional*): Called with each readable picture, decoded, in their order.
 
     Attributes:
-        pictures ([`Pictures`]): The readable ones.
-        skipped (`str`, *optional*): Which are unreadable, in words.
-        sizes (`Counter`): How many there are of each (width, height), upright.
-        num_gray, num_transparent (`int`): How many have no colour, and how many have transparency.
-        num_frames, num_animated (`int`): Frames and pages after the first, which alone is read, and the number of their files.
-        hashes (`list[bytes]`): The [`content_hash`] of each.
+        pictures ([`Pictures`]): The readable pictures.
+        skipped (`str`, *optional*): A description of the unreadable ones.
+        sizes (`Counter`): The number of pictures of each (width, height), upright.
+        num_gray, num_transparent (`int`): The number of gray pictures, and of pictures with transparency.
+        num_frames, num_animated (`int`): The number of frames and pages after the first, which are not read, and of files with such.
+        hashes (`list[bytes]`): The [`content_hash`] of each readable picture.
 
     Raises:
-        ValueError: if a picture is unreadable (with `skip_broken`: if all are). Names the first ones and counts all.
+        ValueError: if a picture is unreadable (with `skip_broken`: if all are). The message names the first ones and counts all.
     """
 
     def __init__(
@@ -250,7 +257,7 @@ class CheckedPictures:
                 broken.append(f"{name_of(pictures, i)} ({error})")
         if broken:
             named = "; ".join(broken[:3])
-            self.skipped = f"{len(broken)} of {len(pictures)} images can't be read, among them: {named}"
+            self.skipped = f"{len(broken)} of {len(pictures)} images can't be read, such as {named}"
             if not (skip_broken and whole):
                 raise ValueError(f"{self.skipped}.")
             pictures = pictures.select(whole)
@@ -261,11 +268,11 @@ class CheckedPictures:
 
     @property
     def channels(self) -> int:
-        """1 if every picture is gray, else 3."""
+        """The number of channels: 1 if every picture is gray, else 3."""
         return 1 if self.num_gray == len(self) else 3
 
     def left_out(self) -> str | None:
-        """Say what is not among the images, and why."""
+        """Describe what is not among the images, and why. `None` if nothing was left out."""
         parts = list(self.pictures.left_out)
         if self.num_frames:
             parts.insert(0, f"{self.num_frames} further frame(s) or page(s) of {self.num_animated} file(s)")
@@ -274,14 +281,14 @@ class CheckedPictures:
         return "; ".join(parts) or None
 
     def converted(self, channels: int) -> str | None:
-        """Say which pictures change when all get `channels` channels."""
+        """Describe which pictures are converted to get `channels` channels. `None` if none are."""
         parts, total = [], len(self)
         if channels == 1 and self.num_gray < total:
             parts.append(f"{total - self.num_gray} of {total} are in colour and become gray")
         if channels > 1 and self.num_gray > 0:
             parts.append(f"{self.num_gray} of {total} are gray and become RGB")
         if channels < 4 and self.num_transparent > 0:
-            parts.append(f"{self.num_transparent} of {total} are transparent and laid on white")
+            parts.append(f"{self.num_transparent} of {total} are transparent and get a white background")
         return "; ".join(parts) or None
 
     def describe(self, channels: int) -> str:
@@ -298,7 +305,10 @@ class CheckedPictures:
 
 
 class BrokenImage(ValueError):
-    """An image that could be read before. Its message is one line, even from a `DataLoader`'s worker, which adds a traceback."""
+    """
+    The error for an image that could be read before but can't be now. Its message is one line, even from a worker of a `DataLoader`,
+    which adds a traceback.
+    """
 
     def __init__(self, message: str):
         super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
@@ -306,8 +316,16 @@ class BrokenImage(ValueError):
 
 class ImageDataset(torch.utils.data.Dataset):
     """
-    Images as uint8 tensors (C, H, W), each opened and checked at construction, and kept in memory up to 4 GiB. They have `in_channels`,
-    by default 1 if every image is gray, else 3. `labels` are the classes (N,) of all, or `None`. Raises what [`CheckedPictures`] raises.
+    Images as uint8 tensors (C, H, W). Each is opened and checked at construction, and kept in memory if all take at most 4 GiB.
+
+    Args:
+        pictures ([`Pictures`]): The pictures.
+        resolution (`int`): Height and width of the images.
+        in_channels (`int`, *optional*): Channels of the images. Default: 1 if every image is gray, else 3.
+        skip_broken, progress (`bool`): As in [`CheckedPictures`], whose errors are raised.
+
+    Attributes:
+        labels (`torch.Tensor` of shape `(N,)`, *optional*): The classes of the images.
     """
 
     def __init__(
@@ -319,7 +337,7 @@ class ImageDataset(torch.utils.data.Dataset):
         progress: bool = True,
     ):
         num_values = len(pictures) * resolution**2
-        # Of gray images, if all turn out to be gray, the first of three equal channels. Where three are too many, one is kept.
+        # Keep three channels until all images are known to be gray, or one channel if three take too much memory.
         kept = in_channels or (3 if 3 * num_values <= MAX_CACHED_BYTES else 1)
         shape = (len(pictures), kept, resolution, resolution)
         cache = torch.empty(shape, dtype=torch.uint8) if kept * num_values <= MAX_CACHED_BYTES else None
@@ -329,7 +347,7 @@ class ImageDataset(torch.utils.data.Dataset):
             if cache is not None:
                 cache[next(places)] = to_tensor(image, kept, resolution)
 
-        # The first look at an image also decodes it.
+        # The check decodes each image anyway.
         self.checked = CheckedPictures(pictures, skip_broken, progress, keep)
         self.pictures, self.resolution = self.checked.pictures, resolution
         self.labels = None if self.pictures.labels is None else torch.tensor(self.pictures.labels)
@@ -342,7 +360,7 @@ class ImageDataset(torch.utils.data.Dataset):
         try:
             return decode_image(self.pictures[i], self.channels, self.resolution)
         except Exception as error:  # PIL raises a different class for nearly every kind of damage
-            raise BrokenImage(f"{name_of(self.pictures, i)} can't be read any more: {error}") from error
+            raise BrokenImage(f"{name_of(self.pictures, i)} can no longer be read: {error}") from error
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -351,12 +369,12 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.images([i])[0]
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """Return a batch of `images` and, where there are classes, of `labels`."""
+        """Return a batch as a dictionary of `images` and, if there are classes, `labels`."""
         batch = {"images": self.images(indices)}
         return batch if self.labels is None else batch | {"labels": self.labels[torch.tensor(indices)]}
 
     def images(self, indices: list[int]) -> torch.Tensor:
-        """Return uint8 images (B, C, H, W): indexing the cache is far cheaper than stacking its items."""
+        """Return uint8 images (B, C, H, W). Indexing the cache is far faster than stacking single images."""
         if self.cache is not None:
             return self.cache[torch.tensor(indices)]
         return torch.stack([self.decode(i) for i in indices])

@@ -1,9 +1,11 @@
-"""Batches for a run: of images that were decoded before training, or of a stream.
+"""Batches of training images, from images that are checked before training or from a stream.
 
-Images have `image_size` if that is given, and each step crops `resolution` from them; those to look at are their center. Both
-classes give `channels`, `num_images`, `batches_per_epoch` and the `hashes` of all images (`None` for a stream, which can't look
-ahead), the `class_names` (`None` without classes), numbered batches on the device, images to look at and to measure with, and
-`data_hash`, which tells data apart. A batch is a pair: images, and their classes or `None`.
+A batch is a pair: images, and their classes or `None`. With `image_size`, images have that size: each training step crops `resolution`
+at random, and reference images are their centers. Both feeds have
+
+- `batches`, which yields numbered batches on the device, and `reference`, which returns fixed images for pictures and evaluations;
+- `channels`, `class_names` (`None` without classes), and `data_hash`, which differs for other data;
+- `num_images`, `batches_per_epoch` and `hashes` of the images, all `None` for a stream, which can't be read in advance.
 """
 
 import hashlib
@@ -33,20 +35,22 @@ from ecvae_diffusers.training.data.transforms import center_crop
 logger = logging.getLogger(__name__)
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
-# Undecoded images that each next one of a stream is drawn from, in memory in each process and worker.
+# Number of undecoded images from which a stream draws the next one. Each process and worker keeps them in memory.
 SHUFFLE_BUFFER_SIZE = 10_000
-# A large crawl can hold thousands of broken images: the rest are only counted.
+# Number of broken images of a stream that are named in warnings: a large crawl can hold thousands.
 MAX_NAMED = 20
 
 
 def check_batch_size(batch_size: int, num_images: int) -> None:
     """Raise `ValueError` if a process has fewer images than a batch."""
     if num_images < batch_size:
-        raise ValueError(f"--train_batch_size must fit the images per process ({num_images}), but is {batch_size}.")
+        raise ValueError(
+            f"--train_batch_size must be at most the number of images per process ({num_images}), but is {batch_size}."
+        )
 
 
 class DecodedFeed:
-    """Shuffled batches of an [`ImageDataset`], sharded by Accelerate. Raises `ValueError` for unusable data."""
+    """Shuffled batches of an [`ImageDataset`], sharded by Accelerate. Raises `ValueError` if the data is not usable."""
 
     def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
         self.accelerator, self.seed, self.resolution, self.batch_size = accelerator, seed, data.resolution, batch_size
@@ -81,10 +85,10 @@ class DecodedFeed:
         self.loader = accelerator.prepare(loader)
 
     def batches(self, first_batch: int, reseed: int) -> Iterator[Batch]:
-        """Give uint8 batches (B, C, H, W), epoch after epoch, from number `first_batch` on. `reseed` changes the order."""
+        """Yield uint8 batches (B, C, H, W) without end, from number `first_batch` on. `reseed` changes their order."""
         epoch, skipped = divmod(first_batch, self.batches_per_epoch)
         while True:
-            # The sampler's seed is that of the run plus this number.
+            # The sampler adds this number to the seed of the run.
             self.loader.set_epoch(epoch + reseed * 1_000_003)
             for batch in self.accelerator.skip_first_batches(self.loader, skipped) if skipped else self.loader:
                 yield batch["images"], batch.get("labels")
@@ -95,7 +99,7 @@ class DecodedFeed:
         return torch.tensor(self.training)[order]
 
     def held_out_batch(self, number: int) -> Batch:
-        """Return the center of the held-out images of a batch, uint8, on the device: all in turn, each process its own."""
+        """Return a batch of held-out images, uint8, center-cropped, on the device. Batches and processes take turns."""
         count, accelerator = self.batch_size, self.accelerator
         start = (number * accelerator.num_processes + accelerator.process_index) * count
         chosen = [self.held_out[i % len(self.held_out)] for i in range(start, start + count)]
@@ -103,7 +107,7 @@ class DecodedFeed:
         return images, None if self.labels is None else self.labels[chosen].to(accelerator.device)
 
     def reference(self, count: int) -> torch.Tensor:
-        """Return the center of at most `count` images, uint8: drawn at random from all, always the same ones."""
+        """Return at most `count` training images, uint8, center-cropped: a random choice, always the same."""
         return center_crop(self.dataset.images(self.chosen(count).tolist()), self.resolution)
 
     def reference_labels(self, count: int) -> torch.Tensor | None:
@@ -113,11 +117,12 @@ class DecodedFeed:
 
 class StreamFeed:
     """
-    Batches of a data set that is read while training (`datasets` with `streaming=True`), and is never on the disk as a whole.
+    Batches of a data set that is read during training (`datasets` with `streaming=True`) and need not fit on the disk.
 
-    Each process reads its own share: whole files, if their number is a multiple of that of the processes, or else every
-    `num_processes`-th image. Files are shuffled, and a buffer of 10,000 undecoded images mixes them: store a single file, or a folder of
-    images, in a random order. A failing connection is never taken for a broken image. Raises `ValueError` as [`DecodedFeed`] does.
+    Each process reads its own share: whole files if their number is a multiple of the number of processes, or else every
+    `num_processes`-th image. Files are shuffled, and so are images within a buffer of 10,000: images in a single file or a folder should
+    therefore be stored in random order. Errors of the connection are raised, never taken for a broken image. Raises `ValueError` if the
+    data is not usable.
     """
 
     num_images = batches_per_epoch = hashes = labels = class_names = None
@@ -134,9 +139,9 @@ class StreamFeed:
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         dataset = load_split(self.name, data.dataset_config_name, None, streaming=True)
         try:
-            # Formats without a schema show their columns only in their first rows.
+            # The columns of formats without a schema are known only from the first rows.
             dataset = dataset._resolve_features()
-        except Exception as error:  # each format has its own ways to fail
+        except Exception as error:  # each format raises different errors
             raise ValueError(f"--dataset_name {self.name!r} can't be streamed: {error or 'it is empty'}.") from error
         self.column = find_image_column(dataset.features, self.name, data.image_column)
         # Undecoded, so that a broken image can be named.
@@ -149,22 +154,22 @@ class StreamFeed:
             self.share = split_dataset_by_node(self.dataset, rank=rank, world_size=num_processes)
             self.part, self.num_files = (0, 1), self.share.num_shards
         else:
-            # Split by files, `take` would take the first images of each file instead of the first of all.
+            # After a split by files, `take` would return the first images of each file, not of the data set.
             self.share, self.part, self.num_files = self.dataset, (rank, num_processes), 1
         try:
             self.kept = self.first(batch_size * num_processes)
         except Exception as error:
             raise ValueError(f"--dataset_name {self.name!r} can't be streamed: {error}") from error
         check_batch_size(batch_size, len(self.kept) // num_processes)
-        # Of the first images alone: reading all would take as long as an epoch.
+        # Only from the first images: reading all would take as long as an epoch.
         self.data_hash = hashlib.sha256(self.kept.numpy().tobytes()).hexdigest()
         if accelerator.is_main_process and (left_out := local_data_files(self.name)[1]):
             logger.warning(f"Left out of {self.name!r}: {'; '.join(left_out)}.")
 
     def first(self, count: int) -> torch.Tensor:
-        """Read the first images of the stream, at most `count`, in the order of its files: the same in every process."""
+        """Return at most `count` images from the start of the stream, in the order of its files: the same in every process."""
         chunks, missing = [self.no_images()], count
-        # In small chunks: what is decoded beyond `count` is thrown away.
+        # Small chunks, because images decoded beyond `count` are discarded.
         for images, broken in ImageChunks(self.dataset, self.column, self.size, self.channels, min(count, 64)):
             self.skip(broken)
             chunks.append(images[:missing])
@@ -174,26 +179,27 @@ class StreamFeed:
         return torch.cat(chunks)
 
     def reference(self, count: int) -> torch.Tensor:
-        """Return the center of at most `count` images, uint8: the first ones of the stream."""
+        """Return at most `count` images from the start of the stream, uint8, center-cropped."""
         if len(self.kept) < count:
             self.kept = self.first(count)
         return center_crop(self.kept[:count], self.data.resolution)
 
     def reference_labels(self, count: int) -> None:
-        """A stream has no classes."""
+        """Return `None`: a stream has no classes."""
 
     def batches(self, first_batch: int, reseed: int) -> Iterator[Batch]:
         """
-        Give uint8 batches (B, C, H, W) of this process's share without end. The rest of an epoch starts the first batch of the next.
+        Yield uint8 batches (B, C, H, W) of this process's share without end. Images left over at the end of an epoch begin the first
+        batch of the next one.
 
-        A resumed run starts an epoch in a new order, by `first_batch`, instead of reading again all that it has seen, which takes hours
+        A resumed run starts an epoch in a new order, which depends on `first_batch`. To read all earlier images again would take hours
         for millions of images. `reseed` changes the order too.
         """
         num_workers = min(self.data.dataloader_num_workers, self.num_files)
         if num_workers < self.data.dataloader_num_workers:
             logger.warning(
-                f"--dataloader_num_workers {self.data.dataloader_num_workers} becomes {num_workers}: each worker needs its own "
-                "files, and with --max_train_samples all of them."
+                f"--dataloader_num_workers {self.data.dataloader_num_workers} becomes {num_workers}: each worker reads different files "
+                "(with --max_train_samples, one worker reads all)."
             )
         waiting = self.no_images()
         for epoch in itertools.count():
@@ -201,7 +207,7 @@ class StreamFeed:
             rows = self.share.shuffle(generator=order, buffer_size=SHUFFLE_BUFFER_SIZE)
             chunks = ImageChunks(rows, self.column, self.size, self.channels, self.batch_size, self.part)
             num_images = 0
-            # Without a generator it would draw a number from the global one.
+            # Without a generator, the loader would draw a number from the global one.
             for images, broken in torch.utils.data.DataLoader(
                 chunks, batch_size=None, num_workers=num_workers, generator=torch.Generator()
             ):
@@ -214,13 +220,13 @@ class StreamFeed:
             check_batch_size(self.batch_size, num_images)
 
     def skip(self, broken: list[str]) -> None:
-        """Warn of broken images, of each once. Raise `ValueError` if there are some, without `--skip_broken_images`."""
+        """Warn once about each broken image. Without `--skip_broken_images`, raise `ValueError` instead."""
         if broken and not self.data.skip_broken_images:
-            raise ValueError(f"{self.name!r} holds images that can't be read, among them: {broken[0]}.")
+            raise ValueError(f"{self.name!r} holds images that can't be read, such as {broken[0]}.")
         for image in broken:
             if image not in self.named and len(self.named) < MAX_NAMED:
                 self.named.add(image)
-                last = " Further ones are not named." if len(self.named) == MAX_NAMED else ""
+                last = " Further broken images are not named." if len(self.named) == MAX_NAMED else ""
                 logger.warning(f"Left out of {self.name!r}: {image}.{last}")
 
     def no_images(self) -> torch.Tensor:
@@ -229,8 +235,14 @@ class StreamFeed:
 
 class ImageChunks(torch.utils.data.IterableDataset):
     """
-    Pairs of decoded images, uint8 (N, C, H, W), and the names of broken ones, of `chunk_size` undecoded rows of `datasets`, which itself
-    splits its files among the workers of a `DataLoader`. `part` (i, n) decodes only every n-th row, from number i on.
+    Chunks of a stream: pairs of decoded images, uint8 (N, C, H, W), and the names of broken ones.
+
+    Args:
+        rows: Undecoded rows of `datasets`, which splits its files among the workers of a `DataLoader`.
+        column (`str`): The column of the images.
+        resolution (`int`), channels (`int`): Size and channels of the decoded images.
+        chunk_size (`int`): Rows per chunk.
+        part (`tuple`, *optional*, defaults to `(0, 1)`): With (i, n), only every n-th row is decoded, starting with row i.
     """
 
     def __init__(
@@ -244,7 +256,7 @@ class ImageChunks(torch.utils.data.IterableDataset):
         while chunk := list(itertools.islice(rows, self.chunk_size)):
             images, broken = [], []
             for row in chunk:
-                # Outside of `try`: a failing connection says nothing about the image.
+                # Outside of `try`, because a failing connection does not mean a broken image.
                 source = fetch(row[self.column])
                 try:
                     images.append(decode_image(source, self.channels, self.resolution))
@@ -255,7 +267,7 @@ class ImageChunks(torch.utils.data.IterableDataset):
 
 
 def fetch(source: dict | None) -> dict | None:
-    """Read an image on another machine or in an archive. One that is not there stays: Pillow says so."""
+    """Read the bytes of an image at a URL (on another machine or in an archive). Other and missing images are not changed."""
     if source is None or source["bytes"] is not None or "://" not in (source["path"] or ""):
         return source
     from datasets.utils.file_utils import xopen
@@ -268,7 +280,7 @@ def fetch(source: dict | None) -> dict | None:
 
 
 def describe(source: dict | None) -> str:
-    """Say where to find an image. In a shuffled stream it has no number."""
+    """Describe where an image is. In a shuffled stream, images have no number."""
     if source is None:
         return "a row without an image"
     return source["path"] or f"an image without a path, SHA-256 {hashlib.sha256(source['bytes'] or b'').hexdigest()}"
@@ -277,5 +289,5 @@ def describe(source: dict | None) -> str:
 def build_feed(
     data: DataConfig, accelerator: Accelerator, *, train_batch_size: int, seed: int
 ) -> DecodedFeed | StreamFeed:
-    """Open and check a run's data: `train_batch_size` images per batch and process, in an order of `seed`."""
+    """Open and check a run's data, with `train_batch_size` images per batch and process, in an order given by `seed`."""
     return (StreamFeed if data.streaming else DecodedFeed)(data, accelerator, train_batch_size, seed)

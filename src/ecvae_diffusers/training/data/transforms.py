@@ -1,4 +1,4 @@
-"""Change batches of images: their range, their crop, their orientation."""
+"""Transforms of batches of images and labels: range, crop, flip, hidden classes."""
 
 import torch
 
@@ -22,7 +22,7 @@ def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
-    """Crop a square of `size` pixels from each image, anywhere in it."""
+    """Crop a square of `size` pixels at random from each image."""
     height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
     places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
     return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
@@ -35,10 +35,10 @@ def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
 
 
 def forget_classes(labels: torch.Tensor, probability: float, unknown: int, noise: StepNoise) -> torch.Tensor:
-    """Replace each label with that of the unknown class, with a probability."""
+    """Replace each label, with `probability`, by the label of the unknown class."""
     return torch.where(noise.uniform(len(labels)) < probability, unknown, labels)
 
 
 def batch_spread(images: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation over the batch, averaged over pixels: 0 if all images are the same."""
+    """Return the standard deviation over the batch, averaged over pixels and channels. It is 0 if all images are the same."""
     return images.float().std(0, correction=0).mean()

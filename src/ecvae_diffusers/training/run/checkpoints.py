@@ -1,4 +1,4 @@
-"""Checkpoints: saved through Accelerate next to their place and renamed, found, checked for damage, loaded, and limited in number."""
+"""Save, find, check and load checkpoints. Each is written by Accelerate under a temporary name and then renamed."""
 
 import hashlib
 import json
@@ -24,25 +24,25 @@ from ecvae_diffusers.training.run.log import read_arguments
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# The SHA-256 of each file of a checkpoint. `pipeline/` is to be looked at, and may be changed. Checkpoints of 0.1 have none.
+# The SHA-256 of each file of a checkpoint, except `pipeline/`, which users may change. Checkpoints of version 0.1 have no manifest.
 MANIFEST = "files.json"
-# What every checkpoint has.
+# Files of every checkpoint.
 STATE_FILES = (
     "model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl",
 )  # fmt: skip
-# Arguments that a resumed run does not take over from the one before: where things lie, and that it is published.
+# Arguments that a resumed run does not inherit: paths, and arguments for publishing.
 GIVEN_AGAIN = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
     "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "config", "num_epochs",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
-# Arguments that a resumed run may change: those, how long it lasts, and what is written when.
+# Arguments that a resumed run may change: the ones above, the number of steps, and when to log, save and evaluate.
 FREE_ON_RESUME = GIVEN_AGAIN | {
     "max_train_steps", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "log_steps",
     "save_images_steps", "report_to", "tracker_project_name", "evaluation_steps", "early_stopping_patience", "max_rollbacks",
     "healthy_states", "healthy_state_steps", "divergence_guard", "early_stopping_metric",
 }  # fmt: skip
-# What runs did that were saved before an argument existed.
+# Values for runs that were saved before an argument existed.
 BEFORE = {"energy_gradient_penalty": 0.0, "relative_dual_step": True}
 
 
@@ -58,8 +58,10 @@ def checkpoint_step(path: Path) -> int:
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
-    Return the checkpoint to resume from, or `None` to start at 0. `"latest"` is the newest one without damage: a warning names
-    those after it, which the run replaces. Raises `ValueError` if all are damaged, or if the one named is damaged or not the newest.
+    Return the checkpoint to resume from, or `None` to start at step 0.
+
+    `"latest"` is the newest undamaged one. A warning names the damaged ones after it, which the run replaces. Raises `ValueError` if
+    all are damaged, or if the named one is damaged or not the newest.
     """
     if resume_from_checkpoint is None:
         return None
@@ -77,21 +79,23 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     for checkpoint in reversed(found):
         if (what := damage(checkpoint)) is None:
             for name in damaged:
-                logger.warning(f"Damaged: {name}. Resuming from {checkpoint.name} instead, whose run replaces it.")
+                logger.warning(
+                    f"Damaged: {name}. Resuming from {checkpoint.name} instead; the run replaces the damaged one."
+                )
             return checkpoint
         damaged.append(f"{str(checkpoint)!r} ({what})")
     if damaged:
         raise ValueError(
-            f"--resume_from_checkpoint {resume_from_checkpoint!r} finds damage: {', '.join(damaged)}. Bring the files back, "
-            f"{'' if resume_from_checkpoint == 'latest' else 'resume from latest, '}or start again with --overwrite_output_dir."
+            f"--resume_from_checkpoint {resume_from_checkpoint!r} finds only damaged checkpoints: {', '.join(damaged)}. Restore the "
+            f"files, {'' if resume_from_checkpoint == 'latest' else 'resume from latest, '}or start again with --overwrite_output_dir."
         )
     return None
 
 
 def damage(checkpoint: Path) -> str | None:
     """
-    Return what is wrong with a checkpoint, in words, or `None` if it is whole. Raises `OSError` if a file is there and can't be
-    read, which another try may change.
+    Describe the damage of a checkpoint, or return `None` if it is complete. Raises `OSError` if a file exists but can't be read,
+    which may be temporary.
     """
     digests = {}
     if (checkpoint / MANIFEST).exists():
@@ -104,7 +108,7 @@ def damage(checkpoint: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if name in digests and sha256(path) != digests[name]:
-            return f"{name} is not as it was written"
+            return f"{name} has changed since it was saved"
     return None
 
 
@@ -114,7 +118,7 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Note what each file of a checkpoint holds, so that `damage` can tell whether it still does."""
+    """Write the SHA-256 of each file of a checkpoint, from which `damage` tells whether a file has changed."""
     files = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST)
     write_json(checkpoint / MANIFEST, {path.name: sha256(path) for path in files})
 
@@ -123,9 +127,11 @@ def save_checkpoint(
     accelerator: Accelerator, output_dir: Path, step: int, build_pipeline: Callable, limit: int | None = None
 ) -> None:
     """
-    Write `checkpoint-<step>`: Accelerate's state (networks, optimizers, schedules, moving average, dual variable, random
-    states) and, in `pipeline/`, the pipeline as it is now, to be looked at with `from_pretrained`. Then remove all but the newest
-    `limit` checkpoints. Raises `WriteError` if it can't be written; what was written of it is removed.
+    Write `checkpoint-<step>`, then remove all but the newest `limit` checkpoints.
+
+    A checkpoint holds Accelerate's state (networks, optimizers, schedules, moving average, dual variable, random states) and, in
+    `pipeline/`, the current pipeline for `from_pretrained`. Raises `WriteError` if it can't be written; an incomplete checkpoint is
+    removed.
     """
     final = output_dir / f"checkpoint-{step}"
     temporary, main_process = temporary_path(final), accelerator.is_main_process
@@ -147,23 +153,23 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
-    """Raise `ValueError` if it can't be loaded, or holds a pickle that would run code."""
+    """Load a checkpoint. Raises `ValueError` if it can't be loaded, or holds a pickle that would run code."""
     try:
-        # Only tensors, numbers and containers, although Accelerate asks for all that is in `custom_checkpoint_*.pkl`.
+        # Load only tensors, numbers and containers, although Accelerate allows any object in `custom_checkpoint_*.pkl`.
         with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
             accelerator.load_state(str(path))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{str(path)!r} can't be loaded ({reason}): move it away, and --resume_from_checkpoint latest resumes from the one "
-            "before it."
+            f"{str(path)!r} can't be loaded ({reason}). Move it away, and resume from the one before it with "
+            "--resume_from_checkpoint latest."
         ) from error
 
 
 def check_resumed_arguments(output_dir: Path, arguments: dict, retired: dict[str, tuple[Any, str]]) -> None:
     """
-    Raise `ValueError` if an argument that would change the model or the course of training differs from the run's own, or the run
-    had a value of one of the `retired` other than the one that is left.
+    Check the arguments of a resumed run. Raises `ValueError` if one that affects the model or its training differs from the run's
+    saved value, or if the run has a value of a `retired` argument that is no longer supported.
     """
     before = {**BEFORE, **read_arguments(output_dir)}
     for name, (value, reason) in retired.items():
@@ -179,15 +185,15 @@ def check_resumed_arguments(output_dir: Path, arguments: dict, retired: dict[str
 
 
 def check_resumed_launch(output_dir: Path, launch: dict) -> None:
-    """Raise `ValueError` if a run is resumed on other data, or launched in another way, than its checkpoint was made with."""
+    """Raise `ValueError` if a run is resumed with other data, another number of images per step or another precision."""
     refuse_changes("data, number of processes and precision", read_arguments(output_dir).get("launch", {}), launch)
 
 
 def is_used(name: str, arguments: dict) -> bool:
-    """Return whether an argument does anything in a run with those arguments, after its first step."""
+    """Return whether an argument has an effect when a run with these arguments is resumed."""
     if name.startswith("posterior_"):
         return arguments.get("calibration") in POSTERIOR_CALIBRATIONS
-    # A checkpoint holds its dual variables.
+    # A checkpoint holds the dual variables, so their initial values have no effect.
     return name != "initial_posterior_dual" and bool(name != "shuffle_buffer_size" or arguments.get("streaming"))
 
 
@@ -199,30 +205,30 @@ def refuse_changes(what: str, before: dict, now: dict) -> None:
     ]
     if changed:
         raise ValueError(
-            f"--resume_from_checkpoint requires the run's own {what}, but these differ: {', '.join(changed)}."
+            f"--resume_from_checkpoint requires the same {what} as the run, but these differ: {', '.join(changed)}."
         )
 
 
 def arguments_of_run(output_dir: str | Path) -> dict:
-    """Return the arguments that a resumed run keeps if they are not given again: those of a run that has a checkpoint."""
+    """Return the saved arguments that a resumed run keeps unless they are given again; none if there is no checkpoint."""
     own = {}
     if checkpoints(Path(output_dir)):
-        with suppress(ValueError):  # what is wrong with the file `check_resumed_arguments` says
+        with suppress(ValueError):  # `check_resumed_arguments` reports what is wrong with the file
             own = {**BEFORE, **read_arguments(output_dir)}
     return {name: value for name, value in own.items() if name not in GIVEN_AGAIN}
 
 
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """
-    Write the pipeline into the run's own folder: next to it first, then each part into its place. Raises `WriteError` if it can't
-    be written; what was there before stays.
+    Save the pipeline in the run's folder. It is first written to a temporary folder, from which each part is then moved. Raises
+    `WriteError` if it can't be written; an earlier pipeline is kept.
     """
     temporary, card = output_dir / ".pipeline", output_dir / "README.md"
     with writing(output_dir):
         remove(temporary)
         try:
             if card.is_file():
-                # It may have been edited by hand, which `save_pretrained` sees.
+                # `save_pretrained` keeps a card that was edited by hand.
                 temporary.mkdir()
                 shutil.copy2(card, temporary / card.name)
             pipeline.save_pretrained(temporary)

@@ -1,9 +1,12 @@
-"""Divergence of a run: what the guard looks for at each logged step, and how the run recovers from it.
+"""Divergence guard: detect at logged steps that training diverges, and roll back to a healthy state.
 
-Energy-based training breaks down in few ways, each of which shows in the logged scalars before the pictures are gone: a
-value that is not finite; an energy gap, a loss, a gradient or the constraint far outside the range it has kept so far, or
-lambda pinned at its bound while the chain runs away; samples that have all become one, or an energy model that tells
-nothing apart any more, which is how one with spectral normalization breaks: its energies can't explode.
+Energy-based training breaks down in few ways. Each shows in the logged scalars before it ruins the samples:
+
+- A value is not finite.
+- The energy gap, a loss, a gradient norm or the constraint is far outside its running range.
+- lambda stays at its bound while the constraint is far above its tolerance.
+- All samples are alike.
+- The energy model is dead: its gradient vanishes. This is how a model with spectral normalization fails, whose energies can't explode.
 """
 
 import math
@@ -22,24 +25,25 @@ from ecvae_diffusers.training.run.log import record_event
 from ecvae_diffusers.training.tasks.networks import Trained
 
 
-# Logged steps before anything except finiteness is judged, and logged steps that a running range covers.
+# Logged steps before the guard checks anything except finiteness, and logged steps in a running range.
 WARMUP, WINDOW = 20, 50
-# A value is far outside its range if it differs from the running median by more than so many widths: 90th minus 10th
-# percentile, at least half of the median's size.
+# A value is far outside its range if it differs from the running median by more than this many widths. The width is the 90th minus
+# the 10th percentile, but at least half of the median's absolute value.
 RANGE_FACTOR = 20.0
-# The energy model is dead if its gradient norm is below this share of its running median, samples are dead if their spread
-# over the batch is below this share of the data's.
+# The energy model is dead if its gradient norm is below this share of its running median. Samples are all alike if their spread
+# over the batch is below this share of the data's spread.
 MIN_GRADIENT, MIN_SPREAD = 0.1, 0.05
-# Logged steps in a row after which a doubt is an alarm: dead samples, a dead energy model, clipped gradients. Fewer are chance.
+# Logged steps in a row after which a doubt becomes an alarm. Doubts are samples that are alike, a dead energy model and clipped
+# gradients; for fewer steps they may be chance.
 LASTING = 5
-# Steps and logged steps in a row, at least, that lambda may be at its bound (at first it often is, while the energy model is
-# ahead), and the median of constraint over tolerance above which the chain has run away. Below, the run is as healthy as with a fixed lambda.
+# lambda at its bound is reported after at least this many steps, and this many logged steps, in a row: early in training it is often
+# there. It is an alarm if the median of constraint over tolerance is above RUNAWAY. Otherwise the run is as healthy as with a fixed lambda.
 PINNED_STEPS, PINNED_LOGGED, RUNAWAY = 500, 50, 10.0
-# Calibration is off if its gradient is below this share of the reconstruction's. After so many steps a warning says so.
+# Calibration is off if its gradient is below this share of the reconstruction's gradient. A warning follows after this many steps.
 MIN_CALIBRATION_WEIGHT, OFF_STEPS = 0.01, 100
-# States kept in main memory (at least 2: the newest may be sick already), and steps between them.
+# Number of states kept in main memory (at least 2, because the newest may already be unhealthy), and steps between them.
 HEALTHY_STATES, HEALTHY_STATE_STEPS = 3, 100
-# Logged steps without an alarm after which a state is healthy: what breaks a run shows some steps later.
+# Logged steps without an alarm after which a state counts as healthy, because a fault shows some steps later.
 CONFIRMATIONS = 2
 
 GRADIENTS = ("gradient_norm_max", "energy_gradient_norm_max")
@@ -48,9 +52,11 @@ RANGED = ("energy_gap", *GRADIENTS, "reconstruction", "bits_per_dimension", "con
 
 def calibration_state(scalars: dict[str, float]) -> dict[str, int]:
     """
-    Return, of a logged step, `calibrating`: whether lambda is above 0, and the gradient that samples receive from the constraint
-    at least a hundredth of the one that reconstructions receive from the generator's own loss. And `calibration_off`: whether it
-    is not, although the mean energies of samples and data differ by more than the energies of each spread.
+    Return whether calibration has an effect at a logged step.
+
+    `calibrating` is 1 if lambda is above 0 and the constraint's gradient with respect to samples is at least a hundredth of the
+    gradient of the generator's own loss with respect to reconstructions. `calibration_off` is 1 if `calibrating` is 0 although the
+    energy model separates samples from data: their mean energies differ by more than the spread of the energies.
     """
     least = MIN_CALIBRATION_WEIGHT * scalars.get("reconstruction_gradient_norm", 0.0)
     calibrating = scalars["dual"] > 0 and scalars["calibration_gradient_norm"] >= least
@@ -61,20 +67,24 @@ def calibration_state(scalars: dict[str, float]) -> dict[str, int]:
 
 class DivergenceGuard:
     """
-    A detector of divergence in the scalars of logged steps, which are `log_steps` apart. `max_dual` is the upper bound of lambda.
-    Gradients are clipped to `max_grad_norm`; logged norms are those before. A single outlier that is clipped back into the range,
-    as likelihoods of normalizing flows have them, moves the weights no further than others do.
+    A detector of divergence in the scalars of logged steps.
+
+    Args:
+        max_dual (`float`): Upper bound of lambda.
+        max_grad_norm (`float`, *optional*): The norm to which gradients are clipped. Logged norms are those before clipping. A single
+            outlier that clipping brings back into the range is no alarm: likelihoods of normalizing flows have such outliers.
+        log_steps (`int`, *optional*, defaults to 10): Steps from one logged step to the next.
     """
 
     def __init__(self, max_dual: float, max_grad_norm: float | None = None, log_steps: int = 10):
         self.max_dual, self.max_grad_norm = max_dual, math.inf if max_grad_norm is None else max_grad_norm
         self.max_pinned, self.max_off = max(PINNED_LOGGED, PINNED_STEPS // log_steps), max(1, OFF_STEPS // log_steps)
         self.history: dict[str, list[float]] = {name: [] for name in RANGED}
-        # Logged steps, and those in a row of which something was true.
+        # Number of logged steps, and numbers of logged steps in a row with a doubt or with calibration off.
         self.counts = dict.fromkeys(("observations", "doubtful", "off"), 0)
-        # Constraint over tolerance of the logged steps in a row with lambda at its bound.
+        # Constraint over tolerance at the latest logged steps in a row with lambda at its bound.
         self.pinned_ratios: list[float] = []
-        # Not part of the state: it does not go back with the run.
+        # Not part of the state, so that a rollback does not reset it.
         self.has_been_pinned = False
 
     def count(self, name: str, is_true: bool) -> int:
@@ -82,7 +92,7 @@ class DivergenceGuard:
         return self.counts[name]
 
     def observe(self, scalars: dict[str, float]) -> tuple[list[str], list[str]]:
-        """Return alarms, which are reasons to go back, and warnings about a logged step."""
+        """Check the scalars of a logged step. Return alarms, each of which calls for a rollback, and warnings."""
         if "energy_targets" in scalars:
             scalars = {**scalars, "energy_gap": scalars["energy_targets"] - scalars["energy_real"]}
         alarms: list[str] = []
@@ -101,7 +111,7 @@ class DivergenceGuard:
             if name == "energy_gradient_norm_max" and len(history) > WARMUP:
                 if value < MIN_GRADIENT * (median := statistics.median(history)):
                     doubts.append(f"the energy model is dead (gradient norm {value:.4g}, running median {median:.4g})")
-        # Without calibration no samples are made in training.
+        # Without calibration, training makes no samples.
         spread, data_spread = scalars.get("sample_spread", math.inf), scalars["data_spread"]
         if self.count("observations", True) > WARMUP and spread < MIN_SPREAD * data_spread:
             doubts.append(f"samples are all alike (spread over a batch {spread:.4g}, data {data_spread:.4g})")
@@ -111,8 +121,8 @@ class DivergenceGuard:
         self.pinned_ratios = [*self.pinned_ratios, scalars["constraint"] / scalars["tolerance"]] if is_pinned else []
         if len(self.pinned_ratios) == self.max_pinned:
             ratio = statistics.median(self.pinned_ratios)
-            message = f"lambda has been at its bound ({self.max_dual:g}) for {self.max_pinned} logged steps, with a constraint of {ratio:.1f} times its tolerance"
-            # One alarm only: if a lower rate does not bring lambda down, nothing that the guard does will.
+            message = f"lambda has been at its bound ({self.max_dual:g}) for {self.max_pinned} logged steps, with the constraint at {ratio:.1f} times its tolerance"
+            # Only one alarm: if a lower rate does not bring lambda down, further rollbacks will not either.
             if ratio > RUNAWAY and not self.has_been_pinned:
                 self.has_been_pinned = True
                 alarms.append(message)
@@ -120,8 +130,8 @@ class DivergenceGuard:
                 warnings.append(f"{message}: consider a larger --max_dual or --drift_tolerance")
         if self.count("off", bool(scalars.get("calibration_off"))) == self.max_off:
             warnings.append(
-                f"calibration is off (lambda {scalars['dual']:.3g}) while the energy model tells samples from data: this run trains "
-                "its generator alone. Lower --calibration_tolerance or --drift_tolerance, or raise --langevin_drift_step"
+                f"calibration is off (lambda {scalars['dual']:.3g}) although the energy model separates samples from data: only the "
+                "generator's own loss is trained. Lower --calibration_tolerance or --drift_tolerance, or raise --langevin_drift_step"
             )
         return alarms, warnings
 
@@ -129,13 +139,13 @@ class DivergenceGuard:
         return {"history": dict(self.history), "pinned_ratios": self.pinned_ratios, **self.counts}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore a saved state. Counts that 0.1 did not have begin at 0."""
+        """Restore a saved state. Counts that version 0.1 did not save start at 0."""
         self.history, self.pinned_ratios = dict(state_dict["history"]), state_dict["pinned_ratios"]
         self.counts = {name: state_dict.get(name, 0) for name in self.counts}
 
 
 def is_far_outside(value: float, history: list[float]) -> bool:
-    """Return whether a value is far outside its running range, and larger: a gradient that vanishes is convergence."""
+    """Return whether a value is far outside its running range and larger in size. Vanishing gradients are convergence."""
     if len(history) < WARMUP:
         return False
     low, *_, high = statistics.quantiles(history, n=10)
@@ -145,16 +155,18 @@ def is_far_outside(value: float, history: list[float]) -> bool:
 
 class Recovery:
     """
-    The guard, the healthy states to go back to, and the factor on the energy model's learning rate (on the generator's
-    without one). All processes decide the same, on scalars that were averaged over them.
+    The guard, the healthy states to roll back to, and the factor on the energy model's learning rate (on the generator's rate
+    without an energy model). All processes take the same decisions, from scalars averaged over them.
 
-    Each rollback halves the rate until there is a healthy state again. Then it is the rate given after the first
-    breakdown of a healthy run, half of it after the second one, and so on. So a passing fault, which may need several
-    rollbacks, costs the rest of the run nothing, and a rate that is too high is left for good.
+    Each rollback halves the rate. Once the run is healthy again, the rate returns to the given one after the first breakdown, to
+    half of it after the second one, and so on. A passing fault thus costs the rest of the run nothing, even if it needs several
+    rollbacks, and a rate that is too high stays lowered.
 
     Args:
-        config ([`TrainingConfig`]): Without `--divergence_guard` a value that is not finite ends the run, and nothing else does.
-        generator ([`Trained`]), energy ([`Trained`], *optional*), parts (`Sequence`): What a state consists of.
+        config ([`TrainingConfig`]): The configuration of the run. Without `--divergence_guard` there are no rollbacks, and a value that is
+            not finite ends the run.
+        generator ([`Trained`]), energy ([`Trained`], *optional*), parts (`Sequence`): The parts of a state. Each has `state_dict` and
+            `load_state_dict`.
     """
 
     NUMBERS = ("restored", "num_rollbacks", "num_breakdowns", "factor", "healthy_since")
@@ -176,31 +188,38 @@ class Recovery:
         for trained in (generator, energy):
             parts += [trained.network, trained.optimizer, trained.lr_scheduler] if trained is not None else []
         self.parts = [part for part in parts if part is not None]
-        # Step and state, the oldest first.
+        # Pairs of step and state, oldest first.
         self.states: list[tuple[int, list[dict[str, Any]]]] = []
         self.restored: int | None = None
-        # The largest of each gradient norm and of the constraint since the last logged step, on the device: nothing waits for it.
+        # The largest gradient norms and constraint since the last logged step. They stay on the device, so that no step waits for them.
         self.peaks: dict[str, torch.Tensor] = {}
         self.num_rollbacks = self.num_breakdowns = self.healthy_since = 0
         self.factor = 1.0
 
     def note_peaks(self, values: dict[str, torch.Tensor]) -> None:
-        """Remember the largest values between two logged steps."""
+        """Update the largest values since the last logged step."""
         for name, value in values.items():
             self.peaks[f"{name}_max"] = torch.maximum(self.peaks.get(f"{name}_max", value), value.detach())
 
     def judge(self, step: int, values: dict[str, float], complete: bool = True) -> list[str]:
         """
-        Return the alarms about a step, and record the guard's warnings. Of a step that is not logged, which is not `complete`, only
-        values that are not finite are alarms. If not `enabled`, they raise `FloatingPointError`.
+        Return the alarms at a step, and record the guard's warnings.
+
+        Args:
+            values (`dict`): Scalars by name.
+            complete (`bool`, *optional*, defaults to `True`): Whether these are all scalars of a logged step. If not, the only alarms
+                are values that are not finite.
+
+        Raises:
+            FloatingPointError: if a value is not finite and the guard is not enabled.
         """
         if self.accelerator.scaler is not None:
-            # Loss scaling finds its scale by gradients that overflow, and leaves that step out.
+            # Loss scaling finds its scale from gradients that overflow, and skips the update of such a step.
             values = {k: v for k, v in values.items() if "gradient_norm" not in k or math.isfinite(v)}
         if broken := [name for name, value in values.items() if not math.isfinite(value)]:
             message = f"{', '.join(broken)} not finite"
             if not self.enabled:
-                way_on = "Lower the rates, or let --divergence_guard go back to a healthy state."
+                way_on = "Lower the learning rates, or use --divergence_guard to roll back to a healthy state."
                 raise FloatingPointError(f"training has diverged at step {step}: {message}. {way_on}")
             return [message]
         alarms, warnings = self.guard.observe(values) if complete else ([], [])
@@ -209,15 +228,15 @@ class Recovery:
         return alarms if self.enabled else []
 
     def keep_healthy(self, step: int) -> None:
-        """After a step without an alarm, raise a lowered rate again and keep the state, if it is time to."""
-        # A state that the guard doubts is kept only if there is no other, as in a run that was resumed amid doubts.
+        """After a step without an alarm, raise a lowered rate again and store the state, if these are due."""
+        # A doubtful state is stored only if there is no other, for example after resuming a run that was in doubt.
         if not self.enabled or (self.guard.counts["doubtful"] and self.states):
             return
         ceiling = 0.5 ** max(self.num_breakdowns - 1, 0)
         if self.factor < ceiling and step - self.healthy_since >= HEALTHY_STATE_STEPS:
             self.factor = ceiling
             self.lowered.scale_learning_rate(self.factor)
-            message = f"healthy again: the rate is {self.factor:g} times the one given"
+            message = f"healthy again: the learning rate is {self.factor:g} times the given one"
             record_event(self.accelerator, self.output_dir, step, "recovery", message)
         if not self.states or step - self.states[-1][0] >= HEALTHY_STATE_STEPS:
             copy = partial(recursively_apply, lambda tensor: tensor.detach().to("cpu", copy=True))
@@ -225,18 +244,18 @@ class Recovery:
             self.states = [*self.states, (step, state)][-HEALTHY_STATES:]
 
     def roll_back(self, step: int, alarms: list[str]) -> tuple[int, bool]:
-        """Go back to a healthy state. Return its step, and whether the run may continue: not after `max_rollbacks`."""
+        """Restore a healthy state. Return its step, and whether the run may continue: not after `max_rollbacks`."""
         was_healthy = self.states[-1][0] != self.restored
-        # What lasts is an alarm only when it has: healthy are states from before the guard's first doubt.
+        # A doubt becomes an alarm only after some logged steps, so healthy states are those from before the first doubt.
         healthy = step - (max(self.guard.counts["doubtful"] - 1, 0) + CONFIRMATIONS) * self.log_steps
-        # If there was no healthy state since the last time, further back.
+        # If no healthy state was stored since the last rollback, go further back.
         kept = self.states if was_healthy else self.states[:-1]
         self.states = [one for one in kept if one[0] <= healthy] or self.states[:1]
         self.restored, state = self.states[-1]
         for part, saved in zip(self.parts, state):
-            # A copy: an optimizer takes over the tensors that it is given, and changes them.
+            # A copy, because an optimizer keeps and changes the tensors that it loads.
             part.load_state_dict(recursively_apply(torch.clone, saved))
-        # What must last is counted anew.
+        # Start to count again.
         self.guard.counts["doubtful"], self.guard.pinned_ratios = 0, []
         self.peaks.clear()
         seen, kind = "; ".join(alarms), "stopped"
@@ -246,8 +265,11 @@ class Recovery:
             self.num_breakdowns += was_healthy
             self.factor /= 2
             self.healthy_since = self.restored
-            kind, back = "rollback", f"back to step {self.restored}, rate {self.factor:g} times the one given"
-            message = f"{seen}: {back}, data in another order"
+            kind, back = (
+                "rollback",
+                f"rolled back to step {self.restored}, with {self.factor:g} times the given learning rate",
+            )
+            message = f"{seen}: {back} and the data in another order"
         self.lowered.scale_learning_rate(self.factor)
         record_event(self.accelerator, self.output_dir, step, kind, message, to_step=self.restored)
         return self.restored, go_on

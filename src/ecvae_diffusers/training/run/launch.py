@@ -1,4 +1,4 @@
-"""A run from its configuration to its saved, and perhaps published, pipeline: Accelerate, the folder, the data, the training."""
+"""Run a training script: set up Accelerate, lock the output folder, open the data, train, save and publish."""
 
 import ctypes
 import errno
@@ -30,18 +30,19 @@ from ecvae_diffusers.training.trainer import Stopped, Trainer
 
 logger = logging.getLogger(__name__)
 
-# Of glibc's malloc.h.
+# Parameters of `mallopt`, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 MOST_BYTES = 2**31 - 1
-# Steps between questions to several processes whether one received a signal: each waits for the device.
+# Steps from one check whether any process received a signal to the next: each check waits for the device.
 ASKED_EVERY = 5
 
 
 def keep_freed_memory() -> bool:
     """
-    Have malloc keep what it is given back, for the next tensor, instead of handing it to the system and fetching it
-    again, page by page and zeroed. A training step frees and asks for the same tensors every time, and on a CPU those of more than
-    32 MB would cost more than what is computed in them (`benchmarks/RESULTS.md`). Returns whether this is glibc, which can do so.
+    Let malloc keep freed memory for the next tensor, instead of returning it to the system. Return whether this worked (glibc only).
+
+    Each training step allocates the same tensors again. On a CPU, fetching zeroed pages for a tensor of more than 32 MB would cost more
+    than computing it (`benchmarks/RESULTS.md`).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -50,39 +51,42 @@ def keep_freed_memory() -> bool:
 
 
 def build_accelerator(config: TrainingConfig) -> Accelerator:
-    """Raises `ValueError` if the way of launching trains one model only, or the precision needs what is not there."""
+    """
+    Return the accelerator of a run. Raises `ValueError` if the kind of distributed training supports only one model, or if the
+    precision is not supported on this machine.
+    """
     run, optimizer = config.run, config.optimizer
     accelerator = Accelerator(
-        # Said outright: of several processes without an accelerator, each would otherwise take itself for the only one.
+        # Explicit, because each of several processes without an accelerator would otherwise run as the only one.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=optimizer.mixed_precision,
         log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=f"{run.output_dir}/logs"),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=optimizer.seed),
-        # Accumulation goes on over the end of an epoch: every step has the same number of batches.
+        # Accumulation continues across epochs, so that every step has the same number of batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=optimizer.gradient_accumulation_steps, sync_with_dataloader=False
         ),
     )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type.value} trains one model, and this script two: use data parallel training "
+            f"{accelerator.distributed_type.value} trains only one model, but this script trains two: use data parallel training "
             "(`accelerate launch --multi_gpu`)."
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
         if accelerator.mixed_precision == "fp16":
-            raise ValueError("--mixed_precision fp16 needs an accelerator, and there is none: use bf16 or no.")
+            raise ValueError("--mixed_precision must be bf16 or no on a CPU, but is fp16.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs every file of a checkpoint
     diffusers_logging.set_verbosity_error()
     return accelerator
 
 
 class StopSignal:
     """
-    A context in which the first SIGTERM or SIGINT only asks the run to end after its step, with a checkpoint: a cluster's time
-    limit, or Ctrl-C. A second SIGINT interrupts at once.
+    A context in which the first SIGTERM or SIGINT (a cluster's time limit, or Ctrl-C) ends the run after its current step, with a
+    checkpoint. A second SIGINT interrupts at once.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -102,7 +106,7 @@ class StopSignal:
         self.received = True
 
     def is_agreed(self, step: int) -> bool:
-        """Return whether any process received one. All ask at the same step: they save the checkpoint together."""
+        """Return whether any process received a signal. All processes ask at the same step and get the same answer."""
         if self.accelerator.num_processes == 1:
             return self.received
         if step % ASKED_EVERY:
@@ -118,18 +122,20 @@ def train(
     task_class: type[Task],
 ) -> None:
     """
-    Train and save, and publish if asked to. One process at a time has the folder.
+    Train, save and, with `--push_to_hub`, publish. The output folder is locked meanwhile.
 
     Args:
-        load (`Callable`): What the run starts from, such as pretrained networks, given the checkpoint that it resumes from, if
-            there is one. Called before the data is opened, which can take minutes, since what is wrong with it is told in seconds.
-        build_task (`Callable`): The task, of what `load` gave and of the feed. All that it draws depends on `--seed` alone.
+        config ([`TrainingConfig`]): The configuration of the run.
+        load (`Callable`): Takes the checkpoint to resume from, or `None`, and returns what the run starts from, such as pretrained
+            networks. It is called before the data is opened, because its errors show in seconds and opening data can take minutes.
+        build_task (`Callable`): Takes the result of `load` and the feed, and returns the task. Its random draws depend only on `--seed`.
+        task_class (`type`): The class of the task.
 
     Raises:
         Stopped: if the run ended before its last step.
-        ValueError: if folder, data, networks or ways of launching do not fit, or another run has the folder.
-        WriteError: if something can't be written; what was whole stays.
-        UploadError: if publishing failed; the model is saved.
+        ValueError: if the folder, the data, the networks or the launch are not usable, or another run holds the folder.
+        WriteError: if something can't be written. Complete files are kept.
+        UploadError: if publishing failed. The model is saved.
     """
     accelerator = build_accelerator(config)
     run, hub, model, optimizer = config.run, config.hub, config.model, config.optimizer
@@ -142,7 +148,7 @@ def train(
             check_resumed_arguments(output_dir, config.flat(), RETIRED)
         elif model.pretrained_model_name_or_path is not None:
             check_pretrained_stays(output_dir, model.pretrained_model_name_or_path)
-        # Opened, checked and decoded before anything is written.
+        # Networks and data are loaded and checked before anything is written.
         loaded = load(checkpoint)
         feed = build_feed(config.data, accelerator, train_batch_size=optimizer.train_batch_size, seed=optimizer.seed)
         set_seed(optimizer.seed)
@@ -155,7 +161,7 @@ def train(
             )
         repository = hub.hub_model_id or output_dir.resolve().name
         if hub.push_to_hub and main_process:
-            # Not before: a run that its data or its networks refuse leaves no empty repository.
+            # Only now, so that a run with unusable data or networks leaves no empty repository.
             open_repository(repository, private=hub.hub_private_repo, name=task_class.published)
         try:
             with StopSignal(accelerator) as stop:
@@ -170,7 +176,7 @@ def train(
 
 
 def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) -> None:
-    """Call `run(config)`. Errors that a user can mend end the process with one line, and what to do."""
+    """Call `run(config)`. Errors that a user can fix end the process with one line that says what to do."""
     output_dir, hub = Path(str(config.run.output_dir)), config.hub
     try:
         check_places(Namespace(**config.flat()))
@@ -178,11 +184,11 @@ def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) ->
     except UploadError as error:
         private = " --hub_private_repo" if hub.hub_private_repo else ""
         command = f"ecvae publish {output_dir} --hub_model_id {hub.hub_model_id or output_dir.resolve().name}{private}"
-        saved = f" The model is saved: {command} uploads it." if is_finished(output_dir) else ""
+        saved = f" The model is saved. Upload it with: {command}" if is_finished(output_dir) else ""
         fail(f"{name}: error: --push_to_hub: {error}{saved}")
     except WriteError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "make room (--checkpoints_total_limit keeps fewer)" if is_full else "mend that"
+        mend = "free some space (--checkpoints_total_limit keeps fewer checkpoints)" if is_full else "fix that"
         fail(f"{name}: error: {error} {way_on(output_dir, mend + ', and ')}")
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
         fail(f"{name}: error: {error}")
@@ -194,7 +200,7 @@ def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) ->
             "--gradient_checkpointing or --mixed_precision bf16, and resume with --resume_from_checkpoint latest."
         )
     except Exception as error:
-        # A fault of the code, whose traceback says where: its line comes last, too.
+        # A bug: the traceback shows where, and the last line names the error.
         announce(f"{name}: {type(error).__name__}: {error}")
         raise
     except KeyboardInterrupt:
@@ -202,6 +208,7 @@ def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) ->
 
 
 def way_on(output_dir: Path, mend: str = "") -> str:
+    """Return one sentence on how to resume the run. `mend` says what to do first."""
     if not (found := checkpoints(output_dir)):
         return "No checkpoint was saved."
-    return f"{found[-1].name} is the newest checkpoint: {mend}resume with --resume_from_checkpoint latest."
+    return f"The newest checkpoint is {found[-1].name}: {mend}resume with --resume_from_checkpoint latest."

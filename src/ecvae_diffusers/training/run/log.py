@@ -1,4 +1,4 @@
-"""What a run tells: one JSON object a line for each logged step, evaluation and event; its arguments; its bars and its time."""
+"""Logs of a run (JSON lines of steps, evaluations and events), its saved arguments, progress bars and training time."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ EVENTS_FILE = "events.jsonl"
 
 
 class RunLog:
-    """A file of the run with one JSON object a line, each with its `step`. A number that is not finite is `null`."""
+    """A log file with one JSON object per line, each with a `step`. Numbers that are not finite are written as `null`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,7 +39,7 @@ class RunLog:
             file.write(to_json(values) + "\n")
 
     def cut(self, last_step: int) -> None:
-        """Drop records of later steps, and lines that are no records."""
+        """Remove records of steps after `last_step`, and lines that are not records."""
         if self.path.is_file():
             kept = [to_json(record) + "\n" for record in read_metrics(self.path) if record.get("step", 0) <= last_step]
             write_text(self.path, "".join(kept))
@@ -47,19 +47,19 @@ class RunLog:
 
 def read_metrics(path: Path) -> list[dict]:
     """
-    Read the records of a file with one JSON object a line, such as a `RunLog`. Lines that are no records are skipped: a last
-    one that a kill cut off, and, with a warning, others, such as those that a failing disk has damaged.
+    Read the records of a file with one JSON object per line, such as a `RunLog`. Lines that are not records are skipped: the last line
+    silently, since a killed process may leave it incomplete, and others with a warning.
     """
     records, lines = [], path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line.decode())
-        except ValueError:  # no UTF-8, or no JSON
+        except ValueError:  # not UTF-8, or not JSON
             record = None
         if isinstance(record, dict) and isinstance(record.get("step", 0), int):
             records.append(record)
         elif number < len(lines):
-            logger.warning(f"{str(path)!r}: line {number} is no record, and is left out.")
+            logger.warning(f"{str(path)!r}: line {number} is not a record and is skipped.")
     return records
 
 
@@ -72,15 +72,15 @@ def record_event(accelerator: Accelerator, output_dir: Path, step: int, kind: st
 
 def read_arguments(output_dir: str | Path) -> dict[str, Any]:
     """
-    Return the arguments that a run was started with, by name, and its `component` and `launch`; none if the folder holds no run.
-    Raises `ValueError` if the file can't be read, or holds no arguments.
+    Return a run's arguments by name, with its `component` and `launch`, or an empty dictionary if the folder holds no run. Raises
+    `ValueError` if the file can't be read or holds no arguments.
     """
     path = Path(output_dir) / ARGUMENTS_FILE
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:  # of damaged text, of damaged JSON, or of a folder of that name
+    except (ValueError, OSError) as error:  # damaged text or JSON, or a folder of that name
         raise ValueError(f"{str(path)!r} can't be read: {error}.") from error
     if not isinstance(arguments, dict) or not isinstance(arguments.get("launch", {}), dict):
         raise ValueError(f"{str(path)!r} must hold the run's arguments by name.")
@@ -88,14 +88,14 @@ def read_arguments(output_dir: str | Path) -> dict[str, Any]:
 
 
 def moments(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what `reduce_scalars` computes the mean and the spread over all processes from."""
+    """Return the mean and mean square of values, from which `reduce_scalars` computes moments over all processes."""
     return {name: values.mean(), f"{name}_square": values.square().mean()}
 
 
 def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -> dict[str, float]:
     """
-    Average scalars over processes, in one exchange and one wait for the device. A pair of `name` and `name_square` becomes `name`
-    and `name_std`.
+    Average scalars over processes, with a single exchange and a single wait for the device. A pair `name` and `name_square` (from
+    `moments`) becomes `name` and `name_std`.
     """
     # MPS has no float64.
     dtype = torch.float32 if next(iter(scalars.values())).device.type == "mps" else torch.float64
@@ -107,7 +107,7 @@ def reduce_scalars(accelerator: Accelerator, scalars: dict[str, torch.Tensor]) -
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words, such as "2 h 5 min" or "40 s"."""
+    """Format a duration, such as "2 h 5 min" or "40 s"."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -115,11 +115,11 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory that this process has held, of the device or, on a CPU, of the process, in GiB."""
+    """Return the peak memory in GiB: that of this process's tensors with CUDA, else that of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
-    # What `getrusage` tells begins, on Linux, with the peak of the process that started this one.
+    # On Linux, the peak of `getrusage` includes that of the parent process.
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))):
         return int(found[1]) / 2**20
     import resource  # POSIX only
@@ -131,14 +131,14 @@ def progress(
     name: str, iterable: Iterable | None = None, total: int | None = None, shown: bool = True, delay: float = 1.0
 ) -> tqdm:
     """
-    Return a bar below that of the steps, which vanishes when its work is done. It appears after `delay` seconds, so that short work
-    leaves no trace in a log, and in this process only if `shown`.
+    Return a progress bar below that of the steps. It disappears when its work is done, and appears only after `delay` seconds, so that
+    short work leaves no trace in a log. If `shown` is `False`, it never appears.
     """
     return tqdm(iterable, name, total, leave=False, disable=not shown, delay=delay, mininterval=1.0)
 
 
 class Stopwatch:
-    """Seconds of training since `start`, without those of evaluation, pictures and saving, and with those of a resumed run."""
+    """A clock of training time, in seconds. It pauses for evaluations, pictures and saving, and continues in a resumed run."""
 
     def __init__(self):
         self.before, self.since = 0.0, None

@@ -1,4 +1,4 @@
-"""Pictures of a run, and the energies of its images: what `ecvae report` lays out."""
+"""Write the pictures of a run and the energies of its images, which `ecvae report` shows."""
 
 import itertools
 from collections.abc import Callable
@@ -22,19 +22,23 @@ if TYPE_CHECKING:
 NUM_GRID_IMAGES = 64
 NUM_CHAIN_IMAGES = 8
 NUM_ENERGIES, FEWEST_ENERGIES = 256, 32
-# Above this many pixels a side, fewer of them: chains through 256 images of 256 px took 15 GiB and minutes.
+# Above this resolution, fewer energies: chains on 256 images of 256 px take 15 GiB of memory.
 FULL_SIZE = 32
 
 
 class Observer:
     """
-    Writes, on the main process, what a run looks like at a step: `samples/`, `reconstructions/`, `chain/` and a line of
-    `energies.jsonl`, of latents and noise that are the same at each step.
+    A writer of pictures and energies on the main process: `samples/`, `reconstructions/`, `chain/` and lines of `energies.jsonl`.
+    Latents and noise are the same at each step.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): Data to reconstruct and to take energies of.
-        labels (`torch.Tensor` of shape `(N,)`, *optional*): Their classes. Samples get such too, row by row in the sheet.
-        batch_size (`int`): Images at a time: that of training, whose memory is there.
+        output_dir (`Path`): The folder of the run.
+        task ([`Task`]): Draws latents and classes, samples and reconstructs.
+        images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): Data to reconstruct, and to compute energies of.
+        labels (`torch.Tensor` of shape `(N,)`, *optional*): The classes of `images`.
+        seed (`int`): Seed of latents, classes and noise.
+        device (`torch.device`): The device of the networks.
+        batch_size (`int`): Number of images per batch. That of training fits the memory.
     """
 
     def __init__(
@@ -49,12 +53,13 @@ class Observer:
     ):
         self.output_dir, self.task, self.seed, self.device = output_dir, task, seed, device
         self.batch_size, self.images, self.labels = batch_size, images, labels
-        # As many pixels at each resolution.
+        # The same number of pixels at each resolution.
         count = NUM_ENERGIES * FULL_SIZE**2 // images.shape[-1] ** 2
         self.num_energies = max(FEWEST_ENERGIES, min(NUM_ENERGIES, count))
         count = max(NUM_GRID_IMAGES, self.num_energies)
         self.latents, self.sample_labels = task.latents(count, seed).to(device), task.labels(count, seed)
         if self.sample_labels is not None:
+            # Sorted, so that the rows of the sheet show one class after another.
             shown, others = self.sample_labels[:NUM_GRID_IMAGES], self.sample_labels[NUM_GRID_IMAGES:]
             self.sample_labels = torch.cat([shown.sort().values, others])
 
@@ -63,8 +68,14 @@ class Observer:
         self, step: int, exported: nn.Module, generator: nn.Module, calibrator: EnergyCalibrator | None, energies: bool
     ) -> None:
         """
-        Write the pictures of a step: of `exported`, which would be saved now, and of the chain from `generator`, which is trained.
-        And, if asked to, energies, whose chains cost many times what the pictures do.
+        Write the pictures and, if asked to, the energies of a step.
+
+        Args:
+            step (`int`): The number of the step.
+            exported (`nn.Module`): The generator that would be saved now, for samples and reconstructions.
+            generator (`nn.Module`): The generator in training, for the chains.
+            calibrator ([`EnergyCalibrator`], *optional*): Runs the chains. Without it there are neither chains nor energies.
+            energies (`bool`): Whether to write energies, whose chains cost many times as much as the pictures.
         """
         latents = self.latents[:NUM_GRID_IMAGES]
         samples = self.in_batches(
@@ -84,7 +95,7 @@ class Observer:
             samples = self.task.sample(generator, latents, labels)
             return calibrator.run_chain(samples, noise, return_trajectory=True, condition=labels).transpose(0, 1)
 
-        # Without energies as many whole batches as are shown: the noise of a picture depends on the size of its batch.
+        # Whole batches even without energies, because the noise of a picture depends on the size of its batch.
         count = self.num_energies if energies else -(-NUM_CHAIN_IMAGES // self.batch_size) * self.batch_size
         latents = self.latents[: min(count, self.num_energies)]
         states = self.in_batches("Chains", run_chain, latents, self.sample_labels).transpose(0, 1)
@@ -105,7 +116,7 @@ class Observer:
     def in_batches(
         self, what: str, function: Callable, whole: torch.Tensor, labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply a function to a batch and its labels at a time, `None` without classes."""
+        """Apply a function to batches and their labels (`None` without classes), and concatenate the results."""
         parts, classes = whole.split(self.batch_size), itertools.repeat(None)
         if labels is not None:
             classes = labels[: len(whole)].to(self.device).split(self.batch_size)
@@ -124,8 +135,8 @@ def pairs_grid(images: torch.Tensor, reconstructions: torch.Tensor, num_columns:
 
 def chain_strip(states: torch.Tensor) -> PIL.Image.Image:
     """
-    Lay out one row per image: G(z), each step of the chain, and where it moved: end minus start, grey where nothing did, scaled
-    so that the largest move of all is black or white.
+    Lay out one row per image: G(z), the image after each step of the chain, and the change from start to end. The change is gray
+    where it is 0, and scaled so that the largest one is black or white.
 
     Args:
         states (`torch.Tensor` of shape `(K + 1, B, C, H, W)`): In [-1, 1].
@@ -133,7 +144,7 @@ def chain_strip(states: torch.Tensor) -> PIL.Image.Image:
     difference = states[-1] - states[0]
     difference = difference / difference.abs().max().clamp(min=1e-8)
     if difference.shape[1] == 4:
-        difference[:, 3] = 1.0  # opaque, or nothing of it would be seen
+        difference[:, 3] = 1.0  # opaque, or the change would be invisible
     columns = torch.cat([states, difference[None]])
     return image_grid(columns.transpose(0, 1).flatten(0, 1), num_columns=len(columns))
 

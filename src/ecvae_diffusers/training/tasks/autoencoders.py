@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers: loaded with a frozen encoder, decoded in one wrapped forward, saved as plain diffusers saves them."""
+"""Load autoencoders of diffusers with a frozen encoder, decode in one wrapped forward pass, and save them for plain diffusers."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 logger = get_logger(__name__)
 
-# What is trained of an autoencoder; all else makes latents, and must go on making those that others are used to.
+# The trained parts of an autoencoder. All others compute latents, which must not change.
 TRAINED_PARTS = ("decoder", "post_quant_conv")
 CARD = """---
 {metadata}
@@ -32,8 +32,8 @@ CARD = """---
 
 # {name} with a {what} decoder
 
-The decoder was trained on from `{origin}` {how}, by `training/calibrate_decoder.py` of
-ecvae-diffusers; the encoder, and so the latents, are as they were. It loads without that package:
+The decoder of `{origin}` was trained further {how}, with `training/calibrate_decoder.py` of
+ecvae-diffusers. The encoder, and so the latents, are unchanged. It loads without that package:
 
 ```python
 from diffusers import {name}
@@ -41,11 +41,17 @@ from diffusers import {name}
 autoencoder = {name}.from_pretrained("path/or/hub-id")
 ```
 """
-CALIBRATING_ON = "\nIn the run's folder, `energy_model/` and `scheduler/` are for resuming calibration. They are not used at test time.\n"
+CALIBRATING_ON = "\nIn the run's folder, `energy_model/` and `scheduler/` serve to continue calibration. They are not used at test time.\n"
 
 
 class CalibratedDecoder(torch.nn.Module):
-    """An autoencoder of which decoding is trained, by `forward`, and where it comes from, for its card."""
+    """
+    An autoencoder whose decoder is trained, through `forward`.
+
+    Args:
+        autoencoder (`ModelMixin`): An autoencoder of diffusers. All parameters except those of the decoder are frozen.
+        origin (`str`): The folder or Hub id of the autoencoder, for the card.
+    """
 
     def __init__(self, autoencoder: ModelMixin, origin: str):
         super().__init__()
@@ -54,7 +60,7 @@ class CalibratedDecoder(torch.nn.Module):
             part.requires_grad_(name in TRAINED_PARTS)
 
     def encoder_fingerprint(self) -> str:
-        """Of what is not trained, and so of what latents mean."""
+        """Return a fingerprint of the frozen weights, which determine the latents."""
         weights = self.autoencoder.state_dict().items()
         return fingerprint({"encoder": {k: v for k, v in weights if k.split(".")[0] not in TRAINED_PARTS}})
 
@@ -62,12 +68,12 @@ class CalibratedDecoder(torch.nn.Module):
         self.autoencoder.enable_gradient_checkpointing()
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) -> images (B, C, H, W) near [-1, 1]."""
+        """Decode latents (B, C, h, w) to images (B, C, H, W), nominally in [-1, 1] but not clipped."""
         return self.autoencoder.decode(latents).sample
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> latents (B, C, h, w): of a posterior its mode."""
+        """Encode images (B, C, H, W) in [-1, 1] to latents (B, C, h, w): the mode, if the encoder returns a distribution."""
         encoded = self.autoencoder.encode(images)
         if "latent_dist" in encoded:
             return encoded.latent_dist.mode()
@@ -75,7 +81,15 @@ class CalibratedDecoder(torch.nn.Module):
 
 
 class SavedDecoder:
-    """What a run saves in place of a pipeline: the autoencoder's folder, with energy model and chain in sub-folders, and a card."""
+    """
+    The result of a run that trains a decoder, saved instead of a pipeline: the autoencoder's folder with a card, and sub-folders for the
+    energy model and the scheduler of the chain.
+
+    Args:
+        decoder ([`CalibratedDecoder`]): The autoencoder.
+        energy_model ([`EnergyModel`], *optional*), scheduler ([`LangevinScheduler`], *optional*): Saved if both are given.
+        card (`str`, *optional*): The text of the card. Default: a new card.
+    """
 
     def __init__(
         self,
@@ -87,7 +101,7 @@ class SavedDecoder:
         self.decoder, self.energy_model, self.scheduler, self.card = decoder, energy_model, scheduler, card
 
     def set_progress_bar_config(self, **kwargs) -> None:
-        """Nothing: it samples nothing itself."""
+        """Do nothing, since there is no sampling. Pipelines have this method."""
 
     def to(self, device: torch.device) -> None:
         self.decoder.to(device)
@@ -95,7 +109,7 @@ class SavedDecoder:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         folder = Path(folder)
         self.decoder.autoencoder.save_pretrained(folder)
-        # Without the path of this machine that it was loaded from.
+        # Remove the path from which it was loaded on this machine.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         write_json(folder / "config.json", config, sort_keys=True)
@@ -119,13 +133,13 @@ class SavedDecoder:
             what="calibrated" if is_calibrated else "further trained",
             how="with energy calibration (Luo et al., ECCV 2024)"
             if is_calibrated
-            else "on its squared error, without calibration",
+            else "on the squared error, without calibration",
         )
         return card + (CALIBRATING_ON if is_calibrated else "")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **kwargs) -> "SavedDecoder":
-        """What `save_pretrained` wrote."""
+        """Load a folder that `save_pretrained` wrote."""
         folder, energy_model, scheduler = Path(folder), None, None
         if (folder / "energy_model").is_dir():
             energy_model = EnergyModel.from_pretrained(folder / "energy_model")
@@ -141,18 +155,18 @@ def load_autoencoder(
     variant: str | None = None,
 ) -> ModelMixin:
     """
-    Load the autoencoder of a folder or a Hub id, of whichever class of diffusers its config names; from safetensors only.
+    Load an autoencoder from a folder or a Hub id, as the diffusers class that its config names. Only safetensors are loaded.
 
     Raises:
-        ValueError: if there is no such subfolder, it can't be loaded, its weights are not whole or not finite, or it is none of images
-            with a decoder of one pass.
+        ValueError: if the subfolder does not exist, the model can't be loaded, weights are missing or not finite, or it is not an image
+            autoencoder that decodes in one pass.
     """
     refused = f"--pretrained_model_name_or_path {str(name_or_path)!r}"
     if subfolder is not None and Path(name_or_path).is_dir():
-        # diffusers would take the weights of the folder itself where there are some.
+        # diffusers would load the weights of the folder itself, if it holds some.
         name_or_path = Path(name_or_path, subfolder)
         if not name_or_path.is_dir():
-            raise ValueError(f"{refused} has no folder --subfolder {subfolder!r}.")
+            raise ValueError(f"--subfolder {subfolder!r} does not exist in {refused}.")
         subfolder = None
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     try:
@@ -169,15 +183,17 @@ def load_autoencoder(
             **where,
         )
         if info["missing_keys"]:
-            raise ValueError(f"{sorted(info['missing_keys'])[:3]} are missing from its weights")
+            raise ValueError(
+                f"its weights are incomplete, with missing keys such as {sorted(info['missing_keys'])[:3]}"
+            )
     except LOADING_ERRORS as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     if broken := [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]:
         raise ValueError(f"{refused} holds weights that are not finite: {', '.join(broken[:3])}.")
-    # Those of audio have no channels of images, and one that decodes by diffusion no decoder of one pass.
+    # Audio autoencoders have no image channels. Those that decode by diffusion have no `decoder` module.
     decodes_at_once = isinstance(getattr(model, "decoder", None), torch.nn.Module)
     if not decodes_at_once or model.config.get("in_channels") not in (1, 3, 4):
-        allowed = "an autoencoder of images of 1, 3 or 4 channels that decodes in one pass, such as AutoencoderKL"
+        allowed = "an autoencoder of images with 1, 3 or 4 channels that decodes in one pass, such as AutoencoderKL"
         raise ValueError(f"{refused} must be {allowed}, but is a {class_name}.")
     return model
 
@@ -190,45 +206,47 @@ def load_energy_model(
     revision: str | None = None,
 ) -> EnergyModel | None:
     """
-    Load the energy model that an earlier run has saved next to its decoder, ready to train; `None`, and a line in the log, where
-    there is none, or one for other images.
+    Load the energy model that an earlier run saved with its autoencoder, in training mode. Returns `None`, and logs it, if there is none
+    for images of `resolution` and `in_channels`.
 
     Raises:
-        ValueError: if it fits and can't be loaded.
+        ValueError: if there is an energy model but it can't be loaded.
     """
     inside = "/".join(filter(None, (subfolder, "energy_model")))
     place, where = name_or_path, {"subfolder": inside, "revision": revision}
     if is_local := Path(name_or_path).is_dir():
-        # With a subfolder diffusers would take the weights of the folder itself, the decoder's, where there are some.
+        # With `subfolder`, diffusers would load the weights of the folder itself, which are the autoencoder's.
         place, where = Path(name_or_path, inside), {}
     config: Any = {}
     try:
-        # Of a local folder that is not there diffusers would ask the Hub.
+        # If the local folder does not exist, diffusers would ask the Hub.
         if not is_local or Path(place, "config.json").is_file():
             config = EnergyModel.load_config(place, **where)
         found = tuple(config.get(name) for name in ("_class_name", "sample_size", "in_channels"))
         if found == (EnergyModel.__name__, resolution, in_channels):
-            # `from_pretrained` gives networks in evaluation mode.
+            # `from_pretrained` returns networks in evaluation mode.
             return EnergyModel.from_pretrained(place, low_cpu_mem_usage=False, **where).train()
     except LOADING_ERRORS as error:
         if is_local or config:
-            named = f"--pretrained_model_name_or_path: {str(place)!r}, energy_model,"
+            named = f"--pretrained_model_name_or_path: energy_model in {str(place)!r}"
             raise ValueError(f"{named} can't be loaded: {error}") from error
-        found = (str(error).splitlines()[0],)  # There is none on the Hub, or the network failed.
+        found = (str(error).splitlines()[0],)  # it is not on the Hub, or the connection failed
     there = "none" if is_local and not config else ", ".join(map(str, found))
     logger.info(
-        f"The energy model is a new one of {in_channels} channel(s) and {resolution} px. Next to {str(name_or_path)!r}: {there}."
+        f"Training a new energy model for {resolution} px and {in_channels} channel(s). Found with {str(name_or_path)!r}: {there}."
     )
     return None
 
 
 def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]:
     """
-    Return the shape of one image's latents. Freeze what decoding does not come by, such as the part of `AsymmetricAutoencoderKL` that
-    reads a mask: data parallel training waits for a gradient of each parameter.
+    Return the shape of the latents of one image, and freeze parameters that decoding does not use.
+
+    Data parallel training waits for a gradient of each trained parameter, but for example the mask encoder of `AsymmetricAutoencoderKL`
+    gets none.
 
     Raises:
-        ValueError: if the autoencoder does not take images of `resolution`, or gives others back.
+        ValueError: if the autoencoder does not accept images of `resolution`, or decodes them to another shape.
     """
     image = torch.zeros(1, decoder.config.in_channels, resolution, resolution)
     refused = f"--resolution {resolution} does not fit {type(decoder.autoencoder).__name__}"
@@ -238,19 +256,19 @@ def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]
         latents = decoder.encode(image)
         with torch.no_grad():
             decoded = decoder(latents)
-        # A corner will do: it is the same way through the network.
+        # A corner of the latents is enough to find the parameters in use.
         gradients = torch.autograd.grad(decoder(latents[..., :8, :8]).sum(), trained, allow_unused=True)
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{refused}: {error}") from error
     if decoded.shape != image.shape:
-        raise ValueError(f"{refused}, which gives images of {tuple(decoded.shape[1:])} for {tuple(image.shape[1:])}.")
+        raise ValueError(f"{refused}, which decodes {tuple(image.shape[1:])} images to {tuple(decoded.shape[1:])}.")
     for parameter, gradient in zip(trained, gradients):
         parameter.requires_grad_(gradient is not None)
     return tuple(latents.shape[1:])
 
 
 def load_latents(path: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Load latents (N, *shape), finite, of a safetensors file. Raise `ValueError` if there are none."""
+    """Load finite latents (N, *shape) from a safetensors file. Raises `ValueError` if it holds no such latents."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""What the training loop needs to know of what it trains."""
+"""The interface between the training loop and the model that it trains."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ecvae_diffusers.training.randomness import StepNoise
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients, for as long as this is open."""
+    """A context in which `module` is in evaluation mode, without gradients."""
     training = module.training
     module.eval()
     try:
@@ -27,24 +27,24 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 class Task(ABC):
-    """What is trained: a generator whose samples can be calibrated, and the energy model, `None` without calibration."""
+    """A generator to train, whose samples can be calibrated, and its energy model (`None` without calibration)."""
 
     generator: torch.nn.Module
     energy_model: torch.nn.Module | None
     latent_shape: tuple[int, ...]  # of one sample
     component: str  # the generator's name in the pipeline
     headline: str  # the scalar of `loss` that the progress bar shows
-    saved_class: str  # loads what is saved
-    published = INDEX  # the file that tells what a saved folder holds
-    samples_change = True  # whether training changes samples, of which the best evaluation is chosen
-    state: Any = None  # what else a checkpoint must hold: anything with `state_dict` and `load_state_dict`
+    saved_class: str  # the class that loads the saved folder
+    published = INDEX  # the file that identifies a saved folder
+    samples_change = True  # whether training changes the samples, so that the best evaluation can be chosen
+    state: Any = None  # further state for checkpoints: an object with `state_dict` and `load_state_dict`
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Once, before the first step: the processes and the precision that the task computes with."""
+        """Prepare the task for training with `accelerator`. Called once, before the first step."""
         self.accelerator = accelerator
 
     def launch(self) -> dict:
-        """What a run that is gone on with must have in common with what it was, beside its arguments and data."""
+        """Return properties, other than arguments and data, that must be the same when the run is resumed."""
         return {}
 
     @abstractmethod
@@ -58,45 +58,54 @@ class Task(ABC):
         labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
         """
-        In one pass through `network`, the wrapped generator: its own loss; new samples (B, C, H, W) with gradients, or
-        `None` where they aren't asked for; and scalars to log, `headline` among them. `labels` are the classes of `real`, which
-        the samples get too.
+        Compute the generator's own loss and new samples, in one pass through `network`.
+
+        Args:
+            network (`torch.nn.Module`): The generator, wrapped by Accelerate.
+            real (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
+            noise ([`StepNoise`]): The source of random draws.
+            step (`int`): The number of the training step.
+            with_samples (`bool`): Whether to make samples.
+            labels (`torch.Tensor` of shape `(B,)`, *optional*): Classes of `real`, which the samples get too.
+
+        Returns:
+            `tuple`: The loss, samples (B, C, H, W) with gradients (or `None`), and scalars to log, which include `headline`.
         """
 
     def draw(self, real: torch.Tensor, noise: StepNoise) -> torch.Tensor:
-        """Latents of as many new samples as there are images in `real`, another draw at each call."""
+        """Draw latents for as many new samples as there are images in `real`. Each call draws anew."""
         return noise.normal(len(real), *self.latent_shape)
 
     def latents(self, count: int, seed: int) -> torch.Tensor:
-        """Latents of `count` samples, or of as many as there are, always the same for a seed."""
+        """Return latents for at most `count` samples, always the same for a seed."""
         return torch.randn(count, *self.latent_shape, generator=torch.Generator().manual_seed(seed))
 
     def labels(self, count: int, seed: int) -> torch.Tensor | None:
-        """Classes of `count` samples, by their frequencies, always the same for a seed. `None` without classes."""
+        """Return classes (count,) drawn by their frequencies, always the same for a seed. `None` without classes."""
         return None
 
     @abstractmethod
     def sample(
         self, generator: torch.nn.Module, latents: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Images in [-1, 1]. No gradient."""
+        """Return images in [-1, 1] from latents, without gradients."""
 
     @abstractmethod
     def reconstruct(
         self, generator: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The generator's own version of images in [-1, 1]. No gradient."""
+        """Return the generator's reconstructions of images in [-1, 1], without gradients."""
 
     @abstractmethod
     def build_pipeline(self, generator, energy_model, scheduler: LangevinScheduler | None) -> DiffusionPipeline:
-        """The pipeline that is saved, or what is saved and loaded as one is."""
+        """Return the pipeline to save, or another object with `save_pretrained` and `from_pretrained`."""
 
     def end_step(self) -> None:
-        """After a step of the networks, in every process: what is the task's own, such as a dual variable."""
+        """Update the task's own state, such as a dual variable. Called in every process after the networks' step."""
 
     def measure(self, generator: torch.nn.Module, images: torch.Tensor) -> dict[str, float]:
-        """Measure, on the main process, what an evaluation states next to samples, on reference images: uint8 (N, C, H, W)."""
+        """Return further measures of an evaluation, from reference images (N, C, H, W), uint8. Called on the main process."""
         return {}
 
     def finish(self, generator: torch.nn.Module, feed) -> None:
-        """Measure, and write into the generator's config, what its pipeline should know."""
+        """Measure what the pipeline needs to know about the generator, and write it into the generator's config."""

@@ -1,9 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The decoder of an autoencoder of diffusers as a task of the trainer. The encoder is frozen.
+"""The task of training the decoder of an autoencoder of diffusers. The encoder is frozen.
 
-One iteration: the decoder makes images of latents in one wrapped forward; the chain on the frozen energy model gives their targets;
-the decoder steps on the squared error of reconstructions plus lambda times the constraint, and the energy model on data against
-the same targets. What is saved loads with plain diffusers. The equations are in `ecvae_diffusers.calibration`.
+One training step: one forward pass of the wrapped decoder decodes latents, and the chain on the frozen energy model computes targets from
+these images. The decoder steps on the squared error of reconstructions plus lambda times the constraint, the energy model on data against
+the same targets. The saved autoencoder loads with plain diffusers. The equations are in `ecvae_diffusers.calibration`.
 """
 
 from dataclasses import replace
@@ -31,12 +31,21 @@ from ecvae_diffusers.training.tasks.networks import build_energy_model
 from ecvae_diffusers.variational import error_gradient_norm
 
 
-# Whose encodings tell how far latents spread.
+# Number of images whose encodings give the standard deviation of latents.
 NUM_SPREAD_IMAGES = 256
 
 
 class DecoderTask(Task):
-    """A foreign decoder as a `Task` of the trainer: its own loss is the squared error, its samples decodings of latents."""
+    """
+    The task of training a decoder: its own loss is the squared error, its samples are decoded latents.
+
+    Args:
+        config ([`ECDecoderConfig`]): The configuration of the run.
+        decoder ([`CalibratedDecoder`]): The autoencoder with a trainable decoder.
+        energy_model ([`EnergyModel`], *optional*): The energy model, for calibration with it.
+        feed: The data, from `build_feed`.
+        given (`torch.Tensor` of shape `(N, C, h, w)`, *optional*): Latents to decode, instead of encodings of the images.
+    """
 
     component, headline, published = "decoder", "reconstruction", CONFIG
     generator: CalibratedDecoder
@@ -61,25 +70,25 @@ class DecoderTask(Task):
         return {"autoencoder": self.saved_class, "encoder": encoder, "latents": latents}
 
     def prepare(self, accelerator):
-        """On the device, where the autoencoder is by now: 256 encodings on a CPU take minutes at the sizes of photographs."""
         super().prepare(accelerator)
+        # Only now, when the autoencoder is on the device: 256 encodings of large images take minutes on a CPU.
         if self.config.latent_noise > 0:
             self.noise_scale = self.config.latent_noise * self.encodings(NUM_SPREAD_IMAGES).std().item()
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """The encoder is in evaluation mode always: it is not trained."""
+        """Encode images. The encoder is always in evaluation mode, because it is not trained."""
         with evaluating(self.generator):
             return self.generator.encode(images)
 
     def encode_batch(self, real: torch.Tensor) -> torch.Tensor:
-        """Once a batch, which both `loss` and `draw` are given, in the precision of training."""
+        """Encode a batch once for both `loss` and `draw`, in the precision of training."""
         if self.last_encoded is None or self.last_encoded[0] is not real:
             with self.accelerator.autocast():
                 self.last_encoded = (real, self.encode(real).float())
         return self.last_encoded[1]
 
     def encodings(self, count: int) -> torch.Tensor:
-        """Of the feed's images that are looked at, on the CPU."""
+        """Return encodings (on the CPU) of the feed's reference images."""
         device = next(self.generator.parameters()).device
         batches = self.feed.reference(count).split(self.batch_size)
         return torch.cat([self.encode(to_range(batch).to(device)).cpu() for batch in batches])
@@ -96,7 +105,7 @@ class DecoderTask(Task):
         if not with_samples:
             decoded, samples = network(encodings), None
         elif self.given is None and self.noise_scale == 0:
-            # Reconstructions are themselves what is calibrated: no second decoding.
+            # The reconstructions themselves are calibrated, which saves a second decoding.
             decoded = samples = network(encodings)
         else:
             decoded, samples = network(torch.cat([encodings, self.draw(real, noise)])).chunk(2)
@@ -114,7 +123,7 @@ class DecoderTask(Task):
         return encodings + self.noise_scale * torch.randn(encodings.shape, generator=generator)
 
     def measure(self, generator, images):
-        """PSNR of reconstructions in [-1, 1], the mean over images."""
+        """Return the PSNR of reconstructions in dB, averaged over images."""
         device, errors = next(generator.parameters()).device, []
         for part in images.split(self.batch_size):
             originals = to_range(part.to(device))
@@ -135,16 +144,16 @@ class DecoderTask(Task):
 
 
 def calibrate_decoder(config: ECDecoderConfig) -> None:
-    """Train as configured. Raises `ValueError` if the autoencoder or latents do not fit."""
+    """Train with a configuration. Raises the errors of `launch.train`, and `ValueError` if the autoencoder or latents do not fit."""
     model, path = config.model, config.model.pretrained_model_name_or_path or ""
     autoencoder = load_autoencoder(path, model.subfolder, model.revision, model.variant)
     decoder = CalibratedDecoder(autoencoder, path)
     if config.optimizer.gradient_checkpointing and not autoencoder._supports_gradient_checkpointing:
-        raise ValueError(f"--gradient_checkpointing must not be given: {type(autoencoder).__name__} does not have it.")
-    # Images come in the model's own channels: gray ones become RGB where it has three.
+        raise ValueError(f"--gradient_checkpointing is not supported by {type(autoencoder).__name__}.")
+    # Images are converted to the channels of the autoencoder: gray images become RGB if it has three.
     channels = decoder.config.in_channels
     if config.data.in_channels not in (None, channels):
-        raise ValueError(f"--in_channels must be {channels}, which {path!r} has, but is {config.data.in_channels}.")
+        raise ValueError(f"--in_channels must be {channels} as in {path!r}, but is {config.data.in_channels}.")
     config = replace(config, data=replace(config.data, in_channels=channels))
     shape = latent_shape(decoder, config.data.resolution)
     given = load_latents(model.latents_file, shape) if model.latents_file is not None else None

@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The flow as a task of the trainer.
+"""The task of training a normalizing flow.
 
-One iteration: one wrapped forward of the flow gives the likelihood of dequantized images and, through its inverse, prior samples,
-which are calibrated as those of the EC-VAE are. The equations are in `ecvae_diffusers.calibration` and `.models.flow_ec`.
+In each training step, one forward pass of the wrapped flow computes the likelihood of dequantized images and, through its inverse, prior
+samples. The samples are calibrated like those of an EC-VAE. The equations are in `ecvae_diffusers.calibration` and `.models.flow_ec`.
 """
 
 from pathlib import Path
@@ -21,12 +21,12 @@ from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, lo
 
 logger = get_logger(__name__)
 
-# Images that activation normalization takes its statistics of.
+# Number of images for the initial statistics of activation normalization.
 NUM_INITIALIZATION_IMAGES = 256
 
 
 class FlowTask(Task):
-    """The flow as a `Task` of the trainer: its own loss is the negative log-likelihood, its samples are of its inverse."""
+    """The task of training a flow: its own loss is the negative log-likelihood, its samples come from its inverse."""
 
     component, headline, saved_class = "flow", "bits_per_dimension", "ECFlowPipeline"
 
@@ -45,7 +45,7 @@ class FlowTask(Task):
         return -output.log_prob.mean(), samples, scalars
 
     def measure(self, generator, images):
-        """Bits per dimension, with the same dequantization at each evaluation."""
+        """Return bits per dimension, with the same dequantization at each evaluation."""
         noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(self.optimizer.seed))
         device, bits = next(generator.parameters()).device, []
         with evaluating(generator):
@@ -59,7 +59,7 @@ class FlowTask(Task):
             return generator.decode(latents).float().clamp(-1, 1)
 
     def reconstruct(self, generator, images, labels=None):
-        """There and back: what differs is rounding."""
+        """Encode and decode images. A flow is invertible, so only rounding errors remain."""
         with evaluating(generator):
             return generator.decode(generator.encode(images)[0]).float()
 
@@ -82,14 +82,14 @@ def build_flow(config: ECFlowConfig, feed) -> FlowEC:
 
 
 def train_flow(config: ECFlowConfig) -> None:
-    """Train as configured. Raises what `launch.train` raises."""
+    """Train with a configuration. Raises the errors of `launch.train`."""
 
     def load(checkpoint: Path | None) -> Pretrained:
         pretrained = load_pretrained(config, "flow", FlowEC)
         if pretrained[0] is None and checkpoint is None and config.model.calibration != "none":
             logger.warning(
-                "A new flow is calibrated from its first step. It is safer to train it with --calibration none first, and to start "
-                "from it with --pretrained_model_name_or_path (docs/flows.md)."
+                "A new flow is calibrated from its first step. It is safer to train it first with --calibration none, and then to "
+                "calibrate it with --pretrained_model_name_or_path (docs/flows.md)."
             )
         return pretrained
 

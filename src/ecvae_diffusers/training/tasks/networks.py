@@ -1,4 +1,4 @@
-"""The two networks of a run, new or from a saved pipeline, what calibrates them, and the moving average."""
+"""Build or load the networks of a run, the calibrator, the moving average and the optimizers."""
 
 import math
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
 from ecvae_diffusers.training.config import ENERGY_CALIBRATIONS, CalibrationConfig, EnergyConfig, TrainingConfig
 
 
-# A generator, and what a saved pipeline holds next to it: `energy_model` and `scheduler`, or nothing.
+# A generator (or `None`), and the `energy_model` and `scheduler` of its saved pipeline, if any.
 Pretrained = tuple[Any, dict[str, Any]]
-# Of a folder without networks, of another class, of configs of other kinds, and of weights of other sizes or damaged ones.
+# Errors of loading a model: missing files, another class, a wrong config, weights of other shapes, damaged weights.
 LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
@@ -46,12 +46,23 @@ def build_energy_model(
 def build_models(
     config: TrainingConfig, feed, build: Callable[[], torch.nn.Module], pretrained: Pretrained
 ) -> tuple[Any, EnergyModel | None]:
-    """The generator and, where it is calibrated, the energy model: those of `pretrained`, new ones for the rest."""
+    """
+    Return the generator and, if it is calibrated with one, the energy model. Networks that `pretrained` does not hold are new.
+
+    Args:
+        config ([`TrainingConfig`]): The configuration of the run.
+        feed: The data, which gives channels and classes.
+        build (`Callable`): Returns a new generator.
+        pretrained (`tuple`): From `load_pretrained`.
+
+    Raises:
+        ValueError: if the pretrained generator has other channels than the data.
+    """
     generator, companions = pretrained
     in_channels = feed.channels
     if generator is not None and generator.config.in_channels != in_channels:
         raise ValueError(
-            f"--pretrained_model_name_or_path {config.model.pretrained_model_name_or_path!r} is for images of "
+            f"--pretrained_model_name_or_path {config.model.pretrained_model_name_or_path!r} is for images with "
             f"{generator.config.in_channels} channel(s), but the data has {in_channels}: see --in_channels."
         )
     generator = build() if generator is None else generator
@@ -67,7 +78,7 @@ def build_models(
 def build_calibrator(
     config: CalibrationConfig, energy: EnergyConfig, energy_model: torch.nn.Module
 ) -> EnergyCalibrator:
-    """Return the chain, its constraint and the dual variable."""
+    """Return the calibrator, which holds the chain and the dual variable."""
     scheduler = LangevinScheduler(
         num_steps=config.langevin_steps,
         drift_step_size=config.largest_drift_step,
@@ -90,11 +101,11 @@ def build_calibrator(
 
 def load_pretrained(config: TrainingConfig, component: str, model_class: Any) -> Pretrained:
     """
-    Load what `--pretrained_model_name_or_path` names, ready to train: a saved pipeline, whose `component` is a `model_class`, or such a
-    model alone.
+    Load the networks of `--pretrained_model_name_or_path`, in training mode. It is a saved pipeline, whose `component` is a
+    `model_class`, or a saved `model_class` alone.
 
     Raises:
-        ValueError: if it can't be loaded, holds no such model, or one for another resolution.
+        ValueError: if it can't be loaded, or holds no such model, or one for another resolution.
     """
     name_or_path = config.model.pretrained_model_name_or_path
     companions: dict[str, Any] = {}
@@ -102,7 +113,7 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
         return None, companions
     refused = f"--pretrained_model_name_or_path {name_or_path!r}"
     if (pipeline := Path(name_or_path, "pipeline")).is_dir():
-        raise ValueError(f"{refused} is a checkpoint: give the pipeline in it, {str(pipeline)!r}.")
+        raise ValueError(f"{refused} is a checkpoint: give the path of its pipeline, {str(pipeline)!r}.")
     try:
         if is_pipeline(name_or_path):
             components = DiffusionPipeline.from_pretrained(name_or_path, low_cpu_mem_usage=False).components
@@ -111,7 +122,7 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
         else:
             class_name = model_class.load_config(name_or_path).get("_class_name")
             if class_name != model_class.__name__:
-                raise ValueError(f"it is a {class_name}, not a pipeline and not {model_class.__name__}.")
+                raise ValueError(f"it is a {class_name}, not a pipeline and not {model_class.__name__}")
             model = model_class.from_pretrained(name_or_path, low_cpu_mem_usage=False)
     except LOADING_ERRORS as error:
         raise ValueError(f"{refused} can't be loaded: {error}") from error
@@ -120,7 +131,7 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
     if model.config.sample_size != config.data.resolution:
         found = f"images of {model.config.sample_size} px"
         raise ValueError(f"{refused} is for {found}, but --resolution is {config.data.resolution}.")
-    # `from_pretrained` gives networks in evaluation mode.
+    # `from_pretrained` returns networks in evaluation mode.
     for network in (model, companions.get("energy_model")):
         if network is not None:
             network.train()
@@ -128,7 +139,7 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
 
 
 def is_pipeline(name_or_path: str) -> bool:
-    """Return whether a pipeline can be read there."""
+    """Return whether a folder or Hub id holds a pipeline."""
     try:
         return bool(DiffusionPipeline.load_config(name_or_path))
     except OSError:
@@ -137,15 +148,15 @@ def is_pipeline(name_or_path: str) -> bool:
 
 def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:
     """
-    The exponential moving average of what is trained. Its buffers are copied at each update, which
-    `diffusers.training_utils.EMAModel` does not do: batch normalization's statistics would be lost.
+    Return an exponential moving average of a generator's weights.
 
-    The decay warms up as (1 + n) / (10 + n), so that the first weights are forgotten in time.
+    Unlike `diffusers.training_utils.EMAModel`, it also copies the buffers at each update, such as the statistics of batch normalization.
+    The decay warms up as (1 + n) / (10 + n) after n updates, so that the initial weights are forgotten.
     """
 
     @torch.no_grad()
     def update(averaged: Any, current: Any, num_averaged: Any) -> None:
-        # All on the device: reading `num_averaged` would wait for it at every step.
+        # All on the device: reading `num_averaged` would synchronize it at every step.
         weight = 1.0 - ((1 + num_averaged) / (10 + num_averaged)).clamp(max=decay)
         difference = torch._foreach_sub(current, averaged)
         torch._foreach_mul_(difference, weight)
@@ -158,7 +169,7 @@ def moving_average(generator: torch.nn.Module, decay: float) -> AveragedModel:
 
 @dataclass
 class Trained:
-    """A network with its Adam and schedule, wrapped by Accelerate."""
+    """A network with its optimizer and learning rate schedule, all wrapped by Accelerate."""
 
     accelerator: Accelerator
     max_grad_norm: float | None
@@ -167,11 +178,14 @@ class Trained:
     lr_scheduler: AcceleratedScheduler
 
     def step(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Backpropagate a loss and, after the last batch of a step, update the network. Returns the gradient norm then."""
+        """
+        Backpropagate a loss and, at the last batch of a step, update the network. Returns the `gradient_norm` before clipping, and
+        an empty dictionary at other batches.
+        """
         norms = {}
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            # Of this optimizer alone: Accelerate's own clipping would unscale the gradients of both.
+            # Only for this optimizer: Accelerate's `clip_grad_norm_` would unscale the gradients of both.
             self.accelerator.unscale_gradients(self.optimizer)
             limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
             norms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)
@@ -181,7 +195,7 @@ class Trained:
         return norms
 
     def scale_learning_rate(self, factor: float) -> None:
-        """Go on at `factor` times the rate that was given, wherever in the schedule."""
+        """Set the learning rate to `factor` times the given one, now and for the rest of the schedule."""
         schedule, groups = self.lr_scheduler.scheduler, self.optimizer.param_groups
         schedule.base_lrs = [group["initial_lr"] * factor for group in groups]
         for group, base, rule in zip(groups, schedule.base_lrs, schedule.lr_lambdas):

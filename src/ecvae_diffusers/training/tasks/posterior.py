@@ -1,4 +1,4 @@
-"""Calibration of the encoder's samples in a step of training: the equations are in `ecvae_diffusers.posterior`."""
+"""Calibration of the encoder's samples during training. The equations are in `ecvae_diffusers.posterior`."""
 
 from dataclasses import dataclass
 
@@ -22,28 +22,39 @@ from ecvae_diffusers.training.config import VAEConfig
 from ecvae_diffusers.training.randomness import StepNoise
 
 
-# On latents in units of q(z|x)'s standard deviation. One small step gives the encoder the gradient of its bound with little noise;
-# the further, larger ones lead to the posterior, which the decoder learns from.
+# Chains on latents in units of the standard deviation of q(z|x). For the encoder, one small step gives the gradient of its bound with
+# little noise. For the decoder, further and larger steps lead to the posterior.
 NUM_STEPS, DRIFT_STEP, NUM_DECODER_STEPS, DECODER_DRIFT_STEP = 1, 0.01, 5, 0.1
 
 
 @dataclass
 class Refined:
-    """A chain on the posteriors of b images and of as many generated ones behind them: B is 2b. Latents are (B, d, 1, 1)."""
+    """
+    A chain on the posteriors of b data images, followed by b generated images. Whitened latents have the shape (2b, d, 1, 1).
+    """
 
-    energy: PosteriorEnergy  # U of these images
-    noise: torch.Tensor  # u_0
-    ends: torch.Tensor  # the chain's ends, as whitened latents: the encoder's targets
-    reference: torch.Tensor  # what its ends were if q was the posterior
+    energy: PosteriorEnergy  # U of the images
+    noise: torch.Tensor  # u_0, the start of the chain
+    ends: torch.Tensor  # ends of the chain, which are the encoder's targets
+    reference: torch.Tensor  # ends that the chain would have if q was the posterior
     generated: torch.Tensor  # the generated images, (b, C, H, W)
-    latents: torch.Tensor | None  # (b, d, 1, 1): those of data after further steps, if the decoder learns from them
+    latents: (
+        torch.Tensor | None
+    )  # (b, d, 1, 1): latents of the data after further steps, if the decoder learns from them
 
 
 class PosteriorCalibration:
-    """Calibrates the posterior of `vae`, the autoencoder that is not wrapped."""
+    """
+    Calibration of the encoder's samples.
+
+    Args:
+        config ([`VAEConfig`]): The resolved configuration of the model.
+        vae ([`AutoencoderEC`]): The autoencoder, without Accelerate's wrapper.
+        dual_learning_rate (`float`): Learning rate of the posterior's dual variable.
+    """
 
     def __init__(self, config: VAEConfig, vae: AutoencoderEC, dual_learning_rate: float):
-        assert config.max_posterior_dual is not None  # as `resolved` gives it
+        assert config.max_posterior_dual is not None  # set by `resolved`
         self.config, self.vae = config, vae
         scheduler, self.remainder = self.chain(config.kl_weight)
         self.calibrator = EnergyCalibrator(
@@ -54,12 +65,15 @@ class PosteriorCalibration:
             dual_learning_rate=dual_learning_rate,
             max_dual=config.max_posterior_dual,
         )
-        # The sum of the constraint over the batches of a step.
+        # Sum of the constraint over the batches of a step.
         self.constraint: torch.Tensor | float = 0.0
         self.num_batches = 0
 
     def chain(self, kl_weight: float) -> tuple[LangevinScheduler, float]:
-        """The chain at a step's beta, and what it leaves of the constraint. The sharper the likelihood, the smaller a is."""
+        """
+        Return the chain for a KL weight, and the constraint that it leaves if q is the posterior. A sharper likelihood needs a smaller
+        drift step.
+        """
         scheduler = posterior_chain(NUM_STEPS, DRIFT_STEP * (kl_weight / self.config.kl_weight))
         return scheduler, stationary_constraint(scheduler, self.vae.config.latent_channels)
 
@@ -72,14 +86,15 @@ class PosteriorCalibration:
         accelerator: Accelerator,
     ) -> Refined:
         """
-        Run the chain on images' posteriors, without gradients to a network: before the wrapped pass, in which the latents for the
-        decoder are decoded.
+        Run the chain on the posteriors of images, without gradients to the networks. Called before the forward pass of the wrapped
+        autoencoder, which decodes the latents for the decoder.
 
         Args:
             real (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
-            posterior_noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, the draws that the wrapped pass samples with.
-            noise ([`StepNoise`]): Draws the chain's noise.
-            kl_weight (`float`): beta as the loss has it at this step, above 0: half of it is the likelihood's variance.
+            posterior_noise (`torch.Tensor` of shape `(B, d, 1, 1)`): u_0, the noise with which the forward pass samples q(z|x).
+            noise ([`StepNoise`]): The source of the chain's noise.
+            kl_weight (`float`): beta > 0 at this step. Half of it is the variance of the likelihood.
+            accelerator ([`Accelerator`]): Gives the precision of the chain.
         """
         scheduler, self.remainder = self.chain(kl_weight)
         self.calibrator.scheduler = scheduler
@@ -88,13 +103,13 @@ class PosteriorCalibration:
         with frozen(self.vae), accelerator.autocast():
             posterior, generated = self.posteriors(real, noise)
             shape = posterior_noise.shape
-            # For data and generated images separately: each process takes its share of either.
+            # Separate draws for data and generated images, because each process takes its share of both.
             start = torch.cat([posterior_noise, noise.normal(*shape)])
             draws = [torch.cat([noise.normal(*shape), noise.normal(*shape)]) for _ in range(len(scheduler))]
             energy = PosteriorEnergy(self.decode, torch.cat([real, generated]), posterior, variance)
             ends = self.calibrator.run_chain(start, noise=draws, energy_model=energy)
             if self.config.posterior_decoder_weight:
-                # Further steps, on the posteriors of data alone.
+                # Further steps, only on the posteriors of data.
                 of_data = DiagonalGaussianDistribution(posterior.parameters[:count])
                 energy_of_data = PosteriorEnergy(self.decode, real, of_data, variance)
                 chain = posterior_chain(NUM_DECODER_STEPS, DECODER_DRIFT_STEP * (kl_weight / self.config.kl_weight))
@@ -106,7 +121,7 @@ class PosteriorCalibration:
 
     @torch.no_grad()
     def posteriors(self, real: torch.Tensor, noise: StepNoise) -> tuple[DiagonalGaussianDistribution, torch.Tensor]:
-        """Return q(z|x) of images and, behind them, of as many generated ones; and these."""
+        """Return q(z|x) of images, followed by that of as many generated images, and the generated images."""
         posterior = self.vae.encode(real).latent_dist
         own, prior = (noise.normal(*posterior.mean.shape) for _ in range(2))
         generated = generated_images(real, posterior, self.decode, own, prior)
@@ -117,7 +132,7 @@ class PosteriorCalibration:
         return self.vae.decode(latents).sample
 
     def constrain(self, output: AutoencoderECOutput, refined: Refined) -> CalibrationOutput:
-        """The calibration of q(z|x) with gradients, that of generated images too, by the ends of its chain."""
+        """Return the constraint on q(z|x), with gradients, from the ends of the chain."""
         energy = refined.energy
         both = [one.parameters for one in (output.latent_dist, output.extra_latent_dist) if one is not None]
         posterior = DiagonalGaussianDistribution(torch.cat(both))
@@ -129,7 +144,7 @@ class PosteriorCalibration:
         return calibration
 
     def end_step(self, accelerator: Accelerator) -> None:
-        """The dual variable, one number for all processes, on the constraint of the whole step."""
+        """Step the dual variable, which is the same in all processes, on the mean constraint of the whole step."""
         self.calibrator.dual_step(accelerator.reduce(self.constraint / self.num_batches, reduction="mean"))
         self.constraint, self.num_batches = 0.0, 0
 

@@ -1,11 +1,16 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The EC-VAE as a task of the trainer: an ELBO, samples decoded from the prior, and calibration of the encoder's samples.
+"""The task of training an EC-VAE: an ELBO, samples decoded from the prior, and calibration of the encoder's samples.
 
-One iteration: one wrapped forward of the autoencoder gives reconstructions and prior samples; the chain on the frozen
-energy model gives the prior samples' targets; the autoencoder steps on the ELBO plus lambda times the constraint; the
-energy model steps on data against the same targets; lambda steps on the constraint. With `--calibration posterior` or
-`both`, a chain on the posterior of each image, and of as many generated images, gives targets to the encoder's samples, and
-the decoder may learn from those of the data. The equations are in `ecvae_diffusers.calibration`, `.variational` and `.posterior`.
+One training step:
+
+1. One forward pass of the wrapped autoencoder computes reconstructions and prior samples.
+2. The chain on the frozen energy model computes targets from the prior samples.
+3. The autoencoder steps on the ELBO loss plus lambda times the constraint.
+4. The energy model steps on data against the same targets, and lambda steps on the constraint.
+
+With `--calibration posterior` or `both`, a chain on the posterior of each image, and of as many generated images, computes targets for
+the encoder's samples. The decoder can also learn from the refined latents of the data. The equations are in
+`ecvae_diffusers.calibration`, `.variational` and `.posterior`.
 """
 
 import functools
@@ -28,22 +33,29 @@ from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
 from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
 
 
-# Enough for a mean that is known to a few per cent.
+# Enough for a standard error of the mean of a few per cent.
 NUM_VARIANCE_IMAGES = 2048
-# What an evaluation while training spends on the bounds on the likelihood of training images: one for so many of
-# --evaluation_samples, since an image costs some hundred passes through the decoder.
+# Effort of the likelihood bounds in an evaluation. An image costs some hundred decoder passes, so there is only one image per 64 of
+# --evaluation_samples, and at most 32.
 SAMPLES_PER_LIKELIHOOD_IMAGE, NUM_LIKELIHOOD_IMAGES, IMPORTANCE_SAMPLES, AMORTISATION_STEPS = 64, 32, 64, 100
 
 
 class ECVAETask(Task):
-    """The EC-VAE as a `Task` of the trainer: an ELBO of its own, and samples decoded from the prior."""
+    """
+    The task of training an EC-VAE: its own loss is the ELBO loss, and its samples are decoded from the prior.
+
+    Args:
+        config ([`ECVAEConfig`]): The configuration of the run.
+        vae ([`AutoencoderEC`]): The autoencoder.
+        energy_model ([`EnergyModel`], *optional*): The energy model, for calibration with it.
+        companions (`dict`, *optional*): The `energy_model` and `scheduler` to save with a frozen decoder.
+    """
 
     component, headline, saved_class = "vae", "reconstruction", "ECVAEPipeline"
 
     def __init__(
         self, config: ECVAEConfig, vae: AutoencoderEC, energy_model: EnergyModel | None, companions: dict | None = None
     ):
-        """`companions`: the energy model and the chain that a frozen decoder is saved with."""
         self.config, self.batch_size = config.model, config.optimizer.train_batch_size
         self.num_likelihood_images = config.evaluation.evaluation_samples // SAMPLES_PER_LIKELIHOOD_IMAGE
         self.generator, self.energy_model, self.companions = vae, energy_model, companions
@@ -101,9 +113,9 @@ class ECVAETask(Task):
             self.state.end_step(self.accelerator)
 
     def measure(self, generator, images):
-        """The importance-weighted bound, the evidence lower bound and the amortisation gap, in nats per image."""
+        """Return the importance-weighted bound, the evidence lower bound and the amortisation gap, in nats per image."""
         if self.config.kl_weight == 0:
-            return {}  # there is no likelihood that the loss stands for
+            return {}  # without the KL divergence, the loss is not a bound on a likelihood
         count = max(1, min(NUM_LIKELIHOOD_IMAGES, self.num_likelihood_images))
         images, variance = to_range(images[:count].to(generator.device)), self.config.kl_weight / 2
         numbers = (IMPORTANCE_SAMPLES, AMORTISATION_STEPS)
@@ -132,7 +144,7 @@ class ECVAETask(Task):
         return ECVAEPipeline(vae=generator, energy_model=energy_model, scheduler=scheduler)
 
     def finish(self, generator, feed):
-        """Write the error of reconstructions from the posterior mean, its square and spectrum, into the autoencoder's config."""
+        """Write the mean squared error of reconstructions from the posterior mean, and its spectrum, into the config."""
         images, labels = feed.reference(NUM_VARIANCE_IMAGES), feed.reference_labels(NUM_VARIANCE_IMAGES)
         parts, power = images.split(self.batch_size), 0.0
         labels = [None] * len(parts) if labels is None else labels.split(self.batch_size)
@@ -144,13 +156,13 @@ class ECVAETask(Task):
         variance = mean_over_frequencies(power, width).item()
         generator.eval().register_to_config(
             reconstruction_variance=variance,
-            # An autoencoder that makes no error, or one that is no number, has no spectrum of it.
+            # An error that is 0 or not finite has no spectrum.
             reconstruction_spectrum=spectrum_of(power, width) if 0 < variance < math.inf else None,
         )
 
 
 def describe_classes(feed) -> dict[str, Any]:
-    """Return what the config of an autoencoder says of the classes of `feed`, nothing without classes."""
+    """Return the config entries of an autoencoder for the classes of `feed`. Empty without classes."""
     if feed.class_names is None:
         return {}
     counts = feed.labels.bincount(minlength=len(feed.class_names))
@@ -162,7 +174,7 @@ def describe_classes(feed) -> dict[str, Any]:
 
 
 def build_vae(config: ECVAEConfig, in_channels: int, **classes: Any) -> AutoencoderEC:
-    """Return a new autoencoder. `classes` are those of `describe_classes`."""
+    """Return a new autoencoder. `classes` are the entries from `describe_classes`."""
     return AutoencoderEC(
         **classes,
         sample_size=config.data.resolution,
@@ -175,7 +187,7 @@ def build_vae(config: ECVAEConfig, in_channels: int, **classes: Any) -> Autoenco
 
 
 def train_vae(config: ECVAEConfig) -> None:
-    """Train as configured. Raises what `launch.train` raises."""
+    """Train with a configuration. Raises the errors of `launch.train`."""
     model = config.model
 
     def load(checkpoint: Path | None) -> Pretrained:
@@ -184,10 +196,10 @@ def train_vae(config: ECVAEConfig) -> None:
         if vae is not None and vae.config.norm_type == "batch" and needs_group_norm:
             raise ValueError(
                 f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path!r} must have group normalization with "
-                "--calibration posterior or both, or --freeze_decoder, but has batch normalization, whose statistics change."
+                "--calibration posterior or both, or --freeze_decoder, but has batch normalization."
             )
         if model.freeze_decoder and checkpoint is not None:
-            # The decoder is the checkpoint's, whatever the path holds by now.
+            # The decoder is that of the checkpoint, even if the pretrained path now holds another one.
             folder = checkpoint / "pipeline"
             try:
                 saved = ECVAEPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
