@@ -197,7 +197,7 @@ def run_script(name: str, config: TrainingConfig, run: Callable[[Any], None]) ->
     except torch.OutOfMemoryError as error:
         fail(
             f"{name}: error: {error} Lower --train_batch_size (--gradient_accumulation_steps keeps the images per step), or use "
-            "--gradient_checkpointing or --mixed_precision bf16, and resume with --resume_from_checkpoint latest."
+            f"--gradient_checkpointing. {way_on(output_dir)}"
         )
     except Exception as error:
         # A bug: the traceback shows where, and the last line names the error.

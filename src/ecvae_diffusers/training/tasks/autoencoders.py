@@ -230,7 +230,9 @@ def load_energy_model(
         if is_local or config:
             named = f"--pretrained_model_name_or_path: energy_model in {str(place)!r}"
             raise ValueError(f"{named} can't be loaded: {error}") from error
-        found = (str(error).splitlines()[0],)  # it is not on the Hub, or the connection failed
+        found = (
+            " ".join(str(error).split()) or type(error).__name__,
+        )  # it is not on the Hub, or the connection failed
     there = "none" if is_local and not config else ", ".join(map(str, found))
     logger.info(
         f"Training a new energy model for {resolution} px and {in_channels} channel(s). Found with {str(name_or_path)!r}: {there}."
