@@ -353,7 +353,7 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator defined by two functions. CGLS computes its A^+, and it can't be saved. The functions receive contiguous copies of
+    An operator defined by two functions, which can't be saved. CGLS computes A^+. The functions receive contiguous copies of
     batches, which they may change, in the dtype of the measurement.
 
     Args:
@@ -576,7 +576,7 @@ class Likelihood:
         return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
 
     def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ||A x - y|| / ||y|| of each answer, shape (B * M,), or ||A x|| if y is 0; in float64 if the device has it."""
+        """Return ||A x - y|| / ||y|| of each answer, shape (B * M,), or ||A x|| if y is 0; in float64 if possible."""
         size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
         difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
         return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()
@@ -1034,7 +1034,7 @@ def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
     )
     regions = levels[(inside_counts >= LEAST_REGION * level.size) & (2 * inside_counts >= counts)]
     regions = regions[(regions > levels[0]) & (regions < levels[-1])]
-    only_white = (levels >= 0.5).sum() == 1  # not a JPEG file, which has several bright levels
+    only_white = (levels >= 0.5).sum() == 1  # False for JPEG files: their noise makes several bright levels
     return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
 
 

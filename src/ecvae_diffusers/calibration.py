@@ -357,7 +357,9 @@ class EnergyCalibrator:
             ValueError: if `samples` and `targets` differ in shape, or the distance does not return one number per sample.
         """
         if samples.shape != targets.shape:
-            raise ValueError(f"`samples` must have the shape of `targets`, {targets.shape}, but has {samples.shape}.")
+            raise ValueError(
+                f"`samples` must have the shape of `targets`, {tuple(targets.shape)}, but has {tuple(samples.shape)}."
+            )
         self.num_entries = samples[0].numel()
         self.dual = self.dual.to(samples.device)
         self.drift_scale = self.drift_scale.to(samples.device)

@@ -102,7 +102,7 @@ def why_missing(source: str, kind: str) -> str | None:
         HfApi().repo_info(source, repo_type=kind, timeout=HUB_TIMEOUT)
     except GatedRepoError:
         return None  # it exists, and the error on loading says how to get access
-    except Exception as error:  # no valid id, no repository, or an error of the client's transport, whose type changes
+    except Exception as error:  # no valid id, no repository, or an error of the client's transport, whose class varies
         return f"there is no such folder, and no such {kind} on the Hub ({' '.join(str(error).split())})"
     return None
 

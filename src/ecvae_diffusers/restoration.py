@@ -42,6 +42,7 @@ DESCENT_RATE, DESCENT_BETAS = 0.4, (0.8, 0.9)
 NUM_CURVATURE_PROBES = 6
 # First and last Langevin step, in units of the inverse curvature: long steps explore, short ones are accurate.
 FIRST_LANGEVIN_STEP, LAST_LANGEVIN_STEP = 0.6, 0.1
+# The curvature is taken to be at least the running mean of squared gradients, with this decay, divided by this limit.
 SQUARE_LIMIT, SQUARE_DECAY = 4.0, 0.9
 # Number of draws that estimate the variance of pixels. They call only the operator.
 NUM_VARIANCE_PROBES = 64
@@ -87,7 +88,7 @@ class Likelihood:
         return self.y.to(x.dtype).repeat_interleave(self.num_answers, dim=0) - self.A(x)
 
     def relative_residual(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ||A x - y|| / ||y|| of each answer, shape (B * M,), or ||A x|| if y is 0; in float64 if the device has it."""
+        """Return ||A x - y|| / ||y|| of each answer, shape (B * M,), or ||A x|| if y is 0; in float64 if possible."""
         size = self.exact(self.y).flatten(1).norm(dim=1).repeat_interleave(self.num_answers)
         difference = self.misfit(self.exact(x)).flatten(1).norm(dim=1)
         return torch.where(size > 0, difference / size.clamp(min=1e-30), difference).float()

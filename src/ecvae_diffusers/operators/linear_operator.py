@@ -154,7 +154,7 @@ class LinearOperator(nn.Module):
 
 class FunctionOperator(LinearOperator):
     """
-    An operator defined by two functions. CGLS computes its A^+, and it can't be saved. The functions receive contiguous copies of
+    An operator defined by two functions, which can't be saved. CGLS computes A^+. The functions receive contiguous copies of
     batches, which they may change, in the dtype of the measurement.
 
     Args:

@@ -185,7 +185,7 @@ def is_in_black_and_white(level: np.ndarray, gray: bool) -> bool:
     )
     regions = levels[(inside_counts >= LEAST_REGION * level.size) & (2 * inside_counts >= counts)]
     regions = regions[(regions > levels[0]) & (regions < levels[-1])]
-    only_white = (levels >= 0.5).sum() == 1  # not a JPEG file, which has several bright levels
+    only_white = (levels >= 0.5).sum() == 1  # False for JPEG files: their noise makes several bright levels
     return not (((regions > DARK) & (regions < BRIGHT)).any() or (only_white and (regions < 0.5).any()))
 
 

@@ -139,7 +139,7 @@ class LangevinScheduler(SchedulerMixin, ConfigMixin):
                 The start x_0 of the chain. Required if `conditioning_weight` is above 0.
             generator (`torch.Generator` or a list of one per sample, *optional*): Makes the noise deterministic.
             noise (`torch.Tensor`, *optional*): The standard normal draws n_k. Drawn from `generator` if not given.
-            drift_scale (`float` or `torch.Tensor` of no dimension, *optional*, defaults to 1.0):
+            drift_scale (`float` or 0-dimensional `torch.Tensor`, *optional*, defaults to 1.0):
                 Factor on the drift step, for callers that adapt it.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`LangevinSchedulerOutput`] instead of a plain tuple.
