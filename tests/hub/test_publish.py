@@ -223,7 +223,7 @@ def test_a_run_that_could_not_be_pushed_does_not_begin(hub, work, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main([*train, "--output_dir", tmp_path / "unlucky"])
     assert "403" in ended.value.code
-    advice = re.search(r"The model is saved: ecvae (publish .*) uploads it\.", ended.value.code)[1]
+    advice = re.search(r"ecvae (publish .*--hub_model_id \S+)", ended.value.code)[1]
     assert advice == f"publish {tmp_path / 'unlucky'} --hub_model_id unlucky"
     main(advice.split())
     assert "model_index.json" in hub.files("user/unlucky")
