@@ -39,7 +39,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     parser.add_argument("--output_dir", type=place, help="Folder to keep: a new one, or one to replace.")
     parser.add_argument("--hub_model_id", help="Repository to upload to: user/name.")
-    parser.add_argument("--hub_private_repo", action=argparse.BooleanOptionalAction, help="For a new repository.")
+    parser.add_argument(
+        "--hub_private_repo", action=argparse.BooleanOptionalAction, help="Make a new repository private."
+    )
     parser.add_argument("--hub_revision", help="Branch, created if it does not exist. Default: main.")
     parser.add_argument("--commit_message", help="Title of the commit.")
     parser.add_argument(
