@@ -2,8 +2,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Calibrate a generator that maps noise to images and has no encoder: `python examples/image_generator.py`.
 
-A generator of transposed convolutions learns handwritten digits with a loss of its own, the sliced Wasserstein distance of
-batches. It is trained without and with calibration, from the same seed and on the same batches. Calibration about halves the
+A generator of transposed convolutions learns handwritten digits by the sliced Wasserstein distance of batches. It is trained without and with calibration, from the same seed and on the same batches. Calibration about halves the
 Frechet distance of samples, over the features of a digit classifier. The script takes minutes on one thread.
 """
 

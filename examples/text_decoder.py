@@ -121,7 +121,7 @@ def main() -> None:
         shares.append(len(dates) / NUM_SAMPLES)
         different.append(len(set(dates)))
     print(f"share of dates before {shares[0]:.2f}, after {shares[1]:.2f}")
-    print(f"different dates before {different[0]}, after {different[1]}")
+    print(f"different ones before {different[0]}, after {different[1]}")
 
 
 if __name__ == "__main__":
