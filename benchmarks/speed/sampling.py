@@ -83,9 +83,9 @@ class Sampler:
         pipeline, evaluations = self.pipeline, []
         networks = [pipeline.unet] if self.is_peer else [pipeline.vae.decoder, pipeline.energy_model]
         hooks = [network.register_forward_hook(lambda *_: evaluations.append(1)) for network in networks]
-        # Attention by its definition: the counter does not know its fused kernel for CPUs.
+        # Attention runs unfused, since the counter does not know the fused kernel for CPUs.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            # Its hooks on modules, for counts per module, fail where a gradient to a module's input is asked for.
+            # The counter's hooks on modules, for counts per module, fail if a module's input needs a gradient.
             counter.mod_tracker.__exit__()
             self(1)
         for hook in hooks:

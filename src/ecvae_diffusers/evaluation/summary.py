@@ -238,7 +238,7 @@ def add_held_out_measures(
         protocol=schema.FloorProtocol(
             reference=train,
             compared=test,
-            # "Equally many": the Frechet distance has a bias that falls with the number of images.
+            # Equally many, since the bias of the Frechet distance falls with the number of images.
             meaning="what a perfect model would get from equally many images",
             **pairs_protocol(len(real), len(features)),
         ),

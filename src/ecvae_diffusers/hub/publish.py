@@ -94,7 +94,7 @@ def card_location(args: argparse.Namespace) -> str:
     if args.location is not None:
         return args.location
     if args.hub_model_id is not None:
-        # The upload replaces the location of a repository that is given without its user.
+        # If the name has no user, the upload fills in the full name.
         return args.hub_model_id if "/" in args.hub_model_id else LOCATION
     return Path(args.output_dir).name if Path(args.output_dir).is_absolute() else args.output_dir
 
