@@ -1,9 +1,9 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else: they make their own environment in .venv.
 # From another folder: make -C path/to/ecvae-diffusers demo
 
-# By the shell, not by make's functions, so that the path may hold spaces.
+# The shell finds the path, since make's functions can't handle spaces in it.
 ROOT := $(shell list='$(MAKEFILE_LIST)'; cd "$$(dirname "$${list# }")" && pwd)
-$(if $(ROOT),,$(error The path of this Makefile can't be made out: call make with -C))
+$(if $(ROOT),,$(error The path of this Makefile can't be determined: call make with -C))
 PYTHON ?= python3
 IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 
@@ -12,10 +12,10 @@ IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look at demo/comparison.png
 	@$(IN_ROOT) examples/demo.py --output_dir demo
 
-test: environment  ## Run the test suite, a file at a time on each core
+test: environment  ## Run the tests, one file at a time on each core
 	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 --ignore tests/slow -n logical --dist loadfile
 
-test-slow: environment  ## Run what takes minutes: several processes, kills, a file at a time on each core
+test-slow: environment  ## Run the slow tests (several processes, kills), one file at a time on each core
 	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 -n logical --dist loadfile tests/slow
 
 quality: environment  ## Check style and types, and that generated files are up to date
@@ -25,17 +25,17 @@ quality: environment  ## Check style and types, and that generated files are up 
 	@$(IN_ROOT) pipelines/generate.py --check
 	@$(IN_ROOT) benchmarks/common/results.py --check
 
-style: environment  ## Mend style
+style: environment  ## Fix style
 	@$(IN_ROOT) -m ruff check --fix .
 	@$(IN_ROOT) -m ruff format .
 
 pipelines: environment  ## Generate the single-file pipelines from src
 	@$(IN_ROOT) pipelines/generate.py
 
-cards: environment  ## Write the code of the models in model_cards, without which they load only with the package
+cards: environment  ## Write the code files of model_cards, so that its models load without the package
 	@$(IN_ROOT) pipelines/generate.py --cards
 
-environment:  ## Make .venv with the tested set of versions, whatever is newest today
+environment:  ## Create .venv with the tested versions of constraints.txt
 	@cd "$(ROOT)" && if [ ! -e .venv/.installed ] || [ pyproject.toml -nt .venv/.installed ] || [ constraints.txt -nt .venv/.installed ]; then \
 		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 demo")' && \
 		"$(PYTHON)" -m venv .venv && \

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Calibrate a decoder of audio, in one dimension: `python examples/audio_decoder.py`.
+"""Calibrate a decoder of audio: `python examples/audio_decoder.py`.
 
-The data are synthetic: plucked tones of 0.13 s at 2 kHz, of any pitch of an octave, with four partials and an envelope each.
-What a VAE of waveforms makes of prior samples is too quiet, and between two pitches. The energy model sees a waveform as an ear
-does, by the logarithm of its short-time spectrum; the chain moves the waveform. The VAE is trained twice from the same seed on
-the same batches. The Frechet distance of 5,000 prior samples to other tones, over such spectra, is 31.5 before and 16.1 after,
-on another processor 16.6 (seed 0, minutes on one thread).
+The data are synthetic plucked tones: 0.13 s at 2 kHz, with four partials, an envelope and any pitch of one octave. Prior
+samples of a VAE of such waveforms are too quiet, and between two pitches. The energy model sees the logarithm of a waveform's
+short-time spectrum, and the chain moves the waveform. The VAE is trained without and with calibration, from the same seed and
+on the same batches. Calibration about halves the Frechet distance of prior samples to new tones, over such spectra. The script
+takes minutes on one thread.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LATENTS, BATCH, NUM_SAMPLES = 16, 32, 5_000
 
 
 def tones(count: int, seed: int) -> torch.Tensor:
-    """Waveforms (N, 1, 256) in [-1, 1]."""
+    """Make waveforms (N, 1, 256) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, columns: int = 1) -> torch.Tensor:
@@ -34,7 +34,7 @@ def tones(count: int, seed: int) -> torch.Tensor:
 
     time, partial = torch.arange(LENGTH) / RATE, torch.arange(1, NUM_PARTIALS + 1).view(1, -1, 1)
     pitch = 110 * 2 ** uniform(0, 1)
-    # Of a bright tone high partials are as loud as low ones; they die away sooner.
+    # In a bright tone, high partials are as loud as low ones. They always decay faster.
     loudness = partial ** -uniform(0.5, 3) * uniform(0.3, 1, NUM_PARTIALS)
     decay = (-time * uniform(5, 40) * partial.sqrt()).exp()
     attack = 1 - (-time / uniform(0.001, 0.01)).exp()
@@ -43,13 +43,13 @@ def tones(count: int, seed: int) -> torch.Tensor:
 
 
 def spectra(waveforms: torch.Tensor, hop: int) -> torch.Tensor:
-    """The logarithm of loudness in 33 bands of 31 Hz every `hop` samples, flat; what is 43 dB below a full tone is silence."""
+    """Return the log power (N, F) in 33 bands of 31 Hz, every `hop` samples. Power far below that of a full tone is cut off."""
     found = torch.stft(waveforms.squeeze(1), WINDOW, hop, window=torch.hann_window(WINDOW), return_complex=True)
     return 0.5 * (torch.view_as_real(found).square().sum(-1) + 0.01).log().flatten(1)
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features."""
+    """Return |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) for two sets of features (N, F)."""
     a, b = a.double(), b.double()
     covariances = a.T.cov(), b.T.cov()
     roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
@@ -58,7 +58,7 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class AudioVAE(nn.Module):
-    """Waveforms (B, 1, 256) -> latents (B, 16) -> waveforms."""
+    """A VAE from waveforms (B, 1, 256) to latents (B, 16) and back."""
 
     def __init__(self, width: int = 256):
         super().__init__()
@@ -72,7 +72,7 @@ class AudioVAE(nn.Module):
         )  # fmt: skip
 
     def loss(self, real: torch.Tensor) -> torch.Tensor:
-        """Squared error, summed over a waveform, and KL divergence in nats."""
+        """Return the squared error, summed over a waveform, plus the KL divergence in nats."""
         mean, log_variance = self.encoder(real).chunk(2, dim=1)
         waveforms = self.decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
@@ -80,7 +80,7 @@ class AudioVAE(nn.Module):
 
 
 class AudioEnergyModel(nn.Sequential):
-    """Waveforms (B, 1, 256) -> energies (B, 1), by way of spectra at 9 moments."""
+    """An energy model from waveforms (B, 1, 256) to energies (B, 1), which sees spectra at 9 times."""
 
     def __init__(self, width: int = 128):
         super().__init__(
@@ -97,7 +97,7 @@ def train(data: torch.Tensor, num_steps: int, calibrated: bool, seed: int) -> Au
     vae, energy_model = AudioVAE(), AudioEnergyModel()
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     energy_optimizer = torch.optim.Adam(energy_model.parameters(), lr=5e-4, betas=(0.0, 0.9))
-    # The default is a grey level of images; this is a sixteenth of these waveforms' root mean square.
+    # The default suits images. This is about a sixteenth of the root mean square of these waveforms.
     calibrator = EnergyCalibrator(
         energy_model, LangevinScheduler(num_steps=5, drift_step_size=0.2), drift_tolerance=0.02
     )
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="WAV file of samples: first without calibration, then with it")
+    parser.add_argument("--output", help="WAV file to write: samples without calibration, then with it")
     args = parser.parse_args()
     data, others = tones(20_000, seed=1), spectra(tones(NUM_SAMPLES, seed=2), hop=64)
     distances, loudness, heard = [], [], []

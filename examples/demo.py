@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Train a VAE and an energy-calibrated VAE on handwritten digits, and compare what they make: `make demo`.
+"""Train a VAE and an energy-calibrated VAE on handwritten digits, and compare their samples: `make demo`.
 
-Both have the same autoencoder, seed, data order and number of iterations. Writes, into the output folder: the two
-pipelines (`vae/`, `ecvae/`), `comparison.png` (real | VAE | EC-VAE), `interpolation.png`, `restoration.png`
-(held-out digits of which half was painted over), `calibration.png` (lambda, constraint and energies while training) and
+Both have the same autoencoder, seed, data order and number of iterations. The output folder gets the two pipelines
+(`vae/`, `ecvae/`), `comparison.png` (real | VAE | EC-VAE), `interpolation.png`, `restoration.png` (held-out digits whose
+lower half was painted over), `calibration.png` (lambda, constraint, drift and energy gap during training) and
 `metrics.json`.
 """
 
@@ -39,13 +39,13 @@ from ecvae_diffusers.training.run.log import METRICS_FILE, read_metrics
 from ecvae_diffusers.training.run.pictures import image_grid
 
 
-# Chosen by the study in benchmarks/RESULTS.md.
+# The networks of the studies in benchmarks/RESULTS.md.
 ARGUMENTS = ["--resolution", "16", "--latent_channels", "32", "--block_out_channels", "16", "32", "64"]
 NUM_SAMPLES = 50_000
 
 
 def train(output_dir: Path, data_dir: Path, calibration: str, args: argparse.Namespace) -> None:
-    """Train in a process of its own, as the command `ecvae train` does."""
+    """Train in a separate process, as the command `ecvae train` does."""
     print(f"\n=== {output_dir.name}: --calibration {calibration} ===", flush=True)
     command = [
         sys.executable, "-m", "ecvae_diffusers.training.train_ecvae", "--train_data_dir", data_dir, "--output_dir", output_dir,
@@ -57,7 +57,7 @@ def train(output_dir: Path, data_dir: Path, calibration: str, args: argparse.Nam
 
 
 def labelled_row(parts: dict[str, PIL.Image.Image]) -> PIL.Image.Image:
-    """Lay pictures of one size side by side, with a title above each."""
+    """Place pictures of one size side by side, with a title above each."""
     size = next(iter(parts.values())).size
     row = PIL.Image.new("RGB", (len(parts) * (size[0] + 16) - 16, size[1] + 24), "white")
     draw = PIL.ImageDraw.Draw(row)
@@ -69,8 +69,8 @@ def labelled_row(parts: dict[str, PIL.Image.Image]) -> PIL.Image.Image:
 
 def restore_digits(pipeline: ECVAEPipeline, clean: torch.Tensor, output_dir: Path) -> None:
     """
-    Paint over half of each held-out digit and restore it: `restoration.png` has one row per digit: clean, damaged, four answers,
-    and how far off each pixel may be. `damaged.png` and `mask.png` are those of the first digit, to try it on.
+    Paint over the lower half of held-out digits and restore them. `restoration.png` has one row per digit: clean, damaged, four
+    answers, and their standard deviation per pixel. `damaged.png` and `mask.png` belong to the first digit, to try restoration.
     """
     damaged = clean.clone()
     damaged[:, :, SIZE // 2 :] = 128

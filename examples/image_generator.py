@@ -2,9 +2,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Calibrate a generator that maps noise to images and has no encoder: `python examples/image_generator.py`.
 
-A transposed-convolution generator learns handwritten digits by the sliced Wasserstein distance of batches, its own loss. It is
-trained twice from the same seed on the same batches, without and with energy calibration. The Frechet distance of 10,000
-samples, over the features of a digit classifier, is 179.7 before and 86.3 after (seed 0, minutes on one thread).
+A generator of transposed convolutions learns handwritten digits by the sliced Wasserstein distance of batches. It is trained without and with calibration, from the same seed and on the same batches. Calibration about halves the
+Frechet distance of samples, over the features of a digit classifier. The script takes minutes on one thread.
 """
 
 import argparse
@@ -23,7 +22,7 @@ BATCH, LATENTS, NUM_SAMPLES = 64, 32, 10_000
 
 
 def build_generator() -> nn.Sequential:
-    """Noise (B, 32, 1, 1) -> images (B, 1, 16, 16) in [-1, 1]."""
+    """Build a network from noise (B, 32, 1, 1) to images (B, 1, 16, 16) in [-1, 1]."""
     return nn.Sequential(
         nn.ConvTranspose2d(LATENTS, 128, 4), nn.BatchNorm2d(128), nn.ReLU(),
         nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
@@ -32,7 +31,7 @@ def build_generator() -> nn.Sequential:
 
 
 def sliced_wasserstein(samples: torch.Tensor, real: torch.Tensor, num_slices: int = 128) -> torch.Tensor:
-    """Squared Wasserstein distance of two batches along random directions, where sorting is the optimal pairing."""
+    """Return the squared Wasserstein distance of two batches along random directions, where sorting pairs them optimally."""
     directions = torch.randn(samples[0].numel(), num_slices)
     directions = directions / directions.norm(dim=0)
     along = [(images.flatten(1) @ directions).sort(dim=0).values for images in (samples, real)]
@@ -69,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="picture of samples: left without calibration, right with it")
+    parser.add_argument("--output", help="picture to write: samples without calibration (left) and with it (right)")
     args = parser.parse_args()
     images = load_digits()[0][:NUM_TRAIN]
     features, _ = train_digit_features()

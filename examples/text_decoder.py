@@ -2,11 +2,11 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Calibrate a decoder of short strings through a one-hot relaxation: `python examples/text_decoder.py`.
 
-The data are dates such as `17 mar 1984`. A VAE gives a distribution over characters at each of the 11 places, all at once, so
-that its prior samples mix months (`mab`, `jur`). The energy model sees the distributions, data as one-hot vectors, and the chain
-moves in that space. The VAE is trained twice from the same seed on the same batches. Of 5,000 prior samples, the likeliest
-character at each place: 1,724 different dates before and 4,230 after; 0.94 and 0.93 of them are dates (seed 0, minutes on one
-thread).
+The data are dates such as `17 mar 1984`. A VAE predicts the characters at all 11 places independently, so its prior samples
+mix months (`mab`, `jur`). The energy model sees distributions over characters, which are one-hot for data, and the chain moves
+these distributions. The VAE is trained without and with calibration, from the same seed and on the same batches. With
+calibration, prior samples hold more than twice as many different dates, and nearly the same share of them are valid dates. The
+script takes minutes on one thread.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def is_date(text: str) -> bool:
 
 
 def one_hot(texts: list[str]) -> torch.Tensor:
-    """Strings -> (N, 37, 11)."""
+    """Convert strings to one-hot vectors (N, 37, 11)."""
     indices = torch.tensor([[ALPHABET.index(character) for character in text] for text in texts])
     return F.one_hot(indices, len(ALPHABET)).transpose(1, 2).float()
 
@@ -48,7 +48,7 @@ def texts_of(distributions: torch.Tensor) -> list[str]:
 
 
 class TextVAE(nn.Module):
-    """One-hot strings (B, 37, 11) -> latents (B, 16) -> logits (B, 37, 11)."""
+    """A VAE from one-hot strings (B, 37, 11) to latents (B, 16) and to logits (B, 37, 11)."""
 
     def __init__(self, width: int = 256):
         super().__init__()
@@ -60,14 +60,14 @@ class TextVAE(nn.Module):
         )  # fmt: skip
 
     def loss(self, real: torch.Tensor) -> torch.Tensor:
-        """Cross entropy and KL divergence in nats, summed over a string."""
+        """Return the cross entropy, summed over a string, plus the KL divergence, in nats."""
         mean, log_variance = self.encoder(real).chunk(2, dim=1)
         logits = self.decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
         return (F.cross_entropy(logits, real.argmax(1), reduction="none").sum(1) + divergence).mean()
 
     def sample(self, latents: torch.Tensor) -> torch.Tensor:
-        """The relaxation: the distribution at each place, (B, 37, 11)."""
+        """Return the relaxed strings (B, 37, 11): a distribution over characters at each place."""
         return self.decoder(latents).softmax(1)
 
 
@@ -83,7 +83,7 @@ def train(data: torch.Tensor, num_steps: int, calibrated: bool, seed: int) -> Te
     vae, energy_model = TextVAE(), build_energy_model()
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     energy_optimizer = torch.optim.Adam(energy_model.parameters(), lr=5e-4, betas=(0.0, 0.9))
-    # Its tolerance is for entries in [-1, 1]; for those in [0, 1] it lets the chain move twice as far, which did no harm here.
+    # The default tolerance is meant for entries in [-1, 1]. With entries in [0, 1], the chain moves twice as far, relatively.
     calibrator = EnergyCalibrator(energy_model, LangevinScheduler(num_steps=5, drift_step_size=0.2))
     for _ in tqdm(range(num_steps), desc="calibrated" if calibrated else "VAE alone"):
         real = data[torch.randint(len(data), (BATCH,))]

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The machine that a benchmark runs on: its devices, its name in a log, and times on it."""
+"""Chooses the device of a benchmark, describes the machine in a log, and measures times."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from ecvae_diffusers.command import device_name
 
 
 def device(text: str) -> torch.device:
-    """Return the device of a command line, on which something can be computed here and now."""
+    """Read a device from the command line, and check that it can be used."""
     return torch.device(device_name(text))
 
 
@@ -25,7 +25,7 @@ def machine(device: torch.device | str) -> str:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Return the time of a call, with what it leaves the device to do."""
+    """Return the time of a call in seconds, including work that it leaves to the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

@@ -2,9 +2,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Write the tables of RESULTS.md from the figures in results/: `python benchmarks/common/results.py`.
 
-`results/QUESTION.json` holds the tables of one question, by name. A table says how it was measured (command, commit,
-machine, versions, seeds, protocol) and has columns and rows. A cell is a number, written with the digits that were measured,
-a list of numbers, one per seed, a text, or null. `--check` only says whether RESULTS.md is up to date.
+`results/QUESTION.json` holds the tables of one question, by name. A table has columns and rows, and says how it was measured
+(command, commit, machine, versions, seeds, protocol). A cell is a number with its significant digits, a list of numbers (one
+per seed), a text, or null. `--check` writes nothing and fails if RESULTS.md is out of date.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def shown(cell: None | str | list) -> str:
 
 
 def read_table(file: str, name: str) -> str:
-    """Return a table of results/, its numbers digit for digit."""
+    """Return a table of results/ in Markdown. Numbers keep all their digits."""
     text = (FOLDER / "results" / file).read_text(encoding="utf-8")
     found = json.loads(
         text, parse_float=str, parse_int=lambda digits: f"{int(digits):,}" if len(digits) > 4 else digits
@@ -50,7 +50,7 @@ def main() -> None:
     if made == text:
         return
     if args.check:
-        sys.exit("benchmarks/RESULTS.md is not what benchmarks/results says: run python benchmarks/common/results.py.")
+        sys.exit("benchmarks/RESULTS.md is out of date: run python benchmarks/common/results.py.")
     page.write_text(made, encoding="utf-8")
 
 

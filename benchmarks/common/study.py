@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the studies share: the two data sets with their features, training, and rows that an interrupted study keeps."""
+"""What the studies share: two data sets with their features, training, and rows that are kept if a study is interrupted."""
 
 import argparse
 import functools
@@ -40,21 +40,21 @@ TRAINING = Path(__file__).resolve().parents[2] / "training"
 
 def precision(device: torch.device) -> list[str]:
     """
-    Return bf16 on a CPU, which may have units for it. On a GPU, networks of this size wait for the start of their
-    kernels, and autocast adds many: the chain takes twice as long (RESULTS.md).
+    Return the arguments for bf16 on a CPU, which may have units for it. On a GPU, the launches of kernels take most of the time
+    of networks of this size, and autocast adds launches.
     """
     return ["--mixed_precision", "bf16" if device.type == "cpu" else "no"]
 
 
 class Digits:
     """
-    scikit-learn's digits at 16 px, over 64 features of a classifier trained on the same 1,500 images. It takes 50,000
-    samples: sets of 5,000 from one model differ by up to 8 in Frechet distance.
+    scikit-learn's digits at 16 px, over 64 features of a classifier trained on the same 1,500 images. The number of samples
+    is large because the Frechet distance of fewer samples varies too much.
     """
 
     name, num_samples, resolution, latent_channels, channels = "digits", 50_000, 16, 32, (16, 32, 64)
-    learning_rate = 5e-4  # the script's own
-    # Those of `make demo`.
+    learning_rate = 5e-4  # the default of the training script
+    # The arguments of `make demo`.
     arguments = ["--resolution", "16", "--latent_channels", "32", "--block_out_channels", "16", "32", "64"]
 
     def __init__(self, args: argparse.Namespace):
@@ -87,7 +87,7 @@ class FashionMNIST:
 
 
 def fashion_images(dataset: str, split: str, count: int) -> torch.Tensor:
-    """Return uint8 images, always the same ones."""
+    """Return uint8 images (N, 1, 32, 32), the same ones on each call."""
     from datasets import load_dataset
 
     rows = load_dataset(dataset, split=split).with_format("torch").shuffle(seed=0).select(range(count))
@@ -95,7 +95,7 @@ def fashion_images(dataset: str, split: str, count: int) -> torch.Tensor:
 
 
 def dataset_images(dataset: str, split: str, count: int, resolution: int, channels: int) -> torch.Tensor:
-    """Return uint8 images of any data set, resized, always the same ones."""
+    """Return resized uint8 images (N, C, H, W) of any data set, the same ones on each call."""
     drawn = draw(open_source("dataset", dataset, split, None, None, None), count, 0, progress=True)
     return decode_all(drawn, resolution, channels)
 
@@ -109,7 +109,7 @@ def reference(features: torch.nn.Module, real: torch.Tensor) -> GenerationMetric
 
 
 def against(metrics: GenerationMetrics, images: torch.Tensor) -> dict[str, float]:
-    """Return the measures of images against the real ones of [`reference`]."""
+    """Return the measures of images, compared with the real images that `metrics` holds."""
     for batch in tqdm(images.split(250), desc="Features of the samples"):
         metrics.update(batch, real=False)
     measures = metrics.compute()
@@ -124,8 +124,8 @@ def distances(metrics: GenerationMetrics, images: torch.Tensor) -> str:
 
 def epochs(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
     """
-    Yield batches in [-1, 1], epoch by epoch in a new order, as the training script does. It matters: drawn with
-    replacement, one chain per iteration is worse than two (RESULTS.md).
+    Yield batches in [-1, 1], with a new order in each epoch, as the training script does. Drawing with replacement would give
+    other results (RESULTS.md).
     """
     while True:
         order = torch.randperm(len(images))
@@ -142,10 +142,10 @@ def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script
     Run a training script as a user would, or resume it. A finished run is not trained again.
 
     Raises:
-        ValueError: if `folder` holds a run of other arguments, which are kept beside it.
+        ValueError: if `folder` holds a run with other arguments. They are kept in a file next to it.
     """
     arguments = ["--max_train_steps", str(num_steps), *data.arguments, *arguments]
-    # Without paths, so that a study that was moved is the same one.
+    # Paths are left out, so that a study may be moved.
     own = [argument for argument in arguments if os.sep not in argument]
     kept = folder.parent / f"{folder.name}.arguments.json"
     if folder.is_dir() and kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))) != own:
@@ -161,7 +161,7 @@ def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script
 
 
 def logged(folder: Path) -> dict:
-    """Return the last of what a run logged, and its number of rollbacks."""
+    """Return the last logged values of a run, and its number of rollbacks."""
     if not (folder / METRICS_FILE).is_file():
         return {}
     last, events = read_metrics(folder / METRICS_FILE)[-1], folder / EVENTS_FILE
@@ -171,7 +171,7 @@ def logged(folder: Path) -> dict:
 
 
 def trained_row(data, folder: Path) -> dict:
-    """Return the measures of a run's samples, and the end of its logs."""
+    """Return the measures of a run's samples, and its last logged values."""
     pipeline = ECVAEPipeline.from_pretrained(folder).to(data.device)
     row = against(data.metrics, sample_images(pipeline, data.num_samples, seed=1)) | logged(folder)
     row["reconstruction_variance"] = pipeline.vae.config.reconstruction_variance
@@ -182,8 +182,8 @@ def trained_row(data, folder: Path) -> dict:
 
 def cosine_to_critic(pipeline: ECVAEPipeline, num_samples: int = 256) -> float:
     """
-    Return the mean cosine between the chain's move without its noise, x~ - x_0, and -grad f(x_0), which is all that a
-    critic gives its generator. It is 1 at K = 1.
+    Return the mean cosine between the move of the chain without noise, x~ - x_0, and -grad f(x_0), the gradient that a GAN's
+    generator would receive from the energy model as its discriminator. It is 1 at K = 1.
     """
     samples = pipeline(num_samples, generator=torch.Generator().manual_seed(2), output_type="pt").images * 2 - 1
     calibrator = EnergyCalibrator(pipeline.energy_model, pipeline.scheduler)
@@ -194,43 +194,44 @@ def cosine_to_critic(pipeline: ECVAEPipeline, num_samples: int = 256) -> float:
 
 
 class Results:
-    """Rows of a study, in a JSON lines file. Existing rows are not made again."""
+    """The rows of a study, in a JSON lines file. Existing rows are not computed again."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def of(self, name: str) -> list[dict]:
-        """Return the rows of a setting, in the order of seeds."""
+        """Return the rows of a setting, sorted by seed."""
         rows = read_metrics(self.path) if self.path.is_file() else []
         return sorted((row for row in rows if row["setting"] == name), key=lambda row: row["seed"])
 
     def fill(self, settings: list[str], seeds: list[int], make: Callable[[str, int], dict], **made_with) -> None:
         """
-        Make the missing rows, one per setting and seed. `made_with` is what all rows are made with, or by setting.
+        Compute the missing rows, one per setting and seed. `made_with` is stored in every row; a value may be a dictionary by
+        setting.
 
         Raises:
-            ValueError: if an existing row was made with something else.
+            ValueError: if an existing row was made with another value of `made_with`.
         """
         for seed, name in itertools.product(seeds, settings):
             own = {key: value[name] if isinstance(value, dict) else value for key, value in made_with.items()}
             there = [row for row in self.of(name) if row["seed"] == seed]
             for row, (key, value) in itertools.product(there, own.items()):
                 if row.get(key, value) != value:
-                    raise ValueError(f"{self.path.name} holds {name!r} of other {key}: choose another --output_dir.")
+                    raise ValueError(f"{self.path.name} holds {name!r} with other {key}: choose another --output_dir.")
             if there:
                 continue
             started = time.time()
             row = make(name, seed)
-            # A row may have seconds of its own, such as those per image.
+            # `row` may replace the seconds, for example by those per image.
             row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row, **own}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             log = RunLog(self.path)
-            log.cut(sys.maxsize)  # a line that a kill cut off would hide the next one
+            log.cut(sys.maxsize)  # an incomplete line, left by a kill, would hide the next one
             log.write(**row)
             print(to_json(row), flush=True)
 
     def table(self, first: str, names: list[str], columns: dict[str, Callable]) -> str:
-        """Return a table with a line per setting, of those that there are rows of."""
+        """Return a Markdown table with a line for each setting that has rows."""
         lines = [[name, *(show(rows) for show in columns.values())] for name in names if (rows := self.of(name))]
         return table([first, *columns], lines)
 
@@ -240,12 +241,12 @@ def median(rows: list[dict], key: str) -> float:
 
 
 def each(key: str, spec: str) -> Callable[[list[dict]], str]:
-    """Return a column of a table: the figure of each seed."""
+    """Return a column of a table with the figure of each seed."""
     return lambda rows: ", ".join(format(row[key], spec) for row in rows if key in row)
 
 
 def middle(key: str, spec: str, average: Callable = statistics.median) -> Callable[[list[dict]], str]:
-    """Return a column of a table: the median over seeds, or another average."""
+    """Return a column of a table with the median over seeds, or another average."""
     return lambda rows: format(average(row[key] for row in rows), spec) if key in rows[0] else ""
 
 
@@ -256,7 +257,7 @@ FRECHET = {
 
 
 def seconds_per_iteration(rows: list[dict]) -> str:
-    """Show a column of a table: the median over seeds."""
+    """Format a cell: the median over seeds of the seconds per iteration."""
     return f"{statistics.median(row['training_seconds'] / row.get('step', row['iterations']) for row in rows):.3f}"
 
 
@@ -269,9 +270,9 @@ def parser(doc: str, settings: list[str], dataset: str | None = None) -> argpars
     parser.add_argument("--settings", nargs="+", choices=settings, default=settings, metavar="NAME")
     parser.add_argument(
         f"--{dataset or 'fashion_mnist'}", dest="dataset", metavar="DATASET", required=dataset is not None,
-        help="Hub id or folder" + ("" if dataset else ": this instead of digits"),
+        help="Hub id or folder" + ("" if dataset else ", to use instead of digits"),
     )  # fmt: skip
-    parser.add_argument("--table", action="store_true", help="print the table of the existing rows, and stop")
+    parser.add_argument("--table", action="store_true", help="only print the table of existing rows")
     add_device(parser)
     return parser
 
@@ -279,7 +280,7 @@ def parser(doc: str, settings: list[str], dataset: str | None = None) -> argpars
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where samples and features are computed; training is where Accelerate has it",
+        help="device for samples and features; Accelerate chooses that of training",
     )  # fmt: skip
 
 
@@ -288,13 +289,13 @@ def run(
     arguments: dict[str, list[str]] | None = None,
 ) -> Results:  # fmt: skip
     """
-    Make the missing rows of a study, in `NAME.jsonl`.
+    Compute the missing rows of a study in `NAME.jsonl`.
 
     Args:
-        load (`Callable`): `args` of [`parser`] -> data, if rows are to be made.
-        make (`Callable`): Data, setting and seed -> what a row holds.
-        iterations (`dict`, *optional*): Of each setting, by default `--max_train_steps`.
-        arguments (`dict`, *optional*): Of each setting's command line, beside those of the data.
+        load (`Callable`): Returns the data for `args`. It is not called with `--table`.
+        make (`Callable`): Returns the content of a row for data, setting and seed.
+        iterations (`dict`, *optional*): The iterations of each setting. Default: `--max_train_steps`.
+        arguments (`dict`, *optional*): The training arguments of each setting, next to those of the data.
     """
     results = Results(args.output_dir / f"{name}.jsonl")
     if not args.table:
@@ -308,6 +309,6 @@ def run(
 
 
 def run_on_either(args: argparse.Namespace, name: str, *rest, **kwargs) -> Results:
-    """[`run`] on digits, or on Fashion-MNIST if the command line names it."""
+    """Call [`run`] on digits, or on Fashion-MNIST if the command line names it."""
     data_class = Digits if args.dataset is None else FashionMNIST
     return run(args, f"{name}_{data_class.name}", data_class, *rest, **kwargs)

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Images per second of `ECVAEPipeline` and of diffusers' pipelines of many passes: `python benchmarks/speed/sampling.py`.
+"""Compare the speed of `ECVAEPipeline` with that of diffusers' pipelines: `python benchmarks/speed/sampling.py`.
 
-All weights are random: cost is measured, not quality. Ours is an autoencoder of 37 M parameters at 32 px, RGB; the peers are
-diffusers' own loops around one UNet, that of the CIFAR-10 DDPM (`google/ddpm-cifar10-32`, 36 M). DPM-Solver++ of second order
-is a scheduler in `DDPMPipeline`, since diffusers has no pipeline of it without a text; each of the score SDE's steps has a
-corrector's and a predictor's evaluation. Ours with 16 Langevin steps at test time has a forward and a backward pass of the
-energy model each.
+All weights are random, since only cost is measured. `ECVAEPipeline` has an autoencoder of 37 M parameters for RGB images of
+32 px. The other pipelines are those of diffusers, around the UNet of the CIFAR-10 DDPM (`google/ddpm-cifar10-32`, 36 M).
+Second-order DPM-Solver++ runs as a scheduler of `DDPMPipeline`, since diffusers has no unconditional pipeline for it. Each step
+of the score SDE has two evaluations, of a corrector and a predictor. Each Langevin step of `ECVAEPipeline` has a forward and a
+backward pass of the energy model.
 
-A sampler of more than `--timed_steps` steps runs that many, and its time, evaluations and operations are multiplied up to its
-number of steps (last column). Operations are those that `torch.utils.flop_counter` sees while one image is made, a GMAC being
-2e9 of its FLOPs. Samplers take turns in one process, the first round warms up, and figures are medians over rounds; "times
-slower" is the median of the ratios within a round.
+Of a sampler with more than `--timed_steps` steps, only that many are run. Its time, evaluations and operations are multiplied by
+the factor in the last column. Operations are counted by `torch.utils.flop_counter` for one image; a GMAC is 2e9 of its FLOPs.
+Samplers take turns in one process, and the first round warms up. Figures are medians over rounds; "times slower" is the median
+of the ratios within a round.
 """
 
 import argparse
@@ -59,12 +59,12 @@ SIZES = {
 @dataclasses.dataclass
 class Sampler:
     """
-    A pipeline and how it is called.
+    A pipeline and the arguments of its call.
 
     Args:
-        pipeline ([`DiffusionPipeline`]): With networks on the device to measure.
-        arguments (`dict`): Of its call, beside the batch size.
-        share (`int`): Its number of steps over that of a timed call.
+        pipeline ([`DiffusionPipeline`]): The pipeline, on the device to measure.
+        arguments (`dict`): The arguments of a call, except the batch size.
+        share (`float`): The sampler's number of steps, divided by that of a timed call.
     """
 
     pipeline: diffusers.DiffusionPipeline
@@ -83,9 +83,9 @@ class Sampler:
         pipeline, evaluations = self.pipeline, []
         networks = [pipeline.unet] if self.is_peer else [pipeline.vae.decoder, pipeline.energy_model]
         hooks = [network.register_forward_hook(lambda *_: evaluations.append(1)) for network in networks]
-        # Attention by its definition: the counter does not know its fused kernel for CPUs.
+        # Attention runs unfused, since the counter does not know the fused kernel for CPUs.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            # Its hooks on modules, for counts per module, fail where a gradient to a module's input is asked for.
+            # The counter's hooks on modules, for counts per module, fail if a module's input needs a gradient.
             counter.mod_tracker.__exit__()
             self(1)
         for hook in hooks:
@@ -136,7 +136,7 @@ def make_samplers(sizes: dict, timed_steps: int, device: torch.device) -> dict[s
 
 
 def measure(samplers: dict[str, Sampler], batch_size: int, device: torch.device, rounds: int, least: float) -> dict:
-    """Return the seconds per batch of each sampler in each round, all of its steps; the mean over `least` seconds of calls."""
+    """Return the seconds per batch, for all steps, of each sampler in each round: means over at least `least` seconds of calls."""
     found = {name: [] for name in samplers}
     for index in range(rounds + 1):
         for name, sampler in samplers.items():
@@ -152,7 +152,7 @@ def compare(
     samplers: dict[str, Sampler], batch_sizes: list[int], peer_batch_sizes: list[int], device: torch.device, rounds: int,
     least_seconds: float = 0.2,
 ) -> Iterator[dict]:  # fmt: skip
-    """Yield a row per sampler and batch size; `peer_batch_sizes` are those of the UNet's samplers."""
+    """Yield a row per sampler and batch size. Samplers with the UNet run at `peer_batch_sizes` only."""
     costs = {name: sampler.cost() for name, sampler in samplers.items()}
     for batch_size in batch_sizes:
         with_peers = batch_size in peer_batch_sizes
@@ -182,7 +182,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--peer_batch_sizes", type=int, nargs="*", help="those of them for the UNet's; default: all")
+    parser.add_argument(
+        "--peer_batch_sizes", type=int, nargs="*", help="batch sizes for samplers with the UNet; default: all"
+    )
     parser.add_argument("--timed_steps", type=int, default=20)
     args = parser.parse_args(argv)
     peer_batch_sizes = args.batch_sizes if args.peer_batch_sizes is None else args.peer_batch_sizes

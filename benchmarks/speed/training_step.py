@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""One training iteration in the published arrangement against ours: `python benchmarks/speed/training_step.py`.
+"""Compare a training iteration with the published arrangement: `python benchmarks/speed/training_step.py`.
 
-The published arrangement, written here from the paper's equations, has two chains per iteration, one for the decoder and one
-for the energy model; the energy model in training mode, so that spectral normalization takes a power iteration at each
-forward pass, and with parameter gradients recorded; the pull towards the start as a term of the energy, differentiated with
-it; data and samples through the energy model one after the other; convolution and pooling one after the other; float32 in
-contiguous layout; every loss read back at every step. Each line of the table makes ONE of our changes to it. The last two
-make all changes of the training script, one of them without bf16; on a GPU one more compiles them. Networks, batch and K are
-the same, the arrangements take turns in one process, and the figure is the median over rounds of the ratio of their times.
+The published arrangement is written here from the paper's equations:
+
+- Two chains per iteration: one for the decoder and one for the energy model.
+- The chain runs the energy model in training mode, with a power iteration of spectral normalization at each forward pass, and
+  records parameter gradients.
+- The pull towards the start of the chain is a term of the energy, and is differentiated with it.
+- Data and samples pass through the energy model one after the other.
+- Convolution and pooling are separate. Everything is float32 in contiguous layout. Every loss is read back at every step.
+
+Each line of the table makes one change to it. The last lines make all changes of the training script: without bf16, with it, and
+compiled if `--changes` names that. Networks, batch and K are the same. The arrangements take turns in one process, and a figure
+is the median over rounds of the ratio of their times.
 """
 
 import argparse
@@ -41,13 +46,13 @@ CHANGES = (
     "single_chain", "frozen_energy", "closed_form", "one_pass", "fused_pooling", "channels_last", "bf16", "no_wait",
     "fused_optimizer", "compiled",
 )  # fmt: skip
-# Inductor's code was slower than oneDNN's on the CPUs measured; on a GPU it also makes CUDA graphs of the chain's steps.
+# On CPUs, the code of Inductor is slower than that of oneDNN. On a GPU, compiling also makes CUDA graphs of the chain's steps.
 OURS = set(CHANGES) - {"compiled"}
 
 
 @contextlib.contextmanager
 def separate_pooling() -> Iterator[None]:
-    """Make convolution and pooling two operations."""
+    """Run convolution and pooling as two operations."""
 
     def forward(conv: nn.Conv2d, sample: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(nn.Conv2d.forward(conv, sample), 2)
@@ -57,7 +62,7 @@ def separate_pooling() -> Iterator[None]:
 
 
 class Iteration:
-    """Networks, optimizers and one training step of K = `num_steps`, with `changes` to the published arrangement."""
+    """Networks, optimizers and a training step with K = `num_steps` and `changes` to the published arrangement."""
 
     def __init__(self, changes: set[str], sizes: dict, num_steps: int, device: torch.device, weight: float = 1.0):
         self.changes, self.device = changes, device
@@ -80,7 +85,7 @@ class Iteration:
         self.calibrator = EnergyCalibrator(self.energy, scheduler)
 
     def chain(self, samples: torch.Tensor) -> torch.Tensor:
-        """Run the chain with what is left in it of the published arrangement."""
+        """Run the chain as published, except for `changes`."""
         closed_form, drift_step = "closed_form" in self.changes, self.calibrator.drift_step_size
         if closed_form and "frozen_energy" in self.changes:
             return self.calibrator.run_chain(samples)
@@ -104,7 +109,7 @@ class Iteration:
                 loss.item()
 
     def step(self, real: torch.Tensor) -> None:
-        """Run one iteration on images in [-1, 1]."""
+        """Run one iteration on images (B, C, H, W) in [-1, 1]."""
         pooling = contextlib.nullcontext() if "fused_pooling" in self.changes else separate_pooling()
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled="bf16" in self.changes)
         with pooling, autocast:
@@ -142,7 +147,7 @@ class Iteration:
 
 
 def times(iterations: dict[str, Iteration], real: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each round of each arrangement, taking turns. Two rounds warm up, and compile."""
+    """Return the seconds of each arrangement in each round. Arrangements take turns; two more rounds warm up and compile."""
     found = {name: [] for name in iterations}
     for index in range(rounds + 2):
         for name, iteration in iterations.items():
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--langevin_steps", type=int, default=15)
     parser.add_argument("--block_out_channels", type=int, nargs="+", default=[32, 64, 128, 128])
     parser.add_argument(
-        "--changes", nargs="*", choices=CHANGES, help="lines of the table; by default those that we make"
+        "--changes", nargs="*", choices=CHANGES, help="lines of the table; default: the changes of the training script"
     )
     args = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""How the chain should be set: `python benchmarks/studies/chain_study.py --output_dir STUDY`, digits; `--fashion_mnist DATASET`.
+"""Compare settings of the chain: `python benchmarks/studies/chain_study.py --output_dir STUDY`, digits; `--fashion_mnist DATASET`.
 
-Each row trains the demo's networks with one setting of the chain, and measures samples of the averaged weights. A row also
-says how far the chain is from a critic: the cosine between its move without noise and the energy's gradient at its start.
-Rows are kept in STUDY/chain_<data>.jsonl and not made again, so an interrupted study resumes.
+Each row trains the demo's networks with one setting, and measures samples of the averaged weights. A row also compares the
+chain with a single gradient step: it has the cosine between the chain's move without noise and the energy's gradient at its
+start. Rows are kept in STUDY/chain_<data>.jsonl, so an interrupted study resumes.
 """
 
 import sys
@@ -24,11 +24,11 @@ def chain(num_steps: int, total_drift: float) -> list[str]:
 
 
 K_1 = ["--langevin_steps", "1"]
-# What holds the energy model's slope, and how fast it learns. SPECTRAL_NORM was the default of 0.1, and of the tables.
+# Ways to bound the energy model's gradient. SPECTRAL_NORM was the default of version 0.1, with which the tables were made.
 NO_PENALTY = ["--energy_gradient_penalty", "0"]
 SPECTRAL_NORM = ["--energy_spectral_norm", "--energy_learning_rate", "5e-4", "--adam_beta2", "0.9", *NO_PENALTY]
-# The defaults are K 5, drift step and tolerance "auto" (0.0074 per pixel), noise 1e-3, beta 1. Rows that name a drift fix
-# the chain's total drift step K a.
+# The defaults are K 5, drift step and tolerance "auto", noise 1e-3, beta 1. Rows that name a drift fix the total drift step
+# K a of the chain.
 SETTINGS = {
     **{f"VAE, beta {beta:g}": [*VAE, "--kl_weight", str(beta)] for beta in (0.1, 0.3, 1.0, 3.0)},
     "EC-VAE (defaults)": [],
@@ -78,7 +78,7 @@ def main() -> None:
 
     results = study.run_on_either(args, "chain", make, arguments=SETTINGS)
     if args.dataset is None:
-        # The digit classifier's 64 features are not normalized, and the cube in the kernel makes noise of them.
+        # The 64 features of the digit classifier are not normalized, so the cubic kernel gives noise.
         del COLUMNS["kernel distance"]
     print(results.table("setting", list(SETTINGS), COLUMNS))
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What do classes cost, and are they learned? `python benchmarks/studies/class_study.py --fashion_mnist DATASET --output_dir STUDY`.
+"""Train with and without classes: `python benchmarks/studies/class_study.py --fashion_mnist DATASET --output_dir STUDY`.
 
-The same EC-VAE is trained with classes and without, for as many iterations. A row says how far samples are from the training images,
-over EfficientNet-Lite0 and over the features of a classifier of the training data's own classes, and of a model with classes which
-share of its samples that classifier names as asked. The classifier's accuracy on test images is what that share can be at most.
+The same EC-VAE is trained with and without classes, for equal iterations. A row has the distance of samples to the training
+images, over EfficientNet-Lite0 and over the features of a classifier of the data's classes. For the model with classes, it also
+has the share of samples that the classifier recognises as the class asked for. A good share is near the classifier's accuracy on
+test images.
 """
 
 import argparse
@@ -35,7 +36,7 @@ COLUMNS = {
 
 
 class Classes(study.FashionMNIST):
-    """Fashion-MNIST with the classifier of its classes."""
+    """Fashion-MNIST with a classifier of its classes."""
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)

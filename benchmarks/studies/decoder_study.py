@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Calibration of other people's decoders: `python benchmarks/studies/decoder_study.py --cifar10 DATASET --output_dir STUDY`.
+"""Calibrate decoders of diffusers: `python benchmarks/studies/decoder_study.py --cifar10 DATASET --output_dir STUDY`.
 
-A small `AutoencoderKL` and a small `AutoencoderTiny` of CIFAR-10 (32 px, 4 latent channels at an eighth of the resolution, 64
-numbers for 3,072, as the autoencoders of Stable Diffusion have it) are trained here on the squared error. Then their decoders
-are trained further, equal iterations, without calibration and with it. Measured of 5,000 test images: PSNR of the
-reconstructions, and their Frechet and kernel distance (EfficientNet-Lite0's features) to the originals. `--picture PNG`
-shows some. Rows are kept in STUDY/decoder.jsonl and not made again.
+A small `AutoencoderKL` and a small `AutoencoderTiny` are trained on the squared error for CIFAR-10 at 32 px. Like the
+autoencoders of Stable Diffusion, they have 4 latent channels at an eighth of the resolution. Then their decoders are trained
+further without and with calibration, for equal iterations. The rows have the PSNR of reconstructions of 5,000 test images, and
+their Frechet and kernel distance (EfficientNet-Lite0's features) to the originals. `--picture PNG` draws some. Rows are kept in
+STUDY/decoder.jsonl, so an interrupted study resumes.
 """
 
 import argparse
@@ -42,14 +42,14 @@ def kl() -> diffusers.AutoencoderKL:
 
 def tiny() -> diffusers.AutoencoderTiny:
     return diffusers.AutoencoderTiny(
-        # Its levels are joined by convolutions that keep the number of channels.
+        # The convolutions between its levels keep the number of channels.
         encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, num_encoder_blocks=(1,) * 4,
         num_decoder_blocks=(1,) * 4, latent_channels=4,
     )  # fmt: skip
 
 
 MODELS = {"AutoencoderKL": kl, "AutoencoderTiny": tiny}
-# Two scales did better than one (docs/generators.md); how much PSNR this weight costs is in RESULTS.md.
+# Two scales do better than one (docs/generators.md). RESULTS.md shows how much PSNR each weight costs.
 ENERGY = ["--calibration", "energy", "--energy_num_scales", "2", "--reconstruction_weight"]
 K_1 = ["--langevin_steps", "1"]
 SETTINGS = {
@@ -69,7 +69,7 @@ COLUMNS = {
 
 
 class Cifar10:
-    """CIFAR-10, its test images' features, and the autoencoders."""
+    """CIFAR-10 with the features of its test images, and the training of autoencoders on it."""
 
     name, num_samples = "CIFAR-10", 5_000
 
@@ -87,7 +87,7 @@ class Cifar10:
         self.about = f"{len(self.train):,} images"
 
     def pretrain(self, model: str, folder: Path, seed: int) -> None:
-        """Train the autoencoder to begin with, on the squared error and a trace of the KL divergence."""
+        """Train an autoencoder without calibration, on the squared error and a lightly weighted KL divergence."""
         if folder.is_dir():
             return
         torch.manual_seed(seed)
@@ -115,7 +115,7 @@ class Cifar10:
 
 @torch.no_grad()
 def reconstructions(model: str, folder: Path, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return uint8 images, of the mode of the posterior."""
+    """Return reconstructions from the mode of the posterior, as uint8 images (N, C, H, W)."""
     loaded = getattr(diffusers, model).from_pretrained(folder)
     decoder = CalibratedDecoder(loaded.eval().to(device), str(folder))
     parts = (to_range(part.to(device)) for part in tqdm(images.split(250)))

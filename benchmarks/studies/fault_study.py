@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What a fault in the energy model does to a run, with the guard and without: `python benchmarks/studies/fault_study.py`.
+"""Put faults into the energy model of a run, with and without the guard: `python benchmarks/studies/fault_study.py`.
 
-Trains the demo's EC-VAE on the digits, undisturbed and with a fault from iteration 600 on, and measures the Frechet
-distance as the demo does. Faults: a gradient of the energy model that is not a number, once; its learning rate 1,000
-times too high, for 50 iterations. Iterations are counted as they are run, those after a rollback too: a fault is over
-when it has been lived through. Rows that STUDY/faults.jsonl holds already are not run again.
+Trains the demo's EC-VAE on digits, without a fault and with a fault at iteration 600, and measures the Frechet distance as
+the demo does. The faults are a single NaN gradient of the energy model, and a learning rate that is 1,000 times too high for
+50 iterations. Iterations after a rollback are counted too, so that a fault is not repeated. Rows are kept in
+STUDY/faults_<data>.jsonl, so an interrupted study resumes.
 """
 
 import functools
@@ -27,7 +27,7 @@ from ecvae_diffusers.training.run import launch
 
 FAULTY = range(600, 650)
 RATE_FACTOR = 1000.0
-# name -> (fault, arguments beside the demo's)
+# Fault and additional arguments, by name.
 SETTINGS = {
     "undisturbed": (None, []),
     "gradient not a number, guard": ("nan", []),
@@ -38,7 +38,7 @@ SETTINGS = {
 
 
 def train_with_fault(fault: str, arguments: list[str]) -> None:
-    """Run the training script with a fault in it, in this process."""
+    """Run the training script with a fault, in this process."""
 
     class FaultyTrainer(launch.Trainer):
         iteration = 0
@@ -49,7 +49,7 @@ def train_with_fault(fault: str, arguments: list[str]) -> None:
                 hook = parameter.register_hook(lambda gradient: gradient * torch.nan)
             if fault == "rate" and self.iteration in FAULTY:
                 for group in self.energy.optimizer.param_groups:
-                    group["lr"] *= RATE_FACTOR  # the schedule sets it again after each step
+                    group["lr"] *= RATE_FACTOR  # the schedule resets it after each step
             scalars = super().train_step(batches)
             if hook is not None:
                 hook.remove()

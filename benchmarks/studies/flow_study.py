@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Normalizing flows with and without calibration: `python benchmarks/studies/flow_study.py --fashion_mnist DATASET --output_dir STUDY`.
+"""Train flows with and without calibration: `python benchmarks/studies/flow_study.py --fashion_mnist DATASET --output_dir STUDY`.
 
-A flow of Fashion-MNIST at `--resolution` is trained on likelihood alone for 1,500 iterations, then trained further, equal
-iterations, without calibration and with it. Each row has the bits per dimension of 2,000 test images, and Frechet and kernel
-distance (EfficientNet-Lite0's features) of 5,000 samples against 10,000 training images. `--picture PNG` draws samples.
-Rows are kept in STUDY/flow_<resolution>.jsonl and not made again.
+A flow for Fashion-MNIST at `--resolution` is trained on likelihood alone for 1,500 iterations, then trained further without
+and with calibration, for equal iterations. Each row has the bits per dimension of 2,000 test images, and the Frechet and kernel
+distance (EfficientNet-Lite0's features) of 5,000 samples to 10,000 training images. `--picture PNG` draws samples. Rows are kept
+in STUDY/flow_<resolution>.jsonl, so an interrupted study resumes.
 """
 
 import argparse
@@ -33,23 +33,23 @@ PRETRAINING_STEPS = 1_500
 
 
 def dual(value: float) -> list[str]:
-    """Fix lambda: a point of the trade-off between likelihood and samples."""
+    """Return the arguments that fix lambda, which trades likelihood for samples."""
     return ["--initial_dual", str(value), "--max_dual", str(value), "--dual_learning_rate", "0"]
 
 
 PLAIN, TWO_SCALES = ["--calibration", "none"], ["--energy_num_scales", "2"]
-# What continues the flow that was trained on likelihood alone; None: that flow itself.
+# Arguments of runs that continue the flow trained on likelihood alone. `None` is that flow itself.
 SETTINGS = {
     "as it was": None,
     "trained on": PLAIN,
     "calibrated": [],
     **{f"calibrated, lambda {value:g}": dual(value) for value in (10, 100, 200)},
-    # An energy model at two scales, as in the decoders' study, and one that learns four times as fast.
+    # An energy model at two scales, as in decoder_study.py, and one that learns four times as fast.
     "calibrated, two scales": TWO_SCALES,
     "calibrated, lambda 200, two scales": [*dual(200), *TWO_SCALES],
     "calibrated, energy's rate 2e-3": ["--energy_learning_rate", "2e-3"],
 }
-# What begins anew, for as many iterations in all, at likelihood's own rate (docs/flows.md: why it is not that of calibration).
+# Runs from scratch, for as many iterations in all, with the learning rate that suits likelihood (see docs/flows.md).
 FROM_THE_START = {"plain from the start": PLAIN, "calibrated from the start": []}
 NAMES = [*SETTINGS, *FROM_THE_START]
 COLUMNS = {
@@ -85,7 +85,7 @@ class FlowData:
 
 @torch.no_grad()
 def test_bits(flow: FlowEC, images: torch.Tensor) -> float:
-    """Return bits per dimension of held-out images, with the same dequantization for every flow."""
+    """Return the mean bits per dimension of held-out images, with the same dequantization for every flow."""
     generator, bits = torch.Generator().manual_seed(0), []
     for part in tqdm(images.split(250), desc="Likelihood"):
         real = dequantize(to_range(part), torch.rand(part.shape, generator=generator)).to(flow.device)
@@ -94,7 +94,7 @@ def test_bits(flow: FlowEC, images: torch.Tensor) -> float:
 
 
 def picture(folders: list[Path], path: Path) -> None:
-    """Draw samples of each flow, of the same latents: blocks of 8 x 8, side by side."""
+    """Draw samples of each flow from the same latents, as blocks of 8 x 8, side by side."""
     blocks = []
     for folder in folders:
         images = sample_images(ECFlowPipeline.from_pretrained(folder), 64, seed=1, batch_size=64)
@@ -108,7 +108,7 @@ def main() -> None:
     made.add_argument("--picture", type=Path, help="samples of the first seed: a block per setting")
     made.add_argument(
         "--likelihood_rate", default="1e-2",
-        help="learning rate of what begins anew, with a cosine schedule; 1e-2 is quick at 16 px, at 32 px some runs diverge",
+        help="learning rate of runs from scratch, with a cosine schedule; at 32 px, some runs diverge at 1e-2",
     )  # fmt: skip
     args = made.parse_args()
     study_name, levels = f"flow_{args.resolution}", "2" if args.resolution <= 16 else "3"

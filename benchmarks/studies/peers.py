@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What people would train instead, on the same data with the same networks: `python benchmarks/studies/peers.py --output_dir STUDY`.
+"""Compare EC-VAE with other methods on the same data and networks: `python benchmarks/studies/peers.py --output_dir STUDY`.
 
-Autoencoder, energy model (as the critic), batch, learning rates, Adam, average and iterations are those of the EC-VAE of
-chain_study.py (the VAEBM way trains as many again for its energy model, with K 16). The DDPM has a UNet of about the
-autoencoder's and energy model's parameters together. Where a method has a weight, a rate or a drift, three are tried.
+Autoencoder, energy model, batch, learning rates, Adam, weight average and iterations are those of the EC-VAE of chain_study.py.
+GANs use the energy model's network as their discriminator. The UNet of the DDPM has about as many parameters as autoencoder and
+energy model together. Three values are tried of the weight, the rate or the drift of a method.
 
-- VAE-GAN: ELBO plus a weight times the hinge loss on prior samples (Larsen et al. 2016, with a spectrally normalized critic).
-- SN-GAN: the decoder alone, hinge loss (Miyato et al. 2018).
-- VAEBM way: the VAE frozen, the energy model trained against chains from its samples, and a chain of 16 steps per
-  image at test time (Xiao et al. 2021).
-- EC-VAE and the chain of 16 steps at test time, on the pair that training left.
-- DDPM: noise prediction, 1,000 steps (Ho et al. 2020), sampled by DDIM in 50.
+- VAE-GAN: ELBO plus a weight times the hinge loss on prior samples (Larsen et al. 2016).
+- SN-GAN: the decoder alone with the hinge loss (Miyato et al. 2018).
+- VAEBM way: the VAE is frozen, and an energy model is trained for as many iterations again, with chains from samples of the
+  VAE. Sampling runs a chain of 16 steps (Xiao et al. 2021).
+- EC-VAE with the same chain of 16 steps at sampling time.
+- DDPM: noise prediction with 1,000 steps (Ho et al. 2020), sampled by DDIM in 50 steps.
 """
 
 import functools
@@ -37,9 +37,9 @@ from ecvae_diffusers.variational import elbo_loss
 
 BATCH, EMA_DECAY = 64, 0.999
 TEST_STEPS = 16
-# 50 passes per image: more would take longer than the training.
+# With 50 passes per image, more samples would take longer than training.
 NUM_DDIM_SAMPLES = 5_000
-# Weights, rates and drifts of which the best one is taken, as the VAE is given its own best beta.
+# The best weight, rate or drift of each method counts, as does the best beta of the VAE.
 SETTINGS = {
     "EC-VAE (defaults)": None,
     "EC-VAE (defaults) + 16 steps at test time": None,
@@ -83,7 +83,7 @@ def loop(data, num_steps: int, train_step: Callable[[torch.Tensor], None]) -> No
 
 
 def adversarial(data, num_steps: int, weight: float | None, rate: float) -> ECVAEPipeline:
-    """Train a VAE-GAN, or without a weight an SN-GAN: it has no ELBO, and its encoder is not trained."""
+    """Train a VAE-GAN or, if `weight` is `None`, an SN-GAN, which has no ELBO and no trained encoder."""
     vae, energy = networks(data)
     average = moving_average(vae, EMA_DECAY)
     optimizers = adam(vae, rate), adam(energy, rate)
@@ -100,7 +100,7 @@ def adversarial(data, num_steps: int, weight: float | None, rate: float) -> ECVA
             loss = loss + weight * compute_energy(energy, samples).mean()
         energy.requires_grad_(True)
         step(optimizers[0], loss)
-        # Hinge loss; a low energy is a high score.
+        # The hinge loss. A low energy is a high score.
         energies = compute_energy(energy, torch.cat([real, samples.detach()]))
         energy_real, energy_samples = energies.split([len(real), len(samples)])
         step(optimizers[1], F.relu(1 + energy_real).mean() + F.relu(1 - energy_samples).mean())
@@ -111,7 +111,7 @@ def adversarial(data, num_steps: int, weight: float | None, rate: float) -> ECVA
 
 
 def vaebm(data, num_steps: int, folder: Path, drift: float) -> ECVAEPipeline:
-    """Return the frozen VAE of `folder`, with a new energy model for the chain."""
+    """Train a new energy model for the chain from samples of the frozen VAE in `folder`."""
     vae = ECVAEPipeline.from_pretrained(folder).vae
     _, energy = networks(data)
     scheduler = LangevinScheduler(num_steps=TEST_STEPS, drift_step_size=drift / TEST_STEPS)
@@ -127,7 +127,7 @@ def vaebm(data, num_steps: int, folder: Path, drift: float) -> ECVAEPipeline:
 
 
 def small_unet(data) -> UNet2DModel:
-    """Return as many levels as the autoencoder has, attention at 4 px, and about as many parameters as both networks."""
+    """Build a UNet with the levels of the autoencoder, attention at 4 px, and about the parameters of both networks."""
     wanted = sum(network.num_parameters() for network in networks(data))
 
     def unet(width: int) -> UNet2DModel:
@@ -146,7 +146,7 @@ def ddpm(data, num_steps: int, rate: float) -> DDIMPipeline:
     unet, scheduler = small_unet(data), DDPMScheduler(num_train_timesteps=1000)
     unet.to(memory_format=torch.channels_last)
     average = moving_average(unet, EMA_DECAY)
-    # With the first moment, as diffusion models are trained.
+    # Diffusion models are trained with momentum.
     optimizer = adam(unet, rate, betas=(0.9, 0.999))
 
     def train_step(real: torch.Tensor) -> None:
@@ -160,13 +160,13 @@ def ddpm(data, num_steps: int, rate: float) -> DDIMPipeline:
 
 
 def sample_in_steps(pipeline, num_images: int, **kwargs) -> torch.Tensor:
-    """Return uint8 images of a pipeline whose call takes `kwargs`."""
+    """Return samples of a pipeline as uint8 images (N, C, H, W). `kwargs` are passed to the pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     return sample_images(functools.partial(pipeline, **kwargs), num_images, seed=1)
 
 
 def make_row(args, data, name: str, seed: int) -> dict:
-    """Train what `name` names, and measure its samples."""
+    """Train the setting `name`, and measure its samples."""
     folder, setting, num_steps = args.output_dir / data.name, SETTINGS[name], args.max_train_steps
     torch.manual_seed(seed)
     if name.startswith("EC-VAE"):

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What calibration of the posterior is worth: `python benchmarks/studies/posterior_study.py --output_dir STUDY`; `--fashion_mnist DATASET`.
+"""Measure posterior calibration: `python benchmarks/studies/posterior_study.py --output_dir STUDY`; `--fashion_mnist DATASET`.
 
-Each row trains the demo's networks (or Fashion-MNIST's) with one `--calibration` and equal iterations. It measures, on
-held-out images, the evidence lower bound, the importance-weighted bound of 500 samples and the amortisation gap (q optimised
-per image in 200 steps, less the encoder's), and the Frechet distance of prior samples. Rows "..., then the encoder" continue
-such a run for 150 iterations with its decoder frozen; "..., as long" have as many iterations in all. Rows are kept in
-STUDY/posterior_<data>.jsonl and not made again.
+Each row trains the networks of the demo (or of Fashion-MNIST) with one value of `--calibration`, for equal iterations. It has
+the evidence lower bound, the importance-weighted bound of 500 samples and the amortisation gap (the bound with q optimised per
+image in 200 steps, minus that of the encoder) of held-out images, and the Frechet distance of prior samples. Rows "..., then the
+encoder" continue a run for 150 iterations with its decoder frozen; rows "..., as long" have as many iterations in all. Rows are
+kept in STUDY/posterior_<data>.jsonl, so an interrupted study resumes.
 """
 
 import statistics
@@ -27,7 +27,7 @@ from studies.restoration import held_out
 
 
 POSTERIOR, FEW = ["--calibration", "posterior"], ["--max_train_samples", "2000"]
-# The Adam that suits likelihood, not an energy model's opponent.
+# The Adam that suits likelihood. The defaults suit training with an energy model.
 AVERAGING = ["--adam_beta1", "0.9", "--adam_beta2", "0.999"]
 SETTINGS = {
     "none": ["--calibration", "none"],
@@ -36,7 +36,7 @@ SETTINGS = {
     "posterior, decoder weight 1": [*POSTERIOR, "--posterior_decoder_weight", "1"],
     "energy": ["--calibration", "energy"],
     "both": ["--calibration", "both"],
-    # Few images, each seen often: where an encoder knows those it was trained on better than others.
+    # Few images, each seen often, so that the encoder overfits them.
     "none, 2,000 images": ["--calibration", "none", *FEW],
     "posterior, 2,000 images": [*POSTERIOR, *FEW],
     "none, averaging Adam": ["--calibration", "none", *AVERAGING],
@@ -44,7 +44,7 @@ SETTINGS = {
 }
 ENCODER_STEPS = 150
 ENCODER_ALONE = ["--freeze_decoder", *AVERAGING, "--lr_scheduler", "cosine"]
-# A short second run of the encoder alone: the setting that it continues, and its own --calibration.
+# Short second runs that train the encoder alone: the setting that they continue, and their --calibration.
 THEN_THE_ENCODER = {
     "none, then the encoder": ("none", "none"),
     "posterior, then the encoder": ("posterior", "posterior"),
@@ -52,7 +52,7 @@ THEN_THE_ENCODER = {
     "none, averaging Adam, then the encoder": ("none, averaging Adam", "none"),
     "posterior, averaging Adam, then the encoder": ("posterior, averaging Adam", "posterior"),
 }
-# The setting that is trained for as many iterations in all.
+# Settings that are trained for as many iterations as first and second run together.
 AS_LONG = {f"{name}, as long": name for name in ("none", "none, averaging Adam")}
 NAMES = [*SETTINGS, *AS_LONG, *THEN_THE_ENCODER]
 COLUMNS = {
@@ -67,7 +67,7 @@ COLUMNS = {
 
 
 def posterior_measures(folder: Path, images: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Return means over held-out images, in nats per image, of a pixel's variance of 1/2."""
+    """Return the mean bounds over held-out images, in nats per image, for a decoder variance of 1/2."""
     vae = ECVAEPipeline.from_pretrained(folder).vae.to(device)
     generator = torch.Generator(device).manual_seed(0)
     parts = tqdm(to_range(images).split(64), "Bounds")

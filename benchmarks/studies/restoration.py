@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Zero-shot restoration of held-out images: `python benchmarks/studies/restoration.py --ecvae RUN --vae RUN --output_dir STUDY`.
+"""Restore held-out images: `python benchmarks/studies/restoration.py --ecvae RUN --vae RUN --output_dir STUDY`.
 
-256 images of the test split (digits; Fashion-MNIST with `--fashion_mnist DATASET`), on which neither model was trained, are
-restored by the EC-VAE, by the same algorithm with the uncalibrated VAE, by A^+ (with noise also the damped A_s, s = sigma^2
-over the images' mean square) and by scikit-image's methods, whose weights are the best for these very images. PSNR and SSIM
-are of the mean of `--num_restorations` answers, the feature distance (Frechet, against the clean images) is of single ones.
-`--steps` gives the quality at 5 to 100 decoder passes, `--reliability` instead a picture of how many pixels lie within how
-many standard deviations, M = 16. Rows are kept in STUDY/restoration_<data>.jsonl and not made again.
+The data are 256 test images of digits, or of Fashion-MNIST with `--fashion_mnist DATASET`, on which neither model was trained.
+They are restored by the EC-VAE, by the same algorithm with the uncalibrated VAE, by A^+ (with noise also by A_s, damped by
+s = sigma^2 over the mean square of the images), and by scikit-image's methods, whose weights are the best for these images.
+PSNR and SSIM belong to the mean of `--num_restorations` answers. The feature distance (Frechet, to the clean images) belongs to
+single answers. `--steps` measures 5 to 100 decoder passes. `--reliability` only plots the share of pixels within a number of
+standard deviations, from 16 answers. Rows are kept in STUDY/restoration_<data>.jsonl, so an interrupted study resumes.
 """
 
 import argparse
@@ -43,14 +43,14 @@ FACTORS = tuple(i / 10 for i in range(1, 31))
 
 
 def held_out(dataset: str | None) -> torch.Tensor:
-    """Return uint8 images of the test split."""
+    """Return uint8 images (N, 1, H, W) of the test split."""
     if dataset is None:
         return load_digits()[0][NUM_TRAIN:][:NUM_IMAGES]
     return study.fashion_images(dataset, "test", NUM_IMAGES)
 
 
 def plot_reliability(found: dict[tuple[str, float], list[float]], path: Path) -> None:
-    """Plot the share of unknown pixels within so many standard deviations, against that of a normal distribution."""
+    """Plot the share of unknown pixels within each number of standard deviations against that of a normal distribution."""
     normal = torch.special.erf(torch.tensor(FACTORS) / 2**0.5)
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in found))}
     figure = Figure(figsize=(5, 5), layout="constrained")
@@ -66,21 +66,23 @@ def plot_reliability(found: dict[tuple[str, float], list[float]], path: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ecvae", help="pipeline's folder")
-    parser.add_argument("--vae", help="that of the uncalibrated VAE")
+    parser.add_argument("--ecvae", help="folder of the EC-VAE's pipeline")
+    parser.add_argument("--vae", help="folder of the uncalibrated VAE's pipeline")
     parser.add_argument(
-        "--fashion_mnist", dest="dataset", metavar="DATASET", help="Hub id or folder: this instead of digits"
+        "--fashion_mnist", dest="dataset", metavar="DATASET", help="Hub id or folder, to use instead of digits"
     )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", action="store_true", help="ours at 5 to 100 decoder passes")
-    parser.add_argument("--reliability", type=Path, help="write this picture, of 16 answers, instead")
+    parser.add_argument("--steps", action="store_true", help="measure the EC-VAE at 5 to 100 decoder passes")
+    parser.add_argument("--reliability", type=Path, help="only write this plot, from 16 answers per image")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--noise_std", type=float, nargs="+", choices=NOISES, default=list(NOISES))
-    parser.add_argument("--num_restorations", type=int, default=8, help="M, answers per image")
+    parser.add_argument("--num_restorations", type=int, default=8, help="answers per image")
     study.add_device(parser)
     args = parser.parse_args()
     if args.ecvae is None and (args.vae is None or args.steps or args.reliability is not None):
-        parser.error("--ecvae must be given, or for the rows of the VAE --vae.")
+        parser.error(
+            "--ecvae is required. Only the table without --steps and --reliability can be made from --vae alone."
+        )
     name = "digits" if args.dataset is None else "fashion_mnist"
     images = held_out(args.dataset)
     clean = to_range(images)
@@ -98,7 +100,7 @@ def main() -> None:
                 found[task_name, noise_std] = coverage(task, answers, FACTORS)
                 share = found[task_name, noise_std][FACTORS.index(2.0)]
                 print(f"{task_name}, noise {noise_std}: {share:.1%} within two standard deviations", flush=True)
-                # After each task: the study is long.
+                # After each task, since the study is long.
                 plot_reliability(found, args.reliability)
         return
     features = train_digit_features()[0] if args.dataset is None else lite0_features()

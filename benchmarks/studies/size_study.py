@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Does calibration hold at every size? `python benchmarks/studies/size_study.py --emoji DATASET --output_dir STUDY --sizes 16 32 64`.
+"""Test calibration at several sizes: `python benchmarks/studies/size_study.py --emoji DATASET --output_dir STUDY --sizes 16 32 64`.
 
-One data set at many sizes, gray and in colour, is a controlled experiment: a VAE and an EC-VAE are trained at each with the
-same arguments, the script's defaults except networks and batch. A row says where lambda came to rest, how long the gradients
-from both losses were at the images, and how far samples are from the training images over two layers of EfficientNet-Lite0.
-The data set has RGB images of 256 px, such as Fluent emoji on white.
+A VAE and an EC-VAE are trained on one data set at several sizes, gray and in colour. All arguments except networks and batch
+are the defaults of the script. A row has the final lambda, the norms of the gradients that images receive from both losses, and
+the distance of samples to the training images over two layers of EfficientNet-Lite0. The data set has RGB images of 256 px, such
+as Fluent emoji on white.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from ecvae_diffusers.training.config import DataConfig
 from ecvae_diffusers.training.data.images import ImageDataset, load_images
 
 
-# Steps that the share with calibration on leaves out, and the part at the end of a run whose medians are stated.
+# The share of steps with calibration on leaves out the first steps. Medians are over the last part of a run.
 SETTLING_STEPS, LAST_PART = 200, 0.25
 SETTINGS = {"VAE": ["--calibration", "none"], "EC-VAE": []}
-# Where lambda comes to rest must not depend on these.
+# The final lambda should not depend on these.
 VARIED = {
     **{f"K {steps}": ["--langevin_steps", str(steps)] for steps in (1, 15)},
     **{f"batch {size}": ["--train_batch_size", str(size)] for size in (8, 16, 64, 128)},
@@ -46,7 +46,7 @@ LOGGED = ("dual", "drift", "langevin_drift_step", "calibration_gradient_norm", "
 
 
 class Emoji:
-    """The data set at one size and number of channels, over two layers of EfficientNet-Lite0: all its training images."""
+    """The training images at one size and number of channels, with their features over two layers of EfficientNet-Lite0."""
 
     num_samples = 5_000
 
@@ -62,7 +62,7 @@ class Emoji:
         images = torch.stack([images[i] for i in range(len(images))])
         lite0 = lite0_features().to(args.device)
         network = lite0.network.network
-        # Its first blocks, to stride 16: textures rather than objects.
+        # The first blocks, up to stride 16, see textures rather than objects.
         middle = [network._conv_stem, network._bn0, network._swish, *network._blocks[:11]]
         middle = nn.Sequential(*middle, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         middle = FeatureExtractor(middle, "Lite0, stride 16", 128, mean=127 / 255, std=128 / 255)
@@ -75,7 +75,7 @@ class Emoji:
 
 
 def calibration_row(records: list[dict]) -> dict:
-    """Return where calibration came to rest, from the logged steps of a run: medians over its last quarter."""
+    """Return medians of logged values over the last quarter of a run, and the share of steps with calibration on."""
     last = records[-max(1, int(LAST_PART * len(records))) :]
     row = {name: study.median(last, name) for name in LOGGED if name in last[0]}
     if "constraint" in last[0]:

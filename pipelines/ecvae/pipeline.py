@@ -26,7 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
 
 
-# The code of component classes travels in files of their own. Here their base classes stand for them.
+# The code of component classes is saved in separate files. Here their base classes stand in for them.
 AutoencoderEC = ModelMixin
 EnergyModel = ModelMixin
 LangevinScheduler = SchedulerMixin
@@ -467,22 +467,23 @@ KNOWN = (*OURS, "diffusers", "transformers", "builtins")
 
 
 def unwrapped(component):
-    """Return the model inside of a compiled one (`torch.compile`), any other component as it is."""
+    """Return the model inside a compiled one (`torch.compile`), or any other component unchanged."""
     return getattr(component, "_orig_mod", component)
 
 
 class SelfContained:
     """
-    Saves a pipeline with its code, so that its folder loads without this package too. Stands before `DiffusionPipeline`.
+    Mixin for pipelines that are saved with their code, so that the folder also loads without this package. It must stand
+    before `DiffusionPipeline` in the list of base classes.
 
-    In a single file this class is all there is; in the package [`~pipelines.self_contained.SelfContained`] adds to it.
+    Generated single-file pipelines use this class. In the package, [`~pipelines.self_contained.SelfContained`] extends it.
     """
 
     components: dict[str, Any]  # of `DiffusionPipeline`
 
     @property
     def saved_class(self) -> type:
-        """The class whose code is saved: for a subclass from elsewhere, the pipeline of this package that it extends."""
+        """The class whose code is saved. For a subclass from another package, it is the pipeline that it extends."""
         return next(kind for kind in type(self).__mro__ if DiffusionPipeline in kind.__bases__)
 
     def pipeline_code(self) -> str:
@@ -490,16 +491,18 @@ class SelfContained:
         return Path(inspect.getfile(self.saved_class)).read_text(encoding="utf-8")
 
     def travelling_components(self) -> dict[str, type]:
-        """Return the classes of the components that neither diffusers nor transformers has, so that their code must travel."""
+        """Return the classes of components, by name, that neither diffusers nor transformers provides. Their code is saved."""
         classes = {name: type(unwrapped(component)) for name, component in self.components.items()}
         return {name: kind for name, kind in classes.items() if kind.__module__.split(".")[0] in OURS}
 
     def save_code(self, save_directory: str | Path) -> None:
-        """Write `pipeline.py` and the code of each component. Warn of classes from elsewhere, whose code is not written."""
+        """Write `pipeline.py` and the code of each component. Warn of classes from other packages, whose code is not saved."""
         for name, component in self.components.items():
             kind = type(unwrapped(component))
             if kind.__module__.split(".")[0] not in KNOWN:
-                warnings.warn(f"The code of `{name}` ({kind}) is not saved: import it to load the folder.")
+                warnings.warn(
+                    f"The code of `{name}` ({kind}) is not saved: import its module before you load the folder."
+                )
         mine, saved = type(self).__name__, self.saved_class.__name__
         if type(self) is not self.saved_class:
             warnings.warn(f"The code of {mine} is not saved: `DiffusionPipeline.from_pretrained` loads a {saved}.")
@@ -512,7 +515,7 @@ class SelfContained:
             (folder / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
     def to_json_string(self) -> str:
-        """Return `model_index.json`, which names the code files in the folder, and no path of the writer's machine."""
+        """Return the content of `model_index.json`, which names code files in the folder and no path of this machine."""
         parent: Any = super()
         index = json.loads(parent.to_json_string())
         index.pop("_name_or_path", None)
@@ -522,7 +525,7 @@ class SelfContained:
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
-        """Save the code and `model_index.json`, and take the writer's paths out of the components' configs."""
+        """Save the code and `model_index.json`, and remove paths of this machine from the components' configs."""
         self.save_code(save_directory)
         for name in self.travelling_components():
             for path in (Path(save_directory) / name).glob("*config.json"):

@@ -83,7 +83,7 @@ def test_says_how_many_samples_are_of_the_asked_class(folders, tmp_path):
     assert list(classes["measures"]) == ["all classes", "dark", "light"]
     assert all(one["named_as_asked"] > 0.9 for one in classes["measures"].values())
     assert classes["measures"]["dark"]["kernel_distance_std"] > 0
-    assert "named as asked, light" in evaluation_table(Evaluation.from_json(found))
+    assert "light: recognised as the class asked for" in evaluation_table(Evaluation.from_json(found))
     config = tmp_path / "model" / "vae" / "config.json"
     config.write_text(config.read_text().replace("dark", "grim"))
     with pytest.raises(SystemExit, match="'grim'"):

@@ -8,8 +8,7 @@ from huggingface_hub import ModelCard
 
 from ecvae_diffusers import ECVAERestorationPipeline
 from ecvae_diffusers.evaluation.schema import Evaluation, ImageSet, OutOfDistributionProtocol, Section
-from ecvae_diffusers.figures import NOISE
-from ecvae_diffusers.hub.card import Details, figure, write_card
+from ecvae_diffusers.hub.card import Details, figure, quality, stated_floor, write_card
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,8 +62,8 @@ def test_next_to_the_energy_stands_what_the_plain_model_tells_apart(pipe, tmp_pa
     evaluation.baseline.out_of_distribution = told_apart(theirs, noise=5, stripes=8)
     write_card(pipe, tmp_path, evaluation, DETAILS)
     card = (tmp_path / "README.md").read_text()
-    (row,) = [line for line in card.splitlines() if "told apart: by the energy here" in line]
-    assert "noise" in row and row.endswith("| 0.75 | 0.875 |  |")
+    (row,) = [line for line in card.splitlines() if line.endswith("| 0.75 | 0.875 |  |")]
+    assert "noise" in row and "| 0.25 | 1 |  |" not in card
 
 
 @pytest.mark.parametrize("name, is_stated", [("fashion_mnist", True), ("digits", False)])
@@ -76,10 +75,24 @@ def test_a_kernel_distance_within_its_noise_is_not_stated(name, is_stated, pipe,
     write_card(pipe, tmp_path, evaluation, DETAILS)
     card = ModelCard.load(tmp_path / "README.md")
     measures = evaluation.generation.measures
-    (row,) = [line for line in card.text.splitlines() if line.startswith("| kernel distance |") and "samples" in line]
-    assert (figure(measures["kernel_distance"].mean) in card.content) == is_stated
-    assert (NOISE in row) != is_stated and f"{measures['kernel_distance_std'].mean:.2g} over subsets" in row
+    rows = [line for line in card.text.splitlines() if line.startswith("| kernel distance |") and "samples" in line]
+    assert (figure(measures["kernel_distance"].mean) in card.content) == is_stated == (len(rows) == 1)
+    assert all(f"{measures['kernel_distance_std'].mean:.2g} over subsets" in row for row in rows)
     assert any(result.metric_type == "kernel_distance" for result in card.data.eval_results) == is_stated
     for run in evaluation.training_seeds.runs:
         assert (figure(run.kernel_distance) in card.text) == is_stated
         assert figure(run.frechet_distance) in card.text
+
+
+def test_the_floor_of_too_few_images_is_not_stated():
+    """297 held-out digits are further from the training digits than 5,000 samples are, by their number alone."""
+    evaluation = Evaluation.load(ROOT / "model_cards" / "digits")
+    assert stated_floor(evaluation)[0] == {} and any("297" in line for line in quality(evaluation))
+    evaluation.floor.protocol.compared.num_images = 5_000
+    assert stated_floor(evaluation)[0]["frechet_distance"] > 100
+
+
+def test_the_quality_stands_next_to_the_floor_and_the_baseline():
+    evaluation = Evaluation.load(ROOT / "model_cards" / "fashion_mnist")
+    line = quality(evaluation)[0]
+    assert "98.6" in line and "25.5" in line and f"341 for {evaluation.baseline.name}" in line

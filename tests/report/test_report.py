@@ -72,7 +72,7 @@ def test_page_needs_nothing_besides_itself(page):
 
 def test_page_shows_all_that_a_run_left(page):
     assert list(page.sections) == [
-        "verdict", "run", "samples", "calibration", "energies", "chain", "training", "reconstructions", "evaluation",
+        "verdict", "samples", "run", "calibration", "energies", "chain", "training", "reconstructions", "evaluation",
         "nearest-neighbours", "guard-events",
     ]  # fmt: skip
     assert page.charts() == [
@@ -117,7 +117,7 @@ def test_the_page_says_what_was_trained(tmp_path, arguments, kind, samples):
     assert ("average of its weights" in page.sections["chain"]) == ("use_ema" in arguments)
     assert "first tenth" not in page.text
     assert page.charts() == ["bits per dimension", "reconstruction", "posterior's dual variable"]
-    assert any("squared error, of the posterior's chains' ends" in image["alt"] for image in page.images)
+    assert any("from samples of q, from ends of the posterior's chains" in image["alt"] for image in page.images)
 
 
 def test_first_logged_step_of_a_run_that_was_killed(tmp_path):

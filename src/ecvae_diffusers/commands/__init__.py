@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What the command `ecvae` does by itself. The other commands are those of training, evaluation and report."""
+"""The commands `ecvae sample`, `restore` and `publish`. The others are in `training`, `evaluation` and `report`."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ LARGEST_SEED = 2**63 - 1
 
 
 def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], float]:
-    """Return the `type` of a command line's argument that must be a finite number from `least` to `most`."""
+    """Return an argparse `type` for finite numbers from `least` to `most`."""
     allowed = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
 
     def read(text: str) -> float:
@@ -35,14 +35,14 @@ def number(kind: type[int] | type[float], least: float, most: float = math.inf) 
 
 
 def check_writable(argument: str, path: str) -> None:
-    """Raise `ValueError`, before anything is computed, if nothing may be written to a path."""
+    """Raise `ValueError` if a path can't be written, before anything is computed."""
     place = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
     if not os.access(place, os.W_OK):
         raise ValueError(f"{argument} {path!r} can't be written: {str(place)!r} is read-only.")
 
 
 def read_label(text: str | None, config: Any) -> str | int | None:
-    """Read a class from the command line: a name in a model's config, or else a number."""
+    """Read a class from the command line: the name of one of a model's classes, or else a number."""
     names = (config.get("id2label") or {}).values()
     return int(text) if text is not None and text.isdecimal() and text not in names else text
 
@@ -51,10 +51,10 @@ def load_pipeline(
     loader: type["DiffusionPipeline"], argument: str, source: str, device: str | None
 ) -> "DiffusionPipeline":
     """
-    Load a pipeline of a folder or Hub id, to a device of this machine; to its accelerator, or else the CPU, if none is given.
+    Load a pipeline from a folder or a Hub id to `device`. If that is `None`, use an accelerator if there is one.
 
     Raises:
-        ValueError: naming the command line's `argument`, if it can't be loaded, or nothing can be computed on the device.
+        ValueError: naming the command line's `argument`, if the pipeline can't be loaded or `device` can't be used.
     """
     import torch
 
@@ -74,14 +74,14 @@ def load_pipeline(
 
 
 def what_to_install(error: ImportError) -> str:
-    """Return an error's message, with what to install if it does not say so."""
+    """Return an error's message, and what to install unless the message says so."""
     return str(error) if "pip install" in str(error) else f"{error}: pip install 'ecvae-diffusers[training]'"
 
 
 def run_or_fail(
     run: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str, how_to_go_on: str = ""
 ) -> None:
-    """Run a command. What a user can mend, or has interrupted, ends the process with one line."""
+    """Run a command. An error that a user can fix, or an interruption, ends the process with one line."""
     try:
         run(args)
     except ImportError as error:

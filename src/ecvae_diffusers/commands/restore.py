@@ -18,10 +18,10 @@ from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline
 if TYPE_CHECKING:
     from ecvae_diffusers import ECVAERestorationPipeline
 
-# Those of `ecvae evaluate-restoration` whose measurement is a picture.
+# The tasks of `ecvae evaluate-restoration` whose measurement is a picture.
 TASKS = ("super_resolution_x2", "super_resolution_x4", "deblurring", "colorization", "denoising")
 RECORD = "restored.json"
-# The standard deviation, in the unit of images in [0, 1], that is white in a map of the uncertainty.
+# Standard deviation of images in [0, 1] that is white in the map of the uncertainty.
 WHITE_STD = 0.25
 
 
@@ -30,21 +30,23 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument(
         "pictures", type=os.path.expanduser, nargs="+", metavar="picture", help="Damaged pictures, or folders of them."
     )
-    parser.add_argument("--model", type=os.path.expanduser, required=True, help="Pipeline: folder or Hub id.")
+    parser.add_argument("--model", type=os.path.expanduser, required=True, help="Pipeline: a folder or a Hub id.")
     damage = parser.add_mutually_exclusive_group(required=True)
-    damage.add_argument("--mask", type=os.path.expanduser, help="Picture of the same size: white is repainted.")
-    damage.add_argument("--task", choices=TASKS, metavar="TASK", help=f"What to undo instead: {', '.join(TASKS)}.")
+    damage.add_argument(
+        "--mask", type=os.path.expanduser, help="Picture of the same size: white pixels are repainted."
+    )
+    damage.add_argument("--task", choices=TASKS, metavar="TASK", help=f"Or the damage to undo: {', '.join(TASKS)}.")
     parser.add_argument(
         "-o", "--output_dir", type=os.path.expanduser, required=True, help="Folder to write to. Must be new or empty."
     )
     parser.add_argument(
         "--blur_std", type=number(float, 0),
-        help="Of --task deblurring: standard deviation of the Gaussian blur, in pixels.",
+        help="For --task deblurring: standard deviation of the Gaussian blur in pixels.",
     )  # fmt: skip
     parser.add_argument(
         "--noise_std", type=number(float, 0, 1),
-        help="Standard deviation of the pictures' noise, for images in [-1, 1]: of noise in 8-bit levels a 127.5th. Default: that of "
-        "rounding to 8 bits.",
+        help="Standard deviation of the noise, for images in [-1, 1]: that in 8-bit levels divided by 127.5. Default: that of rounding "
+        "to 8 bits.",
     )  # fmt: skip
     for name, kind, default, meaning in (
         ("num_restorations", number(int, 1), 8, "Answers per picture"),
@@ -52,27 +54,29 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         ("seed", number(int, 0, LARGEST_SEED), 0, "Seed of the answers"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning}. Default: {default}.")
-    parser.add_argument("--class_label", metavar="CLASS", help="Name or number of the class that all pictures show.")
+    parser.add_argument("--class_label", metavar="CLASS", help="Name or number of the class of all pictures.")
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
     if (args.task == "deblurring") != bool(args.blur_std):
-        parser.error(f"--task deblurring, and no other, needs a --blur_std above 0, but it is {args.blur_std}.")
+        parser.error(
+            f"--blur_std must be above 0 for --task deblurring, and left out otherwise, but is {args.blur_std}."
+        )
     if args.task == "denoising" and not args.noise_std:
-        parser.error(f"--task denoising needs a --noise_std above 0, but it is {args.noise_std}.")
+        parser.error(f"--noise_std must be above 0 for --task denoising, but is {args.noise_std}.")
     if not is_free(args.output_dir):
-        parser.error(f"--output_dir must be a new or empty folder, but {args.output_dir!r} holds something.")
+        parser.error(f"--output_dir must be a new or empty folder, but {args.output_dir!r} is not.")
     return args
 
 
 def find_pictures(sources: list[str]) -> dict[str, Path]:
-    """Return the pictures of files and folders, by the names that their answers get, which must be different."""
+    """Return the pictures in files and folders by their stems, which name the answers. Raises `ValueError` if two are equal."""
     from ecvae_diffusers.training.data.images import open_folder
 
     found: dict[str, Path] = {}
     for source in sources:
         for path in open_folder(source, "pictures").source if os.path.isdir(source) else [Path(source)]:
             if (other := found.setdefault(path.stem, path)) != path:
-                raise ValueError(f"pictures need names of their own, but {str(other)!r} and {str(path)!r} share one.")
+                raise ValueError(f"pictures must have different names, but {str(other)!r} and {str(path)!r} do not.")
     return found
 
 
@@ -94,11 +98,11 @@ def check_pictures(pictures: dict[str, Path], mask: str | None) -> None:
     for path in pictures.values():
         size = read("picture", path, lambda image: read_picture(image, 3)).size
         if height_and_width not in (None, size[::-1]):
-            raise ValueError(f"--mask {mask!r} must be of the {size[0]}x{size[1]} px of {str(path)!r}.")
+            raise ValueError(f"--mask {mask!r} must have the size of {str(path)!r}, {size[0]}x{size[1]} px.")
 
 
 def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Write a picture's answers, their mean and its uncertainty into the output folder, and return their record."""
+    """Restore a picture, write its answers, their mean and the uncertainty into the output folder, and return a record."""
     import numpy as np
     import PIL.Image
     import torch
@@ -159,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
 
     pipeline = load_pipeline(ecvae_diffusers.ECVAERestorationPipeline, "--model", args.model, args.device)
     if args.task == "colorization" and pipeline.vae.config.in_channels == 1:
-        raise ValueError(f"--task colorization needs a model in colour, but --model {args.model!r} is of gray images.")
+        raise ValueError(f"--task colorization requires a model of colour images, but --model {args.model!r} is gray.")
     record: dict[str, Any] = {
         "arguments": vars(args),
         "ecvae_diffusers": ecvae_diffusers.__version__,
@@ -169,13 +173,13 @@ def run(args: argparse.Namespace) -> None:
     for name, path in pictures.items():
         pipeline.set_progress_bar_config(desc=name, unit="step")
         record["restorations"].append(restore(pipeline, path, args))
-        # After each picture: what is done outlives an interruption.
+        # After each picture, so that an interruption loses no finished one.
         write_json(Path(args.output_dir) / RECORD, record)
     print(f"{args.output_dir}: {args.num_restorations} answer(s) per picture, mean and uncertainty, and {RECORD}.")
 
 
 def main(argv: list[str] | None = None, prog: str = "ecvae restore") -> None:
-    """Restore as a command line says: that of this process, or `argv`."""
+    """Run `ecvae restore` with `argv`, or with the arguments of this process."""
     run_or_fail(run, parse_args(argv, prog), prog)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Sample images from a trained model, into one picture or a folder: `ecvae sample --help`."""
+"""Sample images from a trained model into one picture or a folder: `ecvae sample --help`."""
 
 import argparse
 import itertools
@@ -21,25 +21,26 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument(
         "model",
         type=os.path.expanduser,
-        help="Pipeline: folder or Hub id. With --backend onnx a folder of `ecvae export`.",
+        help="Pipeline: a folder or a Hub id. With --backend onnx, a folder of `ecvae export`.",
     )
-    parser.add_argument("-n", "--num_images", type=number(int, 1), default=16, help="Default: 16.")
+    parser.add_argument("-n", "--num_images", type=number(int, 1), default=16, help="Number of images. Default: 16.")
     parser.add_argument(
         "--seed", type=number(int, 0, LARGEST_SEED), default=0, help="Seed of the latents. Default: 0."
     )
     parser.add_argument(
         "-o", "--output", type=os.path.expanduser, default="samples.png",
-        help="A name that ends in .png: one picture of all images. Any other: a folder, with a file per image. Default: samples.png.",
+        help="A PNG file for one picture of all images, or a folder for one file per image. Default: samples.png.",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="Replace files that exist.")
-    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="Images computed together. Default: 64.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace existing files.")
+    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="Images per pass. Default: 64.")
     parser.add_argument(
         "--temperature", type=number(float, 0), default=1.0,
         help="Standard deviation of the latents. Below 1, images are more typical and less varied. Default: 1.",
     )  # fmt: skip
     parser.add_argument(
         "--class_labels", nargs="+", metavar="CLASS",
-        help="Names or numbers of classes, which the images take in turn. Default: drawn by their frequencies.",
+        help="Names or numbers of classes, which the images take in turn. Default: drawn by their frequencies in "
+        "the training data.",
     )  # fmt: skip
     parser.add_argument(
         "--backend", choices=("torch", "onnx"), default="torch",
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "ecvae sample") -> None:
-    """Sample as a command line says: that of this process, or `argv`."""
+    """Run `ecvae sample` with `argv`, or with the arguments of this process."""
     run_or_fail(run, parse_args(argv, prog), prog)
 
 

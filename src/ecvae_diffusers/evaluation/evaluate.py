@@ -1,9 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Measure a model, or a folder of generated images, against data: `ecvae evaluate --help`.
 
-Writes `evaluation.json` (every figure with its protocol), `samples.png` and `neighbours.png` (the samples that are
-nearest to training images, each next to those). Any number of processes gives the same figures. An interrupted evaluation
-resumes when it is started again with the same arguments.
+Writes `evaluation.json` (every figure with its protocol), `samples.png` and `neighbours.png` (the samples nearest to
+training images, each next to those images). The figures do not depend on the number of processes. An interrupted
+evaluation resumes when it is started again with the same arguments.
 """
 
 import argparse
@@ -18,52 +18,53 @@ from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
 
 
 PARTS_FOLDER, SAMPLES, NEIGHBOURS = ".parts", "samples.png", "neighbours.png"
-HOW_TO_READ = (
-    "Good: distances low, those of the floor are what unseen images get instead of samples; precision, recall, density "
-    "and coverage near 1; of reconstructions PSNR and SSIM high; bounds on the likelihood high, amortisation gap and "
-    "bits per dimension low; AUROC near 1, at 0.5 the score tells nothing apart."
-)
+HOW_TO_READ = "Compare each value with the columns `floor` and `good`. Distances over other features can't be compared with these."
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     description = __doc__.split(":")[0] + "."
     parser = ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pretrained_model_name_or_path", type=place, help="Pipeline: folder or Hub id.")
-    what.add_argument("--generated_image_dir", type=place, help="Or a folder of images that any model has made.")
-    parser.add_argument("--revision", help="Branch or commit of a Hub id.")
+    what.add_argument("--pretrained_model_name_or_path", type=place, help="Pipeline to measure: a folder or a Hub id.")
+    what.add_argument("--generated_image_dir", type=place, help="Folder of generated images to measure, of any model.")
+    parser.add_argument("--revision", help="Branch, tag or commit of a pipeline on the Hub.")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--dataset_name", type=place, help="The data: Hub id, or a folder.")
-    data.add_argument("--train_data_dir", type=place, help="Folder of images instead of --dataset_name.")
+    data.add_argument("--dataset_name", type=place, help="Data set to measure against: a Hub id or a folder.")
+    data.add_argument("--train_data_dir", type=place, help="Folder of training images, instead of --dataset_name.")
     parser.add_argument("--dataset_config_name")
-    parser.add_argument("--data_name", help="What to call the data in reports, instead of its Hub id or folder.")
-    parser.add_argument("--image_column", help="If the data set has several columns of images.")
+    parser.add_argument("--data_name", help="Name of the data in reports, instead of its Hub id or folder.")
+    parser.add_argument("--image_column", help="Column of the images, if the data set has several.")
     parser.add_argument(
-        "--class_column", help="Column of the classes, for --features classifier. Default: the only one."
+        "--class_column", help="Column of the classes, for --features classifier. Default: the only column of classes."
     )
     parser.add_argument("--cache_dir", type=place)
-    parser.add_argument("--train_split", default="train", help="What samples are measured against.")
-    parser.add_argument("--test_split", default="test", help="What the model has not seen. 'none' if there is none.")
-    parser.add_argument("--test_data_dir", type=place, help="Folder of images instead of --test_split.")
+    parser.add_argument("--train_split", default="train", help="Split that samples are measured against.")
+    parser.add_argument("--test_split", default="test", help="Split of held-out images, or 'none' if there is none.")
+    parser.add_argument("--test_data_dir", type=place, help="Folder of held-out images, instead of --test_split.")
     parser.add_argument(
         "--out_of_distribution", type=named_place, nargs="+", default=[], metavar="NAME=SOURCE",
-        help="Other data that the energy should tell from the model's: folder, or data set (its --test_split).",
+        help="Other data, which the energy should tell from the training data: a folder of images, or a data set, of which "
+        "--test_split is used.",
     )  # fmt: skip
-    parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
+    parser.add_argument(
+        "--output_dir", type=place, required=True, help="Folder to write to. Must not hold an evaluation."
+    )
     count = number(int, 1)
-    parser.add_argument("--resolution", type=count, help="Of the images, if not the model's or the generated ones'.")
+    parser.add_argument(
+        "--resolution", type=count, help="Size of images in px, if not that of the model or of the files."
+    )
     parser.add_argument("--num_samples", type=count, default=10_000, help="Generated images per seed.")
     parser.add_argument("--num_reference", type=count, default=10_000, help="Training images, drawn at random.")
     parser.add_argument("--num_test", type=count, default=10_000, help="Test images, drawn at random.")
-    parser.add_argument("--num_likelihood_images", type=number(int, 0), default=128, help="0 leaves the bound out.")
-    parser.add_argument("--importance_samples", type=count, default=500, help="Latents per image of the bound.")
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="Of the latents.")
+    parser.add_argument("--num_likelihood_images", type=number(int, 0), default=128, help="0: no bounds.")
+    parser.add_argument("--importance_samples", type=count, default=500, help="Latents per image, for the bound.")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="Seeds of the latents.")
     parser.add_argument(
         "--features", type=place, default="lite0",
-        help="'lite0', 'digits', 'inception', a vision model of transformers such as 'facebook/dinov2-base', or 'classifier': one that "
-        "learns the data's classes first (sub-folders, or --class_column).",
+        help="'lite0', 'digits', 'inception', a vision model of transformers such as 'facebook/dinov2-base', or "
+        "'classifier', which is first trained on the data's classes (sub-folders, or --class_column).",
     )  # fmt: skip
-    parser.add_argument("--batch_size", type=count, default=50, help="Images at a time.")
+    parser.add_argument("--batch_size", type=count, default=50, help="Images per batch.")
     args = parser.parse_args(argv)
     if len(set(args.seeds)) != len(args.seeds):
         parser.error(f"--seeds must be different numbers, but are {args.seeds}.")
@@ -75,9 +76,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         )
     folder = Path(args.output_dir)
     there = [name for name in (EVALUATION_FILE, SAMPLES, NEIGHBOURS) if (folder / name).exists()]
-    # Pictures next to its parts are of an evaluation that was interrupted as it wrote.
+    # Pictures next to the folder of parts come from an evaluation that was interrupted while writing.
     if EVALUATION_FILE in there or there and not (folder / PARTS_FOLDER).is_dir():
-        parser.error(f"--output_dir {args.output_dir!r} holds {there[0]}: give another folder.")
+        parser.error(f"--output_dir {args.output_dir!r} already holds {there[0]}: give another folder.")
     return args
 
 
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     from ecvae_diffusers.training.run.folder import locked_by_main
     from ecvae_diffusers.training.run.pictures import save_atomically
 
-    # Explicit: of several processes without an accelerator, each would otherwise take itself for the only one.
+    # Without `cpu`, each of several processes on a machine without an accelerator would take itself for the only one.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     main_process, output_dir = accelerator.is_main_process, Path(args.output_dir)
     with locked_by_main(accelerator, output_dir):
@@ -102,16 +103,18 @@ def run(args: argparse.Namespace) -> None:
         if args.pretrained_model_name_or_path is not None:
             model = EvaluatedModel(args.pretrained_model_name_or_path, args.revision, accelerator.device)
             if args.resolution not in (None, model.resolution):
-                raise ValueError(f"--resolution must be the model's ({model.resolution}), but is {args.resolution}.")
+                raise ValueError(
+                    f"--resolution must be that of the model, {model.resolution}, but is {args.resolution}."
+                )
         images = EvaluatedImages(args, None if model is None else (model.channels, model.resolution), main_process)
         identity = {name: value for name, value in vars(args).items() if name not in ("output_dir", "cache_dir")}
         identity["weights"] = model.fingerprint if model is not None else None
-        # Other images may lie under the same path by now.
+        # The images at a path may have changed since an interruption.
         for name, decoded in images.decoded.items():
             identity[f"images of {name}"] = hashlib.sha256(decoded.numpy().data).hexdigest()
         work = Work(args, accelerator, model, images, output_dir / PARTS_FOLDER, identity)
         work.do()
-        # What is left is the main process's: torchmetrics would wait for the others.
+        # The main process alone does the rest. As one of a group, torchmetrics would wait for the others.
         accelerator.wait_for_everyone()
         accelerator.end_training()
         if torch.distributed.is_initialized():
@@ -126,14 +129,14 @@ def run(args: argparse.Namespace) -> None:
         print(evaluation_table(evaluation))
         print(HOW_TO_READ)
         print(f"{output_dir / SAMPLES}: samples.")
-        print(f"{output_dir / NEIGHBOURS}: the samples nearest to training images, each next to those.")
+        print(f"{output_dir / NEIGHBOURS}: the samples nearest to training images, each next to those images.")
         print(f"{output_dir / EVALUATION_FILE}: every figure with its protocol.")
 
 
 def main(
     argv: list[str] | None = None, prog: str = "ecvae evaluate", prepare: Callable[[], None] = lambda: None
 ) -> None:
-    """Evaluate as a command line says: that of this process, or `argv`. `prepare` is called when that is read."""
+    """Run `ecvae evaluate` with `argv`, or this process's arguments. `prepare` is called after parsing them."""
     printable()
     args = parse_args(argv, prog)
     prepare()

@@ -1,8 +1,9 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Restore a folder of images from what tasks leave of them, and measure that: `ecvae evaluate-restoration --help`.
+"""Degrade a folder of clean images, restore them and measure the answers: `ecvae evaluate-restoration --help`.
 
-Writes `restoration.json` (every measure, with the protocol), `restoration.md` (a table) and a picture per noise level:
-clean | measured | A^+ y (with noise A_s y) | restored | uncertainty. The model should not be trained on the images.
+Writes `restoration.json` (every measure with its protocol), `restoration.md` (a table) and one picture per noise level,
+with the columns clean | measured | A^+ y (A_s y with noise) | restored | uncertainty. Use images that the model was not
+trained on.
 """
 
 import argparse
@@ -34,48 +35,67 @@ COLUMNS = {
     "residual_of_mean": ("residual of the mean", ".4f"),
     "largest_relative_residual": ("largest relative residual", ".0e"),
     "coverage": ("within 2 std", ".1%"),
-    "num_network_calls": ("calls", "d"),
+    "num_network_calls": ("network calls", "d"),
     "seconds": ("s per image", ".2f"),
 }
 NUM_PICTURES = 8
 HOW_TO_READ = (
-    "Good: PSNR and SSIM high; feature distance and residuals low; within 2 std near 95%, less is an uncertainty that "
-    "claims too much. `ours` should be better than every other method of the same task and noise.\n"
-    "Pictures: clean, measured, by the linear answer, restored, uncertainty."
+    "How to read the table: PSNR and SSIM should be high, feature distance and residuals low. About 95% of pixels should "
+    "lie within 2 std; with fewer, the stated uncertainty is too small. `ours` should be better than every other method "
+    "for the same task and noise.\n"
+    "The pictures show, from left to right: clean, measured, linear answer, restored, uncertainty."
 )
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     description = __doc__.split(":")[0] + "."
     parser = ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--pretrained_model_name_or_path", type=place, required=True, help="Folder or Hub id.")
-    parser.add_argument("--baseline", type=place, help="Another pipeline, such as the same VAE without calibration.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", type=place, required=True, help="Pipeline: a folder or a Hub id."
+    )
+    parser.add_argument(
+        "--baseline", type=place, help="Pipeline to compare with, such as the VAE without calibration."
+    )
     count = number(int, 1)
     parser.add_argument("--image_dir", type=place, required=True, help="Folder of clean images.")
-    parser.add_argument("--max_images", type=count, default=256, help="So many, spread evenly over the names.")
-    parser.add_argument("--output_dir", type=place, required=True, help="Where to write. Must not hold an evaluation.")
+    parser.add_argument("--max_images", type=count, default=256, help="At most so many, spread evenly over the names.")
     parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"Of {', '.join(TASKS)}. All that fit if not given."
+        "--output_dir", type=place, required=True, help="Folder to write to. Must not hold an evaluation."
     )
     parser.add_argument(
-        "--noise_std", type=number(float, 0), nargs="+", default=[0.0, 0.05], help="sigma, for images in [-1, 1]."
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"Tasks, from {', '.join(TASKS)}. Default: all that fit.",
     )
-    parser.add_argument("--num_restorations", type=count, default=8, help="M: answers to each measurement.")
-    parser.add_argument("--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes.")
+    parser.add_argument(
+        "--noise_std",
+        type=number(float, 0),
+        nargs="+",
+        default=[0.0, 0.05],
+        help="Standard deviations of the measurement noise, for images in [-1, 1].",
+    )
+    parser.add_argument("--num_restorations", type=count, default=8, help="Answers per measurement.")
+    parser.add_argument(
+        "--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes per answer."
+    )
     parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
     parser.add_argument("--energy_weight", type=number(float, 0), default=0.0)
-    parser.add_argument("--classical", action="store_true", help="scikit-image's methods too, where it has one.")
-    parser.add_argument("--features", type=place, default="lite0", help="As for `ecvae evaluate`.")
+    parser.add_argument("--classical", action="store_true", help="Also measure scikit-image's method for a task.")
+    parser.add_argument(
+        "--features", type=place, default="lite0", help="As for `ecvae evaluate`, except 'classifier'."
+    )
     parser.add_argument("--batch_size", type=count, default=64, help="Measurements restored together.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="A GPU if there is one, if not given.")
+    parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
     if max(args.noise_std) >= 1:
         parser.error(f"--noise_std must be below 1, for images in [-1, 1], but is {args.noise_std}.")
     if (Path(args.output_dir) / "restoration.json").exists():
-        parser.error(f"--output_dir {args.output_dir!r} holds a restoration.json: give another folder.")
+        parser.error(f"--output_dir {args.output_dir!r} already holds a restoration.json: give another folder.")
     if args.classical and importlib.util.find_spec("skimage") is None:
-        parser.error("--classical needs: pip install 'ecvae-diffusers[restoration]'.")
+        parser.error("--classical requires scikit-image: pip install 'ecvae-diffusers[restoration]'.")
     return args
 
 
@@ -89,7 +109,7 @@ def choose_clean(image_dir: str, count: int) -> "CheckedPictures":
 
 
 def load(name: str, device: str | None = None) -> Any:
-    """Load an `ECVAERestorationPipeline`. On a CPU, this layout and kept memory take a third off a pass's time."""
+    """Load an `ECVAERestorationPipeline`. The channels-last layout and, on a CPU, kept memory make it faster."""
     import torch
 
     from ecvae_diffusers import ECVAERestorationPipeline
@@ -105,7 +125,7 @@ def load(name: str, device: str | None = None) -> Any:
 
 
 def task_names(asked: list[str] | None, image_shape: tuple[int, ...], noise_std: float) -> list[str]:
-    """Return the tasks asked for, or all that fit such images; without noise there is nothing to denoise."""
+    """Return the tasks asked for, or all that fit images of this shape. Denoising needs noise."""
     from ecvae_diffusers.evaluation.restoration import make_operator
 
     if asked is not None:
@@ -133,7 +153,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Restore and measure, and write what is done after each task. No other evaluation may have the folder meanwhile."""
+    """Restore and measure, writing the results after each task. A lock keeps other evaluations out of the folder."""
     check_places(args)
 
     from ecvae_diffusers.training.run.folder import locked
@@ -166,11 +186,11 @@ def restore_and_measure(args: argparse.Namespace, output_dir: Path) -> None:
     known = trained_hashes(args.pretrained_model_name_or_path)
     num_trained_on = None if known is None else sum(one in known for one in checked.hashes)
     if num_trained_on:
-        print(f"WARNING {num_trained_on} of {len(checked)} images were trained on.", file=sys.stderr)
+        print(f"WARNING The model was trained on {num_trained_on} of {len(checked)} images.", file=sys.stderr)
     decoded = decode_all(checked, config.sample_size, config.in_channels)
     clean, subset = to_range(decoded), subset_size(len(decoded), len(decoded))
     metrics, features = None, load_features(args.features, device, argument="features")
-    if len(clean) >= NUM_NEIGHBOURS + 2:  # fewer can't be compared as a set
+    if len(clean) >= NUM_NEIGHBOURS + 2:  # fewer images can't be compared as a set
         metrics = GenerationMetrics(features, kernel_subset_size=subset)
         metrics.update(decoded, real=True)
     protocol = {
@@ -180,7 +200,7 @@ def restore_and_measure(args: argparse.Namespace, output_dir: Path) -> None:
         "files": checked.describe(config.in_channels),
         "features": features.name,
         "kernel_distance_std": f"over 100 subsets of {subset}",
-        "null": "a PSNR of answers without any error, which is infinite, or a distance of too few images",
+        "null": "an infinite PSNR, of answers without any error, or a distance between too few images",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "ecvae_diffusers": ecvae_diffusers.__version__,
@@ -223,9 +243,9 @@ def restore_and_measure(args: argparse.Namespace, output_dir: Path) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "ecvae evaluate-restoration") -> None:
-    """Evaluate restorations as a command line says: that of this process, or `argv`."""
+    """Run `ecvae evaluate-restoration` with `argv`, or with the arguments of this process."""
     printable()
-    how_to_go_on = ": restoration.json holds the tasks that were done; start again with another --output_dir"
+    how_to_go_on = ": restoration.json holds the finished tasks; start again with another --output_dir"
     run_or_fail(run, parse_args(argv, prog), prog, how_to_go_on)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The images of an evaluation: folders or splits of data sets, drawn at random and brought to one size."""
+"""Loads the images of an evaluation from folders and data sets, draws them at random and resizes them to one size."""
 
 import argparse
 import logging
@@ -35,10 +35,12 @@ def open_source(
     class_column: str | None = None,
 ) -> Pictures:
     """
-    Open a folder of images, or a split of a data set (Hub id or folder), `with_classes` if asked to. `config_name` and `image_column`
-    are those of `--dataset_name`: other data has its own. Raises `ValueError`, naming `argument`, if that fails.
+    Open a folder of images, or a split of a data set (Hub id or folder), with its classes if `with_classes`.
+
+    `config_name` and `image_column` belong to `--dataset_name` and are ignored for `--out_of_distribution`. Raises
+    `ValueError`, naming `argument`, if the source can't be opened.
     """
-    # A folder that is a data set holds its splits: listed, each of them would be all of it.
+    # `--dataset_name` may be a folder with several splits. Listing its images would make each split all of them.
     may_be_either = argument not in ("dataset_name", *PICTURE_FOLDERS) and os.path.isdir(source)
     if argument in PICTURE_FOLDERS or (may_be_either and find_images(source, argument)):
         pictures = open_folder(source, argument)
@@ -58,8 +60,8 @@ def open_source(
 
 def draw(pictures: Pictures, count: int | None, seed: int, progress: bool) -> CheckedPictures:
     """
-    Draw `count` pictures, or all of them, in random order; the same ones in the same order for a seed. Data are often
-    sorted by class, and some measures take the first images. Raises `ValueError` if one of them can't be read.
+    Draw `count` pictures, or all if it is `None`, in a random order that depends on `seed` alone. The order matters: data
+    are often sorted by class, and some measures take the first images. Raises `ValueError` if a picture can't be read.
     """
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
     return CheckedPictures(pictures.select(order[:count].tolist()), progress=progress)
@@ -68,19 +70,21 @@ def draw(pictures: Pictures, count: int | None, seed: int, progress: bool) -> Ch
 def decode_all(
     checked: CheckedPictures, resolution: int, channels: int | None = None, progress: bool = True
 ) -> torch.Tensor:
-    """Return pictures as uint8 images (N, C, H, W). `channels` of `None` are 1 if every image is gray, else 3."""
+    """Decode pictures to uint8 images (N, C, H, W). If `channels` is `None`, C is 1 if every image is gray, else 3."""
     return decode_pictures(checked.pictures, channels or checked.channels, resolution, progress)
 
 
 class EvaluatedImages:
     """
-    The images that the command line of `ecvae evaluate` names, for a model of images of `shape` (channels, resolution), or for generated images alone. The main
-    process warns of generated images that are training images, and of pictures that are left out.
+    The images that the arguments of `ecvae evaluate` name. `shape` is the (channels, resolution) of the model, or `None`
+    if a folder of generated images is measured. The main process warns of pictures that are left out, and of generated
+    images that are training images.
 
     Attributes:
-        decoded (`dict`): uint8 images by name: `real`, `test`, `generated`, and `outside_...` of other data.
-        checked (`dict`): By the same names, the pictures that the images are of, with their classes for `--features classifier`.
-        training ([`Pictures`]): All training images, of which `real` are drawn.
+        decoded (`dict`): uint8 images (N, C, H, W) by name: `real` (training images), `test`, `generated`, and
+            `outside_<name>` for other data.
+        checked (`dict`): The pictures of the same names, with their classes for `--features classifier`.
+        training ([`Pictures`]): All training images. `real` is drawn from them.
     """
 
     def __init__(self, args: argparse.Namespace, shape: tuple[int, int] | None, main_process: bool):
@@ -118,11 +122,11 @@ class EvaluatedImages:
                 )
             if args.resolution is None and len(generated.sizes) > 1:
                 raise ValueError(
-                    f"--generated_image_dir must hold images of one size, but holds {generated.describe_sizes()}: give "
-                    "--resolution, to which all are resized."
+                    f"--generated_image_dir must hold images of one size, but holds {generated.describe_sizes()}: resize "
+                    "them by giving --resolution."
                 )
             resolution = args.resolution or min(next(iter(generated.sizes)))
-            # One set that has colour is enough: a model without it would be found perfect among gray images.
+            # One set with colour is enough to compare colours: as gray images, samples without colour would look perfect.
             channels = max(one.channels for one in self.checked.values())
         sets = self.checked.items()
         self.decoded = {name: decode_all(one, resolution, channels, main_process) for name, one in sets}
@@ -132,7 +136,7 @@ class EvaluatedImages:
             self.decoded["outside_noise"] = torch.randint(256, size, generator=noise, dtype=torch.uint8)
 
     def class_names(self, name: str) -> list[str] | None:
-        """Return the names of a set's classes, `None` where classes were not asked for."""
+        """Return the names of a set's classes, or `None` if classes were not loaded."""
         return self.checked[name].pictures.class_names
 
     def labels(self, name: str) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Restoration tasks, and the quality of an answer: PSNR, SSIM, feature distance, residual, calibrated uncertainty."""
+"""Defines restoration tasks and measures answers to them: PSNR, SSIM, feature distance, residual and uncertainty."""
 
 import time
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from ecvae_diffusers.training.data.transforms import to_uint8
 
 # Share of the pixels that "random_inpainting" observes.
 OBSERVED = 0.3
-# Pixels of images in [-1, 1] that vary less over the test set, such as an empty border, are left out of the coverage.
+# Coverage leaves out pixels with a smaller standard deviation over the clean images, such as those of an empty border.
 LEAST_VARIED = 0.05
-# The answer's own share of a pixel's variance from which on the measurement leaves it open.
+# A pixel is unknown if the measurement leaves open more than this share of its variance.
 LEFT_OPEN = 0.01
 
 
 def make_operator(name: str, image_shape: tuple[int, ...]) -> LinearOperator:
-    """Return a task's operator, the same for the same shape (C, H, W). Raises `ValueError` if it has none for it."""
+    """Return a task's operator for images of shape (C, H, W), the same on each call. Raises `ValueError` if none fits."""
     channels, height, width = image_shape
     generator = torch.Generator().manual_seed(0)
     if name == "box_inpainting":
@@ -50,12 +50,12 @@ def make_operator(name: str, image_shape: tuple[int, ...]) -> LinearOperator:
         return CompressedSensing.hadamard(0.25, 8, generator)
     if name == "colorization" and channels == 3:
         return Colorization()
-    raise ValueError(f"--tasks {name} is not a task of images with {channels} channel(s).")
+    raise ValueError(f"--tasks {name} does not exist for images with {channels} channel(s).")
 
 
 @dataclass
 class Task:
-    """Clean images (N, C, H, W) in [-1, 1], and what was measured of them with noise of `noise_std` in each entry."""
+    """Clean images (N, C, H, W) in [-1, 1] and their measurements, with Gaussian noise of standard deviation `noise_std`."""
 
     name: str
     clean: torch.Tensor
@@ -70,8 +70,8 @@ class Task:
 
     def linear_answers(self) -> dict[str, torch.Tensor]:
         """
-        Return what linear algebra alone gives: A^+ y, and with noise also A_s y with the best damping for images of
-        independent pixels around 0, sigma^2 over the mean square of the clean ones.
+        Return the answers that need no model: A^+ y, and with noise also A_s y. Its damping s is sigma^2 over the mean
+        square of the clean images, the best choice for independent pixels with mean 0.
         """
         answers = {"A^+ y": self.operator.A_dagger(self.measured)}
         if self.noise_std > 0:
@@ -80,7 +80,7 @@ class Task:
         return {name: images.clamp(-1, 1) for name, images in answers.items()}
 
     def shown(self) -> torch.Tensor:
-        """Return the measurement as a picture of the image's size; one that is no picture is shown as its adjoint."""
+        """Return the measurements as images (N, C, H, W). One that is not a picture is shown as A^T y."""
         size = tuple(self.clean.shape[2:])
         picture = self.measured
         if picture.ndim != 4 or picture.shape[1] not in (1, self.clean.shape[1]) or self.name == "compressed_sensing":
@@ -91,14 +91,14 @@ class Task:
 @dataclass
 class Answers:
     """
-    A method's answers to all measurements of a task, in [-1, 1], each of shape (N, C, H, W).
+    A method's answers to all measurements of a task, as images (N, C, H, W) in [-1, 1].
 
     Args:
         single (`torch.Tensor`): The first answer to each measurement.
-        mean, std (`torch.Tensor`): Mean and standard deviation of its answers.
-        figures (`dict`): `residual` (||A x - y|| per entry of y, root mean square over single answers),
-            `residual_of_mean`, `largest_relative_residual` (of any answer; all of float images, before they are
-            clamped), `num_network_calls` per answer, and `seconds` per image for all its answers.
+        mean, std (`torch.Tensor`): Mean and standard deviation over the answers to each measurement.
+        figures (`dict`): `residual` and `residual_of_mean` (root mean square of A x - y per entry of y, of single
+            answers and of the mean), `largest_relative_residual` over all answers, `num_network_calls` per answer, and
+            `seconds` per image for all its answers. Residuals are of float images, before they are clamped.
     """
 
     single: torch.Tensor
@@ -110,7 +110,7 @@ class Answers:
 def restore(
     pipeline: ECVAERestorationPipeline, task: Task, num_restorations: int, batch_size: int, seed: int, **kwargs
 ) -> Answers:
-    """Return the pipeline's answers to all measurements; `kwargs` are the pipeline's arguments."""
+    """Return the pipeline's answers to all measurements of a task. `kwargs` are passed to the pipeline."""
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     outputs = []
@@ -137,9 +137,9 @@ def restore(
 
 def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) -> dict[str, float | None]:
     """
-    Return PSNR (dB, infinite for an answer without any error) of the mean and of single answers, SSIM of the mean, the
-    distances between single answers and the clean images, which `metrics` has seen as real (`None` without `metrics`),
-    the figures of `answers`, and their coverage.
+    Return the measures of answers: PSNR in dB of the mean and of single answers (infinite without any error), SSIM of the
+    mean, distances between single answers and the clean images, `answers.figures`, and the coverage of the uncertainty.
+    `metrics` must have seen the clean images as real; without it the distances are `None`.
     """
     of_mean, of_single = (
         reconstruction_metrics((images + 1) / 2, (task.clean + 1) / 2) for images in (answers.mean, answers.single)
@@ -163,18 +163,18 @@ def measures(task: Task, answers: Answers, metrics: GenerationMetrics | None) ->
 
 
 def unknown_pixels(task: Task) -> torch.Tensor:
-    """Return which pixels (C, H, W) vary over the clean images and are left open by the measurement."""
+    """Return a mask (C, H, W) of the pixels that vary over the clean images and that the measurement leaves open."""
     varied = task.clean.std(dim=0, correction=0) > LEAST_VARIED
     signs = torch.randint(2, (64, *task.clean.shape[1:]), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    # The diagonal of I - A^+ A: 1 where nothing was measured, 0 where all was.
+    # An estimate of the diagonal of I - A^+ A: 1 where nothing is known of a pixel, 0 where its value is known.
     left_open = (signs * (signs - task.operator.A_dagger(task.operator.A(signs)))).mean(0)
     unknown = varied & (left_open > LEFT_OPEN)
-    # Where all pixels were measured, with noise, it is the noise that leaves them open.
+    # If every pixel was measured, the noise leaves it open.
     return unknown if task.noise_std == 0 or unknown.any() else varied
 
 
 def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[float]:
-    """Return the share of unknown pixels (at least one) whose true error lies within `factors` standard deviations."""
+    """Return, per factor, the share of unknown pixels whose error is at most `factor` times its standard deviation."""
     assert answers.std is not None
     unknown = unknown_pixels(task)
     error, std = (answers.mean - task.clean).abs()[:, unknown], answers.std[:, unknown]
@@ -183,8 +183,8 @@ def coverage(task: Task, answers: Answers, factors: tuple[float, ...]) -> list[f
 
 def classical(task: Task) -> tuple[str, Answers] | None:
     """
-    Return the name and the answers of scikit-image's method for a task, `None` if it has none. TV's weight and
-    Wiener's balance are chosen for the highest PSNR on these very images.
+    Return the name and the answers of scikit-image's method for a task, or `None` if it has none. The weight of TV and
+    the balance of Wiener are those with the highest PSNR on these images.
     """
     import numpy as np
     from skimage.restoration import denoise_tv_chambolle, inpaint_biharmonic, wiener

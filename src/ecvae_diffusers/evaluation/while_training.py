@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Measures samples against training images while a run trains, sharded over processes, and finds the best model."""
+"""Measures samples against training images during training, sharded over processes, and tracks the best model."""
 
 import itertools
 import math
@@ -30,8 +30,8 @@ NUM_NEIGHBOURS = 5
 
 def load_features(name: str, device: torch.device, argument: str = "evaluation_features") -> "FeatureExtractor":
     """
-    Load a feature extractor by the value of `--evaluation_features`, or of another `argument`. Raises `ValueError` if
-    it can't be loaded, `ImportError` if a package that it needs is missing.
+    Load the feature extractor that `--evaluation_features`, or another `argument`, names. Raises `ValueError` if it can't
+    be loaded, and `ImportError` if a package is missing.
     """
     from ecvae_diffusers.metrics import FeatureExtractor, InceptionFeatures, lite0_features, transformers_features
     from ecvae_diffusers.training.data.digits import SIZE, train_digit_features
@@ -41,7 +41,7 @@ def load_features(name: str, device: torch.device, argument: str = "evaluation_f
     if name == "digits":
         network, _ = train_digit_features()
         title = f"{network.num_features} features of a digit classifier at {SIZE} px"
-        # The classifier brings bytes to its range itself.
+        # The classifier scales bytes itself, so this `std` leaves them as they are.
         return FeatureExtractor(network, title, SIZE, mean=0.0, std=1 / 255, num_channels=1).to(device)
     if name == "inception":
         return InceptionFeatures().to(device)
@@ -58,8 +58,10 @@ def neighbours_grid(
     samples: torch.Tensor, generated: torch.Tensor, real: torch.Tensor, reference: torch.Tensor, scale: int = 1
 ) -> PIL.Image.Image:
     """
-    Lay out one row per sample (uint8): the sample, and the reference images nearest to it in features. `generated` and
-    `real` are the features of at least these samples, and of the reference.
+    Return a grid with one row per sample: the sample, then the reference images nearest to it in features.
+
+    `samples` (N, C, H, W) and `reference` (M, C, H, W) are uint8. `generated` has the features of the samples, possibly
+    followed by others, and `real` those of the reference.
     """
     from ecvae_diffusers.metrics import nearest_neighbours
 
@@ -70,9 +72,9 @@ def neighbours_grid(
 
 class Evaluator:
     """
-    Measures `num_samples` samples of a run's task against as many images of its feed, each process its share.
-    `metric` tells which evaluation is the best: the Frechet distance, or the kernel distance where no Frechet distance
-    may be stated.
+    Measures `num_samples` samples of a task against as many training images of a feed. Each process takes a share.
+    `metric` names the distance that decides which evaluation is the best: the Frechet distance, or the kernel distance
+    if there are too few images for a Frechet distance.
     """
 
     def __init__(
@@ -86,30 +88,33 @@ class Evaluator:
         latents = task.latents(num_samples, seed + 1)
         if (fewest := min(len(self.reference), len(latents))) < NUM_NEIGHBOURS + 2:
             raise ValueError(
-                f"--evaluation_steps needs at least {NUM_NEIGHBOURS + 2} images and --evaluation_samples, but has {fewest}."
+                f"--evaluation_steps requires at least {NUM_NEIGHBOURS + 2} training images and as many "
+                f"--evaluation_samples, but the fewer of both are {fewest}."
             )
         network = load_features(features, accelerator.device)
         try:
             num_features = network(self.reference[:1]).shape[1]
-        except ValueError as error:  # now, not at the first evaluation
+        except ValueError as error:  # fail now, not at the first evaluation
             raise ValueError(f"--evaluation_features {features!r} doesn't fit the data: {error}") from error
         self.metrics = GenerationMetrics(network, num_neighbours=NUM_NEIGHBOURS)
         limit = MAX_KEPT_FEATURES // accelerator.num_processes
-        # The images of which the metrics keep features, in their order.
+        # The images whose features the metrics keep, in the same order.
         self.kept_reference = torch.cat([p[:limit] for p in self.reference.tensor_split(accelerator.num_processes)])
         self.latents, labels = self.share(latents), task.labels(num_samples, seed + 1)
         self.labels = None if labels is None else self.share(labels)
         self.metric = "frechet_distance"
         if (why := why_no_frechet_distance(len(self.reference), len(latents), num_features)) is not None:
             self.metric = "kernel_distance"
-            logger.warning(f"No Frechet distance: {why} The kernel distance decides. See --evaluation_samples.")
+            logger.warning(
+                f"No Frechet distance: {why} The kernel distance decides which model is the best. See --evaluation_samples."
+            )
 
     def share(self, whole: torch.Tensor) -> torch.Tensor:
         return whole.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
 
     @torch.no_grad()
     def measure(self, exported: torch.nn.Module, output_dir: Path, step: int) -> dict[str, float | None]:
-        """Return the measures of `GenerationMetrics`, the same in every process; the main one writes `neighbours/`."""
+        """Return the measures of `GenerationMetrics` in every process. The main process writes a picture to `neighbours/`."""
         device, main_process = self.accelerator.device, self.accelerator.is_main_process
         if not self.metrics.counts[True]:
             for images in self.share(self.reference).split(self.batch_size):
@@ -132,8 +137,8 @@ class Evaluator:
 
 class Patience:
     """
-    Remembers the evaluation whose distance `metric` is the lowest, and which have come since: `patience` of these end
-    a run.
+    Remembers the evaluation with the lowest `metric` and the evaluations since then. A run is over after `patience`
+    evaluations without improvement.
     """
 
     def __init__(self, metric: str, patience: int | None):
@@ -143,7 +148,7 @@ class Patience:
         self.since: list[int] = []
 
     def is_best(self, measures: dict[str, float | None], step: int) -> bool:
-        """Note an evaluation, and return whether it is the best so far. One that is not a number is the worst."""
+        """Record an evaluation and return whether it is the best so far. One that is `None` or NaN never is."""
         value = measures[self.metric]
         if value is None or not value < self.best:
             self.since.append(step)
@@ -152,7 +157,7 @@ class Patience:
         return True
 
     def cut(self, last_step: int) -> None:
-        """Forget what came after a step that the run goes back to; the best evaluation stays, its model was saved."""
+        """Forget evaluations after `last_step`, to which the run goes back, except the best one, whose model was saved."""
         self.since = [step for step in self.since if step <= last_step]
 
     @property
@@ -165,7 +170,7 @@ class Patience:
 
     @property
     def outcome(self) -> str:
-        """What is saved when the run is stopped early, in words."""
+        """The reason and the saved model, in words, of a run that is stopped early."""
         count = len(self.since)
         if not self.has_best:
             return f"{self.metric} was not a number in any of {count} evaluations: the last model is saved"
@@ -175,6 +180,6 @@ class Patience:
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "since": list(self.since)}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore a saved state. One of another metric, of which 0.1 had a choice, is ignored: values differ."""
+        """Restore a saved state. A state with another metric, which version 0.1 allowed, can't be compared: it is ignored."""
         if state_dict.get("metric", self.metric) == self.metric:
             self.best, self.best_step, self.since = (state_dict[name] for name in ("best", "best_step", "since"))

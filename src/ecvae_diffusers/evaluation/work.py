@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""What `ecvae evaluate` computes per image: features, energies, errors, bounds.
+"""Computes what `ecvae evaluate` needs per image: features, energies, errors and bounds.
 
-It is split into numbered parts. Processes share them, and finished parts are cached on disk, so an interrupted
+The work is split into numbered parts. Processes share them, and finished parts are cached on disk, so an interrupted
 evaluation resumes.
 """
 
@@ -39,7 +39,7 @@ from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 PART_SIZE = 250
 HASHED_PART_SIZE = 5000
 LIKELIHOOD_PART_SIZE = 8
-# What the training loss stands for at beta 1.
+# The variance of the decoder that the training loss implies at beta 1.
 LIKELIHOOD_VARIANCE = 0.5
 # Steps that optimize the posterior of each image, for the amortisation gap.
 AMORTISATION_STEPS = 200
@@ -49,19 +49,17 @@ Part = dict[str, torch.Tensor]
 
 
 class EvaluatedModel:
-    """
-    A pipeline under evaluation, in float32. Raises `ValueError` if it can't be loaded, or is none of `PIPELINES`.
-    """
+    """A pipeline under evaluation, in float32. Raises `ValueError` if it can't be loaded or is not one of `PIPELINES`."""
 
     def __init__(self, name: str, revision: str | None, device: torch.device):
         argument = f"--pretrained_model_name_or_path {name!r}"
         try:
             index = DiffusionPipeline.load_config(name, revision=revision)
-            # diffusers would load the weights of any pipeline with such components, and say nothing.
+            # diffusers would silently load any pipeline that has components of these names.
             if (kind := str(class_name(index))) not in PIPELINES:
                 raise ValueError(
-                    f"it is no {' or '.join(PIPELINES)}, but {held_class(INDEX, index)}, whose samples can be measured "
-                    "as --generated_image_dir"
+                    f"it must be an {' or an '.join(PIPELINES)}, but is {held_class(INDEX, index)}; measure a folder of its "
+                    "samples with --generated_image_dir"
                 )
             check_components(name, index)
             pipeline = PIPELINES[kind].from_pretrained(name, revision=revision)
@@ -83,8 +81,8 @@ class EvaluatedModel:
 
     def sampler(self, count: int, seed: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
         """
-        Draw the latents, and the classes where the model has them, of `count` samples, always the same for a seed. Return what makes
-        those of given numbers, uint8 images as a reader of PNG files would get them, and the classes.
+        Draw the latents, and for a model with classes the classes, of `count` samples. They depend on `seed` alone. Return
+        a function from numbers of samples (N,) to uint8 images (N, C, H, W), rounded as in PNG files, and the classes.
         """
         generator = torch.Generator().manual_seed(seed)
         latents = torch.randn((count, self.num_latents, 1, 1), generator=generator)
@@ -100,16 +98,16 @@ class EvaluatedModel:
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images in [-1, 1], and decode the mean of their latents."""
+        """Encode images in [-1, 1], and decode the mean of the posterior."""
         vae = self.pipeline.vae
         return vae.decode(vae.encode(images).latent_dist.mode()).sample.float()
 
     @torch.no_grad()
     def scores(self, images: torch.Tensor) -> Part:
         """
-        Return what may tell other images in [-1, 1] from the model's own: the energy, if there is an energy model, and
-        the error of its reconstruction, or of a flow the bits per dimension of 8-bit images. These are dequantized by
-        the same noise for each image, so that any batches give the same.
+        Return scores (N,) that may tell other images from the training data, for images in [-1, 1]: the energy, if there is
+        an energy model, and the reconstruction error or, for a flow, the bits per dimension. For these, all images are
+        dequantized by the same noise, so that scores do not depend on the batches.
         """
         found = {}
         if self.pipeline.energy_model is not None:
@@ -124,9 +122,10 @@ class EvaluatedModel:
 
 class Work:
     """
-    The parts of an evaluation. A part's content depends only on its number, so any number of processes gives the same.
-    They are kept in `folder`, which all processes must see, next to `identity`: what they depend on. Raises `ValueError`
-    if it holds parts of another evaluation.
+    The parts of an evaluation. A part depends only on its number, not on the number of processes.
+
+    Parts are kept in `folder`, which all processes must see, together with `identity`, the settings that they depend on.
+    Raises `ValueError` if the folder holds parts with other settings.
     """
 
     def __init__(
@@ -146,24 +145,24 @@ class Work:
             found = (images.decoded["real"], images.labels("real"), names, accelerator.is_main_process)
             self.classifier = ClassifierFeatures(*found).to(self.device)
             if model is not None and model.class_names not in (None, names):
-                raise ValueError(f"The data must have the classes of the model, {model.class_names}, but has {names}.")
+                raise ValueError(f"The data must have the model's classes, {model.class_names}, but has {names}.")
         self.features = self.classifier or load_features(args.features, self.device, argument="features")
         self.recorded_hashes = trained_hashes(args.pretrained_model_name_or_path)
-        self.paths: dict[str, list[Path]] = {}  # of parts by their kind
+        self.paths: dict[str, list[Path]] = {}  # of the parts, by kind
         path, identity = folder / "identity.json", json.loads(to_json(identity))
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else identity
         if changed := sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k)):
             raise ValueError(
-                f"--output_dir holds parts of an evaluation with other arguments ({', '.join(changed)}): give those again, "
-                f"another folder, or remove {str(folder)!r}."
+                f"--output_dir holds parts of an evaluation with other arguments ({', '.join(changed)}): give the same arguments, "
+                f"give another folder, or remove {str(folder)!r}."
             )
-        # Every process looks before one of them writes.
+        # Every process must have read the file before the main process writes it.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(path, identity)
 
     def do(self) -> None:
-        """Make all parts that are not there yet."""
+        """Compute all parts that do not exist yet."""
         model, images, training = self.model, self.images.decoded, self.images.training
         if "test" in images and self.recorded_hashes is None and len(training) > len(images["real"]):
             self.make("hashes_of_training", torch.arange(len(training)), self.hashes_of, HASHED_PART_SIZE)
@@ -180,7 +179,7 @@ class Work:
             sample, _ = model.sampler(self.args.num_samples, seed)
             numbers = torch.arange(self.args.num_samples)
             self.make(f"samples_{seed}", numbers, lambda chosen: self.features_of(sample(chosen)))
-        # A flow's reconstructions are the images, and its likelihoods are exact.
+        # A flow's reconstructions are exact, and so is its likelihood, which `scores` has.
         if "test" in images and not model.is_flow:
             self.make("reconstructed", images["test"], lambda batch: self.reconstructed(model, batch))
             if self.args.num_likelihood_images > 0:
@@ -191,8 +190,8 @@ class Work:
         self, kind: str, items: torch.Tensor, function: Callable[[torch.Tensor], Part], size: int | None = None
     ) -> None:
         """
-        Make this process's share of the parts of a kind, except those that are there. A part is what `function` returns
-        for a batch of `size` items, or for `PART_SIZE` items in batches of `--batch_size`.
+        Compute this process's share of the missing parts of a kind. A part is the output of `function` for a batch of
+        `size` items, or for `PART_SIZE` items in batches of `--batch_size`.
         """
         parts = items.split(size or PART_SIZE)
         paths = [self.folder / f"{kind}-{index:05d}.safetensors" for index in range(len(parts))]
@@ -206,7 +205,7 @@ class Work:
                 save_file({name: torch.cat([one[name].cpu() for one in found]) for name in found[0]}, temporary)
 
     def collect(self, kind: str) -> Part:
-        """Concatenate the parts of a kind. Raises `ValueError` if another machine has made one in a folder of its own."""
+        """Concatenate the parts of a kind. Raises `ValueError` if a part is damaged or missing."""
         if not all(path.is_file() for path in self.paths[kind]):
             raise ValueError(f"parts of {kind!r} are missing: --output_dir must be a folder that all processes share.")
         parts = []
@@ -215,7 +214,7 @@ class Work:
                 parts.append(load_file(path))
             except SafetensorError as error:
                 raise ValueError(
-                    f"{str(path)!r} is damaged ({error}): remove it, and this command makes it again."
+                    f"{str(path)!r} is damaged ({error}): remove it and run this command again."
                 ) from error
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -227,7 +226,7 @@ class Work:
         return sum(one in known for one in self.images.checked["test"].hashes)
 
     def hashes_of(self, indices: torch.Tensor) -> Part:
-        """Hash training images: those that can't be read are not trained on either."""
+        """Hash training images, except those that can't be read, which are not trained on either."""
         hashes = hashes_of(self.images.training.select(indices.tolist()))
         return {"hashes": torch.tensor(list(b"".join(hashes)), dtype=torch.uint8).view(len(hashes), HASH_BYTES)}
 

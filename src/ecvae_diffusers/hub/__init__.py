@@ -1,4 +1,4 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Everything that saves, loads and publishes a pipeline's folder."""
+"""Saves, loads and publishes a pipeline's folder."""
 
 from .saving import fingerprint, weights_fingerprint

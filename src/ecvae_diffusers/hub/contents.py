@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Says which files of a saved pipeline, or of an autoencoder of diffusers, belong on the Hub.
+"""Lists the files of a saved pipeline, or of an autoencoder of diffusers, that are published on the Hub.
 
-A file is published only if it is listed here and passes its checks: secrets, links and paths of this machine stay at home.
+A file is published only if it is listed here and passes its checks, so that no secret, link or path of this machine is.
 """
 
 import json
@@ -19,20 +19,20 @@ from .saving import fingerprint
 
 
 INDEX = "model_index.json"
-CONFIG = "config.json"  # of a model alone, which is an autoencoder
+CONFIG = "config.json"  # of an autoencoder alone
 CARD = "README.md"
 EVALUATION = "evaluation.json"
 PICTURES = {".png"}
-# Of the folder itself, and of a pipeline's. A training run's other files stay at home.
+# Files at the top of every folder, and of a pipeline's folder. Other files of a training run are not published.
 TOP_LEVEL = {CARD, EVALUATION, "LICENSE"}
 PIPELINE_FILES = {INDEX, "pipeline.py", "restoration.py"}
-# The pipelines that are published, with their components. The first one is required.
+# The pipelines that may be published, with their components, of which the first one is required.
 OUR_PIPELINES = {
     "ECFlowPipeline": ("flow", "energy_model", "scheduler"),
     "ECVAEPipeline": ("vae", "energy_model", "scheduler"),
     "ECVAERestorationPipeline": ("vae", "energy_model", "scheduler"),
 }
-# What diffusers calls a model's weights, whole or in shards, and those of a variant such as fp16.
+# The names that diffusers gives to a model's weights, in one file or in shards, and to those of a variant such as fp16.
 SHARD = r"(-\d{5}-of-\d{5})?"
 FULL_WEIGHTS = re.compile(rf"diffusion_pytorch_model{SHARD}\.safetensors")
 VARIANT_WEIGHTS = re.compile(
@@ -46,12 +46,13 @@ COMPONENT_FILES = re.compile(
 
 def files_to_publish(folder: str | os.PathLike) -> list[str]:
     """
-    List the files of a saved pipeline that belong on the Hub, relative to its folder: index, code, card, evaluation, pictures, and
+    List the files to publish, relative to the folder. For a pipeline these are index, code, card, evaluation and pictures, and
     the config, code and weights of each component. For an autoencoder of diffusers: config, weights, card and pictures.
 
     Raises:
-        ValueError: if the folder holds no pipeline of ours and no autoencoder, no card, a component that the pipeline does not have or
-            that has no config or no safetensors, an evaluation of other weights, or a file that `check_file` refuses.
+        ValueError: if the folder holds neither a pipeline of this package nor an autoencoder, if it has no card, if a component
+            is unknown or lacks its config or safetensors, if the evaluation was made with other weights, or if `check_file`
+            refuses a file.
     """
     folder = Path(folder).resolve()
     components = component_folders(folder)
@@ -72,12 +73,14 @@ def files_to_publish(folder: str | os.PathLike) -> list[str]:
         raise ValueError(f"{str(folder)!r} has no {CARD}: save the pipeline again, which writes one.")
     if EVALUATION in published:
         if evaluated_weights((folder / EVALUATION).read_bytes()) != folder_fingerprint(folder):
-            raise ValueError(f"{str(folder / EVALUATION)!r} is not of the weights next to it: remove it.")
+            raise ValueError(
+                f"{str(folder / EVALUATION)!r} was made with other weights than those next to it: remove it."
+            )
     return published
 
 
 def component_folders(folder: Path) -> dict[str, str]:
-    """Return each component's sub-folder, `.` of a model alone, with the library that the index names for it."""
+    """Return each component's sub-folder, `.` for an autoencoder, with the library that the index names for it."""
     index = read_index(folder)
     if not (folder / INDEX).is_file():
         return {".": ""}
@@ -86,12 +89,12 @@ def component_folders(folder: Path) -> dict[str, str]:
 
 
 def component_files(folder: Path, library: str = "") -> list[Path]:
-    """List the files of a component that diffusers reads: config, weights and, where its code travels, `<library>.py`."""
+    """List the files of a component that diffusers reads: config, weights and, if its code is saved, `<library>.py`."""
     return sorted(p for p in folder.glob("*") if p.name == f"{library}.py" or COMPONENT_FILES.fullmatch(p.name))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return the index of a pipeline, or the config of a model alone. Raise `ValueError` if it is not one that is published."""
+    """Return a pipeline's index, or an autoencoder's config. Raises `ValueError` if its class may not be published."""
     name = CONFIG if (folder / CONFIG).is_file() and not (folder / INDEX).is_file() else INDEX
     try:
         index = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -106,7 +109,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_components(where: str, index: dict[str, Any]) -> None:
-    """Raise `ValueError` if an index names a component that its class does not have, or by anything but a library and a class."""
+    """Raise `ValueError` if an index names an unknown component, or names one by anything except a library and a class."""
     required, *_ = known = OUR_PIPELINES[str(class_name(index))]
     listed = {name: value for name, value in index.items() if name in known or isinstance(value, list)}
     for name, value in ({required: None} | listed).items():
@@ -118,26 +121,26 @@ def check_components(where: str, index: dict[str, Any]) -> None:
 
 
 def is_publishable(name: str, index: Any) -> bool:
-    """Tell whether an index, or a config, is of a class that is published."""
+    """Return whether the class of an index, or of a config, may be published."""
     if name == INDEX:
         return class_name(index) in OUR_PIPELINES
     return hasattr(getattr(autoencoders, str(class_name(index)), None), "decode")
 
 
 def class_name(index: Any) -> str | None:
-    """Return the class that an index, or a config, names; `None` if it names none."""
+    """Return the class that an index or a config names, or `None`."""
     name = index.get("_class_name") if isinstance(index, dict) else None
     name = name[-1] if isinstance(name, list) and name else name
     return name if isinstance(name, str) else None
 
 
 def held_class(name: str, index: Any) -> str:
-    """Return, in words, what an index, or a config, is of."""
+    """Return the class of an index or a config in words, for a message."""
     return f"a {class_name(index) or f'{name} that names no class'}"
 
 
 def check_file(path: Path, folder: Path) -> None:
-    """Raise `ValueError` for a link, for damaged safetensors, for a PNG that is none, and for a text that names a path of this machine."""
+    """Raise `ValueError` for a link, damaged or non-finite safetensors, a broken PNG, or a text with a path of this machine."""
     if path.resolve() != folder.resolve() / path.relative_to(folder):
         raise ValueError(f"{str(path)!r} leads to {str(path.resolve())!r}: replace it by a copy.")
     if path.suffix == ".safetensors":
@@ -146,24 +149,24 @@ def check_file(path: Path, folder: Path) -> None:
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is damaged: {error}.") from error
         if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{str(path)!r} must hold finite weights only, but {broken[0]!r} has some that are not.")
+            raise ValueError(f"{str(path)!r} must hold finite weights only, but {broken[0]!r} has others.")
     elif path.suffix in PICTURES:
         try:
             with PIL.Image.open(path, formats=["PNG"]) as picture:
                 picture.verify()
         except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is no PNG picture: remove it.") from error
+            raise ValueError(f"{str(path)!r} is not a PNG picture: remove it.") from error
     else:
         text = path.read_text(encoding="utf-8", errors="replace")
-        # `~` where the user has no home.
+        # `expanduser` returns `~` if the user has no home.
         for private in {str(folder), os.path.expanduser("~")} - {"/", "~"}:
-            # Not as a part of a longer name, of a link or of a relative path.
+            # A longer name, a URL or a relative path may contain it.
             if re.search(r"(?<![\w.~-])" + re.escape(private) + r"(?![\w.-])", text):
                 raise ValueError(f"{str(path)!r} names {private!r}, a path of this machine: remove it.")
 
 
 def folder_fingerprint(folder: str | os.PathLike) -> str:
-    """Return `weights_fingerprint` of a saved pipeline's files: of the full weights, where a variant lies next to them."""
+    """Return the `weights_fingerprint` of a saved folder: that of the full weights, if there is a variant too."""
     weights = {}
     for name in component_folders(Path(folder)):
         files = [path for path in component_files(Path(folder) / name) if path.suffix == ".safetensors"]
@@ -173,7 +176,7 @@ def folder_fingerprint(folder: str | os.PathLike) -> str:
 
 
 def evaluated_weights(content: bytes) -> str | None:
-    """Return the fingerprint of the weights that an `evaluation.json` is of; `None` if it names none."""
+    """Return the fingerprint of the weights that an `evaluation.json` was made with, or `None` if it names none."""
     try:
         return json.loads(content)["weights"]
     except (ValueError, TypeError, KeyError):

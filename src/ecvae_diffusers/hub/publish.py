@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Makes a model's folder ready for the Hub, and uploads it: the work of `ecvae publish`.
+"""Prepares a model's folder for the Hub and uploads it, for `ecvae publish`.
 
-The folder holds weights, code, `evaluation.json`, pictures and a card with the figures of the evaluation, which must be of these
-weights. An autoencoder with a calibrated decoder is published as it is, without an evaluation.
+The folder holds weights, code, `evaluation.json`, pictures, and a card with the figures of the evaluation, which must have
+been made with these weights. An autoencoder with a calibrated decoder is published unchanged, without an evaluation.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .upload import upload_folder
 
 EVALUATED: dict[str, Any] = {"ECVAEPipeline": ECVAEPipeline, "ECFlowPipeline": ECFlowPipeline}
 CAPTIONS = {
-    "samples.png": "Samples, the first ones of the first seed",
+    "samples.png": "The first samples of the first seed, not selected",
     "neighbours.png": "The samples nearest to training images (left), each next to those images",
     "curves.png": "Curves of training",
 }
@@ -49,7 +49,7 @@ def read_details(path: str) -> Details:
 
 
 def read_comparable(argument: str, named: str, evaluation: Evaluation) -> tuple[str, Evaluation]:
-    """Return name and evaluation of `NAME=FOLDER`. Raises `ValueError` if it differs from ours in its protocol of generation."""
+    """Return name and evaluation of `NAME=FOLDER`. Raises `ValueError` if its samples were measured by another protocol."""
 
     def protocol(one: Evaluation) -> dict[str, Any]:
         common = {"features": one.protocol.features, "images": one.protocol.images}
@@ -59,15 +59,19 @@ def read_comparable(argument: str, named: str, evaluation: Evaluation) -> tuple[
     other = read_evaluation(argument, folder)
     ours, theirs = protocol(evaluation), protocol(other)
     if changed := [key for key, value in ours.items() if theirs[key] != value]:
-        raise ValueError(f"--{argument} can't be compared, since it was evaluated with another {', '.join(changed)}.")
+        raise ValueError(
+            f"--{argument} {named!r} can't be compared: it was evaluated with another {', '.join(changed)}."
+        )
     return name, other
 
 
 def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> Evaluation:
-    """Return the evaluation, with those of the baseline and of other training seeds."""
+    """Return the evaluation of the model, with those of the baseline and of other training seeds."""
     evaluation = read_evaluation("evaluation", args.evaluation)
     if evaluation.weights != fingerprint:
-        raise ValueError(f"--evaluation {args.evaluation!r} is not of the weights of {args.model!r}: evaluate those.")
+        raise ValueError(
+            f"--evaluation {args.evaluation!r} was made with other weights than those of {args.model!r}: evaluate this model."
+        )
     if args.baseline is not None:
         name, other = read_comparable("baseline", args.baseline, evaluation)
         evaluation.baseline = Baseline(name=name, **{one.name: getattr(other, one.name) for one in fields(Measured)})
@@ -86,22 +90,22 @@ def merged_evaluation(args: argparse.Namespace, fingerprint: str) -> Evaluation:
 
 
 def card_location(args: argparse.Namespace) -> str:
-    """Return what the card's snippets load: never an absolute path, which is of this machine."""
+    """Return the location that the card's snippets load. An absolute path of this machine is shortened to its last name."""
     if args.location is not None:
         return args.location
     if args.hub_model_id is not None:
-        # A name alone is one's own: the upload learns whose.
+        # If the name has no user, the upload fills in the full name.
         return args.hub_model_id if "/" in args.hub_model_id else LOCATION
     return Path(args.output_dir).name if Path(args.output_dir).is_absolute() else args.output_dir
 
 
 def copy_as_it_is(args: argparse.Namespace, held: str, folder: Path) -> None:
-    """Copy a model that `ecvae evaluate` does not measure: its own files, and its own card, with the place that it goes to."""
+    """Copy the files of a model that `ecvae evaluate` can't measure, and fill the location into its card."""
     for argument, is_given in (("evaluation", args.evaluation is not None), ("dtype", args.dtype != "float32")):
         if is_given:
             raise ValueError(f"--{argument} is for {' and '.join(EVALUATED)}, but {args.model!r} holds a {held}.")
     for name in files_to_publish(args.model):
-        if not (folder / name).exists():  # what is kept
+        if not (folder / name).exists():  # a file of an earlier model that is kept
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(Path(args.model) / name, folder / name)
     card = (folder / CARD).read_text(encoding="utf-8")
@@ -109,7 +113,7 @@ def copy_as_it_is(args: argparse.Namespace, held: str, folder: Path) -> None:
 
 
 def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipeline, folder: Path) -> None:
-    """Write everything that is published of a model that `ecvae evaluate` measures."""
+    """Write all files to publish of a model that `ecvae evaluate` can measure."""
     fingerprint = weights_fingerprint(pipeline)
     details = read_details(args.details) if args.details is not None else None
     evaluation = merged_evaluation(args, fingerprint) if args.evaluation is not None else None
@@ -118,7 +122,7 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
         write_json(folder / EVALUATION, evaluation.to_json())
         for source in (Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")):
             if source.is_file():
-                # A link stays one, and so is refused in the end.
+                # A link stays a link, which `files_to_publish` refuses.
                 shutil.copyfile(source, folder / source.name, follow_symlinks=False)
     metrics = Path(args.model) / METRICS_FILE
     records = read_metrics(metrics) if metrics.is_file() else []
@@ -131,7 +135,7 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
         if "use_ema" in trained:
             facts["averaged weights (EMA)"] = "yes" if trained["use_ema"] else "no"
         if calibrating := [record["calibrating"] for record in records if "calibrating" in record]:
-            facts["lambda in the end"] = f"{records[-1]['dual']:.3g}"
+            facts["lambda at the end"] = f"{records[-1]['dual']:.3g}"
             facts["calibration on"] = f"in {sum(calibrating) / len(calibrating):.0%} of the logged steps"
         details.training = (details.training or {}) | facts
     pictures = {name: caption for name, caption in CAPTIONS.items() if (folder / name).is_file()}
@@ -139,7 +143,7 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
 
 
 def files_to_keep(args: argparse.Namespace, folder: Path) -> list[str]:
-    """Return what somebody has laid next to an earlier model in `--output_dir`, which this one replaces, or has edited there."""
+    """Return the files of an earlier model in `--output_dir` to keep: a licence, a user's pictures and an edited card."""
     if not folder.exists() or not any(folder.iterdir()):
         return []
     try:
@@ -147,7 +151,7 @@ def files_to_keep(args: argparse.Namespace, folder: Path) -> list[str]:
     except ValueError as error:
         raise ValueError(f"--output_dir must be new, empty or an earlier model's folder, but {error}") from error
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if found - known:  # they would be gone
+    if found - known:  # they would be lost
         raise ValueError(f"--output_dir {args.output_dir!r} holds other files, such as {min(found - known)!r}.")
     kept = [name for name in known if name == "LICENSE" or (Path(name).suffix in PICTURES and name not in CAPTIONS)]
     if CARD_MARKER.encode() not in (folder / CARD).read_bytes():
@@ -158,17 +162,17 @@ def files_to_keep(args: argparse.Namespace, folder: Path) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """
-    Publish as the command line of `ecvae publish` says.
+    Publish a model with the arguments of `ecvae publish`.
 
     Raises:
-        ValueError: naming the argument, before anything is written.
-        UploadError: if the Hub refuses.
+        ValueError: if an argument is wrong, before anything is written.
+        UploadError: if the upload fails.
     """
     held = str(class_name(read_index(Path(args.model))))
     pipeline = EVALUATED[held].from_pretrained(args.model) if held in EVALUATED else None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.output_dir or Path(temporary) / "model").resolve()
-        # What lies there stays complete until this is.
+        # The earlier folder stays complete until the new one is.
         with replacing(folder) as unfinished:
             unfinished.mkdir()
             for name in files_to_keep(args, folder):

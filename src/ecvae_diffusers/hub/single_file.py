@@ -1,10 +1,10 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """
-Writes out a pipeline as one file, as the Hub needs it: a file there imports no other of ours.
+Writes a pipeline as one file, as the Hub requires: there, a file can't import other files of this package.
 
-Behind the imports stand the definitions that the pipeline's module takes from the package, each behind what it uses itself, and then
-the module. Two things are not written out: what only the installed package can do (`STANDS_FOR`), and the component classes, whose
-code travels in files of their own and for which their base classes stand.
+The file holds the imports, then the definitions that the pipeline's module imports from the package, each after the definitions
+that it uses, then the module itself. Two things are replaced: what only the installed package can do (`STANDS_FOR`), and
+component classes, whose code is saved in separate files and for which their base classes stand in.
 """
 
 import ast
@@ -17,19 +17,19 @@ PACKAGE = Path(__file__).parents[1]
 HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
 # Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
 """
-STAND_INS = "# The code of component classes travels in files of their own. Here their base classes stand for them."
-# A module whose definitions come from another one, under the same names.
+STAND_INS = "# The code of component classes is saved in separate files. Here their base classes stand in for them."
+# A module that is replaced by another one, which has the same names.
 STANDS_FOR = {PACKAGE / "pipelines" / "self_contained.py": PACKAGE / "hub" / "saving.py"}
 BASE_CLASSES = {PACKAGE / "models": "ModelMixin", PACKAGE / "schedulers": "SchedulerMixin"}
 
 
 @functools.cache
 def single_file(name: str) -> str:
-    """Return the code of `pipelines/pipeline_<name>.py` as a file that imports only torch, diffusers and what they need."""
+    """Return the code of `pipelines/pipeline_<name>.py` as a file that imports only torch, diffusers and their dependencies."""
     module = Module(PACKAGE / "pipelines" / f"pipeline_{name}.py")
     inlined = Inlined()
     inlined.take_imports(module, module.tree.body)
-    # Text, not the nodes, so that comments stay.
+    # The text is copied, not the nodes, which have no comments.
     last_import = max(last_line(node) for node in module.tree.body if isinstance(node, ast.Import | ast.ImportFrom))
     body = "\n".join(module.lines[last_import:]).strip("\n")
     imports = [import_block(inlined.imports, is_standard) for is_standard in (True, False)]
@@ -54,7 +54,7 @@ class Module:
                 self.definitions |= {name.id: node for name in targets if isinstance(name, ast.Name)}
 
     def with_helpers(self, names: list[str]) -> list[ast.stmt]:
-        """Return the definitions of `names`, and of what they use of their own module, in its order."""
+        """Return the definitions of `names` and of what they use from the same module, in its order."""
         wanted, todo = set(), [(name, self.definitions[name]) for name in names]
         while todo:
             name, node = todo.pop()
@@ -71,7 +71,7 @@ class Module:
 
 
 class Inlined:
-    """What a single file takes from elsewhere: imports, definitions of the package, and stand-ins for component classes."""
+    """What a single file takes from other modules: imports, definitions, and stand-ins for component classes."""
 
     def __init__(self) -> None:
         self.imports: set[tuple[str, str]] = set()  # module and name; no name for `import module`
@@ -79,7 +79,7 @@ class Inlined:
         self.stand_ins: set[str] = set()
 
     def take(self, path: Path, names: list[str]) -> None:
-        """Take definitions of a module of the package, behind what they use."""
+        """Add definitions of a module of the package, after what they use."""
         path = STANDS_FOR.get(path, path)
         if path.parent in BASE_CLASSES:
             base = BASE_CLASSES[path.parent]
@@ -92,7 +92,7 @@ class Inlined:
         self.texts += [text for text in map(module.source_of, nodes) if text not in self.texts]
 
     def take_imports(self, module: Module, nodes: list[ast.stmt]) -> None:
-        """Take what `nodes` use of the imports of their module."""
+        """Add what `nodes` use of the imports of their module."""
         used = used_names(nodes)
         for node in module.tree.body:
             if not isinstance(node, ast.Import | ast.ImportFrom):

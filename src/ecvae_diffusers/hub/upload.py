@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Publishes a saved pipeline, or an autoencoder of diffusers with a calibrated decoder, on the Hub. Nothing of value there is lost.
+"""Uploads a saved pipeline, or an autoencoder of diffusers with a calibrated decoder, to the Hub.
 
 The token is that of `hf auth login` or of the environment variable `HF_TOKEN`, unless one is given.
 """
@@ -37,15 +37,15 @@ from .contents import (
 
 logger = logging.get_logger(__name__)
 
-SHARDS = "diffusion_pytorch_model.safetensors.index.json"  # which names the files of weights in several
-HUB_FILES = {".gitattributes", CARD}  # which the Hub makes itself
+SHARDS = "diffusion_pytorch_model.safetensors.index.json"  # names the shards of split weights
+HUB_FILES = {".gitattributes", CARD}  # made by the Hub itself
 WAITS = (1.0, 4.0)  # seconds before the second and the third try
-# The error of the client's transport, httpx or by newer releases httpx2.
+# The transport error of the Hub's client, from httpx or, in newer releases, from httpx2.
 HTTPError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 class UploadError(RuntimeError):
-    """A folder was not published; the message says why and what to do. Nothing in the folder was changed."""
+    """Raised if a folder can't be published. The message says why and what to do. The folder is unchanged."""
 
 
 def upload_folder(
@@ -60,28 +60,29 @@ def upload_folder(
     subfolder: str | None = None,
 ) -> str:
     """
-    Publish a saved pipeline, or an autoencoder, as one commit, and create the repository if there is none.
+    Publish a saved pipeline, or an autoencoder, in one commit. The repository is created if it does not exist.
 
-    Files of the same name are replaced (earlier commits keep them), except a card that somebody has edited. A card with figures stays
-    too, if the `evaluation.json` next to it is of the weights that come, or only a variant comes. Otherwise that evaluation, and
-    variants of the weights before, are removed; a warning names them. A card that names no place loads from the repository.
+    Files of the same name are replaced; earlier commits keep them. A card that somebody has edited stays. A card with figures
+    also stays if its `evaluation.json` was made with the new weights, or if only a variant is uploaded. Otherwise that
+    evaluation and the variants of the old weights are removed, and a warning names them. Snippets of a card that name no
+    location get that of the repository.
 
     Args:
         folder (`str`): A folder that `save_pretrained` wrote.
-        repo_id (`str`): `"user/name"`, or a name alone for one's own.
+        repo_id (`str`): `"user/name"`, or `"name"` for a repository of the token's user.
         token (`str`, *optional*): A token of the Hub. That of `hf auth login` or `HF_TOKEN` if not given.
         private (`bool`, *optional*): Whether a new repository is private. The account's default if not given.
-        revision (`str`, *optional*): Branch, created if there is none. `main` if not given.
+        revision (`str`, *optional*): Branch, created if it does not exist. `main` if not given.
         commit_message (`str`, *optional*): Title of the commit.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
-        subfolder (`str`, *optional*): Folder of the repository to publish to, without a card. What lies outside of it stays.
+        subfolder (`str`, *optional*): Folder of the repository to publish to, without a card. Files outside of it stay.
 
     Returns:
         `str`: URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: if the folder may not be published (see `files_to_publish`), or the repository's name is wrong.
-        UploadError: if the Hub can't be reached after three tries, refuses, or the repository holds something else.
+        ValueError: if the folder may not be published (see `files_to_publish`), or `repo_id` is not a valid name.
+        UploadError: if the Hub can't be reached in three tries, if it refuses, or if the repository holds something else.
     """
     folder, files = Path(folder), files_to_publish(folder)
     if INDEX in files and "pipeline.py" not in files:
@@ -108,11 +109,11 @@ def upload_folder(
                 card_stays = CARD in held
             else:
                 removed = [EVALUATION]
-        # Full weights in one file where now there are several, or the other way round, would be loaded instead of those.
+        # Old full weights in one file would be loaded instead of new ones in several, and the other way round.
         folders = {PurePosixPath(file).parent for file in full}
         others = [path for path in map(PurePosixPath, there) if path.parent in folders and str(path) not in files]
         replaced = [str(path) for path in others if FULL_WEIGHTS.fullmatch(path.name) or path.name == SHARDS]
-        # A model's parts belong together: where the full weights of one are others, all variants go.
+        # A model's components belong together: if the full weights of one change, all variants are removed.
         changed = [file for file in full if there.get(file) not in (None, additions[file].upload_info.sha256.hex())]
         if (changed or replaced) and not is_evaluated:
             removed += [str(path) for path in others if VARIANT_WEIGHTS.fullmatch(path.name)]
@@ -121,7 +122,7 @@ def upload_folder(
         if not (card_stays or prefix):
             card = with_location((folder / CARD).read_text(encoding="utf-8"), repo_id)
             additions[CARD] = CommitOperationAdd(CARD, card.encode())
-        # Not `HfApi.upload_folder`, which makes several commits: between two of them a reader loads half of each.
+        # `HfApi.upload_folder` would make several commits, and between two of them a reader would load a mixture.
         made = api.create_commit(
             repo_id,
             [*additions.values(), *(CommitOperationDelete(prefix + file) for file in removed)],
@@ -130,7 +131,9 @@ def upload_folder(
             create_pr=create_pr,
         )
         if removed:
-            logger.warning(f"Removed from {repo_id!r}, as of other weights (earlier commits keep them): {removed}.")
+            logger.warning(
+                f"Removed from {repo_id!r}, since they belong to other weights (earlier commits keep them): {removed}."
+            )
         return made.pr_url or made.commit_url
 
     return attempt(repo_id, publish)
@@ -146,22 +149,22 @@ def open_repository(
     prefix: str = "",
 ) -> tuple[HfApi, str, dict[str, str | None]]:
     """
-    Make sure that a pipeline can be published under a name, and create the repository and the branch if there are none.
-    A training run asks at its start, so that hours later nothing is refused.
+    Check that a model can be published under a name, and create the repository and the branch if they do not exist. A
+    training run calls this at its start, so that it does not fail hours later.
 
     Args:
         repo_id, token, private, revision: As for `upload_folder`.
         name (`str`, *optional*): `"config.json"` for an autoencoder, instead of a pipeline's `"model_index.json"`.
-        prefix (`str`, *optional*): Only files of the repository whose paths begin so count: `"folder/"`.
+        prefix (`str`, *optional*): Only files whose paths begin with it are looked at, such as `"folder/"`.
 
     Returns:
-        The client, the repository's full name, and the files that lie there, large ones with their SHA-256.
+        The client, the full name of the repository, and its files by path, with the SHA-256 of large ones.
 
     Raises:
-        ValueError: if the name is no repository's.
-        UploadError: as `upload_folder`, also if the client can't write its cache.
+        ValueError: if `repo_id` is not a valid name.
+        UploadError: as in `upload_folder`, and if the client can't write its cache.
     """
-    # One that was read from a file ends in a line break, which the client would refuse in an error that quotes it.
+    # A token that was read from a file may end in a line break, which the client refuses in an error that quotes it.
     api = HfApi(token=token.strip() if isinstance(token, str) else token)
 
     def look() -> tuple[str, dict[str, str | None], Any]:
@@ -181,14 +184,14 @@ def open_repository(
     repo_id, there, index = attempt(repo_id, look)
     if name in there and not is_publishable(name, index):
         raise UploadError(f"{repo_id!r} holds {held_class(name, index)}, which would be lost: choose another name.")
-    # Also an autoencoder in a pipeline's place, or the other way round, which would be half of each.
+    # This also refuses an autoencoder where a pipeline is, and the other way round, which would mix both.
     if name not in there and (others := there.keys() - HUB_FILES):
         raise UploadError(f"{repo_id!r} holds other files, such as {min(others)!r}: choose another name.")
     return api, repo_id, there
 
 
 def attempt(repo_id: str, call: Callable[[], Any]) -> Any:
-    """Call up to three times, as long as another try may help. Raise errors of the Hub and of files as `UploadError`."""
+    """Call a function, up to three times while another try may help. Errors of the Hub and of files become `UploadError`."""
     for wait in (*WAITS, None):
         try:
             return call()
@@ -202,11 +205,11 @@ def attempt(repo_id: str, call: Callable[[], Any]) -> Any:
             may_pass = is_transport and (status is None or status == 429 or status >= 500)
             if wait is None or not may_pass:
                 login = (
-                    ": `hf auth login`, or set HF_TOKEN to a token that may write there"
+                    ": run `hf auth login`, or set HF_TOKEN to a token that may write there"
                     if status in (401, 403)
                     else ""
                 )
-                # A token with characters that no header may hold is quoted in the client's error.
+                # The client's error quotes a token with characters that a header may not hold.
                 message = re.sub(r"Bearer [^'\"]*", "Bearer (hidden)", str(error))
                 cause = None if "Bearer" in message else error
                 raise UploadError(f"{repo_id!r} can't be published{login}: {message}") from cause

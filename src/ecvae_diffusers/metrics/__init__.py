@@ -1,11 +1,11 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Measures of generated and reconstructed images. Needs the extra `metrics`; not imported with the package."""
+"""Measures of generated and reconstructed images. Requires the extra `metrics`, and is not imported with the package."""
 
 try:
     import prdc  # noqa: F401
     import torchmetrics  # noqa: F401
 except ImportError as error:
-    raise ImportError("Metrics need: pip install 'ecvae-diffusers[metrics]'.") from error
+    raise ImportError("Metrics require: pip install 'ecvae-diffusers[metrics]'.") from error
 
 from .classifier import ClassifierFeatures
 from .features import FeatureExtractor, InceptionFeatures, lite0_features, transformers_features

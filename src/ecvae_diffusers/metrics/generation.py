@@ -1,11 +1,12 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""How near generated images are to real ones, as distances and overlaps of two sets of features.
+r"""Compares generated images with real ones, by distances between two sets of features and by their overlap.
 
 - **Frechet distance** (Heusel et al. 2017): :math:`|\mu_r - \mu_g|^2 + \operatorname{tr}(\Sigma_r + \Sigma_g
-  - 2 (\Sigma_r \Sigma_g)^{1/2})`. Biased upwards at few samples; `None` of fewer images than features.
+  - 2 (\Sigma_r \Sigma_g)^{1/2})`. Few samples bias it upwards. It is `None` for fewer images than features.
 - **Kernel distance** (Binkowski et al. 2018): the unbiased squared MMD with the kernel
-  :math:`(x^\top y / F + 1)^3`, mean and spread over subsets.
-- **Precision, recall, density, coverage** (Naeem et al. 2020), over the nearest neighbours.
+  :math:`(x^\top y / F + 1)^3`, as mean and standard deviation over subsets.
+- **Precision, recall, density, coverage** (Naeem et al. 2020): overlaps of balls around each image that reach to its
+  k-th nearest neighbour.
 
 Distances come from `torchmetrics`, the neighbour measures from `prdc`.
 """
@@ -24,13 +25,13 @@ from torchmetrics.utilities import dim_zero_cat
 from ..figures import why_no_frechet_distance
 
 
-# Kernel and neighbour measures hold features in memory and compare them in pairs: at most so many of each set.
+# Kernel and neighbour measures keep features in memory and compare them in pairs: at most so many from each set.
 MAX_KEPT_FEATURES = 10_000
 QUERIES_AT_A_TIME = 1024
 
 
 class _KeptFeatures(Metric):
-    """The first features of each set, gathered over processes."""
+    """The first features of each set, gathered from all processes."""
 
     full_state_update = False
     real: list[torch.Tensor]
@@ -45,21 +46,24 @@ class _KeptFeatures(Metric):
         (self.real if real else self.generated).append(features)
 
     def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # Of several processes, what was gathered is one tensor.
+        # After gathering from several processes, a state is one tensor, not a list.
         return dim_zero_cat(self.real), dim_zero_cat(self.generated)
 
 
 class GenerationMetrics:
     """
-    Frechet and kernel distance, precision, recall, density and coverage of generated against real images, from one
-    pass of the feature extractor over each. Under `torch.distributed`, each process updates with its share, and
-    `compute` gives all of them the figures of the whole.
+    Frechet and kernel distance, precision, recall, density and coverage of generated against real images. Each image
+    passes through the feature extractor once. Under `torch.distributed`, each process updates with its share of the
+    images, and `compute` returns the measures over all images in every process.
 
     Args:
-        features (`nn.Module`): uint8 images (B, C, H, W) -> (B, F). See `ecvae_diffusers.metrics.features`.
+        features (`nn.Module`): Maps uint8 images (B, C, H, W) to features (B, F). See `ecvae_diffusers.metrics.features`.
         num_neighbours (`int`, *optional*, defaults to `5`): k of precision, recall, density and coverage.
-        num_kernel_subsets (`int`, *optional*, defaults to `100`): Subsets of the kernel distance.
-        kernel_subset_size (`int`, *optional*, defaults to `1000`): Features per subset; fewer if a set has fewer.
+        num_kernel_subsets (`int`, *optional*, defaults to `100`): Number of subsets for the kernel distance.
+        kernel_subset_size (`int`, *optional*, defaults to `1000`): Features per subset, or all of a set that has fewer.
+
+    Raises:
+        ValueError: if `num_neighbours` is below 1.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class GenerationMetrics:
 
     @torch.no_grad()
     def update(self, images: torch.Tensor, real: bool) -> None:
-        """Take in images (B, C, H, W), uint8; `real` ones are of the reference."""
+        """Add uint8 images (B, C, H, W) to the `real` ones or to the generated ones."""
         features = self.features(images).cpu()
         if self.frechet is None:
             as_they_are = nn.Identity()
@@ -97,23 +101,23 @@ class GenerationMetrics:
     def compute(self) -> dict[str, float | None]:
         """
         Returns:
-            `dict` with `frechet_distance` (`None` where a set has fewer images than there are features),
-            `kernel_distance`, `kernel_distance_std` (over subsets), `precision`, `recall`, `density`, `coverage`,
-            `num_real` and `num_generated` (images of the Frechet distance).
+            `dict` with `frechet_distance` (`None` if a set has fewer images than there are features), `kernel_distance`,
+            `kernel_distance_std` (over subsets), `precision`, `recall`, `density`, `coverage`, `num_real` and
+            `num_generated` (the numbers of all images).
 
         Raises:
             ValueError: if a set has fewer images than `num_neighbours` + 2.
         """
         if self.frechet is None:
-            raise ValueError("`compute` needs images: call `update` with real and with generated ones first.")
+            raise ValueError("`compute` requires images: call `update` with real and with generated images first.")
         with self.frechet.sync_context(distributed_available=torch.distributed.is_initialized):
             counts = (self.frechet.real_features_num_samples, self.frechet.fake_features_num_samples)
             num_real, num_generated = map(int, counts)
         real, generated = self.kept.compute()
-        # An image is not its own neighbour, and `prdc` asks for one more than it takes.
+        # An image is not its own neighbour, and `prdc` requires one neighbour more than it uses.
         if min(len(real), len(generated)) < (least := self.num_neighbours + 2):
-            found = f"there are {len(real)} real and {len(generated)} generated ones"
-            raise ValueError(f"There must be `num_neighbours` + 2 ({least}) images of each kind, but {found}.")
+            found = f"there are {len(real)} real and {len(generated)} generated images"
+            raise ValueError(f"`num_neighbours` + 2 = {least} images of each kind are required, but {found}.")
         is_stated = why_no_frechet_distance(num_real, num_generated, real.shape[1]) is None
         return {
             "frechet_distance": self.frechet.compute().item() if is_stated else None,
@@ -124,14 +128,14 @@ class GenerationMetrics:
         }
 
     def kernel_distance(self, real: torch.Tensor, generated: torch.Tensor) -> dict[str, float]:
-        """Return mean and standard deviation over random subsets, the same ones at each call."""
+        """Return mean and standard deviation over random subsets, which are the same at each call."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it keeps features, whose number is bounded here
+            warnings.simplefilter("ignore", UserWarning)  # its warning of memory use: features are limited here
             kernel = KernelInceptionDistance(
                 feature=nn.Identity(),
                 subsets=self.num_kernel_subsets,
                 subset_size=min(self.kernel_subset_size, len(real), len(generated)),
-                # Every process has all features by now.
+                # Every process already has all features.
                 distributed_available_fn=lambda: False,
             )
         kernel.update(real.double(), real=True)
@@ -142,7 +146,7 @@ class GenerationMetrics:
         return {"kernel_distance": mean.item(), "kernel_distance_std": std.item()}
 
     def reset(self, keep_real: bool = False) -> None:
-        """Forget all images, or with `keep_real` only the generated ones, to measure against the same reference again."""
+        """Forget all images, or with `keep_real` the generated ones only, to compare others with the same real images."""
         real = list(self.kept.real) if keep_real else []
         self.kept.reset()
         self.kept.real = real
@@ -155,15 +159,15 @@ class GenerationMetrics:
 
 def neighbour_measures(real: torch.Tensor, generated: torch.Tensor, num_neighbours: int = 5) -> dict[str, float]:
     """
-    Compute precision, recall, density and coverage (Naeem et al. 2020) of features.
+    Compute precision, recall, density and coverage (Naeem et al. 2020) from features.
 
     Args:
         real (`torch.Tensor` of shape `(N, F)`), generated (`torch.Tensor` of shape `(M, F)`): Features.
-        num_neighbours (`int`, *optional*, defaults to `5`): Neighbours that span a sample's ball.
+        num_neighbours (`int`, *optional*, defaults to `5`): k: an image's ball reaches to its k-th nearest neighbour.
     """
     from prdc import compute_prdc
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of samples
+    with contextlib.redirect_stdout(io.StringIO()):  # `compute_prdc` prints the numbers of samples
         measures = compute_prdc(real.cpu().numpy(), generated.cpu().numpy(), num_neighbours)
     return {name: float(value) for name, value in measures.items()}
 
@@ -172,8 +176,7 @@ def nearest_neighbours(
     queries: torch.Tensor, bank: torch.Tensor, num_neighbours: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Find the features of a bank that are nearest to each query. A grid of them shows whether samples are copies of
-    training images.
+    Find the features of a bank that are nearest to each query, such as the training images nearest to each sample.
 
     Args:
         queries (`torch.Tensor` of shape `(N, F)`): Features of generated images.
@@ -184,7 +187,7 @@ def nearest_neighbours(
         Euclidean distances and indices into the bank, both of shape `(N, num_neighbours)`, nearest first.
     """
     found = [
-        # Without the shortcut through matrix products, which loses small distances to rounding.
+        # The faster way by matrix products loses small distances to rounding.
         torch.cdist(chunk, bank, compute_mode="donot_use_mm_for_euclid_dist").topk(num_neighbours, largest=False)
         for chunk in queries.split(QUERIES_AT_A_TIME)
     ]

@@ -1,11 +1,11 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The curves of a run as one picture, for the demo and for cards."""
+"""Plots the curves of a run in one picture, for the demo and for model cards."""
 
 from pathlib import Path
 
 
 CALIBRATION = ("dual variable λ", "constraint", "drift per pixel", "energy gap")
-# Of a run without an energy model.
+# Charts of a run without an energy model.
 LOSSES = (
     "reconstruction",
     "KL divergence",
@@ -17,12 +17,12 @@ LOSSES = (
 
 def plot_curves(records: list[dict], path: Path) -> None:
     """
-    Plot the dual variable, the constraint, the drift and the energy gap over the steps of a run; of one without an
-    energy model its losses, and the posterior's constraint and dual variable if there are these.
+    Plot the dual variable, the constraint, the drift and the energy gap over the steps of a run. For a run without an energy
+    model, plot its losses, and the posterior's constraint and dual variable if they were logged.
 
     Args:
-        records (`list[dict]`): Of `metrics.jsonl`.
-        path (`Path`): PNG to write.
+        records (`list[dict]`): Records of `metrics.jsonl`.
+        path (`Path`): PNG file to write.
     """
     from ecvae_diffusers.report.charts import calibration_charts, training_charts
     from ecvae_diffusers.report.drawing import save_drawn

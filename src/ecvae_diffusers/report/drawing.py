@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Draws charts of what a run logged, and histograms of its energies."""
+"""Draws charts of the quantities that a run logged, and histograms of its energies."""
 
 import io
 import warnings
@@ -17,13 +17,13 @@ from ecvae_diffusers.atomic import replacing
 from ecvae_diffusers.report.read import data_uri, series, spread_over
 
 
-# A chart of up to so many points marks each of them, and its axes leave nothing out.
+# A chart of up to this many points marks each of them, and its axes show all values.
 FEW_POINTS = 40
-# Points per curve: more can't be told apart at a chart's width, and a long run's file would be many megabytes.
+# Points per curve. More can't be told apart at a chart's width, and would make the file of a long run many megabytes.
 MAX_POINTS = 500
-# Beyond it matplotlib's own arithmetic overflows.
+# Larger values overflow in matplotlib.
 MAX_VALUE = 1e30
-# Green is kept for what is healthy. Curves that lie on one another are told apart by their lines.
+# Green is reserved for healthy ranges. Line styles tell overlapping curves apart.
 COLOURS = ("#2563b0", "#d97706", "#9333a8", "#5b6470")
 LINES = ("-", "--", ":", "-.")
 HEALTHY_COLOUR = "#178a5b"
@@ -47,19 +47,18 @@ STYLE = {
 @dataclass
 class Chart:
     """
-    A chart of logged values.
+    A chart of logged quantities.
 
     Args:
-        title (`str`): What it shows.
-        curves (`dict`): Names of logged values, each with its label. Where `<name>_std` is logged too, it is drawn as a
-            band.
-        note (`str`): How to read it.
-        log (`bool`, *optional*, defaults to `False`): Whether the values' axis is logarithmic.
+        title (`str`): What the chart shows.
+        curves (`dict`): The labels of logged quantities, by name. If `<name>_std` is logged too, it is drawn as a band.
+        note (`str`): How to read the chart.
+        log (`bool`, *optional*, defaults to `False`): Whether the axis of values is logarithmic.
         healthy (`tuple[float, float]`, *optional*): The healthy range, which is shaded.
-        bounds (`tuple[float]`, *optional*): Values to mark by a dashed line.
+        bounds (`tuple[float]`, *optional*): Values to mark by dashed lines.
 
     Attributes:
-        source, labels: The picture as a `data:` URI and the labels of its curves, once it is drawn.
+        source, labels: The picture as a `data:` URI and the labels of its curves. `drawn` sets both.
     """
 
     title: str
@@ -73,7 +72,7 @@ class Chart:
 
 
 def drawn(charts: list[Chart], records: list[dict], events: list[dict]) -> list[Chart]:
-    """Draw charts over the steps of `records`, with dotted lines at events, and return those that have values."""
+    """Draw charts over the steps of `records`, with dotted lines at events. Return the charts that have values."""
     marks = sorted({(event["step"], str(event.get("kind"))) for event in events})
     for chart in charts:
         with matplotlib.rc_context(STYLE):
@@ -87,7 +86,7 @@ def drawn(charts: list[Chart], records: list[dict], events: list[dict]) -> list[
 
 
 def save_drawn(charts: list[Chart], records: list[dict], path: Path) -> None:
-    """Write one PNG of all charts that have values, two side by side."""
+    """Write all charts that have values into one PNG, two side by side."""
     charts = [chart for chart in charts if any(np.isfinite(series(records, name)).any() for name in chart.curves)]
     num_columns, num_rows = min(2, len(charts)), -(-len(charts) // 2)
     with matplotlib.rc_context(STYLE):
@@ -102,8 +101,8 @@ def save_drawn(charts: list[Chart], records: list[dict], path: Path) -> None:
 
 def draw(axis: Axes, chart: Chart, records: list[dict], whole: bool = False) -> list[str]:
     """
-    Draw a chart's curves, and return the labels of those that have finite values. A linear axis shows all of a short
-    run, and with `whole` of any; of others it leaves out what the first tenth alone would need.
+    Draw a chart's curves, and return the labels of those that have finite values. For a run of more than `FEW_POINTS`
+    records, a linear axis leaves out values that only the first tenth reaches, unless `whole`.
     """
     steps = series(records, "step")
     curves = {name: drawable(series(records, name)) for name in chart.curves}
@@ -144,7 +143,7 @@ def draw(axis: Axes, chart: Chart, records: list[dict], whole: bool = False) -> 
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
-    """Return `values` with NaN for what can't be drawn."""
+    """Replace values that can't be drawn by NaN."""
     return np.where(np.abs(values) < MAX_VALUE, values, np.nan)
 
 
@@ -152,20 +151,20 @@ def thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return mean, minimum and maximum of at most `MAX_POINTS` equal stretches of `values`."""
     stretches = np.array_split(values, min(len(values), MAX_POINTS))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a stretch of NaN only stays NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # a stretch with nothing but NaN stays NaN
         mean, low, high = (np.array([f(one) for one in stretches]) for f in (np.nanmean, np.nanmin, np.nanmax))
     return mean, low, high
 
 
 def histograms(records: list[dict]) -> dict | None:
     """
-    Draw the energies of the three kinds of images at some steps, on shared axes and relative to the data's mean.
-    Return the picture's `source` and its `steps`, or `None` without energies.
+    Draw the energies of data, samples and calibrated samples at some steps, on shared axes and relative to the mean of the
+    data. Return the picture's `source` and its `steps`, or `None` if there are no energies.
     """
     panels = spread_over([panel for record in records if (panel := energy_panel(record))], 8)
     if not panels:
         return None
-    # The widest panel decides, unless it is many times as wide as the others, whose shape could not be seen then.
+    # The widest panel sets the limits, unless it is so wide that the shape of the others could not be seen.
     widths = [np.percentile(np.abs(np.concatenate(list(kinds.values()))), 99) for _, kinds in panels]
     limit = max(min(max(widths), 4 * np.median(widths)), 1e-6)
     num_columns, num_rows = min(len(panels), 4), -(-len(panels) // 4)
@@ -178,10 +177,10 @@ def histograms(records: list[dict]) -> dict | None:
             axis.set_title(f"step {step}", fontsize=9)
             axis.set_yticks([])
             for (kind, values), colour in zip(kinds.items(), COLOURS):
-                # Lines over a filled shape: all three can be seen where they overlap.
+                # Lines over a filled shape keep all three visible where they overlap.
                 style = {"histtype": "stepfilled", "alpha": 0.35} if kind == "data" else {"histtype": "step"}
                 weights = np.full(len(values), 1 / len(values))
-                # What lies further out is counted at the edge.
+                # Values beyond the limits are counted at the edges.
                 bins = np.linspace(-limit, limit, 61)
                 axis.hist(values.clip(-limit, limit), bins, weights=weights, color=colour, linewidth=1.4, **style)
         handles = [Rectangle((0, 0), 1, 1, color=c, label=n) for n, c in zip(KINDS_OF_ENERGY.values(), COLOURS)]
@@ -201,7 +200,7 @@ def energy_panel(record: dict) -> tuple[int, dict[str, np.ndarray]] | None:
 
 
 def svg_source(figure: Figure) -> str:
-    """Return a figure as a `data:` URI. As an image its ids can't clash with those of another figure."""
+    """Return a figure as a `data:` URI. In separate images, the ids of two figures can't clash."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()

@@ -19,22 +19,20 @@ from ecvae_diffusers.report.verdict import findings
 
 
 CHAIN_NOTE = (
-    "One row per image. From left to right: the sample, each step of the chain, and where it moved (end minus "
-    "start, magnified, grey = nowhere). Healthy: changes too small to see. The last column is what the energy model "
-    "still objects to: once a run has settled it has little form, and while it learns that of strokes and outlines."
+    "One row per image. From left to right: the sample, each step of the chain, and the whole move (end minus start, "
+    "magnified; grey means none). In a healthy run, the changes are too small to see. The last column shows what the energy "
+    "model still objects to: strokes and outlines while a run learns, little structure once it has settled."
 )
-# Of a run with `--use_ema`.
+# For a run with `--use_ema`.
 AVERAGE_NOTE = (
-    " The chain starts at samples of the network as it is trained; the pictures under Samples are of the average of "
-    "its weights, which is what is saved. Early in a run the two differ, in colours too."
+    " The chain starts at samples of the network in training. The pictures under Samples come from the average of its "
+    "weights, which is saved. Early in a run the two differ, also in colours."
 )
 ENERGIES_NOTE = (
-    "Data (filled), samples and calibrated samples (lines), relative to the data's mean. Healthy: the three come to "
-    "lie on one another."
+    "Energies of data (filled), samples and calibrated samples (lines), relative to the mean of the data. In a healthy run, "
+    "the three come to overlap."
 )
-NEIGHBOURS_NOTE = (
-    "One row per sample: itself, then the training images nearest to it. A copy of one would be memorised."
-)
+NEIGHBOURS_NOTE = "One row per sample: the sample, then the training images nearest to it. A sample that equals one of them is memorised."
 # By `Task.component` and `--calibration`.
 KINDS = {
     "vae": {
@@ -42,12 +40,12 @@ KINDS = {
         "both": "Energy-calibrated, with a calibrated posterior",
     },
     "flow": {"none": "Plain flow, no calibration", "energy": "Energy-calibrated flow"},
-    "decoder": {"none": "Decoder trained on, no calibration", "energy": "Energy-calibrated decoder"},
+    "decoder": {"none": "Decoder trained further, no calibration", "energy": "Energy-calibrated decoder"},
 }  # fmt: skip
 SAMPLES_NOTES = {
     "vae": "One pass through the decoder, from the same latents at each step.",
     "flow": "One pass through the flow's inverse, from the same latents at each step.",
-    "decoder": "Decodings of the same latents at each step: what is calibrated.",
+    "decoder": "The same latents, decoded at each step. Calibration is applied to these images.",
 }
 FACTS = (
     "dataset_name", "train_data_dir", "resolution", "latent_channels", "train_batch_size", "seed", "calibration",
@@ -58,27 +56,29 @@ FACTS = (
 
 
 def render(run: Run, marker: str) -> str:
-    """Return the page. `marker` is a comment near its top."""
-    # Folders of before the component was written down are of autoencoders.
+    """Return the page. `marker` is an HTML comment near its top."""
+    # Runs that did not record the component yet trained autoencoders.
     component, arguments = run.arguments.get("component", "vae"), run.arguments
     intro = KINDS.get(component, {}).get(arguments.get("calibration", ""), "Training run")
-    intro += ". Green: the healthy range, where there is one"
-    intro += ". Dotted vertical lines are events of the guard." if run.events else "."
+    intro += ". Green: the healthy range, if there is one"
+    intro += ". Dotted vertical lines mark events of the guard." if run.events else "."
     if len(run.metrics) > FEW_POINTS:
-        intro += " Axes that are not logarithmic leave out what the first tenth of the run alone would need."
+        intro += " Linear axes leave out values that only the first tenth of the run reaches."
     judged = (
-        f"On the last part of the run, steps {run.judged[0]['step']} to {run.judged[-1]['step']} ({len(run.judged)} "
-        "logged). A run that has only just begun is not yet in its healthy range."
+        f"Judged by steps {run.judged[0]['step']} to {run.judged[-1]['step']} ({len(run.judged)} logged), the last part of the "
+        "run. A run that has just begun is not yet in its healthy range."
     )
     samples = SAMPLES_NOTES.get(component, SAMPLES_NOTES["vae"])
+    if (best := best_distance(run)) is not None:
+        samples += f" The best Frechet distance is {best} (lower is better)."
     chain = CHAIN_NOTE + (AVERAGE_NOTE if arguments.get("use_ema") else "")
-    pairs = "Rows in pairs: data above its reconstruction."
+    pairs = "Pairs of rows: images above their reconstructions."
     neighbours = course(run, "neighbours", "Samples next to their nearest training images")
-    # Each with what it shows; one that has nothing to show is left out.
+    # Sections that have nothing to show are left out below.
     sections: list[dict[str, Any]] = [
         {"heading": "Verdict", "note": judged, "findings": findings(run)},
-        {"heading": "Run", "facts": facts(run), "arguments": [(f"--{k}", v) for k, v in sorted(arguments.items())]},
         {"heading": "Samples", "note": samples, "course": course(run, "samples", "Grid of samples")},
+        {"heading": "Run", "facts": facts(run), "arguments": [(f"--{k}", v) for k, v in sorted(arguments.items())]},
         {"heading": "Calibration", "charts": drawn(calibration_charts(run), run.metrics, run.events)},
         {"heading": "Energies", "note": ENERGIES_NOTE, "histograms": histograms(run.energies)},
         {"heading": "Chain", "note": chain, "course": course(run, "chain", "Chain from prior samples", 3, 240)},
@@ -98,25 +98,30 @@ def render(run: Run, marker: str) -> str:
 
 
 def prose(text: str) -> Markup:
-    """Escape text, and set command line flags apart: they must not be broken over lines."""
+    """Escape text, and mark up command line flags, which must not be broken over lines."""
     return Markup(re.sub(r"--\w+", lambda match: f"<code>{match[0]}</code>", str(escape(text))))
 
 
 def facts(run: Run) -> list[tuple[str, object]]:
-    """Return a run's last step, its best evaluation, and the arguments that matter."""
+    """Return a run's last step, its best evaluation, and its main arguments."""
     last, planned = run.metrics[-1], run.arguments.get("max_train_steps")
     found = [("steps", f"{last['step']} of {planned}" if planned is not None else last["step"])]
     if "epoch" in last:
         found.append(("epoch", last["epoch"]))
-    distances = [(number(record.get("frechet_distance")), record["step"]) for record in run.evaluations]
-    if distances := [pair for pair in distances if math.isfinite(pair[0])]:
-        best, step = min(distances)
-        found.append(("best Frechet distance", f"{best:.4g} (step {step})"))
+    if (best := best_distance(run)) is not None:
+        found.append(("best Frechet distance", best))
     return found + [(f"--{name}", value) for name in FACTS if (value := run.arguments.get(name)) is not None]
 
 
+def best_distance(run: Run) -> str | None:
+    """Return the lowest Frechet distance of a run and its step, or `None` if none was logged."""
+    distances = [(number(record.get("frechet_distance")), record["step"]) for record in run.evaluations]
+    best, step = min([pair for pair in distances if math.isfinite(pair[0])], default=(math.nan, 0))
+    return f"{best:.4g} (step {step})" if math.isfinite(best) else None
+
+
 def course(run: Run, kind: str, what: str, count: int = 6, small_width: int = 150) -> list[dict]:
-    """Return pictures of at most `count` steps, the last one large."""
+    """Return at most `count` pictures, evenly spread over the steps. The last one is large."""
     chosen = spread_over(run.pictures(kind), count)
     small = [picture(what, step, path, small_width, limit=800) for step, path in chosen[:-1]]
     return small + [picture(what, step, path, 640) for step, path in chosen[-1:]]
@@ -124,8 +129,8 @@ def course(run: Run, kind: str, what: str, count: int = 6, small_width: int = 15
 
 def picture(what: str, step: int, path: Path, width: int, limit: int = 1600) -> dict:
     """
-    Return a picture of a step as the page shows it, about `width` px wide. A smaller one is magnified by a whole
-    number, so that its pixels stay squares of one size; one of more than `limit` px a side is scaled down.
+    Return a picture as the page shows it, about `width` px wide. A smaller one is magnified by a whole number, so that
+    its pixels stay squares of one size. One that is larger than `limit` px is scaled down.
     """
     found = {"what": what, "step": step, "name": path.name}
     try:

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Reads what a training run left in its folder: arguments, logged steps, evaluations, events, pictures."""
+"""Reads the folder of a training run: arguments, logged steps, evaluations, events and pictures."""
 
 import base64
 import math
@@ -14,13 +14,13 @@ from ecvae_diffusers.training.run import log
 from ecvae_diffusers.training.run.folder import STEP_FILE
 
 
-# The verdict is on the last quarter of a run, but on at least so many logged steps.
+# The verdict judges the last quarter of a run, but at least this many logged steps.
 MIN_JUDGED = 5
 
 
 @dataclass
 class Run:
-    """What a training script left in a folder. Records are those with a step; `energy_gap` is added to `metrics`."""
+    """The records of a training run that have a step. `energy_gap` is added to those in `metrics`."""
 
     folder: Path
     arguments: dict[str, Any]
@@ -34,7 +34,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Raises `ValueError` if `folder` is not the output folder of a run, or its files can't be read."""
+        """Read a folder. Raises `ValueError` if it is not the output folder of a run, or its files can't be read."""
         path = folder / log.METRICS_FILE
         if not path.is_file():
             raise ValueError(f"RUN must be the output folder of a training run, but there is no {str(path)!r}.")
@@ -46,16 +46,16 @@ class Run:
 
     @property
     def judged(self) -> list[dict]:
-        """The last part of the run, which the verdict is on."""
+        """The last part of the run, which the verdict judges."""
         return self.metrics[-max(len(self.metrics) // 4, MIN_JUDGED) :]
 
     def last(self, name: str) -> np.ndarray:
-        """Return the finite values of the last part of the run."""
+        """Return the finite values of a quantity in the last part of the run."""
         values = series(self.judged, name)
         return values[np.isfinite(values)]
 
     def median(self, name: str) -> float:
-        """Return the median over the last part of the run, NaN if nothing was logged."""
+        """Return the median of a quantity over the last part of the run, or NaN if it was not logged."""
         return float(np.median(self.last(name))) if len(self.last(name)) else math.nan
 
     def argument(self, name: str) -> float:
@@ -63,13 +63,13 @@ class Run:
 
     @property
     def drift_is_judged(self) -> bool:
-        """Whether `drift_tolerance` decides how far the chain may go, instead of a tolerance that the user set."""
+        """Whether `drift_tolerance` limits how far the chain may move, instead of a tolerance that the user set."""
         tolerance = self.arguments.get("calibration_tolerance", "auto")
         return "auto" in (tolerance, self.arguments.get("langevin_drift_step")) and self.drift_tolerance > 0
 
     @property
     def drift_tolerance(self) -> float:
-        """Root-mean-square drift per pixel that is allowed. Of runs that did not log it, their argument."""
+        """The allowed root-mean-square drift per pixel: the logged value, or else the argument."""
         logged = self.median("drift_tolerance")
         return self.argument("drift_tolerance") if math.isnan(logged) else logged
 
@@ -86,8 +86,8 @@ def read_records(path: Path) -> list[dict]:
 
 def energy_gap(record: dict) -> dict[str, float]:
     """
-    Return the mean energy of calibrated samples minus that of data, in standard deviations of the two; nothing without
-    any spread: if all energies of a kind are equal, there is nothing to hold the gap against.
+    Return the mean energy of calibrated samples minus that of data, in standard deviations of the energies. Return nothing
+    if both standard deviations are 0 or missing.
     """
     names = ("energy_real", "energy_targets", "energy_real_std", "energy_targets_std")
     real, targets, real_std, targets_std = (number(record.get(name)) for name in names)
@@ -100,12 +100,12 @@ def number(value: Any) -> float:
 
 
 def series(records: list[dict], name: str) -> np.ndarray:
-    """Return the course of a value, NaN where it was not logged."""
+    """Return the values of a quantity over the records, NaN where it was not logged."""
     return np.array([number(record.get(name)) for record in records])
 
 
 def spread_over(items: Sequence, count: int) -> list:
-    """Return at most `count` of `items` at even distances, the first and the last among them."""
+    """Return at most `count` of `items`, evenly spread, including the first and the last."""
     places = np.linspace(0, len(items) - 1, min(count, len(items)))
     return [items[place] for place in sorted({round(place) for place in places})]
 

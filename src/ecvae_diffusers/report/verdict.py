@@ -9,14 +9,14 @@ import numpy as np
 from ecvae_diffusers.report.read import Run, series
 
 
-# Healthy ranges, each relative to what stands after it.
+# Healthy ranges. Each is relative to the quantity in its comment.
 CONSTRAINT_RANGE = (0.5, 2.0)  # the tolerance
 DRIFT_RANGE = (0.5, 2.0)  # the drift tolerance
 SPREAD_RANGE = (0.5, 1.5)  # the data's spread
 GAP_RANGE = (-1.0, 1.0)  # the standard deviation of energies
 MIN_ACTIVE = 0.1  # the number of latent dimensions
 MIN_GRADIENT = 0.1  # the energy model's median gradient norm over the whole run
-# Part of the bound within which lambda counts as at it.
+# Lambda counts as at a bound if it is this close to it, as a share of the upper bound.
 AT_BOUND = 0.001
 INCIDENTS = {"warning": "warnings", "rollback": "rollbacks", "stopped": "stopped"}
 
@@ -33,7 +33,7 @@ class Finding:
 
 
 def findings(run: Run) -> list[Finding]:
-    """Return all that can be judged of a run, whether it is calibrated first."""
+    """Return all findings about a run, beginning with whether calibration is on."""
     constraint = ratio(run.median("constraint"), run.median("tolerance"))
     drift = ratio(run.median("drift"), run.drift_tolerance) if run.drift_is_judged else math.nan
     gap, spread = run.median("energy_gap"), ratio(run.median("sample_spread"), run.median("data_spread"))
@@ -46,56 +46,54 @@ def findings(run: Run) -> list[Finding]:
         judge_finite(run),
         judge_bounds(
             run, "dual", run.argument("max_dual"), "Dual variable λ",
-            "The constraint is kept without any weight: a larger --langevin_drift_step or a smaller --drift_tolerance.",
-            "Let the chain move less (a smaller --langevin_drift_step) or allow it more (--drift_tolerance); lower "
-            "--energy_learning_rate if the energy gap is wide; then raise --max_dual.",
+            "The constraint is met without any weight: use a larger --langevin_drift_step or a smaller --drift_tolerance.",
+            "Let the chain move less (a smaller --langevin_drift_step), or allow it to move more (a larger "
+            "--drift_tolerance). Lower --energy_learning_rate if the energy gap is wide. Then raise --max_dual.",
         ),
         judge_posterior_dual(run),
         in_range(
             "Constraint", constraint, CONSTRAINT_RANGE, f"{constraint:.2f} times its tolerance",
-            "How far the chain moves a sample, squared and summed, against what it may: λ is to bring the two together.",
+            "The squared distance that the chain moves a sample, relative to what is allowed. λ adapts to bring the two "
+            "together.",
             "λ has not caught up, or is at its bound: raise --dual_learning_rate, or lower --energy_learning_rate.",
-            "Usual while λ is still falling: train longer, or start from a lower --initial_dual. If λ stands still, a "
-            "larger --langevin_drift_step.",
+            "This is usual while λ is still falling: train longer, or start from a lower --initial_dual. If λ no longer "
+            "changes, use a larger --langevin_drift_step.",
         ),
         in_range(
             "Drift of the chain", drift, DRIFT_RANGE,
             f"{run.median('drift'):.4f} per pixel, {drift:.2f} times --drift_tolerance",
-            "What the energy moves a pixel by, without noise: too little teaches the decoder nothing, too much is no "
-            "small correction any more.",
-            "The energy model is far ahead of the decoder: lower --energy_learning_rate, or a smaller "
-            "--langevin_drift_step.",
-            "Train longer if λ is still falling; else a larger --langevin_drift_step or a higher --energy_learning_rate.",
+            "How far the chain moves a pixel, without its noise. Too little teaches the decoder nothing; too much is no "
+            "longer a small correction.",
+            "The energy model is far ahead of the decoder: lower --energy_learning_rate or --langevin_drift_step.",
+            "Train longer if λ is still falling. Otherwise raise --langevin_drift_step or --energy_learning_rate.",
         ),
         in_range(
             "Energy gap", gap, GAP_RANGE, f"{gap:+.2f} standard deviations of the energies",
-            "Calibrated samples minus data, in the eyes of the energy model: near 0 it can hardly tell them apart.",
-            "It tells samples from data with ease: train longer, lower --energy_learning_rate, or give the decoder more "
-            "channels.",
-            "Samples have a lower energy than data, so that the energy model points away from data: raise "
+            "The mean energy of calibrated samples minus that of data. Near 0, the energy model can hardly tell them apart.",
+            "The energy model easily tells samples from data: train longer, lower --energy_learning_rate, or give the "
+            "decoder more channels.",
+            "Samples have a lower energy than data, so the energy model leads away from data: raise "
             "--energy_learning_rate.",
         ),
         in_range(
-            "Energy model", alive, (MIN_GRADIENT, math.inf), f"gradient norm {norm:.3g}, {alive:.2g} times the whole run's",
-            "A gradient that has all but vanished is an energy model that tells nothing apart any more, and teaches "
-            "nothing.",
+            "Energy model", alive, (MIN_GRADIENT, math.inf), f"gradient norm {norm:.3g}, {alive:.2g} times that of the whole run",
+            "An energy model whose gradient has almost vanished tells nothing apart and teaches the generator nothing.",
             "",
-            "Lower --energy_learning_rate, and resume from the last step at which the energy model was alive.",
+            "Lower --energy_learning_rate, and resume from the last checkpoint before the gradient vanished.",
         ),
         in_range(
-            "Variety of samples", spread, SPREAD_RANGE, f"{spread:.2f} times the data's",
-            "The spread of pixels over a batch of prior samples: near 0 all samples are the same and the generator is "
-            "dead.",
-            "The samples vary more than the data, as noise does: train longer, or lower --energy_learning_rate.",
-            "Lower --energy_learning_rate and --max_dual, and look at the samples: if they are all alike, start again "
-            "from before that.",
+            "Variety of samples", spread, SPREAD_RANGE, f"{spread:.2f} times that of the data",
+            "The spread of pixels over a batch of prior samples. Near 0, all samples are the same.",
+            "Samples vary more than the data, as noise does: train longer, or lower --energy_learning_rate.",
+            "Lower --energy_learning_rate and --max_dual. If all samples look alike, resume from a checkpoint before they "
+            "did.",
         ),
         in_range(
             "Active units", active, (1.0 if math.isnan(total) else max(1.0, MIN_ACTIVE * total), math.inf),
             f"{active:g}" + ("" if math.isnan(total) else f" of {total:g} latent dimensions"),
-            "Latent dimensions that carry something about the image: none is posterior collapse.",
+            "Latent dimensions that carry information about the image. None means posterior collapse.",
             "",
-            "Lower --kl_weight, or use --kl_warmup_steps, or fewer --latent_channels.",
+            "Lower --kl_weight, or use --kl_warmup_steps or fewer --latent_channels.",
         ),
         judge_events(run),
     ]  # fmt: skip
@@ -105,7 +103,7 @@ def findings(run: Run) -> list[Finding]:
 def in_range(
     name: str, value: float, healthy: tuple[float, float], seen: str, meaning: str, too_high: str, too_low: str
 ) -> Finding | None:
-    """Judge a value by its healthy range, which `seen` is followed by. `None` for a value that was not logged."""
+    """Judge a value by its healthy range, which is added to `seen`. Return `None` for a value that was not logged."""
     if math.isnan(value):
         return None
     low, high = healthy
@@ -118,7 +116,7 @@ def ratio(value: float, whole: float) -> float:
 
 
 def judge_calibration(run: Run) -> Finding | None:
-    """Judge whether the constraint had a say, in most of the last part of the run."""
+    """Judge whether calibration was on in most of the last part of the run."""
     off = run.last("calibration_off")
     if len(off) == 0:
         return None
@@ -127,9 +125,9 @@ def judge_calibration(run: Run) -> Finding | None:
         "Calibration",
         is_on,
         "on" if is_on else f"calibration is off in {off.mean():.0%} of these steps: this run trains a plain generator",
-        "Calibration is off where λ is 0, or the gradient that samples receive from it is below a hundredth of the "
-        "one that reconstructions receive, while the energy model tells samples from data.",
-        "A lower --calibration_tolerance or --drift_tolerance, or a larger --langevin_drift_step.",
+        "Calibration is off if the energy model tells samples from data, but λ is 0, or samples receive less than a "
+        "hundredth of the gradient that reconstructions receive.",
+        "Use a lower --calibration_tolerance or --drift_tolerance, or a larger --langevin_drift_step.",
     )
 
 
@@ -139,8 +137,8 @@ def judge_finite(run: Run) -> Finding:
             name
             for record in run.judged
             for name, value in record.items()
-            # fp16's loss scaling lets gradients overflow now and then, and leaves that step out. JSON has `null` for
-            # such numbers.
+            # With fp16, gradients overflow now and then, and loss scaling skips that step. JSON has `null` for such
+            # numbers.
             if (value is None or isinstance(value, float) and not math.isfinite(value)) and "gradient_norm" not in name
         }
     )
@@ -155,7 +153,7 @@ def judge_finite(run: Run) -> Finding:
 
 
 def judge_bounds(run: Run, name: str, bound: float, title: str, at_zero: str, at_bound: str) -> Finding | None:
-    """Judge whether a dual variable is at 0 or at its upper bound, with what to try at each."""
+    """Judge whether a dual variable is at 0 or at its upper bound. `at_zero` and `at_bound` say what to try."""
     dual = run.last(name)
     if len(dual) == 0 or run.argument("dual_learning_rate") == 0:  # then lambda is a weight that the user chose
         return None
@@ -169,22 +167,21 @@ def judge_bounds(run: Run, name: str, bound: float, title: str, at_zero: str, at
         title,
         max(top, zero) <= 0.5,
         seen,
-        "λ is the weight of the calibration. It finds its own value between its bounds; at a bound it no longer "
-        "steers.",
+        "λ is the weight of calibration. It adapts between its bounds; at a bound it can't.",
         at_bound if top > 0.5 else at_zero,
     )
 
 
 def judge_posterior_dual(run: Run) -> Finding | None:
-    # If it begins at its bound, as by default, and is there still, it is meant as a fixed weight.
+    # If it starts at its bound, as by default, and is still there, it is meant as a fixed weight.
     bound = run.argument("max_posterior_dual")
     if run.arguments.get("initial_posterior_dual", bound) == bound and run.median("posterior_dual") > 0.99 * bound:
         return None
     return judge_bounds(
         run, "posterior_dual", bound, "Posterior's λ",
-        "The constraint is kept without any weight: the encoder needs no calibration.",
-        "A Gaussian with independent latents is not the posterior itself, and may never keep the bound, which asks for "
-        "that: then λ is a fixed weight. Set it with --max_posterior_dual.",
+        "The constraint is met without any weight: the encoder needs no calibration.",
+        "A Gaussian with independent latents can't match the posterior and may never meet the constraint. Then λ is a fixed "
+        "weight: set it with --max_posterior_dual.",
     )  # fmt: skip
 
 
@@ -201,7 +198,7 @@ def judge_events(run: Run) -> Finding:
         "Guard events",
         not recent,
         seen,
-        "The guard goes back to a healthy state where a run diverges, and warns of what may come to that.",
-        "What a warning says; against rollbacks a lower --energy_learning_rate, --energy_spectral_norm, a higher "
+        "The guard returns to a healthy state if a run diverges, and warns of signs of divergence.",
+        "Follow the warnings. Against rollbacks, use a lower --energy_learning_rate, --energy_spectral_norm, a higher "
         "--energy_regularization, --max_grad_norm, or fp32.",
     )
