@@ -41,7 +41,7 @@ TRAINING = Path(__file__).resolve().parents[2] / "training"
 def precision(device: torch.device) -> list[str]:
     """
     Return bf16 on a CPU, which may have units for it. On a GPU, networks of this size wait for the start of their
-    kernels, and autocast adds many: the chain takes twice as long (RESULTS.md).
+    kernels, and autocast adds many: the chain takes twice as long (docs/results/limit/h100.md).
     """
     return ["--mixed_precision", "bf16" if device.type == "cpu" else "no"]
 
@@ -125,7 +125,7 @@ def distances(metrics: GenerationMetrics, images: torch.Tensor) -> str:
 def epochs(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
     """
     Yield batches in [-1, 1], epoch by epoch in a new order, as the training script does. It matters: drawn with
-    replacement, one chain per iteration is worse than two (RESULTS.md).
+    replacement, one chain per iteration is worse than two (docs/results/arrangements/replacement.md).
     """
     while True:
         order = torch.randperm(len(images))

@@ -49,7 +49,7 @@ def tiny() -> diffusers.AutoencoderTiny:
 
 
 MODELS = {"AutoencoderKL": kl, "AutoencoderTiny": tiny}
-# Two scales did better than one (docs/generators.md); how much PSNR this weight costs is in RESULTS.md.
+# Two scales did better than one (docs/results/decoders/energy_model.md); how much PSNR this weight costs is in docs/results/decoders.
 ENERGY = ["--calibration", "energy", "--energy_num_scales", "2", "--reconstruction_weight"]
 K_1 = ["--langevin_steps", "1"]
 SETTINGS = {

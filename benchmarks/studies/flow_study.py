@@ -49,7 +49,7 @@ SETTINGS = {
     "calibrated, lambda 200, two scales": [*dual(200), *TWO_SCALES],
     "calibrated, energy's rate 2e-3": ["--energy_learning_rate", "2e-3"],
 }
-# What begins anew, for as many iterations in all, at likelihood's own rate (docs/flows.md: why it is not that of calibration).
+# What begins anew, for as many iterations in all, at likelihood's own rate (docs/guides/flows.md: why it is not that of calibration).
 FROM_THE_START = {"plain from the start": PLAIN, "calibrated from the start": []}
 NAMES = [*SETTINGS, *FROM_THE_START]
 COLUMNS = {

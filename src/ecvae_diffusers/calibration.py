@@ -53,7 +53,7 @@ from .schedulers.scheduling_langevin import LangevinScheduler
 
 
 # Length rho of the drift of a whole sample that a healthy run on images in [-1, 1] keeps: measured on digits
-# (benchmarks/RESULTS.md). It sets the "auto" tolerance together with the noise floor.
+# (docs/results/digits/chain.md). It sets the "auto" tolerance together with the noise floor.
 HEALTHY_MOVE = 0.1184
 # The "auto" gradient penalty per entry of a sample: measured on digits (D = 256) and on colour up to 64 px.
 GRADIENT_PENALTY = 0.1 / 256

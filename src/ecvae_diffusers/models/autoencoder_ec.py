@@ -266,7 +266,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             Number of residual blocks at each resolution, from 1 to 128.
         norm_type (`str`, *optional*, defaults to `"group"`):
             `"group"` or `"batch"`. Batch normalization sees posterior and prior batches in turn, so its running statistics fit
-            neither (`benchmarks/RESULTS.md` lists the cost). diffusers' `EMAModel` does not keep them.
+            neither (`docs/results/digits/earlier_defaults.md` lists the cost). diffusers' `EMAModel` does not keep them.
         norm_num_groups (`int`, *optional*, defaults to `8`):
             Upper bound on the number of groups of group normalization. Fewer are used if a group would have less than four
             channels, or groups would differ in size.

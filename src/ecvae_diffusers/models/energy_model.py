@@ -210,7 +210,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
             one more of the first entries of `block_out_channels`.
         act_fn (`str`, *optional*, defaults to `"leaky_relu"`):
             Activation function: `"leaky_relu"` (slope 0.2), `"silu"`, `"gelu"`, `"relu"` or `"mish"`. Under spectral norm, a slope
-            near 1 preserves the energy's gradient through the layers (see `benchmarks/RESULTS.md`).
+            near 1 preserves the energy's gradient through the layers (see `docs/results/digits/earlier_defaults.md`).
         spectral_norm (`bool`, *optional*, defaults to `True`):
             Whether to divide each weight by its largest singular value (Miyato et al. 2018), which bounds the slope of the energy
             and the drift of the chain.

@@ -492,7 +492,7 @@ class FlowOptimizerConfig(OptimizerConfig):
     """training"""
 
     # Likelihood has a noisy gradient with rare, enormous values: an Adam that averages and clips learns several times faster than
-    # the one that suits a critic's opponent (docs/flows.md).
+    # the one that suits a critic's opponent (docs/guides/flows.md).
     learning_rate: float | None = option(
         help="Learning rate of the flow. Default: 3e-3 for a new flow, 5e-4 for a pretrained one.", above=0
     )

@@ -2,7 +2,7 @@
 """Trains an energy-calibrated normalizing flow: `accelerate launch training/train_flow.py --help`, or `ecvae train-flow --help`.
 
 Likelihood is learned first, with `--calibration none`; a second run from there (`--pretrained_model_name_or_path`) calibrates: see
-docs/flows.md.
+docs/guides/flows.md.
 """
 
 from collections.abc import Callable

@@ -41,7 +41,7 @@ def keep_freed_memory() -> bool:
     """
     Have malloc keep what it is given back, for the next tensor, instead of handing it to the system and fetching it
     again, page by page and zeroed. A training step frees and asks for the same tensors every time, and on a CPU those of more than
-    32 MB would cost more than what is computed in them (`benchmarks/RESULTS.md`). Returns whether this is glibc, which can do so.
+    32 MB would cost more than what is computed in them (`docs/results/growth/handed_back.md`). Returns whether this is glibc, which can do so.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
