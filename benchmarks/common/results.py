@@ -104,7 +104,7 @@ def command_block(command: str) -> str:
     for part in command.split("; "):
         line = ""
         for argument in re.findall(r'(?:[^\s"]|"[^"]*")+', part):
-            if line and len(line) + len(argument) > 110:
+            if line and len(line) + len(argument) > 85:
                 lines.append(f"{line} \\")
                 line = "   "
             line = f"{line} {argument}" if line else argument
