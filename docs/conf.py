@@ -75,7 +75,8 @@ def write_math(translator, node) -> None:
     text = re.sub(r"\\[bB]igg?[lr]?(?![a-zA-Z])", "", node.astext())  # sizes of brackets, which it does not know
     if is_block and ("&" in text or r"\\" in text):
         text = rf"\begin{{aligned}}{text}\end{{aligned}}"
-    translator.body.append(str(latex2mathml.tex2mathml(text, as_block=is_block)))
+    written = str(latex2mathml.tex2mathml(text, as_block=is_block))
+    translator.body.append(f'<div class="equation">{written}</div>' if is_block else written)
     raise nodes.SkipNode
 
 

@@ -212,3 +212,24 @@ def test_cards_have_only_figures_that_were_measured(card):
     known |= {f"{theirs[name].mean / ours[name].mean:.1f}" for name in ours.keys() & theirs.keys()}
     said = card.read_text().split("\n## Evaluation", 1)[1].split("\n## Citation")[0]
     assert not {one for one in figures(said) if float(one) > 10 or "." in one} - known
+
+
+def test_the_check_of_the_language_finds_faults():
+    page = check_prose.ROOT / "docs" / "page.md"
+    faults = {
+        "It takes 5 ms an image.": "per",
+        "The run is gone on with.": "resume",
+        "Weights are held still.": "frozen",
+        "A model in the place of another.": "instead of",
+        "All but for one.": "except",
+        "The one beside it.": "next to",
+        "A folder of its own.": "its own",
+        "Measured at 0bbd227.": "benchmarks/results",
+        "Measured on an H100.": "benchmarks/results",
+        "x" * 201: "201",
+    }
+    for text, expected in faults.items():
+        assert [fault for _, fault in check_prose.findings(page, f"# Head\n\n{text}\n") if expected in fault], text
+    fine = "An image of its own class, an iteration.\n\n```\nbeside 0bbd227\n```\n`beside` [one](beside.md)\n"
+    assert not list(check_prose.findings(page, fine))
+    assert list(check_prose.findings(check_prose.ROOT / "README.md", "A " + "word " * 30 + "too many.\n" * 90))
