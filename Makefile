@@ -7,7 +7,7 @@ $(if $(ROOT),,$(error The path of this Makefile can't be determined: call make w
 PYTHON ?= python3
 IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 
-.PHONY: demo test test-slow quality style pipelines cards environment clean
+.PHONY: demo test test-slow docs quality style pipelines cards environment clean
 
 demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look at demo/comparison.png
 	@$(IN_ROOT) examples/demo.py --output_dir demo
@@ -18,12 +18,16 @@ test: environment  ## Run the tests, one file at a time on each core
 test-slow: environment  ## Run the slow tests (several processes, kills), one file at a time on each core
 	@cd "$(ROOT)" && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q --durations=10 -n logical --dist loadfile tests/slow
 
+docs: environment  ## Build the site, docs/_build/html/index.html, with every warning an error
+	@cd "$(ROOT)" && .venv/bin/python -m sphinx -q -W -b html -d docs/_build/doctrees docs docs/_build/html
+
 quality: environment  ## Check style and types, and that generated files are up to date
 	@$(IN_ROOT) -m ruff check .
 	@$(IN_ROOT) -m ruff format --check .
 	@$(IN_ROOT) -m mypy
 	@$(IN_ROOT) pipelines/generate.py --check
 	@$(IN_ROOT) benchmarks/common/results.py --check
+	@$(IN_ROOT) docs/check_prose.py
 
 style: environment  ## Fix style
 	@$(IN_ROOT) -m ruff check --fix .

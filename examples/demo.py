@@ -39,7 +39,7 @@ from ecvae_diffusers.training.run.log import METRICS_FILE, read_metrics
 from ecvae_diffusers.training.run.pictures import image_grid
 
 
-# The networks of the studies in benchmarks/RESULTS.md.
+# The networks of the studies in docs/results/digits.
 ARGUMENTS = ["--resolution", "16", "--latent_channels", "32", "--block_out_channels", "16", "32", "64"]
 NUM_SAMPLES = 50_000
 

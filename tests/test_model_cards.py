@@ -76,8 +76,3 @@ def test_the_snippets_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run_snippets(folder / "README.md")
     assert len(names["images"]) == 16 and len(names["restored"]) == 4
-
-
-def test_the_first_snippet_of_the_readme_runs(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert len(run_snippets(ROOT / "README.md")["images"]) == 16

@@ -125,7 +125,7 @@ def distances(metrics: GenerationMetrics, images: torch.Tensor) -> str:
 def epochs(images: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
     """
     Yield batches in [-1, 1], with a new order in each epoch, as the training script does. Drawing with replacement would give
-    other results (RESULTS.md).
+    other results (docs/results/arrangements/replacement.md).
     """
     while True:
         order = torch.randperm(len(images))

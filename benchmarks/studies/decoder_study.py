@@ -49,7 +49,7 @@ def tiny() -> diffusers.AutoencoderTiny:
 
 
 MODELS = {"AutoencoderKL": kl, "AutoencoderTiny": tiny}
-# Two scales do better than one (docs/generators.md). RESULTS.md shows how much PSNR each weight costs.
+# Two scales do better than one, and each weight costs PSNR (docs/results/decoders).
 ENERGY = ["--calibration", "energy", "--energy_num_scales", "2", "--reconstruction_weight"]
 K_1 = ["--langevin_steps", "1"]
 SETTINGS = {

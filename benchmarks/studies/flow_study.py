@@ -49,7 +49,7 @@ SETTINGS = {
     "calibrated, lambda 200, two scales": [*dual(200), *TWO_SCALES],
     "calibrated, energy's rate 2e-3": ["--energy_learning_rate", "2e-3"],
 }
-# Runs from scratch, for as many iterations in all, with the learning rate that suits likelihood (see docs/flows.md).
+# Runs from scratch, for as many iterations in all, with the learning rate that suits likelihood (see docs/guides/flows.md).
 FROM_THE_START = {"plain from the start": PLAIN, "calibrated from the start": []}
 NAMES = [*SETTINGS, *FROM_THE_START]
 COLUMNS = {

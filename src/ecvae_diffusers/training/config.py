@@ -533,7 +533,7 @@ class FlowOptimizerConfig(OptimizerConfig):
     """training"""
 
     # The likelihood's gradient is noisy, with rare, enormous values. Adam with momentum and clipping learns several times faster on it
-    # than with the settings of a calibrated VAE (docs/flows.md).
+    # than with the settings of a calibrated VAE (docs/guides/flows.md).
     learning_rate: float | None = option(
         help="Learning rate of the flow. Default: 3e-3 for a new flow, 5e-4 for a pretrained one.", above=0
     )

@@ -2,7 +2,7 @@
 """Train an energy-calibrated normalizing flow: `accelerate launch training/train_flow.py --help`, or `ecvae train-flow --help`.
 
 Train on likelihood first, with `--calibration none`. Then calibrate in a second run that starts from the first one
-(`--pretrained_model_name_or_path`): see docs/flows.md.
+(`--pretrained_model_name_or_path`): see docs/guides/flows.md.
 """
 
 from collections.abc import Callable

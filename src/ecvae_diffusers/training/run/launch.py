@@ -42,7 +42,7 @@ def keep_freed_memory() -> bool:
     Let malloc keep freed memory for the next tensor, instead of returning it to the system. Return whether this worked (glibc only).
 
     Each training step allocates the same tensors again. On a CPU, fetching zeroed pages for a tensor of more than 32 MB would cost more
-    than computing it (`benchmarks/RESULTS.md`).
+    than computing it (`docs/results/growth/handed_back.md`).
     """
     if platform.libc_ver()[0] != "glibc":
         return False

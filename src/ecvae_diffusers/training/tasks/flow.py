@@ -89,7 +89,7 @@ def train_flow(config: ECFlowConfig) -> None:
         if pretrained[0] is None and checkpoint is None and config.model.calibration != "none":
             logger.warning(
                 "A new flow is calibrated from its first step. It is safer to train it first with --calibration none, and then to "
-                "calibrate it with --pretrained_model_name_or_path (docs/flows.md)."
+                "calibrate it with --pretrained_model_name_or_path (docs/guides/flows.md)."
             )
         return pretrained
 
