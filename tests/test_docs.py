@@ -30,6 +30,7 @@ from ecvae_diffusers import (
 from ecvae_diffusers.cli import COMMANDS
 from ecvae_diffusers.evaluation.schema import Evaluation
 from ecvae_diffusers.hub.card import figure
+from ecvae_diffusers.onnx.export import export_onnx
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ OTHERS = [
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 # The programs of shell blocks that are not ours.
 FOREIGN = {"pip", "hf", "make"}
-FOREIGN_FLAGS = {"--help", "--num_processes", "--nproc_per_node", "--machine_rank"}
+FOREIGN_FLAGS = {"--help", "--no-deps", "--num_processes", "--nproc_per_node", "--machine_rank"}
 SCRIPTS = {
     "train_ecvae.py": "train",
     "train_flow.py": "train-flow",
@@ -107,6 +108,7 @@ def clone(tmp_path_factory) -> Path:
     vae = AutoencoderEC(latent_channels=8, id2label={"0": "cat", "1": "dog"}, **config)
     model = ECVAEPipeline(vae=vae.eval(), energy_model=EnergyModel(**config).eval(), scheduler=LangevinScheduler())
     model.save_pretrained(folder / "my_model")
+    export_onnx(model, folder / "my_onnx_model")
     flow = FlowEC(sample_size=16, in_channels=1, num_levels=2, steps_per_level=1, hidden_channels=8)
     ECFlowPipeline(flow=flow.eval()).save_pretrained(folder / "my_flow")
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "my_calibrated_vae")
