@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Check the language of README and docs: `python docs/check_prose.py`, or of the files that are given.
+"""Check the language of README, docs, docstrings and messages: `python docs/check_prose.py`, or of the files that are given.
 
 It looks for words that have a plainer form, lines that are too long, and commits and machines outside of the results.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# Files and folders that are checked. Of Python files it would be docstrings, comments and messages, which are all but code.
-PLACES = ("README.md", "docs")
-SUFFIXES = {".md"}
+# Files and folders that are checked. Python files are checked for words alone.
+PLACES = ("README.md", "docs", "src", "training", "examples", "CONTRIBUTING.md", "CHANGELOG.md")
+SUFFIXES = {".md", ".py", ".yaml", ".jinja"}
 MAX_LINE, README_LINES, MAX_SENTENCE = 200, (80, 110), 30
 UNITS = "image|pixel|picture|iteration|step|sample|seed|second|entry|channel|task|answer"
 # What not to write, and what to write instead.
@@ -57,15 +57,16 @@ def sentences(text: str) -> Iterator[str]:
 def findings(path: Path, text: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the fault of each fault."""
     name = path.relative_to(ROOT).as_posix()
-    lines, plain = text.splitlines(), prose(text).splitlines()
+    is_page = name == "README.md" or name.startswith("docs/")
+    lines, plain = text.splitlines(), (prose(text) if path.suffix == ".md" else text).splitlines()
     for number, line in enumerate(lines, 1):
-        if len(line) > MAX_LINE and not line.startswith("|"):
+        if is_page and len(line) > MAX_LINE and not line.startswith("|"):
             yield number, f"{len(line)} characters in a line, more than {MAX_LINE}"
     for number, line in enumerate(plain, 1):
         for pattern, instead in WORDS.items():
-            if found := re.search(pattern, line, re.IGNORECASE):
+            if path != Path(__file__).resolve() and (found := re.search(pattern, line, re.IGNORECASE)):
                 yield number, f"{found[0]!r}: {instead}"
-        if not name.startswith("docs/results/"):
+        if is_page and path.suffix == ".md" and not name.startswith("docs/results/"):
             for pattern in (COMMIT, MACHINE):
                 if found := re.search(pattern, line):
                     yield number, f"{found[0]!r} belongs into benchmarks/results"
@@ -79,7 +80,7 @@ def findings(path: Path, text: str) -> Iterator[tuple[int, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="Default: README and docs.")
+    parser.add_argument("files", type=Path, nargs="*", help=f"Default: {', '.join(PLACES)}.")
     args = parser.parse_args()
     places = [path.resolve() for path in args.files] or [ROOT / place for place in PLACES]
     files = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]

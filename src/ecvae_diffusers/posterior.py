@@ -7,7 +7,7 @@ proportional to exp(-U), with
 .. math:: U(z) = \frac{\| x - G(z) \|^2}{2 s^2} + \frac{\| z \|^2}{2}
 
 A loss of the summed squared error plus beta times the KL divergence implies s^2 = beta / 2. A chain on U that starts at a sample of
-q(z|x) moves towards the posterior. The encoder learns from the ends of these chains, as a generator learns from the ends of its own,
+q(z|x) moves towards the posterior. The encoder learns from the ends of these chains, as a generator learns from the ends of its chains,
 so [`EnergyCalibrator`] serves both.
 
 The chain runs on whitened latents u = (z - m) / sigma, with the frozen mean m and standard deviation sigma of q(z|x). In these units

@@ -244,8 +244,8 @@ def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]
     """
     Return the shape of the latents of one image, and freeze parameters that decoding does not use.
 
-    Data parallel training waits for a gradient of each trained parameter, but for example the mask encoder of `AsymmetricAutoencoderKL`
-    gets none.
+    Data parallel training waits for a gradient of each trained parameter, and some parameters, such as the mask encoder of `AsymmetricAutoencoderKL`,
+    get none.
 
     Raises:
         ValueError: if the autoencoder does not accept images of `resolution`, or decodes them to another shape.
