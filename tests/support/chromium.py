@@ -2,8 +2,10 @@
 
 import base64
 import contextlib
+import fcntl
 import functools
 import http.server
+import io
 import json
 import os
 import select
@@ -16,20 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 
 
-def find_browser() -> str:
-    """The path of Chromium or Chrome. Installs Debian's `chromium` where there is none."""
-    if not any(map(shutil.which, BROWSERS)):
+def find_program(names: tuple[str, ...]) -> str:
+    """The path of the first program that there is. Installs Debian's package of the first name if there is none."""
+    if not any(map(shutil.which, names)):
         prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+        for command in (["update"], ["install", "-y", "--no-install-recommends", names[0]]):
             subprocess.run([*prefix, "apt-get", *command], check=True, env=environment, timeout=600)
-    return next(path for path in map(shutil.which, BROWSERS) if path)
+    return next(path for path in map(shutil.which, names) if path)
+
+
+def find_browser() -> str:
+    """The path of Chromium or Chrome, installed if there is none."""
+    return find_program(BROWSERS)
 
 
 @contextlib.contextmanager
@@ -61,18 +69,16 @@ class Chromium:
     """
 
     def __init__(self, profile: Path, width: int = 1280, height: int = 900, *flags: str):
-        read, own_write = os.pipe()
-        self.read, write = os.pipe()
-        self.write = own_write
+        # The browser reads from descriptor 3 and writes to 4: its ends of the pipes lie above, and are moved there.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for pair in (os.pipe(), os.pipe()) for end in pair]
+        read, self.write, self.read, write = ends
         command = [
             find_browser(), "--headless=new", "--no-sandbox", "--hide-scrollbars", "--no-first-run", "--remote-debugging-pipe",
             "--disable-component-update", "--disable-background-networking", f"--user-data-dir={profile}",
             f"--window-size={width},{height}", *flags, "about:blank",
         ]  # fmt: skip
-        # The browser reads from descriptor 3 and writes to 4.
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', *command],
-            pass_fds=(read, write),
+            command, pass_fds=(3, 4), preexec_fn=lambda: (os.dup2(read, 3), os.dup2(write, 4)),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read)
@@ -80,7 +86,6 @@ class Chromium:
         self.buffer, self.number, self.session = b"", 0, None
         self.problems: list[str] = []
         self.requests: list[str] = []
-        self.received: dict[str, int] = {}
         target = next(one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page")
         self.session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -236,15 +241,21 @@ class Chromium:
 
     def pixels(self, canvas: str) -> np.ndarray:
         """The pixels of a canvas, given by an expression, (H, W, 3) uint8."""
-        width, height, text = self.evaluate(
-            f"(() => {{ const c = {canvas}; const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
-            " let t = ''; for (const one of d) t += String.fromCharCode(one); return [c.width, c.height, btoa(t)]; })()"
-        )
-        return np.frombuffer(base64.b64decode(text), np.uint8).reshape(height, width, 4)[..., :3]
+        text = self.evaluate(f"{canvas}.toDataURL()").partition(",")[2]
+        with PIL.Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            return np.asarray(image.convert("RGB"))
+
+    def emulate(self, width: int, height: int, dark: bool = False, mobile: bool = False) -> None:
+        """Take the size of another screen, and a finger for the mouse if it is `mobile`."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=mobile)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
         """Save a picture of the whole page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        self.rest(0.3)
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
         Path(path).write_bytes(base64.b64decode(data))
