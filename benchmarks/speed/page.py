@@ -19,10 +19,8 @@ from pathlib import Path
 import torch
 
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parents[1]),
-    str(Path(__file__).resolve().parents[2] / "tests" / "support"),
-]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
 from chromium import ISOLATED, Chromium, serving
 
