@@ -60,6 +60,11 @@ COMMANDS = {
     "export": Command(
         "commands.export", "Export a model to ONNX, to run it without torch.", "my_model --output_dir my_onnx_model"
     ),
+    "page": Command(
+        "commands.page",
+        "Write a web page that runs a model in the browser.",
+        "my_model --output_dir my_page --data my_images",
+    ),
     "publish": Command(
         "commands.publish",
         "Prepare the folder of a model for the Hub, and upload it.",

@@ -5,20 +5,18 @@ Takes Chromium or Chrome where there is one, and else installs Debian's `chromiu
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import PIL.Image
 import pytest
+from chromium import find_browser
 from training_runs import TINY, succeed, write_images
 
 from ecvae_diffusers.report.report import main
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTH = 1280
 # Goes into a copy of the page, whose findings are then read from its DOM.
 PROBE = """<script>
@@ -48,12 +46,7 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    if not any(map(shutil.which, BROWSERS)):
-        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-            subprocess.run([*prefix, "apt-get", *command], check=True, env=environment, timeout=600)
-    return next(path for path in map(shutil.which, BROWSERS) if path)
+    return find_browser()
 
 
 @pytest.fixture(scope="module")

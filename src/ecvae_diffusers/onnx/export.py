@@ -182,8 +182,9 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     model = program.model_proto
     # Among them the lines of code that made each node, with the paths of this machine.
     graph = model.graph
-    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
+    del graph.value_info[:]  # shapes in between, which a runtime infers
     return model
 
 
