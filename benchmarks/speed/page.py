@@ -4,7 +4,7 @@
 
 PAGE is a folder that `ecvae page MODEL --vendor` wrote. The page is opened with one thread and, by the headers of a Space, with
 several. The median time of a decode of one image is that of `ecvae.decode` in the page and of the pipeline's decoder in torch,
-in turns, `--rounds` of 50 each; the ratio is the median of the ratios within a round. Frames a second are those that the page
+in turns, `--rounds` of 20 each; the ratio is the median of the ratios within a round. Frames a second are those that the page
 counts while its walk plays.
 """
 
@@ -29,7 +29,7 @@ from common.results import table
 from ecvae_diffusers import ECVAEPipeline
 
 
-DECODES = 50
+DECODES = 20
 IN_PAGE = f"""(async () => {{
   const times = [];
   for (let i = 0; i < {DECODES}; i++) {{
@@ -84,9 +84,11 @@ def main() -> None:
     args = parser.parse_args()
     pairs = list(zip(args.folders[::2], args.folders[1::2], strict=True))
     print(machine("cpu"))
-    rows = [measure(Path(page), model, isolated, args.rounds) for page, model in pairs for isolated in (False, True)]
     columns = ["page", "threads", "frames a second", "decode in the page, ms", "decode in torch, ms", "page / torch"]
-    print(table(columns, rows))
+    print(table(columns, []), flush=True)
+    for page, model in pairs:
+        for isolated in (False, True):
+            print(f"| {' | '.join(measure(Path(page), model, isolated, args.rounds))} |", flush=True)
 
 
 if __name__ == "__main__":

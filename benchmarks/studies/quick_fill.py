@@ -28,7 +28,7 @@ from ecvae_diffusers.training.data.transforms import to_range, to_uint8
 
 
 NUM_IMAGES = 64
-ROUNDS = (1, 5, 20)
+ROUNDS = (1, 5, 20, 100)
 
 
 @torch.no_grad()
