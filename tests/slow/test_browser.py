@@ -96,7 +96,7 @@ def test_page_is_whole_in_a_browser(browser, page, tmp_path):
     assert found["images"] > 25
     assert found["width"][0] <= found["width"][1] == WIDTH
     assert found["sections"] == [
-        "verdict", "run", "samples", "calibration", "energies", "chain", "training", "reconstructions", "evaluation",
+        "verdict", "samples", "run", "calibration", "energies", "chain", "training", "reconstructions", "evaluation",
         "nearest-neighbours",
     ]  # fmt: skip
     assert found["tables"] > 10 and found["verdict"] == 10 and found["dead_links"] == 0
