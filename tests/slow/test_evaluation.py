@@ -58,15 +58,20 @@ import os, sys
 from ecvae_diffusers.evaluation import evaluate
 from ecvae_diffusers.evaluation.work import EvaluatedModel
 
-sample, made = EvaluatedModel.sample, []
+sampler, made = EvaluatedModel.sampler, []
 
-def killed(self, latents):
-    made.append(len(latents))
-    if sum(made) > 250:
-        os._exit(9)
-    return sample(self, latents)
+def killed(self, count, seed):
+    sample, labels = sampler(self, count, seed)
 
-EvaluatedModel.sample = killed
+    def counted(chosen):
+        made.append(len(chosen))
+        if sum(made) > 250:
+            os._exit(9)
+        return sample(chosen)
+
+    return counted, labels
+
+EvaluatedModel.sampler = killed
 evaluate.run(evaluate.parse_args(sys.argv[1:]))
 """
 
