@@ -414,6 +414,13 @@ def check_generator(generator: Generators, count: int) -> None:
         raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
 
 
+def draw_classes(config: Any, count: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw class numbers (count,) by the training data's frequencies in a model's config, on the generator's device."""
+    weights = torch.tensor(config.class_frequencies or [1.0] * config.num_class_embeds)
+    weights = weights if generator is None else weights.to(generator.device)
+    return weights.multinomial(count, replacement=True, generator=generator)
+
+
 def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
     """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
     labels = prepare_labels(class_labels, count, pipeline.vae.config)
@@ -623,15 +630,12 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         config = self.vae.config
         if (labels := prepare_labels(list(class_labels), len(class_labels), config)) is None:
             return None
-        weights = torch.tensor(config.class_frequencies or [1.0] * config.num_class_embeds)
-        generators = generator if isinstance(generator, list) else [generator] * len(labels)
-        numbers = []
-        for label, own in zip(labels, generators):
-            if label is None:
-                device = "cpu" if own is None else own.device
-                label = int(weights.to(device).multinomial(1, generator=own))
-            numbers.append(label)
-        return torch.tensor(numbers, device=self._execution_device)
+        if None in labels:
+            generators = generator if isinstance(generator, list) else [generator]
+            share = len(labels) // len(generators)
+            drawn = torch.cat([draw_classes(config, share, own) for own in generators]).tolist()
+            labels = [other if label is None else label for label, other in zip(labels, drawn)]
+        return torch.tensor(labels, device=self._execution_device)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Decode latents to images in [-1, 1]. On a CPU, large batches are decoded in parts."""

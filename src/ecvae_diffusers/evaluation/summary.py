@@ -146,9 +146,8 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
     if model is None:
         shown = images["generated"][numbers]
     else:
-        shown = torch.cat(
-            [model.sampler(args.num_samples, args.seeds[0])[0](some) for some in numbers.split(args.batch_size)]
-        )
+        sample, _ = model.sampler(args.num_samples, args.seeds[0])
+        shown = torch.cat([sample(some) for some in numbers.split(args.batch_size)])
     first, rows = shown[: -len(closest)], shown[-len(closest) :]
     if work.classifier is not None:
         evaluation.classes = class_measures(work, work.classifier, real, samples)

@@ -285,6 +285,13 @@ def check_generator(generator: Generators, count: int) -> None:
         raise ValueError(f"`generator` must be a torch.Generator or a list of {count}, one per image, but is {kinds}.")
 
 
+def draw_classes(config: Any, count: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw class numbers (count,) by the training data's frequencies in a model's config, on the generator's device."""
+    weights = torch.tensor(config.class_frequencies or [1.0] * config.num_class_embeds)
+    weights = weights if generator is None else weights.to(generator.device)
+    return weights.multinomial(count, replacement=True, generator=generator)
+
+
 def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
     """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
     labels = prepare_labels(class_labels, count, pipeline.vae.config)

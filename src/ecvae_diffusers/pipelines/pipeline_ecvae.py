@@ -21,6 +21,7 @@ from .inputs import (
     check_finite,
     check_generator,
     check_shape,
+    draw_classes,
     known_labels,
     postprocess,
     prepare_latents,
@@ -116,15 +117,12 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         config = self.vae.config
         if (labels := prepare_labels(list(class_labels), len(class_labels), config)) is None:
             return None
-        weights = torch.tensor(config.class_frequencies or [1.0] * config.num_class_embeds)
-        generators = generator if isinstance(generator, list) else [generator] * len(labels)
-        numbers = []
-        for label, own in zip(labels, generators):
-            if label is None:
-                device = "cpu" if own is None else own.device
-                label = int(weights.to(device).multinomial(1, generator=own))
-            numbers.append(label)
-        return torch.tensor(numbers, device=self._execution_device)
+        if None in labels:
+            generators = generator if isinstance(generator, list) else [generator]
+            share = len(labels) // len(generators)
+            drawn = torch.cat([draw_classes(config, share, own) for own in generators]).tolist()
+            labels = [other if label is None else label for label, other in zip(labels, drawn)]
+        return torch.tensor(labels, device=self._execution_device)
 
     def decode(self, latents: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Decode latents to images in [-1, 1]. On a CPU, large batches are decoded in parts."""

@@ -22,6 +22,7 @@ import torch
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
+from ecvae_diffusers.pipelines.inputs import draw_classes
 from ecvae_diffusers.posterior import posterior_bounds
 from ecvae_diffusers.training.config import POSTERIOR_CALIBRATIONS, ECVAEConfig
 from ecvae_diffusers.training.data.transforms import to_range
@@ -123,11 +124,9 @@ class ECVAETask(Task):
         return {name: values.mean().item() for name, values in bounds.items()}
 
     def labels(self, count, seed):
-        shares, num_classes = self.generator.config.class_frequencies, self.generator.config.num_class_embeds
-        if num_classes is None:
+        if self.generator.config.num_class_embeds is None:
             return None
-        weights = torch.tensor(shares or [1.0] * num_classes, dtype=torch.float64)
-        return weights.multinomial(count, replacement=True, generator=torch.Generator().manual_seed(seed))
+        return draw_classes(self.generator.config, count, torch.Generator().manual_seed(seed))
 
     def sample(self, generator, latents, labels=None):
         with evaluating(generator):
