@@ -62,7 +62,9 @@ def fill_pages(app, docname: str, source: list[str]) -> None:
     Write the reference of the commands, keep the pages of results, which their index lists, out of the contents, and name
     files of the repository that are no pages, which links lead to on GitHub.
     """
-    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+((?:training|model_cards)/[^)]+)\)", r"\1 (`\2`)", source[0])
+    source[0] = re.sub(
+        r"(?<!!)\[([^\]]+)\]\((?:\.\./)+((?:training|model_cards|src)/[^)]+)\)", r"\1 (`\2`)", source[0]
+    )
     if docname == "reference/command_line":
         source[0] += "\n" + command_line.reference()
     elif docname.startswith("results/") and docname != "results/index":

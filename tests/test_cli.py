@@ -174,8 +174,9 @@ def test_sample_writes_one_picture_or_a_folder(model, tmp_path):
     main(["sample", model, "-n", 3, "--seed", 1, "-o", tmp_path / "grid.png"])
     main(["sample", model, "-n", 3, "--seed", 1, "-o", tmp_path / "images", "--batch_size", 2, "--device", "cpu"])
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["0.png", "1.png", "2.png"]
-    grid = np.array(PIL.Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (33, 33)
+    magnified = np.array(PIL.Image.open(tmp_path / "grid.png"))
+    grid = magnified[::4, ::4]
+    assert grid.shape == (33, 33) and (magnified == grid.repeat(4, 0).repeat(4, 1)).all()
     # The batch size changes nothing.
     assert (np.array(PIL.Image.open(tmp_path / "images" / "1.png")) == grid[:16, 17:]).all()
     expected = ECVAEPipeline.from_pretrained(model)(3, generator=torch.Generator().manual_seed(1)).images[0]
@@ -189,7 +190,7 @@ def test_sample_of_a_flow_overwrites_only_when_told(tmp_path, capsys):
     assert "--output" in refusal(capsys, "sample", tmp_path / "flow", "-o", output)
     assert output.read_text() == "mine"
     main(["sample", tmp_path / "flow", "-n", 2, "--temperature", 0.5, "-o", output, "--overwrite"])
-    assert PIL.Image.open(output).size == (17, 8)
+    assert PIL.Image.open(output).size == (8 * 17, 8 * 8)
 
 
 def test_wrong_arguments_of_sample(model, tmp_path, capsys):

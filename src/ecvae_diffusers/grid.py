@@ -28,6 +28,11 @@ def lay_out(images: np.ndarray, num_columns: int, scale: int = 1) -> PIL.Image.I
     return grid.resize((grid.width * scale, grid.height * scale), PIL.Image.Resampling.NEAREST)
 
 
+def display_scale(height: int, width: int) -> int:
+    """Return the whole-number magnification that brings small images to up to 64 px, so that they can be looked at."""
+    return max(1, 64 // max(height, width))
+
+
 def save_atomically(image: PIL.Image.Image, path: Path) -> None:
     """Write a PNG. Raises `WriteError` if it can't be written."""
     with replacing(path) as temporary:

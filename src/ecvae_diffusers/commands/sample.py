@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     parser.add_argument(
         "-o", "--output", type=os.path.expanduser, default="samples.png",
-        help="A PNG file for one picture of all images, or a folder for one file per image. Default: samples.png.",
+        help="A PNG file for one picture of all images, magnified if they are small, or a folder for one file per image. Default: samples.png.",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="Replace existing files.")
     parser.add_argument("--batch_size", type=number(int, 1), default=64, help="Images per pass. Default: 64.")
@@ -129,12 +129,12 @@ def sample_onnx(args: argparse.Namespace) -> "np.ndarray":
 def run(args: argparse.Namespace) -> None:
     check_writable("--output", args.output)
 
-    from ecvae_diffusers.grid import lay_out, save_atomically
+    from ecvae_diffusers.grid import display_scale, lay_out, save_atomically
 
     images = sample_onnx(args) if args.backend == "onnx" else sample(args)
     if len(args.files) == 1:
-        # Nearly square.
-        save_atomically(lay_out(images, math.ceil(math.sqrt(len(images)))), args.files[0])
+        nearly_square = math.ceil(math.sqrt(len(images)))
+        save_atomically(lay_out(images, nearly_square, display_scale(*images.shape[1:3])), args.files[0])
     else:
         for image, path in zip(images, args.files):
             save_atomically(lay_out(image[None], 1), path)

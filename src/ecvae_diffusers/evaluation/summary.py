@@ -19,6 +19,7 @@ from ecvae_diffusers.evaluation.schema import Evaluation, Figures, ImageSet, Ove
 from ecvae_diffusers.evaluation.while_training import NUM_NEIGHBOUR_ROWS, NUM_NEIGHBOURS, neighbours_grid
 from ecvae_diffusers.evaluation.work import AMORTISATION_STEPS, LIKELIHOOD_VARIANCE, Work
 from ecvae_diffusers.figures import DISTANCES, why_no_frechet_distance
+from ecvae_diffusers.grid import display_scale
 from ecvae_diffusers.metrics import (
     ClassifierFeatures,
     GenerationMetrics,
@@ -151,7 +152,7 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
     first, rows = shown[: -len(closest)], shown[-len(closest) :]
     if work.classifier is not None:
         evaluation.classes = class_measures(work, work.classifier, real, samples)
-    scale = max(1, 64 // resolution)
+    scale = display_scale(resolution, resolution)
     return evaluation, {
         "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
         "neighbours.png": neighbours_grid(rows, samples[0][closest], real, images["real"], scale),
