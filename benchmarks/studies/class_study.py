@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import study
 from ecvae_diffusers import ECVAEPipeline
 from ecvae_diffusers.metrics import ClassifierFeatures
+from ecvae_diffusers.training.data.images import classes_of_column
 
 
 SETTINGS = {"without classes": [], "classes": ["--class_conditional", "--class_column", "label"]}
@@ -35,17 +36,23 @@ COLUMNS = {
 }
 
 
+def labels_of(dataset: str, split: str, count: int) -> tuple[torch.Tensor, list[str]]:
+    """Return the classes of the images that `study.fashion_images` returns, and their names."""
+    rows = load_dataset(dataset, split=split).shuffle(seed=0).select(range(count))
+    labels, names = classes_of_column(rows, dataset, "label")
+    return torch.tensor(labels), names
+
+
 class Classes(study.FashionMNIST):
     """Fashion-MNIST with a classifier of its classes."""
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
-        rows = load_dataset(args.dataset, split="train").shuffle(seed=0).select(range(len(self.train)))
-        names = rows.features["label"].names
-        self.classifier = ClassifierFeatures(self.train, torch.tensor(rows["label"]), names).to(self.device)
-        rows = load_dataset(args.dataset, split="test").shuffle(seed=0).select(range(10_000))
+        labels, names = labels_of(args.dataset, "train", len(self.train))
+        self.classifier = ClassifierFeatures(self.train, labels, names).to(self.device)
+        labels, _ = labels_of(args.dataset, "test", 10_000)
         features = self.classifier(study.fashion_images(args.dataset, "test", 10_000))
-        right = self.classifier.classify(features) == torch.tensor(rows["label"]).to(self.device)
+        right = self.classifier.classify(features) == labels.to(self.device)
         self.about += f"; the classifier names {right.float().mean():.1%} of test images right"
         self.by_classifier = study.reference(self.classifier, self.train)
 

@@ -138,7 +138,7 @@ class EnergyConfig(Group):
     """energy model"""
 
     energy_block_out_channels: list[int] | None = option(
-        help="Channels at each resolution, from --resolution down by halves. Default: the autoencoder's, or 64 128 256 256 ..."
+        help="Channels at each resolution, from --resolution down by halves. Default: --block_out_channels, or 64 128 256 256 ... without it."
     )
     energy_num_scales: int = option(1, help="Number of image scales that the energy model sees.", at_least=1)
     energy_spectral_norm: bool = option(False, help="Apply spectral normalization to the energy model.")
