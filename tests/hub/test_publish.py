@@ -122,8 +122,9 @@ def test_published_again_in_the_same_place(work, tmp_path, capsys):
     assert before.keys() - files(card).keys() == {"evaluation.json", "samples.png", "neighbours.png"}
     # An absolute folder is not named in the card: it is of this machine.
     (card / "README.md").unlink()
-    main(["publish", work / "run", "--output_dir", tmp_path / "new"])
-    assert 'from_pretrained("new")' in (tmp_path / "new" / "README.md").read_text()
+    main(["publish", work / "run", "--details", work / "details.yaml", "--output_dir", tmp_path / "new"])
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert 'from_pretrained("new")' in text and "Two steps of training: noise." in text
     (tmp_path / "new" / "mine.txt").write_text("mine")
     before = files(tmp_path / "new")
     assert "mine.txt" in refused(work / "run", "--output_dir", tmp_path / "new")
@@ -201,7 +202,7 @@ def test_refused_in_one_line_with_nothing_written(work, tmp_path):
     "listed, named",
     [
         ([], "--output_dir"),
-        (["--output_dir", "x", "--details", "d"], "--evaluation"),
+        (["--output_dir", "x", "--evaluation", "e"], "--details"),
         (["--output_dir", "x", "--dtype", "bfloat16"], "--dtype"),
         (["--output_dir", "x", "--baseline", "a=b"], "--baseline"),
         (["--output_dir", "x", "--training_seeds", "=b"], "--training_seeds.*NAME=FOLDER.*'=b'"),

@@ -50,8 +50,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     args = parser.parse_args(argv)
     if args.output_dir is None and args.hub_model_id is None:
         parser.error("--output_dir or --hub_model_id is required.")
-    if (args.evaluation is None) != (args.details is None):
-        parser.error("--evaluation and --details must be given together.")
+    if args.evaluation is not None and args.details is None:
+        parser.error("--evaluation requires --details.")
     if args.evaluation is None and (args.baseline is not None or args.training_seeds):
         parser.error("--baseline and --training_seeds require --evaluation.")
     return args

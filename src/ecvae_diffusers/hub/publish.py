@@ -117,7 +117,11 @@ def write_folder(args: argparse.Namespace, pipeline: ECVAEPipeline | ECFlowPipel
     fingerprint = weights_fingerprint(pipeline)
     details = read_details(args.details) if args.details is not None else None
     evaluation = merged_evaluation(args, fingerprint) if args.evaluation is not None else None
-    pipeline.to(getattr(torch, args.dtype)).save_pretrained(folder)
+    if args.dtype == "float16":
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.half()
+    pipeline.save_pretrained(folder)
     if evaluation is not None:
         write_json(folder / EVALUATION, evaluation.to_json())
         for source in (Path(args.evaluation) / name for name in ("samples.png", "neighbours.png")):

@@ -28,7 +28,7 @@ def calibration_charts(run: Run) -> list[Chart]:
         Chart(
             "drift per pixel", {"drift": "drift"},
             "Root-mean-square move of the chain without its noise, for images in [-1, 1]; one grey level is 0.0078. Healthy: "
-            "0.5 to 2 times --drift_tolerance.",
+            "0.5 to 2 times its tolerance.",
             log=True, healthy=drift_range if run.drift_is_judged else None,
         ),
         Chart(
@@ -66,7 +66,7 @@ def calibration_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "drift step a of the chain", varying(run, "langevin_drift_step", "a"),
-            "Adapted so that the drift stays at --drift_tolerance.", log=True,
+            "Adapted so that the drift stays at its tolerance.", log=True,
         ),
     ]  # fmt: skip
 

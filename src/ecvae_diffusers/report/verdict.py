@@ -61,7 +61,7 @@ def findings(run: Run) -> list[Finding]:
         ),
         in_range(
             "Drift of the chain", drift, DRIFT_RANGE,
-            f"{run.median('drift'):.4f} per pixel, {drift:.2f} times --drift_tolerance",
+            f"{run.median('drift'):.4f} per pixel, {drift:.2f} times its tolerance",
             "How far the chain moves a pixel, without its noise. Too little teaches the decoder nothing; too much is no "
             "longer a small correction.",
             "The energy model is far ahead of the decoder: lower --energy_learning_rate or --langevin_drift_step.",

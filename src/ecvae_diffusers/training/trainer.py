@@ -66,7 +66,7 @@ logger = get_logger(__name__)
 # Steps of pictures in addition to every `--save_images_steps`: faults in the data or the learning rates show early.
 FIRST_PICTURES = (1, 10, 100)
 # Number of steps after which a run logs its expected duration, and channels at full resolution from which a network is large for a CPU.
-WARMUP_STEPS, LARGE_WIDTH = 20, 64
+WARMUP_STEPS, LARGE_WIDTH = 5, 64
 # Share of images whose class is hidden from the networks, so that they also learn images without a known class.
 CLASS_DROPOUT = 0.1
 TRACKER_PROJECT = "ecvae"
@@ -189,6 +189,7 @@ class Trainer:
         )
         self.stopwatch.start()
         self.started, self.started_step = self.stopwatch.seconds, self.step
+        self.suggest_small_networks()
         with self.progress:
             while self.step < self.num_steps and not self.patience.is_over:
                 scalars = self.train_step(batches)
@@ -235,6 +236,15 @@ class Trainer:
             # Only now, because at 100% the work should be done.
             self.progress.update(self.step - self.progress.n)
 
+    def suggest_small_networks(self) -> None:
+        """Log which arguments make a small model, if large networks are about to be trained on a CPU."""
+        channels = getattr(self.config.model, "block_out_channels", None) or [0]
+        if self.accelerator.device.type == "cpu" and channels[0] >= LARGE_WIDTH:
+            logger.info(
+                "These networks are slow on a CPU. For smaller and faster ones, use --block_out_channels 16 32 64 "
+                "--latent_channels 64 --mixed_precision bf16."
+            )
+
     def tell_what_to_expect(self) -> None:
         """Log the expected duration of the run, from its steps so far, and the steps at which pictures are written."""
         seconds = (self.stopwatch.seconds - self.started) / WARMUP_STEPS
@@ -244,12 +254,6 @@ class Trainer:
             f"{self.num_steps - self.step} steps, without evaluations. Peak memory: {peak_memory(self.accelerator.device):.1f} GiB. "
             f"Pictures are written to {pictures} at steps {', '.join(map(str, FIRST_PICTURES))} and every {run.save_images_steps} steps."
         )
-        channels = getattr(self.config.model, "block_out_channels", None) or [0]
-        if self.accelerator.device.type == "cpu" and channels[0] >= LARGE_WIDTH:
-            logger.info(
-                "These networks are slow on a CPU. For smaller and faster ones, use --block_out_channels 16 32 64 "
-                "--latent_channels 64 --mixed_precision bf16."
-            )
 
     def start(self, checkpoint: Path | None) -> None:
         """Load the checkpoint, if there is one, and remove files of later steps from the output folder."""
