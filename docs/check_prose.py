@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Files and folders that are checked. Python files are checked for words alone.
-PLACES = ("README.md", "docs", "src", "training", "examples", "CONTRIBUTING.md", "CHANGELOG.md")
+PLACES = ("README.md", "docs", "src", "training", "examples", "spaces", "CONTRIBUTING.md", "CHANGELOG.md")
 SUFFIXES = {".md", ".py", ".yaml", ".jinja"}
 MAX_LINE, README_LINES, MAX_SENTENCE = 200, (80, 110), 30
 UNITS = "image|pixel|picture|iteration|step|sample|seed|second|entry|channel|task|answer"

@@ -44,7 +44,14 @@ PAGES = [
 ]
 WITH_RESULTS = [*PAGES, *sorted((ROOT / "docs" / "results").rglob("*.md"))]
 OTHERS = [
-    ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/RESULTS.md", "training/configs/README.md", "CHANGELOG.md")
+    ROOT / name
+    for name in (
+        "CONTRIBUTING.md",
+        "benchmarks/RESULTS.md",
+        "training/configs/README.md",
+        "spaces/restoration/README.md",
+        "CHANGELOG.md",
+    )
 ]
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 # The programs of shell blocks that are not ours.

@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import pytest
+from environments import make_environment
 from training_runs import TINY, write_images
 
 
@@ -21,30 +20,11 @@ def run(*command, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1800, **kwargs)
 
 
-@pytest.fixture(scope="module")
-def install(tmp_path_factory) -> Callable[[str], Path]:
-    """Installs a requirement into an environment of its own, and returns the folder of its programs."""
-    folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, check=True)
-    programs = folder / ("Scripts" if os.name == "nt" else "bin")
-    # Not compiled: most of what is installed is never imported.
-    pip = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-compile"]
-
-    def install(requirement: str) -> Path:
-        run(*pip, "-c", ROOT / "constraints.txt", requirement, check=True)
-        return programs
-
-    try:
-        install("Jinja2")
-    except subprocess.CalledProcessError:
-        pytest.skip("needs a package index")
-    return install
-
-
-def test_everything_works_after_installing_the_wheel(install, tmp_path):
+def test_everything_works_after_installing_the_wheel(tmp_path):
+    install = make_environment(tmp_path / "environment")
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
-    programs = install(f"{wheel}[training]")
+    programs = install("-c", ROOT / "constraints.txt", f"{wheel}[training]")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
 
     def ecvae(*arguments) -> subprocess.CompletedProcess:

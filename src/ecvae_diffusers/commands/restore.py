@@ -1,7 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Restore damaged pictures with a trained model: `ecvae restore --help`.
 
-Writes several answers per picture, their mean, a map of the uncertainty, and `restored.json`.
+Writes several answers per picture, their mean, a map of the uncertainty, and `restored.json`. The app `spaces/restoration` has the
+same tasks with the same parameters.
 """
 
 import argparse
@@ -16,10 +17,14 @@ from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline
 
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from ecvae_diffusers import ECVAERestorationPipeline
 
 # The tasks of `ecvae evaluate-restoration` whose measurement is a picture.
 TASKS = ("super_resolution_x2", "super_resolution_x4", "deblurring", "colorization", "denoising")
+# Parameters that must be above 0 for a task.
+REQUIRED = {"deblurring": "blur_std", "denoising": "noise_std"}
 RECORD = "restored.json"
 # Standard deviation of images in [0, 1] that is white in the map of the uncertainty.
 WHITE_STD = 0.25
@@ -57,12 +62,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("--class_label", metavar="CLASS", help="Name or number of the class of all pictures.")
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
-    if (args.task == "deblurring") != bool(args.blur_std):
-        parser.error(
-            f"--blur_std must be above 0 for --task deblurring, and left out otherwise, but is {args.blur_std}."
-        )
-    if args.task == "denoising" and not args.noise_std:
-        parser.error(f"--noise_std must be above 0 for --task denoising, but is {args.noise_std}.")
+    if args.blur_std is not None and args.task != "deblurring":
+        parser.error(f"--blur_std must be left out except for --task deblurring, but is {args.blur_std}.")
+    try:
+        check_required(args.task, args.blur_std, args.noise_std)
+    except ValueError as error:
+        parser.error(f"--{error}")
     if not is_free(args.output_dir):
         parser.error(f"--output_dir must be a new or empty folder, but {args.output_dir!r} is not.")
     return args
@@ -101,30 +106,49 @@ def check_pictures(pictures: dict[str, Path], mask: str | None) -> None:
             raise ValueError(f"--mask {mask!r} must have the size of {str(path)!r}, {size[0]}x{size[1]} px.")
 
 
+def check_required(task: str | None, blur_std: float | None, noise_std: float | None) -> None:
+    """Raise `ValueError` if a parameter that a task requires is missing or 0."""
+    parameters = {"blur_std": blur_std, "noise_std": noise_std}
+    if task in REQUIRED and not parameters[name := REQUIRED[task]]:
+        raise ValueError(f"{name} must be above 0 for {task}, but is {parameters[name]}.")
+
+
+def measurement(image: "PIL.Image.Image", task: str, blur_std: float | None) -> dict[str, Any]:
+    """Return the arguments `image` and `operator` of the pipeline for a picture with the damage of a task."""
+    from ecvae_diffusers.operators import Blur, Colorization, Denoising, SuperResolution, gaussian_kernel
+    from ecvae_diffusers.pipelines.inputs import read_picture
+
+    if task == "deblurring":
+        return {"image": image, "operator": Blur(gaussian_kernel(blur_std or 0), "reflect")}
+    if task == "denoising":
+        return {"image": image, "operator": Denoising()}
+    if task == "colorization":
+        return {"image": read_picture(image, 1), "operator": Colorization()}
+    return {"image": image, "operator": SuperResolution(int(task[-1]))}
+
+
+def uncertainty_map(std: Any) -> "PIL.Image.Image":
+    """Return a standard deviation per pixel, (H, W, C) for images in [0, 1], as a gray picture in which `WHITE_STD` is white."""
+    import numpy as np
+    import PIL.Image
+
+    return PIL.Image.fromarray(np.uint8((np.asarray(std).mean(-1) / WHITE_STD * 255).clip(0, 255).round()))
+
+
 def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Restore a picture, write its answers, their mean and the uncertainty into the output folder, and return a record."""
-    import numpy as np
     import PIL.Image
     import torch
 
-    from ecvae_diffusers.operators import Blur, Colorization, Denoising, SuperResolution, gaussian_kernel
-    from ecvae_diffusers.pipelines.inputs import read_picture
     from ecvae_diffusers.training.run.pictures import save_atomically
 
     image: PIL.Image.Image = PIL.Image.open(path)
     measured: dict[str, Any]
     if args.task is None:
-        measured = {"mask_image": PIL.Image.open(args.mask)}
-    elif args.task == "deblurring":
-        measured = {"operator": Blur(gaussian_kernel(args.blur_std), "reflect")}
-    elif args.task == "denoising":
-        measured = {"operator": Denoising()}
-    elif args.task == "colorization":
-        image, measured = read_picture(image, 1), {"operator": Colorization()}
+        measured = {"image": image, "mask_image": PIL.Image.open(args.mask)}
     else:
-        measured = {"operator": SuperResolution(int(args.task[-1]))}
+        measured = measurement(image, args.task, args.blur_std)
     output = pipeline(
-        image,
         **measured,
         noise_std=args.noise_std,
         num_restorations=args.num_restorations,
@@ -132,18 +156,17 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
         generator=torch.Generator().manual_seed(args.seed),
         class_labels=read_label(args.class_label, pipeline.vae.config),
     )
-    uncertainty = np.uint8((np.asarray(output.std[0]).mean(-1) / WHITE_STD * 255).clip(0, 255).round())
     digits = len(str(args.num_restorations - 1))
     answers = {f"{path.stem}-{i:0{digits}d}.png": answer for i, answer in enumerate(output.images)}
-    mean, uncertainty_map = f"{path.stem}-mean.png", f"{path.stem}-uncertainty.png"
-    others = {mean: output.mean[0], uncertainty_map: PIL.Image.fromarray(uncertainty)}
+    mean, uncertainty = f"{path.stem}-mean.png", f"{path.stem}-uncertainty.png"
+    others = {mean: output.mean[0], uncertainty: uncertainty_map(output.std[0])}
     for name, picture in (answers | others).items():
         save_atomically(picture, Path(args.output_dir) / name)
     return {
         "picture": str(path),
         "answers": list(answers),
         "mean": mean,
-        "uncertainty": uncertainty_map,
+        "uncertainty": uncertainty,
         "relative_residuals": output.residual.tolist(),
         "relative_residuals_of_files": output.residual_output.tolist(),
         "relative_residual_of_mean": output.residual_mean.item(),
