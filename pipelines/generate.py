@@ -31,8 +31,8 @@ def main() -> None:
         path = ROOT / "pipelines" / name / "pipeline.py"
         if not args.check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(single_file(name), encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != single_file(name):
+            path.write_text(single_file(f"pipeline_{name}"), encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != single_file(f"pipeline_{name}"):
             sys.exit(f"{path.relative_to(ROOT)} is out of date: run `make pipelines`.")
 
 

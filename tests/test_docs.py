@@ -55,8 +55,8 @@ OTHERS = [
 ]
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 # The programs of shell blocks that are not ours.
-FOREIGN = {"pip", "hf", "make"}
-FOREIGN_FLAGS = {"--help", "--no-deps", "--num_processes", "--nproc_per_node", "--machine_rank"}
+FOREIGN = {"pip", "hf", "make", "diffusers-cli"}
+FOREIGN_FLAGS = {"--help", "--no-deps", "--num_processes", "--nproc_per_node", "--machine_rank", "--pipeline-kwargs"}
 SCRIPTS = {
     "train_ecvae.py": "train",
     "train_flow.py": "train-flow",

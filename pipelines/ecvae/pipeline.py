@@ -1,6 +1,6 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 # Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
-# Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+# diffusers loads it from a folder without the package, with trust_remote_code=True.
 """One-step image generation with an energy-calibrated VAE."""
 
 import inspect
@@ -521,6 +521,12 @@ class SelfContained:
             (folder / name).mkdir(exist_ok=True)
             (folder / name / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        # `auto_map` is for `AutoModel`.
+        parent: Any = super()
+        return parent.extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def to_json_string(self) -> str:
         """Return the content of `model_index.json`, which names code files in the folder and no path of this machine."""
         parent: Any = super()
@@ -529,6 +535,10 @@ class SelfContained:
         index["_class_name"] = ["pipeline", self.saved_class.__name__]
         for name, kind in self.travelling_components().items():
             index[name] = [Path(inspect.getfile(kind)).stem, kind.__name__]
+        # `AutoModel` looks up the code of a component here. Only one class can be named: that of the first component.
+        first = next(iter(self.components))
+        if first in self.travelling_components():
+            index["auto_map"] = {"AutoModel": ".".join(index[first])}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:

@@ -6,7 +6,15 @@ from diffusers import ModelMixin, SchedulerMixin
 from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
 from .hub.registration import register
 from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput, FlowEC, FlowECOutput
-from .pipelines import ECFlowPipeline, ECVAEPipeline, ECVAERestorationOutput, ECVAERestorationPipeline
+from .pipelines import (
+    ECFlowPipeline,
+    ECVAEAutoBlocks,
+    ECVAEBlocks,
+    ECVAEPipeline,
+    ECVAERestorationBlocks,
+    ECVAERestorationOutput,
+    ECVAERestorationPipeline,
+)
 from .schedulers import LangevinScheduler, LangevinSchedulerOutput
 
 

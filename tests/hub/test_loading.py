@@ -13,6 +13,7 @@ from hub_server import HubServer, files
 from without_package import run_without_package
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
+from ecvae_diffusers.hub.modular import MODULAR_FILES
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,8 +130,9 @@ def test_loads_without_the_package(without_package, reference):
 
 
 def test_what_was_saved_without_the_package_loads_with_it(without_package, reference, saved):
-    """The package alone writes the card and the restoration's code. All else is the same bytes, code included."""
-    expected = {path: content for path, content in files(saved).items() if path not in ("README.md", "restoration.py")}
+    """The package alone writes the card, the restoration's code and the modular form. All else is the same bytes, code included."""
+    added = {"README.md", "restoration.py", *MODULAR_FILES}
+    expected = {path: content for path, content in files(saved).items() if path not in added}
     for place in ("folder", "hub"):
         assert_is_of_the_package(DiffusionPipeline.from_pretrained(without_package[1] / place), reference)
         assert files(without_package[1] / place) == expected

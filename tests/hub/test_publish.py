@@ -19,6 +19,7 @@ from training_runs import TINY, write_autoencoder, write_images
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline, FlowEC
 from ecvae_diffusers.cli import main
 from ecvae_diffusers.hub.card import CARD_MARKER
+from ecvae_diffusers.hub.modular import MODULAR_INDEX, modular_index
 
 
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
@@ -85,7 +86,9 @@ def test_what_a_run_pushes_at_its_end_and_what_is_published_in_half_precision(hu
     assert hub.private["user/trained"] is True
     assert "hf_token" not in (work / "run" / "training_args.json").read_text()
     assert b'from_pretrained("user/trained")' in pushed["README.md"]
-    assert hub.files("user/published") == files(work / "card")
+    assert hub.files("user/published") == files(work / "card") | {
+        MODULAR_INDEX: modular_index("user/published").encode()
+    }
     weights, before = (load_file(work / folder / WEIGHTS) for folder in ("card", "run"))
     assert all(torch.equal(weights[name], value.half()) for name, value in before.items())
     pipe = ECVAEPipeline.from_pretrained(work / "card")

@@ -15,6 +15,7 @@ from ecvae_diffusers import ECFlowPipeline, FlowEC
 from ecvae_diffusers.hub import upload
 from ecvae_diffusers.hub.card import CARD_MARKER
 from ecvae_diffusers.hub.contents import folder_fingerprint
+from ecvae_diffusers.hub.modular import MODULAR_INDEX, modular_index
 from ecvae_diffusers.hub.upload import UploadError, upload_folder
 
 
@@ -32,10 +33,11 @@ def hub(monkeypatch, tmp_path):
 
 
 def files_at(folder: Path, repo_id: str) -> dict[str, bytes]:
-    """Return the files of a folder as they are published: the card loads from the repository."""
+    """Return the files of a folder as they are published: the card and the modular form load from the repository."""
     found = files(folder)
     assert b'from_pretrained("path/or/hub-id")' in found["README.md"]
-    return found | {"README.md": found["README.md"].replace(b"path/or/hub-id", repo_id.encode())}
+    card = found["README.md"].replace(b"path/or/hub-id", repo_id.encode())
+    return found | {"README.md": card, MODULAR_INDEX: modular_index(repo_id).encode()}
 
 
 def test_what_is_published_is_the_folder(hub, saved):
@@ -52,7 +54,7 @@ def test_what_is_published_is_the_folder(hub, saved):
     # A card that was edited stays.
     hub.commit("user/edited", {"model_index.json": OURS, "README.md": b"Not UTF-8: \xe9."})
     upload_folder(saved, "user/edited")
-    assert hub.files("user/edited") == before | {"README.md": b"Not UTF-8: \xe9."}
+    assert hub.files("user/edited") == files_at(saved, "user/edited") | {"README.md": b"Not UTF-8: \xe9."}
 
 
 def test_a_saved_pipeline_is_pushed(hub, saved, make_pipeline, tmp_path):

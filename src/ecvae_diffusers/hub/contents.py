@@ -15,6 +15,7 @@ from diffusers.models import autoencoders
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .modular import MODULAR_FILES
 from .saving import fingerprint
 
 
@@ -25,7 +26,7 @@ EVALUATION = "evaluation.json"
 PICTURES = {".png"}
 # Files at the top of every folder, and of a pipeline's folder. Other files of a training run are not published.
 TOP_LEVEL = {CARD, EVALUATION, "LICENSE"}
-PIPELINE_FILES = {INDEX, "pipeline.py", "restoration.py"}
+PIPELINE_FILES = {INDEX, "pipeline.py", "restoration.py"} | MODULAR_FILES
 # The pipelines that may be published, with their components, of which the first one is required.
 OUR_PIPELINES = {
     "ECFlowPipeline": ("flow", "energy_model", "scheduler"),

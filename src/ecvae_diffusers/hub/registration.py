@@ -46,7 +46,9 @@ def register(components: tuple[type, ...], pipelines: tuple[type, ...]) -> None:
         if not isinstance(config, dict) or last(config.get("_class_name")) not in pipeline_names:
             return config
         ours = {name: [LIBRARY, last(value)] for name, value in config.items() if last(value) in component_names}
-        return config | ours | {"_class_name": last(config["_class_name"])}
+        translated = config | ours | {"_class_name": last(config["_class_name"])}
+        translated.pop("auto_map", None)  # names code in the folder
+        return translated
 
     # The generic classes are patched, since their `from_pretrained` reads the file before it knows the class.
     for generic in (AutoModel, DiffusionPipeline):

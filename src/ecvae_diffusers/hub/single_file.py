@@ -15,7 +15,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 HEADER = """# Generated from src/ecvae_diffusers by pipelines/generate.py: change it there.
-# Loads without the package: DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).
+# diffusers loads it from a folder without the package, with trust_remote_code=True.
 """
 STAND_INS = "# The code of component classes is saved in separate files. Here their base classes stand in for them."
 # A module that is replaced by another one, which has the same names.
@@ -25,8 +25,8 @@ BASE_CLASSES = {PACKAGE / "models": "ModelMixin", PACKAGE / "schedulers": "Sched
 
 @functools.cache
 def single_file(name: str) -> str:
-    """Return the code of `pipelines/pipeline_<name>.py` as a file that imports only torch, diffusers and their dependencies."""
-    module = Module(PACKAGE / "pipelines" / f"pipeline_{name}.py")
+    """Return the code of `pipelines/<name>.py` as a file that imports only torch, diffusers and their dependencies."""
+    module = Module(PACKAGE / "pipelines" / f"{name}.py")
     inlined = Inlined()
     inlined.take_imports(module, module.tree.body)
     # The text is copied, not the nodes, which have no comments.

@@ -33,6 +33,7 @@ from .contents import (
     held_class,
     is_publishable,
 )
+from .modular import MODULAR_INDEX, modular_index
 
 
 logger = logging.get_logger(__name__)
@@ -118,6 +119,8 @@ def upload_folder(
         if (changed or replaced) and not is_evaluated:
             removed += [str(path) for path in others if VARIANT_WEIGHTS.fullmatch(path.name)]
         removed += replaced
+        if MODULAR_INDEX in files and not prefix:
+            additions[MODULAR_INDEX] = CommitOperationAdd(MODULAR_INDEX, modular_index(repo_id).encode())
         del additions[CARD]
         if not (card_stays or prefix):
             card = with_location((folder / CARD).read_text(encoding="utf-8"), repo_id)

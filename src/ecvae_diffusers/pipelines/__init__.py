@@ -1,3 +1,4 @@
+from .modular_blocks_ecvae import ECVAEAutoBlocks, ECVAEBlocks, ECVAERestorationBlocks
 from .pipeline_ecflow import ECFlowPipeline
 from .pipeline_ecvae import ECVAEPipeline
 from .pipeline_ecvae_restoration import ECVAERestorationOutput, ECVAERestorationPipeline

@@ -9,6 +9,7 @@ from typing import Any
 from ..atomic import writing
 from ..hub import saving
 from ..hub.card import write_card
+from ..hub.modular import write_modular_form
 from ..hub.single_file import single_file
 from ..hub.upload import upload_folder
 
@@ -17,16 +18,20 @@ class SelfContained(saving.SelfContained):
     """A mixin for pipelines whose folders also load without this package. It must precede `DiffusionPipeline` in the bases."""
 
     def pipeline_code(self) -> str:
-        return single_file(Path(inspect.getfile(self.saved_class)).stem.removeprefix("pipeline_"))
+        return single_file(Path(inspect.getfile(self.saved_class)).stem)
 
     def save_code(self, save_directory: str | Path) -> None:
         """
-        Write the code of the pipeline and its components. For an [`ECVAEPipeline`], also write `restoration.py`, which loads by
+        Write the code of the pipeline and its components. For an [`ECVAEPipeline`], also write its modular form, and
+        `restoration.py`, which loads by
         `DiffusionPipeline.from_pretrained(..., custom_pipeline="restoration", trust_remote_code=True)`.
         """
         super().save_code(save_directory)
         if self.saved_class.__name__ == "ECVAEPipeline":
-            (Path(save_directory) / "restoration.py").write_text(single_file("ecvae_restoration"), encoding="utf-8")
+            (Path(save_directory) / "restoration.py").write_text(
+                single_file("pipeline_ecvae_restoration"), encoding="utf-8"
+            )
+            write_modular_form(save_directory)
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
         """Save the card, the code and `model_index.json`."""

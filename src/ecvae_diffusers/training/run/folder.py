@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from ecvae_diffusers.atomic import discard, remove, writing
+from ecvae_diffusers.hub.modular import MODULAR_FILES
 from ecvae_diffusers.training.run.checkpoints import CHECKPOINT, checkpoint_step, checkpoints
 from ecvae_diffusers.training.run.log import (
     ARGUMENTS_FILE,
@@ -38,7 +39,7 @@ STEP_FILE = re.compile(r"step-(\d+)\.png")
 RUN_FOLDERS = {*PICTURES, "vae", "flow", "energy_model", "scheduler", BEST_FOLDER, "logs"}
 RUN_FILES = {
     METRICS_FILE, ENERGIES_FILE, EVALUATIONS_FILE, EVENTS_FILE, HASHES_FILE, "report.html", "model_index.json", "pipeline.py",
-    "restoration.py", "config.json", "diffusion_pytorch_model.safetensors",
+    "restoration.py", *MODULAR_FILES, "config.json", "diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 
 
