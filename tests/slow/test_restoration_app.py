@@ -179,9 +179,8 @@ def test_tasks_classes_and_messages(start, tmp_path):
         choose(browser, "#label", "dog")
         for task, size in (("super_resolution_x2", (48, 40)), ("deblurring", (24, 20)), ("colorization", (24, 20))):
             choose(browser, "#task", task)
-            browser.rest(1)
-            has_blur = browser.evaluate("!!document.querySelector('#blur_std')?.offsetParent")
-            assert has_blur == (task == "deblurring")
+            asked_for = json.dumps(task == "deblurring")
+            browser.wait(f"!!document.querySelector('#blur_std')?.offsetParent === {asked_for}")
             answers, (mean, uncertainty) = restore(browser)
             assert {one.shape[:2] for one in (*answers, mean, uncertainty)} == {size}, task
 
