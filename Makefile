@@ -7,7 +7,7 @@ $(if $(ROOT),,$(error The path of this Makefile can't be determined: call make w
 PYTHON ?= python3
 IN_ROOT := cd "$(ROOT)" && .venv/bin/python
 
-.PHONY: demo test test-slow docs quality style pipelines cards environment clean
+.PHONY: demo test test-slow docs quality style pipelines notebook cards environment clean
 
 demo: environment  ## Train a VAE and an EC-VAE on digits and compare them: look at demo/comparison.png
 	@$(IN_ROOT) examples/demo.py --output_dir demo
@@ -27,6 +27,7 @@ quality: environment  ## Check style and types, and that generated files are up 
 	@$(IN_ROOT) -m mypy
 	@$(IN_ROOT) pipelines/generate.py --check
 	@$(IN_ROOT) benchmarks/common/results.py --check
+	@$(IN_ROOT) docs/notebooks.py --check
 	@$(IN_ROOT) docs/check_prose.py
 
 style: environment  ## Fix style
@@ -35,6 +36,9 @@ style: environment  ## Fix style
 
 pipelines: environment  ## Generate the single-file pipelines from src
 	@$(IN_ROOT) pipelines/generate.py
+
+notebook: environment  ## Write the notebook of the quickstart from its page
+	@$(IN_ROOT) docs/notebooks.py
 
 cards: environment  ## Write the code files of model_cards, so that its models load without the package
 	@$(IN_ROOT) pipelines/generate.py --cards

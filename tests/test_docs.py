@@ -17,6 +17,7 @@ from training_runs import write_images
 
 import check_prose
 import command_line
+import notebooks
 from common import results
 from ecvae_diffusers import (
     AutoencoderEC,
@@ -154,6 +155,12 @@ def test_flags_in_the_text_exist():
             for code in re.findall(r"`([^`\n]+)`", page.read_text()):
                 unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known - {"--no-NAME"}
                 assert not unknown, (name_of(page), code)
+
+
+def test_the_notebook_is_that_of_its_page_and_badges_lead_to_it():
+    assert notebooks.NOTEBOOK.read_text() == notebooks.notebook()
+    for page in (ROOT / "README.md", notebooks.PAGE):
+        assert f"]({notebooks.colab_address()})" in page.read_text()
 
 
 def slugs(text: str) -> set[str]:
