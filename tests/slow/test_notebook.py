@@ -107,7 +107,8 @@ def test_it_shows_pictures_and_the_report(outputs):
         PIL.Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) for data in shown if "image/png" in data
     ]
     clothes, digits, one = [picture.size for picture in pictures]
-    assert clothes[0] > digits[0] > one[0] == 128
+    # 8 by 8 clothes of 32 px and digits of 16 px, magnified to 64, with lines between them.
+    assert clothes[0] == 2 * (8 * 33 - 1) and digits[0] == 4 * (8 * 17 - 1) and one[0] == 128
     assert all(len(set(picture.convert("L").tobytes())) > 10 for picture in pictures)
     (report,) = [data["text/html"] for data in shown if "text/html" in data]
     assert "<iframe srcdoc=" in report and "Training report: my_model" in report

@@ -42,9 +42,11 @@ def start(tmp_path_factory) -> Callable[..., subprocess.Popen]:
     def start(errors: Path, *arguments: Path, **variables: str) -> subprocess.Popen:
         command = [programs / "python", APP / "app.py", *arguments]
         with errors.open("w") as file:
+            # A shell's background jobs ignore SIGINT, and so would what they start.
             return subprocess.Popen(
-                command, env=environment | variables, stdout=subprocess.PIPE, stderr=file, text=True
-            )
+                command, env=environment | variables, stdout=subprocess.PIPE, stderr=file, text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
 
     return start
 
