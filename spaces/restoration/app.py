@@ -113,7 +113,7 @@ def build(pipeline: ECVAERestorationPipeline, name: str) -> Any:
                     1.0, label="Standard deviation of the blur in pixels", visible=False, elem_id="blur_std"
                 )
                 with gr.Row():
-                    answers = gr.Slider(1, 16, 4, step=1, label="Answers")
+                    answers = gr.Slider(1, 16, 4, step=1, label="Answers", elem_id="num_answers")
                     steps = gr.Slider(1, 300, 75, step=1, label="Decoder passes per answer", elem_id="steps")
                 with gr.Row():
                     noise_std = gr.Number(

@@ -96,17 +96,19 @@ def choose(browser: Chromium, dropdown: str, choice: str) -> None:
     browser.wait(f"document.querySelector('{dropdown} input').value === '{choice}'")
 
 
-def restore(browser: Chromium, progress: str = ".", stop: bool = False) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Press the button, watch the progress, stop if asked to, and return four answers, and mean and uncertainty, (H, W, 3)."""
+def restore(
+    browser: Chromium, progress: str = ".", stop: bool = False, count: int = 4
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Press the button, watch the progress, stop if asked to, and return the answers, and mean and uncertainty, (H, W, 3)."""
     before = browser.evaluate(SHOWN)
     browser.click("#restore")
     browser.wait(f"/{progress}/.test(document.querySelector('#answers').innerText)")
     if stop:
         browser.click("#stop")
-    browser.wait(f"{SHOWN} !== {json.dumps(before)} && document.querySelectorAll('#answers img').length === 4")
+    browser.wait(f"{SHOWN} !== {json.dumps(before)} && document.querySelectorAll('#answers img').length === {count}")
     browser.wait("[...document.querySelectorAll('#output img')].every(image => image.complete)")
     captions = browser.evaluate("document.querySelector('#output').innerText")
-    assert len(re.findall(r"residual \d", captions)) == 5 and "uncertainty" in captions
+    assert len(re.findall(r"residual \d", captions)) == count + 1 and "uncertainty" in captions
 
     def pixels(gallery: str, i: int) -> np.ndarray:
         return browser.pixels(
@@ -116,7 +118,7 @@ def restore(browser: Chromium, progress: str = ".", stop: bool = False) -> tuple
             "canvas.getContext('2d').drawImage(image, 0, 0); return canvas; })()"
         )
 
-    return [pixels("#answers", i) for i in range(4)], [pixels("#summary", i) for i in range(2)]
+    return [pixels("#answers", i) for i in range(count)], [pixels("#summary", i) for i in range(2)]
 
 
 def test_a_person_fills_a_hole(start, tmp_path):
@@ -139,11 +141,12 @@ def test_a_person_fills_a_hole(start, tmp_path):
         assert browser.evaluate(MESSAGES) == ""
 
         # A long search that is stopped gives the answers so far.
-        browser.click("#steps input[type=number]")
-        browser.evaluate("document.querySelector('#steps input[type=number]').select()")
-        browser.call("Input.insertText", text="300")
-        browser.press("Tab")
-        stopped, _ = restore(browser, progress=r"\d+\/300 steps", stop=True)
+        for slider, value in (("#num_answers", "16"), ("#steps", "300")):
+            browser.click(f"{slider} input[type=number]")
+            browser.evaluate(f"document.querySelector('{slider} input[type=number]').select()")
+            browser.call("Input.insertText", text=value)
+            browser.press("Tab")
+        stopped, _ = restore(browser, progress=r"\d+\/300 steps", stop=True, count=16)
         assert all((one != other).any() for one, other in zip(stopped, answers))
         assert int(re.findall(r"(\d+)/300", (tmp_path / "errors").read_text())[-1]) < 300
 
