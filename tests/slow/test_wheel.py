@@ -41,7 +41,7 @@ def test_everything_works_after_installing_the_wheel(tmp_path):
 
     succeed("train", "my_images", *TINY, "--max_train_steps", 20, "--output_dir", "my_model")
     succeed("sample", "my_model", "-n", 16, "-o", "samples.png")
-    assert PIL.Image.open(tmp_path / "samples.png").size == (67, 67)
+    assert PIL.Image.open(tmp_path / "samples.png").size == (4 * 67, 4 * 67)
     options = ["--mask", "mask.png", "--num_inference_steps", 5]
     succeed("restore", "other_images/000.png", *options, "--model", "my_model", "-o", "restored")
     assert (tmp_path / "restored" / "000-uncertainty.png").is_file()
