@@ -210,7 +210,7 @@ def test_restore_by_a_mask(model, damaged):
     output = damaged / "restored"
     record = json.loads((output / "restored.json").read_text())
     (restoration,) = record["restorations"]
-    names = [*restoration["answers"], restoration["mean"], restoration["uncertainty"]]
+    names = [*restoration["answers"], *(restoration[kind] for kind in ("mean", "uncertainty", "sheet"))]
     assert sorted(path.name for path in output.iterdir()) == sorted([*names, "restored.json"])
     assert record["arguments"]["seed"] == 0
     assert len(restoration["answers"]) == len(restoration["relative_residuals"]) == 2
@@ -220,6 +220,10 @@ def test_restore_by_a_mask(model, damaged):
     assert (answers[0][8:] != answers[1][8:]).any()
     uncertainty = np.array(PIL.Image.open(output / restoration["uncertainty"]))
     assert uncertainty[8:].mean() > uncertainty[:8].mean()
+    # Damaged picture, two answers, mean, uncertainty: each 16 px and its line, magnified to 64 px.
+    sheet = np.array(PIL.Image.open(output / restoration["sheet"]))
+    assert sheet.shape == (4 * 16, 4 * (5 * 17 - 1))
+    np.testing.assert_array_equal(sheet[::4, ::4][:, 17:33], answers[0])
 
 
 def test_restore_by_a_task(make_pipeline, damaged):
@@ -235,6 +239,7 @@ def test_restore_by_a_task(make_pipeline, damaged):
         main(["restore", "pictures", "--task", task, *options, "--model", "model", "-o", task, *FEW_STEPS])
         mean = PIL.Image.open(damaged / task / "gray-mean.png")
         assert mean.size == (size, size) and mean.mode == "RGB"
+        assert PIL.Image.open(damaged / task / "gray-sheet.png").height == 64
 
 
 @pytest.mark.parametrize(

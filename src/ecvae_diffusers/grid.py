@@ -25,7 +25,12 @@ def lay_out(images: np.ndarray, num_columns: int, scale: int = 1) -> PIL.Image.I
     for i, image in enumerate(images):
         tile = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)
         grid.paste(tile, ((i % num_columns) * (width + 1), (i // num_columns) * (height + 1)))
-    return grid.resize((grid.width * scale, grid.height * scale), PIL.Image.Resampling.NEAREST)
+    return magnify(grid, scale)
+
+
+def magnify(picture: PIL.Image.Image, scale: int) -> PIL.Image.Image:
+    """Return a picture magnified by a whole number, without smoothing."""
+    return picture.resize((picture.width * scale, picture.height * scale), PIL.Image.Resampling.NEAREST)
 
 
 def display_scale(height: int, width: int) -> int:

@@ -65,7 +65,8 @@ def test_pictures_and_energies(watched):
         assert [path.name for path in files] == [f"step-{step:06d}.png" for step in steps]
         for path in files:
             with PIL.Image.open(path) as picture:
-                assert picture.size == size and np.asarray(picture).std() > 1
+                # Images of 16 px are magnified to 64.
+                assert picture.size == (4 * size[0], 4 * size[1]) and np.asarray(picture).std() > 1
     lines = read_metrics(watched / "energies.jsonl")
     assert [line["step"] for line in lines] == [5, 10]
     assert [len(lines[0][kind]) for kind in ("data", "samples", "targets")] == [8, 8, 8]

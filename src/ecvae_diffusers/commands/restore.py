@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Restore damaged pictures with a trained model: `ecvae restore --help`.
 
-Writes several answers per picture, their mean, a map of the uncertainty, and `restored.json`. The app `spaces/restoration` has the
+Writes several answers per picture, their mean, a map of the uncertainty, a sheet of all these, and `restored.json`. The app `spaces/restoration` has the
 same tasks with the same parameters.
 """
 
@@ -28,6 +28,7 @@ REQUIRED = {"deblurring": "blur_std", "denoising": "noise_std"}
 RECORD = "restored.json"
 # Standard deviation of images in [0, 1] that is white in the map of the uncertainty.
 WHITE_STD = 0.25
+SHEET_ANSWERS = 8
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -135,6 +136,20 @@ def uncertainty_map(std: Any) -> "PIL.Image.Image":
     return PIL.Image.fromarray(np.uint8((np.asarray(std).mean(-1) / WHITE_STD * 255).clip(0, 255).round()))
 
 
+def sheet_of(pictures: list["PIL.Image.Image"], channels: int) -> "PIL.Image.Image":
+    """Lay pictures out in a row, each in the size of the last, and magnified if that is small."""
+    import numpy as np
+    import PIL.Image
+
+    from ecvae_diffusers.grid import display_scale, lay_out
+    from ecvae_diffusers.pipelines.inputs import read_picture
+
+    size = pictures[-1].size
+    alike = [read_picture(each, channels).resize(size, PIL.Image.Resampling.NEAREST) for each in pictures]
+    rows = np.stack([np.asarray(each).reshape(*size[::-1], channels) for each in alike])
+    return lay_out(rows, len(rows), display_scale(*size))
+
+
 def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Restore a picture, write its answers, their mean and the uncertainty into the output folder, and return a record."""
     import PIL.Image
@@ -158,8 +173,10 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
     )
     digits = len(str(args.num_restorations - 1))
     answers = {f"{path.stem}-{i:0{digits}d}.png": answer for i, answer in enumerate(output.images)}
-    mean, uncertainty = f"{path.stem}-mean.png", f"{path.stem}-uncertainty.png"
+    mean, uncertainty, sheet = (f"{path.stem}-{kind}.png" for kind in ("mean", "uncertainty", "sheet"))
     others = {mean: output.mean[0], uncertainty: uncertainty_map(output.std[0])}
+    shown = [image, *output.images[:SHEET_ANSWERS], *others.values()]
+    others[sheet] = sheet_of(shown, pipeline.vae.config.in_channels)
     for name, picture in (answers | others).items():
         save_atomically(picture, Path(args.output_dir) / name)
     return {
@@ -167,6 +184,7 @@ def restore(pipeline: "ECVAERestorationPipeline", path: Path, args: argparse.Nam
         "answers": list(answers),
         "mean": mean,
         "uncertainty": uncertainty,
+        "sheet": sheet,
         "relative_residuals": output.residual.tolist(),
         "relative_residuals_of_files": output.residual_output.tolist(),
         "relative_residual_of_mean": output.residual_mean.item(),
@@ -198,7 +216,9 @@ def run(args: argparse.Namespace) -> None:
         record["restorations"].append(restore(pipeline, path, args))
         # After each picture, so that an interruption loses no finished one.
         write_json(Path(args.output_dir) / RECORD, record)
-    print(f"{args.output_dir}: {args.num_restorations} answer(s) per picture, mean and uncertainty, and {RECORD}.")
+    print(
+        f"{args.output_dir}: {args.num_restorations} answer(s) per picture, mean, uncertainty and sheet, and {RECORD}."
+    )
 
 
 def main(argv: list[str] | None = None, prog: str = "ecvae restore") -> None:

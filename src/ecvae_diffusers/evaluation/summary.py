@@ -152,10 +152,9 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
     first, rows = shown[: -len(closest)], shown[-len(closest) :]
     if work.classifier is not None:
         evaluation.classes = class_measures(work, work.classifier, real, samples)
-    scale = display_scale(resolution, resolution)
     return evaluation, {
-        "samples.png": image_grid(to_range(first), num_columns=8, scale=scale),
-        "neighbours.png": neighbours_grid(rows, samples[0][closest], real, images["real"], scale),
+        "samples.png": image_grid(to_range(first), num_columns=8, scale=display_scale(resolution, resolution)),
+        "neighbours.png": neighbours_grid(rows, samples[0][closest], real, images["real"]),
     }
 
 

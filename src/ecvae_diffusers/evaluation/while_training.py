@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 
 from ecvae_diffusers.command import why_missing
 from ecvae_diffusers.figures import why_no_frechet_distance
+from ecvae_diffusers.grid import display_scale
 from ecvae_diffusers.training.data.transforms import to_range, to_uint8
 from ecvae_diffusers.training.run.log import progress
 from ecvae_diffusers.training.run.pictures import image_grid, save_atomically, step_file
@@ -55,10 +56,10 @@ def load_features(name: str, device: torch.device, argument: str = "evaluation_f
 
 
 def neighbours_grid(
-    samples: torch.Tensor, generated: torch.Tensor, real: torch.Tensor, reference: torch.Tensor, scale: int = 1
+    samples: torch.Tensor, generated: torch.Tensor, real: torch.Tensor, reference: torch.Tensor
 ) -> PIL.Image.Image:
     """
-    Return a grid with one row per sample: the sample, then the reference images nearest to it in features.
+    Return a grid with one row per sample, magnified if they are small: the sample, then the reference images nearest to it in features.
 
     `samples` (N, C, H, W) and `reference` (M, C, H, W) are uint8. `generated` has the features of the samples, possibly
     followed by others, and `real` those of the reference.
@@ -67,7 +68,7 @@ def neighbours_grid(
 
     _, nearest = nearest_neighbours(generated[: len(samples)].float(), real.float(), NUM_NEIGHBOURS)
     images = torch.cat([samples[:, None].cpu(), reference[nearest.cpu()]], dim=1)
-    return image_grid(to_range(images.flatten(0, 1)), num_columns=1 + NUM_NEIGHBOURS, scale=scale)
+    return image_grid(to_range(images.flatten(0, 1)), 1 + NUM_NEIGHBOURS, display_scale(*samples.shape[-2:]))
 
 
 class Evaluator:

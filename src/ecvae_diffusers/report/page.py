@@ -66,7 +66,8 @@ def render(run: Run, marker: str) -> str:
         intro += " Linear axes leave out values that only the first tenth of the run reaches."
     judged = (
         f"Judged by steps {run.judged[0]['step']} to {run.judged[-1]['step']} ({len(run.judged)} logged), the last part of the "
-        "run. A run that has just begun is not yet in its healthy range."
+        "run. A run that has just begun is not yet in its healthy range. The checks say whether training works, not how good the "
+        "samples are: a healthy run of few steps still draws blurred pictures."
     )
     samples = SAMPLES_NOTES.get(component, SAMPLES_NOTES["vae"])
     if (best := best_distance(run)) is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ecvae_diffusers import EnergyCalibrator
 from ecvae_diffusers.energy import compute_energy, frozen
-from ecvae_diffusers.grid import lay_out, save_atomically
+from ecvae_diffusers.grid import display_scale, lay_out, magnify, save_atomically
 from ecvae_diffusers.training.data.transforms import to_range, to_uint8
 from ecvae_diffusers.training.run.log import ENERGIES_FILE, RunLog, progress
 
@@ -123,6 +123,8 @@ class Observer:
         return torch.cat([function(part, some) for part, some in zip(progress(what, parts), classes)])
 
     def save(self, kind: str, step: int, picture: PIL.Image.Image) -> None:
+        """Write a picture, magnified if its images are small."""
+        picture = magnify(picture, display_scale(*self.images.shape[-2:]))
         save_atomically(picture, step_file(self.output_dir, kind, step))
 
 
