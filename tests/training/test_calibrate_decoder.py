@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderTiny, UNet2DModel, VQModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
 from safetensors.torch import load_file, save_file
 from training_runs import (
     TINY_DECODER,
@@ -30,6 +30,7 @@ from ecvae_diffusers.training.data.loaders import build_feed
 from ecvae_diffusers.training.randomness import StepNoise
 from ecvae_diffusers.training.tasks.autoencoders import CalibratedDecoder, load_autoencoder
 from ecvae_diffusers.training.tasks.decoder import DecoderTask
+from ecvae_diffusers.training.tasks.distillation import StudentDecoder
 
 
 FROZEN = {"AutoencoderKL": ("encoder.", "quant_conv."), "AutoencoderTiny": ("encoder.",)}
@@ -157,6 +158,73 @@ def test_the_encoder_runs_once_a_step_and_its_spread_is_measured(models, images)
         torch.testing.assert_close(task.encode_batch(real), task.generator.encode(real))
 
 
+def write_config(model, path: Path) -> Path:
+    path.write_text(model.to_json_string())
+    return path
+
+
+def tiny(**config) -> AutoencoderTiny:
+    shape = {
+        "encoder_block_out_channels": (16, 16),
+        "decoder_block_out_channels": (16, 16),
+        "num_encoder_blocks": (1, 1),
+    }
+    return AutoencoderTiny(**(shape | {"num_decoder_blocks": (1, 1)} | config))
+
+
+def asymmetric(**config) -> AsymmetricAutoencoderKL:
+    return AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, down_block_out_channels=(16, 16), layers_per_down_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, up_block_out_channels=(8, 8), layers_per_up_block=1,
+        norm_num_groups=4, latent_channels=4, sample_size=16, **config,
+    )  # fmt: skip
+
+
+def test_a_new_decoder_learns_the_latents_that_exist(models, calibrate, tmp_path, monkeypatch):
+    """Of another class, whose encoder learns them too. Plain diffusers loads it, and the run resumes."""
+    config = write_config(tiny(), tmp_path / "tiny.json")
+    arguments = ("--decoder_config", config, "--checkpointing_steps", 1, "--no-use_ema", "--latent_noise", 0.1)
+    calibrate(models["AutoencoderKL"], tmp_path / "whole", 12, *arguments)
+    lines = metrics(tmp_path / "whole")
+    for name in ("reconstruction", "distillation", "latent_error"):
+        assert lines[-1][name] < lines[0][name]
+    assert all(line["constraint"] > 0 for line in lines)
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "AutoencoderTiny for the latents of AutoencoderKL" in card
+    cut = without_end(tmp_path / "whole", tmp_path / "cut", 12)
+    calibrate(models["AutoencoderKL"], cut, 12, *arguments, "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path / "whole", cut)
+    other = write_config(tiny(num_decoder_blocks=(2, 1)), tmp_path / "other.json")
+    with pytest.raises(SystemExit, match="decoder_config"):
+        calibrate(models["AutoencoderKL"], cut, 13, "--decoder_config", other, "--resume_from_checkpoint", "latest")
+    monkeypatch.setitem(sys.modules, "ecvae_diffusers", None)
+    model = AutoencoderTiny.from_pretrained(tmp_path / "whole")
+    assert model.decode(torch.zeros(2, 4, 8, 8)).sample.shape == (2, 3, 16, 16)
+
+
+def test_a_new_decoder_next_to_the_same_encoder(models, calibrate, tmp_path):
+    config = write_config(asymmetric(), tmp_path / "config.json")
+    lines = calibrate(models["AutoencoderKL"], tmp_path / "run", 2, "--decoder_config", config)
+    assert "latent_error" not in lines[0] and lines[0]["distillation"] > 0
+    teacher = AutoencoderKL.from_pretrained(models["AutoencoderKL"])
+    student = AsymmetricAutoencoderKL.from_pretrained(tmp_path / "run")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(student.encode(images).latent_dist.mode(), teacher.encode(images).latent_dist.mode())
+    size = {model: sum(weight.numel() for weight in model.decoder.parameters()) for model in (student, teacher)}
+    assert size[student] < size[teacher]
+
+
+def test_a_new_decoder_takes_the_latents_of_a_pipeline(models):
+    """Which gives each autoencoder `latents / scaling_factor + shift_factor`."""
+    teacher = CalibratedDecoder(load_autoencoder(models["AutoencoderKL"]), "here")
+    student = StudentDecoder(teacher, tiny(scaling_factor=0.5, shift_factor=0.25))
+    of_diffusion = torch.randn(2, 4, 8, 8)
+    latents = of_diffusion / teacher.config.scaling_factor
+    torch.testing.assert_close(student.own_latents(latents), of_diffusion / 0.5 + 0.25)
+    expected = student.autoencoder.decode(of_diffusion / 0.5 + 0.25).sample
+    torch.testing.assert_close(student(latents), expected)
+
+
 def test_latents_of_a_file(models, calibrate, tmp_path):
     save_file({"latents": torch.randn(3, 4, 8, 8)}, tmp_path / "latents.safetensors")
     given = ("--latents_file", tmp_path / "latents.safetensors")
@@ -206,11 +274,24 @@ EVALUATED = ["--evaluation_steps", 1, "--evaluation_samples", 12]
         (["{AutoencoderTiny}", *EVALUATED, "--evaluation_features", "digits"], "--evaluation_features"),
         (["{AutoencoderKL}", "--calibration", "none", "--reconstruction_weight", 0], "--reconstruction_weight"),
         (["{AutoencoderKL}", "--resolution", 2048], "--resolution"),
+        (["{AutoencoderKL}", "--distillation_weight", 2], "--distillation_weight"),
+        (["{AutoencoderKL}", "--decoder_config", "{gone}"], "--decoder_config"),
+        (["{AutoencoderKL}", "--decoder_config", "{unet}"], "--decoder_config"),
+        # Its encoder would learn no distribution, three levels make images too large, and three channels are not those of the latents.
+        (["{AutoencoderKL}", "--decoder_config", "{smaller}"], "--decoder_config"),
+        (["{AutoencoderKL}", "--decoder_config", "{larger}"], "--decoder_config"),
+        (["{AutoencoderKL}", "--decoder_config", "{narrow}"], "--decoder_config"),
     ],
 )
 def test_wrong_arguments(models, calibrate, tmp_path, capsys, monkeypatch, arguments, named):
     monkeypatch.setattr(digits, "train_digit_features", lambda: (digits.DigitFeatures().eval(), 0.0))
     places = {name: tmp_path / f"{name}.safetensors" for name in ("gone", "bad", "few")} | models
+    levels = {"encoder_block_out_channels": (16,) * 3, "decoder_block_out_channels": (16,) * 3}
+    levels |= {"num_encoder_blocks": (1,) * 3, "num_decoder_blocks": (1,) * 3}
+    smaller = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    unet = UNet2DModel.from_pretrained(models["UNet2DModel"])
+    configs = {"smaller": smaller, "larger": tiny(**levels), "narrow": tiny(latent_channels=3), "unet": unet}
+    places |= {name: write_config(model, tmp_path / f"{name}.json") for name, model in configs.items()}
     save_file({"latents": torch.zeros(2, 3, 8, 8)}, places["bad"])
     save_file({"latents": torch.zeros(3, 4, 8, 8)}, places["few"])
     start, *others = [places.get(str(one).strip("{}"), one) for one in arguments]

@@ -604,6 +604,13 @@ class DecoderConfig(Group):
         help="Calibrate decodings of the latents in this safetensors file: a tensor `latents` (N, C, h, w).",
         read=place,
     )
+    decoder_config: str | None = option(
+        help="Train a new decoder for the same latents: the config.json of an autoencoder of diffusers, such as a small AutoencoderTiny.",
+        read=place,
+    )
+    distillation_weight: float = option(
+        1.0, help="With --decoder_config: weight of the squared error to decodings of the old decoder.", at_least=0
+    )
 
     def check(self) -> None:
         super().check()
@@ -613,13 +620,17 @@ class DecoderConfig(Group):
             refuse("reconstruction_weight", 0, "above 0 with --calibration none")
         if self.latents_file is not None and self.latent_noise > 0:
             refuse("latent_noise", self.latent_noise, "0 with --latents_file")
+        if self.decoder_config is None and self.distillation_weight != 1:
+            raise ConfigError(f"--distillation_weight {self.distillation_weight} requires --decoder_config.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptimizerConfig(OptimizerConfig):
     """training"""
 
-    learning_rate: float | None = with_default(OptimizerConfig, "learning_rate", 1e-4)
+    learning_rate: float | None = option(
+        help="Learning rate of the decoder. Default: 1e-4, or 1e-3 for a new decoder (--decoder_config).", above=0
+    )
     energy_learning_rate: float = with_default(OptimizerConfig, "energy_learning_rate", 5e-4)
     adam_beta2: float = with_default(OptimizerConfig, "adam_beta2", 0.9)
     energy_adam_beta2: float = with_default(OptimizerConfig, "energy_adam_beta2", 0.9)
@@ -638,4 +649,12 @@ class ECDecoderConfig(TrainingConfig):
         "--pretrained_model_name_or_path my_vae --train_data_dir my_images --output_dir my_sharper_vae --resolution 64"
     )
     channels_of_model: ClassVar[bool] = True
+
+    def resolved(self) -> Self:
+        config = super().resolved()
+        if config.optimizer.learning_rate is not None:
+            return config
+        rate = 1e-4 if self.model.decoder_config is None else 1e-3
+        return replace(config, optimizer=replace(config.optimizer, learning_rate=rate))
+
     max_resolution: ClassVar[int] = 1024

@@ -33,7 +33,7 @@ STATE_FILES = (
 # Arguments that a resumed run does not inherit: paths, and arguments for publishing.
 GIVEN_AGAIN = {
     "dataset_name", "train_data_dir", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
-    "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "config", "num_epochs",
+    "pretrained_model_name_or_path", "subfolder", "revision", "variant", "latents_file", "decoder_config", "config", "num_epochs",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 # Arguments that a resumed run may change: the ones above, the number of steps, and when to log, save and evaluate.

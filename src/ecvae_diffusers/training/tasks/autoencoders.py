@@ -30,10 +30,9 @@ CARD = """---
 
 {marker}
 
-# {name} with a {what} decoder
+# {title}
 
-The decoder of `{origin}` was trained further {how}, with `training/calibrate_decoder.py` of
-ecvae-diffusers. The encoder, and so the latents, are unchanged. It loads without that package:
+{about} It was trained {how}, with `training/calibrate_decoder.py` of ecvae-diffusers, and loads without that package:
 
 ```python
 from diffusers import {name}
@@ -58,6 +57,11 @@ class CalibratedDecoder(torch.nn.Module):
         self.autoencoder, self.origin, self.config = autoencoder, origin, autoencoder.config
         for name, part in autoencoder.named_children():
             part.requires_grad_(name in TRAINED_PARTS)
+
+    def describe(self, origin: str, what: str) -> tuple[str, str]:
+        """Return title and first sentences of the card. `what` is done with the decoder, and `origin` names the autoencoder."""
+        about = f"The decoder of `{origin}` was trained further. The encoder, and so the latents, are unchanged."
+        return f"{type(self.autoencoder).__name__} with a {what} decoder", about
 
     def encoder_fingerprint(self) -> str:
         """Return a fingerprint of the frozen weights, which determine the latents."""
@@ -125,12 +129,14 @@ class SavedDecoder:
         is_folder = Path(origin).exists()
         tags = ["diffusers", "autoencoder", *(["energy-based-model"] if is_calibrated else [])]
         data = ModelCardData(library_name="diffusers", tags=tags, base_model=None if is_folder else origin)
+        name = Path(origin).name if is_folder else origin
+        title, about = self.decoder.describe(name, "calibrated" if is_calibrated else "further trained")
         card = CARD.format(
             metadata=data.to_yaml(),
             marker=CARD_MARKER,
             name=type(self.decoder.autoencoder).__name__,
-            origin=Path(origin).name if is_folder else origin,
-            what="calibrated" if is_calibrated else "further trained",
+            title=title,
+            about=about,
             how="with energy calibration (Luo et al., ECCV 2024)"
             if is_calibrated
             else "on the squared error, without calibration",
@@ -253,7 +259,8 @@ def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]
     image = torch.zeros(1, decoder.config.in_channels, resolution, resolution)
     refused = f"--resolution {resolution} does not fit {type(decoder.autoencoder).__name__}"
     decoder.eval()
-    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    parts = (part for name, part in decoder.autoencoder.named_children() if name in TRAINED_PARTS)
+    trained = [parameter for part in parts for parameter in part.parameters()]
     try:
         latents = decoder.encode(image)
         with torch.no_grad():

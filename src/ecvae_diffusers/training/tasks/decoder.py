@@ -1,11 +1,12 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The task of training the decoder of an autoencoder of diffusers. The encoder is frozen.
+"""The task of training the decoder of an autoencoder of diffusers, or a new decoder for its latents. The encoder is frozen.
 
 One training step: one forward pass of the wrapped decoder decodes latents, and the chain on the frozen energy model computes targets from
 these images. The decoder steps on the squared error of reconstructions plus lambda times the constraint, the energy model on data against
 the same targets. The saved autoencoder loads with plain diffusers. The equations are in `ecvae_diffusers.calibration`.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ecvae_diffusers.training.tasks.autoencoders import (
     load_latents,
 )
 from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.distillation import StudentDecoder, build_student
 from ecvae_diffusers.training.tasks.networks import build_energy_model
 from ecvae_diffusers.variational import error_gradient_norm
 
@@ -67,7 +69,11 @@ class DecoderTask(Task):
     def launch(self):
         latents = None if self.given is None else fingerprint({"latents": {"latents": self.given}})
         encoder = self.generator.encoder_fingerprint()
-        return {"autoencoder": self.saved_class, "encoder": encoder, "latents": latents}
+        same = {"autoencoder": self.saved_class, "encoder": encoder, "latents": latents}
+        if isinstance(self.generator, StudentDecoder):
+            config = json.loads(self.generator.autoencoder.to_json_string())
+            same["decoder_config"] = {key: value for key, value in config.items() if not key.startswith("_")}
+        return same
 
     def prepare(self, accelerator):
         super().prepare(accelerator)
@@ -101,19 +107,30 @@ class DecoderTask(Task):
         return encodings + self.noise_scale * noise.normal(*encodings.shape) if self.noise_scale > 0 else encodings
 
     def loss(self, network, real, noise, step, with_samples, labels=None):
-        encodings = self.encode_batch(real)
-        if not with_samples:
-            decoded, samples = network(encodings), None
-        elif self.given is None and self.noise_scale == 0:
-            # The reconstructions themselves are calibrated, which saves a second decoding.
-            decoded = samples = network(encodings)
+        latents = self.encode_batch(real)
+        if with_samples and (self.given is not None or self.noise_scale > 0):
+            latents = torch.cat([latents, self.draw(real, noise)])
+        student = self.generator if isinstance(self.generator, StudentDecoder) else None
+        if student is not None and student.learns_encoder:
+            decoded, latent_error = network(latents, real)
         else:
-            decoded, samples = network(torch.cat([encodings, self.draw(real, noise)])).chunk(2)
-        reconstruction = squared_error(real, decoded).mean() * real[0].numel()  # summed over an image
-        weight = self.config.reconstruction_weight
-        scalars = {"reconstruction": reconstruction.detach()}
-        scalars["reconstruction_gradient_norm"] = weight * error_gradient_norm(real, decoded)
-        return weight * reconstruction, samples, scalars
+            decoded, latent_error = network(latents), None
+        # Without other latents, the reconstructions themselves are calibrated, which saves a second decoding.
+        reconstructions, samples = decoded[: len(real)], decoded[-len(real) :] if with_samples else None
+        numel, weight = real[0].numel(), self.config.reconstruction_weight
+        reconstruction = squared_error(real, reconstructions).mean() * numel  # summed over an image
+        loss, scalars = weight * reconstruction, {"reconstruction": reconstruction.detach()}
+        scalars["reconstruction_gradient_norm"] = weight * error_gradient_norm(real, reconstructions)
+        if student is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = student.teacher(latents)
+            distillation = squared_error(taught, decoded).mean() * numel
+            loss = loss + self.config.distillation_weight * distillation
+            scalars["distillation"] = distillation.detach()
+        if latent_error is not None:
+            loss = loss + latent_error
+            scalars["latent_error"] = latent_error.detach()
+        return loss, samples, scalars
 
     def latents(self, count, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -157,6 +174,10 @@ def calibrate_decoder(config: ECDecoderConfig) -> None:
     config = replace(config, data=replace(config.data, in_channels=channels))
     shape = latent_shape(decoder, config.data.resolution)
     given = load_latents(model.latents_file, shape) if model.latents_file is not None else None
+    if model.decoder_config is not None:
+        decoder = build_student(model.decoder_config, decoder, config.data.resolution)
+        # Again, for the parameters of the new decoder that decoding does not use.
+        latent_shape(decoder, config.data.resolution)
 
     def load(checkpoint: Path | None) -> EnergyModel | None:
         if model.calibration == "none":
