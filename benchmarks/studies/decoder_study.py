@@ -12,7 +12,9 @@ STUDY/decoder.jsonl, so an interrupted study resumes.
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -86,16 +88,16 @@ class Cifar10:
         self.metrics = study.reference(lite0_features().to(args.device), self.test)
         self.about = f"{len(self.train):,} images"
 
-    def pretrain(self, model: str, folder: Path, seed: int) -> None:
+    def pretrain(self, build: Callable[[], torch.nn.Module], folder: Path, seed: int) -> None:
         """Train an autoencoder without calibration, on the squared error and a lightly weighted KL divergence."""
         if folder.is_dir():
             return
         torch.manual_seed(seed)
-        network = MODELS[model]().train().to(self.device, memory_format=torch.channels_last)
+        network: Any = build().train().to(self.device, memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, PRETRAINING_STEPS)
         batches = study.epochs(self.train, BATCH)
-        for _ in tqdm(range(PRETRAINING_STEPS), desc=f"Training {model}"):
+        for _ in tqdm(range(PRETRAINING_STEPS), desc=f"Training {type(network).__name__}"):
             real = next(batches).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cpu"):
                 encoded, divergence = network.encode(real), 0.0
@@ -114,10 +116,9 @@ class Cifar10:
 
 
 @torch.no_grad()
-def reconstructions(model: str, folder: Path, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+def reconstructions(decoder: CalibratedDecoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return reconstructions from the mode of the posterior, as uint8 images (N, C, H, W)."""
-    loaded = getattr(diffusers, model).from_pretrained(folder)
-    decoder = CalibratedDecoder(loaded.eval().to(device), str(folder))
+    decoder = decoder.eval().to(device)
     parts = (to_range(part.to(device)) for part in tqdm(images.split(250)))
     return torch.cat([to_uint8(decoder(decoder.encode(part))).cpu() for part in parts])
 
@@ -136,14 +137,18 @@ def main() -> None:
             return args.output_dir / f"{model}_{seed}"
         return study.run_folder(args.output_dir, model, name, seed)
 
+    def load(model: str, name: str, seed: int) -> CalibratedDecoder:
+        folder = folder_of(model, name, seed)
+        return CalibratedDecoder(getattr(diffusers, model).from_pretrained(folder), str(folder))
+
     def make(data: Cifar10, setting: str, seed: int) -> dict:
         model, name = names[setting]
         start, folder = folder_of(model, "as it was", seed), folder_of(model, name, seed)
-        data.pretrain(model, start, seed)
+        data.pretrain(MODELS[model], start, seed)
         if SETTINGS[name] is not None:
             own = ["--pretrained_model_name_or_path", str(start), *SETTINGS[name]]
             study.train(data, folder, seed, args.max_train_steps, *own, script="calibrate_decoder.py")
-        found = reconstructions(model, folder, data.test, data.device)
+        found = reconstructions(load(model, name, seed), data.test, data.device)
         psnr = reconstruction_metrics(found / 255, data.test / 255)["psnr"].mean().item()
         return study.against(data.metrics, found) | {"psnr": psnr} | study.logged(folder)
 
@@ -153,7 +158,7 @@ def main() -> None:
     if args.picture is not None:
         rows = [study.dataset_images(args.dataset, "test", 12, 32, 3)]
         for model, name in names.values():
-            rows.append(reconstructions(model, folder_of(model, name, args.seeds[0]), rows[0], args.device))
+            rows.append(reconstructions(load(model, name, args.seeds[0]), rows[0], args.device))
         image_grid(to_range(torch.cat(rows)), num_columns=len(rows[0])).save(args.picture)
 
 
