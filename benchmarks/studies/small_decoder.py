@@ -118,7 +118,7 @@ def main() -> None:
             "parameters": sum(weight.numel() for weight in network.decoder.parameters()),
             "time_ratio": time_ratio(network, other, data.device),
         }
-        return study.against(data.metrics, found) | about | {"psnr": psnr} | study.logged(folder)
+        return study.against(data.metrics, found) | about | {"psnr": psnr} | study.logged(folder_of(name, seed))
 
     arguments = {name: own or [] for name, own in SETTINGS.items()}
     results = study.run(args, "small_decoder", Cifar10, make, arguments=arguments)
