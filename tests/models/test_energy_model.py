@@ -54,7 +54,14 @@ class TestEnergyModelModel(ModelTests):
 
 @pytest.mark.parametrize(
     "in_channels, sample_size, block_out_channels, num_scales",
-    [(1, 8, (8,), 1), (4, 16, (8, 12, 8), 3), (3, 32, (8,), 1), (1, 512, (4, 4, 4, 4, 4), 2), (1, (24, 40), (8, 12, 8), 3), (6, 20, (8, 8), 2)],
+    [
+        (1, 8, (8,), 1),
+        (4, 16, (8, 12, 8), 3),
+        (3, 32, (8,), 1),
+        (1, 512, (4, 4, 4, 4, 4), 2),
+        (1, (24, 40), (8, 12, 8), 3),
+        (6, 20, (8, 8), 2),
+    ],
 )
 def test_one_energy_per_image(in_channels, sample_size, block_out_channels, num_scales):
     model = tiny(sample_size, in_channels, block_out_channels=block_out_channels, num_scales=num_scales)

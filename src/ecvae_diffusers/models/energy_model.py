@@ -52,7 +52,9 @@ def check_sample_size(sample_size: int | Sequence[int], multiple: int, least: in
     allowed_sides = range(least, MAX_SAMPLE_SIZE + 1, multiple)
     if len(sides) != 2 or not all(isinstance(side, int) and side in allowed_sides for side in sides):
         allowed = f"an int or (height, width), each a multiple of {multiple} from {least} to {MAX_SAMPLE_SIZE}"
-        raise ValueError(f"`sample_size` must be {allowed} for these `block_out_channels` and `patch_size`, but is {sample_size}.")
+        raise ValueError(
+            f"`sample_size` must be {allowed} for these `block_out_channels` and `patch_size`, but is {sample_size}."
+        )
 
 
 def get_energy_activation(act_fn: str) -> nn.Module:
