@@ -145,20 +145,22 @@ def test_operator_is_called_with_the_callers_batch():
     torch.testing.assert_close(likelihood.A(x), x * torch.arange(1, 4).repeat_interleave(5).view(-1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("height, width, overlap", [(8, 8, 2), (16, 8, 0), (20, 13, 3), (9, 30, 4), (24, 24, 7)])
-def test_canvas(height, width, overlap):
-    canvas = Canvas(height, width, 8, overlap)
+@pytest.mark.parametrize("tile_width", [8, 13])
+@pytest.mark.parametrize("height, width, overlap", [(8, 13, 2), (16, 13, 0), (20, 13, 3), (9, 30, 4), (24, 24, 7)])
+def test_canvas(height, width, overlap, tile_width):
+    canvas = Canvas(height, width, 8 if tile_width == 8 else (8, tile_width), overlap)
     x = torch.randn(2, 3, height, width, dtype=torch.float64, generator=seeded())
-    tiles = torch.randn(2 * len(canvas), 3, 8, 8, dtype=torch.float64, generator=seeded(1))
+    tiles = torch.randn(2 * len(canvas), 3, 8, tile_width, dtype=torch.float64, generator=seeded(1))
     torch.testing.assert_close(canvas.join(canvas.split(x)), x, rtol=1e-6, atol=1e-6)
     inner = [(canvas.join(tiles) * x).sum(), (tiles * canvas.join_adjoint(x)).sum()]
     torch.testing.assert_close(*inner, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close((canvas.split_adjoint(tiles) * x).sum(), (tiles * canvas.split(x)).sum())
-    tops = sorted({top for top, _ in canvas.corners})
-    assert tops[0] == 0 and tops[-1] == height - 8
-    assert all(8 - (b - a) >= overlap for a, b in zip(tops, tops[1:]))
-    if (height, width) == (8, 8):
-        assert len(canvas) == 1 and torch.equal(canvas.weights, torch.ones(1, 1, 8, 8))
+    for starts, side, of_tile in zip(map(set, zip(*canvas.corners)), (height, width), (8, tile_width)):
+        starts = sorted(starts)
+        assert starts[0] == 0 and starts[-1] == side - of_tile
+        assert all(of_tile - (b - a) >= overlap for a, b in zip(starts, starts[1:]))
+    if (height, width) == (8, tile_width):
+        assert len(canvas) == 1 and torch.equal(canvas.weights, torch.ones(1, 1, 8, tile_width))
 
 
 def test_drift_of_tiles_is_a_gradient():

@@ -44,6 +44,9 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 Generators = torch.Generator | list[torch.Generator] | None
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
@@ -86,9 +89,20 @@ def prepare_latents(
     return latents.to(device=device, dtype=dtype)
 
 
+def check_output_type(output_type: str | None, channels: int, *others: str) -> None:
+    """Raise `ValueError` if `output_type` is not one of `others`, or one in which images of so many channels exist."""
+    choices = ("pil", "np", "pt", None, *others)
+    if channels not in MODES:
+        choices = choices[1:]
+        if output_type == "pil":
+            raise ValueError(
+                f"`output_type` must be one of {choices} for images of {channels} channels, but is 'pil', which has 1, 3 or 4."
+            )
+    check_choice("output_type", output_type, choices)
+
+
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
-    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
@@ -229,7 +243,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), clamped to [0, 1]; or `"latent"`, the
-                latents without decoding. `None` means `"np"`.
+                latents without decoding. `None` means `"np"`. `"pil"` exists for 1, 3 or 4 channels.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 
@@ -248,6 +262,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range.
         """
+        check_output_type(output_type, self.flow.config.in_channels, "latent")
         image = prepare_latents(
             batch_size, self.flow.num_latents, temperature, generator, latents, self._execution_device, self.flow.dtype
         )

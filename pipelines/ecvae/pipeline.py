@@ -35,6 +35,12 @@ LangevinScheduler = SchedulerMixin
 LARGEST_VALUE = 1e12
 
 
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of images from a config's `sample_size`, which is one number for squares."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
+
+
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
     """Raise `ValueError` if an argument is not from `low` to `high` or, with `whole`, not an integer."""
     if not low <= value <= high or (whole and not isinstance(value, int | np.integer)):
@@ -375,10 +381,15 @@ def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) 
     Convert pictures to one tensor (B, C, H, W) in [0, 1].
 
     PIL images are converted to `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep their channels, and values
-    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, or leave [0, 1].
+    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, leave [0, 1], or are PIL images for a
+    number of channels that PIL does not have.
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
+        if channels not in MODES:
+            raise ValueError(
+                f"`image` must be an array or a tensor for a model of {channels} channels: PIL has 1, 3 or 4."
+            )
         levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
             logger.warning("`image` has colours, but the model is gray: it is converted to gray, as in training.")
@@ -461,9 +472,20 @@ def prepare_latents(
     return latents.to(device=device, dtype=dtype)
 
 
+def check_output_type(output_type: str | None, channels: int, *others: str) -> None:
+    """Raise `ValueError` if `output_type` is not one of `others`, or one in which images of so many channels exist."""
+    choices = ("pil", "np", "pt", None, *others)
+    if channels not in MODES:
+        choices = choices[1:]
+        if output_type == "pil":
+            raise ValueError(
+                f"`output_type` must be one of {choices} for images of {channels} channels, but is 'pil', which has 1, 3 or 4."
+            )
+    check_choice("output_type", output_type, choices)
+
+
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
-    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
@@ -651,8 +673,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         """Decode latents to images in [-1, 1]. On a CPU, large batches are decoded in parts."""
         config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
-            size = config.sample_size // config.get("patch_size", 1)  # configs saved by earlier versions lack it
-            widest = config.block_out_channels[0] * size**2 * latents.element_size()
+            patch = config.get("patch_size", 1)  # configs saved by earlier versions lack it
+            num_pixels = math.prod(height_and_width(config.sample_size)) // patch**2
+            widest = config.block_out_channels[0] * num_pixels * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
         classes = [{}] * len(latents) if labels is None else [{"class_labels": some} for some in labels.split(part)]
         parts = zip(latents.split(part), classes)
@@ -664,9 +687,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1]. Raises
         `ValueError` if the size or channels do not fit the model, or a value is out of range or not finite.
         """
-        size, channels = self.vae.config.sample_size, self.vae.config.in_channels
+        size, channels = height_and_width(self.vae.config.sample_size), self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
-        check_shape("image", images, (max(1, len(images)), channels, size, size))
+        check_shape("image", images, (max(1, len(images)), channels, *size))
         if not images.isfinite().all():
             raise ValueError("`image` must have finite values.")
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
@@ -718,7 +741,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 Number of Langevin steps on the energy model after decoding. A calibrated decoder does not need them.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents without decoding. `None` means `"np"`.
+                `"latent"`, the latents without decoding. `None` means `"np"`. `"pil"` exists for 1, 3 or 4 channels.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
@@ -742,6 +765,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range.
         """
+        check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
         if num_refinement_steps and (output_type == "latent" or self.energy_model is None or self.scheduler is None):
             raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
@@ -802,6 +826,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if `image` does not fit the model, or another argument is outside its range.
         """
+        check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
         check_number("variance", variance, 1e-12)
         images = self.prepare_image(image)
@@ -849,6 +874,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if there are fewer than 2 steps, or an image does not fit the model.
         """
+        check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_steps", num_steps, 2, whole=True)
         ends = [
             self.reconstruct(image, output_type="latent", class_labels=class_labels).images

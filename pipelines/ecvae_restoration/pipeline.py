@@ -9,7 +9,7 @@ import math
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,12 @@ EnergyModel = ModelMixin
 
 
 LARGEST_VALUE = 1e12
+
+
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of images from a config's `sample_size`, which is one number for squares."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:
@@ -673,16 +679,20 @@ def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> t
 
 
 class Canvas:
-    """A division of images into tiles of the model's size. Neighbouring tiles share at least `overlap` pixels."""
+    """
+    A division of images into tiles of the model's size. Neighbouring tiles share at least `overlap` pixels. `tile_size` is one number
+    for squares, or (height, width).
+    """
 
-    def __init__(self, height: int, width: int, tile_size: int, overlap: int):
-        self.height, self.width, self.tile_size = height, width, tile_size
-        tops, lefts = (self.starts(size, tile_size, overlap) for size in (height, width))
+    def __init__(self, height: int, width: int, tile_size: int | Sequence[int], overlap: int):
+        self.height, self.width, self.tile_shape = height, width, height_and_width(tile_size)
+        sides = zip((height, width), self.tile_shape)
+        tops, lefts = (self.starts(size, of_tile, overlap) for size, of_tile in sides)
         self.corners = [(top, left) for top in tops for left in lefts]
         # A tile has less weight near its border.
-        ramp = torch.arange(tile_size) + 0.5
-        ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
-        weight = torch.outer(ramp, ramp).expand(len(self.corners), 1, -1, -1)
+        ramps = [torch.arange(of_tile) + 0.5 for of_tile in self.tile_shape]
+        ramps = [ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1)) for ramp in ramps]
+        weight = torch.outer(*ramps).expand(len(self.corners), 1, -1, -1)
         self.weights = weight / self.split(self.split_adjoint(weight))
 
     @staticmethod
@@ -695,21 +705,21 @@ class Canvas:
         return len(self.corners)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """Cut images (N, C, H, W) into tiles (N * T, C, S, S)."""
-        size = self.tile_size
-        tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
+        """Cut images (N, C, H, W) into tiles (N * T, C, h, w)."""
+        height, width = self.tile_shape
+        tiles = [x[..., top : top + height, left : left + width] for top, left in self.corners]
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
     def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
         """Apply the adjoint of `split`: sum tiles where they overlap."""
-        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
+        (height, width), tiles = self.tile_shape, tiles.unflatten(0, (-1, len(self)))
         x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
         for index, (top, left) in enumerate(self.corners):
-            x[..., top : top + size, left : left + size] += tiles[:, index]
+            x[..., top : top + height, left : left + width] += tiles[:, index]
         return x
 
     def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Join tiles (N * T, C, S, S) to images (N, C, H, W): their weighted mean where they overlap."""
+        """Join tiles (N * T, C, h, w) to images (N, C, H, W): their weighted mean where they overlap."""
         return self.split_adjoint(self.weigh(tiles))
 
     def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -741,7 +751,7 @@ def neural_transport(
     a rate that falls to 0 along a cosine.
 
     Args:
-        decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, S, S) in float32.
+        decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, h, w) in float32.
         likelihood ([`Likelihood`]), canvas ([`Canvas`]): The measurements, and the division of their images into tiles.
         latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
@@ -1065,10 +1075,15 @@ def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) 
     Convert pictures to one tensor (B, C, H, W) in [0, 1].
 
     PIL images are converted to `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep their channels, and values
-    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, or leave [0, 1].
+    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, leave [0, 1], or are PIL images for a
+    number of channels that PIL does not have.
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
+        if channels not in MODES:
+            raise ValueError(
+                f"`image` must be an array or a tensor for a model of {channels} channels: PIL has 1, 3 or 4."
+            )
         levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
             logger.warning("`image` has colours, but the model is gray: it is converted to gray, as in training.")
@@ -1147,9 +1162,20 @@ def check_finite(images: torch.Tensor, suspects: str) -> None:
         raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
 
 
+def check_output_type(output_type: str | None, channels: int, *others: str) -> None:
+    """Raise `ValueError` if `output_type` is not one of `others`, or one in which images of so many channels exist."""
+    choices = ("pil", "np", "pt", None, *others)
+    if channels not in MODES:
+        choices = choices[1:]
+        if output_type == "pil":
+            raise ValueError(
+                f"`output_type` must be one of {choices} for images of {channels} channels, but is 'pil', which has 1, 3 or 4."
+            )
+    check_choice("output_type", output_type, choices)
+
+
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
-    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
@@ -1336,7 +1362,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         self, image: Images, operator: Any, mask_image: Images | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
         """Return the operator, the measurement y of images in [-1, 1], whether it was a picture, and the image's height and width."""
-        channels, size = self.vae.config.in_channels, self.vae.config.sample_size
+        channels, (height, width) = self.vae.config.in_channels, height_and_width(self.vae.config.sample_size)
         images = as_list(image, "image")
         is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
         if is_picture:
@@ -1360,8 +1386,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             operator = Inpainting(observed)
         operator = as_operator(operator)
         back = operator.A_adjoint(y)
-        if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
-            allowed = f"of images with {channels} channel(s) and at least {size}x{size} px"
+        if back.ndim != 4 or back.shape[1] != channels or back.shape[2] < height or back.shape[3] < width:
+            allowed = f"of images with {channels} channel(s) and at least {height}x{width} px (height x width)"
             raise ValueError(f"`image` must be a measurement {allowed}, but is one of {tuple(back.shape[1:])}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         check_shape("image", y, tuple(measured.shape))
@@ -1445,7 +1471,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 Weight w of an answer's energy in the search, at least 0. A weight above 0 requires an `energy_model`.
             start (`str`, *optional*, defaults to `"encoding"`):
                 `"encoding"` starts the latents near the encoding of A^+ y, `"prior"` at draws from N(0, I).
-            tile_overlap (`int`, *optional*): Pixels that neighbouring tiles share. Defaults to a quarter of a tile.
+            tile_overlap (`int`, *optional*): Pixels that neighbouring tiles share. Defaults to a quarter of a tile's shorter side.
             reconstruction_variance (`float`, *optional*):
                 Mean squared error v of the model's reconstructions per pixel, for images in [-1, 1]. Defaults to the value that
                 training measured. How the error spreads over frequencies always comes from training.
@@ -1454,7 +1480,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*):
                 Initial latents instead of `start`.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` means `"np"`.
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` means `"np"`. `"pil"` exists for 1, 3 or
+                4 channels.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -1481,8 +1508,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range, or shapes do not fit.
         """
-        config, size = self.vae.config, self.vae.config.sample_size
-        overlap = size // 4 if tile_overlap is None else tile_overlap
+        config, shorter_side = self.vae.config, min(height_and_width(self.vae.config.sample_size))
+        overlap = shorter_side // 4 if tile_overlap is None else tile_overlap
         variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, ("latents",))
@@ -1498,18 +1525,18 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         check_number("num_restorations", num_restorations, 1, whole=True)
         check_number("num_inference_steps", num_inference_steps, 1, whole=True)
         check_number("energy_weight", energy_weight, 0)
-        check_number("tile_overlap", overlap, 0, size - 1, whole=True)
+        check_number("tile_overlap", overlap, 0, shorter_side - 1, whole=True)
         check_number("reconstruction_variance", variance, 1e-12, LARGEST_VARIANCE)
         check_choice("method", method, ("langevin", "map"))
         check_choice("start", start, ("encoding", "prior"))
-        check_choice("output_type", output_type, ("pil", "np", "pt", None))
+        check_output_type(output_type, config.in_channels)
         operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image)
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
         check_number("noise_std", noise_std, 0, max(1.0, y.abs().max().item()))
 
         spectrum = config.get("reconstruction_spectrum")  # configs saved by earlier versions lack it
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
-        canvas = Canvas(height, width, size, overlap)
+        canvas = Canvas(height, width, config.sample_size, overlap)
         labels, of_tiles = known_labels(self, class_labels, len(y)), None
         if labels is not None:
             of_tiles = labels.repeat_interleave(num_restorations * len(canvas))

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import metadata_load
 
 from ecvae_diffusers import ECVAERestorationPipeline
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.command import ArgumentParser, name_as_text, place
 from ecvae_diffusers.commands import load_pipeline, read_label, run_or_fail
 from ecvae_diffusers.commands.restore import REQUIRED, TASKS, WHITE_STD, check_required, measurement, uncertainty_map
@@ -51,7 +52,8 @@ def build(pipeline: ECVAERestorationPipeline, name: str) -> Any:
     import gradio as gr
 
     config = pipeline.vae.config
-    size, kind = config.sample_size, "gray" if config.in_channels == 1 else "colour"
+    height, width = height_and_width(config.sample_size)
+    kind = "gray" if config.in_channels == 1 else "colour"
     classes = list((config.id2label or {}).values()) or list(map(str, range(config.num_class_embeds or 0)))
     served: set[str | None] = set()  # the session whose picture is being restored, if any
 
@@ -97,16 +99,16 @@ def build(pipeline: ECVAERestorationPipeline, name: str) -> Any:
 
     with gr.Blocks(title="Restoration", analytics_enabled=False, delete_cache=(60, KEPT_FOR)) as app:
         gr.Markdown(
-            f"# Restore a damaged picture\nModel: {name}, for {kind} pictures of at least {size}x{size} px. "
+            f"# Restore a damaged picture\nModel: {name}, for {kind} pictures of at least {width}x{height} px. "
             "It makes of every picture what it was trained on."
         )
         with gr.Row():
             with gr.Column():
-                tool = {"default_size": max(1, size // 8)}
+                tool = {"default_size": max(1, min(height, width) // 8)}
                 editor = gr.ImageEditor(
                     type="pil", label="Damaged picture: paint over what is to be replaced", sources=("upload", "clipboard"),
                     brush=gr.Brush(colors=["#ff2d78"], color_mode="fixed", **tool), eraser=gr.Eraser(**tool),
-                    transforms=(), layers=False, canvas_size=(size, size), elem_id="editor",
+                    transforms=(), layers=False, canvas_size=(width, height), elem_id="editor",
                 )  # fmt: skip
                 task = gr.Dropdown([HOLE, *TASKS], label="Damage to undo", elem_id="task")
                 blur_std = gr.Number(

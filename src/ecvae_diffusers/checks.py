@@ -1,6 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Check arguments for all pipelines. This module imports no torch, so that the ONNX pipeline runs without it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,12 @@ import numpy as np
 LARGEST_VALUE = 1e12
 # Upper bound of `temperature`: latents have a standard deviation of 1 in training.
 LARGEST_TEMPERATURE = 100.0
+
+
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of images from a config's `sample_size`, which is one number for squares."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:

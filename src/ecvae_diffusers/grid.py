@@ -9,15 +9,23 @@ import PIL.Image
 from .atomic import replacing
 
 
+def displayed(images: np.ndarray) -> np.ndarray:
+    """Return the channels (..., C) that pictures show: all of 1, 3 or 4, the first of 2 as gray, and the first three of more as RGB."""
+    channels = images.shape[-1]
+    return images if channels in (1, 3, 4) else images[..., : 1 if channels == 2 else 3]
+
+
 def lay_out(images: np.ndarray, num_columns: int, scale: int = 1) -> PIL.Image.Image:
     """
     Lay images out in rows, with a line of one pixel between them.
 
     Args:
-        images (`np.ndarray` of shape `(batch_size, height, width, channels)`, uint8): Gray, RGB or RGBA.
+        images (`np.ndarray` of shape `(batch_size, height, width, channels)`, uint8):
+            Gray, RGB or RGBA. Of 2 channels the first is shown as gray, and of more than 4 the first three as RGB.
         num_columns (`int`): Images per row.
         scale (`int`, *optional*, defaults to 1): Whole-number magnification, without smoothing.
     """
+    images = displayed(images)
     batch_size, height, width, channels = images.shape
     num_rows = -(-batch_size // num_columns)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]

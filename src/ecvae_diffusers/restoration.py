@@ -20,12 +20,13 @@ a term for the difference between each tile and that mean, :math:`\tfrac1{2v} \s
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import height_and_width
 from .model_error import colored
 from .operators.linear_operator import LinearOperator
 
@@ -185,16 +186,20 @@ def draw(shape: tuple[int, ...], generator: Generators, like: torch.Tensor) -> t
 
 
 class Canvas:
-    """A division of images into tiles of the model's size. Neighbouring tiles share at least `overlap` pixels."""
+    """
+    A division of images into tiles of the model's size. Neighbouring tiles share at least `overlap` pixels. `tile_size` is one number
+    for squares, or (height, width).
+    """
 
-    def __init__(self, height: int, width: int, tile_size: int, overlap: int):
-        self.height, self.width, self.tile_size = height, width, tile_size
-        tops, lefts = (self.starts(size, tile_size, overlap) for size in (height, width))
+    def __init__(self, height: int, width: int, tile_size: int | Sequence[int], overlap: int):
+        self.height, self.width, self.tile_shape = height, width, height_and_width(tile_size)
+        sides = zip((height, width), self.tile_shape)
+        tops, lefts = (self.starts(size, of_tile, overlap) for size, of_tile in sides)
         self.corners = [(top, left) for top in tops for left in lefts]
         # A tile has less weight near its border.
-        ramp = torch.arange(tile_size) + 0.5
-        ramp = ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1))
-        weight = torch.outer(ramp, ramp).expand(len(self.corners), 1, -1, -1)
+        ramps = [torch.arange(of_tile) + 0.5 for of_tile in self.tile_shape]
+        ramps = [ramp.minimum(ramp.flip(0)).clamp(max=max(overlap, 1)) for ramp in ramps]
+        weight = torch.outer(*ramps).expand(len(self.corners), 1, -1, -1)
         self.weights = weight / self.split(self.split_adjoint(weight))
 
     @staticmethod
@@ -207,21 +212,21 @@ class Canvas:
         return len(self.corners)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """Cut images (N, C, H, W) into tiles (N * T, C, S, S)."""
-        size = self.tile_size
-        tiles = [x[..., top : top + size, left : left + size] for top, left in self.corners]
+        """Cut images (N, C, H, W) into tiles (N * T, C, h, w)."""
+        height, width = self.tile_shape
+        tiles = [x[..., top : top + height, left : left + width] for top, left in self.corners]
         return torch.stack(tiles, dim=1).flatten(0, 1)
 
     def split_adjoint(self, tiles: torch.Tensor) -> torch.Tensor:
         """Apply the adjoint of `split`: sum tiles where they overlap."""
-        size, tiles = self.tile_size, tiles.unflatten(0, (-1, len(self)))
+        (height, width), tiles = self.tile_shape, tiles.unflatten(0, (-1, len(self)))
         x = tiles.new_zeros(tiles.shape[0], tiles.shape[2], self.height, self.width)
         for index, (top, left) in enumerate(self.corners):
-            x[..., top : top + size, left : left + size] += tiles[:, index]
+            x[..., top : top + height, left : left + width] += tiles[:, index]
         return x
 
     def join(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Join tiles (N * T, C, S, S) to images (N, C, H, W): their weighted mean where they overlap."""
+        """Join tiles (N * T, C, h, w) to images (N, C, H, W): their weighted mean where they overlap."""
         return self.split_adjoint(self.weigh(tiles))
 
     def weigh(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -253,7 +258,7 @@ def neural_transport(
     a rate that falls to 0 along a cosine.
 
     Args:
-        decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, S, S) in float32.
+        decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, h, w) in float32.
         likelihood ([`Likelihood`]), canvas ([`Canvas`]): The measurements, and the division of their images into tiles.
         latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.

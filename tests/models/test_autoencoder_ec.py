@@ -22,7 +22,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def tiny(sample_size: int = 16, in_channels: int = 1, **kwargs) -> AutoencoderEC:
+def tiny(sample_size: int | tuple[int, int] = 16, in_channels: int = 1, **kwargs) -> AutoencoderEC:
     torch.manual_seed(0)
     kwargs = {"latent_channels": 4, "block_out_channels": (8, 16), **kwargs}
     return AutoencoderEC(sample_size=sample_size, in_channels=in_channels, **kwargs)
@@ -61,7 +61,8 @@ class TestAutoencoderECModel(ModelTests):
     "sample_size, in_channels, block_out_channels, num_excitations",
     [
         (8, 1, (8, 8), 0), (32, 4, (8, 12, 16), 0), (64, 1, (8,), 0), (128, 3, (8,) * 6, 1), (128, 1, (4, 8, 8, 12), 0),
-        (256, 1, (4, 4, 8, 8, 8, 12, 16), 2),
+        (256, 1, (4, 4, 8, 8, 8, 12, 16), 2), ((24, 40), 1, (8, 12, 16), 0), ((48, 32), 3, (8, 12), 0), (20, 6, (8, 12), 0),
+        (25, 2, (8,), 0), ((64, 160), 1, (4, 4, 8, 8, 12), 1),
     ],
 )  # fmt: skip
 def test_shapes_and_range(sample_size, in_channels, block_out_channels, num_excitations):
@@ -77,7 +78,7 @@ def test_shapes_and_range(sample_size, in_channels, block_out_channels, num_exci
         posterior = vae.encode(images(2, in_channels, sample_size)).latent_dist
         assert posterior.mean.shape == posterior.std.shape == (2, 4, 1, 1)
         decoded = vae.decode(100 * latents(2)).sample
-        assert decoded.shape == (2, in_channels, sample_size, sample_size)
+        assert decoded.shape == images(2, in_channels, sample_size).shape
         assert decoded.min() >= -1 and decoded.max() <= 1 and decoded.std() > 0
         reference = vae.decode(latents(1)).sample
         for excitation in vae.decoder.excitations.values():
@@ -166,8 +167,9 @@ def test_slicing(vae):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("sample_size", 48), ("sample_size", 512), ("in_channels", 2), ("latent_channels", 0), ("latent_channels", 10**6),
-        ("layers_per_block", 0), ("layers_per_block", 10**6), ("block_out_channels", (8, 8, 8, 8)), ("block_out_channels", ()),
+        *(("sample_size", value) for value in (25, 6, 2**30, 16.0, (24, 15), (16,), (16, 16, 16), (16, 4))),
+        ("in_channels", 0), ("in_channels", 17), ("latent_channels", 0), ("latent_channels", 10**6),
+        ("layers_per_block", 0), ("layers_per_block", 10**6), ("block_out_channels", (8,) * 4), ("block_out_channels", ()),
         ("block_out_channels", (8, 10**6)), ("norm_type", "layer"),
         *(("reconstruction_spectrum", value) for value in ([], [0.0], [1, -1], [float("nan")])),
     ],

@@ -23,7 +23,7 @@ CONFIGS = {
 }
 
 
-def tiny(sample_size: int = 16, in_channels: int = 1, **kwargs) -> EnergyModel:
+def tiny(sample_size: int | tuple[int, int] = 16, in_channels: int = 1, **kwargs) -> EnergyModel:
     torch.manual_seed(0)
     kwargs = {"block_out_channels": (8, 12), **kwargs}
     return EnergyModel(sample_size=sample_size, in_channels=in_channels, **kwargs)
@@ -54,7 +54,14 @@ class TestEnergyModelModel(ModelTests):
 
 @pytest.mark.parametrize(
     "in_channels, sample_size, block_out_channels, num_scales",
-    [(1, 8, (8,), 1), (4, 16, (8, 12, 8), 3), (3, 32, (8,), 1), (1, 512, (4, 4, 4, 4, 4), 2)],
+    [
+        (1, 8, (8,), 1),
+        (4, 16, (8, 12, 8), 3),
+        (3, 32, (8,), 1),
+        (1, 512, (4, 4, 4, 4, 4), 2),
+        (1, (24, 40), (8, 12, 8), 3),
+        (6, 20, (8, 8), 2),
+    ],
 )
 def test_one_energy_per_image(in_channels, sample_size, block_out_channels, num_scales):
     model = tiny(sample_size, in_channels, block_out_channels=block_out_channels, num_scales=num_scales)
@@ -163,7 +170,8 @@ def test_pooled_convolution_is_convolution_and_pooling():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("sample_size", 48), ("sample_size", 4), ("sample_size", 2**30), ("in_channels", 0), ("in_channels", 10**6),
+        ("sample_size", 25), ("sample_size", 4), ("sample_size", 2**30), ("sample_size", (24, 15)), ("sample_size", (16, 4)),
+         ("in_channels", 0), ("in_channels", 10**6),
         ("block_out_channels", ()), ("block_out_channels", (8, 10**6)), ("block_out_channels", (8, 8, 8, 8)),
         ("layers_per_block", 0), ("layers_per_block", 10**6), ("num_scales", 0), ("num_scales", 3),
     ],

@@ -12,10 +12,14 @@ from ecvae_diffusers import FlowEC
 from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
 
 
-CONFIGS = {"one_level": {"num_levels": 1, "steps_per_level": 2}, "colour": {"num_levels": 3, "in_channels": 3}}
+CONFIGS = {
+    "one_level": {"num_levels": 1, "steps_per_level": 2},
+    "colour": {"num_levels": 3, "in_channels": 3},
+    "oblong": {"sample_size": (4, 12), "in_channels": 6},
+}
 
 
-def tiny(sample_size: int = 8, in_channels: int = 1, **kwargs) -> FlowEC:
+def tiny(sample_size: int | tuple[int, int] = 8, in_channels: int = 1, **kwargs) -> FlowEC:
     torch.manual_seed(0)
     kwargs = {"num_levels": 2, "steps_per_level": 1, "hidden_channels": 8, **kwargs}
     return FlowEC(sample_size=sample_size, in_channels=in_channels, **kwargs)
@@ -24,7 +28,7 @@ def tiny(sample_size: int = 8, in_channels: int = 1, **kwargs) -> FlowEC:
 @pytest.fixture(params=CONFIGS)
 def flow(request) -> FlowEC:
     model = tiny(**CONFIGS[request.param])
-    return unsettle(model, images(3, model.config.in_channels, 8))
+    return unsettle(model, sample_of(model))
 
 
 def sample_of(flow: FlowEC, batch_size: int = 3, seed: int = 0) -> torch.Tensor:
@@ -197,7 +201,7 @@ def test_a_sample_that_is_far_away_weighs_little_more_than_others(flow):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("sample_size", 12), ("in_channels", 2), ("num_levels", 4), ("num_levels", 0), ("steps_per_level", 0),
+        ("sample_size", 9), ("sample_size", (8, 10)), ("in_channels", 17), ("num_levels", 4), ("num_levels", 0), ("steps_per_level", 0),
         ("steps_per_level", 10**6), ("hidden_channels", 0), ("hidden_channels", 10**6),
     ],
 )  # fmt: skip

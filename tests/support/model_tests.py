@@ -15,9 +15,15 @@ from safetensors.torch import load, save_file
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
+from ecvae_diffusers.checks import height_and_width
 
-def images(batch_size: int, in_channels: int = 1, sample_size: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.rand(batch_size, in_channels, sample_size, sample_size, generator=seeded(seed)) * 2 - 1
+
+def images(
+    batch_size: int, in_channels: int = 1, sample_size: int | tuple[int, int] = 16, seed: int = 0
+) -> torch.Tensor:
+    """Return uniform images in [-1, 1]. `sample_size` is that of a config."""
+    size = height_and_width(sample_size)
+    return torch.rand(batch_size, in_channels, *size, generator=seeded(seed)) * 2 - 1
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

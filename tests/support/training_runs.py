@@ -18,6 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from ecvae_diffusers.checks import height_and_width
+
 
 SCRIPTS = Path(__file__).parents[2] / "training"
 SCRIPT = SCRIPTS / "train_ecvae.py"
@@ -42,6 +44,22 @@ def write_images(folder: Path, count: int = 24, mode: str = "L", size: int = 16)
         cx, cy, radius = rng.uniform(4, size - 4), rng.uniform(4, size - 4), rng.uniform(2, 5)
         disk = np.where((x - cx) ** 2 + (y - cy) ** 2 < radius**2, 255, 20).astype(np.uint8)
         PIL.Image.fromarray(disk).convert(mode).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def write_shapes(folder: Path, sample_size: int | tuple[int, int], in_channels: int, count: int = 16) -> Path:
+    """Ramps of random direction, as pictures of 1 or 3 channels or as arrays of others."""
+    rng, (height, width) = np.random.default_rng(0), height_and_width(sample_size)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        turns = rng.uniform(0, 2 * np.pi, in_channels)
+        bands = np.stack([0.5 + 0.3 * (np.cos(turn) * x + np.sin(turn) * y) for turn in turns], axis=-1)
+        bands = np.uint8(bands * 255)
+        if in_channels in (1, 3):
+            PIL.Image.fromarray(bands.squeeze(-1) if in_channels == 1 else bands).save(folder / f"{i:03d}.png")
+        else:
+            np.save(folder / f"{i:03d}.npy", bands)
     return folder
 
 

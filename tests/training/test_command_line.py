@@ -64,7 +64,7 @@ def test_the_data_of_the_command_line_replaces_that_of_the_file(read):
         ("train_data_dir: [a, b]", "--train_data_dir"),
         ("block_out_channels: [16, wide]", "--block_out_channels"),
         ("calibration: sometimes", "--calibration"),
-        ("resolution: 48\ntrain_data_dir: images", "--resolution"),
+        ("resolution: 25\ntrain_data_dir: images", "--resolution"),
         ("dataset_name: a\ntrain_data_dir: b", "--dataset_name"),
         ("- resolution\n- 32", "--config"),
         ("resolution: [32", "--config"),

@@ -203,8 +203,16 @@ def run(args: argparse.Namespace) -> None:
     from ecvae_diffusers.atomic import write_json
 
     pipeline = load_pipeline(ecvae_diffusers.ECVAERestorationPipeline, "--model", args.model, args.device)
-    if args.task == "colorization" and pipeline.vae.config.in_channels == 1:
-        raise ValueError(f"--task colorization requires a model of colour images, but --model {args.model!r} is gray.")
+    channels = pipeline.vae.config.in_channels
+    if channels not in (1, 3, 4):
+        raise ValueError(
+            f"--model must have images of 1, 3 or 4 channels, which pictures have, but {args.model!r} has {channels}: call "
+            "ECVAERestorationPipeline with arrays."
+        )
+    if args.task == "colorization" and channels != 3:
+        raise ValueError(
+            f"--task colorization requires a model of 3 channels, but --model {args.model!r} has {channels}."
+        )
     record: dict[str, Any] = {
         "arguments": vars(args),
         "ecvae_diffusers": ecvae_diffusers.__version__,

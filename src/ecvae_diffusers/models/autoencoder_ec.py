@@ -8,7 +8,7 @@ This file imports only torch and diffusers, so that it can be on the Hub next to
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 
-# Below this resolution, the receptive field of a decoder block covers the image, and excitation adds nothing.
+# Below this longer side, the receptive field of a decoder block covers the image, and excitation adds nothing.
 SKIP_EXCITATION_MIN_SIZE = 128
+MAX_IN_CHANNELS = 16
 # Bounds far above any practical use, so that a downloaded config can't exhaust the memory.
-MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 8192, 128
+MAX_SAMPLE_SIZE, MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 8192, 8192, 128
 
 
 def unflatten_posterior(values: Iterable, names: list[str]) -> DiagonalGaussianDistribution:
@@ -67,6 +68,23 @@ class AutoencoderECOutput(BaseOutput):
     latent_dist: DiagonalGaussianDistribution | None = None
     prior_sample: torch.Tensor | None = None
     extra_latent_dist: DiagonalGaussianDistribution | None = None
+
+
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of images from a config's `sample_size`, which is one number for squares."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
+
+
+def check_sample_size(sample_size: int | Sequence[int], multiple: int, least: int) -> None:
+    """Raise `ValueError` if a `sample_size` is neither an int nor a pair of ints, or a side is not an allowed multiple."""
+    sides = [*sample_size] if isinstance(sample_size, list | tuple) else [sample_size, sample_size]
+    allowed_sides = range(least, MAX_SAMPLE_SIZE + 1, multiple)
+    if len(sides) != 2 or not all(isinstance(side, int) and side in allowed_sides for side in sides):
+        allowed = f"an int or (height, width), each a multiple of {multiple} from {least} to {MAX_SAMPLE_SIZE}"
+        raise ValueError(
+            f"`sample_size` must be {allowed} for these `block_out_channels` and `patch_size`, but is {sample_size}."
+        )
 
 
 class ClassNorm(nn.Module):
@@ -184,8 +202,8 @@ class ECEncoder(nn.Module):
         self.norm_out = get_norm(channels, config)
         self.act_out = get_activation(config.act_fn)
         # The kernel covers the last feature map, so this is a linear layer with a 4-D output.
-        size = config.sample_size // patch >> (len(config.block_out_channels) - 1)
-        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, size)
+        height, width = (side // patch >> len(self.blocks) - 1 for side in height_and_width(config.sample_size))
+        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, (height, width))
 
     def forward(self, sample: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = self.conv_in(self.unshuffle(sample))
@@ -208,20 +226,21 @@ class ECDecoder(nn.Module):
         super().__init__()
         self.gradient_checkpointing = False
         channels, patch = config.block_out_channels[-1], config.patch_size
-        size = config.sample_size // patch >> (len(config.block_out_channels) - 1)
-        self.conv_in = nn.ConvTranspose2d(config.latent_channels, channels, size)
+        num_levels = len(config.block_out_channels)
+        height, width = (side // patch >> num_levels - 1 for side in height_and_width(config.sample_size))
+        self.conv_in = nn.ConvTranspose2d(config.latent_channels, channels, (height, width))
         self.blocks = nn.ModuleList()
         self.excitations = nn.ModuleDict()
-        channels_at = {}
+        channels_at: list[int] = []  # per level
         for i, out_channels in enumerate(reversed(config.block_out_channels)):
             layers: list[nn.Module] = [GatedUpsample(channels, out_channels, config)] if i > 0 else []
             for _ in range(config.layers_per_block):
                 layers.append(ResidualBlock(out_channels, out_channels, config, get_class_norm))
             self.blocks.append(DecoderBlock(*layers))
-            size *= 2 if i > 0 else 1
-            channels = channels_at[size] = out_channels
-            if size >= SKIP_EXCITATION_MIN_SIZE and size // 16 in channels_at:
-                self.excitations[str(i)] = SkipLayerExcitation(channels_at[size // 16], channels, config.act_fn)
+            channels = out_channels
+            channels_at.append(channels)
+            if i >= 4 and max(height, width) << i >= SKIP_EXCITATION_MIN_SIZE:
+                self.excitations[str(i)] = SkipLayerExcitation(channels_at[i - 4], channels, config.act_fn)
         self.norm_out = get_class_norm(channels, config)
         self.act_out = get_activation(config.act_fn)
         self.conv_out = nn.Conv2d(channels, config.in_channels * patch**2, 3, padding=1)
@@ -253,15 +272,17 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
     `from_config` loses positional ones.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to `32`):
-            Height and width of the images, in pixels: 8, 16, 32, 64, 128 or 256.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to `32`):
+            Height and width of the images, in pixels: one number for squares, or `(height, width)`. Each is a multiple of
+            `patch_size` * 2^(L - 1), with L the length of `block_out_channels`, and at least 4 px remain at the last resolution.
         in_channels (`int`, *optional*, defaults to `3`):
-            Number of image channels: 1 (gray), 3 (RGB) or 4 (RGBA).
+            Number of image channels, from 1 to 16: 1 is gray, 3 RGB and 4 RGBA. Others, such as bands of a satellite, have no
+            pictures of PIL.
         latent_channels (`int`, *optional*, defaults to `128`):
             The dimension d of the latent vector, from 1 to 8192. Latents have shape `(batch_size, latent_channels, 1, 1)`.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
             Channels at each resolution, from 1 to 8192: the first entry at `sample_size / patch_size`, each further one at half
-            the size. The last resolution must be at least 4 px; a linear layer connects it to the latents.
+            the size. A linear layer connects the last resolution to the latents.
         layers_per_block (`int`, *optional*, defaults to `1`):
             Number of residual blocks at each resolution, from 1 to 128.
         norm_type (`str`, *optional*, defaults to `"group"`):
@@ -302,7 +323,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         latent_channels: int = 128,
         block_out_channels: tuple[int, ...] = (64, 128, 256, 256),
@@ -318,11 +339,8 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         patch_size: int = 1,
     ):
         super().__init__()
-        if sample_size not in (8, 16, 32, 64, 128, 256):
-            raise ValueError(f"`sample_size` must be a power of two from 8 to 256, but is {sample_size}.")
-        if in_channels not in (1, 3, 4):
-            raise ValueError(f"`in_channels` must be 1, 3 or 4, but is {in_channels}.")
         for name, values, limit in (
+            ("in_channels", [in_channels], MAX_IN_CHANNELS),
             ("latent_channels", [latent_channels], MAX_CHANNELS),
             ("block_out_channels", block_out_channels, MAX_CHANNELS),
             ("layers_per_block", [layers_per_block], MAX_LAYERS_PER_BLOCK),
@@ -330,11 +348,15 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         ):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
-        if patch_size not in (1, 2, 4) or sample_size // patch_size < 4:
-            raise ValueError(f"`patch_size` must be 1, 2 or 4, and at most `sample_size` / 4, but is {patch_size}.")
-        most = int(math.log2(sample_size // patch_size)) - 1
-        if not 1 <= len(block_out_channels) <= most:
-            raise ValueError(f"`block_out_channels` must have from 1 to {most} entries, but is {block_out_channels}.")
+        if patch_size not in (1, 2, 4):
+            raise ValueError(f"`patch_size` must be 1, 2 or 4, but is {patch_size}.")
+        if not block_out_channels:
+            raise ValueError(f"`block_out_channels` must have at least one entry, but is {block_out_channels}.")
+        multiple = patch_size * 2 ** (len(block_out_channels) - 1)
+        check_sample_size(sample_size, multiple, 4 * multiple)
+        height, width = height_and_width(sample_size)
+        # As JSON stores it: squares stay one number, as in configs of earlier versions.
+        self.register_to_config(sample_size=height if height == width else [height, width])
         if norm_type not in ("group", "batch"):
             raise ValueError(f"`norm_type` must be 'group' or 'batch', but is {norm_type!r}.")
         spectrum = reconstruction_spectrum
@@ -409,7 +431,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         Encode images into their posterior.
 
         Args:
-            x (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            x (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Images in [-1, 1].
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`AutoencoderKLOutput`] instead of a plain tuple.
             class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*):
@@ -421,7 +443,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: if the shape of `x`, or the shape or dtype of `class_labels`, does not fit the model.
         """
-        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        expected = (self.config.in_channels, *height_and_width(self.config.sample_size))
         if x.shape[1:] != expected:
             raise ValueError(f"Each image of `x` must have shape {expected}, but `x` has {tuple(x.shape)}.")
         moments = self.apply_in_slices(self.encoder, x, class_labels)
@@ -446,7 +468,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*): As for `encode`.
 
         Returns:
-            [`DecoderOutput`] whose `sample` has shape `(batch_size, in_channels, sample_size, sample_size)`, in
+            [`DecoderOutput`] whose `sample` has shape `(batch_size, in_channels, height, width)`, in
             [-1, 1].
 
         Raises:
@@ -491,7 +513,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         gradients distributed wrappers synchronize.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Images in [-1, 1].
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to draw z from q(z|x) (reparameterised) instead of taking its mean.
             prior_latents (`torch.Tensor` of shape `(num_prior_samples, latent_channels, 1, 1)`, *optional*):
@@ -501,7 +523,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`AutoencoderECOutput`] instead of a plain tuple.
             generator (`torch.Generator`, *optional*): Makes the posterior's draws deterministic.
-            extra_sample (`torch.Tensor` of shape `(num_extra, in_channels, sample_size, sample_size)`, *optional*):
+            extra_sample (`torch.Tensor` of shape `(num_extra, in_channels, height, width)`, *optional*):
                 Further images in [-1, 1], which are encoded but not reconstructed.
             class_labels, prior_class_labels, extra_class_labels (`torch.Tensor`, integers, *optional*):
                 The classes of `sample`, of `prior_latents` and of `extra_sample`, as for `encode`.

@@ -10,8 +10,7 @@ f / tau overflows in half precision.
 This file imports only torch and diffusers, so that it can be on the Hub next to its weights.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from torch.nn.utils import parametrize
 
 
 # Bounds far above any practical use, so that a downloaded config can't exhaust the memory.
-MAX_SAMPLE_SIZE, MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 4096, 8192, 128
+MAX_SAMPLE_SIZE, MAX_CHANNELS, MAX_LAYERS_PER_BLOCK = 8192, 8192, 128
 
 
 @dataclass
@@ -39,6 +38,23 @@ class EnergyModelOutput(BaseOutput):
     """
 
     energy: torch.Tensor
+
+
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of images from a config's `sample_size`, which is one number for squares."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
+
+
+def check_sample_size(sample_size: int | Sequence[int], multiple: int, least: int) -> None:
+    """Raise `ValueError` if a `sample_size` is neither an int nor a pair of ints, or a side is not an allowed multiple."""
+    sides = [*sample_size] if isinstance(sample_size, list | tuple) else [sample_size, sample_size]
+    allowed_sides = range(least, MAX_SAMPLE_SIZE + 1, multiple)
+    if len(sides) != 2 or not all(isinstance(side, int) and side in allowed_sides for side in sides):
+        allowed = f"an int or (height, width), each a multiple of {multiple} from {least} to {MAX_SAMPLE_SIZE}"
+        raise ValueError(
+            f"`sample_size` must be {allowed} for these `block_out_channels` and `patch_size`, but is {sample_size}."
+        )
 
 
 def get_energy_activation(act_fn: str) -> nn.Module:
@@ -170,7 +186,9 @@ class EnergyNetwork(nn.Module):
                 self.blocks.append(EnergyResidualBlock(channels, out_channels, downsample, config.act_fn))
                 channels = out_channels
         self.act_out = get_energy_activation(config.act_fn)
-        self.conv_out = EnergyConv2d(channels, 1, config.sample_size // patch >> (len(config.block_out_channels) - 1))
+        num_levels = len(config.block_out_channels)
+        height, width = (side // patch >> num_levels - 1 for side in height_and_width(config.sample_size))
+        self.conv_out = EnergyConv2d(channels, 1, (height, width))
         self.class_out = None
         if config.num_class_embeds is not None:
             self.class_out = EnergyConv2d(channels, config.num_class_embeds + 1, 1, bias=False)
@@ -198,11 +216,12 @@ class EnergyModel(ModelMixin, ConfigMixin):
     all models (such as downloading or saving). Construct it with keyword arguments only.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to `32`):
-            Height and width of the images, in pixels: a power of two from 8 to 4096.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to `32`):
+            Height and width of the images, in pixels: one number for squares, or `(height, width)`. Each is a multiple of
+            `patch_size` * 2^(L - 1), with L the length of `block_out_channels`, and at least 4 px remain at the last resolution.
         in_channels (`int`, *optional*, defaults to `3`): Number of image channels, from 1 to 8192.
         block_out_channels (`tuple[int]`, *optional*, defaults to `(64, 128, 256, 256)`):
-            Channels at each resolution, from 1 to 8192: from `sample_size / patch_size` down by halves to at least 4 px.
+            Channels at each resolution, from 1 to 8192: from `sample_size / patch_size` down by halves.
         layers_per_block (`int`, *optional*, defaults to `1`):
             Number of residual blocks at each resolution, from 1 to 128.
         num_scales (`int`, *optional*, defaults to `1`):
@@ -232,7 +251,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         block_out_channels: tuple[int, ...] = (64, 128, 256, 256),
         layers_per_block: int = 1,
@@ -243,9 +262,6 @@ class EnergyModel(ModelMixin, ConfigMixin):
         patch_size: int = 1,
     ):
         super().__init__()
-        if not 8 <= sample_size <= MAX_SAMPLE_SIZE or sample_size & (sample_size - 1):
-            allowed = f"a power of two from 8 to {MAX_SAMPLE_SIZE}"
-            raise ValueError(f"`sample_size` must be {allowed}, but is {sample_size}.")
         for name, values, limit in (
             ("in_channels", [in_channels], MAX_CHANNELS),
             ("block_out_channels", block_out_channels, MAX_CHANNELS),
@@ -254,11 +270,15 @@ class EnergyModel(ModelMixin, ConfigMixin):
         ):
             if not all(1 <= value <= limit for value in values):
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {values}.")
-        if patch_size not in (1, 2, 4) or sample_size // patch_size < 4:
-            raise ValueError(f"`patch_size` must be 1, 2 or 4, and at most `sample_size` / 4, but is {patch_size}.")
-        most = int(math.log2(sample_size // patch_size)) - 1
-        if not 1 <= len(block_out_channels) <= most:
-            raise ValueError(f"`block_out_channels` must have from 1 to {most} entries, but is {block_out_channels}.")
+        if patch_size not in (1, 2, 4):
+            raise ValueError(f"`patch_size` must be 1, 2 or 4, but is {patch_size}.")
+        if not block_out_channels:
+            raise ValueError(f"`block_out_channels` must have at least one entry, but is {block_out_channels}.")
+        multiple = patch_size * 2 ** (len(block_out_channels) - 1)
+        check_sample_size(sample_size, multiple, 4 * multiple)
+        height, width = height_and_width(sample_size)
+        # As JSON stores it: squares stay one number, as in configs of earlier versions.
+        self.register_to_config(sample_size=height if height == width else [height, width])
         if not 1 <= num_scales <= len(block_out_channels):
             raise ValueError(f"`num_scales` must be from 1 to {len(block_out_channels)}, but is {num_scales}.")
         self.networks = nn.ModuleList(EnergyNetwork(self.config, scale) for scale in range(num_scales))
@@ -317,7 +337,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         Return the energy of images.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Images in [-1, 1].
             class_labels (`torch.Tensor` of shape `(batch_size,)`, integers, *optional*):
                 Class labels from 0 to `num_class_embeds`. The last one is the unknown class, and the default.
             return_dict (`bool`, *optional*, defaults to `True`):
@@ -329,7 +349,7 @@ class EnergyModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if the shape of `sample`, or the shape or dtype of `class_labels`, does not fit the model.
         """
-        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        expected = (self.config.in_channels, *height_and_width(self.config.sample_size))
         if sample.shape[1:] != expected:
             raise ValueError(f"Images of `sample` must have shape {expected}, but `sample` has {tuple(sample.shape)}.")
         labels = self.prepare_labels(class_labels, sample)

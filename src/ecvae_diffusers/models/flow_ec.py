@@ -13,7 +13,7 @@ This file imports only torch and diffusers, so that it can be on the Hub next to
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # Bound on the log-scale of a coupling. Without it, couplings can't be inverted in float32.
 MAX_LOG_SCALE = 2.0
+MAX_IN_CHANNELS = 16
 # Bounds far above any practical use, so that a downloaded config can't exhaust the memory.
-MAX_STEPS_PER_LEVEL, MAX_HIDDEN_CHANNELS = 512, 8192
+MAX_SAMPLE_SIZE, MAX_LEVELS, MAX_STEPS_PER_LEVEL, MAX_HIDDEN_CHANNELS = 8192, 13, 512, 8192
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ class FlowECOutput(BaseOutput):
     Args:
         log_prob (`torch.Tensor` of shape `(batch_size,)`): Log-density of the images in nats, float32.
         latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`): F(x).
-        prior_sample (`torch.Tensor` of shape `(num_prior_samples, in_channels, sample_size, sample_size)`, *optional*):
+        prior_sample (`torch.Tensor` of shape `(num_prior_samples, in_channels, height, width)`, *optional*):
             Images decoded from `prior_latents`.
     """
 
@@ -53,6 +54,21 @@ class FlowECOutput(BaseOutput):
     log_prob: torch.Tensor
     latents: torch.Tensor | None = None
     prior_sample: torch.Tensor | None = None
+
+
+def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the height and width of images from a config's `sample_size`, which is one number for squares."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
+
+
+def check_sample_size(sample_size: int | Sequence[int], multiple: int, least: int) -> None:
+    """Raise `ValueError` if a `sample_size` is neither an int nor a pair of ints, or a side is not an allowed multiple."""
+    sides = [*sample_size] if isinstance(sample_size, list | tuple) else [sample_size, sample_size]
+    allowed_sides = range(least, MAX_SAMPLE_SIZE + 1, multiple)
+    if len(sides) != 2 or not all(isinstance(side, int) and side in allowed_sides for side in sides):
+        allowed = f"an int or (height, width), each a multiple of {multiple} from {least} to {MAX_SAMPLE_SIZE}"
+        raise ValueError(f"`sample_size` must be {allowed} for these `num_levels`, but is {sample_size}.")
 
 
 class ActNorm(nn.Module):
@@ -204,11 +220,13 @@ class FlowEC(ModelMixin, ConfigMixin):
     `from_config` loses positional ones.
 
     Parameters:
-        sample_size (`int`, *optional*, defaults to `32`):
-            Height and width of the images, in pixels: 8, 16, 32, 64, 128 or 256.
-        in_channels (`int`, *optional*, defaults to `3`): Number of image channels: 1 (gray), 3 (RGB) or 4 (RGBA).
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to `32`):
+            Height and width of the images, in pixels: one number for squares, or `(height, width)`. Each is a multiple of
+            2^`num_levels`.
+        in_channels (`int`, *optional*, defaults to `3`):
+            Number of image channels, from 1 to 16: 1 is gray, 3 RGB and 4 RGBA.
         num_levels (`int`, *optional*, defaults to `3`):
-            Number of scales L, from 1 to log2(`sample_size`). Each halves the resolution.
+            Number of scales L, from 1 to 13. Each halves the resolution.
         steps_per_level (`int`, *optional*, defaults to `8`): Steps at each scale, from 1 to 512.
         hidden_channels (`int`, *optional*, defaults to `128`):
             Hidden channels of the couplings' networks, from 1 to 8192.
@@ -224,33 +242,33 @@ class FlowEC(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 32,
+        sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
         num_levels: int = 3,
         steps_per_level: int = 8,
         hidden_channels: int = 128,
     ):
         super().__init__()
-        if sample_size not in (8, 16, 32, 64, 128, 256):
-            raise ValueError(f"`sample_size` must be a power of two from 8 to 256, but is {sample_size}.")
-        if in_channels not in (1, 3, 4):
-            raise ValueError(f"`in_channels` must be 1, 3 or 4, but is {in_channels}.")
-        if not 1 <= num_levels <= int(math.log2(sample_size)):
-            raise ValueError(f"`num_levels` must be from 1 to {int(math.log2(sample_size))}, but is {num_levels}.")
         for name, value, limit in (
+            ("in_channels", in_channels, MAX_IN_CHANNELS),
+            ("num_levels", num_levels, MAX_LEVELS),
             ("steps_per_level", steps_per_level, MAX_STEPS_PER_LEVEL),
             ("hidden_channels", hidden_channels, MAX_HIDDEN_CHANNELS),
         ):
             if not 1 <= value <= limit:
                 raise ValueError(f"`{name}` must be from 1 to {limit}, but is {value}.")
+        check_sample_size(sample_size, 2**num_levels, 2**num_levels)
+        height, width = height_and_width(sample_size)
+        # As JSON stores it: squares stay one number, as in configs of earlier versions.
+        self.register_to_config(sample_size=height if height == width else [height, width])
         self.levels = nn.ModuleList()
         self.latent_shapes: list[tuple[int, int, int]] = []  # per level
-        channels, size = in_channels, sample_size
+        channels = in_channels
         for i in range(num_levels):
             level = FlowLevel(channels, steps_per_level, hidden_channels, is_last=i == num_levels - 1)
-            size //= 2
+            height, width = height // 2, width // 2
             self.levels.append(level)
-            self.latent_shapes.append((4 * channels - level.kept_channels, size, size))
+            self.latent_shapes.append((4 * channels - level.kept_channels, height, width))
             channels = level.kept_channels
 
     @classmethod
@@ -273,7 +291,7 @@ class FlowEC(ModelMixin, ConfigMixin):
     @property
     def num_latents(self) -> int:
         """The number D of latents, equal to the number of entries of an image."""
-        return self.config.in_channels * self.config.sample_size**2
+        return self.config.in_channels * math.prod(height_and_width(self.config.sample_size))
 
     @torch.no_grad()
     def initialize(self, sample: torch.Tensor) -> None:
@@ -282,7 +300,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         2018, section 3.1). Call it once, before training.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
                 Dequantized data in [-1, 1).
         """
         norms = [module for module in self.modules() if isinstance(module, ActNorm)]
@@ -299,7 +317,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         Map images to latents.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1].
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Images in [-1, 1].
 
         Returns:
             The latents F(x) of shape `(batch_size, num_latents, 1, 1)`, and log |det dF/dx| of shape `(batch_size,)` in
@@ -308,7 +326,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if the number of channels, height or width of `sample` does not fit, or it holds integers.
         """
-        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        expected = (self.config.in_channels, *height_and_width(self.config.sample_size))
         if not sample.is_floating_point():
             raise ValueError(f"`sample` must have a floating-point dtype, in [-1, 1], but has {sample.dtype}.")
         if sample.shape[1:] != expected:
@@ -330,7 +348,7 @@ class FlowEC(ModelMixin, ConfigMixin):
             latents (`torch.Tensor` of shape `(batch_size, num_latents, 1, 1)`): Draws from N(0, I) give new images.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`: images. Most entries lie in [-1, 1], but
+            `torch.Tensor` of shape `(batch_size, in_channels, height, width)`: images. Most entries lie in [-1, 1], but
             a flow is unbounded.
 
         Raises:
@@ -362,7 +380,7 @@ class FlowEC(ModelMixin, ConfigMixin):
             temperature (`float`, *optional*, defaults to 1.0): Standard deviation of the latents.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`, see `decode`.
+            `torch.Tensor` of shape `(batch_size, in_channels, height, width)`, see `decode`.
         """
         shape = (batch_size, self.num_latents, 1, 1)
         return self.decode(temperature * randn_tensor(shape, generator, self.device, self.dtype))
@@ -372,7 +390,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         Return the log-density of images.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`):
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
                 In [-1, 1). Dequantize 8-bit images first, see `dequantize`.
 
         Returns:
@@ -401,7 +419,7 @@ class FlowEC(ModelMixin, ConfigMixin):
         method whose gradients distributed wrappers synchronize.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): Images in [-1, 1).
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): Images in [-1, 1).
             prior_latents (`torch.Tensor` of shape `(num_prior_samples, num_latents, 1, 1)`, *optional*):
                 Draws from N(0, I) to decode.
             return_dict (`bool`, *optional*, defaults to `True`):

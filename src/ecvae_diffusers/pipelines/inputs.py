@@ -219,10 +219,15 @@ def prepare_picture(image: Images, processor: VaeImageProcessor, channels: int) 
     Convert pictures to one tensor (B, C, H, W) in [0, 1].
 
     PIL images are converted to `channels` channels. Arrays (B, H, W, C) and tensors (B, C, H, W) keep their channels, and values
-    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, or leave [0, 1].
+    that are not finite. Raises `ValueError` if pictures can't be read, are not floating-point, leave [0, 1], or are PIL images for a
+    number of channels that PIL does not have.
     """
     images = as_list(image, "image")
     if isinstance(images[0], PIL.Image.Image):
+        if channels not in MODES:
+            raise ValueError(
+                f"`image` must be an array or a tensor for a model of {channels} channels: PIL has 1, 3 or 4."
+            )
         levels = read_all(images, "image", lambda one: np.atleast_3d(np.asarray(read_picture(one, channels))))
         if channels == 1 and any(has_colours(one) for one in images):
             logger.warning("`image` has colours, but the model is gray: it is converted to gray, as in training.")
@@ -332,7 +337,18 @@ def prepare_latents(
     return latents.to(device=device, dtype=dtype)
 
 
+def check_output_type(output_type: str | None, channels: int, *others: str) -> None:
+    """Raise `ValueError` if `output_type` is not one of `others`, or one in which images of so many channels exist."""
+    choices = ("pil", "np", "pt", None, *others)
+    if channels not in MODES:
+        choices = choices[1:]
+        if output_type == "pil":
+            raise ValueError(
+                f"`output_type` must be one of {choices} for images of {channels} channels, but is 'pil', which has 1, 3 or 4."
+            )
+    check_choice("output_type", output_type, choices)
+
+
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
     """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
-    check_choice("output_type", output_type, ("pil", "np", "pt", None))
     return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")

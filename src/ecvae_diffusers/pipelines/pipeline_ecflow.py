@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from ..models.energy_model import EnergyModel
 from ..models.flow_ec import FlowEC
 from ..schedulers.scheduling_langevin import LangevinScheduler
-from .inputs import Generators, check_finite, postprocess, prepare_latents
+from .inputs import Generators, check_finite, check_output_type, postprocess, prepare_latents
 from .self_contained import SelfContained
 
 
@@ -63,7 +63,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
                 Standard deviation of the drawn latents, from 0 to 100. Below 1, images are more typical and less varied.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), clamped to [0, 1]; or `"latent"`, the
-                latents without decoding. `None` means `"np"`.
+                latents without decoding. `None` means `"np"`. `"pil"` exists for 1, 3 or 4 channels.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
 
@@ -82,6 +82,7 @@ class ECFlowPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range.
         """
+        check_output_type(output_type, self.flow.config.in_channels, "latent")
         image = prepare_latents(
             batch_size, self.flow.num_latents, temperature, generator, latents, self._execution_device, self.flow.dtype
         )

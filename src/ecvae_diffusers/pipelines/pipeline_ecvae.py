@@ -1,6 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """One-step image generation with an energy-calibrated VAE."""
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
@@ -8,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
-from ..checks import check_number, label_ids, prepare_labels
+from ..checks import check_number, height_and_width, label_ids, prepare_labels
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
@@ -20,6 +21,7 @@ from .inputs import (
     Images,
     check_finite,
     check_generator,
+    check_output_type,
     check_shape,
     draw_classes,
     known_labels,
@@ -128,8 +130,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         """Decode latents to images in [-1, 1]. On a CPU, large batches are decoded in parts."""
         config, part = self.vae.config, len(latents)
         if latents.device.type == "cpu":
-            size = config.sample_size // config.get("patch_size", 1)  # configs saved by earlier versions lack it
-            widest = config.block_out_channels[0] * size**2 * latents.element_size()
+            patch = config.get("patch_size", 1)  # configs saved by earlier versions lack it
+            num_pixels = math.prod(height_and_width(config.sample_size)) // patch**2
+            widest = config.block_out_channels[0] * num_pixels * latents.element_size()
             part = max(1, CPU_PART_BYTES // widest)
         classes = [{}] * len(latents) if labels is None else [{"class_labels": some} for some in labels.split(part)]
         parts = zip(latents.split(part), classes)
@@ -141,9 +144,9 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Convert PIL images of any mode, arrays (B, H, W, C) or tensors (B, C, H, W) in [0, 1] to a tensor in [-1, 1]. Raises
         `ValueError` if the size or channels do not fit the model, or a value is out of range or not finite.
         """
-        size, channels = self.vae.config.sample_size, self.vae.config.in_channels
+        size, channels = height_and_width(self.vae.config.sample_size), self.vae.config.in_channels
         images = prepare_picture(image, self.image_processor, channels)
-        check_shape("image", images, (max(1, len(images)), channels, size, size))
+        check_shape("image", images, (max(1, len(images)), channels, *size))
         if not images.isfinite().all():
             raise ValueError("`image` must have finite values.")
         images = images.to(device=self._execution_device, dtype=self.vae.dtype).clamp(0, 1)
@@ -195,7 +198,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
                 Number of Langevin steps on the energy model after decoding. A calibrated decoder does not need them.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"` (`PIL.Image.Image`), `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1], or
-                `"latent"`, the latents without decoding. `None` means `"np"`.
+                `"latent"`, the latents without decoding. `None` means `"np"`. `"pil"` exists for 1, 3 or 4 channels.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple of the images.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
@@ -219,6 +222,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range.
         """
+        check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
         if num_refinement_steps and (output_type == "latent" or self.energy_model is None or self.scheduler is None):
             raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
@@ -279,6 +283,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if `image` does not fit the model, or another argument is outside its range.
         """
+        check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
         check_number("variance", variance, 1e-12)
         images = self.prepare_image(image)
@@ -326,6 +331,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if there are fewer than 2 steps, or an image does not fit the model.
         """
+        check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_steps", num_steps, 2, whole=True)
         ends = [
             self.reconstruct(image, output_type="latent", class_labels=class_labels).images

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 
-from ..checks import LARGEST_VALUE, check_choice, check_number
+from ..checks import LARGEST_VALUE, check_choice, check_number, height_and_width
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
@@ -29,6 +29,7 @@ from .inputs import (
     as_list,
     check_finite,
     check_generator,
+    check_output_type,
     check_shape,
     is_turned,
     known_labels,
@@ -136,7 +137,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         self, image: Images, operator: Any, mask_image: Images | None
     ) -> tuple[LinearOperator, torch.Tensor, bool, tuple[int, int]]:
         """Return the operator, the measurement y of images in [-1, 1], whether it was a picture, and the image's height and width."""
-        channels, size = self.vae.config.in_channels, self.vae.config.sample_size
+        channels, (height, width) = self.vae.config.in_channels, height_and_width(self.vae.config.sample_size)
         images = as_list(image, "image")
         is_picture = mask_image is not None or not isinstance(images[0], torch.Tensor)
         if is_picture:
@@ -160,8 +161,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             operator = Inpainting(observed)
         operator = as_operator(operator)
         back = operator.A_adjoint(y)
-        if back.ndim != 4 or back.shape[1] != channels or min(back.shape[2:]) < size:
-            allowed = f"of images with {channels} channel(s) and at least {size}x{size} px"
+        if back.ndim != 4 or back.shape[1] != channels or back.shape[2] < height or back.shape[3] < width:
+            allowed = f"of images with {channels} channel(s) and at least {height}x{width} px (height x width)"
             raise ValueError(f"`image` must be a measurement {allowed}, but is one of {tuple(back.shape[1:])}.")
         measured = operator.A(torch.ones_like(back) if is_picture else back)
         check_shape("image", y, tuple(measured.shape))
@@ -245,7 +246,7 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
                 Weight w of an answer's energy in the search, at least 0. A weight above 0 requires an `energy_model`.
             start (`str`, *optional*, defaults to `"encoding"`):
                 `"encoding"` starts the latents near the encoding of A^+ y, `"prior"` at draws from N(0, I).
-            tile_overlap (`int`, *optional*): Pixels that neighbouring tiles share. Defaults to a quarter of a tile.
+            tile_overlap (`int`, *optional*): Pixels that neighbouring tiles share. Defaults to a quarter of a tile's shorter side.
             reconstruction_variance (`float`, *optional*):
                 Mean squared error v of the model's reconstructions per pixel, for images in [-1, 1]. Defaults to the value that
                 training measured. How the error spreads over frequencies always comes from training.
@@ -254,7 +255,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
             latents (`torch.Tensor` of shape `(B * M * tiles, latent_channels, 1, 1)`, *optional*):
                 Initial latents instead of `start`.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` means `"np"`.
+                `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W), both in [0, 1]. `None` means `"np"`. `"pil"` exists for 1, 3 or
+                4 channels.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return an [`ECVAERestorationOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -281,8 +283,8 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         Raises:
             ValueError: if an argument is outside its range, or shapes do not fit.
         """
-        config, size = self.vae.config, self.vae.config.sample_size
-        overlap = size // 4 if tile_overlap is None else tile_overlap
+        config, shorter_side = self.vae.config, min(height_and_width(self.vae.config.sample_size))
+        overlap = shorter_side // 4 if tile_overlap is None else tile_overlap
         variance = config.reconstruction_variance if reconstruction_variance is None else reconstruction_variance
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, ("latents",))
@@ -298,18 +300,18 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
         check_number("num_restorations", num_restorations, 1, whole=True)
         check_number("num_inference_steps", num_inference_steps, 1, whole=True)
         check_number("energy_weight", energy_weight, 0)
-        check_number("tile_overlap", overlap, 0, size - 1, whole=True)
+        check_number("tile_overlap", overlap, 0, shorter_side - 1, whole=True)
         check_number("reconstruction_variance", variance, 1e-12, LARGEST_VARIANCE)
         check_choice("method", method, ("langevin", "map"))
         check_choice("start", start, ("encoding", "prior"))
-        check_choice("output_type", output_type, ("pil", "np", "pt", None))
+        check_output_type(output_type, config.in_channels)
         operator, y, is_picture, (height, width) = self.prepare_measurement(image, operator, mask_image)
         noise_std = (ROUNDING_STD if is_picture else 0.0) if noise_std is None else float(noise_std)
         check_number("noise_std", noise_std, 0, max(1.0, y.abs().max().item()))
 
         spectrum = config.get("reconstruction_spectrum")  # configs saved by earlier versions lack it
         likelihood = Likelihood(operator, y, noise_std, variance, num_restorations, spectrum)
-        canvas = Canvas(height, width, size, overlap)
+        canvas = Canvas(height, width, config.sample_size, overlap)
         labels, of_tiles = known_labels(self, class_labels, len(y)), None
         if labels is not None:
             of_tiles = labels.repeat_interleave(num_restorations * len(canvas))

@@ -31,7 +31,7 @@ TARGET = 0.5
 RAMP = 100_000
 # Steps between two measurements on held-out images, and the weight of the newest measurement in the running averages.
 MEASURED_EVERY, LATEST = 8, 0.05
-# The largest changes: brightness for images in [-1, 1]; translation and hole size as fractions of the image's side.
+# The largest changes: brightness for images in [-1, 1]; translation and hole size as fractions of the image's sides.
 BRIGHTNESS, TRANSLATION, CUTOUT = 0.5, 1 / 8, 1 / 2
 
 
@@ -52,19 +52,22 @@ class Augmentation:
     @classmethod
     def draw(cls, probability: float, images: torch.Tensor, noise: StepNoise) -> "Augmentation":
         """Draw changes for a batch of images. An image gets each group (colour, translation, hole) with `probability`."""
-        count, size = len(images), images.shape[-1]
+        count, sides = len(images), images.shape[2:]
         draws = noise.uniform(count, 10)
         colour, moved, cut = ((draws[:, i] < probability).float() for i in range(3))
         number = (count, 1, 1, 1)
-        most = round(TRANSLATION * size)
-        moves = (draws[:, 6:8] * (2 * most + 1)).floor() - most
+        moves, holes = [], []
+        for i, side in enumerate(sides):
+            most = round(TRANSLATION * side)
+            moves.append((draws[:, 6 + i] * (2 * most + 1)).floor() - most)
+            # The center of the hole is uniform over the image, so a part of the hole may lie outside.
+            holes.append((draws[:, 8 + i] * side).long() - round(CUTOUT * side) // 2)
         return cls(
             brightness=(2 * BRIGHTNESS * colour * (draws[:, 3] - 0.5)).view(number),
             saturation=(1 + colour * (2 * draws[:, 4] - 1)).view(number),
             contrast=(1 + colour * (draws[:, 5] - 0.5)).view(number),
-            translation=(moves * moved[:, None]).long(),
-            # The center of the hole is uniform over the image, so a part of the hole may lie outside.
-            hole=(draws[:, 8:10] * size).long() - round(CUTOUT * size) // 2,
+            translation=(torch.stack(moves, dim=1) * moved[:, None]).long(),
+            hole=torch.stack(holes, dim=1),
             has_hole=cut.bool(),
         )
 
@@ -85,9 +88,11 @@ class Augmentation:
         index = torch.arange(count, device=images.device)[:, None, None]
         rows, columns = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
         moved = images.permute(0, 2, 3, 1)[index, rows, columns].permute(0, 3, 1, 2)
-        place, side = torch.arange(height, device=images.device), round(CUTOUT * height)
-        inside = (place >= self.hole[..., None]) & (place < self.hole[..., None] + side)
-        hole = inside[:, 0, :, None] & inside[:, 1, None, :] & self.has_hole[:, None, None]
+        inside = []
+        for start, side in zip(self.hole.unbind(1), (height, width)):
+            place = torch.arange(side, device=images.device)
+            inside.append((place >= start[:, None]) & (place < start[:, None] + round(CUTOUT * side)))
+        hole = inside[0][:, :, None] & inside[1][:, None, :] & self.has_hole[:, None, None]
         return moved * (kept & ~hole)[:, None]
 
 

@@ -75,6 +75,8 @@ def argparse_options(kind: Any, read: Any) -> dict[str, Any]:
     if get_origin(kind) is list:
         return {"nargs": "+", **argparse_options(get_args(kind)[0], read)}
     if kinds := [one for one in get_args(kind) if one is not NoneType]:
+        if lists := [one for one in kinds if get_origin(one) is list]:
+            return argparse_options(lists[0], read)
         return argparse_options(kinds[0], read) if len(kinds) == 1 else {"type": auto_or_number}
     return {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": read or kind}
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.command import place
 
 
@@ -84,12 +85,18 @@ class DataConfig(Group):
     train_data_dir: str | None = option(help="Folder of images to train on, instead of --dataset_name.", read=place)
     image_column: str | None = option(help="Column of the images. Default: the only image column.")
     max_train_samples: int | None = option(help="Train on the first N images only.", at_least=1)
-    resolution: int = option(32, help="Resize (shorter side) and center-crop images to this power of two.", at_least=8)
-    image_size: int | None = option(
-        help="Resize images (shorter side) to this size, then crop --resolution at random."
+    resolution: int | list[int] = option(
+        32,
+        help="Size of the images: one even number, or height and width. Images are resized to cover it, and center-cropped.",
     )
-    in_channels: Literal[1, 3, 4] | None = option(
-        help="Channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA). Default: 1 if all images are gray, else 3."
+    image_size: int | None = option(
+        help="Resize images to this shorter side, in the proportions of --resolution, then crop --resolution at random."
+    )
+    in_channels: int | None = option(
+        help="Channels of the images, up to 16: 1 (gray), 3 (RGB), 4 (RGBA), or another number, for .npy arrays and TIFF files of as many "
+        "pages. Default: those of arrays, or 1 if all images are gray, else 3.",
+        at_least=1,
+        below=17,
     )
     skip_broken_images: bool = option(False, help="Skip images that can't be read, with a warning.")
     streaming: bool = option(
@@ -109,6 +116,21 @@ class DataConfig(Group):
     )
     class_conditional: bool = option(False, flag=False)
     class_column: str | None = option(flag=False)
+
+    def __post_init__(self) -> None:
+        # As `sample_size` in a model's config: one number for squares, or else a list.
+        sides = self.resolution if isinstance(self.resolution, list | tuple) else [self.resolution]
+        if len(sides) not in (1, 2):
+            refuse("resolution", sides, "one number, or height and width")
+        object.__setattr__(self, "resolution", sides[0] if len(set(sides)) == 1 else list(sides))
+
+    @property
+    def decoded_size(self) -> int | list[int]:
+        """Size of the images before random crops: --resolution, or enlarged to the shorter side --image_size."""
+        if self.image_size is None:
+            return self.resolution
+        sides = height_and_width(self.resolution)
+        return [round(self.image_size * side / min(sides)) for side in sides]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +347,6 @@ class TrainingConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     description: ClassVar[str] = ""
-    max_resolution: ClassVar[int] = 256
     channels_of_model: ClassVar[bool] = False  # whether a pretrained model sets the channels of the images
 
     @classmethod
@@ -358,8 +379,8 @@ class TrainingConfig:
             warmup = 0 if optimizer.lr_scheduler == "constant" else 100
             optimizer = replace(optimizer, lr_warmup_steps=warmup)
         if energy.energy_block_out_channels is None:
-            resolution = self.data.resolution // self.patch_size
-            channels = getattr(self.model, "block_out_channels", None) or default_channels(resolution)
+            default = default_channels(self.data.resolution, self.patch_size)
+            channels = getattr(self.model, "block_out_channels", None) or default
             energy = replace(energy, energy_block_out_channels=channels)
         return replace(self, optimizer=optimizer, energy=energy)
 
@@ -377,11 +398,14 @@ class TrainingConfig:
             raise ConfigError("exactly one of --dataset_name and --train_data_dir must be given.")
         for own in fields(self):
             getattr(self, own.name).check()
-        if data.resolution > self.max_resolution or data.resolution & (data.resolution - 1):
-            refuse("resolution", data.resolution, f"a power of two from 8 to {self.max_resolution}")
-        most, energy = int(math.log2(data.resolution // self.patch_size)) - 1, self.energy
+        sides, energy = height_and_width(data.resolution), self.energy
+        if min(sides) < 4 or any(side % 2 for side in sides):
+            refuse("resolution", data.resolution, "one even number of at least 4, or two (height and width)")
+        most = num_halvings(data.resolution, self.patch_size, least=4) + 1
         if most < 1:
-            refuse("patch_size", self.patch_size, f"at most {data.resolution // 4} at --resolution {data.resolution}")
+            refuse(
+                "patch_size", self.patch_size, f"a divisor of --resolution {data.resolution}, at most a quarter of it"
+            )
         widths = energy.energy_block_out_channels or []
         of_model = getattr(self.model, "block_out_channels", None)
         for name, channels in (("block_out_channels", of_model), ("energy_block_out_channels", widths)):
@@ -389,8 +413,8 @@ class TrainingConfig:
                 refuse(name, channels, f"1 to {most} positive numbers at --resolution {data.resolution}")
         if energy.energy_num_scales > len(widths):
             refuse("energy_num_scales", energy.energy_num_scales, f"at most the number of resolutions ({len(widths)})")
-        if data.image_size is not None and data.image_size < data.resolution:
-            refuse("image_size", data.image_size, f"at least --resolution ({data.resolution})")
+        if data.image_size is not None and data.image_size < min(sides):
+            refuse("image_size", data.image_size, f"at least the shorter side of --resolution ({min(sides)})")
         if data.streaming and (data.dataset_name is None or (data.in_channels is None and not self.channels_of_model)):
             channels = "" if self.channels_of_model else " and --in_channels"
             raise ConfigError(f"--streaming requires --dataset_name{channels}: a stream can't be read in advance.")
@@ -412,9 +436,19 @@ class TrainingConfig:
                 raise ConfigError(f"{argument} requires a package that is not installed: pip install '{package}'.")
 
 
-def default_channels(resolution: int) -> list[int]:
-    """Return the channels at each resolution down to 4 px: 64, 128, 256, 256 and so on."""
-    return [min(64 * 2**i, 256) for i in range(max(int(math.log2(max(resolution, 1))) - 1, 1))]
+def num_halvings(resolution: int | list[int], patch_size: int = 1, least: int = 1) -> int:
+    """
+    Return how often height and width, in patches, can be halved evenly while both stay at least `least`. -1 if a side is smaller
+    from the start, or no multiple of `patch_size`.
+    """
+    sides = height_and_width(resolution)
+    divides = [count for count in range(32) if all(side % (patch_size << count) == 0 for side in sides)]
+    return max((count for count in divides if min(sides) >= least * patch_size << count), default=-1)
+
+
+def default_channels(resolution: int | list[int], patch_size: int = 1) -> list[int]:
+    """Return the channels at each resolution, halved evenly as often as it can be down to 4 px: 64, 128, 256, 256 and so on."""
+    return [min(64 * 2**i, 256) for i in range(max(num_halvings(resolution, patch_size, least=4), 0) + 1)]
 
 
 # Values of `--calibration` that use an energy model, and values that calibrate the posterior.
@@ -442,7 +476,8 @@ class VAEConfig(Group):
     )
     latent_channels: int = option(128, help="Dimension of the latent vector.", at_least=1)
     block_out_channels: list[int] | None = option(
-        help="Channels at each resolution, from --resolution down by halves. Default: 64 128 256 256 ..., down to 4 px."
+        help="Channels at each resolution, from --resolution down by halves. Default: 64 128 256 256 ..., as often as both sides halve evenly, "
+        "down to 4 px."
     )
     layers_per_block: int = option(1, help="Residual blocks per resolution.", at_least=1)
     patch_size: Literal[1, 2, 4] = option(
@@ -462,13 +497,13 @@ class VAEConfig(Group):
         at_least=0,
     )
 
-    def resolved(self, resolution: int) -> Self:
+    def resolved(self, resolution: int | list[int]) -> Self:
         """Return the group with the defaults that depend on other fields filled in."""
         beta = self.kl_weight if 0 < self.kl_weight < math.inf else 1.0
         dual, weight = self.max_posterior_dual, self.posterior_decoder_weight
         return replace(
             self,
-            block_out_channels=self.block_out_channels or default_channels(resolution // self.patch_size),
+            block_out_channels=self.block_out_channels or default_channels(resolution, self.patch_size),
             max_posterior_dual=POSTERIOR_DUAL * beta if dual is None else dual,
             posterior_decoder_weight=weight if weight is not None else 0.0 if self.freeze_decoder else 0.1,
         )
@@ -523,7 +558,10 @@ class FlowConfig(Group):
     pretrained_model_name_or_path: str | None = option(
         help="Start from the weights and architecture of this pipeline or FlowEC (folder or Hub id).", read=place
     )
-    num_levels: int = option(3, help="Number of scales of the flow. Each one halves the size.", at_least=1)
+    num_levels: int | None = option(
+        help="Number of scales of the flow. Each one halves the size. Default: 3, or fewer if --resolution can't be halved as often.",
+        at_least=1,
+    )
     steps_per_level: int = option(8, help="Number of flow steps per scale.", at_least=1)
     hidden_channels: int = option(128, help="Channels of the coupling networks.", at_least=1)
 
@@ -562,6 +600,9 @@ class ECFlowConfig(TrainingConfig):
 
     def resolved(self) -> Self:
         config = super().resolved()
+        if self.model.num_levels is None:
+            num_levels = max(1, min(3, num_halvings(self.data.resolution)))
+            config = replace(config, model=replace(config.model, num_levels=num_levels))
         if config.optimizer.learning_rate is not None:
             return config
         # A pretrained flow is calibrated from the first step. At the high rate it could learn patterns that the energy model does not
@@ -571,7 +612,7 @@ class ECFlowConfig(TrainingConfig):
 
     def check(self) -> None:
         super().check()
-        if self.model.num_levels > (most := int(math.log2(self.data.resolution))):
+        if (self.model.num_levels or 1) > (most := num_halvings(self.data.resolution)):
             refuse("num_levels", self.model.num_levels, f"at most {most} at --resolution {self.data.resolution}")
 
 
@@ -656,5 +697,3 @@ class ECDecoderConfig(TrainingConfig):
             return config
         rate = 1e-4 if self.model.decoder_config is None else 1e-3
         return replace(config, optimizer=replace(config.optimizer, learning_rate=rate))
-
-    max_resolution: ClassVar[int] = 1024

@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 from huggingface_hub import DatasetCard
 
 from ecvae_diffusers.atomic import write_text
 from ecvae_diffusers.command import check_picture_folder
+from ecvae_diffusers.training.data.bands import ARRAY, BAND_FILES, has_bands, num_bands
 from ecvae_diffusers.training.run.folder import ARGUMENTS_FILE, CHECKPOINT, HASHES_FILE, RUN_FILES, RUN_FOLDERS
 
 
@@ -126,14 +128,14 @@ def readable_extensions() -> set[str]:
     return {extension for extension, name in PIL.Image.EXTENSION.items() if name in readable}
 
 
-def unreadable(files: Iterable[Path]) -> list[str]:
-    """Describe files that Pillow can't read, by number and extension. Empty if there are none."""
+def unreadable(files: Iterable[Path], what: str = "that Pillow can't read") -> list[str]:
+    """Describe files that are not read, by number and extension. Empty if there are none."""
     counts = Counter(path.suffix.lower() or "without an extension" for path in files)
     if not counts:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(MAX_NAMED))
     more = ", ..." if len(counts) > MAX_NAMED else ""
-    return [f"{counts.total()} file(s) that Pillow can't read ({kinds}{more})"]
+    return [f"{counts.total()} file(s) {what} ({kinds}{more})"]
 
 
 class Pictures:
@@ -144,6 +146,7 @@ class Pictures:
         source (`list[Path]` or `datasets.Dataset`): Files, or a data set whose only column is `image`, undecoded.
         left_out (`list[str]`): Descriptions of what was left out.
         labels (`list[int]`, *optional*), class_names (`list[str]`, *optional*): The class of each picture, and the names of all classes.
+        bands (`int`, *optional*): The number of channels, if files are arrays or pages (see `bands.py`) instead of pictures.
     """
 
     def __init__(
@@ -152,8 +155,10 @@ class Pictures:
         left_out: list[str],
         labels: list[int] | None = None,
         class_names: list[str] | None = None,
+        bands: int | None = None,
     ):
         self.source, self.left_out, self.labels, self.class_names = source, left_out, labels, class_names
+        self.bands = bands
 
     def __len__(self) -> int:
         return len(self.source)
@@ -166,16 +171,27 @@ class Pictures:
         """Return the pictures at the given indices, in that order."""
         chosen = [self.source[i] for i in indices] if isinstance(self.source, list) else self.source.select(indices)
         labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return Pictures(chosen, self.left_out, labels, self.class_names)
+        return Pictures(chosen, self.left_out, labels, self.class_names, self.bands)
 
 
-def find_images(folder: str | os.PathLike, argument: str | None = None) -> Pictures:
-    """Find the pictures of a folder by their extensions. Raises `ValueError`, which names `argument`, if it can't be read."""
+def find_images(folder: str | os.PathLike, argument: str | None = None, in_channels: int | None = None) -> Pictures:
+    """
+    Find the images of a folder by their extensions: pictures or, if there are none, `.npy` arrays, whose first one tells the number of
+    channels. With another number of `in_channels` than pictures have, arrays and TIFF files.
+
+    Raises:
+        ValueError: if the folder, or the first array, can't be read. The message names `argument`.
+    """
     check_picture_folder(argument or "folder", folder)
-    readable, found = readable_extensions(), FolderFiles(Path(folder))
-    files = [path for path in found.files if path.suffix.lower() in readable]
-    others = (path for path in found.files if path.suffix.lower() not in readable)
-    return Pictures(files, unreadable(others) + found.left_out())
+    found = FolderFiles(Path(folder))
+    of_bands, readable = has_bands(None, in_channels), readable_extensions()
+    wanted, what = (BAND_FILES, "neither arrays nor TIFF") if of_bands else (readable, "that Pillow can't read")
+    if not of_bands and not any(path.suffix.lower() in readable for path in found.files):
+        wanted, what = {ARRAY}, "neither pictures nor arrays"
+    files = [path for path in found.files if path.suffix.lower() in wanted]
+    left_out = unreadable((path for path in found.files if path.suffix.lower() not in wanted), what)
+    bands = in_channels if of_bands else num_bands(files[0]) if files and wanted == {ARRAY} else None
+    return Pictures(files, left_out + found.left_out(), bands=bands)
 
 
 def local_data_files(name_or_path: str) -> tuple[Any, list[str]]:
@@ -223,9 +239,13 @@ def split_files(found: FolderFiles, folder: str) -> Any:
     return DataFilesDict(splits)
 
 
-def content_hash(image: PIL.Image.Image) -> bytes:
-    """Return a hash (16 bytes) of the size and pixels of an upright RGB image. The file's format and name do not matter."""
-    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=HASH_BYTES)
+def content_hash(image: PIL.Image.Image | np.ndarray) -> bytes:
+    """
+    Return a hash (16 bytes) of the size and pixels of an upright RGB image, or of an array (H, W, C). The file's format and name do not
+    matter.
+    """
+    size = image.size if isinstance(image, PIL.Image.Image) else image.shape
+    digest = hashlib.blake2b(repr(size).encode(), digest_size=HASH_BYTES)
     digest.update(image.tobytes())
     return digest.digest()
 

@@ -3,18 +3,22 @@
 import io
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import PIL.Image
 import torch
 from tqdm import tqdm
 
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.pipelines.inputs import GRAY_MODES, check_mode, read_picture
 from ecvae_diffusers.training.config import DataConfig
+from ecvae_diffusers.training.data.bands import has_bands, read_bands
 from ecvae_diffusers.training.data.files import Pictures, content_hash, find_images, local_data_files
 
 
+# Height and width, or one number for squares.
+Resolution = int | Sequence[int]
 # Data sets above this size are decoded at each use instead of being kept in memory.
 MAX_CACHED_BYTES = 4 * 2**30
 # Types of columns that can hold classes.
@@ -27,13 +31,14 @@ CLASS_DTYPES = {"string", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for
 def load_images(data: DataConfig) -> Pictures:
     """Open the pictures of a folder, or of the train split of a data set, undecoded."""
     if data.train_data_dir is not None:
-        pictures = open_folder(data.train_data_dir, "train_data_dir")
+        pictures = open_folder(data.train_data_dir, "train_data_dir", data.in_channels)
         if data.class_conditional:
             pictures = with_classes_of_folders(pictures, data.train_data_dir)
     else:
         name = data.dataset_name or ""
         dataset = load_split(name, data.dataset_config_name, None)
-        pictures = column_of_images(dataset, find_image_column(dataset.features, name, data.image_column), name)
+        column = find_image_column(dataset.features, name, data.image_column)
+        pictures = column_of_images(dataset, column, name, data.in_channels)
         if data.class_conditional:
             pictures.labels, pictures.class_names = classes_of_column(dataset, name, data.class_column)
     if data.max_train_samples is not None:
@@ -41,9 +46,9 @@ def load_images(data: DataConfig) -> Pictures:
     return pictures
 
 
-def open_folder(folder: str, argument: str) -> Pictures:
-    """Open the pictures of a folder, undecoded. Raises `ValueError`, which names the flag `argument`, if it holds none."""
-    pictures = find_images(folder, argument)
+def open_folder(folder: str, argument: str, in_channels: int | None = None) -> Pictures:
+    """Open the images of a folder, undecoded. Raises `ValueError`, which names the flag `argument`, if it holds none."""
+    pictures = find_images(folder, argument, in_channels)
     if not len(pictures):
         why = f" (left out: {'; '.join(pictures.left_out)})" if pictures.left_out else ""
         raise ValueError(f"--{argument} must hold images, but {folder!r} holds none{why}.")
@@ -59,7 +64,8 @@ def with_classes_of_folders(pictures: Pictures, folder: str, argument: str = "tr
             f"but {len(outside)} image(s) are in none, such as {outside[0]!r}."
         )
     names = sorted({path.parts[0] for path in paths})
-    return Pictures(pictures.source, pictures.left_out, [names.index(path.parts[0]) for path in paths], names)
+    labels = [names.index(path.parts[0]) for path in paths]
+    return Pictures(pictures.source, pictures.left_out, labels, names, pictures.bands)
 
 
 def classes_of_column(dataset, dataset_name: str, class_column: str | None) -> tuple[list[int], list[str]]:
@@ -88,13 +94,14 @@ def classes_of_column(dataset, dataset_name: str, class_column: str | None) -> t
     return [names.index(value) for value in values], [str(name) for name in names]
 
 
-def column_of_images(dataset, column: str, dataset_name: str) -> Pictures:
+def column_of_images(dataset, column: str, dataset_name: str, in_channels: int | None = None) -> Pictures:
     """Open an image column of a data set, undecoded, so that broken images can be named and headers read without pixels."""
     dataset = dataset.select_columns([column])
     if column != "image":
         dataset = dataset.rename_column(column, "image")
     dataset = dataset.cast_column("image", import_datasets().Image(decode=False))
-    return Pictures(dataset, local_data_files(dataset_name)[1])
+    bands = in_channels if has_bands(None, in_channels) else None
+    return Pictures(dataset, local_data_files(dataset_name)[1], bands=bands)
 
 
 def import_datasets():
@@ -159,31 +166,39 @@ def open_image(source: dict | None) -> PIL.Image.Image:
     return image
 
 
-def to_size(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
-    """Resize the shorter side to `resolution` (bicubic, antialiased), and crop the center."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+def to_size(image: PIL.Image.Image, resolution: Resolution) -> PIL.Image.Image:
+    """Resize an image so that it just covers `resolution` (bicubic, antialiased), and crop the center."""
+    least = height_and_width(resolution)[::-1]
+    scale = max(needed / side for needed, side in zip(least, image.size))
+    width, height = (max(needed, round(side * scale)) for needed, side in zip(least, image.size))
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+    left, top = (width - least[0]) // 2, (height - least[1]) // 2
+    return image.crop((left, top, left + least[0], top + least[1]))
 
 
-def to_tensor(image: PIL.Image.Image, channels: int, resolution: int) -> torch.Tensor:
-    """Convert an opened image to uint8 (C, H, W), upright, resized and cropped."""
+def to_tensor(image: PIL.Image.Image | np.ndarray, channels: int, resolution: Resolution) -> torch.Tensor:
+    """Convert an opened image, or an array (H, W, C), to uint8 (C, H, W), upright, resized and cropped."""
+    if isinstance(image, np.ndarray):
+        bands = [np.asarray(to_size(PIL.Image.fromarray(band), resolution)) for band in np.moveaxis(image, -1, 0).copy()]
+        return torch.from_numpy(np.stack(bands))
     array = np.array(to_size(read_picture(image, channels), resolution))
-    return torch.from_numpy(array).view(resolution, resolution, channels).permute(2, 0, 1)
+    return torch.from_numpy(array).view(*height_and_width(resolution), channels).permute(2, 0, 1)
 
 
-def decode_image(source: dict | None, channels: int, resolution: int) -> torch.Tensor:
-    """Decode an image to uint8 (C, H, W), upright, resized and cropped. Raises the errors of `open_image` and Pillow."""
+def decode_image(source: dict | None, channels: int, resolution: Resolution) -> torch.Tensor:
+    """
+    Decode an image to uint8 (C, H, W), upright, resized and cropped. Raises the errors of `open_image`, `read_bands` and Pillow.
+    """
+    if has_bands(source, channels):
+        return to_tensor(read_bands(source, channels), channels, resolution)
     with open_image(source) as image:
         return to_tensor(image, channels, resolution)
 
 
-def decode_pictures(pictures: Pictures, channels: int, resolution: int, progress: bool = True) -> torch.Tensor:
+def decode_pictures(pictures: Pictures, channels: int, resolution: Resolution, progress: bool = True) -> torch.Tensor:
     """Decode pictures to uint8 (N, C, H, W)."""
-    images = torch.empty(len(pictures), channels, resolution, resolution, dtype=torch.uint8)
+    images = torch.empty(len(pictures), channels, *height_and_width(resolution), dtype=torch.uint8)
     for i in tqdm(range(len(pictures)), desc="Decoding images", disable=not progress):
         images[i] = decode_image(pictures[i], channels, resolution)
     return images
@@ -194,6 +209,9 @@ def hashes_of(pictures: Pictures) -> list[bytes]:
     found = []
     for i in range(len(pictures)):
         try:
+            if pictures.bands is not None:
+                found.append(content_hash(read_bands(pictures[i], pictures.bands)))
+                continue
             with open_image(pictures[i]) as image:
                 found.append(content_hash(read_picture(image, 3)))
         except Exception:  # PIL raises a different class for nearly every kind of damage
@@ -213,7 +231,7 @@ class CheckedPictures:
         pictures ([`Pictures`]): The pictures to check.
         skip_broken (`bool`, *optional*, defaults to `False`): Whether to leave out unreadable pictures instead of raising an error.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
-        keep (`Callable`, *optional*): Called with each readable picture, decoded, in their order.
+        keep (`Callable`, *optional*): Called with each readable picture, decoded (an array if it has bands), in their order.
 
     Attributes:
         pictures ([`Pictures`]): The readable pictures.
@@ -232,7 +250,7 @@ class CheckedPictures:
         pictures: Pictures,
         skip_broken: bool = False,
         progress: bool = True,
-        keep: Callable[[PIL.Image.Image], None] | None = None,
+        keep: Callable[[PIL.Image.Image | np.ndarray], None] | None = None,
     ):
         self.skipped: str | None = None
         self.sizes: Counter[tuple[int, int]] = Counter()
@@ -241,6 +259,14 @@ class CheckedPictures:
         whole, broken = [], []
         for i in tqdm(range(len(pictures)), desc="Checking images", disable=not progress):
             try:
+                if pictures.bands is not None:
+                    array = read_bands(pictures[i], pictures.bands)
+                    if keep is not None:
+                        keep(array)
+                    whole.append(i)
+                    self.hashes.append(content_hash(array))
+                    self.sizes[array.shape[1::-1]] += 1
+                    continue
                 with open_image(pictures[i]) as image:
                     further = getattr(image, "n_frames", 1) - 1  # before `load`, since it seeks
                     image.load()
@@ -268,7 +294,9 @@ class CheckedPictures:
 
     @property
     def channels(self) -> int:
-        """The number of channels: 1 if every picture is gray, else 3."""
+        """The number of channels: that of arrays, or 1 if every picture is gray, else 3."""
+        if self.pictures.bands is not None:
+            return self.pictures.bands
         return 1 if self.num_gray == len(self) else 3
 
     def left_out(self) -> str | None:
@@ -283,6 +311,8 @@ class CheckedPictures:
     def converted(self, channels: int) -> str | None:
         """Describe which pictures are converted to get `channels` channels. `None` if none are."""
         parts, total = [], len(self)
+        if self.pictures.bands is not None:
+            return None
         if channels == 1 and self.num_gray < total:
             parts.append(f"{total - self.num_gray} of {total} are in colour and become gray")
         if channels > 1 and self.num_gray > 0:
@@ -320,8 +350,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     Args:
         pictures ([`Pictures`]): The pictures.
-        resolution (`int`): Height and width of the images.
-        in_channels (`int`, *optional*): Channels of the images. Default: 1 if every image is gray, else 3.
+        resolution (`int` or `list[int]`): Height and width of the images, or one number for squares.
+        in_channels (`int`, *optional*): Channels of the images. Default: those of arrays, or 1 if every image is gray, else 3.
         skip_broken, progress (`bool`): As in [`CheckedPictures`], whose errors are raised.
 
     Attributes:
@@ -331,19 +361,20 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         pictures: Pictures,
-        resolution: int,
+        resolution: Resolution,
         in_channels: int | None = None,
         skip_broken: bool = False,
         progress: bool = True,
     ):
-        num_values = len(pictures) * resolution**2
+        size, in_channels = height_and_width(resolution), in_channels or pictures.bands
+        num_values = len(pictures) * math.prod(size)
         # Keep three channels until all images are known to be gray, or one channel if three take too much memory.
         kept = in_channels or (3 if 3 * num_values <= MAX_CACHED_BYTES else 1)
-        shape = (len(pictures), kept, resolution, resolution)
+        shape = (len(pictures), kept, *size)
         cache = torch.empty(shape, dtype=torch.uint8) if kept * num_values <= MAX_CACHED_BYTES else None
         places = iter(range(len(pictures)))
 
-        def keep(image: PIL.Image.Image) -> None:
+        def keep(image: PIL.Image.Image | np.ndarray) -> None:
             if cache is not None:
                 cache[next(places)] = to_tensor(image, kept, resolution)
 

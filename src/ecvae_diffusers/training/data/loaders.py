@@ -1,6 +1,6 @@
 """Batches of training images, from images that are checked before training or from a stream.
 
-A batch is a pair: images, and their classes or `None`. With `image_size`, images have that size: each training step crops `resolution`
+A batch is a pair: images, and their classes or `None`. With `image_size`, images have that shorter side: each training step crops `resolution`
 at random, and reference images are their centers. Both feeds have
 
 - `batches`, which yields numbered batches on the device, and `reference`, which returns fixed images for pictures and evaluations;
@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.training.config import DataConfig
 from ecvae_diffusers.training.data.images import (
     ImageDataset,
+    Resolution,
     decode_image,
     find_image_column,
     import_datasets,
@@ -54,7 +56,7 @@ class DecodedFeed:
 
     def __init__(self, data: DataConfig, accelerator: Accelerator, batch_size: int, seed: int):
         self.accelerator, self.seed, self.resolution, self.batch_size = accelerator, seed, data.resolution, batch_size
-        main_process, size = accelerator.is_main_process, data.image_size or data.resolution
+        main_process, size = accelerator.is_main_process, data.decoded_size
         self.dataset = ImageDataset(load_images(data), size, data.in_channels, data.skip_broken_images, main_process)
         checked, source = self.dataset.checked, data.train_data_dir or data.dataset_name
         if main_process and (left_out := checked.left_out()) is not None:
@@ -134,7 +136,7 @@ class StreamFeed:
 
         self.data, self.device, self.batch_size, self.seed = data, accelerator.device, batch_size, seed
         self.name, self.channels = data.dataset_name or "", data.in_channels or 3
-        self.size = data.image_size or data.resolution
+        self.size = data.decoded_size
         self.named: set[str] = set()
         rank, num_processes = accelerator.process_index, accelerator.num_processes
         dataset = load_split(self.name, data.dataset_config_name, None, streaming=True)
@@ -230,7 +232,7 @@ class StreamFeed:
                 logger.warning(f"Left out of {self.name!r}: {image}.{last}")
 
     def no_images(self) -> torch.Tensor:
-        return torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)
+        return torch.empty(0, self.channels, *height_and_width(self.size), dtype=torch.uint8)
 
 
 class ImageChunks(torch.utils.data.IterableDataset):
@@ -240,13 +242,19 @@ class ImageChunks(torch.utils.data.IterableDataset):
     Args:
         rows: Undecoded rows of `datasets`, which splits its files among the workers of a `DataLoader`.
         column (`str`): The column of the images.
-        resolution (`int`), channels (`int`): Size and channels of the decoded images.
+        resolution (`int` or `list[int]`), channels (`int`): Size and channels of the decoded images.
         chunk_size (`int`): Rows per chunk.
         part (`tuple`, *optional*, defaults to `(0, 1)`): With (i, n), only every n-th row is decoded, starting with row i.
     """
 
     def __init__(
-        self, rows: Any, column: str, resolution: int, channels: int, chunk_size: int, part: tuple[int, int] = (0, 1)
+        self,
+        rows: Any,
+        column: str,
+        resolution: Resolution,
+        channels: int,
+        chunk_size: int,
+        part: tuple[int, int] = (0, 1),
     ):
         self.rows, self.column, self.resolution, self.channels = rows, column, resolution, channels
         self.chunk_size, self.part = chunk_size, part
@@ -262,7 +270,7 @@ class ImageChunks(torch.utils.data.IterableDataset):
                     images.append(decode_image(source, self.channels, self.resolution))
                 except Exception as error:  # PIL raises a different class for nearly every kind of damage
                     broken.append(f"{describe(source)} ({error})")
-            shape = (len(images), self.channels, self.resolution, self.resolution)
+            shape = (len(images), self.channels, *height_and_width(self.resolution))
             yield torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8), broken
 
 

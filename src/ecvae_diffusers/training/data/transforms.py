@@ -1,7 +1,10 @@
 """Transforms of batches of images and labels: range, crop, flip, hidden classes."""
 
+from collections.abc import Sequence
+
 import torch
 
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.training.randomness import StepNoise
 
 
@@ -15,17 +18,19 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Crop (..., H, W) to its central (..., size, size)."""
-    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
-    return images[..., top : top + size, left : left + size]
+def center_crop(images: torch.Tensor, size: int | Sequence[int]) -> torch.Tensor:
+    """Crop images (..., H, W) to their center. `size` is its height and width, or one number for a square."""
+    height, width = height_and_width(size)
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]
 
 
-def crop_at_random(images: torch.Tensor, size: int, noise: StepNoise) -> torch.Tensor:
-    """Crop a square of `size` pixels at random from each image."""
-    height, width = images.shape[2] - size + 1, images.shape[3] - size + 1
-    places = (noise.uniform(len(images), 2).cpu() * torch.tensor([height, width])).long().tolist()
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, places)])
+def crop_at_random(images: torch.Tensor, size: int | Sequence[int], noise: StepNoise) -> torch.Tensor:
+    """Crop each image at a random place. `size` is the height and width, or one number for a square."""
+    height, width = height_and_width(size)
+    free = torch.tensor([images.shape[2] - height + 1, images.shape[3] - width + 1])
+    places = (noise.uniform(len(images), 2).cpu() * free).long().tolist()
+    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(images, places)])
 
 
 def flip_at_random(images: torch.Tensor, noise: StepNoise) -> torch.Tensor:

@@ -17,6 +17,7 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from diffusers.utils import logging as diffusers_logging
 
 from ecvae_diffusers.atomic import WriteError
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.command import announce, check_places, fail
 from ecvae_diffusers.hub.upload import UploadError, open_repository, upload_folder
 from ecvae_diffusers.training.command_line import RETIRED
@@ -154,10 +155,10 @@ def train(
         set_seed(optimizer.seed)
         trainer = Trainer(config, accelerator, feed, build_task(loaded, feed))
         if main_process:
+            size = (feed.channels, *height_and_width(config.data.resolution))
             images = f"{feed.num_images} images" if feed.num_images is not None else "A stream of images"
             logger.info(
-                f"{images} of {feed.channels}x{config.data.resolution}x{config.data.resolution}, {trainer.images_per_step} "
-                f"per step, {optimizer.max_train_steps} steps, calibration: {model.calibration}."
+                f"{images} of {'x'.join(map(str, size))}, {trainer.images_per_step} per step, {optimizer.max_train_steps} steps, calibration: {model.calibration}."
             )
         repository = hub.hub_model_id or output_dir.resolve().name
         if hub.push_to_hub and main_process:

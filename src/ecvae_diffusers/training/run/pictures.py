@@ -1,6 +1,7 @@
 """Write the pictures of a run and the energies of its images, which `ecvae report` shows."""
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class Observer:
         self.output_dir, self.task, self.seed, self.device = output_dir, task, seed, device
         self.batch_size, self.images, self.labels = batch_size, images, labels
         # The same number of pixels at each resolution.
-        count = NUM_ENERGIES * FULL_SIZE**2 // images.shape[-1] ** 2
+        count = NUM_ENERGIES * FULL_SIZE**2 // math.prod(images.shape[2:])
         self.num_energies = max(FEWEST_ENERGIES, min(NUM_ENERGIES, count))
         count = max(NUM_GRID_IMAGES, self.num_energies)
         self.latents, self.sample_labels = task.latents(count, seed).to(device), task.labels(count, seed)
@@ -156,7 +157,8 @@ def image_grid(images: torch.Tensor, num_columns: int, scale: int = 1) -> PIL.Im
     Lay images out in rows, with a line of one pixel between them.
 
     Args:
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): In [-1, 1].
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            In [-1, 1]. Of 2 channels the first is shown as gray, and of more than 4 the first three as RGB.
         num_columns (`int`): Images per row.
         scale (`int`, *optional*, defaults to 1): Whole-number magnification, without smoothing.
     """

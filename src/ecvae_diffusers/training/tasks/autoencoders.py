@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ecvae_diffusers import EnergyModel, LangevinScheduler
 from ecvae_diffusers.atomic import write_json, write_text
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.hub.card import CARD_MARKER
 from ecvae_diffusers.hub.saving import fingerprint
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
@@ -206,7 +207,7 @@ def load_autoencoder(
 
 def load_energy_model(
     name_or_path: str | os.PathLike,
-    resolution: int,
+    resolution: int | list[int],
     in_channels: int,
     subfolder: str | None = None,
     revision: str | None = None,
@@ -246,7 +247,7 @@ def load_energy_model(
     return None
 
 
-def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]:
+def latent_shape(decoder: CalibratedDecoder, resolution: int | list[int]) -> tuple[int, ...]:
     """
     Return the shape of the latents of one image, and freeze parameters that decoding does not use.
 
@@ -256,7 +257,7 @@ def latent_shape(decoder: CalibratedDecoder, resolution: int) -> tuple[int, ...]
     Raises:
         ValueError: if the autoencoder does not accept images of `resolution`, or decodes them to another shape.
     """
-    image = torch.zeros(1, decoder.config.in_channels, resolution, resolution)
+    image = torch.zeros(1, decoder.config.in_channels, *height_and_width(resolution))
     refused = f"--resolution {resolution} does not fit {type(decoder.autoencoder).__name__}"
     decoder.eval()
     parts = (part for name, part in decoder.autoencoder.named_children() if name in TRAINED_PARTS)

@@ -26,7 +26,7 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, 
 
 def build_energy_model(
     config: EnergyConfig,
-    resolution: int,
+    resolution: int | list[int],
     in_channels: int,
     num_class_embeds: int | None = None,
     patch_size: int = 1,
