@@ -13,6 +13,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models import autoencoders
 
+from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.training.tasks.autoencoders import TRAINED_PARTS, CalibratedDecoder
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
@@ -99,7 +100,7 @@ def factors(autoencoder: ModelMixin) -> tuple[float, float]:
     return float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
 
 
-def build_student(path: str, teacher: CalibratedDecoder, resolution: int) -> StudentDecoder:
+def build_student(path: str, teacher: CalibratedDecoder, resolution: int | list[int]) -> StudentDecoder:
     """
     Return a new decoder by a config of diffusers, for the latents of `teacher`.
 
@@ -118,7 +119,7 @@ def build_student(path: str, teacher: CalibratedDecoder, resolution: int) -> Stu
                 f"its `_class_name` must be an autoencoder of diffusers, such as AutoencoderTiny, but is {class_name}"
             )
         student = StudentDecoder(teacher, model_class.from_config(config))
-        shape = (teacher.config.in_channels, resolution, resolution)
+        shape = (teacher.config.in_channels, *height_and_width(resolution))
         with torch.no_grad():
             decoded = student.eval()(teacher.encode(torch.zeros(1, *shape)))
     except LOADING_ERRORS as error:
