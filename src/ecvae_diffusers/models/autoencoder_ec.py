@@ -278,6 +278,9 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         reconstruction_spectrum (`list[float]`, *optional*):
             How that error spreads over frequencies, with mean 1 (see `model_error.py`). Training measures it too; restoration needs
             it for its uncertainty. By default, all frequencies have the same error.
+        posterior_directions (`list[list[float]]`, *optional*):
+            The first principal directions of the training images' posterior means, each as long as its standard deviation. Training
+            measures them; `ECVAEPipeline.principal_directions` returns them.
         num_class_embeds (`int`, *optional*):
             Number of classes, from 1 to 8192. The decoder scales and shifts its normalizations by class, and the encoder adds
             an embedding to its last feature map. One more embedding, of label `num_class_embeds`, stands for an unknown class.
@@ -316,6 +319,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         id2label: dict[str, str] | None = None,
         class_frequencies: list[float] | None = None,
         patch_size: int = 1,
+        posterior_directions: list[list[float]] | None = None,
     ):
         super().__init__()
         if sample_size not in (8, 16, 32, 64, 128, 256):
