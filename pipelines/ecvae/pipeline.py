@@ -10,6 +10,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch.nn as nn
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils import logging
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils import parametrize
 
@@ -231,25 +232,297 @@ def refine(
     return whitened
 
 
-LARGEST_TEMPERATURE = 100.0
-
-
 def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raise `ValueError` if an argument is none of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {choices}, but is {value!r}.")
 
 
-logger = logging.get_logger(__name__)
+NUM_FOLDS = 5
+
+
+def difference_of_means(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the difference (d,) of the means of latents a (N, d) and b (M, d)."""
+    return b.mean(0) - a.mean(0)
+
+
+def classifier_normal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return Fisher's discriminant (d,) of latents a (N, d) and b (M, d), as long as its part of the difference of means."""
+    difference, centered = difference_of_means(a, b), torch.cat([a - a.mean(0), b - b.mean(0)])
+    count, dim = centered.shape
+    covariance = (centered.T @ centered + dim * torch.eye(dim).to(centered)) / (count + dim)
+    normal = torch.linalg.solve(covariance, difference)
+    return normal * (normal @ difference) / (normal @ normal).clamp(min=1e-30)
+
+
+METHODS = {"means": difference_of_means, "classifier": classifier_normal}
+
+
+def held_out_accuracy(a: torch.Tensor, b: torch.Tensor, method: str) -> float:
+    """
+    Return how often a direction from four fifths of latents a (N, d) and b (M, d) tells which set another latent is from: by
+    whether it lies beyond the middle of the two means. Every latent is held out once. Both sets count the same.
+
+    Args:
+        method (`str`): `"means"` or `"classifier"`.
+    """
+    right: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    for fold in range(NUM_FOLDS):
+        held_out = [torch.arange(len(latents), device=latents.device) % NUM_FOLDS == fold for latents in (a, b)]
+        rest = a[~held_out[0]], b[~held_out[1]]
+        direction, middle = METHODS[method](*rest), (rest[0].mean(0) + rest[1].mean(0)) / 2
+        right[0].append((a[held_out[0]] - middle) @ direction < 0)
+        right[1].append((b[held_out[1]] - middle) @ direction > 0)
+    return sum(torch.cat(found).float().mean().item() for found in right.values()) / 2
+
+
+def principal_directions(latents: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Return the mean (d,) of latents (N, d) and their first principal directions (K, d), each as long as its standard deviation. K is at
+    most `count`, N and d.
+    """
+    mean = latents.mean(axis=0)
+    _, values, directions = np.linalg.svd(latents - mean, full_matrices=False)
+    count = min(count, len(directions))
+    return mean, directions[:count] * values[:count, None] / len(latents) ** 0.5
 
 
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
 ClassLabels = str | int | list[str | int | None] | torch.Tensor | None
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
+
+
+def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
+    """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
+    labels = prepare_labels(class_labels, count, pipeline.vae.config)
+    if labels is None:
+        return None
+    unknown = pipeline.vae.config.num_class_embeds
+    numbers = [unknown if label is None else label for label in labels]
+    return torch.tensor(numbers, device=pipeline._execution_device)
+
+
+def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
+    """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
+    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
+
+
+ENCODED_AT_A_TIME = 256
+
+
+@dataclass
+class DirectionOutput(BaseOutput):
+    """
+    Output of `ECVAEPipeline.direction`.
+
+    Args:
+        direction (`torch.Tensor` of shape `(latent_channels, 1, 1)`):
+            The direction. An edit of strength 1 moves the mean of `images_a` to the level of the mean of `images_b`.
+        accuracy (`float`):
+            How often the direction, found without them, tells which set held-out images are from: 0.5 is by chance, 1 is always.
+    """
+
+    direction: torch.Tensor
+    accuracy: float
+
+
+class EditingMixin:
+    """Mixin for a pipeline with an autoencoder `vae`."""
+
+    vae: Any
+    decode: Any
+    image_processor: Any
+    maybe_free_model_hooks: Any
+    prepare_image: Any
+
+    @torch.no_grad()
+    def encode(self, image: Images, class_labels: ClassLabels = None) -> torch.Tensor:
+        """
+        Return the latents of images, the means of their posteriors.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                B images of the model's size: arrays (B, H, W, C) and tensors (B, C, H, W) in [0, 1].
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                The images' classes. `None` is the unknown class. A model without classes accepts only `None`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, latent_channels, 1, 1)`.
+
+        Raises:
+            ValueError: if `image` or `class_labels` does not fit the model.
+        """
+        images = self.prepare_image(image)
+        labels = known_labels(self, class_labels, len(images))
+        return self.encode_prepared(images, labels)
+
+    def encode_prepared(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Return the posterior means of images in [-1, 1], encoded in parts."""
+        parts = images.split(ENCODED_AT_A_TIME)
+        classes = [{}] * len(parts) if labels is None else [{"class_labels": x} for x in labels.split(ENCODED_AT_A_TIME)]
+        found = [self.vae.encode(part, **own).latent_dist.mode() for part, own in zip(parts, classes)]
+        self.maybe_free_model_hooks()
+        return torch.cat(found)
+
+    def direction(
+        self, images_a: Images, images_b: Images, method: str = "means", class_labels: ClassLabels = None
+    ) -> DirectionOutput:
+        """
+        Return the direction from one set of images to another (`edits.py` has the equations).
+
+        Args:
+            images_a, images_b (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                Two sets of at least 5 images each, for example without and with glasses, as for `encode`.
+            method (`str`, *optional*, defaults to `"means"`):
+                `"means"` is the difference of the means, `"classifier"` the normal of a linear classifier. The classifier leaves alone
+                what both sets share, but may need larger strengths for the same effect.
+            class_labels (`str`, `int` or `None`, *optional*): The class of all images, as for `encode`.
+
+        Returns:
+            [`DirectionOutput`]
+
+        Raises:
+            ValueError: if an argument is outside its range, or images do not fit the model.
+        """
+        check_choice("method", method, tuple(METHODS))
+        sets = []
+        for name, images in (("images_a", images_a), ("images_b", images_b)):
+            latents = self.encode(images, class_labels).float().flatten(1)
+            check_number(f"len({name})", len(latents), NUM_FOLDS, whole=True)
+            sets.append(latents)
+        direction = METHODS[method](*sets)
+        return DirectionOutput(direction[:, None, None], held_out_accuracy(*sets, method))
+
+    def principal_directions(self, num_directions: int, image: Images | None = None) -> torch.Tensor:
+        """
+        Return the directions in which the latents of the data vary most, each as long as one standard deviation.
+
+        Args:
+            num_directions (`int`): Number K of directions, from 1 to the number of those that training has saved.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them, *optional*):
+                Images like the training data, as for `encode`, whose directions are returned. If not given, the directions are those
+                that training has measured on the training data (`vae.config.posterior_directions`).
+
+        Returns:
+            `torch.Tensor` of shape `(K, latent_channels, 1, 1)`, the most variable direction first.
+
+        Raises:
+            ValueError: if `num_directions` is outside its range, or `image` is not given and the model has no saved directions.
+        """
+        saved = self.vae.config.get("posterior_directions")  # configs saved by earlier versions lack it
+        if image is not None:
+            latents = self.encode(image).flatten(1).double().cpu().numpy()
+            saved = principal_directions(latents, self.vae.config.latent_channels)[1].tolist()
+        elif saved is None:
+            raise ValueError("`image` must be given: the model was saved without `posterior_directions`.")
+        check_number("num_directions", num_directions, 1, len(saved), whole=True)
+        return torch.tensor(saved[:num_directions])[:, :, None, None]
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Images,
+        direction: torch.Tensor,
+        strength: float | list[float] = 1.0,
+        keep_residual: bool = True,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        class_labels: ClassLabels = None,
+    ) -> ImagePipelineOutput:
+        """
+        Move images along a direction of the latent space.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them): B images, as for `encode`.
+            direction (`torch.Tensor` of shape `(latent_channels, 1, 1)` or `(B, latent_channels, 1, 1)`):
+                From `direction` or `principal_directions`: one for all images, or one per image.
+            strength (`float` or `list[float]`, *optional*, defaults to 1.0):
+                How far to move, in lengths of `direction`. Negative strengths move back. A list gives several edits of each image.
+            keep_residual (`bool`, *optional*, defaults to `True`):
+                Whether to add what the reconstruction lost. Strength 0 then returns the images themselves.
+            output_type (`str`, *optional*, defaults to `"pil"`): As for generation, except `"latent"`.
+            return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*): As for `encode`.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple` with B times `len(strength)` images, image by image.
+
+        Raises:
+            ValueError: if an argument is outside its range, or shapes do not fit.
+        """
+        strengths = list(strength) if isinstance(strength, list | tuple) else [strength]
+        check_number("len(strength)", len(strengths), 1)
+        for one in strengths:
+            check_number("strength", one, -1e6, 1e6)
+        images = self.prepare_image(image)
+        count, num_latents = len(images), self.vae.config.latent_channels
+        direction = direction[None] if direction.ndim == 3 else direction
+        check_shape("direction", direction, (count if len(direction) > 1 else 1, num_latents, 1, 1))
+        labels = known_labels(self, class_labels, count)
+        latents = self.encode_prepared(images, labels)
+        steps = torch.tensor(strengths).to(latents).view(1, -1, 1, 1, 1) * direction.to(latents).unsqueeze(1)
+        moved = (latents.unsqueeze(1) + steps).flatten(0, 1)
+        of_moved = None if labels is None else labels.repeat_interleave(len(strengths))
+        edited = self.decode(moved, of_moved)
+        if keep_residual:
+            residual = images - self.decode(latents, labels)
+            edited = edited + residual.repeat_interleave(len(strengths), dim=0)
+        edited = postprocess(edited, self.image_processor, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=edited) if return_dict else (edited,)
+
+    @torch.no_grad()
+    def mix(
+        self,
+        image: Images,
+        weights: list[float] | torch.Tensor,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        class_labels: ClassLabels = None,
+    ) -> ImagePipelineOutput:
+        """
+        Decode weighted means of the latents of images.
+
+        Args:
+            image (list of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): B images, as for `encode`.
+            weights (`list[float]` or `torch.Tensor` of shape `(B,)` or `(M, B)`):
+                The weight of each image, at least 0: one set for one mixture, or M sets. They are divided by their sum.
+            output_type (`str`, *optional*, defaults to `"pil"`): As for generation, except `"latent"`.
+            return_dict (`bool`, *optional*, defaults to `True`): As for generation.
+            class_labels (`str`, `int` or `None`, *optional*): The class of all images, as for `encode`.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple` with M images.
+
+        Raises:
+            ValueError: if weights are below 0, not finite or all 0, or their number is not that of the images.
+        """
+        latents = self.encode(image, class_labels)
+        shares = torch.atleast_2d(torch.as_tensor(weights, dtype=torch.float64))
+        check_shape("weights", shares, (len(shares), len(latents)))
+        sums = shares.sum(1, keepdim=True)
+        if not (shares.isfinite().all() and (shares >= 0).all() and (sums > 0).all()):
+            raise ValueError(f"`weights` must be finite, at least 0 and not all 0, but are {shares.tolist()}.")
+        mixed = (shares / sums).to(latents) @ latents.flatten(1)
+        images = self.decode(mixed[:, :, None, None], known_labels(self, class_labels, len(mixed)))
+        images = postprocess(images, self.image_processor, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+LARGEST_TEMPERATURE = 100.0
+
+
+logger = logging.get_logger(__name__)
+
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -413,11 +686,6 @@ def has_colours(image: PIL.Image.Image) -> bool:
     return bool((pixels[..., 1:] != pixels[..., :1]).any())
 
 
-def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
-
-
 def check_generator(generator: Generators, count: int) -> None:
     """Raise `ValueError` if `generator` is not one generator, or a list of one for each of `count` images."""
     kinds = [type(one) for one in generator] if isinstance(generator, list) else type(generator)
@@ -430,16 +698,6 @@ def draw_classes(config: Any, count: int, generator: torch.Generator | None) -> 
     weights = torch.tensor(config.class_frequencies or [1.0] * config.num_class_embeds)
     weights = weights if generator is None else weights.to(generator.device)
     return weights.multinomial(count, replacement=True, generator=generator)
-
-
-def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
-    """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
-    labels = prepare_labels(class_labels, count, pipeline.vae.config)
-    if labels is None:
-        return None
-    unknown = pipeline.vae.config.num_class_embeds
-    numbers = [unknown if label is None else label for label in labels]
-    return torch.tensor(numbers, device=pipeline._execution_device)
 
 
 def check_finite(images: torch.Tensor, suspects: str) -> None:
@@ -482,11 +740,6 @@ def check_output_type(output_type: str | None, channels: int, *others: str) -> N
                 f"`output_type` must be one of {choices} for images of {channels} channels, but is 'pil', which has 1, 3 or 4."
             )
     check_choice("output_type", output_type, choices)
-
-
-def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
-    """Convert images in [-1, 1] to `output_type`. Denormalizes the batch at once, which the processor would do image by image."""
-    return processor.postprocess(processor.denormalize(sample), output_type=output_type or "np")
 
 
 OURS = ("ecvae_diffusers", "diffusers_modules")
@@ -580,7 +833,7 @@ class SelfContained:
 CPU_PART_BYTES = 8 * 2**20
 
 
-class ECVAEPipeline(SelfContained, DiffusionPipeline):
+class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
     r"""
     Pipeline for image generation with an energy-calibrated VAE, optionally conditional on classes: one decoder pass per image.
 
@@ -876,10 +1129,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         """
         check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_steps", num_steps, 2, whole=True)
-        ends = [
-            self.reconstruct(image, output_type="latent", class_labels=class_labels).images
-            for image in (image_a, image_b)
-        ]
+        ends = [self.encode(image, class_labels) for image in (image_a, image_b)]
         weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
         latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
         labels = known_labels(self, class_labels, len(latents) // num_steps)

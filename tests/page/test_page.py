@@ -14,7 +14,7 @@ import yaml
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel, LangevinScheduler
 from ecvae_diffusers.cli import main
 from ecvae_diffusers.onnx import OnnxECVAEPipeline
-from ecvae_diffusers.page.page import RUNTIME_FILES, principal_directions
+from ecvae_diffusers.page.page import RUNTIME_FILES
 
 
 # Stands in for npm: packs a file for each of onnxruntime-web's.
@@ -101,13 +101,6 @@ def test_directions_and_energies_are_those_of_the_data(page, images):
     assert described["energies"]["to"] == pytest.approx(energies.max(), abs=1e-5)
     for name, count in described["bytes"].items():
         assert (page / "model" / f"{name}_fp16.onnx").stat().st_size == count
-
-
-def test_principal_directions_of_a_known_distribution():
-    latents = np.random.default_rng(0).standard_normal((4000, 3)) * [1, 3, 0.1] + [5, 0, 0]
-    mean, directions = principal_directions(latents)
-    np.testing.assert_allclose(mean, [5, 0, 0], atol=0.2)
-    np.testing.assert_allclose(np.abs(directions), [[0, 3, 0], [1, 0, 0], [0, 0, 0.1]], atol=0.1)
 
 
 def test_without_data_and_energy_model_samples_are_described(tmp_path):

@@ -299,6 +299,9 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         reconstruction_spectrum (`list[float]`, *optional*):
             How that error spreads over frequencies, with mean 1 (see `model_error.py`). Training measures it too; restoration needs
             it for its uncertainty. By default, all frequencies have the same error.
+        posterior_directions (`list[list[float]]`, *optional*):
+            The first principal directions of the training images' posterior means, each as long as its standard deviation. Training
+            measures them; `ECVAEPipeline.principal_directions` returns them.
         num_class_embeds (`int`, *optional*):
             Number of classes, from 1 to 8192. The decoder scales and shifts its normalizations by class, and the encoder adds
             an embedding to its last feature map. One more embedding, of label `num_class_embeds`, stands for an unknown class.
@@ -337,6 +340,7 @@ class AutoencoderEC(ModelMixin, AutoencoderMixin, ConfigMixin):
         id2label: dict[str, str] | None = None,
         class_frequencies: list[float] | None = None,
         patch_size: int = 1,
+        posterior_directions: list[list[float]] | None = None,
     ):
         super().__init__()
         for name, values, limit in (

@@ -25,6 +25,7 @@ from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from ..atomic import is_free, replacing, to_json, write_text
+from ..edits import principal_directions
 from ..onnx.export import export_onnx
 from ..onnx.pipeline_onnx_ecvae import MODEL_FILE, NETWORKS, OnnxECVAEPipeline, network_path
 from ..pipelines import ECVAEPipeline
@@ -74,14 +75,6 @@ def in_chunks(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray, d
     return np.concatenate([function(items[start : start + CHUNK]) for start in starts])
 
 
-def principal_directions(latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean (D,) of latents (N, D) and their first principal directions (K, D), each as long as its standard deviation."""
-    mean = latents.mean(axis=0)
-    _, values, directions = np.linalg.svd(latents - mean, full_matrices=False)
-    count = min(NUM_DIRECTIONS, len(directions))
-    return mean, directions[:count] * values[:count, None] / len(latents) ** 0.5
-
-
 def histogram(energies: np.ndarray) -> dict[str, Any]:
     """Return the counts of energies in bins of equal width."""
     counts, edges = np.histogram(energies, bins=NUM_BINS)
@@ -102,7 +95,7 @@ def describe(model: Path, images: np.ndarray | None) -> dict[str, Any]:
         source, generator = "samples of the model", np.random.default_rng(0)
         images = in_chunks(lambda some: pipe.sample(len(some), generator), np.arange(MAX_IMAGES), "Samples")
     latents = in_chunks(pipe.encode, images, "Directions").reshape(len(images), -1)
-    mean, directions = principal_directions(latents.astype(np.float64))
+    mean, directions = principal_directions(latents.astype(np.float64), NUM_DIRECTIONS)
     networks = [name for name in NETWORKS if name in pipe.sessions]
     sizes = {name: network_path(model, name, "fp16").stat().st_size for name in networks}
     return {

@@ -15,6 +15,7 @@ from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy, refine
 from ..schedulers.scheduling_langevin import LangevinScheduler
+from .editing import EditingMixin
 from .inputs import (
     ClassLabels,
     Generators,
@@ -37,7 +38,7 @@ from .self_contained import SelfContained
 CPU_PART_BYTES = 8 * 2**20
 
 
-class ECVAEPipeline(SelfContained, DiffusionPipeline):
+class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
     r"""
     Pipeline for image generation with an energy-calibrated VAE, optionally conditional on classes: one decoder pass per image.
 
@@ -333,10 +334,7 @@ class ECVAEPipeline(SelfContained, DiffusionPipeline):
         """
         check_output_type(output_type, self.vae.config.in_channels, "latent")
         check_number("num_steps", num_steps, 2, whole=True)
-        ends = [
-            self.reconstruct(image, output_type="latent", class_labels=class_labels).images
-            for image in (image_a, image_b)
-        ]
+        ends = [self.encode(image, class_labels) for image in (image_a, image_b)]
         weights = torch.linspace(0, 1, num_steps, device=ends[0].device, dtype=ends[0].dtype).view(1, -1, 1, 1, 1)
         latents = torch.lerp(ends[0].unsqueeze(1), ends[1].unsqueeze(1), weights).flatten(0, 1)
         labels = known_labels(self, class_labels, len(latents) // num_steps)

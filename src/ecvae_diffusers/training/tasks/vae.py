@@ -18,9 +18,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, EnergyModel
+from ecvae_diffusers.edits import principal_directions
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.pipelines.inputs import draw_classes
 from ecvae_diffusers.posterior import posterior_bounds
@@ -36,6 +38,8 @@ from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_
 
 # Enough for a standard error of the mean of a few per cent.
 NUM_VARIANCE_IMAGES = 2048
+# Principal directions that are saved, at most.
+NUM_DIRECTIONS = 16
 # Effort of the likelihood bounds in an evaluation. An image costs some hundred decoder passes, so there is only one image per 64 of
 # --evaluation_samples, and at most 32.
 SAMPLES_PER_LIKELIHOOD_IMAGE, NUM_LIKELIHOOD_IMAGES, IMPORTANCE_SAMPLES, AMORTISATION_STEPS = 64, 32, 64, 100
@@ -143,21 +147,28 @@ class ECVAETask(Task):
         return ECVAEPipeline(vae=generator, energy_model=energy_model, scheduler=scheduler)
 
     def finish(self, generator, feed):
-        """Write the mean squared error of reconstructions from the posterior mean, and its spectrum, into the config."""
+        """
+        Write the mean squared error of reconstructions from the posterior mean, its spectrum, and the principal directions of
+        posterior means into the config.
+        """
         images, labels = feed.reference(NUM_VARIANCE_IMAGES), feed.reference_labels(NUM_VARIANCE_IMAGES)
-        parts, power = images.split(self.batch_size), 0.0
+        parts, power, means = images.split(self.batch_size), 0.0, []
         labels = [None] * len(parts) if labels is None else labels.split(self.batch_size)
         for batch, classes in zip(progress("Error of reconstructions", parts), labels):
             batch = to_range(batch.to(generator.device))
-            found = self.reconstruct(generator, batch, classes)
+            with evaluating(generator):
+                latents = generator.encode(batch, class_labels=classes).latent_dist.mean
+                found = generator.decode(latents, class_labels=classes).sample.float()
+            means.append(latents.float().flatten(1).cpu().numpy())
             power = power + len(batch) / len(images) * error_power(batch, found)
         width = images.shape[-1]
         variance = mean_over_frequencies(power, width).item()
-        generator.eval().register_to_config(
-            reconstruction_variance=variance,
-            # An error that is 0 or not finite has no spectrum.
-            reconstruction_spectrum=spectrum_of(power, width) if 0 < variance < math.inf else None,
-        )
+        measured: dict[str, Any] = {"reconstruction_variance": variance, "reconstruction_spectrum": None}
+        if 0 < variance < math.inf:  # an error that is 0 or not finite has no spectrum
+            _, directions = principal_directions(np.concatenate(means).astype(np.float64), NUM_DIRECTIONS)
+            measured["reconstruction_spectrum"] = spectrum_of(power, width)
+            measured["posterior_directions"] = directions.round(4).tolist()
+        generator.eval().register_to_config(**measured)
 
 
 def describe_classes(feed) -> dict[str, Any]:
