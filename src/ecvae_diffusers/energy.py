@@ -1,6 +1,8 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Energies of samples and their gradients, for any frozen energy model."""
 
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -9,31 +11,78 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 
+def once(normalize: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """
+    Return a parametrization, such as spectral norm, that computes its weight at the first call and keeps it. Two threads that call it
+    first may both compute it. The weight never belongs to inference mode, since other threads may need gradients through it.
+    """
+
+    @functools.cache
+    def forward() -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return normalize()
+
+    return forward
+
+
+class Freeze:
+    """What a module, without its parts, was before it was frozen, and the number of contexts that need it frozen."""
+
+    def __init__(self, module: nn.Module, keeps_weight: bool):
+        self.module, self.users, self.training, self.keeps_weight = module, 0, module.training, keeps_weight
+        self.trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+        self.forward = vars(module).get("forward")  # that of a hook
+        for parameter in self.trained:
+            parameter.requires_grad_(False)
+        if keeps_weight:
+            module.forward = once(module.forward)
+        module.training = False
+
+    def undo(self) -> None:
+        self.module.training = self.training
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+        if self.keeps_weight:
+            del self.module.forward
+            if self.forward is not None:
+                self.module.forward = self.forward
+
+
+# Of all threads, which may share modules.
+FREEZES = dict[nn.Module, Freeze]()
+FREEZES_LOCK = threading.Lock()
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """
     Freeze a module while a chain runs on it: evaluation mode, no parameter gradients, normalized weights computed once. In training
     mode, spectral norm would take a power iteration at every step and so change the energy. The mode and `requires_grad` of every
-    part are restored afterwards.
+    part are restored afterwards. If several threads freeze a module, that is when the last of them is done.
 
     Gradients also pass through a module that diffusers offloads or casts layer by layer. Its hooks swap the data of a parameter
     after the layer's forward pass, so the tensors that backward needs are saved during that pass.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    trained = [p for p in module.parameters() if p.requires_grad]
-    module.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    is_hooked = any(hasattr(m, "_diffusers_hook") for m, _ in modes)
+    parts = list(module.modules())
+    # A compiled module normalizes its weights in its graph: it would be compiled again for each freeze.
+    is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+    with FREEZES_LOCK:
+        for part in parts:
+            if part not in FREEZES:
+                # Not by `parametrize.cached`: it keeps the weights of all modules in all threads, also those in training.
+                FREEZES[part] = Freeze(part, isinstance(part, parametrize.ParametrizationList) and not is_compiled)
+            FREEZES[part].users += 1
+    is_hooked = any(hasattr(part, "_diffusers_hook") for part in parts)
     kept = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
     try:
-        with parametrize.cached(), kept if is_hooked else nullcontext():
+        with kept if is_hooked else nullcontext():
             yield
     finally:
-        for m, mode in modes:
-            m.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        with FREEZES_LOCK:
+            for part in parts:
+                FREEZES[part].users -= 1
+                if FREEZES[part].users == 0:
+                    FREEZES.pop(part).undo()
 
 
 def compute_energy(

@@ -31,7 +31,7 @@ def run(name, monkeypatch, *arguments) -> None:
 
 
 def test_all_examples_are_here():
-    assert {path.stem for path in Path(demo.__file__).parent.glob("*.py")} == {*FIGURES, "demo"}
+    assert {path.stem for path in Path(demo.__file__).parent.glob("*.py")} == {*FIGURES, "demo", "server"}
 
 
 @pytest.mark.parametrize("name", FIGURES)
