@@ -109,7 +109,8 @@ def test_data_may_be_given_without_its_flag(source, others, argument, tmp_path, 
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).touch()
     rest = ["--output_dir", "out", "--resolution", "16", *others]
-    for argv in ([source, *rest], [*rest, source]):
+    widths = ["--block_out_channels", "16", "32"]  # the data is none of them
+    for argv in ([source, *rest], [*rest, source], [*rest, *widths, source], [*widths, source, *rest]):
         config = parse_args(argv)
         assert getattr(config.data, argument) == source
     with pytest.raises(SystemExit):
@@ -181,6 +182,23 @@ def test_sample_writes_one_picture_or_a_folder(model, tmp_path):
     assert (np.array(PIL.Image.open(tmp_path / "images" / "1.png")) == grid[:16, 17:]).all()
     expected = ECVAEPipeline.from_pretrained(model)(3, generator=torch.Generator().manual_seed(1)).images[0]
     assert (np.array(expected) == grid[:16, :16]).all()
+
+
+def test_sample_keeps_the_lowest_energies(model, tmp_path):
+    arguments = ["sample", model, "-n", 3, "--oversample", 4, "--seed", 1, "-o"]
+    for batch_size in (1, 3):
+        main([*arguments, tmp_path / str(batch_size), "--batch_size", batch_size])
+    pipe = ECVAEPipeline.from_pretrained(model)
+    draws = pipe(12, generator=torch.Generator().manual_seed(1), output_type="pt").images
+    best = pipe.score(draws).view(3, 4).argmin(1)
+    for i in range(3):
+        expected = np.array((draws[4 * i + best[i], 0] * 255).round().to(torch.uint8))
+        for batch_size in (1, 3):
+            np.testing.assert_array_equal(np.array(PIL.Image.open(tmp_path / str(batch_size) / f"{i}.png")), expected)
+    flow = FlowEC(sample_size=8, num_levels=2, steps_per_level=1, hidden_channels=8)
+    ECFlowPipeline(flow=flow.eval()).save_pretrained(tmp_path / "flow")
+    with pytest.raises(SystemExit, match="--oversample"):
+        main(["sample", tmp_path / "flow", "--oversample", 2, "-o", tmp_path / "x.png"])
 
 
 def test_sample_of_a_flow_overwrites_only_when_told(tmp_path, capsys):

@@ -893,7 +893,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
     Args:
         vae ([`AutoencoderEC`]): The autoencoder whose decoder maps latents from N(0, I) to images.
         energy_model ([`EnergyModel`], *optional*):
-            The energy model that calibrated the VAE. Only `score` and `num_refinement_steps` require it.
+            The energy model that calibrated the VAE. Only `score`, `oversample` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
             The chain of the calibration. Only `num_refinement_steps` requires it.
     """
@@ -1017,6 +1017,11 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
                 sample = scheduler.step(gradient, timestep, sample, initial_sample, generator).prev_sample
         return sample.to(dtype)
 
+    def energies(self, sample: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the energies (B,), float32, of images (B, C, H, W) in [-1, 1], as `score` does."""
+        with frozen(self.energy_model):
+            return compute_energy(self.energy_model, sample.clamp(-1, 1).to(self.energy_model.dtype), labels)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -1028,6 +1033,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         class_labels: ClassLabels = None,
+        oversample: int = 1,
     ) -> ImagePipelineOutput:
         r"""
         The call function to the pipeline for generation. It runs one decoder pass, and by default no other network.
@@ -1051,6 +1057,10 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
                 The classes to generate, as names or numbers: one for all images or one per image. `None` draws a class by its
                 frequency in the training data. The number `vae.config.num_class_embeds` is the unknown class. A model without
                 classes accepts only `None`.
+            oversample (`int`, *optional*, defaults to 1):
+                Number of images to draw for each one that is returned, which is the one of lowest energy. Above 1, precision is higher
+                and recall lower, since images that are rare in the training data are left out. It takes as many decoder passes, and
+                passes of the energy model. The first draw is that of `oversample=1`.
 
         Examples:
             ```py
@@ -1072,20 +1082,31 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
         check_number("num_refinement_steps", num_refinement_steps, 0, whole=True)
         if num_refinement_steps and (output_type == "latent" or self.energy_model is None or self.scheduler is None):
             raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
-        num_latents = self.vae.config.latent_channels
+        check_number("oversample", oversample, 1, whole=True)
+        if oversample > 1 and (latents is not None or self.energy_model is None):
+            raise ValueError(f"`oversample` must be 1 with `latents` or without an `energy_model`, but is {oversample}.")
         if isinstance(class_labels, (list, tuple, torch.Tensor)) and batch_size == 1 and latents is None:
             batch_size = len(class_labels)
-        latents = prepare_latents(batch_size, num_latents, temperature, generator, latents, *self.latents_placement())
+        drawn = (self.vae.config.latent_channels, temperature, generator)
+        latents = prepare_latents(batch_size, *drawn, latents, *self.latents_placement())
         asked_for = prepare_labels(class_labels, len(latents), self.vae.config)
-        if output_type == "latent":
+        if output_type == "latent" and oversample == 1:
             image = latents
         else:
             labels = None if asked_for is None else self.draw_labels(asked_for, generator)
             image = self.decode(latents, labels)
+            for _ in range(oversample - 1):
+                others = prepare_latents(len(latents), *drawn, None, *self.latents_placement())
+                candidates = self.decode(others, labels)
+                is_lower = self.energies(candidates, labels) < self.energies(image, labels)
+                latents, image = (
+                    torch.where(is_lower.view(-1, 1, 1, 1), new, old)
+                    for new, old in ((others, latents), (candidates, image))
+                )
             check_finite(image, "`temperature`, `latents` and the decoder's weights")
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator, labels)
-            image = postprocess(image, self.image_processor, output_type)
+            image = latents if output_type == "latent" else postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
 
@@ -1205,8 +1226,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
         """
         if self.energy_model is None:
             raise ValueError("`score` requires an `energy_model`, but the pipeline has none.")
-        sample = self.prepare_image(image).to(self.energy_model.dtype)
-        with frozen(self.energy_model):
-            energy = compute_energy(self.energy_model, sample, known_labels(self, class_labels, len(sample)))
+        sample = self.prepare_image(image)
+        energy = self.energies(sample, known_labels(self, class_labels, len(sample)))
         self.maybe_free_model_hooks()
         return energy

@@ -212,6 +212,10 @@ def test_draws(folders):
     assert (pipe.sample(5) != images).any()
     (mean,) = pipe.decode(np.zeros((1, 6, 1, 1)))
     assert (pipe.sample(2, temperature=0) == mean).all()
+    # Each image is the one of lowest energy of its own draws.
+    draws = pipe.sample(6, np.random.default_rng(0))
+    best = pipe.score(draws).reshape(2, 3).argmin(1) + [0, 3]
+    assert (pipe.sample(2, np.random.default_rng(0), oversample=3) == draws[best]).all()
 
 
 @pytest.mark.parametrize(
@@ -249,6 +253,7 @@ IMAGE, LATENTS = np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 6, 1, 1), np.flo
         ("batch_size", lambda pipe: pipe.sample(2.0)),
         ("temperature", lambda pipe: pipe.sample(temperature=-1)),
         ("temperature", lambda pipe: pipe.sample(temperature=np.nan)),
+        ("oversample", lambda pipe: pipe.sample(oversample=0)),
         ("generator", lambda pipe: pipe.sample(1, 0)),
         ("generator", lambda pipe: pipe.sample(1, torch.Generator())),
         ("latents", lambda pipe: pipe.decode(LATENTS[:0])),

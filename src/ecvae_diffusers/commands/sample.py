@@ -38,6 +38,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="Standard deviation of the latents. Below 1, images are more typical and less varied. Default: 1.",
     )  # fmt: skip
     parser.add_argument(
+        "--oversample", type=number(int, 1), default=1,
+        help="Draw this many images for each one, and keep the one of lowest energy. Default: 1.",
+    )  # fmt: skip
+    parser.add_argument(
         "--class_labels", nargs="+", metavar="CLASS",
         help="Names or numbers of classes, which the images take in turn. Default: drawn by their frequencies in "
         "the training data.",
@@ -79,9 +83,12 @@ def sample(args: argparse.Namespace) -> "np.ndarray":
         raise ValueError(
             f"model {args.model!r} must hold an ECVAEPipeline or an ECFlowPipeline, but holds a {type(pipeline).__name__}."
         )
+    if args.oversample > 1 and getattr(pipeline, "energy_model", None) is None:
+        raise ValueError(f"--oversample must be 1 for a model without an energy model, but is {args.oversample}.")
     # All latents are drawn at once, so that images do not depend on the batch size.
     generator = torch.Generator().manual_seed(args.seed)
-    latents = pipeline(args.num_images, generator, temperature=args.temperature, output_type="latent").images
+    num_draws = args.num_images * args.oversample
+    latents = pipeline(num_draws, generator, temperature=args.temperature, output_type="latent").images
     classes: Any = itertools.repeat({})
     if isinstance(pipeline, ECVAEPipeline):
         given = args.class_labels or [None]
@@ -95,9 +102,14 @@ def sample(args: argparse.Namespace) -> "np.ndarray":
         raise ValueError(f"--class_labels must be left out for an ECFlowPipeline, but is {args.class_labels}.")
     images: list[torch.Tensor] = []
     with tqdm(total=args.num_images, desc="Images", unit="image") as progress_bar:
-        for batch, own in zip(latents.split(args.batch_size), classes):
-            images += 2 * pipeline(latents=batch, output_type="pt", **own).images.cpu() - 1
-            progress_bar.update(len(batch))
+        for batch, own in zip(latents.split(args.batch_size * args.oversample), classes):
+            own = {name: labels.repeat_interleave(args.oversample) for name, labels in own.items()}
+            drawn = pipeline(latents=batch, output_type="pt", **own).images
+            if args.oversample > 1:
+                energies = pipeline.score(drawn, **own).view(-1, args.oversample)
+                drawn = drawn.unflatten(0, energies.shape)[torch.arange(len(energies)), energies.argmin(1)]
+            images += 2 * drawn.cpu() - 1
+            progress_bar.update(len(drawn))
     return to_uint8(torch.stack(images)).permute(0, 2, 3, 1).numpy()
 
 
@@ -121,7 +133,7 @@ def sample_onnx(args: argparse.Namespace) -> "np.ndarray":
         for start in range(0, args.num_images, args.batch_size):
             batch_size = min(args.batch_size, args.num_images - start)
             own = None if labels is None else labels[start : start + batch_size]
-            images.append(pipeline.sample(batch_size, generator, args.temperature, own))
+            images.append(pipeline.sample(batch_size, generator, args.temperature, own, args.oversample))
             progress_bar.update(batch_size)
     return np.concatenate(images)
 

@@ -145,9 +145,10 @@ class OnnxECVAEPipeline:
         generator: np.random.Generator | None = None,
         temperature: float = 1.0,
         class_labels: ClassLabels = None,
+        oversample: int = 1,
     ) -> np.ndarray:
         """
-        Generate images: one decoder pass, and no other network.
+        Generate images: one decoder pass, and by default no other network.
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
@@ -157,6 +158,8 @@ class OnnxECVAEPipeline:
                 Standard deviation of the latents, from 0 to 100. Below 1, images are more typical and less varied.
             class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
                 Classes to draw. `None` draws a class by its frequency in the training data.
+            oversample (`int`, *optional*, defaults to 1):
+                Number of images to draw for each one that is returned, which is the one of lowest energy.
 
         Returns:
             `np.ndarray` of shape `(batch_size, height, width, channels)`, uint8.
@@ -171,8 +174,17 @@ class OnnxECVAEPipeline:
         if not isinstance(generator, np.random.Generator | None):
             raise ValueError(f"`generator` must be a numpy.random.Generator, but is a {type(generator).__name__}.")
         generator = generator or np.random.default_rng()
-        latents = temperature * generator.standard_normal((batch_size, *self.latent_shape), np.float32)
-        return self.decode(latents, self.draw_labels(class_labels, batch_size, generator))
+        check_number("oversample", oversample, 1, whole=True)
+        if oversample > 1 and "energy" not in self.sessions:
+            raise ValueError(f"`oversample` must be 1 for a model without an energy model, but is {oversample}.")
+        latents = temperature * generator.standard_normal((batch_size * oversample, *self.latent_shape), np.float32)
+        labels = self.draw_labels(class_labels, batch_size, generator)
+        labels = None if labels is None else [label for label in labels for _ in range(oversample)]
+        images = self.decode(latents, labels)
+        if oversample == 1:
+            return images
+        energies = self.score(images, labels).reshape(batch_size, oversample)
+        return images.reshape(batch_size, oversample, *self.image_shape)[np.arange(batch_size), energies.argmin(1)]
 
     def decode(self, latents: np.ndarray, class_labels: ClassLabels = None) -> np.ndarray:
         """

@@ -2,6 +2,7 @@
 """Read a [`TrainingConfig`] from flags, a YAML file and the arguments of a resumed run."""
 
 import argparse
+import itertools
 import os
 import sys
 from dataclasses import fields
@@ -145,6 +146,25 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
     return arguments
 
 
+def data_first(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """Return `argv` with the data at the front, if it follows a list of numbers, of which argparse would take it for one."""
+    lists = {flag for action in parser._actions if action.nargs == "+" for flag in action.option_strings}
+    for i, flag in enumerate(argv):
+        numbers = list(itertools.takewhile(is_number, argv[i + 1 :]))
+        after = i + 1 + len(numbers)
+        if flag in lists and numbers and after < len(argv) and not argv[after].startswith("-"):
+            return [argv[after], *argv[:after], *argv[after + 1 :]]
+    return argv
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def named_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """Return the argument that `data` is short for: `train_data_dir`, or `dataset_name` for data files and Hub ids."""
     for name in EITHER_OR:
@@ -161,7 +181,7 @@ def named_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str
 def read_config(config_class: type[Config], argv: list[str] | None = None, prog: str | None = None) -> Config:
     """Read and check a script's configuration. Exit with one line that names the argument, its value and what is allowed."""
     parser = build_parser(config_class, prog)
-    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    argv = data_first(parser, sys.argv[1:] if argv is None else list(map(str, argv)))
     args = parser.parse_args(argv)
     if args.data is not None:
         argv = [*argv, f"--{named_data(parser, args)}={args.data}"]
