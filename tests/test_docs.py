@@ -56,7 +56,7 @@ OTHERS = [
 ]
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 # The programs of shell blocks that are not ours.
-FOREIGN = {"pip", "hf", "make", "diffusers-cli"}
+FOREIGN = {"pip", "hf", "make", "diffusers-cli", "curl"}
 FOREIGN_FLAGS = {"--help", "--no-deps", "--num_processes", "--nproc_per_node", "--machine_rank", "--pipeline-kwargs"}
 SCRIPTS = {
     "train_ecvae.py": "train",

@@ -42,6 +42,7 @@ TOPICS = {
     "data_loading": "Loading of data",
     "limit": "Limits of the hardware",
     "sampling": "Speed of sampling",
+    "server": "A server",
     "precision": "Precision",
 }
 REQUIRED = ("question", "answer", "command", "commit", "machine", "versions", "protocol", "columns", "rows")

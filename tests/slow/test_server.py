@@ -3,6 +3,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -50,6 +51,18 @@ def test_each_picture_is_that_of_its_seed(folder, address):
         found = np.asarray(PIL.Image.open(io.BytesIO(body)))
         assert found.dtype == np.uint8 and np.array_equal(found, expected.squeeze())
     assert len({body for _, body in answers}) > 100
+
+
+def test_threads_share_the_pipeline(folder):
+    pipe = OnnxECVAEPipeline(folder)
+
+    def draw(seed: int) -> np.ndarray:
+        return pipe.sample(1 + seed % 3, np.random.default_rng(seed))
+
+    expected = [draw(seed) for seed in range(REQUESTS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(draw, range(REQUESTS)))
+    assert all(map(np.array_equal, found, expected))
 
 
 def test_bad_input_gets_a_line_that_names_it(folder, address):
