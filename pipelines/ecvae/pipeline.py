@@ -201,9 +201,6 @@ def energy_and_gradient(
         return energy.detach(), torch.autograd.grad(energy.sum(), sample)[0]
 
 
-DRIFT_STEP = 0.1
-
-
 class PosteriorEnergy:
     """
     The energy U of a batch of images, as a function of whitened latents, for `EnergyCalibrator.calibrate(..., energy_model=)`.
@@ -240,6 +237,9 @@ class PosteriorEnergy:
         latents = self.unwhiten(whitened)
         error = (self.decode(latents).float() - self.images.float()).square().flatten(1).sum(1)
         return error / (2 * self.variance) + latents.square().flatten(1).sum(1) / 2
+
+
+DRIFT_STEP = 0.1
 
 
 def refine(
@@ -280,6 +280,9 @@ def refine(
         whitened, gradient = torch.where(lower, proposal, whitened), torch.where(lower, new_gradient, gradient)
         step = torch.where(lower, step, step / 2)
     return whitened
+
+
+refine_latents = refine
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -415,7 +418,9 @@ class EditingMixin:
     def encode_prepared(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the posterior means of images in [-1, 1], encoded in parts."""
         parts = images.split(ENCODED_AT_A_TIME)
-        classes = [{}] * len(parts) if labels is None else [{"class_labels": x} for x in labels.split(ENCODED_AT_A_TIME)]
+        classes = (
+            [{}] * len(parts) if labels is None else [{"class_labels": x} for x in labels.split(ENCODED_AT_A_TIME)]
+        )
         found = [self.vae.encode(part, **own).latent_dist.mode() for part, own in zip(parts, classes)]
         self.maybe_free_model_hooks()
         return torch.cat(found)
@@ -1005,7 +1010,18 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
         generator: Generators,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the calibration chain on decoded images in [-1, 1]."""
+        """
+        Run the calibration chain on decoded images, with the energy model frozen.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
+            num_refinement_steps (`int`): Steps of the chain.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As for generation.
+            labels (`torch.Tensor` of shape `(B,)`, *optional*): Class numbers.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `sample`.
+        """
         dtype = sample.dtype
         initial_sample = sample = sample.float()
         # A copy, because the pipeline may share its scheduler with a calibrator that takes another number of steps.
@@ -1084,7 +1100,9 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
             raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
         check_number("oversample", oversample, 1, whole=True)
         if oversample > 1 and (latents is not None or self.energy_model is None):
-            raise ValueError(f"`oversample` must be 1 with `latents` or without an `energy_model`, but is {oversample}.")
+            raise ValueError(
+                f"`oversample` must be 1 with `latents` or without an `energy_model`, but is {oversample}."
+            )
         if isinstance(class_labels, (list, tuple, torch.Tensor)) and batch_size == 1 and latents is None:
             batch_size = len(class_labels)
         drawn = (self.vae.config.latent_channels, temperature, generator)
@@ -1131,7 +1149,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of steps that move the latents towards the true posterior,
+                Number of steps on the latents (in generation: on the image). They lead towards the true posterior,
                 -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant. A draw (`sample_posterior`) takes Langevin steps, the
                 mean descends to the most likely latents. Each step takes a forward and a backward pass of the decoder.
             variance (`float`, *optional*, defaults to 0.5):
@@ -1165,7 +1183,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
                 lambda z: self.vae.decode(z.to(dtype), **classes).sample, images, posterior, variance
             )
             with frozen(self.vae):
-                whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
+                whitened = refine_latents(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
             latents = energy.unwhiten(whitened).to(dtype)
         return self(latents=latents, output_type=output_type, return_dict=return_dict, class_labels=labels)
 

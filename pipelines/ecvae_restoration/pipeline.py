@@ -797,16 +797,18 @@ def neural_transport(
     Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
     `"langevin"` first descends by Adam and estimates the diagonal h of the curvature of U there. It then takes Langevin steps
-    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t falling from 0.6 to 0.1. `"map"` only descends, with
-    a rate that falls to 0 along a cosine.
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n, with standard normal n and a step size t that falls from 0.6 to 0.1. `"map"`
+    only descends, with a rate that falls to 0 along a cosine.
 
     Args:
         decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, h, w) in float32.
         likelihood ([`Likelihood`]), canvas ([`Canvas`]): The measurements, and the division of their images into tiles.
         latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
+        method (`str`, *optional*, defaults to `"langevin"`): `"langevin"` draws from e^{-U}, `"map"` finds a minimum.
         energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
         energy_weight (`float`, *optional*, defaults to 1.0): w.
+        generator (`torch.Generator` or a list of them, *optional*): Draws the noise, as for `draw`.
         on_step (`Callable`, *optional*): Called with the number of the step and the latents; returns the next latents.
     """
     num_probes = min(NUM_CURVATURE_PROBES, num_steps // 5) if method == "langevin" else 0

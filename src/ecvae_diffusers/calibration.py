@@ -21,9 +21,9 @@ a sample. The problem is solved by primal-dual steps, where the dual variable la
 The dual step uses the relative violation C / epsilon - 1. With the published absolute violation C - epsilon, eta would need
 tuning for every image size, and lambda would hardly move.
 
-**The tolerance.** The chain moves a sample by its noise and by its drift. The noise moves each of the D entries, and adds
-D K b^2 to C. The drift moves the sample as a whole. Its length is at most K a times the slope of the energy, which does not
-grow with D. So `"auto"` is
+**The tolerance.** A sample has D entries. The chain takes K steps with drift step a and noise of standard deviation b (see
+[`LangevinScheduler`]). Its noise adds D K b^2 to C, or less with conditioning. Its drift moves the sample as a whole, by at most
+K a times the slope of the energy. That slope does not grow with D. So `"auto"` is
 
 .. math:: \epsilon = D K b^2 + \rho^2
 
@@ -118,8 +118,9 @@ class EnergyCalibrator:
         scheduler ([`LangevinScheduler`]):
             The chain: its number of steps, drift step, noise and conditioning.
         tolerance (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-            The bound epsilon > 0 on the constraint, a squared error summed over a sample. `"auto"` is D K b^2 + rho^2 for
-            D entries per sample. Unlike a fixed number, it suits every sample size.
+            The bound epsilon > 0 on the constraint, a squared error summed over a sample. `"auto"` is D K b^2 + rho^2,
+            for samples of D entries, a chain of K steps with noise scale b, and an allowed drift of length rho (see
+            `drift_tolerance`). Unlike a fixed number, it suits every sample size.
         drift_tolerance (`float`, *optional*):
             The root-mean-square drift per entry that `"auto"` allows beyond the noise: rho / sqrt(D). If `None`, rho is
             0.1184 at every D, for images in [-1, 1].
@@ -290,6 +291,9 @@ class EnergyCalibrator:
         Returns:
             `torch.Tensor`: x~, in the shape of `samples`, float32 (float64 if `samples` are), no gradient. With
             `return_trajectory`, the states x_0 to x_K, of shape `(num_steps + 1, batch_size, ...)`.
+
+        Raises:
+            ValueError: if neither the call nor the calibrator has an energy model.
         """
         states = [sample for _, sample in self._chain(samples, generator, noise, energy_model, condition)]
         if return_trajectory:
@@ -411,8 +415,8 @@ class EnergyCalibrator:
             [`EnergyLossOutput`]
 
         Raises:
-            ValueError: if `real`, whose dtype the targets are converted to, holds integers, or only one of the conditions is
-                given.
+            ValueError: if `real`, whose dtype the targets are converted to, holds integers, if only one of the conditions is
+                given, or if neither the call nor the calibrator has an energy model.
         """
         if not real.is_floating_point():
             raise ValueError(f"`real` must have a floating-point dtype, as samples do, but has {real.dtype}.")
@@ -458,6 +462,9 @@ class EnergyCalibrator:
         Args:
             constraint (`torch.Tensor` or `float`):
                 C of this step. In distributed training, pass its mean over processes, so that lambda is the same in all.
+
+        Raises:
+            RuntimeError, ValueError: as `resolve_tolerance`.
         """
         tolerance = self.resolve_tolerance()
         if self.relative_dual_step:

@@ -288,8 +288,9 @@ def posterior_bounds(
     Args:
         images (`torch.Tensor` of shape `(B, C, H, W)`): In [-1, 1].
         vae ([`AutoencoderEC`]): The autoencoder, frozen during the call.
-        num_samples, variance, generator, batch_size: As for [`~variational.likelihood_bounds`].
+        num_samples, variance, batch_size: As for [`~variational.likelihood_bounds`], whose errors are raised.
         num_steps (`int`, *optional*, defaults to 200): As for `optimized_posterior`.
+        generator (`torch.Generator`, *optional*): Draws the latents. Seeded with 0 if not given, unlike in `likelihood_bounds`.
 
     Returns:
         [`PosteriorBounds`]

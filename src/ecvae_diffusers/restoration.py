@@ -12,8 +12,9 @@ Given its latents, an image is :math:`x \sim N(G(z), v I)`, where v is the mean 
 With :math:`A_s = A^T (A A^T + s I)^{-1}`, s = sigma^2 / v, the gradient of the first term with respect to G is
 :math:`-A_s r / v`. For every operator, it takes one application of A and one of its damped inverse.
 
-An image x larger than the model's size is the weighted mean of overlapping tiles G(z_t). Then f is summed over tiles, and U has
-a term for the difference between each tile and that mean, :math:`\tfrac1{2v} \sum_t \|\sqrt{w_t} (G(z_t) - x_t)\|^2`.
+An image x larger than the model's size is the mean of overlapping tiles G(z_i), weighted by :math:`\omega_i`. Then f is summed
+over tiles. With x_i the part of x under tile i, U has the further term
+:math:`\tfrac1{2v} \sum_i \|\sqrt{\omega_i} (G(z_i) - x_i)\|^2`.
 
 **Range and null space**: given the latents and y, the mean of x is :math:`\hat x = G + A_s r`. Without noise, it is
 :math:`A^+ y + (I - A^+ A) G`, which agrees with y up to rounding.
@@ -254,16 +255,18 @@ def neural_transport(
     Return latents that explain a measurement: draws from e^{-U}, or minima of U.
 
     `"langevin"` first descends by Adam and estimates the diagonal h of the curvature of U there. It then takes Langevin steps
-    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n at temperature 1, with t falling from 0.6 to 0.1. `"map"` only descends, with
-    a rate that falls to 0 along a cosine.
+    z <- z - t / h grad U + sqrt((2 t - t^2) / h) n, with standard normal n and a step size t that falls from 0.6 to 0.1. `"map"`
+    only descends, with a rate that falls to 0 along a cosine.
 
     Args:
         decode (`Callable`): The differentiable decoder G, from latents (N, ...) to tiles (N, C, h, w) in float32.
         likelihood ([`Likelihood`]), canvas ([`Canvas`]): The measurements, and the division of their images into tiles.
         latents (`torch.Tensor` of shape `(B * M * T, ...)`): Initial latents of B measurements, M answers and T tiles.
         num_steps (`int`): Total number of decoder passes.
+        method (`str`, *optional*, defaults to `"langevin"`): `"langevin"` draws from e^{-U}, `"map"` finds a minimum.
         energy_gradient (`Callable`, *optional*): The gradient of f with respect to tiles, in their shape.
         energy_weight (`float`, *optional*, defaults to 1.0): w.
+        generator (`torch.Generator` or a list of them, *optional*): Draws the noise, as for `draw`.
         on_step (`Callable`, *optional*): Called with the number of the step and the latents; returns the next latents.
     """
     num_probes = min(NUM_CURVATURE_PROBES, num_steps // 5) if method == "langevin" else 0

@@ -76,7 +76,7 @@ def test_page_shows_all_that_a_run_left(page):
         "nearest-neighbours", "guard-events",
     ]  # fmt: skip
     assert page.charts() == [
-        "dual variable λ", "constraint", "drift per pixel", "energy gap", "energies", "spread of samples",
+        "dual variable lambda", "constraint", "drift per pixel", "energy gap", "energies", "spread of samples",
         "reconstruction", "KL divergence", "active units", "gradient norms", "learning rates", "images per second",
         "peak memory", "Frechet distance", "kernel distance", "precision, recall, density, coverage",
     ]  # fmt: skip

@@ -33,7 +33,7 @@ def test_sick_run(tmp_path):
     write_lines(run / "events.jsonl", [{"step": 1900, "kind": "warning", "message": "lambda at its bound"}])
     found = judged(run)
     for name, seen in {
-        "Numbers": "kl", "Dual variable λ": "upper bound (100) in 100%", "Constraint": "13.07", "Drift of the chain": "4.05",
+        "Numbers": "kl", "Dual variable lambda": "upper bound (100) in 100%", "Constraint": "13.07", "Drift of the chain": "4.05",
         "Energy gap": "+20.00", "Energy model": "0.0", "Variety of samples": "0.01", "Active units": "1 of 32",
         "Guard events": "lambda at its bound",
     }.items():  # fmt: skip
@@ -55,7 +55,7 @@ def test_sick_run(tmp_path):
 def test_a_posterior_pinned_at_a_bound(tmp_path, dual, rate, initial, seen, remedy):
     own = {"max_posterior_dual": 10.0, "dual_learning_rate": rate, "initial_posterior_dual": initial}
     run = write_run(tmp_path / "run", 300, ARGUMENTS | own, change=lambda one: one | {"posterior_dual": dual})
-    finding = judged(run).get("Posterior's λ")
+    finding = judged(run).get("Posterior's lambda")
     assert (finding is None) == (seen is None)
     if finding is not None:
         assert seen in finding.seen and finding.healthy == (remedy is None) and (remedy or "") in finding.remedy

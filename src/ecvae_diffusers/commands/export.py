@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "ecvae export") -> None:
-    """Export as a command line says: that of this process, or `argv`."""
+    """Run `ecvae export` with `argv`, or with the arguments of this process."""
     run_or_fail(run, parse_args(argv, prog), prog)
 
 

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "ecvae page") -> None:
-    """Write a page as a command line says: that of this process, or `argv`."""
+    """Run `ecvae page` with `argv`, or with the arguments of this process."""
     run_or_fail(run, parse_args(argv, prog), prog)
 
 

@@ -51,8 +51,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )  # fmt: skip
     parser.add_argument(
         "--noise_std", type=number(float, 0, 1),
-        help="Standard deviation of the noise, for images in [-1, 1]: that in 8-bit levels divided by 127.5. Default: that of rounding "
-        "to 8 bits.",
+        help="Standard deviation of the noise, for images in [-1, 1]. Divide 8-bit levels by 127.5. Default: 0.0023, for rounding to "
+        "8 bits. Required for --task denoising.",
     )  # fmt: skip
     for name, kind, default, meaning in (
         ("num_restorations", number(int, 1), 8, "Answers per picture"),

@@ -48,9 +48,11 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )  # fmt: skip
     parser.add_argument(
         "--backend", choices=("torch", "onnx"), default="torch",
-        help="onnx needs no torch, and a seed gives other images with it. Default: torch.",
+        help="onnx runs without torch. The same seed gives different images with each backend. Default: torch.",
     )  # fmt: skip
-    parser.add_argument("--device", help="Of --backend torch: such as cpu or cuda:1. Default: a GPU if there is one.")
+    parser.add_argument(
+        "--device", help="Device for --backend torch, such as cpu or cuda:1. Default: a GPU if there is one."
+    )
     args = parser.parse_args(argv)
     if args.backend == "onnx" and args.device is not None:
         parser.error(

@@ -15,6 +15,7 @@ from ecvae_diffusers.atomic import remove, write_json
 from ecvae_diffusers.command import ArgumentParser, check_places, named_place, place, printable
 from ecvae_diffusers.commands import number, run_or_fail
 from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
+from ecvae_diffusers.training.command_line import HelpFormatter
 
 
 PARTS_FOLDER, SAMPLES, NEIGHBOURS = ".parts", "samples.png", "neighbours.png"
@@ -23,7 +24,7 @@ HOW_TO_READ = "Compare each value with the columns `floor` and `good`. Distances
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     description = __doc__.split(":")[0] + "."
-    parser = ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(prog, description=description, formatter_class=HelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pretrained_model_name_or_path", type=place, help="Pipeline to measure: a folder or a Hub id.")
     what.add_argument("--generated_image_dir", type=place, help="Folder of generated images to measure, of any model.")
@@ -31,13 +32,13 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--dataset_name", type=place, help="Data set to measure against: a Hub id or a folder.")
     data.add_argument("--train_data_dir", type=place, help="Folder of training images, instead of --dataset_name.")
-    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
     parser.add_argument("--data_name", help="Name of the data in reports, instead of its Hub id or folder.")
     parser.add_argument("--image_column", help="Column of the images, if the data set has several.")
     parser.add_argument(
         "--class_column", help="Column of the classes, for --features classifier. Default: the only column of classes."
     )
-    parser.add_argument("--cache_dir", type=place)
+    parser.add_argument("--cache_dir", type=place, help="Cache folder of the package `datasets`.")
     parser.add_argument("--train_split", default="train", help="Split that samples are measured against.")
     parser.add_argument("--test_split", default="test", help="Split of held-out images, or 'none' if there is none.")
     parser.add_argument("--test_data_dir", type=place, help="Folder of held-out images, instead of --test_split.")
@@ -56,7 +57,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("--num_samples", type=count, default=10_000, help="Generated images per seed.")
     parser.add_argument("--num_reference", type=count, default=10_000, help="Training images, drawn at random.")
     parser.add_argument("--num_test", type=count, default=10_000, help="Test images, drawn at random.")
-    parser.add_argument("--num_likelihood_images", type=number(int, 0), default=128, help="0: no bounds.")
+    parser.add_argument(
+        "--num_likelihood_images",
+        type=number(int, 0),
+        default=128,
+        help="Number of test images for the likelihood bounds. 0: none.",
+    )
     parser.add_argument("--importance_samples", type=count, default=500, help="Latents per image, for the bound.")
     parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="Seeds of the latents.")
     parser.add_argument(

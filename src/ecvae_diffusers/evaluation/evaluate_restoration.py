@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ecvae_diffusers.atomic import write_json, write_text
 from ecvae_diffusers.command import ArgumentParser, check_places, place, printable
 from ecvae_diffusers.commands import number, run_or_fail
+from ecvae_diffusers.training.command_line import HelpFormatter
 
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ HOW_TO_READ = (
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     description = __doc__.split(":")[0] + "."
-    parser = ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(prog, description=description, formatter_class=HelpFormatter)
     parser.add_argument(
         "--pretrained_model_name_or_path", type=place, required=True, help="Pipeline: a folder or a Hub id."
     )
@@ -80,14 +81,20 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument(
         "--num_inference_steps", type=count, nargs="+", default=[75], help="Decoder passes per answer."
     )
-    parser.add_argument("--method", choices=("langevin", "map"), default="langevin")
-    parser.add_argument("--energy_weight", type=number(float, 0), default=0.0)
+    parser.add_argument(
+        "--method", choices=("langevin", "map"), default="langevin",
+        help="langevin: draw answers from the posterior. map: find the most likely latents.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--energy_weight", type=number(float, 0), default=0.0,
+        help="Weight of an answer's energy in the search. Above 0 requires an energy model.",
+    )  # fmt: skip
     parser.add_argument("--classical", action="store_true", help="Also measure scikit-image's method for a task.")
     parser.add_argument(
         "--features", type=place, default="lite0", help="As for `ecvae evaluate`, except 'classifier'."
     )
     parser.add_argument("--batch_size", type=count, default=64, help="Measurements restored together.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="Seed of noise and answers.")
     parser.add_argument("--device", help="Such as cpu or cuda:1. Default: a GPU if there is one.")
     args = parser.parse_args(argv)
     if max(args.noise_std) >= 1:

@@ -106,6 +106,8 @@ class Inlined:
                 folder = module.path.parents[node.level - 1]
                 path = folder.joinpath(*str(node.module).split(".")).with_suffix(".py")
                 self.take(path, [alias.name for alias in aliases])
+                renamed = [f"{alias.asname} = {alias.name}" for alias in aliases if alias.asname is not None]
+                self.texts += [text for text in renamed if text not in self.texts]
 
 
 def used_names(nodes: list[ast.stmt]) -> set[str]:

@@ -100,6 +100,8 @@ class GenerationMetrics:
 
     def compute(self) -> dict[str, float | None]:
         """
+        Compute all measures from the images that `update` has received.
+
         Returns:
             `dict` with `frechet_distance` (`None` if a set has fewer images than there are features), `kernel_distance`,
             `kernel_distance_std` (over subsets), `precision`, `recall`, `density`, `coverage`, `num_real` and
@@ -164,6 +166,9 @@ def neighbour_measures(real: torch.Tensor, generated: torch.Tensor, num_neighbou
     Args:
         real (`torch.Tensor` of shape `(N, F)`), generated (`torch.Tensor` of shape `(M, F)`): Features.
         num_neighbours (`int`, *optional*, defaults to `5`): k: an image's ball reaches to its k-th nearest neighbour.
+
+    Returns:
+        `dict` with `precision`, `recall`, `density` and `coverage`.
     """
     from prdc import compute_prdc
 

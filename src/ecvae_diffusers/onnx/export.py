@@ -1,7 +1,7 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Writes an [`ECVAEPipeline`] as ONNX files: the work of `ecvae export`.
 
-Each network takes and gives what a user has: latents, and images in 8 bits. So the conversion between 8 bits and [-1, 1] is part of it.
+Inputs and outputs of the networks are latents and 8-bit images. Each network contains the conversion between 8 bits and [-1, 1].
 """
 
 import copy
@@ -43,7 +43,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 def described(dtype: str, *shape: int, **more: Any) -> dict[str, Any]:
-    """Return what `model.json` says of an input or output, `shape` being that of one image."""
+    """Return the entry of `model.json` for an input or output. `shape` is the shape for one image."""
     return {"dtype": dtype, "shape": ["batch_size", *shape], **more}
 
 
@@ -58,13 +58,13 @@ def to_image(sample: torch.Tensor) -> torch.Tensor:
 
 
 def labels_of(config: Any) -> dict[str, dict[str, Any]]:
-    """Return the input of class numbers, for a model with classes. The last number is the unknown class."""
+    """Return the entry of `model.json` for the input `class_labels`. Empty for a model without classes."""
     classes = config.num_class_embeds
     return {} if classes is None else {"class_labels": described("int64", range=[0, classes])}
 
 
 class Network(nn.Module):
-    """A network as it is exported. `forward` takes `inputs` and returns `outputs`, in their order."""
+    """A network for export. `forward` takes the `inputs` and returns the `outputs`, in the order of these dictionaries."""
 
     inputs: dict[str, dict[str, Any]]
     outputs: dict[str, dict[str, Any]]
@@ -140,7 +140,7 @@ def without_spectral_norm(energy_model: EnergyModel) -> EnergyModel:
     for name, module in energy_model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
             weights[f"{name}.weight"] = module.weight.detach()
-    # Without diffusers' own entries, among which are the names of what had its default.
+    # Without private entries of diffusers, such as the list of defaulted arguments.
     config = {name: value for name, value in energy_model.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         folded = type(energy_model).from_config(config | {"spectral_norm": False})
@@ -150,7 +150,7 @@ def without_spectral_norm(energy_model: EnergyModel) -> EnergyModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what torch's exporter says of itself: that there is no torchvision, and that it uses what is deprecated."""
+    """Silence the warnings of torch's exporter about a missing torchvision and about deprecated functions."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -180,18 +180,18 @@ def to_onnx(network: Network) -> onnx.ModelProto:
     except ImportError as error:  # of an onnxscript that is older than torch
         raise ImportError(f"{error}: pip install --upgrade onnxscript") from error
     model = program.model_proto
-    # Among them the lines of code that made each node, with the paths of this machine.
+    # The metadata holds source lines with paths of this machine.
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
-    del graph.value_info[:]  # shapes in between, which a runtime infers
+    del graph.value_info[:]  # intermediate shapes, which a runtime infers
     return model
 
 
 def with_half_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     Return a copy that stores the weights of convolutions in float16. A runtime converts them to float32 once, when it loads the file,
-    and computes in float32: on a device without float16 too, and without rounding in between.
+    and computes in float32. So it runs on devices without float16, and intermediate results are not rounded.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)

@@ -111,7 +111,10 @@ class OnnxECVAEPipeline:
         return session.run(list(outputs), {one.name: value for one, value in zip(session.get_inputs(), inputs)})
 
     def labels(self, class_labels: ClassLabels, count: int) -> list[np.ndarray]:
-        """Return the input of class numbers (B,), int64, that of the unknown class for `None`. Nothing for a model without classes."""
+        """
+        Return the class numbers (B,), int64, as a list of one array, with the unknown class for `None`. Return an empty list for a
+        model without classes.
+        """
         numbers = prepare_labels(class_labels, count, self.config)
         if numbers is None:
             return []
@@ -194,7 +197,7 @@ class OnnxECVAEPipeline:
             latents (`np.ndarray` of shape `(batch_size, latent_channels, 1, 1)`, floating-point):
                 Draws from N(0, I) give new images.
             class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
-                The classes to decode as. `None` is the unknown class, here and below.
+                Classes of the images. `None` is the unknown class.
 
         Returns:
             `np.ndarray` of shape `(batch_size, height, width, channels)`, uint8.
@@ -224,6 +227,8 @@ class OnnxECVAEPipeline:
 
         Args:
             image (`np.ndarray` of shape `(batch_size, height, width, channels)`, uint8): Images of the model's size.
+            class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
+                Classes of the images. `None` is the unknown class.
 
         Returns:
             `np.ndarray` of shape `(batch_size, latent_channels, 1, 1)`, float32.
@@ -236,7 +241,15 @@ class OnnxECVAEPipeline:
 
     def reconstruct(self, image: np.ndarray, class_labels: ClassLabels = None) -> np.ndarray:
         """
-        Encode images and decode them again. Takes and returns arrays of shape `(batch_size, height, width, channels)`, uint8.
+        Encode images and decode them again.
+
+        Args:
+            image (`np.ndarray` of shape `(batch_size, height, width, channels)`, uint8): Images of the model's size.
+            class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
+                Classes of the images. `None` is the unknown class.
+
+        Returns:
+            `np.ndarray` of the shape of `image`, uint8.
 
         Raises:
             ValueError: if `image` does not fit the model.
@@ -254,6 +267,8 @@ class OnnxECVAEPipeline:
                 B images each, or one.
             num_steps (`int`, *optional*, defaults to 8):
                 Number of images from a to b, including the reconstructions of both; at least 2.
+            class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
+                Classes of both images of each pair. `None` is the unknown class.
 
         Returns:
             `np.ndarray` of B * `num_steps` images, pair by pair, uint8.
@@ -280,6 +295,8 @@ class OnnxECVAEPipeline:
 
         Args:
             image (`np.ndarray` of shape `(batch_size, height, width, channels)`, uint8): Images of the model's size.
+            class_labels (`str`, `int`, `None`, a list of these or a `np.ndarray`, *optional*):
+                Classes of the images. `None` is the unknown class.
 
         Returns:
             `np.ndarray` of shape `(batch_size,)`, float32.

@@ -13,7 +13,8 @@ from ..checks import check_number, height_and_width, label_ids, prepare_labels
 from ..energy import compute_energy, energy_and_gradient, frozen
 from ..models.autoencoder_ec import AutoencoderEC
 from ..models.energy_model import EnergyModel
-from ..posterior import PosteriorEnergy, refine
+from ..posterior import PosteriorEnergy
+from ..posterior import refine as refine_latents
 from ..schedulers.scheduling_langevin import LangevinScheduler
 from .editing import EditingMixin
 from .inputs import (
@@ -160,7 +161,18 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
         generator: Generators,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the calibration chain on decoded images in [-1, 1]."""
+        """
+        Run the calibration chain on decoded images, with the energy model frozen.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
+            num_refinement_steps (`int`): Steps of the chain.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As for generation.
+            labels (`torch.Tensor` of shape `(B,)`, *optional*): Class numbers.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `sample`.
+        """
         dtype = sample.dtype
         initial_sample = sample = sample.float()
         # A copy, because the pipeline may share its scheduler with a calibrator that takes another number of steps.
@@ -288,7 +300,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
             sample_posterior (`bool`, *optional*, defaults to `False`):
                 Whether to decode a draw from the posterior instead of its mean.
             num_refinement_steps (`int`, *optional*, defaults to 0):
-                Number of steps that move the latents towards the true posterior,
+                Number of steps on the latents (in generation: on the image). They lead towards the true posterior,
                 -log p(z|x) = |x - G(z)|^2 / (2 s^2) + |z|^2 / 2 + constant. A draw (`sample_posterior`) takes Langevin steps, the
                 mean descends to the most likely latents. Each step takes a forward and a backward pass of the decoder.
             variance (`float`, *optional*, defaults to 0.5):
@@ -322,7 +334,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
                 lambda z: self.vae.decode(z.to(dtype), **classes).sample, images, posterior, variance
             )
             with frozen(self.vae):
-                whitened = refine(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
+                whitened = refine_latents(energy, energy.whiten(latents.float()), steps, sample_posterior, generator)
             latents = energy.unwhiten(whitened).to(dtype)
         return self(latents=latents, output_type=output_type, return_dict=return_dict, class_labels=labels)
 

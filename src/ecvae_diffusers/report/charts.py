@@ -14,7 +14,7 @@ def calibration_charts(run: Run) -> list[Chart]:
     spreads = {"sample_spread": "prior samples", "data_spread": "data"} if len(run.last("sample_spread")) else {}
     return [
         Chart(
-            "dual variable λ", {"dual": "λ"},
+            "dual variable lambda", {"dual": "lambda"},
             "Healthy between its bounds (dashed), not at one of them: then it has found the weight at which the constraint "
             "meets its tolerance. Finding it may take a large part of the run.",
             healthy=bounds, bounds=bounds or (),

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 
-CALIBRATION = ("dual variable λ", "constraint", "drift per pixel", "energy gap")
+CALIBRATION = ("dual variable lambda", "constraint", "drift per pixel", "energy gap")
 # Charts of a run without an energy model.
 LOSSES = (
     "reconstruction",

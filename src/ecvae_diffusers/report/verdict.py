@@ -45,7 +45,7 @@ def findings(run: Run) -> list[Finding]:
         judge_calibration(run),
         judge_finite(run),
         judge_bounds(
-            run, "dual", run.argument("max_dual"), "Dual variable λ",
+            run, "dual", run.argument("max_dual"), "Dual variable lambda",
             "The constraint is met without any weight: use a larger --langevin_drift_step or a smaller --drift_tolerance.",
             "Let the chain move less (a smaller --langevin_drift_step), or allow it to move more (a larger "
             "--drift_tolerance). Lower --energy_learning_rate if the energy gap is wide. Then raise --max_dual.",
@@ -53,10 +53,10 @@ def findings(run: Run) -> list[Finding]:
         judge_posterior_dual(run),
         in_range(
             "Constraint", constraint, CONSTRAINT_RANGE, f"{constraint:.2f} times its tolerance",
-            "The squared distance that the chain moves a sample, relative to what is allowed. λ adapts to bring the two "
+            "The squared distance that the chain moves a sample, relative to what is allowed. Lambda adapts to bring the two "
             "together.",
-            "λ has not caught up, or is at its bound: raise --dual_learning_rate, or lower --energy_learning_rate.",
-            "This is usual while λ is still falling: train longer, or start from a lower --initial_dual. If λ no longer "
+            "Lambda has not caught up, or is at its bound: raise --dual_learning_rate, or lower --energy_learning_rate.",
+            "This is usual while lambda is still falling: train longer, or start from a lower --initial_dual. If lambda no longer "
             "changes, use a larger --langevin_drift_step.",
         ),
         in_range(
@@ -65,7 +65,7 @@ def findings(run: Run) -> list[Finding]:
             "How far the chain moves a pixel, without its noise. Too little teaches the decoder nothing; too much is no "
             "longer a small correction.",
             "The energy model is far ahead of the decoder: lower --energy_learning_rate or --langevin_drift_step.",
-            "Train longer if λ is still falling. Otherwise raise --langevin_drift_step or --energy_learning_rate.",
+            "Train longer if lambda is still falling. Otherwise raise --langevin_drift_step or --energy_learning_rate.",
         ),
         in_range(
             "Energy gap", gap, GAP_RANGE, f"{gap:+.2f} standard deviations of the energies",
@@ -125,7 +125,7 @@ def judge_calibration(run: Run) -> Finding | None:
         "Calibration",
         is_on,
         "on" if is_on else f"calibration is off in {off.mean():.0%} of these steps: this run trains a plain generator",
-        "Calibration is off if the energy model tells samples from data, but λ is 0, or samples receive less than a "
+        "Calibration is off if the energy model tells samples from data, but lambda is 0, or samples receive less than a "
         "hundredth of the gradient that reconstructions receive.",
         "Use a lower --calibration_tolerance or --drift_tolerance, or a larger --langevin_drift_step.",
     )
@@ -147,8 +147,8 @@ def judge_finite(run: Run) -> Finding:
         not broken,
         f"not finite: {', '.join(broken)}" if broken else "all finite",
         "A value that is not finite means that training has broken down.",
-        "Keep --divergence_guard on; lower --learning_rate and --energy_learning_rate; use --max_grad_norm, or bf16 "
-        "instead of fp16.",
+        "Keep --divergence_guard on; lower --learning_rate and --energy_learning_rate; use --max_grad_norm, or "
+        "--mixed_precision bf16 instead of fp16.",
     )
 
 
@@ -167,7 +167,7 @@ def judge_bounds(run: Run, name: str, bound: float, title: str, at_zero: str, at
         title,
         max(top, zero) <= 0.5,
         seen,
-        "λ is the weight of calibration. It adapts between its bounds; at a bound it can't.",
+        "Lambda is the weight of calibration. It adapts between its bounds; at a bound it can't.",
         at_bound if top > 0.5 else at_zero,
     )
 
@@ -178,9 +178,9 @@ def judge_posterior_dual(run: Run) -> Finding | None:
     if run.arguments.get("initial_posterior_dual", bound) == bound and run.median("posterior_dual") > 0.99 * bound:
         return None
     return judge_bounds(
-        run, "posterior_dual", bound, "Posterior's λ",
+        run, "posterior_dual", bound, "Posterior's lambda",
         "The constraint is met without any weight: the encoder needs no calibration.",
-        "A Gaussian with independent latents can't match the posterior and may never meet the constraint. Then λ is a fixed "
+        "A Gaussian with independent latents can't match the posterior and may never meet the constraint. Then lambda is a fixed "
         "weight: set it with --max_posterior_dual.",
     )  # fmt: skip
 
@@ -200,5 +200,5 @@ def judge_events(run: Run) -> Finding:
         seen,
         "The guard returns to a healthy state if a run diverges, and warns of signs of divergence.",
         "Follow the warnings. Against rollbacks, use a lower --energy_learning_rate, --energy_spectral_norm, a higher "
-        "--energy_regularization, --max_grad_norm, or fp32.",
+        "--energy_regularization, --max_grad_norm, or --mixed_precision no.",
     )

@@ -22,7 +22,10 @@ RETIRED: dict[str, tuple[Any, str]] = {
     "adam_epsilon": (1e-8, "it is always 1e-8"),
     "adam_weight_decay": (0.0, "it is always 0"),
     "cache_dir": (None, "set HF_DATASETS_CACHE instead"),
-    "early_stopping_metric": ("frechet_distance", "early stopping uses the Frechet distance"),
+    "early_stopping_metric": (
+        "frechet_distance",
+        "early stopping uses the Frechet distance, or the kernel distance if there are fewer images than features",
+    ),
     "energy_act_fn": ("leaky_relu", "it is always leaky_relu"),
     "energy_adam_beta1": (0.0, "it is always 0"),
     "energy_adam_beta2": (None, "it is 0.99 (0.9 for flows and decoders), and a resumed run keeps its value"),
@@ -56,10 +59,10 @@ EITHER_OR = ("dataset_name", "train_data_dir")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A formatter that shows the default of each argument, except `None`."""
+    """A formatter that shows the default of each argument, except `None` and `[]`."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def auto_or_number(text: str) -> str | float:
@@ -94,7 +97,7 @@ def build_parser(config_class: type[TrainingConfig], prog: str | None) -> argpar
     parser.add_argument(
         "--config",
         type=place,
-        help="YAML file of arguments, as in training/configs. Command-line arguments override it.",
+        help="YAML file of arguments (examples: training/configs in a clone). Command-line arguments override it.",
     )
     for kind in config_class.groups().values():
         group = parser.add_argument_group((kind.__doc__ or "").strip())

@@ -529,10 +529,7 @@ class ECVAEConfig(TrainingConfig):
     data: ClassDataConfig = field(default_factory=ClassDataConfig)
     model: VAEConfig = field(default_factory=VAEConfig)
 
-    description: ClassVar[str] = (
-        "Train an energy-calibrated VAE on images: "
-        "accelerate launch training/train_ecvae.py --train_data_dir my_images --output_dir my_model --resolution 32"
-    )
+    description: ClassVar[str] = "Train an energy-calibrated VAE on images."
 
     def resolved(self) -> Self:
         return super(ECVAEConfig, replace(self, model=self.model.resolved(self.data.resolution))).resolved()
@@ -592,10 +589,9 @@ class ECFlowConfig(TrainingConfig):
     optimizer: FlowOptimizerConfig = field(default_factory=FlowOptimizerConfig)
 
     description: ClassVar[str] = (
-        "Train an energy-calibrated normalizing flow on images. First train on likelihood: accelerate launch training/train_flow.py "
-        "--calibration none --train_data_dir my_images --output_dir plain_flow --resolution 32; then calibrate: accelerate launch "
-        "training/train_flow.py --pretrained_model_name_or_path plain_flow --train_data_dir my_images --output_dir my_flow "
-        "--resolution 32"
+        "Train an energy-calibrated normalizing flow on images. First train on likelihood: ecvae train-flow my_images "
+        "--calibration none --resolution 32 --output_dir plain_flow. Then calibrate: ecvae train-flow my_images "
+        "--pretrained_model_name_or_path plain_flow --resolution 32 --output_dir my_flow"
     )
 
     def resolved(self) -> Self:
@@ -685,10 +681,7 @@ class ECDecoderConfig(TrainingConfig):
     energy: SpectralEnergyConfig = field(default_factory=SpectralEnergyConfig)
     optimizer: DecoderOptimizerConfig = field(default_factory=DecoderOptimizerConfig)
 
-    description: ClassVar[str] = (
-        "Calibrate the decoder of any autoencoder of diffusers on images: accelerate launch training/calibrate_decoder.py "
-        "--pretrained_model_name_or_path my_vae --train_data_dir my_images --output_dir my_sharper_vae --resolution 64"
-    )
+    description: ClassVar[str] = "Calibrate the decoder of an autoencoder of diffusers on images."
     channels_of_model: ClassVar[bool] = True
 
     def resolved(self) -> Self:

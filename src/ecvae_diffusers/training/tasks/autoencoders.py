@@ -33,7 +33,7 @@ CARD = """---
 
 # {title}
 
-{about} It was trained {how}, with `training/calibrate_decoder.py` of ecvae-diffusers, and loads without that package:
+{about} It was trained {how}, with `ecvae calibrate-decoder` of ecvae-diffusers, and loads without that package:
 
 ```python
 from diffusers import {name}
