@@ -231,6 +231,9 @@ def refine(
     return whitened
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 LARGEST_TEMPERATURE = 100.0
 
 
@@ -250,9 +253,6 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 ClassLabels = str | int | list[str | int | None] | torch.Tensor | None
-
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}

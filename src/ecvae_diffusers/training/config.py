@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 
-from ecvae_diffusers.checks import height_and_width
+from ecvae_diffusers.checks import as_sample_size, height_and_width
 from ecvae_diffusers.command import place
 
 
@@ -122,7 +122,7 @@ class DataConfig(Group):
         sides = self.resolution if isinstance(self.resolution, list | tuple) else [self.resolution]
         if len(sides) not in (1, 2):
             refuse("resolution", sides, "one number, or height and width")
-        object.__setattr__(self, "resolution", sides[0] if len(set(sides)) == 1 else list(sides))
+        object.__setattr__(self, "resolution", as_sample_size(sides))
 
     @property
     def decoded_size(self) -> int | list[int]:

@@ -180,7 +180,9 @@ def to_size(image: PIL.Image.Image, resolution: Resolution) -> PIL.Image.Image:
 def to_tensor(image: PIL.Image.Image | np.ndarray, channels: int, resolution: Resolution) -> torch.Tensor:
     """Convert an opened image, or an array (H, W, C), to uint8 (C, H, W), upright, resized and cropped."""
     if isinstance(image, np.ndarray):
-        bands = [np.asarray(to_size(PIL.Image.fromarray(band), resolution)) for band in np.moveaxis(image, -1, 0).copy()]
+        bands = [
+            np.asarray(to_size(PIL.Image.fromarray(band), resolution)) for band in np.moveaxis(image, -1, 0).copy()
+        ]
         return torch.from_numpy(np.stack(bands))
     array = np.array(to_size(read_picture(image, channels), resolution))
     return torch.from_numpy(array).view(*height_and_width(resolution), channels).permute(2, 0, 1)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel
 
 from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers.checks import size_as_text
 from ecvae_diffusers.training.config import ENERGY_CALIBRATIONS, CalibrationConfig, EnergyConfig, TrainingConfig
 
 
@@ -129,7 +130,7 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
     if not isinstance(model, model_class):
         raise ValueError(f"{refused} holds no {model_class.__name__}.")
     if model.config.sample_size != config.data.resolution:
-        found = f"images of {model.config.sample_size} px"
+        found = f"images of {size_as_text(model.config.sample_size)}"
         raise ValueError(f"{refused} is for {found}, but --resolution is {config.data.resolution}.")
     # `from_pretrained` returns networks in evaluation mode.
     for network in (model, companions.get("energy_model")):
