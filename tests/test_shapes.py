@@ -11,7 +11,10 @@ import torch
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline, ECVAERestorationPipeline, EnergyModel, LangevinScheduler
 from ecvae_diffusers.checks import height_and_width
 from ecvae_diffusers.grid import lay_out
+from ecvae_diffusers.onnx import OnnxECVAEPipeline
+from ecvae_diffusers.onnx.export import export_onnx
 from ecvae_diffusers.operators import SuperResolution
+from ecvae_diffusers.page.page import write_page
 
 
 SHAPES = {"24x40 gray": ((24, 40), 1), "48x32 RGB": ((48, 32), 3), "20x20x6": (20, 6)}
@@ -105,6 +108,25 @@ def test_folders_keep_the_shape(pipe, tmp_path):
         loaded(latents=latents, output_type="pt").images, pipe(latents=latents, output_type="pt").images
     )
     assert torch.equal(loaded.score(some_images(pipe)), pipe.score(some_images(pipe)))
+
+
+def test_cards_say_the_shape_and_give_arrays_where_pil_has_none(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    card, (channels, height, width) = (tmp_path / "README.md").read_text(), shape_of(pipe)
+    assert f"{height}x{width} px" in card and ('output_type="np"' in card) == (channels not in (1, 3))
+
+
+def test_onnx_files_have_the_shape(pipe, tmp_path):
+    export_onnx(pipe, tmp_path / "onnx")
+    exported = OnnxECVAEPipeline(tmp_path / "onnx")
+    levels = (some_images(pipe).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    decoded = pipe.reconstruct(levels / np.float32(255), output_type="np").images
+    assert np.abs(exported.reconstruct(levels) / 255 - decoded).max() <= 1.5 / 255
+    np.testing.assert_allclose(exported.score(levels), pipe.score(levels / np.float32(255)).numpy(), atol=1e-4)
+    with pytest.raises(ValueError, match="`image`"):
+        exported.score(levels[:, :, :-1])
+    with pytest.raises(ValueError, match="`pipeline`"):
+        write_page(pipe, tmp_path / "page")
 
 
 def test_squares_are_one_number_in_configs():

@@ -22,6 +22,9 @@ FlowEC = ModelMixin
 LangevinScheduler = SchedulerMixin
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 LARGEST_VALUE = 1e12
 
 
@@ -42,9 +45,6 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 
 
 Generators = torch.Generator | list[torch.Generator] | None
-
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

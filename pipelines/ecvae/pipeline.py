@@ -571,6 +571,9 @@ class EditingMixin:
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 LARGEST_TEMPERATURE = 100.0
 
 
@@ -578,9 +581,6 @@ logger = logging.get_logger(__name__)
 
 
 Generators = torch.Generator | list[torch.Generator] | None
-
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}

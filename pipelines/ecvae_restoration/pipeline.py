@@ -882,6 +882,9 @@ def neural_transport(
     return latents
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 def label_ids(names: list[str], config: Any) -> list[int]:
     """Return the numbers of classes from their names in a model's config. Raises `ValueError` if there is no such class."""
     known = {name: int(number) for number, name in (config.get("id2label") or {}).items()}
@@ -927,9 +930,6 @@ Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
 ClassLabels = str | int | list[str | int | None] | torch.Tensor | None
-
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}

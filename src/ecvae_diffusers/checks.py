@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 
+# PIL's mode of images, by their number of channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Squares of numbers up to this are finite in float32.
 LARGEST_VALUE = 1e12
 # Upper bound of `temperature`: latents have a standard deviation of 1 in training.
@@ -17,6 +19,16 @@ def height_and_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
     """Return the height and width of images from a config's `sample_size`, which is one number for squares."""
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     return height, width
+
+
+def as_sample_size(sides: Sequence[int]) -> int | list[int]:
+    """Return one number, or height and width, as a config's `sample_size`: squares are one number."""
+    return sides[0] if len(set(sides)) == 1 else list(sides)
+
+
+def size_as_text(sample_size: int | Sequence[int]) -> str:
+    """Return a config's `sample_size` in words, such as "32 px" for squares and "24x40 px" for a height of 24 px."""
+    return f"{sample_size} px" if isinstance(sample_size, int) else f"{'x'.join(map(str, sample_size))} px"
 
 
 def check_number(name: str, value: float, low: float, high: float = LARGEST_VALUE, whole: bool = False) -> None:

@@ -7,12 +7,13 @@ import numpy as np
 import PIL.Image
 
 from .atomic import replacing
+from .checks import MODES
 
 
 def displayed(images: np.ndarray) -> np.ndarray:
     """Return the channels (..., C) that pictures show: all of 1, 3 or 4, the first of 2 as gray, and the first three of more as RGB."""
     channels = images.shape[-1]
-    return images if channels in (1, 3, 4) else images[..., : 1 if channels == 2 else 3]
+    return images if channels in MODES else images[..., : 1 if channels == 2 else 3]
 
 
 def lay_out(images: np.ndarray, num_columns: int, scale: int = 1) -> PIL.Image.Image:
@@ -28,7 +29,7 @@ def lay_out(images: np.ndarray, num_columns: int, scale: int = 1) -> PIL.Image.I
     images = displayed(images)
     batch_size, height, width, channels = images.shape
     num_rows = -(-batch_size // num_columns)
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    mode = MODES[channels]
     grid = PIL.Image.new(mode, (num_columns * (width + 1) - 1, num_rows * (height + 1) - 1), "white")
     for i, image in enumerate(images):
         tile = PIL.Image.fromarray(image.squeeze(-1) if channels == 1 else image)

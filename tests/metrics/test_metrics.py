@@ -184,9 +184,20 @@ def test_features_of_any_network():
         torch.testing.assert_close(probe(sent), network(sent.float() / 255))
     clear = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
     torch.testing.assert_close(probe(clear), probe(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)))
-    for wrong, named in ((clear[:, :2], "2 channels"), (clear.float(), "uint8")):
-        with pytest.raises(ValueError, match=named):
-            probe(wrong)
+    with pytest.raises(ValueError, match="uint8"):
+        probe(clear.float())
+    gray = FeatureExtractor(nn.Flatten(), "gray", num_channels=1)
+    with pytest.raises(ValueError, match="2 channels"):
+        gray(clear[:, :2])
+
+
+def test_features_of_more_channels_are_those_of_groups_of_three():
+    """The last group is filled up with its last channel, so that every channel counts."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    probe, sent = FeatureExtractor(network, "conv"), images(4, 3, channels=5)
+    groups = [sent[:, :3], sent[:, [3, 4, 4]]]
+    torch.testing.assert_close(probe(sent), torch.cat([probe(group) for group in groups], dim=1))
+    torch.testing.assert_close(probe(sent[:, :2]), probe(sent[:, [0, 1, 1]]))
 
 
 def test_lite0_features_tell_noise_from_structure():

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ecvae_diffusers.atomic import remove, write_json
+from ecvae_diffusers.checks import as_sample_size
 from ecvae_diffusers.command import ArgumentParser, check_places, named_place, place, printable
 from ecvae_diffusers.commands import number, run_or_fail
 from ecvae_diffusers.evaluation.schema import EVALUATION_FILE
@@ -52,7 +53,11 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     count = number(int, 1)
     parser.add_argument(
-        "--resolution", type=count, help="Size of images in px, if not that of the model or of the files."
+        "--resolution",
+        type=count,
+        nargs="+",
+        metavar="PX",
+        help="Size of images, one number or height and width, if not that of the model or of the files.",
     )
     parser.add_argument("--num_samples", type=count, default=10_000, help="Generated images per seed.")
     parser.add_argument("--num_reference", type=count, default=10_000, help="Training images, drawn at random.")
@@ -72,6 +77,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )  # fmt: skip
     parser.add_argument("--batch_size", type=count, default=50, help="Images per batch.")
     args = parser.parse_args(argv)
+    if args.resolution is not None:
+        if len(args.resolution) > 2:
+            parser.error(f"--resolution must be one number, or height and width, but is {args.resolution}.")
+        args.resolution = as_sample_size(args.resolution)
     if len(set(args.seeds)) != len(args.seeds):
         parser.error(f"--seeds must be different numbers, but are {args.seeds}.")
     names = [source.partition("=")[0] for source in args.out_of_distribution]

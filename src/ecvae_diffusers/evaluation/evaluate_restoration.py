@@ -106,11 +106,11 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     return args
 
 
-def choose_clean(image_dir: str, count: int) -> "CheckedPictures":
+def choose_clean(image_dir: str, count: int, in_channels: int | None = None) -> "CheckedPictures":
     """Choose pictures spread evenly over the folder's names."""
     from ecvae_diffusers.training.data.images import CheckedPictures, open_folder
 
-    pictures = open_folder(image_dir, "image_dir")
+    pictures = open_folder(image_dir, "image_dir", in_channels)
     count = min(count, len(pictures))
     return CheckedPictures(pictures.select([i * len(pictures) // count for i in range(count)]))
 
@@ -187,7 +187,7 @@ def restore_and_measure(args: argparse.Namespace, output_dir: Path) -> None:
     models = {"ours": args.pretrained_model_name_or_path, "baseline": args.baseline}
     pipelines = {method: load(name, args.device) for method, name in models.items() if name is not None}
     config, device = pipelines["ours"].vae.config, pipelines["ours"].device
-    checked = choose_clean(args.image_dir, args.max_images)
+    checked = choose_clean(args.image_dir, args.max_images, config.in_channels)
     if (left_out := checked.left_out()) is not None:
         print(f"Left out of --image_dir {args.image_dir!r}: {left_out}.", file=sys.stderr)
     known = trained_hashes(args.pretrained_model_name_or_path)

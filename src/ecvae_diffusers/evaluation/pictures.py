@@ -7,10 +7,12 @@ import os
 
 import torch
 
+from ecvae_diffusers.checks import as_sample_size, height_and_width
 from ecvae_diffusers.command import PICTURE_FOLDERS
 from ecvae_diffusers.training.data.files import Pictures, find_images
 from ecvae_diffusers.training.data.images import (
     CheckedPictures,
+    Resolution,
     classes_of_column,
     column_of_images,
     decode_pictures,
@@ -33,17 +35,19 @@ def open_source(
     cache_dir: str | None,
     with_classes: bool = False,
     class_column: str | None = None,
+    in_channels: int | None = None,
 ) -> Pictures:
     """
     Open a folder of images, or a split of a data set (Hub id or folder), with its classes if `with_classes`.
 
+    `in_channels` is that of the model, if there is one: arrays and TIFF pages are read for other numbers than pictures have.
     `config_name` and `image_column` belong to `--dataset_name` and are ignored for `--out_of_distribution`. Raises
     `ValueError`, naming `argument`, if the source can't be opened.
     """
     # `--dataset_name` may be a folder with several splits. Listing its images would make each split all of them.
     may_be_either = argument not in ("dataset_name", *PICTURE_FOLDERS) and os.path.isdir(source)
-    if argument in PICTURE_FOLDERS or (may_be_either and find_images(source, argument)):
-        pictures = open_folder(source, argument)
+    if argument in PICTURE_FOLDERS or (may_be_either and find_images(source, argument, in_channels)):
+        pictures = open_folder(source, argument, in_channels)
         return with_classes_of_folders(pictures, source, argument) if with_classes else pictures
     if argument == "out_of_distribution":
         config_name = image_column = None
@@ -52,7 +56,7 @@ def open_source(
         column = find_image_column(dataset.features, source, image_column)
     except ValueError as error:
         raise ValueError(f"--{argument} {source!r} has no single column of images: {error}") from error
-    pictures = column_of_images(dataset, column, source)
+    pictures = column_of_images(dataset, column, source, in_channels)
     if with_classes:
         pictures.labels, pictures.class_names = classes_of_column(dataset, source, class_column)
     return pictures
@@ -68,7 +72,7 @@ def draw(pictures: Pictures, count: int | None, seed: int, progress: bool) -> Ch
 
 
 def decode_all(
-    checked: CheckedPictures, resolution: int, channels: int | None = None, progress: bool = True
+    checked: CheckedPictures, resolution: Resolution, channels: int | None = None, progress: bool = True
 ) -> torch.Tensor:
     """Decode pictures to uint8 images (N, C, H, W). If `channels` is `None`, C is 1 if every image is gray, else 3."""
     return decode_pictures(checked.pictures, channels or checked.channels, resolution, progress)
@@ -87,13 +91,13 @@ class EvaluatedImages:
         training ([`Pictures`]): All training images. `real` is drawn from them.
     """
 
-    def __init__(self, args: argparse.Namespace, shape: tuple[int, int] | None, main_process: bool):
+    def __init__(self, args: argparse.Namespace, shape: tuple[int, Resolution] | None, main_process: bool):
         self.checked: dict[str, CheckedPictures] = {}
 
         def look(name: str, argument: str, source: str, split: str, count: int | None) -> Pictures:
             of_data = (args.dataset_config_name, args.image_column, args.cache_dir)
             classes = (args.features == "classifier" and name in ("real", "test"), args.class_column)
-            opened = open_source(argument, source, split, *of_data, *classes)
+            opened = open_source(argument, source, split, *of_data, *classes, None if shape is None else shape[0])
             self.checked[name] = draw(opened, count, 0, main_process)
             if main_process and (left_out := self.checked[name].left_out()) is not None:
                 logger.warning(f"Left out of --{argument} {source!r}: {left_out}.")
@@ -125,14 +129,14 @@ class EvaluatedImages:
                     f"--generated_image_dir must hold images of one size, but holds {generated.describe_sizes()}: resize "
                     "them by giving --resolution."
                 )
-            resolution = args.resolution or min(next(iter(generated.sizes)))
+            resolution = args.resolution or as_sample_size(next(iter(generated.sizes))[::-1])
             # One set with colour is enough to compare colours: as gray images, samples without colour would look perfect.
             channels = max(one.channels for one in self.checked.values())
         sets = self.checked.items()
         self.decoded = {name: decode_all(one, resolution, channels, main_process) for name, one in sets}
         if shape is not None and "test" in self.decoded:
             noise = torch.Generator().manual_seed(0)
-            size = (min(len(self.decoded["test"]), 1000), channels, resolution, resolution)
+            size = (min(len(self.decoded["test"]), 1000), channels, *height_and_width(resolution))
             self.decoded["outside_noise"] = torch.randint(256, size, generator=noise, dtype=torch.uint8)
 
     def class_names(self, name: str) -> list[str] | None:

@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 import torch.nn as nn
 
+from ecvae_diffusers.checks import as_sample_size, size_as_text
 from ecvae_diffusers.command import name_as_text
 from ecvae_diffusers.evaluation import schema
 from ecvae_diffusers.evaluation.schema import Evaluation, Figures, ImageSet, OverSeeds, Section
@@ -95,7 +96,7 @@ def compare(real: torch.Tensor, generated: torch.Tensor) -> Figures:
 def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[str, PIL.Image.Image]]:
     """Return the content of `evaluation.json`, and the pictures by file name."""
     images, model = work.images.decoded, work.model
-    _, channels, resolution, _ = images["real"].shape
+    _, channels, height, width = images["real"].shape
     data = args.data_name or name_as_text(args.train_data_dir or args.dataset_name)
     train = ImageSet(data=data, split=args.train_split, num_images=len(images["real"]))
     libraries = (*LIBRARIES, *FEATURE_LIBRARIES.get(args.features, ("transformers",)))
@@ -113,8 +114,8 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
             machine=platform.machine(),
             device=work.device.type,
             computed_in="float32",
-            images=f"{resolution} px, {channels} channel(s), 8 bits; larger ones: shorter side resized (bicubic, "
-            "antialiased), center cropped",
+            images=f"{size_as_text(as_sample_size([height, width]))}, {channels} channel(s), 8 bits; larger ones: shorter side "
+            "resized (bicubic, antialiased), center cropped",
             features=work.features.name,
         ),
         generation=schema.Generation(
@@ -153,7 +154,7 @@ def summarize(args: argparse.Namespace, work: Work) -> tuple[Evaluation, dict[st
     if work.classifier is not None:
         evaluation.classes = class_measures(work, work.classifier, real, samples)
     return evaluation, {
-        "samples.png": image_grid(to_range(first), num_columns=8, scale=display_scale(resolution, resolution)),
+        "samples.png": image_grid(to_range(first), num_columns=8, scale=display_scale(height, width)),
         "neighbours.png": neighbours_grid(rows, samples[0][closest], real, images["real"]),
     }
 

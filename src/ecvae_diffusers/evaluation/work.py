@@ -240,7 +240,7 @@ class Work:
         originals = self.in_range(images)
         found = model.reconstruct(originals)
         measures = self.features_of(to_uint8(found))
-        if model.resolution >= LEAST_SIZE_FOR_SSIM:
+        if min(originals.shape[2:]) >= LEAST_SIZE_FOR_SSIM:
             measures |= reconstruction_metrics((found.clamp(-1, 1) + 1) / 2, (originals + 1) / 2)
         return measures
 

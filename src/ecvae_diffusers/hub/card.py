@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..atomic import write_text
+from ..checks import MODES, height_and_width, size_as_text
 from ..evaluation.schema import Evaluation, Figures, ImageSet, OverSeeds, Pairs, read
 from ..figures import DISTANCES, NOISE, is_above_noise
 
@@ -313,7 +314,7 @@ def write_card(
     model = pipeline.flow if is_flow else pipeline.vae
     restores = not is_flow and model.config.reconstruction_variance is not None
     kind = pipeline.saved_class.__name__ if has_energy_model else "Normalizing flow" if is_flow else "VAE"
-    title = details.title if details is not None else f"{kind}, {model.config.sample_size} px"
+    title = details.title if details is not None else f"{kind}, {size_as_text(model.config.sample_size)}"
     means = stated_means(evaluation.generation.measures) if evaluation is not None else {}
     data = ModelCardData(
         library_name="diffusers",
@@ -363,6 +364,8 @@ def write_card(
         figure=figure,
         pipeline_class=pipeline.saved_class.__name__,
         model=model,
+        size="x".join(map(str, height_and_width(model.config.sample_size))),
+        as_arrays="" if model.config.in_channels in MODES else ', output_type="np"',
         num_parameters=sum(p.numel() for p in (model if is_flow else model.decoder).parameters()),
         is_flow=is_flow,
         has_energy_model=has_energy_model,

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..checks import as_sample_size, size_as_text
 from .features import FeatureExtractor
 
 
@@ -17,15 +18,17 @@ NUM_FEATURES, LARGEST_WIDTH = 128, 128
 SHIFT, NOISE = 16, 6.0
 
 
-def build_network(channels: int, size: int) -> nn.Sequential:
-    """Build a convolutional network from images (B, C, S, S) to features (B, 128). S is a power of two, at least 8."""
+def build_network(channels: int, height: int, width: int) -> nn.Sequential:
+    """Build a convolutional network from images (B, C, H, W) to features (B, 128). H and W are at least 8."""
     layers: list[nn.Module] = []
-    for level in range(int(math.log2(size)) - 2):
-        width = min(32 * 2**level, LARGEST_WIDTH)
+    num_levels = int(math.log2(min(height, width))) - 2
+    num_pixels = math.ceil(height / 2**num_levels) * math.ceil(width / 2**num_levels)
+    for level in range(num_levels):
+        wide = min(32 * 2**level, LARGEST_WIDTH)
         for stride in (1, 2):
-            layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, NUM_FEATURES), nn.ReLU())
+            layers += [nn.Conv2d(channels, wide, 3, stride, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
+            channels = wide
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * num_pixels, NUM_FEATURES), nn.ReLU())
 
 
 class ClassifierFeatures(FeatureExtractor):
@@ -34,28 +37,29 @@ class ClassifierFeatures(FeatureExtractor):
     seeds, so machines of the same kind get the same classifier.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, S, S)`, uint8): Training images. S is a power of two, at least 8.
+        images (`torch.Tensor` of shape `(N, C, H, W)`, uint8): Training images. H and W are at least 8.
         labels (`torch.Tensor` of shape `(N,)`): The class of each image, from 0.
         class_names (`list[str]`): The names of the classes.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Raises:
-        ValueError: if there are fewer than two classes, or S is not a power of two of at least 8.
+        ValueError: if there are fewer than two classes, or a side of the images is below 8 px.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, class_names: list[str], progress: bool = True):
-        channels, size = images.shape[1], images.shape[-1]
+        channels, height, width = images.shape[1:]
         if len(class_names) < 2:
             raise ValueError(f"`class_names` must hold at least two names, but is {class_names}.")
-        if size < 8 or size & (size - 1):
-            raise ValueError(f"`images` must have a size that is a power of two, at least 8 px, but have {size} px.")
-        title = f"{NUM_FEATURES} features of a classifier of {len(class_names)} classes at {size} px"
+        if min(height, width) < 8:
+            raise ValueError(f"`images` must have a height and width of at least 8 px, but have {height}x{width} px.")
+        size = size_as_text(as_sample_size([height, width]))
+        title = f"{NUM_FEATURES} features of a classifier of {len(class_names)} classes at {size}"
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = build_network(channels, size)
-            super().__init__(network, title, size, mean=0.5, std=0.5, num_channels=channels)
+            network = build_network(channels, height, width)
+            super().__init__(network, title, mean=0.5, std=0.5, num_channels=channels)
             self.head, self.class_names = nn.Linear(NUM_FEATURES, len(class_names)), class_names
             self.learn(images, labels, progress)
         torch.set_num_threads(threads)
@@ -65,7 +69,7 @@ class ClassifierFeatures(FeatureExtractor):
         self.train().requires_grad_(True)
         optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
-        most = max(1, images.shape[-1] // SHIFT)
+        most = max(1, min(images.shape[2:]) // SHIFT)
         for _ in tqdm(range(NUM_STEPS), desc="Training the classifier", disable=not progress):
             chosen = torch.randint(len(images), (BATCH_SIZE,))
             down, right = torch.randint(-most, most + 1, (2,)).tolist()

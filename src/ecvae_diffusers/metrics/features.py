@@ -30,7 +30,9 @@ class FeatureExtractor(nn.Module):
             a distance depends on it. Images are not resized if not given.
         mean, std (`tuple[float]` or `float`): Images in [0, 255] become (x / 255 - mean) / std.
         num_channels (`int`, *optional*, defaults to `3`): The number of channels: gray images are repeated, and
-            transparent ones are laid on white. `None` leaves the channels as they are.
+            transparent ones are laid on white. If it is 3, images of 2 or more than 4 channels are passed in groups of three,
+            the last one filled up with its last channel, and the features of all groups are joined. `None` leaves the
+            channels as they are.
     """
 
     mean: torch.Tensor
@@ -68,6 +70,10 @@ class FeatureExtractor(nn.Module):
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         if self.num_channels is not None:
+            if self.num_channels == 3 and images.shape[1] not in (1, 3, 4):
+                filling = images[:, -1:].expand(-1, -images.shape[1] % 3, -1, -1)
+                groups = torch.cat([images, filling], dim=1).split(3, dim=1)
+                return torch.cat([self._features(group) for group in groups], dim=1)
             if images.shape[1] == 4 and self.num_channels < 4:
                 opacity = images[:, 3:] / 255
                 images = images[:, :3] * opacity + 255 * (1 - opacity)

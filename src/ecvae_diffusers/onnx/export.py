@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..atomic import is_free, replacing, write_json
+from ..checks import height_and_width
 from ..hub.saving import weights_fingerprint
 from ..models import AutoencoderEC, EnergyModel
 from ..pipelines import ECVAEPipeline
@@ -89,12 +90,12 @@ class Decoder(Network):
     def __init__(self, vae: AutoencoderEC):
         super().__init__()
         self.vae, config = vae, vae.config
-        size, channels = config.sample_size, config.in_channels
+        size, channels = height_and_width(config.sample_size), config.in_channels
         latents = described("float32", config.latent_channels, 1, 1, distribution="N(0, I)")
         self.inputs = {"latents": latents, **labels_of(config)}
         self.outputs = {
-            "image": described("uint8", size, size, channels, range=[0, 255]),
-            "sample": described("float32", channels, size, size, range=[-1, 1]),
+            "image": described("uint8", *size, channels, range=[0, 255]),
+            "sample": described("float32", channels, *size, range=[-1, 1]),
         }
 
     def forward(self, latents: torch.Tensor, class_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
@@ -108,7 +109,7 @@ class Encoder(Network):
     def __init__(self, vae: AutoencoderEC):
         super().__init__()
         self.vae, config = vae, vae.config
-        image = described("uint8", config.sample_size, config.sample_size, config.in_channels, range=[0, 255])
+        image = described("uint8", *height_and_width(config.sample_size), config.in_channels, range=[0, 255])
         self.inputs = {"image": image, **labels_of(config)}
         self.outputs = {name: described("float32", config.latent_channels, 1, 1) for name in ("mean", "std")}
 
@@ -123,7 +124,7 @@ class Energy(Network):
     def __init__(self, energy_model: EnergyModel):
         super().__init__()
         self.energy_model, config = without_spectral_norm(energy_model), energy_model.config
-        image = described("uint8", config.sample_size, config.sample_size, config.in_channels, range=[0, 255])
+        image = described("uint8", *height_and_width(config.sample_size), config.in_channels, range=[0, 255])
         self.inputs = {"image": image, **labels_of(config)}
         self.outputs = {"energy": described("float32")}
 

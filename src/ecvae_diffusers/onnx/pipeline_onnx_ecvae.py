@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import LARGEST_TEMPERATURE, check_choice, check_number, prepare_labels
+from ..checks import LARGEST_TEMPERATURE, check_choice, check_number, height_and_width, prepare_labels
 
 
 try:
@@ -75,7 +75,7 @@ class OnnxECVAEPipeline:
         try:
             self.config: dict[str, Any] = json.loads((Path(folder) / MODEL_FILE).read_text(encoding="utf-8"))
             self.latent_shape = (self.config["latent_channels"], 1, 1)
-            self.image_shape = (self.config["sample_size"], self.config["sample_size"], self.config["channels"])
+            self.image_shape = (*height_and_width(self.config["sample_size"]), self.config["channels"])
             networks = self.config["networks"]
             names = [name for name in NETWORKS if name in networks or name != "energy"]
             shapes = {

@@ -25,6 +25,7 @@ from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from ..atomic import is_free, replacing, to_json, write_text
+from ..checks import size_as_text
 from ..edits import principal_directions
 from ..onnx.export import export_onnx
 from ..onnx.pipeline_onnx_ecvae import MODEL_FILE, NETWORKS, OnnxECVAEPipeline, network_path
@@ -138,7 +139,7 @@ def write_page(
     Write a web page that runs a pipeline's networks in the browser. The folder is complete or absent.
 
     Args:
-        pipeline ([`ECVAEPipeline`]): The model, of gray or RGB images.
+        pipeline ([`ECVAEPipeline`]): The model, of square gray or RGB images.
         output_dir (`str`): Where to write: a new or empty folder.
         images (`np.ndarray` of shape (N, H, W, C), uint8, *optional*):
             Images like the training data, for the directions and energies that the page shows. If not given, samples of the model.
@@ -146,14 +147,16 @@ def write_page(
         card (`ModelCardData`, *optional*): The model card's data, whose title and licence the page shows.
 
     Raises:
-        ValueError: if `output_dir` holds something, the model has images of neither 1 nor 3 channels, or there is no npm.
+        ValueError: if `output_dir` holds something, the model's images are not square or have neither 1 nor 3 channels, or there is no npm.
         RuntimeError: if a network gives other outputs as ONNX than in torch.
         WriteError: if the folder can't be written.
     """
     if not is_free(output_dir):
         raise ValueError(f"`output_dir` must be a new or empty folder, but {str(output_dir)!r} holds something.")
-    if (channels := pipeline.vae.config.in_channels) not in (1, 3):
-        raise ValueError(f"`pipeline` must have images of 1 or 3 channels for a page, but has {channels}.")
+    config = pipeline.vae.config
+    if config.in_channels not in (1, 3) or not isinstance(config.sample_size, int):
+        found = f"{size_as_text(config.sample_size)} and {config.in_channels} channel(s)"
+        raise ValueError(f"`pipeline` must have square images of 1 or 3 channels for a page, but has {found}.")
     if vendor and shutil.which("npm") is None:
         raise ValueError(
             "`vendor` requires npm (of Node.js), which is not installed. Without it, the page loads a CDN."

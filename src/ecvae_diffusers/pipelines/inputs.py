@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..checks import LARGEST_TEMPERATURE, check_choice, check_number, prepare_labels
+from ..checks import LARGEST_TEMPERATURE, MODES, check_choice, check_number, prepare_labels
 
 
 logger = logging.get_logger(__name__)
@@ -22,7 +22,6 @@ Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
 Generators = torch.Generator | list[torch.Generator] | None
 ClassLabels = str | int | list[str | int | None] | torch.Tensor | None
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GRAY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 EXIF_ORIENTATION, TIFF_BITS = 0x0112, 0x0102
 UPRIGHT = {

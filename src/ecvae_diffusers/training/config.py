@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NoReturn, Self, cast
 
-from ecvae_diffusers.checks import height_and_width
+from ecvae_diffusers.checks import as_sample_size, height_and_width
 from ecvae_diffusers.command import place
 
 
@@ -122,7 +122,7 @@ class DataConfig(Group):
         sides = self.resolution if isinstance(self.resolution, list | tuple) else [self.resolution]
         if len(sides) not in (1, 2):
             refuse("resolution", sides, "one number, or height and width")
-        object.__setattr__(self, "resolution", sides[0] if len(set(sides)) == 1 else list(sides))
+        object.__setattr__(self, "resolution", as_sample_size(sides))
 
     @property
     def decoded_size(self) -> int | list[int]:
@@ -168,6 +168,11 @@ class EnergyConfig(Group):
     energy_gradient_penalty: Literal["auto"] | float = option(
         "auto",
         help="Weight of half the squared energy gradient at the data (R1, gamma). 'auto': 0.1 * pixels * channels / 256.",
+        at_least=0,
+    )
+    freeze_energy_blocks: int = option(
+        0,
+        help="Freeze the residual blocks of this many of the energy model's coarsest resolutions. Requires --pretrained_model_name_or_path.",
         at_least=0,
     )
     adaptive_augmentation: bool = option(
@@ -411,6 +416,10 @@ class TrainingConfig:
         for name, channels in (("block_out_channels", of_model), ("energy_block_out_channels", widths)):
             if channels is not None and not (1 <= len(channels) <= most and min(channels) >= 1):
                 refuse(name, channels, f"1 to {most} positive numbers at --resolution {data.resolution}")
+        if energy.freeze_energy_blocks > 0 and getattr(self.model, "pretrained_model_name_or_path", None) is None:
+            raise ConfigError(
+                f"--freeze_energy_blocks {energy.freeze_energy_blocks} requires --pretrained_model_name_or_path."
+            )
         if energy.energy_num_scales > len(widths):
             refuse("energy_num_scales", energy.energy_num_scales, f"at most the number of resolutions ({len(widths)})")
         if data.image_size is not None and data.image_size < min(sides):
@@ -467,7 +476,8 @@ class VAEConfig(Group):
         "both, or neither ('none', a plain VAE).",
     )
     pretrained_model_name_or_path: str | None = option(
-        help="Start from the weights and architecture of this pipeline or AutoencoderEC (folder or Hub id).",
+        help="Start from the weights and architecture of this pipeline or AutoencoderEC (folder or Hub id). For another --resolution, blocks "
+        "are added or dropped at the fine end.",
         read=place,
     )
     freeze_decoder: bool = option(

@@ -59,6 +59,7 @@ from ecvae_diffusers.training.run.log import (
 from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer
 from ecvae_diffusers.training.tasks.base import Task
 from ecvae_diffusers.training.tasks.networks import Trained, build_calibrator, moving_average
+from ecvae_diffusers.training.tasks.resizing import freeze_coarse_blocks
 
 
 logger = get_logger(__name__)
@@ -106,6 +107,7 @@ class Trainer:
         betas = (optimizer.adam_beta1, optimizer.adam_beta2)
         self.generator = self.prepare(task.generator, optimizer.learning_rate, betas)
         if task.energy_model is not None:
+            freeze_coarse_blocks(task.energy_model, config.energy.freeze_energy_blocks)
             betas = (0.0, optimizer.energy_adam_beta2)
             self.energy = self.prepare(task.energy_model, optimizer.energy_learning_rate, betas)
             self.calibrator = build_calibrator(config.calibration, config.energy, task.energy_model)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from ecvae_diffusers.pipelines.inputs import MODES, read_picture
+from ecvae_diffusers.checks import MODES
+from ecvae_diffusers.pipelines.inputs import read_picture
 
 
 ARRAY = ".npy"

@@ -14,8 +14,10 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel
 
-from ecvae_diffusers import EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers import AutoencoderEC, EnergyCalibrator, EnergyModel, LangevinScheduler
+from ecvae_diffusers.checks import size_as_text
 from ecvae_diffusers.training.config import ENERGY_CALIBRATIONS, CalibrationConfig, EnergyConfig, TrainingConfig
+from ecvae_diffusers.training.tasks.resizing import resize
 
 
 # A generator (or `None`), and the `energy_model` and `scheduler` of its saved pipeline, if any.
@@ -47,7 +49,8 @@ def build_models(
     config: TrainingConfig, feed, build: Callable[[], torch.nn.Module], pretrained: Pretrained
 ) -> tuple[Any, EnergyModel | None]:
     """
-    Return the generator and, if it is calibrated with one, the energy model. Networks that `pretrained` does not hold are new.
+    Return the generator and, if it is calibrated with one, the energy model. Networks that `pretrained` does not hold are new, and
+    those of another resolution are resized.
 
     Args:
         config ([`TrainingConfig`]): The configuration of the run.
@@ -65,6 +68,10 @@ def build_models(
             f"--pretrained_model_name_or_path {config.model.pretrained_model_name_or_path!r} is for images with "
             f"{generator.config.in_channels} channel(s), but the data has {in_channels}: see --in_channels."
         )
+    if generator is not None and generator.config.sample_size != config.data.resolution:
+        generator = resize(generator, config.data.resolution)
+        if (energy_model := companions.get("energy_model")) is not None:
+            companions = companions | {"energy_model": resize(energy_model, config.data.resolution)}
     generator = build() if generator is None else generator
     if config.model.calibration not in ENERGY_CALIBRATIONS:
         return generator, None
@@ -105,7 +112,7 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
     `model_class`, or a saved `model_class` alone.
 
     Raises:
-        ValueError: if it can't be loaded, or holds no such model, or one for another resolution.
+        ValueError: if it can't be loaded, or holds no such model, or one for another resolution that can't be resized.
     """
     name_or_path = config.model.pretrained_model_name_or_path
     companions: dict[str, Any] = {}
@@ -128,8 +135,9 @@ def load_pretrained(config: TrainingConfig, component: str, model_class: Any) ->
         raise ValueError(f"{refused} can't be loaded: {error}") from error
     if not isinstance(model, model_class):
         raise ValueError(f"{refused} holds no {model_class.__name__}.")
-    if model.config.sample_size != config.data.resolution:
-        found = f"images of {model.config.sample_size} px"
+    is_resized = isinstance(model, AutoencoderEC) and not getattr(config.model, "freeze_decoder", False)
+    if model.config.sample_size != config.data.resolution and not is_resized:
+        found = f"images of {size_as_text(model.config.sample_size)}"
         raise ValueError(f"{refused} is for {found}, but --resolution is {config.data.resolution}.")
     # `from_pretrained` returns networks in evaluation mode.
     for network in (model, companions.get("energy_model")):
