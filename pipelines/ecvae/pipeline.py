@@ -21,6 +21,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -285,6 +286,242 @@ def refine(
 refine_latents = refine
 
 
+HIGHEST_FREQUENCY = math.sqrt(0.5)
+
+
+def bands_around(height: int, width: int, num_bands: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the band below each frequency of `torch.fft.rfft2`, and the weight of the band above, both (H, W // 2 + 1)."""
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64)
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64)
+    radius = torch.hypot(vertical[:, None], horizontal[None])  # cycles per pixel
+    place = radius / HIGHEST_FREQUENCY * (num_bands - 1)
+    below = place.floor().long().clamp(max=max(num_bands - 2, 0))
+    return below, (place - below).clamp(0, 1)
+
+
+def multiplicity(height: int, width: int) -> torch.Tensor:
+    """Return how many frequencies of `fft2` each of `rfft2` stands for: 1 in columns that mirror themselves, 2 elsewhere."""
+    count = torch.full((width // 2 + 1,), 2.0, dtype=torch.float64)
+    count[0] = 1
+    count[width - width // 2 :] = 1  # a column that only an even width has
+    return count.expand(height, -1)
+
+
+def mean_over_frequencies(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the mean over all frequencies of values given at the frequencies of `rfft2`."""
+    count = multiplicity(values.shape[0], width)
+    return (values * count).sum() / count.sum()
+
+
+def at_frequencies(spectrum: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Interpolate S from its bands to the frequencies of `rfft2`, (H, W // 2 + 1)."""
+    if len(spectrum) == 1:
+        return spectrum.expand(height, width // 2 + 1)
+    below, above = bands_around(height, width, len(spectrum))
+    return (1 - above) * spectrum[below] + above * spectrum[below + 1]
+
+
+NUM_REFINEMENTS = 3
+
+
+OUTLIER_SCALE = 16.0  # c
+
+
+ENERGY_WEIGHT = 0.25
+
+
+WINDOW = 3
+
+
+UNMEASURED = {"quantiles": [0.0], "scale": 1.0}
+
+
+def local_mean(values: torch.Tensor) -> torch.Tensor:
+    """Apply B to values (B, C, H, W): the mean over channels and 3 x 3 pixels, (B, 1, H, W)."""
+    margin = (WINDOW // 2,) * 4
+    return F.avg_pool2d(F.pad(values.mean(1, keepdim=True), margin, mode="replicate"), WINDOW, stride=1)
+
+
+def robust_reconstruction(
+    reconstruct: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, variance: float
+) -> torch.Tensor:
+    """
+    Return y, the reconstruction that ignores what the model cannot explain.
+
+    Args:
+        reconstruct (`Callable`): Encodes and decodes images.
+        images (`torch.Tensor` of shape `(B, C, H, W)`): x, in [-1, 1].
+        variance (`float`): v, above 0.
+    """
+    found = reconstruct(images)
+    for _ in range(NUM_REFINEMENTS):
+        residual = images - found
+        weight = 1 / (1 + local_mean(residual.square()) / (OUTLIER_SCALE * variance))
+        found = reconstruct(found + weight * residual)
+    return found
+
+
+def spectral_error(residual: torch.Tensor, variance: float, spectrum: list[float] | None) -> torch.Tensor:
+    """Return the error of residuals (B, C, H, W) in units of the error spectrum, (B,). It is near 1 for normal images."""
+    height, width = residual.shape[-2:]
+    power = torch.fft.rfft2(residual.float(), norm="ortho").abs().square().mean(1)
+    expected = torch.ones(height, width // 2 + 1, dtype=torch.float64)
+    if spectrum is not None:
+        expected = at_frequencies(torch.tensor(spectrum, dtype=torch.float64), height, width)
+        expected = (1 + expected / mean_over_frequencies(expected, width)) / 2
+    weights = multiplicity(height, width) / expected
+    return (power * weights.to(power)).sum((1, 2)) / (height * width * variance)
+
+
+def bits(values: torch.Tensor, tail: dict[str, Any]) -> torch.Tensor:
+    """Return -log2 of the share of normal values that are at least as large, at least 0, in the shape of `values`, float32."""
+    quantiles = torch.tensor(tail["quantiles"], device=values.device, dtype=torch.float32)
+    last, values = len(quantiles) - 1, values.float().contiguous()
+    beyond = last + (values - quantiles[-1]).clamp(min=0) / (tail["scale"] * math.log(2))
+    if last == 0:
+        return beyond
+    level = torch.searchsorted(quantiles, values, right=True).clamp(1, last)
+    low, high = quantiles[level - 1], quantiles[level]
+    between = level - 1 + ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return torch.where(values >= quantiles[-1], beyond, between)
+
+
+def combine(
+    residual: torch.Tensor, energy: torch.Tensor | None, tails: dict[str, Any] | None, names: tuple[str, str]
+) -> torch.Tensor:
+    """Return t_residual + t_energy / 4 in bits, from the parts `names` of the measured `tails`, or t_residual if there are none."""
+    if tails is None:
+        return bits(residual, UNMEASURED)
+    combined = bits(residual, tails[names[0]])
+    return combined if energy is None else combined + ENERGY_WEIGHT * bits(energy, tails[names[1]])
+
+
+Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
+
+
+ClassLabels = str | int | list[str | int | None] | torch.Tensor | None
+
+
+def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
+    """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
+    labels = prepare_labels(class_labels, count, pipeline.vae.config)
+    if labels is None:
+        return None
+    unknown = pipeline.vae.config.num_class_embeds
+    numbers = [unknown if label is None else label for label in labels]
+    return torch.tensor(numbers, device=pipeline._execution_device)
+
+
+DETECTED_AT_A_TIME = 256
+
+
+@dataclass
+class AnomalyOutput(BaseOutput):
+    """
+    Output of `ECVAEPipeline.anomaly`, in bits: n bits mean that a share of 2^-n of normal images, or pixels, is as unusual.
+
+    Args:
+        score (`torch.Tensor` of shape `(B,)`): How unusual each image is.
+        map (`torch.Tensor` of shape `(B, H, W)`): How unusual each pixel is.
+        threshold (`float`, *optional*):
+            Images with a higher score are anomalous. `None` if none was measured (`ecvae calibrate-threshold`).
+    """
+
+    score: torch.Tensor
+    map: torch.Tensor
+    threshold: float | None = None
+
+    @property
+    def is_anomalous(self) -> torch.Tensor:
+        """Which images are anomalous, bool (B,). Raises `ValueError` if the model has no threshold."""
+        if self.threshold is None:
+            raise ValueError(
+                "`is_anomalous` requires a threshold, but the model has none: run `ecvae calibrate-threshold`."
+            )
+        return self.score > self.threshold
+
+
+class DetectionMixin:
+    """Mixin for a pipeline with an autoencoder `vae` and, optionally, an `energy_model`."""
+
+    vae: Any
+    energy_model: Any
+    config: Any
+    maybe_free_model_hooks: Any
+    prepare_image: Any
+
+    @torch.no_grad()
+    def anomaly(self, image: Images, class_labels: ClassLabels = None) -> AnomalyOutput:
+        """
+        Return how far images lie from what the model can explain (`anomaly.py` has the equations).
+
+        The unit is bits among normal images, which `ecvae calibrate-threshold` measures and stores in the pipeline's config. Without
+        this measurement, score and map hold the error of the reconstruction alone, in the model's own unit.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
+                B images of the model's size, as for `encode`.
+            class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
+                The images' classes, as for `encode`.
+
+        Examples:
+            ```py
+            >>> from PIL import Image
+            >>> from ecvae_diffusers import ECVAEPipeline
+
+            >>> pipe = ECVAEPipeline.from_pretrained("path/or/hub-id")  # doctest: +SKIP
+            >>> found = pipe.anomaly(Image.open("part.png"))  # doctest: +SKIP
+            >>> found.is_anomalous, found.map.argmax()  # doctest: +SKIP
+            ```
+
+        Returns:
+            [`AnomalyOutput`]
+
+        Raises:
+            ValueError: if an image does not fit the model, or the model has no `reconstruction_variance`.
+        """
+        measured, parts = self.config.get("anomaly_threshold"), self.anomaly_parts(image, class_labels)
+        tails = None if measured is None else measured["tails"]
+        return AnomalyOutput(
+            score=combine(parts["residual"], parts.get("energy"), tails, ("residual", "energy")),
+            map=combine(parts["pixel_residual"], parts.get("pixel_energy"), tails, ("pixel_residual", "pixel_energy")),
+            threshold=None if measured is None else measured["threshold"],
+        )
+
+    @torch.no_grad()
+    def anomaly_parts(self, image: Images, class_labels: ClassLabels = None) -> dict[str, torch.Tensor]:
+        """
+        Return the parts of scores, `residual` and `energy` (B,), and of maps, `pixel_residual` and `pixel_energy` (B, H, W), in their
+        own units. Without an energy model, there are only the residuals.
+        """
+        variance, spectrum = (self.vae.config.get(f"reconstruction_{name}") for name in ("variance", "spectrum"))
+        if not variance:
+            raise ValueError(f"`anomaly` requires a `reconstruction_variance` above 0, but the model's is {variance}.")
+        images = self.prepare_image(image)
+        labels = known_labels(self, class_labels, len(images))
+        found = []
+        for start in range(0, len(images), DETECTED_AT_A_TIME):
+            batch, own = images[start : start + DETECTED_AT_A_TIME], None
+            if labels is not None:
+                own = labels[start : start + DETECTED_AT_A_TIME]
+            classes = {} if own is None else {"class_labels": own}
+
+            def reconstruct(some: torch.Tensor, classes: dict = classes) -> torch.Tensor:
+                latents = self.vae.encode(some, **classes).latent_dist.mode()
+                return self.vae.decode(latents, **classes).sample
+
+            residual = batch - robust_reconstruction(reconstruct, batch, variance)
+            parts = {"residual": spectral_error(residual, variance, spectrum)}
+            parts["pixel_residual"] = local_mean(residual.square())[:, 0] / variance
+            if self.energy_model is not None:
+                with frozen(self.energy_model):
+                    parts["energy"], gradient = energy_and_gradient(self.energy_model, batch.float(), own)
+                parts["pixel_energy"] = local_mean(gradient.square())[:, 0]
+            found.append(parts)
+        self.maybe_free_model_hooks()
+        return {name: torch.cat([parts[name].float() for parts in found]) for name in found[0]}
+
+
 def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raise `ValueError` if an argument is none of `choices`."""
     if value not in choices:
@@ -340,25 +577,9 @@ def principal_directions(latents: np.ndarray, count: int) -> tuple[np.ndarray, n
     return mean, directions[:count] * values[:count, None] / len(latents) ** 0.5
 
 
-Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
-
-
-ClassLabels = str | int | list[str | int | None] | torch.Tensor | None
-
-
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
-
-
-def known_labels(pipeline: Any, class_labels: ClassLabels, count: int) -> torch.Tensor | None:
-    """Return class numbers (B,), with the unknown class where none is given. Return `None` for a model without classes."""
-    labels = prepare_labels(class_labels, count, pipeline.vae.config)
-    if labels is None:
-        return None
-    unknown = pipeline.vae.config.num_class_embeds
-    numbers = [unknown if label is None else label for label in labels]
-    return torch.tensor(numbers, device=pipeline._execution_device)
 
 
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
@@ -888,7 +1109,7 @@ class SelfContained:
 CPU_PART_BYTES = 8 * 2**20
 
 
-class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
+class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeline):
     r"""
     Pipeline for image generation with an energy-calibrated VAE, optionally conditional on classes: one decoder pass per image.
 
@@ -901,6 +1122,8 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
             The energy model that calibrated the VAE. Only `score`, `oversample` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
             The chain of the calibration. Only `num_refinement_steps` requires it.
+        anomaly_threshold (`dict`, *optional*):
+            What is normal for the model, measured by `ecvae calibrate-threshold`. Only `anomaly` uses it.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -913,8 +1136,12 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
         vae: AutoencoderEC,
         energy_model: EnergyModel | None = None,
         scheduler: LangevinScheduler | None = None,
+        anomaly_threshold: dict[str, Any] | None = None,
     ):
         super().__init__()
+        # Only if it is there, so that folders of models without it stay as they are.
+        if anomaly_threshold is not None:
+            self.register_to_config(anomaly_threshold=anomaly_threshold)
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 

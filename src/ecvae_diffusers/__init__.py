@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .public import (
+        AnomalyOutput,
         AutoencoderEC,
         AutoencoderECOutput,
         CalibrationOutput,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnomalyOutput",
     "AutoencoderEC",
     "AutoencoderECOutput",
     "CalibrationOutput",

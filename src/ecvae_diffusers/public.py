@@ -7,6 +7,7 @@ from .calibration import CalibrationOutput, EnergyCalibrator, EnergyLossOutput
 from .hub.registration import register
 from .models import AutoencoderEC, AutoencoderECOutput, EnergyModel, EnergyModelOutput, FlowEC, FlowECOutput
 from .pipelines import (
+    AnomalyOutput,
     DirectionOutput,
     ECFlowPipeline,
     ECVAEAutoBlocks,

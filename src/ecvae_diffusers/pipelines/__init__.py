@@ -1,3 +1,4 @@
+from .detection import AnomalyOutput
 from .editing import DirectionOutput
 from .modular_blocks_ecvae import ECVAEAutoBlocks, ECVAEBlocks, ECVAERestorationBlocks
 from .pipeline_ecflow import ECFlowPipeline

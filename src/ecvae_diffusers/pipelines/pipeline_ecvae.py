@@ -4,6 +4,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -16,6 +17,7 @@ from ..models.energy_model import EnergyModel
 from ..posterior import PosteriorEnergy
 from ..posterior import refine as refine_latents
 from ..schedulers.scheduling_langevin import LangevinScheduler
+from .detection import DetectionMixin
 from .editing import EditingMixin
 from .inputs import (
     ClassLabels,
@@ -39,7 +41,7 @@ from .self_contained import SelfContained
 CPU_PART_BYTES = 8 * 2**20
 
 
-class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
+class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeline):
     r"""
     Pipeline for image generation with an energy-calibrated VAE, optionally conditional on classes: one decoder pass per image.
 
@@ -52,6 +54,8 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
             The energy model that calibrated the VAE. Only `score`, `oversample` and `num_refinement_steps` require it.
         scheduler ([`LangevinScheduler`], *optional*):
             The chain of the calibration. Only `num_refinement_steps` requires it.
+        anomaly_threshold (`dict`, *optional*):
+            What is normal for the model, measured by `ecvae calibrate-threshold`. Only `anomaly` uses it.
     """
 
     model_cpu_offload_seq = "vae->energy_model"
@@ -64,8 +68,12 @@ class ECVAEPipeline(SelfContained, EditingMixin, DiffusionPipeline):
         vae: AutoencoderEC,
         energy_model: EnergyModel | None = None,
         scheduler: LangevinScheduler | None = None,
+        anomaly_threshold: dict[str, Any] | None = None,
     ):
         super().__init__()
+        # Only if it is there, so that folders of models without it stay as they are.
+        if anomaly_threshold is not None:
+            self.register_to_config(anomaly_threshold=anomaly_threshold)
         self.register_modules(vae=vae, energy_model=energy_model, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
