@@ -121,7 +121,7 @@ def main() -> None:
         columns = ["requests", "lost", "not that of the seed", "server, images/s", "torch, images/s", "server / torch"]
         columns += ["CPU ms per image, server", "CPU ms per image, torch"]
         print(table(columns, [cells]), flush=True)
-        columns = ["what", "calls", "MiB after a tenth of them", "MiB after all"]
+        columns = ["what", "calls", "MiB after first calls", "MiB after all"]
         print(table(columns, [memory, call(onnx, args.calls)]))
 
 
