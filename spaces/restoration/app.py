@@ -88,10 +88,15 @@ def build(pipeline: ECVAERestorationPipeline, name: str) -> Any:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
         finally:
             served.clear()
-        captions = [f"residual {residual:.2g}" for residual in output.residual_output.tolist()]
+        found = [
+            (image, f"residual {residual:.2g}") for image, residual in zip(output.images, output.residual_output.tolist())
+        ]
+        if output.energy is not None:  # those that are most like the training pictures come first
+            order = output.energy.argsort().tolist()
+            found = [(found[i][0], f"{found[i][1]}, energy {output.energy[i]:.3g}") for i in order]
         mean = f"mean, residual {output.residual_mean.item():.2g}"
         summary = [(output.mean[0], mean), (uncertainty_map(output.std[0]), "uncertainty")]
-        return list(zip(output.images, captions)), summary
+        return found, summary
 
     def stop(request: gr.Request) -> None:
         if request.session_hash in served:
@@ -137,7 +142,8 @@ def build(pipeline: ECVAERestorationPipeline, name: str) -> Any:
                 found = gr.Gallery(label="Answers", elem_id="answers", **shown)
                 summary = gr.Gallery(label="Mean and uncertainty", elem_id="summary", **shown)
                 gr.Markdown(
-                    "The residual is the relative distance to what is left of the picture. The uncertainty is the standard "
+                    "The residual is the relative distance to what is left of the picture. Answers of low energy, which come first, are "
+                    "most like the training pictures. The uncertainty is the standard "
                     f"deviation per pixel, for images in [0, 1]: black is 0, white {WHITE_STD} or more."
                 )
         task.change(lambda task: gr.Number(visible=REQUIRED.get(task) == "blur_std"), task, blur_std)

@@ -92,6 +92,17 @@ def test_a_person_uses_all_of_it(page, pipe, data, tmp_path):
             walls.append(latents)
         assert abs(walls[0].mean()) < 0.2 and abs(walls[0].std() - 1) < 0.1 and (walls[0] != walls[1]).all()
 
+        # Ranked, the same samples come by their energies.
+        browser.wait("document.querySelector('#status').textContent.startsWith('Ready')")
+        browser.press("r")
+        browser.wait("ecvae.state.wall[0].energy !== undefined")
+        ranked = latents_of(browser, "ecvae.state.wall.flatMap(one => Array.from(one.latents))", 24)
+        energies = browser.evaluate("ecvae.state.wall.map(one => one.energy)")
+        assert energies == sorted(energies)
+        assert sorted(ranked[:, 0].flatten().tolist()) == sorted(walls[1][:, 0].flatten().tolist())
+        assert energies == pytest.approx(pipe.score(levels(pipe, ranked) / 255).tolist(), abs=5e-3)
+        walls[1] = ranked
+
         # The map, by mouse and keys: directions 1 and 2 go where the pointer is, the others stay.
         browser.click("#wall button:nth-child(5)")
         start, _ = explored(browser)
