@@ -2,6 +2,7 @@
 """Read a [`TrainingConfig`] from flags, a YAML file and the arguments of a resumed run."""
 
 import argparse
+import itertools
 import os
 import sys
 from dataclasses import fields
@@ -145,6 +146,19 @@ def yaml_arguments(parser: argparse.ArgumentParser, path: str, argv: list[str]) 
     return arguments
 
 
+def resolution_last(argv: list[str]) -> list[str]:
+    """Move each `--resolution` and its numbers to the end, so that it does not take data that follow it as a third number."""
+    kept, moved = [], []
+    while argv:
+        count = 0
+        if argv[0] == "--resolution":
+            count = 1 + sum(1 for _ in itertools.takewhile(str.isdigit, argv[1:]))
+        moved += argv[:count]
+        kept += argv[count : count + (count == 0)]
+        argv = argv[max(count, 1) :]
+    return kept + moved
+
+
 def named_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """Return the argument that `data` is short for: `train_data_dir`, or `dataset_name` for data files and Hub ids."""
     for name in EITHER_OR:
@@ -161,7 +175,7 @@ def named_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str
 def read_config(config_class: type[Config], argv: list[str] | None = None, prog: str | None = None) -> Config:
     """Read and check a script's configuration. Exit with one line that names the argument, its value and what is allowed."""
     parser = build_parser(config_class, prog)
-    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    argv = resolution_last(sys.argv[1:] if argv is None else list(map(str, argv)))
     args = parser.parse_args(argv)
     if args.data is not None:
         argv = [*argv, f"--{named_data(parser, args)}={args.data}"]
