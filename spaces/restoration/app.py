@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import metadata_load
 
 from ecvae_diffusers import ECVAERestorationPipeline
-from ecvae_diffusers.checks import height_and_width
+from ecvae_diffusers.checks import MODES, height_and_width
 from ecvae_diffusers.command import ArgumentParser, name_as_text, place
 from ecvae_diffusers.commands import load_pipeline, read_label, run_or_fail
 from ecvae_diffusers.commands.restore import REQUIRED, TASKS, WHITE_STD, check_required, measurement, uncertainty_map
@@ -52,6 +52,8 @@ def build(pipeline: ECVAERestorationPipeline, name: str) -> Any:
     import gradio as gr
 
     config = pipeline.vae.config
+    if config.in_channels not in MODES:
+        raise ValueError(f"model must have images of 1, 3 or 4 channels, but {name!r} has {config.in_channels}.")
     height, width = height_and_width(config.sample_size)
     kind = "gray" if config.in_channels == 1 else "colour"
     classes = list((config.id2label or {}).values()) or list(map(str, range(config.num_class_embeds or 0)))

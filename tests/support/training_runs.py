@@ -115,6 +115,34 @@ def succeed(*arguments, **kwargs) -> subprocess.CompletedProcess:
     return result
 
 
+# Runs the script that it is given, and sends a signal to its process a moment after its first new checkpoint, or in the middle of
+# the save after that.
+KILLING = """
+import os, random, runpy, sys, threading, time
+from pathlib import Path
+
+_, number, seed, folder, script = sys.argv[:5]
+folder, rng = Path(folder), random.Random(int(seed))
+
+def newest() -> int:
+    # From the names alone: the run deletes old ones meanwhile.
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
+
+def kill() -> None:
+    first = newest()
+    while newest() == first:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.2))
+    while int(seed) % 2 and not any(folder.glob(".checkpoint-*")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), int(number))
+
+threading.Thread(target=kill, daemon=True).start()
+sys.argv = sys.argv[4:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
 # Iterations are counted as they are run: the fault is over when it has been lived through. It is on the last rank alone:
 # the others get it with the averaged gradient, and all must decide the same.
 FAULTY = """

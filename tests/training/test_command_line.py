@@ -120,3 +120,18 @@ def test_defaults_without_a_run_to_resume(run, change):
     else:
         (run / "checkpoint-5").rmdir()
     assert parse_args([*RESUMED, str(run)]).calibration.drift_tolerance is None
+
+
+@pytest.mark.parametrize(
+    "arguments, resolution",
+    [
+        ("my_images --resolution 24 40 --output_dir out", [24, 40]),
+        ("--resolution 24 40 my_images --output_dir out", [24, 40]),
+        ("--resolution 16 my_images --output_dir out", 16),
+        ("--resolution=16 my_images --output_dir out", 16),
+        ("--resolution 64 --output_dir out --resolution 24 40 my_images", [24, 40]),
+    ],
+)
+def test_a_resolution_takes_its_numbers_and_not_the_data(arguments, resolution):
+    data = parse_args(arguments.split()).data
+    assert data.resolution == resolution and "my_images" in (data.train_data_dir, data.dataset_name)

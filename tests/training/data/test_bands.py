@@ -72,6 +72,12 @@ def test_a_folder_of_arrays_tells_the_number_of_channels(tmp_path):
     assert hashes[1] == hashes[2] != hashes[0] and hashes_of(dataset.pictures) == hashes
 
 
+def test_arrays_of_other_channels_are_named(tmp_path):
+    np.save(tmp_path / "0.npy", bands())
+    with pytest.raises(ValueError, match="--train_data_dir"):
+        load_images(DataConfig(train_data_dir=str(tmp_path), in_channels=3))
+
+
 def test_pictures_come_before_arrays_unless_channels_are_asked_for(tmp_path):
     PIL.Image.fromarray(bands(3)).save(tmp_path / "picture.png")
     np.save(tmp_path / "array.npy", bands())

@@ -47,11 +47,17 @@ def load_images(data: DataConfig) -> Pictures:
 
 
 def open_folder(folder: str, argument: str, in_channels: int | None = None) -> Pictures:
-    """Open the images of a folder, undecoded. Raises `ValueError`, which names the flag `argument`, if it holds none."""
+    """
+    Open the images of a folder, undecoded. Raises `ValueError`, which names the flag `argument`, if it holds none, or arrays of another
+    number of channels.
+    """
     pictures = find_images(folder, argument, in_channels)
     if not len(pictures):
         why = f" (left out: {'; '.join(pictures.left_out)})" if pictures.left_out else ""
         raise ValueError(f"--{argument} must hold images, but {folder!r} holds none{why}.")
+    if pictures.bands is not None and in_channels not in (None, pictures.bands):
+        found = f"{folder!r} holds arrays of {pictures.bands}"
+        raise ValueError(f"--{argument} must hold images of {in_channels} channel(s), but {found}.")
     return pictures
 
 
