@@ -53,7 +53,7 @@ def test_help_answers_without_torch():
 import sys
 from ecvae_diffusers.cli import main
 main([])
-for name in ("sample", "restore", "evaluate", "report", "export", "page", "publish"):
+for name in ("sample", "restore", "calibrate-threshold", "evaluate", "report", "export", "page", "publish"):
     try:
         main([name, "--help"])
     except SystemExit:

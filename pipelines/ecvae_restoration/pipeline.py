@@ -1319,6 +1319,8 @@ class SelfContained:
 
 logger = logging.get_logger(__name__)
 
+# Entries of a generation pipeline's index.
+GENERATION_ONLY = ("scheduler", "anomaly_threshold")
 # Standard deviation of rounding to 8 bits, for values in [-1, 1].
 ROUNDING_STD = 2 / (255 * math.sqrt(12))
 # Spread of the initial latents around the encoding of A^+ y, in standard deviations of the prior.
@@ -1396,14 +1398,13 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
-        # Folders of a generation pipeline, and all folders of version 0.1, also name a scheduler.
-        config_dict = {name: value for name, value in config_dict.items() if name != "scheduler"}
+        # Folders of a generation pipeline also have these, and all folders of version 0.1 a scheduler.
+        config_dict = {name: value for name, value in config_dict.items() if name not in GENERATION_ONLY}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def register_to_config(self, **kwargs) -> None:
         # `from_pipe` also passes config entries that only a generation pipeline has.
-        kwargs.pop("_scheduler", None)
-        super().register_to_config(**kwargs)
+        super().register_to_config(**{name: value for name, value in kwargs.items() if name.removeprefix('_') not in GENERATION_ONLY})
 
     @property
     def interrupt(self) -> bool:

@@ -45,6 +45,11 @@ COMMANDS = {
         "Restore damaged pictures with a trained model.",
         "damaged.png --mask mask.png --model my_model -o restored/",
     ),
+    "calibrate-threshold": Command(
+        "commands.calibrate_threshold",
+        "Measure when an image is anomalous for a model.",
+        "my_model --data my_other_images --false_alarm_rate 0.01",
+    ),
     "evaluate": Command(
         "evaluation.evaluate",
         "Evaluate a model, or a folder of generated images, against data.",

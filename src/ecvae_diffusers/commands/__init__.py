@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The commands `ecvae sample`, `restore`, `export`, `page` and `publish`. The others are in `training`, `evaluation` and `report`."""
+"""The commands of `ecvae` that use a trained model. The others are in `training`, `evaluation` and `report`."""
 
 import argparse
 import math

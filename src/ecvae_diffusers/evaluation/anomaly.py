@@ -41,7 +41,7 @@ def measure_normal(pipeline: ECVAEPipeline, images: torch.Tensor, false_alarm_ra
         ValueError: if N is too small for the rate.
     """
     count = len(images) // 2
-    place = math.ceil((count + 1) * (1 - false_alarm_rate))
+    place = math.ceil((count + 1) * (1 - false_alarm_rate) - 1e-9)  # rounding
     if place > count or count < 2 * VALUES_IN_TAIL:
         least = 2 * max(math.ceil(1 / false_alarm_rate) - 1, 2 * VALUES_IN_TAIL)
         raise ValueError(
