@@ -91,7 +91,8 @@ def build(pipeline: ECVAERestorationPipeline, name: str) -> Any:
         finally:
             served.clear()
         found = [
-            (image, f"residual {residual:.2g}") for image, residual in zip(output.images, output.residual_output.tolist())
+            (image, f"residual {residual:.2g}")
+            for image, residual in zip(output.images, output.residual_output.tolist())
         ]
         if output.energy is not None:  # those that are most like the training pictures come first
             order = output.energy.argsort().tolist()
