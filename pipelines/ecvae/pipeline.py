@@ -673,7 +673,7 @@ class EditingMixin:
             check_number(f"len({name})", len(latents), NUM_FOLDS, whole=True)
             sets.append(latents)
         direction = METHODS[method](*sets)
-        return DirectionOutput(direction[:, None, None], held_out_accuracy(*sets, method))
+        return DirectionOutput(direction[:, None, None], held_out_accuracy(sets[0], sets[1], method))
 
     def principal_directions(self, num_directions: int, image: Images | None = None) -> torch.Tensor:
         """

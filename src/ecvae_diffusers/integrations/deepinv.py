@@ -49,7 +49,7 @@ class ECVAEReconstructor(nn.Module):
         """
         operator = FunctionOperator(physics.A, linear_adjoint(physics))
         noise_std = noise_of(physics) if self.noise_std is None else self.noise_std
-        output = self.pipe(
+        output: Any = self.pipe(
             2 * y - physics.A(torch.ones_like(operator.A_adjoint(y))),
             operator=operator,
             noise_std=2 * noise_std,
