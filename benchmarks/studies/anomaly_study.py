@@ -130,7 +130,9 @@ def main() -> None:
     if found:
         means = ", ".join(f"{method} {statistics.fmean(row[method] for row in found):.3f}" for method in METHODS)
         alarms, normal = (sum(row[key] for row in found) for key in ("false_alarms", "num_normal"))
-        print(f"mean over {len(found)} rows: {means}; false alarms {alarms} of {normal}, asked for {FALSE_ALARM_RATE:.0%}")
+        print(
+            f"mean over {len(found)} rows: {means}; false alarms {alarms} of {normal}, asked for {FALSE_ALARM_RATE:.0%}"
+        )
 
 
 if __name__ == "__main__":

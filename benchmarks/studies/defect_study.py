@@ -89,7 +89,12 @@ def main() -> None:
         of_images = out_of_distribution_auroc(without[name][1], scores)
         figures = [pixels, best_dice(values, masks), *by_kind, of_images]
         rows.append([name, *(f"{figure:.3f}" for figure in figures)])
-    print(table(["map", "pixel AUROC", "best Dice", *(f"Dice, {kind}" for kind in sorted(set(kinds))), "AUROC of images"], rows))
+    print(
+        table(
+            ["map", "pixel AUROC", "best Dice", *(f"Dice, {kind}" for kind in sorted(set(kinds))), "AUROC of images"],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def main() -> None:
                 change = levels.unflatten(0, (-1, len(STRENGTHS))).float() - shown.unsqueeze(1)
                 distance += change.square().flatten(2).mean(2).sqrt().sum(0)
                 accuracy, count = accuracy + found.accuracy, count + len(shown)
-        print(f"{method}: held-out accuracy of directions {accuracy / NUM_CLASSES / (NUM_CLASSES - 1):.3f}, {count} edits")
+        print(
+            f"{method}: held-out accuracy of directions {accuracy / NUM_CLASSES / (NUM_CLASSES - 1):.3f}, {count} edits"
+        )
         for strength, share, far in zip(STRENGTHS, (moved / count).tolist(), (distance / count).tolist()):
             rows.append([method, f"{strength:g}", f"{share:.1%}", f"{far:.1f}"])
     print(table(["direction", "strength", "named as the second class", "distance, 8-bit levels"], rows))

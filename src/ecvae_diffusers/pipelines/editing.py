@@ -66,7 +66,9 @@ class EditingMixin:
     def encode_prepared(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the posterior means of images in [-1, 1], encoded in parts."""
         parts = images.split(ENCODED_AT_A_TIME)
-        classes = [{}] * len(parts) if labels is None else [{"class_labels": x} for x in labels.split(ENCODED_AT_A_TIME)]
+        classes = (
+            [{}] * len(parts) if labels is None else [{"class_labels": x} for x in labels.split(ENCODED_AT_A_TIME)]
+        )
         found = [self.vae.encode(part, **own).latent_dist.mode() for part, own in zip(parts, classes)]
         self.maybe_free_model_hooks()
         return torch.cat(found)
