@@ -37,6 +37,11 @@ def test_writes_a_pipeline_that_samples_and_knows_its_error(finished, images):
     assert config.reconstruction_variance == pytest.approx(error.square().mean().item(), 1e-4)
     power = torch.fft.rfft2(error.double(), norm="ortho").abs().square().mean((0, 1))
     assert config.reconstruction_spectrum == pytest.approx(spectrum_of(power, 16), rel=1e-3, abs=1e-4)
+    # All four directions together are the covariance of the encodings, whatever their signs.
+    saved, found = (
+        one.flatten(1) for one in (pipeline.principal_directions(4), pipeline.principal_directions(4, files))
+    )
+    torch.testing.assert_close(saved.T @ saved, found.T @ found, rtol=1e-2, atol=1e-4)
 
 
 def test_learns_and_keeps_the_newest_checkpoints_each_with_a_pipeline_to_look_at(finished):
