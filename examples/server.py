@@ -51,13 +51,13 @@ def build(pipe: OnnxECVAEPipeline) -> FastAPI:
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         waiting.append(draw)
-        async with decoding:
-            try:
+        try:
+            async with decoding:
                 if draw.png is None:  # no earlier pass included it
                     batch = [one for one in waiting if one.png is None]
                     await asyncio.to_thread(decode, pipe, batch[:MAX_BATCH])
-            finally:
-                waiting.remove(draw)
+        finally:
+            waiting.remove(draw)
         return Response(draw.png, media_type="image/png")
 
     @app.exception_handler(RequestValidationError)

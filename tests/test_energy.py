@@ -8,7 +8,7 @@ import torch
 from energies import randn, tiny_energy_model
 from torch import nn
 
-from ecvae_diffusers.energy import energy_and_gradient, frozen
+from ecvae_diffusers.energy import energy_and_gradient, frozen, unfrozen_copy
 
 
 def flags(module: nn.Module) -> tuple[list[bool], list[bool]]:
@@ -70,3 +70,15 @@ def test_a_frozen_module_normalizes_its_weights_once_and_follows_new_ones_later(
         module.networks[0].conv_in.parametrizations.weight.original.mul_(torch.rand(3, 3))
     with frozen(module):
         assert not torch.allclose(module(samples).energy, first + 1)
+
+
+def test_a_copy_of_a_frozen_module_normalizes_its_own_weights():
+    module, samples = tiny_energy_model().eval(), randn(2, 1, 8, 8)
+    with frozen(module):
+        module(samples)
+        twin = unfrozen_copy(module)
+    with torch.no_grad():
+        twin.networks[0].conv_in.parametrizations.weight.original.mul_(torch.rand(3, 3))
+    fresh = tiny_energy_model().eval()
+    fresh.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(twin(samples).energy, fresh(samples).energy)

@@ -1326,16 +1326,16 @@ class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeli
         if num_refinement_steps and (output_type == "latent" or self.energy_model is None or self.scheduler is None):
             raise ValueError("`num_refinement_steps` requires an `energy_model`, a `scheduler` and decoded images.")
         check_number("oversample", oversample, 1, whole=True)
-        if oversample > 1 and (latents is not None or self.energy_model is None):
+        if oversample > 1 and (latents is not None or output_type == "latent" or self.energy_model is None):
             raise ValueError(
-                f"`oversample` must be 1 with `latents` or without an `energy_model`, but is {oversample}."
+                f"`oversample` must be 1 with `latents`, for latents, or without an `energy_model`, but is {oversample}."
             )
         if isinstance(class_labels, (list, tuple, torch.Tensor)) and batch_size == 1 and latents is None:
             batch_size = len(class_labels)
         drawn = (self.vae.config.latent_channels, temperature, generator)
         latents = prepare_latents(batch_size, *drawn, latents, *self.latents_placement())
         asked_for = prepare_labels(class_labels, len(latents), self.vae.config)
-        if output_type == "latent" and oversample == 1:
+        if output_type == "latent":
             image = latents
         else:
             labels = None if asked_for is None else self.draw_labels(asked_for, generator)
@@ -1344,14 +1344,11 @@ class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeli
                 others = prepare_latents(len(latents), *drawn, None, *self.latents_placement())
                 candidates = self.decode(others, labels)
                 is_lower = self.energies(candidates, labels) < self.energies(image, labels)
-                latents, image = (
-                    torch.where(is_lower.view(-1, 1, 1, 1), new, old)
-                    for new, old in ((others, latents), (candidates, image))
-                )
+                image = torch.where(is_lower.view(-1, 1, 1, 1), candidates, image)
             check_finite(image, "`temperature`, `latents` and the decoder's weights")
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator, labels)
-            image = latents if output_type == "latent" else postprocess(image, self.image_processor, output_type)
+            image = postprocess(image, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
 

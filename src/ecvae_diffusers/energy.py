@@ -1,10 +1,12 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """Energies of samples and their gradients, for any frozen energy model."""
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -51,6 +53,16 @@ class Freeze:
 # Of all threads, which may share modules.
 FREEZES = dict[nn.Module, Freeze]()
 FREEZES_LOCK = threading.Lock()
+
+
+def unfrozen_copy(module: nn.Module) -> Any:
+    """Return a deep copy of a module, which may be frozen meanwhile: the copy normalizes its own weights."""
+    with FREEZES_LOCK:
+        twin = copy.deepcopy(module)
+        for part, own in zip(twin.modules(), module.modules()):
+            if own in FREEZES and FREEZES[own].keeps_weight:
+                del part.forward
+    return twin
 
 
 @contextmanager

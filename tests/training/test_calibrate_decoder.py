@@ -273,7 +273,7 @@ EVALUATED = ["--evaluation_steps", 1, "--evaluation_samples", 12]
         # The digit classifier takes gray images.
         (["{AutoencoderTiny}", *EVALUATED, "--evaluation_features", "digits"], "--evaluation_features"),
         (["{AutoencoderKL}", "--calibration", "none", "--reconstruction_weight", 0], "--reconstruction_weight"),
-        (["{AutoencoderKL}", "--resolution", 2048], "--resolution"),
+        (["{AutoencoderKL}", "--resolution", 15], "--resolution"),
         (["{AutoencoderKL}", "--distillation_weight", 2], "--distillation_weight"),
         (["{AutoencoderKL}", "--decoder_config", "{gone}"], "--decoder_config"),
         (["{AutoencoderKL}", "--decoder_config", "{unet}"], "--decoder_config"),

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ecvae_diffusers.command import ArgumentParser
 from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, read_label, run_or_fail
@@ -85,13 +85,15 @@ def sample(args: argparse.Namespace) -> "np.ndarray":
         raise ValueError(
             f"model {args.model!r} must hold an ECVAEPipeline or an ECFlowPipeline, but holds a {type(pipeline).__name__}."
         )
-    if args.oversample > 1 and getattr(pipeline, "energy_model", None) is None:
-        raise ValueError(f"--oversample must be 1 for a model without an energy model, but is {args.oversample}.")
+    if args.oversample > 1 and not (isinstance(pipeline, ECVAEPipeline) and pipeline.energy_model is not None):
+        raise ValueError(
+            f"--oversample must be 1 without an ECVAEPipeline with an energy model, but is {args.oversample}."
+        )
     # All latents are drawn at once, so that images do not depend on the batch size.
     generator = torch.Generator().manual_seed(args.seed)
     num_draws = args.num_images * args.oversample
     latents = pipeline(num_draws, generator, temperature=args.temperature, output_type="latent").images
-    classes: Any = itertools.repeat({})
+    labels: torch.Tensor | None = None
     if isinstance(pipeline, ECVAEPipeline):
         given = args.class_labels or [None]
         asked_for = [
@@ -99,13 +101,15 @@ def sample(args: argparse.Namespace) -> "np.ndarray":
             for label in itertools.islice(itertools.cycle(given), args.num_images)
         ]
         if (labels := pipeline.draw_labels(asked_for, generator)) is not None:
-            classes = [{"class_labels": some} for some in labels.split(args.batch_size)]
+            labels = labels.repeat_interleave(args.oversample)
     elif args.class_labels is not None:
         raise ValueError(f"--class_labels must be left out for an ECFlowPipeline, but is {args.class_labels}.")
     images: list[torch.Tensor] = []
+    num_images = max(1, args.batch_size // args.oversample)  # per pass
     with tqdm(total=args.num_images, desc="Images", unit="image") as progress_bar:
-        for batch, own in zip(latents.split(args.batch_size * args.oversample), classes):
-            own = {name: labels.repeat_interleave(args.oversample) for name, labels in own.items()}
+        for i in range(0, num_draws, num_images * args.oversample):
+            part = slice(i, i + num_images * args.oversample)
+            batch, own = latents[part], {} if labels is None else {"class_labels": labels[part]}
             drawn = pipeline(latents=batch, output_type="pt", **own).images
             if args.oversample > 1:
                 energies = pipeline.score(drawn, **own).view(-1, args.oversample)

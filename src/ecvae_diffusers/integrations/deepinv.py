@@ -34,6 +34,8 @@ class ECVAEReconstructor(nn.Module):
         self, pipe: ECVAERestorationPipeline, noise_std: float | None = None, seed: int = 0, **arguments: Any
     ):
         super().__init__()
+        if not isinstance(pipe, ECVAERestorationPipeline):
+            raise ValueError(f"`pipe` must be an ECVAERestorationPipeline, but is a {type(pipe).__name__}.")
         self.pipe, self.noise_std, self.seed, self.arguments = pipe, noise_std, seed, arguments
 
     def forward(self, y: torch.Tensor, physics: Any, **kwargs: Any) -> torch.Tensor:
@@ -65,9 +67,9 @@ class ECVAEDenoiser(nn.Module):
     A pipeline as a `Denoiser` of deepinv, for its plug-and-play priors (`PnP`, `RED`, `ScorePrior`).
 
     The image :math:`x_\sigma` is encoded and decoded, and what the model can't explain is kept as far as it is no noise. With the
-    model's error v per pixel (`reconstruction_variance`),
+    model's error v per pixel (`reconstruction_variance`, for images in [-1, 1]),
 
-    .. math:: D(x_\sigma, \sigma) = G(m(x_\sigma)) + \frac{v}{v + \sigma^2} (x_\sigma - G(m(x_\sigma))),
+    .. math:: D(x_\sigma, \sigma) = G(m(x_\sigma)) + \frac{v}{v + 4 \sigma^2} (x_\sigma - G(m(x_\sigma))),
 
     the mean of the image given its latents :math:`m(x_\sigma)`. The encoder has not learned to see through strong noise: keep
     :math:`\sigma` small, 0.05 for example.
@@ -92,10 +94,10 @@ class ECVAEDenoiser(nn.Module):
         Denoise images (B, C, H, W) in [0, 1]. `sigma` is the standard deviation of their noise, one number or one per image.
         """
         noise = 2 * torch.as_tensor(sigma, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
-        noisy = 2 * x - 1
+        noisy = (2 * x - 1).to(self.vae.dtype)
         decoded = self.vae.decode(self.vae.encode(noisy).latent_dist.mode()).sample
         denoised = decoded + self.variance / (self.variance + noise.square()) * (noisy - decoded)
-        return denoised / 2 + 0.5
+        return (denoised / 2 + 0.5).to(x.dtype)
 
 
 class ECVAEGenerator(nn.Module):
@@ -115,7 +117,7 @@ class ECVAEGenerator(nn.Module):
         Decode latents (B, nz, 1, 1) to images (B, C, H, W) in [0, 1]. deepinv draws them from U(-1, 1), the decoder expects N(0, I): a
         search moves them further.
         """
-        return self.vae.decode(z).sample / 2 + 0.5
+        return (self.vae.decode(z.to(self.vae.dtype)).sample / 2 + 0.5).to(z.dtype)
 
 
 def linear_adjoint(physics: Any) -> Any:
@@ -130,10 +132,10 @@ def noise_of(physics: Any) -> float:
     noise = getattr(physics, "noise_model", None)
     if noise is None or type(noise).__name__ == "ZeroNoise":
         return 0.0
-    sigma = getattr(noise, "sigma", math.nan) if type(noise).__name__ == "GaussianNoise" else math.nan
-    values = torch.as_tensor(sigma, dtype=torch.float64).flatten()
-    if not (values == values[0]).all():
+    sigma = getattr(noise, "sigma", None) if type(noise).__name__ == "GaussianNoise" else None
+    values = torch.as_tensor(math.nan if sigma is None else sigma, dtype=torch.float64).flatten()
+    if not len(values) or not ((values == values[0]) & (values >= 0) & (values <= 0.5)).all():
         raise ValueError(
-            f"`physics` must have Gaussian noise with one standard deviation, but has {noise}: give `noise_std` to the reconstructor."
+            f"`physics` must have Gaussian noise with one standard deviation of at most 0.5, but has {noise}: give `noise_std` to the reconstructor."
         )
     return values[0].item()

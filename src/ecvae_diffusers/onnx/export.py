@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..atomic import is_free, replacing, write_json
 from ..checks import height_and_width
+from ..energy import unfrozen_copy
 from ..hub.saving import weights_fingerprint
 from ..models import AutoencoderEC, EnergyModel
 from ..pipelines import ECVAEPipeline
@@ -249,7 +250,7 @@ def export_onnx(pipeline: ECVAEPipeline, output_dir: str | os.PathLike, card: Mo
     vae = copy.deepcopy(pipeline.vae).cpu().float().eval()
     networks: dict[str, Network] = {"decoder": Decoder(vae), "encoder": Encoder(vae)}
     if pipeline.energy_model is not None:
-        networks["energy"] = Energy(copy.deepcopy(pipeline.energy_model).cpu().float().eval())
+        networks["energy"] = Energy(unfrozen_copy(pipeline.energy_model).cpu().float().eval())
     figures = (card.eval_results or []) if card is not None else []
     config = {
         "title": card.model_name if card is not None else None,

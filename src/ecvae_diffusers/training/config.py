@@ -416,10 +416,10 @@ class TrainingConfig:
         for name, channels in (("block_out_channels", of_model), ("energy_block_out_channels", widths)):
             if channels is not None and not (1 <= len(channels) <= most and min(channels) >= 1):
                 refuse(name, channels, f"1 to {most} positive numbers at --resolution {data.resolution}")
-        if energy.freeze_energy_blocks > 0 and getattr(self.model, "pretrained_model_name_or_path", None) is None:
-            raise ConfigError(
-                f"--freeze_energy_blocks {energy.freeze_energy_blocks} requires --pretrained_model_name_or_path."
-            )
+        is_calibrated = self.model.calibration in ENERGY_CALIBRATIONS
+        if energy.freeze_energy_blocks > 0 and not (is_calibrated and self.model.pretrained_model_name_or_path):
+            needed = "--pretrained_model_name_or_path and a --calibration with an energy model"
+            raise ConfigError(f"--freeze_energy_blocks {energy.freeze_energy_blocks} requires {needed}.")
         if energy.energy_num_scales > len(widths):
             refuse("energy_num_scales", energy.energy_num_scales, f"at most the number of resolutions ({len(widths)})")
         if data.image_size is not None and data.image_size < min(sides):

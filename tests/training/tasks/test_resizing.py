@@ -122,3 +122,11 @@ def test_wrong_arguments(arguments, named, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as refusal:
         train_tiny(images, tmp_path / "run", 1, *arguments)
     assert named in capsys.readouterr().err + str(refusal.value) and not (tmp_path / "run").exists()
+
+
+def test_blocks_of_a_new_energy_model_are_not_frozen(tmp_path):
+    images = write_images(tmp_path / "images", count=8)
+    ECVAEPipeline(autoencoder(16)).save_pretrained(tmp_path / "plain")
+    start = ("--pretrained_model_name_or_path", tmp_path / "plain", "--freeze_energy_blocks", 1)
+    with pytest.raises(SystemExit, match="--freeze_energy_blocks"):
+        train_tiny(images, tmp_path / "run", 1, *start)

@@ -6,15 +6,17 @@ Pictures that Pillow reads at once have 1, 3 or 4 channels.
 
 import io
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL.Image
 
 from ecvae_diffusers.checks import MODES
-from ecvae_diffusers.pipelines.inputs import read_picture
+from ecvae_diffusers.pipelines.inputs import GRAY_MODES, read_picture
 
 
 ARRAY = ".npy"
+MAX_BANDS = 16
 # What can hold images of other numbers of channels than `MODES`.
 BAND_FILES = {ARRAY, ".tif", ".tiff"}
 # The value of white by the dtype of an array.
@@ -32,16 +34,23 @@ def has_bands(source: dict | None, channels: int | None) -> bool:
 def num_bands(path: Path) -> int:
     """Return the number of channels in a `.npy` file. Raises `ValueError` if it can't be read."""
     try:
-        return channels_last(np.load(path, mmap_mode="r")).shape[-1]
-    except (OSError, ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            return load_array(file).shape[-1]
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} can't be read: {error}") from error
 
 
-def channels_last(array: np.ndarray) -> np.ndarray:
-    """Return an array as (H, W, C). Raises `ValueError` if it is neither (H, W, C) nor (H, W)."""
-    if array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"the array must have shape (height, width, channels), but has {array.shape}")
-    return array[..., None] if array.ndim == 2 else array
+def load_array(file: IO[bytes]) -> np.ndarray:
+    """Return the array of a `.npy` file as (H, W, C). Raises `ValueError` if it is damaged, or neither (H, W, C) nor (H, W)."""
+    try:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"it is no array: {error}") from error
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or not array.size or array.shape[-1] > min(array.shape[0], MAX_BANDS):
+        found = f"must have shape (height, width, channels), with at most {MAX_BANDS} channels, but has {array.shape}"
+        raise ValueError(f"the array {found}")
+    return array
 
 
 def read_bands(source: dict | None, channels: int | None) -> np.ndarray:
@@ -57,11 +66,9 @@ def read_bands(source: dict | None, channels: int | None) -> np.ndarray:
     """
     if source is None:
         raise ValueError("there is no image")
-    content = io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]
-    if str(source["path"]).lower().endswith(ARRAY):
-        bands = to_levels(channels_last(np.load(content)))
-    else:
-        bands = read_pages(content)
+    is_array = str(source["path"]).lower().endswith(ARRAY)
+    with io.BytesIO(source["bytes"]) if source["bytes"] is not None else open(source["path"], "rb") as content:
+        bands = to_levels(load_array(content)) if is_array else read_pages(content)
     if channels not in (None, bands.shape[-1]):
         raise ValueError(f"it has {bands.shape[-1]} channel(s), not {channels}")
     return bands
@@ -77,7 +84,7 @@ def to_levels(array: np.ndarray) -> np.ndarray:
     return (array.astype(np.float64) * (255 / white)).round().clip(0, 255).astype(np.uint8)
 
 
-def read_pages(content: io.BytesIO | str) -> np.ndarray:
+def read_pages(content: IO[bytes]) -> np.ndarray:
     try:
         image = PIL.Image.open(content)
     except PIL.UnidentifiedImageError:
@@ -86,6 +93,8 @@ def read_pages(content: io.BytesIO | str) -> np.ndarray:
         pages = []
         for page in range(getattr(image, "n_frames", 1)):
             image.seek(page)
+            if image.mode not in GRAY_MODES:
+                raise ValueError(f"its pages must be gray, one per channel, but page {page} has mode {image.mode}")
             pages.append(np.asarray(read_picture(image, 1)))
     if len(sizes := {page.shape for page in pages}) > 1:
         raise ValueError(f"its pages must have one size, but have {sorted(sizes)}")

@@ -28,9 +28,6 @@ class StudentDecoder(CalibratedDecoder):
     Args:
         teacher ([`CalibratedDecoder`]): The autoencoder that makes the latents. It is frozen.
         autoencoder (`ModelMixin`): The new autoencoder of diffusers.
-
-    Raises:
-        ValueError: if the encoder can neither be copied from the teacher nor learn its latents, because it returns a distribution.
     """
 
     def __init__(self, teacher: CalibratedDecoder, autoencoder: ModelMixin):
@@ -43,16 +40,10 @@ class StudentDecoder(CalibratedDecoder):
         }
         own = autoencoder.state_dict()
         frozen = {key for key in own if key.split(".")[0] not in TRAINED_PARTS}
-        same_latents = factors(autoencoder) == factors(teacher.autoencoder)
         copies = frozen == encoder.keys() and all(own[key].shape == encoder[key].shape for key in frozen)
-        self.learns_encoder = not (copies and same_latents)
-        if not self.learns_encoder:
+        self.learns_encoder = not copies
+        if copies:
             autoencoder.load_state_dict(own | encoder)
-        elif "quant_conv" in {key.split(".")[0] for key in frozen}:
-            raise ValueError(
-                f"its encoder must equal that of {teacher.origin!r}, or return latents without a distribution as AutoencoderTiny does. "
-                "For a small decoder next to the same encoder, take AsymmetricAutoencoderKL"
-            )
         else:
             autoencoder.encoder.requires_grad_(True)
 
@@ -112,6 +103,8 @@ def build_student(path: str, teacher: CalibratedDecoder, resolution: int | list[
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
+        if not isinstance(config, dict):
+            raise ValueError("it must hold a config, a JSON object")
         class_name = config.get("_class_name")
         model_class: Any = getattr(autoencoders, str(class_name), None)
         if not hasattr(model_class, "encode"):
@@ -120,9 +113,19 @@ def build_student(path: str, teacher: CalibratedDecoder, resolution: int | list[
             )
         student = StudentDecoder(teacher, model_class.from_config(config))
         shape = (teacher.config.in_channels, *height_and_width(resolution))
+        image = torch.zeros(1, *shape)
         with torch.no_grad():
-            decoded = student.eval()(teacher.encode(torch.zeros(1, *shape)))
-    except LOADING_ERRORS as error:
+            if student.eval().learns_encoder and "latents" not in student.autoencoder.encode(image):
+                raise ValueError(
+                    f"its encoder must have the weights of {teacher.origin!r}, or return latents without a distribution as "
+                    "AutoencoderTiny does. For a small decoder next to the same encoder, take AsymmetricAutoencoderKL"
+                )
+            if not student.learns_encoder and factors(student.autoencoder) != factors(teacher.autoencoder):
+                raise ValueError(
+                    f"its `scaling_factor` and `shift_factor` must be {factors(teacher.autoencoder)}, as its encoder's"
+                )
+            decoded = student(teacher.encode(image))
+    except (*LOADING_ERRORS, ArithmeticError, LookupError) as error:
         raise ValueError(f"{refused} can't be used: {error}.") from error
     if decoded.shape[1:] != shape:
         made, wanted = ("x".join(map(str, each)) for each in (decoded.shape[1:], shape))

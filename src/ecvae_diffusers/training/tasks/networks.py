@@ -33,7 +33,12 @@ def build_energy_model(
     num_class_embeds: int | None = None,
     patch_size: int = 1,
 ) -> EnergyModel:
-    """Return a new energy model."""
+    """Return a new energy model. Raises `ValueError` if blocks of a pretrained one should be frozen."""
+    if config.freeze_energy_blocks > 0:
+        raise ValueError(
+            f"--freeze_energy_blocks {config.freeze_energy_blocks} requires an energy model in --pretrained_model_name_or_path, which "
+            "holds none that fits."
+        )
     return EnergyModel(
         sample_size=resolution,
         in_channels=in_channels,
