@@ -581,7 +581,9 @@ class EditingMixin:
     def encode_prepared(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the posterior means of images in [-1, 1], encoded in parts."""
         parts = images.split(ENCODED_AT_A_TIME)
-        classes = [{}] * len(parts) if labels is None else [{"class_labels": x} for x in labels.split(ENCODED_AT_A_TIME)]
+        classes = (
+            [{}] * len(parts) if labels is None else [{"class_labels": x} for x in labels.split(ENCODED_AT_A_TIME)]
+        )
         found = [self.vae.encode(part, **own).latent_dist.mode() for part, own in zip(parts, classes)]
         self.maybe_free_model_hooks()
         return torch.cat(found)
@@ -612,8 +614,8 @@ class EditingMixin:
             latents = self.encode(images, class_labels).float().flatten(1)
             check_number(f"len({name})", len(latents), NUM_FOLDS, whole=True)
             sets.append(latents)
-        direction = METHODS[method](*sets)
-        return DirectionOutput(direction[:, None, None], held_out_accuracy(*sets, method))
+        direction = METHODS[method](sets[0], sets[1])
+        return DirectionOutput(direction[:, None, None], held_out_accuracy(sets[0], sets[1], method))
 
     def principal_directions(self, num_directions: int, image: Images | None = None) -> torch.Tensor:
         """

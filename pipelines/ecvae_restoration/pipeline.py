@@ -1326,7 +1326,9 @@ class ECVAERestorationPipeline(SelfContained, DiffusionPipeline):
 
     def register_to_config(self, **kwargs) -> None:
         # `from_pipe` also passes config entries that only a generation pipeline has.
-        super().register_to_config(**{name: value for name, value in kwargs.items() if name.removeprefix('_') not in GENERATION_ONLY})
+        super().register_to_config(
+            **{name: value for name, value in kwargs.items() if name.removeprefix("_") not in GENERATION_ONLY}
+        )
 
     @property
     def interrupt(self) -> bool:
