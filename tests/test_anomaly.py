@@ -10,6 +10,7 @@ from ecvae_diffusers.anomaly import (
     LARGEST_LEVEL,
     bits,
     combine,
+    largest,
     local_mean,
     measure_tail,
     robust_reconstruction,
@@ -85,12 +86,17 @@ def test_a_robust_reconstruction_ignores_a_defect():
 
 
 def test_a_combination_without_measurement_is_the_residual():
-    residual, energy = torch.tensor([0.5, 3.0]), torch.tensor([1.0, 1.0])
-    torch.testing.assert_close(combine(residual, energy, None, ("a", "b")), residual / math.log(2))
+    parts = {"a": torch.tensor([0.5, 3.0]), "b": torch.tensor([1.0, 1.0])}
+    weights = {"a": 1.0, "b": 0.25}
+    torch.testing.assert_close(combine(parts, None, weights), parts["a"] / math.log(2))
     tails = {"a": {"quantiles": [0.0], "scale": 1.0}, "b": {"quantiles": [0.0], "scale": 2.0}}
-    expected = (residual + energy / 2 / 4) / math.log(2)
-    torch.testing.assert_close(combine(residual, energy, tails, ("a", "b")), expected)
-    torch.testing.assert_close(combine(residual, None, tails, ("a", "b")), residual / math.log(2))
+    torch.testing.assert_close(combine(parts, tails, weights), (parts["a"] + parts["b"] / 2 / 4) / math.log(2))
+    torch.testing.assert_close(combine({"a": parts["a"]}, tails, weights), parts["a"] / math.log(2))
+
+
+def test_the_largest_twentieth():
+    values = torch.arange(400.0).view(1, 20, 20)
+    assert largest(values) == pytest.approx(sum(range(380, 400)) / 20)
 
 
 def test_the_interval_holds_the_rate_of_false_alarms():

@@ -32,6 +32,8 @@ TOPICS = {
     "demo": "The demo",
     "faults": "Faults while training",
     "restoration": "Restoration",
+    "edits": "Edits",
+    "anomaly": "Anomalies",
     "posterior": "Calibrated posteriors",
     "flows": "Calibrated flows",
     "decoders": "Calibrated decoders",

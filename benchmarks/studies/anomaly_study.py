@@ -4,7 +4,7 @@
 
 A setting leaves one class out. An EC-VAE and a VAE are trained on images of the other nine. Further images of the nine measure what is
 normal for the EC-VAE, as `ecvae calibrate-threshold` does. A row has the area under the ROC curve of scores of images of the class that
-was left out, against other normal images: `anomaly` is the score of `ECVAEPipeline.anomaly`, `residual` and `energy` are its parts,
+was left out, against other normal images: `anomaly` is the score of `ECVAEPipeline.anomaly`, `residual`, `largest` and `energy` are its parts,
 `vae` is the squared error of the VAE's reconstructions, `pca` the squared error of a projection onto as many principal components as
 there are latents, and `forest` is an isolation forest of the pixels.
 """
@@ -34,7 +34,7 @@ from ecvae_diffusers.training.data.digits import NUM_TRAIN, load_digits
 
 SETTINGS = [f"without {label}" for label in range(10)]
 MODELS = {"EC-VAE": [], "VAE": ["--calibration", "none"]}
-METHODS = ("anomaly", "residual", "energy", "vae", "pca", "forest")
+METHODS = ("anomaly", "residual", "largest", "energy", "vae", "pca", "forest")
 FALSE_ALARM_RATE = 0.05
 
 
@@ -99,6 +99,7 @@ def measure(data: NineClasses, folders: dict[str, Path]) -> dict[str, float]:
     scores = {
         "anomaly": lambda images: ours.anomaly(images.float() / 255).score,
         "residual": lambda images: parts(images)["residual"],
+        "largest": lambda images: parts(images)["largest"],
         "energy": lambda images: parts(images)["energy"],
         "vae": reconstruction_error,
         "pca": pca_error,

@@ -44,7 +44,7 @@ def maps_and_scores(pipeline: ECVAEPipeline, tails: dict, images: torch.Tensor) 
     return {
         "error of the reconstruction": (error.abs().mean(1), error.square().flatten(1).mean(1)),
         "its mean over 3x3 pixels": (smooth, F.max_pool2d(smooth, smooth.shape[-1]).flatten()),
-        "residual": (bits(parts["pixel_residual"], tails["pixel_residual"]), parts["residual"]),
+        "residual": (bits(parts["pixel_residual"], tails["pixel_residual"]), parts["largest"]),
         "energy": (parts["pixel_energy"], parts["energy"]),
         "anomaly": (found.map, found.score),
     }

@@ -327,10 +327,16 @@ NUM_REFINEMENTS = 3
 OUTLIER_SCALE = 16.0  # c
 
 
-ENERGY_WEIGHT = 0.25
-
-
 WINDOW = 3
+
+
+LARGEST_SHARE = 0.05
+
+
+SCORE = {"residual": 1.0, "largest": 1.0, "energy": 0.25}
+
+
+MAP = {"pixel_residual": 1.0, "pixel_energy": 0.25}
 
 
 UNMEASURED = {"quantiles": [0.0], "scale": 1.0}
@@ -386,14 +392,25 @@ def bits(values: torch.Tensor, tail: dict[str, Any]) -> torch.Tensor:
     return torch.where(values >= quantiles[-1], beyond, between)
 
 
-def combine(
-    residual: torch.Tensor, energy: torch.Tensor | None, tails: dict[str, Any] | None, names: tuple[str, str]
-) -> torch.Tensor:
-    """Return t_residual + t_energy / 4 in bits, from the parts `names` of the measured `tails`, or t_residual if there are none."""
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the largest twentieth of a map (B, H, W) of each image, (B,)."""
+    count = max(1, round(LARGEST_SHARE * values[0].numel()))
+    return values.flatten(1).topk(count, dim=1).values.mean(1)
+
+
+def combine(parts: dict[str, torch.Tensor], tails: dict[str, Any] | None, weights: dict[str, float]) -> torch.Tensor:
+    """
+    Return the weighted sum of parts in bits.
+
+    Args:
+        parts (`dict[str, torch.Tensor]`): The parts, in their own units. The energy may be missing.
+        tails (`dict`, *optional*): What `measure_tail` found for each part. Without it, the sum is the first part alone.
+        weights (`dict[str, float]`): `SCORE` or `MAP`.
+    """
     if tails is None:
-        return bits(residual, UNMEASURED)
-    combined = bits(residual, tails[names[0]])
-    return combined if energy is None else combined + ENERGY_WEIGHT * bits(energy, tails[names[1]])
+        return bits(parts[next(iter(weights))], UNMEASURED)
+    found = [weight * bits(parts[name], tails[name]) for name, weight in weights.items() if name in parts]
+    return torch.stack(found).sum(0)
 
 
 Images = PIL.Image.Image | np.ndarray | torch.Tensor | list
@@ -483,16 +500,16 @@ class DetectionMixin:
         measured, parts = self.config.get("anomaly_threshold"), self.anomaly_parts(image, class_labels)
         tails = None if measured is None else measured["tails"]
         return AnomalyOutput(
-            score=combine(parts["residual"], parts.get("energy"), tails, ("residual", "energy")),
-            map=combine(parts["pixel_residual"], parts.get("pixel_energy"), tails, ("pixel_residual", "pixel_energy")),
+            score=combine(parts, tails, SCORE),
+            map=combine(parts, tails, MAP),
             threshold=None if measured is None else measured["threshold"],
         )
 
     @torch.no_grad()
     def anomaly_parts(self, image: Images, class_labels: ClassLabels = None) -> dict[str, torch.Tensor]:
         """
-        Return the parts of scores, `residual` and `energy` (B,), and of maps, `pixel_residual` and `pixel_energy` (B, H, W), in their
-        own units. Without an energy model, there are only the residuals.
+        Return the parts of scores, `residual`, `largest` and `energy` (B,), and of maps, `pixel_residual` and `pixel_energy` (B, H, W), in their
+        own units. Without an energy model, there are no energies.
         """
         variance, spectrum = (self.vae.config.get(f"reconstruction_{name}") for name in ("variance", "spectrum"))
         if not variance:
@@ -513,6 +530,7 @@ class DetectionMixin:
             residual = batch - robust_reconstruction(reconstruct, batch, variance)
             parts = {"residual": spectral_error(residual, variance, spectrum)}
             parts["pixel_residual"] = local_mean(residual.square())[:, 0] / variance
+            parts["largest"] = largest(parts["pixel_residual"])
             if self.energy_model is not None:
                 with frozen(self.energy_model):
                     parts["energy"], gradient = energy_and_gradient(self.energy_model, batch.float(), own)
@@ -672,7 +690,7 @@ class EditingMixin:
             latents = self.encode(images, class_labels).float().flatten(1)
             check_number(f"len({name})", len(latents), NUM_FOLDS, whole=True)
             sets.append(latents)
-        direction = METHODS[method](*sets)
+        direction = METHODS[method](sets[0], sets[1])
         return DirectionOutput(direction[:, None, None], held_out_accuracy(sets[0], sets[1], method))
 
     def principal_directions(self, num_directions: int, image: Images | None = None) -> torch.Tensor:

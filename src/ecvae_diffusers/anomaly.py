@@ -12,14 +12,16 @@ per pixel. An image has the error in units of the model's own error spectrum S,
 
 .. math:: \frac1{D v} \sum_k \frac{|F(x - y)_k|^2}{(1 + S_k) / 2}
 
-with the Fourier transform F. Half of the error is taken to be white, because S is nearly 0 at some frequencies of smooth images.
+with the Fourier transform F. Half of the error is taken to be white, because S is nearly 0 at some frequencies of smooth images. A small
+defect changes this error little, so an image also has the mean of the largest twentieth of its map.
 
 **Energy.** An image has its energy f(x), and the map :math:`B (\partial f / \partial x)^2` per pixel.
 
 **Combination.** The parts have different units. Each is replaced by how rarely a value as large occurs in normal images, in bits:
 :math:`t(a) = -\log_2 P(A \ge a)`. P is measured on held-out normal images (`evaluation/anomaly.py`), with an exponential tail beyond
-the largest quantile that enough values exceed. Score and map are :math:`t_{residual} + t_{energy} / 4`. The sum of -log P is Fisher's
-method of combining tests. The energy counts less, because it tells less.
+the largest quantile that enough values exceed. The map is :math:`t_{residual} + t_{energy} / 4`, and the score is
+:math:`t_{residual} + t_{largest} + t_{energy} / 4`. The sum of -log P is Fisher's method of combining tests. The energy counts less,
+because it tells less.
 
 Without such a measurement the energy has no unit. Score and map then hold the residual alone, for an exponential distribution of mean 1.
 """
@@ -36,8 +38,11 @@ from .model_error import at_frequencies, mean_over_frequencies, multiplicity
 
 NUM_REFINEMENTS = 3
 OUTLIER_SCALE = 16.0  # c
-ENERGY_WEIGHT = 0.25
 WINDOW = 3
+LARGEST_SHARE = 0.05
+# The weights of the parts of scores and maps. The first part is the one that needs no measurement.
+SCORE = {"residual": 1.0, "largest": 1.0, "energy": 0.25}
+MAP = {"pixel_residual": 1.0, "pixel_energy": 0.25}
 # A tail is exponential beyond the smallest 2^-k that this many values exceed, and beyond 2^-LARGEST_LEVEL.
 VALUES_IN_TAIL, LARGEST_LEVEL = 16, 10
 # The tail of a residual whose distribution was not measured.
@@ -108,11 +113,22 @@ def bits(values: torch.Tensor, tail: dict[str, Any]) -> torch.Tensor:
     return torch.where(values >= quantiles[-1], beyond, between)
 
 
-def combine(
-    residual: torch.Tensor, energy: torch.Tensor | None, tails: dict[str, Any] | None, names: tuple[str, str]
-) -> torch.Tensor:
-    """Return t_residual + t_energy / 4 in bits, from the parts `names` of the measured `tails`, or t_residual if there are none."""
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the largest twentieth of a map (B, H, W) of each image, (B,)."""
+    count = max(1, round(LARGEST_SHARE * values[0].numel()))
+    return values.flatten(1).topk(count, dim=1).values.mean(1)
+
+
+def combine(parts: dict[str, torch.Tensor], tails: dict[str, Any] | None, weights: dict[str, float]) -> torch.Tensor:
+    """
+    Return the weighted sum of parts in bits.
+
+    Args:
+        parts (`dict[str, torch.Tensor]`): The parts, in their own units. The energy may be missing.
+        tails (`dict`, *optional*): What `measure_tail` found for each part. Without it, the sum is the first part alone.
+        weights (`dict[str, float]`): `SCORE` or `MAP`.
+    """
     if tails is None:
-        return bits(residual, UNMEASURED)
-    combined = bits(residual, tails[names[0]])
-    return combined if energy is None else combined + ENERGY_WEIGHT * bits(energy, tails[names[1]])
+        return bits(parts[next(iter(weights))], UNMEASURED)
+    found = [weight * bits(parts[name], tails[name]) for name, weight in weights.items() if name in parts]
+    return torch.stack(found).sum(0)

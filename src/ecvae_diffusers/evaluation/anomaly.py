@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..anomaly import VALUES_IN_TAIL, combine, measure_tail
+from ..anomaly import SCORE, VALUES_IN_TAIL, combine, measure_tail
 from ..pipelines import ECVAEPipeline
 
 
@@ -50,7 +50,7 @@ def measure_normal(pipeline: ECVAEPipeline, images: torch.Tensor, false_alarm_ra
     parts = pipeline.anomaly_parts(images.float() / 255)
     tails = {name: measure_tail(part[::2]) for name, part in parts.items()}
     rest = {name: part[1::2] for name, part in parts.items()}
-    scores = combine(rest["residual"], rest.get("energy"), tails, ("residual", "energy"))
+    scores = combine(rest, tails, SCORE)
     return {
         "false_alarm_rate": false_alarm_rate,
         "threshold": scores.sort().values[place - 1].item(),

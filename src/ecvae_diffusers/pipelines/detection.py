@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput
 
-from ..anomaly import combine, local_mean, robust_reconstruction, spectral_error
+from ..anomaly import MAP, SCORE, combine, largest, local_mean, robust_reconstruction, spectral_error
 from ..energy import energy_and_gradient, frozen
 from .inputs import ClassLabels, Images, known_labels
 
@@ -84,16 +84,16 @@ class DetectionMixin:
         measured, parts = self.config.get("anomaly_threshold"), self.anomaly_parts(image, class_labels)
         tails = None if measured is None else measured["tails"]
         return AnomalyOutput(
-            score=combine(parts["residual"], parts.get("energy"), tails, ("residual", "energy")),
-            map=combine(parts["pixel_residual"], parts.get("pixel_energy"), tails, ("pixel_residual", "pixel_energy")),
+            score=combine(parts, tails, SCORE),
+            map=combine(parts, tails, MAP),
             threshold=None if measured is None else measured["threshold"],
         )
 
     @torch.no_grad()
     def anomaly_parts(self, image: Images, class_labels: ClassLabels = None) -> dict[str, torch.Tensor]:
         """
-        Return the parts of scores, `residual` and `energy` (B,), and of maps, `pixel_residual` and `pixel_energy` (B, H, W), in their
-        own units. Without an energy model, there are only the residuals.
+        Return the parts of scores, `residual`, `largest` and `energy` (B,), and of maps, `pixel_residual` and `pixel_energy` (B, H, W), in their
+        own units. Without an energy model, there are no energies.
         """
         variance, spectrum = (self.vae.config.get(f"reconstruction_{name}") for name in ("variance", "spectrum"))
         if not variance:
@@ -114,6 +114,7 @@ class DetectionMixin:
             residual = batch - robust_reconstruction(reconstruct, batch, variance)
             parts = {"residual": spectral_error(residual, variance, spectrum)}
             parts["pixel_residual"] = local_mean(residual.square())[:, 0] / variance
+            parts["largest"] = largest(parts["pixel_residual"])
             if self.energy_model is not None:
                 with frozen(self.energy_model):
                     parts["energy"], gradient = energy_and_gradient(self.energy_model, batch.float(), own)

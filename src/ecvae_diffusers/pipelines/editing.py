@@ -99,7 +99,7 @@ class EditingMixin:
             latents = self.encode(images, class_labels).float().flatten(1)
             check_number(f"len({name})", len(latents), NUM_FOLDS, whole=True)
             sets.append(latents)
-        direction = METHODS[method](*sets)
+        direction = METHODS[method](sets[0], sets[1])
         return DirectionOutput(direction[:, None, None], held_out_accuracy(sets[0], sets[1], method))
 
     def principal_directions(self, num_directions: int, image: Images | None = None) -> torch.Tensor:
