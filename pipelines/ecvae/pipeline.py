@@ -435,7 +435,8 @@ DETECTED_AT_A_TIME = 256
 @dataclass
 class AnomalyOutput(BaseOutput):
     """
-    Output of `ECVAEPipeline.anomaly`, in bits: n bits mean that a share of 2^-n of normal images, or pixels, is as unusual.
+    Output of `ECVAEPipeline.anomaly`, in bits: n bits mean that a share of 2^-n of normal images, or pixels, is as unusual. Beyond what
+    was measured, an exponential tail continues this scale.
 
     Args:
         score (`torch.Tensor` of shape `(B,)`): How unusual each image is.
@@ -479,7 +480,7 @@ class DetectionMixin:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
                 B images of the model's size, as for `encode`.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
-                The images' classes, as for `encode`.
+                The images' classes, as for `encode`. With a stored threshold, they must be `None`.
 
         Examples:
             ```py
@@ -497,7 +498,12 @@ class DetectionMixin:
         Raises:
             ValueError: if an image does not fit the model, or the model has no `reconstruction_variance`.
         """
-        measured, parts = self.config.get("anomaly_threshold"), self.anomaly_parts(image, class_labels)
+        measured = self.config.get("anomaly_threshold")
+        if measured is not None and ("energy" in measured["tails"]) != (self.energy_model is not None):
+            raise ValueError("`energy_model` must be there or not, as when `ecvae calibrate-threshold` measured the threshold.")
+        if measured is not None and class_labels is not None:
+            raise ValueError(f"`class_labels` must be None, since the threshold was measured without, but is {class_labels!r}.")
+        parts = self.anomaly_parts(image, class_labels)
         tails = None if measured is None else measured["tails"]
         return AnomalyOutput(
             score=combine(parts, tails, SCORE),
@@ -595,9 +601,30 @@ def principal_directions(latents: np.ndarray, count: int) -> tuple[np.ndarray, n
     return mean, directions[:count] * values[:count, None] / len(latents) ** 0.5
 
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` must have shape {shape}, but has {tuple(tensor.shape)}.")
+
+
+def check_finite(images: torch.Tensor, suspects: str) -> None:
+    """Raise `ValueError` if decoded images are not finite: they would be displayed as black."""
+    if not images.isfinite().all():
+        raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
+
+
+def check_output_type(output_type: str | None, channels: int, *others: str) -> None:
+    """Raise `ValueError` if `output_type` is not one of `others`, or one in which images of so many channels exist."""
+    choices = ("pil", "np", "pt", None, *others)
+    if channels not in MODES:
+        choices = choices[1:]
+        if output_type == "pil":
+            raise ValueError(
+                f"`output_type` must be one of {choices} for images of {channels} channels, but is 'pil', which has 1, 3 or 4."
+            )
+    check_choice("output_type", output_type, choices)
 
 
 def postprocess(sample: torch.Tensor, processor: VaeImageProcessor, output_type: str | None) -> Any:
@@ -750,7 +777,8 @@ class EditingMixin:
         Raises:
             ValueError: if an argument is outside its range, or shapes do not fit.
         """
-        strengths = list(strength) if isinstance(strength, list | tuple) else [strength]
+        check_output_type(output_type, self.vae.config.in_channels)
+        strengths = torch.as_tensor(strength, dtype=torch.float64).flatten().tolist()
         check_number("len(strength)", len(strengths), 1)
         for one in strengths:
             check_number("strength", one, -1e6, 1e6)
@@ -767,6 +795,7 @@ class EditingMixin:
         if keep_residual:
             residual = images - self.decode(latents, labels)
             edited = edited + residual.repeat_interleave(len(strengths), dim=0)
+        check_finite(edited, "`direction`, `strength` and the decoder's weights")
         edited = postprocess(edited, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
@@ -797,6 +826,7 @@ class EditingMixin:
         Raises:
             ValueError: if weights are below 0, not finite or all 0, or their number is not that of the images.
         """
+        check_output_type(output_type, self.vae.config.in_channels)
         latents = self.encode(image, class_labels)
         shares = torch.atleast_2d(torch.as_tensor(weights, dtype=torch.float64))
         check_shape("weights", shares, (len(shares), len(latents)))
@@ -805,12 +835,10 @@ class EditingMixin:
             raise ValueError(f"`weights` must be finite, at least 0 and not all 0, but are {shares.tolist()}.")
         mixed = (shares / sums).to(latents) @ latents.flatten(1)
         images = self.decode(mixed[:, :, None, None], known_labels(self, class_labels, len(mixed)))
+        check_finite(images, "`image` and the decoder's weights")
         images = postprocess(images, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 LARGEST_TEMPERATURE = 100.0
@@ -994,12 +1022,6 @@ def draw_classes(config: Any, count: int, generator: torch.Generator | None) -> 
     return weights.multinomial(count, replacement=True, generator=generator)
 
 
-def check_finite(images: torch.Tensor, suspects: str) -> None:
-    """Raise `ValueError` if decoded images are not finite: they would be displayed as black."""
-    if not images.isfinite().all():
-        raise ValueError(f"Images are not finite in {images.dtype}. Check {suspects}.")
-
-
 def prepare_latents(
     batch_size: int,
     num_latents: int,
@@ -1022,18 +1044,6 @@ def prepare_latents(
         return temperature * randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     check_shape("latents", latents, shape)
     return latents.to(device=device, dtype=dtype)
-
-
-def check_output_type(output_type: str | None, channels: int, *others: str) -> None:
-    """Raise `ValueError` if `output_type` is not one of `others`, or one in which images of so many channels exist."""
-    choices = ("pil", "np", "pt", None, *others)
-    if channels not in MODES:
-        choices = choices[1:]
-        if output_type == "pil":
-            raise ValueError(
-                f"`output_type` must be one of {choices} for images of {channels} channels, but is 'pil', which has 1, 3 or 4."
-            )
-    check_choice("output_type", output_type, choices)
 
 
 OURS = ("ecvae_diffusers", "diffusers_modules")

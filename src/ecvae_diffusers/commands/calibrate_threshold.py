@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(DiffusionPipeline, "model", args.model, args.device)
     if not isinstance(pipeline, ECVAEPipeline):
         raise ValueError(f"model {args.model!r} must hold an ECVAEPipeline, but holds a {type(pipeline).__name__}.")
-    config, pictures = pipeline.vae.config, open_source("data", args.data, "test", None, None, None)
+    config = pipeline.vae.config
+    if not config.get("reconstruction_variance"):
+        raise ValueError(f"model {args.model!r} must have a `reconstruction_variance`, which training measures.")
+    pictures = open_source("data", args.data, "test", None, None, None, in_channels=config.in_channels)
     images = decode_all(draw(pictures, None, 0, True), config.sample_size, config.in_channels)
     try:
         measured = measure_normal(pipeline, images, args.false_alarm_rate)

@@ -19,7 +19,8 @@ DETECTED_AT_A_TIME = 256
 @dataclass
 class AnomalyOutput(BaseOutput):
     """
-    Output of `ECVAEPipeline.anomaly`, in bits: n bits mean that a share of 2^-n of normal images, or pixels, is as unusual.
+    Output of `ECVAEPipeline.anomaly`, in bits: n bits mean that a share of 2^-n of normal images, or pixels, is as unusual. Beyond what
+    was measured, an exponential tail continues this scale.
 
     Args:
         score (`torch.Tensor` of shape `(B,)`): How unusual each image is.
@@ -63,7 +64,7 @@ class DetectionMixin:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one of them):
                 B images of the model's size, as for `encode`.
             class_labels (`str`, `int`, `None`, a list of these or a `torch.Tensor`, *optional*):
-                The images' classes, as for `encode`.
+                The images' classes, as for `encode`. With a stored threshold, they must be `None`.
 
         Examples:
             ```py
@@ -81,7 +82,16 @@ class DetectionMixin:
         Raises:
             ValueError: if an image does not fit the model, or the model has no `reconstruction_variance`.
         """
-        measured, parts = self.config.get("anomaly_threshold"), self.anomaly_parts(image, class_labels)
+        measured = self.config.get("anomaly_threshold")
+        if measured is not None and ("energy" in measured["tails"]) != (self.energy_model is not None):
+            raise ValueError(
+                "`energy_model` must be there or not, as when `ecvae calibrate-threshold` measured the threshold."
+            )
+        if measured is not None and class_labels is not None:
+            raise ValueError(
+                f"`class_labels` must be None, since the threshold was measured without, but is {class_labels!r}."
+            )
+        parts = self.anomaly_parts(image, class_labels)
         tails = None if measured is None else measured["tails"]
         return AnomalyOutput(
             score=combine(parts, tails, SCORE),

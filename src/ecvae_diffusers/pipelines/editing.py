@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 
 from ..checks import check_choice, check_number
 from ..edits import METHODS, NUM_FOLDS, held_out_accuracy, principal_directions
-from .inputs import ClassLabels, Images, check_shape, known_labels, postprocess
+from .inputs import ClassLabels, Images, check_finite, check_output_type, check_shape, known_labels, postprocess
 
 
 # Images that are encoded at a time.
@@ -159,7 +159,8 @@ class EditingMixin:
         Raises:
             ValueError: if an argument is outside its range, or shapes do not fit.
         """
-        strengths = list(strength) if isinstance(strength, list | tuple) else [strength]
+        check_output_type(output_type, self.vae.config.in_channels)
+        strengths = torch.as_tensor(strength, dtype=torch.float64).flatten().tolist()
         check_number("len(strength)", len(strengths), 1)
         for one in strengths:
             check_number("strength", one, -1e6, 1e6)
@@ -176,6 +177,7 @@ class EditingMixin:
         if keep_residual:
             residual = images - self.decode(latents, labels)
             edited = edited + residual.repeat_interleave(len(strengths), dim=0)
+        check_finite(edited, "`direction`, `strength` and the decoder's weights")
         edited = postprocess(edited, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=edited) if return_dict else (edited,)
@@ -206,6 +208,7 @@ class EditingMixin:
         Raises:
             ValueError: if weights are below 0, not finite or all 0, or their number is not that of the images.
         """
+        check_output_type(output_type, self.vae.config.in_channels)
         latents = self.encode(image, class_labels)
         shares = torch.atleast_2d(torch.as_tensor(weights, dtype=torch.float64))
         check_shape("weights", shares, (len(shares), len(latents)))
@@ -214,6 +217,7 @@ class EditingMixin:
             raise ValueError(f"`weights` must be finite, at least 0 and not all 0, but are {shares.tolist()}.")
         mixed = (shares / sums).to(latents) @ latents.flatten(1)
         images = self.decode(mixed[:, :, None, None], known_labels(self, class_labels, len(mixed)))
+        check_finite(images, "`image` and the decoder's weights")
         images = postprocess(images, self.image_processor, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

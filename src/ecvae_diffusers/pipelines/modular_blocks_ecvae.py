@@ -46,7 +46,10 @@ class PipelineBlock(ModularPipelineBlocks):
     @property
     def expected_components(self) -> list[ComponentSpec]:
         descriptions = described(self.pipeline_class)
-        arguments = list(inspect.signature(self.pipeline_class.__init__).parameters.values())[1:]
+        names, _ = self.pipeline_class._get_signature_keys(self.pipeline_class)
+        arguments = [
+            one for one in inspect.signature(self.pipeline_class.__init__).parameters.values() if one.name in names
+        ]
         # The annotation of an optional component is a class or `None`.
         kinds = [(one.name, next(iter(get_args(one.annotation)), one.annotation)) for one in arguments]
         return [ComponentSpec(name, kind, descriptions.get(name)) for name, kind in kinds]
