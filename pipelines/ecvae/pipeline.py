@@ -500,9 +500,13 @@ class DetectionMixin:
         """
         measured = self.config.get("anomaly_threshold")
         if measured is not None and ("energy" in measured["tails"]) != (self.energy_model is not None):
-            raise ValueError("`energy_model` must be there or not, as when `ecvae calibrate-threshold` measured the threshold.")
+            raise ValueError(
+                "`energy_model` must be there or not, as when `ecvae calibrate-threshold` measured the threshold."
+            )
         if measured is not None and class_labels is not None:
-            raise ValueError(f"`class_labels` must be None, since the threshold was measured without, but is {class_labels!r}.")
+            raise ValueError(
+                f"`class_labels` must be None, since the threshold was measured without, but is {class_labels!r}."
+            )
         parts = self.anomaly_parts(image, class_labels)
         tails = None if measured is None else measured["tails"]
         return AnomalyOutput(
@@ -1329,9 +1333,9 @@ class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeli
                 frequency in the training data. The number `vae.config.num_class_embeds` is the unknown class. A model without
                 classes accepts only `None`.
             oversample (`int`, *optional*, defaults to 1):
-                Number of images to draw for each one that is returned, which is the one of lowest energy. Above 1, precision is higher
-                and recall lower, since images that are rare in the training data are left out. It takes as many decoder passes, and
-                passes of the energy model. The first draw is that of `oversample=1`.
+                Number of images to draw for each one that is returned, which is the one of lowest energy. Recall falls, since kinds of
+                images with high energies are left out. Precision rises if the energy model can still tell samples from data. It takes
+                as many decoder passes, and passes of the energy model. The first draw is that of `oversample=1`.
 
         Examples:
             ```py

@@ -233,9 +233,9 @@ class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeli
                 frequency in the training data. The number `vae.config.num_class_embeds` is the unknown class. A model without
                 classes accepts only `None`.
             oversample (`int`, *optional*, defaults to 1):
-                Number of images to draw for each one that is returned, which is the one of lowest energy. Above 1, precision is higher
-                and recall lower, since images that are rare in the training data are left out. It takes as many decoder passes, and
-                passes of the energy model. The first draw is that of `oversample=1`.
+                Number of images to draw for each one that is returned, which is the one of lowest energy. Recall falls, since kinds of
+                images with high energies are left out. Precision rises if the energy model can still tell samples from data. It takes
+                as many decoder passes, and passes of the energy model. The first draw is that of `oversample=1`.
 
         Examples:
             ```py
