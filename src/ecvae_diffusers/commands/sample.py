@@ -109,7 +109,8 @@ def sample(args: argparse.Namespace) -> "np.ndarray":
     with tqdm(total=args.num_images, desc="Images", unit="image") as progress_bar:
         for i in range(0, num_draws, num_images * args.oversample):
             part = slice(i, i + num_images * args.oversample)
-            batch, own = latents[part], {} if labels is None else {"class_labels": labels[part]}
+            own: dict[str, Any] = {} if labels is None else {"class_labels": labels[part]}
+            batch = latents[part]
             drawn = pipeline(latents=batch, output_type="pt", **own).images
             if args.oversample > 1:
                 energies = pipeline.score(drawn, **own).view(-1, args.oversample)

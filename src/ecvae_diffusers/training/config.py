@@ -418,8 +418,10 @@ class TrainingConfig:
                 refuse(name, channels, f"1 to {most} positive numbers at --resolution {data.resolution}")
         is_calibrated = self.model.calibration in ENERGY_CALIBRATIONS
         if energy.freeze_energy_blocks > 0 and not (is_calibrated and self.model.pretrained_model_name_or_path):
-            needed = "--pretrained_model_name_or_path and a --calibration with an energy model"
-            raise ConfigError(f"--freeze_energy_blocks {energy.freeze_energy_blocks} requires {needed}.")
+            raise ConfigError(
+                f"--freeze_energy_blocks {energy.freeze_energy_blocks} requires --pretrained_model_name_or_path and a --calibration with an "
+                "energy model."
+            )
         if energy.energy_num_scales > len(widths):
             refuse("energy_num_scales", energy.energy_num_scales, f"at most the number of resolutions ({len(widths)})")
         if data.image_size is not None and data.image_size < min(sides):
