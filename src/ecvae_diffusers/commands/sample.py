@@ -111,11 +111,11 @@ def sample(args: argparse.Namespace) -> "np.ndarray":
             part = slice(i, i + num_images * args.oversample)
             own: dict[str, Any] = {} if labels is None else {"class_labels": labels[part]}
             batch = latents[part]
-            drawn = pipeline(latents=batch, output_type="pt", **own).images
+            drawn = 2 * pipeline(latents=batch, output_type="pt", **own).images - 1
             if args.oversample > 1:
-                energies = pipeline.score(drawn, **own).view(-1, args.oversample)
-                drawn = drawn.unflatten(0, energies.shape)[torch.arange(len(energies)), energies.argmin(1)]
-            images += 2 * drawn.cpu() - 1
+                with torch.no_grad():
+                    drawn = pipeline.keep_lowest(drawn, args.oversample, *own.values())
+            images += drawn.cpu()
             progress_bar.update(len(drawn))
     return to_uint8(torch.stack(images)).permute(0, 2, 3, 1).numpy()
 

@@ -197,6 +197,11 @@ class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeli
         with frozen(self.energy_model):
             return compute_energy(self.energy_model, sample.clamp(-1, 1).to(self.energy_model.dtype), labels)
 
+    def keep_lowest(self, sample: torch.Tensor, oversample: int, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Keep the image of lowest energy of each `oversample` ones in a row: (B * oversample, C, H, W) in [-1, 1] to (B, C, H, W)."""
+        energies = self.energies(sample, labels).view(-1, oversample)
+        return sample.unflatten(0, energies.shape)[torch.arange(len(energies)), energies.argmin(1)]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -235,7 +240,7 @@ class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeli
             oversample (`int`, *optional*, defaults to 1):
                 Number of images to draw for each one that is returned, which is the one of lowest energy. Recall falls, since kinds of
                 images with high energies are left out. Precision rises if the energy model can still tell samples from data. It takes
-                as many decoder passes, and passes of the energy model. The first draw is that of `oversample=1`.
+                as many passes of the decoder and of the energy model.
 
         Examples:
             ```py
@@ -264,19 +269,19 @@ class ECVAEPipeline(SelfContained, EditingMixin, DetectionMixin, DiffusionPipeli
             )
         if isinstance(class_labels, (list, tuple, torch.Tensor)) and batch_size == 1 and latents is None:
             batch_size = len(class_labels)
-        drawn = (self.vae.config.latent_channels, temperature, generator)
-        latents = prepare_latents(batch_size, *drawn, latents, *self.latents_placement())
-        asked_for = prepare_labels(class_labels, len(latents), self.vae.config)
+        drawn_by = [one for one in generator for _ in range(oversample)] if isinstance(generator, list) else generator
+        num_latents, placement = self.vae.config.latent_channels, self.latents_placement()
+        latents = prepare_latents(batch_size * oversample, num_latents, temperature, drawn_by, latents, *placement)
+        asked_for = prepare_labels(class_labels, len(latents) // oversample, self.vae.config)
         if output_type == "latent":
             image = latents
         else:
             labels = None if asked_for is None else self.draw_labels(asked_for, generator)
-            image = self.decode(latents, labels)
-            for _ in range(oversample - 1):
-                others = prepare_latents(len(latents), *drawn, None, *self.latents_placement())
-                candidates = self.decode(others, labels)
-                is_lower = self.energies(candidates, labels) < self.energies(image, labels)
-                image = torch.where(is_lower.view(-1, 1, 1, 1), candidates, image)
+            if oversample == 1:
+                image = self.decode(latents, labels)
+            else:
+                repeated = None if labels is None else labels.repeat_interleave(oversample)
+                image = self.keep_lowest(self.decode(latents, repeated), oversample, repeated)
             check_finite(image, "`temperature`, `latents` and the decoder's weights")
             if num_refinement_steps > 0:
                 image = self.refine(image, num_refinement_steps, generator, labels)

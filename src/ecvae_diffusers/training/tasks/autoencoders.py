@@ -44,6 +44,11 @@ autoencoder = {name}.from_pretrained("path/or/hub-id")
 CALIBRATING_ON = "\nIn the run's folder, `energy_model/` and `scheduler/` serve to continue calibration. They are not used at test time.\n"
 
 
+def encoder_weights(autoencoder: ModelMixin) -> dict[str, torch.Tensor]:
+    """Return the weights of an autoencoder that compute latents, by their names."""
+    return {k: v for k, v in autoencoder.state_dict().items() if k.split(".")[0] not in TRAINED_PARTS}
+
+
 class CalibratedDecoder(torch.nn.Module):
     """
     An autoencoder whose decoder is trained, through `forward`.
@@ -66,8 +71,7 @@ class CalibratedDecoder(torch.nn.Module):
 
     def encoder_fingerprint(self) -> str:
         """Return a fingerprint of the frozen weights, which determine the latents."""
-        weights = self.autoencoder.state_dict().items()
-        return fingerprint({"encoder": {k: v for k, v in weights if k.split(".")[0] not in TRAINED_PARTS}})
+        return fingerprint({"encoder": encoder_weights(self.autoencoder)})
 
     def enable_gradient_checkpointing(self) -> None:
         self.autoencoder.enable_gradient_checkpointing()

@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from diffusers.models import autoencoders
 
 from ecvae_diffusers.checks import height_and_width
-from ecvae_diffusers.training.tasks.autoencoders import TRAINED_PARTS, CalibratedDecoder
+from ecvae_diffusers.training.tasks.autoencoders import CalibratedDecoder, encoder_weights
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 
@@ -33,17 +33,11 @@ class StudentDecoder(CalibratedDecoder):
     def __init__(self, teacher: CalibratedDecoder, autoencoder: ModelMixin):
         super().__init__(autoencoder, teacher.origin)
         self.teacher = teacher.requires_grad_(False).eval()
-        encoder = {
-            key: value
-            for key, value in teacher.autoencoder.state_dict().items()
-            if key.split(".")[0] not in TRAINED_PARTS
-        }
-        own = autoencoder.state_dict()
-        frozen = {key for key in own if key.split(".")[0] not in TRAINED_PARTS}
-        copies = frozen == encoder.keys() and all(own[key].shape == encoder[key].shape for key in frozen)
+        encoder, own = encoder_weights(teacher.autoencoder), encoder_weights(autoencoder)
+        copies = own.keys() == encoder.keys() and all(own[key].shape == encoder[key].shape for key in own)
         self.learns_encoder = not copies
         if copies:
-            autoencoder.load_state_dict(own | encoder)
+            autoencoder.load_state_dict(autoencoder.state_dict() | encoder)
         else:
             autoencoder.encoder.requires_grad_(True)
 
