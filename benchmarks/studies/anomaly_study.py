@@ -4,7 +4,7 @@
 
 A setting leaves one class out. An EC-VAE and a VAE are trained on images of the other nine. Further images of the nine measure what is
 normal for the EC-VAE, as `ecvae calibrate-threshold` does. A row has the area under the ROC curve of scores of images of the class that
-was left out, against other normal images: `anomaly` is the score of `ECVAEPipeline.anomaly`, `residual`, `largest` and `energy` are its parts,
+was left out, against other normal images of 16 px: `anomaly` is the score of `ECVAEPipeline.anomaly`, `residual`, `largest` and `energy` are its parts,
 `vae` is the squared error of the VAE's reconstructions, `pca` the squared error of a projection onto as many principal components as
 there are latents, and `forest` is an isolation forest of the pixels.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from datasets import load_dataset
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
@@ -38,30 +39,30 @@ METHODS = ("anomaly", "residual", "largest", "energy", "vae", "pca", "forest")
 FALSE_ALARM_RATE = 0.05
 
 
+def load(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int, int]]:
+    """Return uint8 images (N, 1, 16, 16), labels, and where the images end that train, measure what is normal, and test."""
+    if args.dataset is None:
+        images, labels = load_digits()
+        return images, labels, (1200, NUM_TRAIN, len(images))
+    ends = (20_000, 22_000, 24_000)
+    labels = torch.tensor(load_dataset(args.dataset, split="train").shuffle(seed=0)[: ends[-1]]["label"])
+    images = study.fashion_images(args.dataset, "train", ends[-1])
+    return F.avg_pool2d(images.float(), 2).round().byte(), labels, ends
+
+
 class NineClasses:
     """Images of a data set without one class: for training, to measure what is normal, and to test."""
 
-    def __init__(self, args: argparse.Namespace, left_out: int):
-        if args.dataset is None:
-            (images, labels), self.name, about = load_digits(), "digits", study.Digits
-            ends = (1200, NUM_TRAIN, len(images))
-            self.arguments = about.arguments
-        else:
-            self.name, about, ends = "fashion_mnist", study.FashionMNIST, (20_000, 24_000, 28_000)
-            rows = load_dataset(args.dataset, split="train").shuffle(seed=0).select(range(ends[-1]))
-            images, labels = study.fashion_images(args.dataset, "train", ends[-1]), torch.tensor(rows["label"])
-            self.arguments = [
-                "--resolution", "32", "--latent_channels", str(about.latent_channels),
-                "--block_out_channels", *map(str, about.channels),
-                "--learning_rate", str(about.learning_rate), "--energy_learning_rate", str(about.learning_rate),
-            ]  # fmt: skip
-        self.num_latents, normal = about.latent_channels, labels != left_out
+    def __init__(self, args: argparse.Namespace, name: str, loaded: tuple, left_out: int):
+        images, labels, ends = loaded
+        self.arguments = [*study.Digits.arguments, *study.precision(args.device)]
+        self.num_latents, normal = study.Digits.latent_channels, labels != left_out
         self.anomalous = images[~normal][: ends[2] - ends[1]]
         starts = (0, *ends)
         self.train, self.calibrate, self.test = (
             images[start:end][normal[start:end]] for start, end in zip(starts, ends)
         )
-        folder = args.output_dir / self.name / f"data_{left_out}"
+        folder = args.output_dir / name / f"data_{left_out}"
         if not folder.is_dir():
             folder.mkdir(parents=True)
             for i, image in enumerate(self.train):
@@ -113,10 +114,11 @@ def measure(data: NineClasses, folders: dict[str, Path]) -> dict[str, float]:
 def main() -> None:
     args = study.parser(__doc__, SETTINGS).parse_args()
     name = "digits" if args.dataset is None else "fashion_mnist"
+    loaded = None if args.table else load(args)
     results = study.Results(args.output_dir / f"anomaly_{name}.jsonl")
 
     def make(setting: str, seed: int) -> dict[str, float]:
-        data, folders = NineClasses(args, int(setting.split()[-1])), {}
+        data, folders = NineClasses(args, name, loaded, int(setting.split()[-1])), {}
         for model, own in MODELS.items():
             folders[model] = study.run_folder(args.output_dir, name, f"{model}, {setting}", seed)
             study.train(data, folders[model], seed, args.max_train_steps, *own)
