@@ -12,8 +12,9 @@ from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.energy import energy_and_gradient
 from ecvae_diffusers.training import augmentation as module
 from ecvae_diffusers.training.augmentation import AdaptiveAugmentation, Augmentation, AugmentedEnergy
-from ecvae_diffusers.training.config import ConfigError, ECVAEConfig
+from ecvae_diffusers.training.options import ConfigError
 from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.tasks.vae_config import ECVAEConfig
 
 
 def draw(probability: float, count: int = 64, seed: int = 0, size: int = 16) -> Augmentation:

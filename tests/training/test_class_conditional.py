@@ -8,10 +8,10 @@ import torch
 from training_runs import TINY, metrics, train, train_tiny, write_images
 
 from ecvae_diffusers import ECVAEPipeline
-from ecvae_diffusers.training.config import ClassDataConfig
 from ecvae_diffusers.training.data.images import load_images
 from ecvae_diffusers.training.data.transforms import forget_classes
 from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.tasks.vae_config import ClassDataConfig
 
 
 LEVELS = {"black": 0, "gray": 128, "white": 255}

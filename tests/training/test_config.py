@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from ecvae_diffusers.training import calibrate_decoder, train_ecvae, train_flow
-from ecvae_diffusers.training.config import ConfigError, ECVAEConfig
+from ecvae_diffusers.training.options import ConfigError
+from ecvae_diffusers.training.tasks.vae_config import ECVAEConfig
 from ecvae_diffusers.training.train_ecvae import parse_args
 
 

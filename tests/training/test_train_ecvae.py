@@ -11,8 +11,8 @@ from training_runs import assert_same_start, metrics, train_tiny, write_images
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.model_error import spectrum_of
-from ecvae_diffusers.training.config import ECVAEConfig
 from ecvae_diffusers.training.tasks.networks import load_pretrained
+from ecvae_diffusers.training.tasks.vae_config import ECVAEConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ import torch
 from training_runs import assert_same_weights, train_tiny, without_end, write_shapes
 
 from ecvae_diffusers import ECFlowPipeline, ECVAEPipeline, ECVAERestorationPipeline
-from ecvae_diffusers.training.config import DataConfig, ECFlowConfig, ECVAEConfig, default_channels
+from ecvae_diffusers.training.config import DataConfig, default_channels
+from ecvae_diffusers.training.tasks.flow_config import ECFlowConfig
+from ecvae_diffusers.training.tasks.vae_config import ECVAEConfig
 
 
 SHAPES = {"24x40 gray": ((24, 40), 1), "48x32 RGB": ((48, 32), 3), "20x20x6": (20, 6)}

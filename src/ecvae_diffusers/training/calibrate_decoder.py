@@ -6,7 +6,7 @@
 from collections.abc import Callable
 
 from ecvae_diffusers.training.command_line import read_config
-from ecvae_diffusers.training.config import ECDecoderConfig
+from ecvae_diffusers.training.tasks.decoder_config import ECDecoderConfig
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECDecoderConfig:

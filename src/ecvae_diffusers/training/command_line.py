@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from ecvae_diffusers.command import ArgumentParser, place
-from ecvae_diffusers.training.config import ConfigError, TrainingConfig
+from ecvae_diffusers.training.config import TrainingConfig
+from ecvae_diffusers.training.options import ConfigError
 
 
 Config = TypeVar("Config", bound=TrainingConfig)

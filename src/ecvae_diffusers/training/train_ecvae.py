@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 from ecvae_diffusers.training.command_line import read_config
-from ecvae_diffusers.training.config import ECVAEConfig
+from ecvae_diffusers.training.tasks.vae_config import ECVAEConfig
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECVAEConfig:

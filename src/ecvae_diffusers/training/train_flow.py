@@ -8,7 +8,7 @@ Train on likelihood first, with `--calibration none`. Then calibrate in a second
 from collections.abc import Callable
 
 from ecvae_diffusers.training.command_line import read_config
-from ecvae_diffusers.training.config import ECFlowConfig
+from ecvae_diffusers.training.tasks.flow_config import ECFlowConfig
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> ECFlowConfig:

@@ -12,11 +12,11 @@ from training_runs import train_tiny as train
 
 from ecvae_diffusers import AutoencoderEC, ECVAEPipeline
 from ecvae_diffusers.posterior import posterior_chain, stationary_constraint
-from ecvae_diffusers.training.config import VAEConfig
 from ecvae_diffusers.training.randomness import StepNoise
 from ecvae_diffusers.training.run.log import read_metrics
 from ecvae_diffusers.training.tasks import vae
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
+from ecvae_diffusers.training.tasks.vae_config import VAEConfig
 
 
 STEPS = 4

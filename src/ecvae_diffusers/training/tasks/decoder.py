@@ -16,7 +16,6 @@ from ecvae_diffusers import EnergyModel
 from ecvae_diffusers.hub.saving import fingerprint
 from ecvae_diffusers.hub.upload import CONFIG
 from ecvae_diffusers.model_error import squared_error
-from ecvae_diffusers.training.config import ECDecoderConfig
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.tasks.autoencoders import (
@@ -28,6 +27,7 @@ from ecvae_diffusers.training.tasks.autoencoders import (
     load_latents,
 )
 from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.decoder_config import ECDecoderConfig
 from ecvae_diffusers.training.tasks.distillation import StudentDecoder, build_student
 from ecvae_diffusers.training.tasks.networks import build_energy_model
 from ecvae_diffusers.variational import error_gradient_norm

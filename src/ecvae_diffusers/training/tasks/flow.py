@@ -12,10 +12,10 @@ from accelerate.logging import get_logger
 
 from ecvae_diffusers import ECFlowPipeline, EnergyModel, FlowEC
 from ecvae_diffusers.models import as_shown, bits_per_dimension, dequantize
-from ecvae_diffusers.training.config import ECFlowConfig
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.tasks.base import Task, evaluating
+from ecvae_diffusers.training.tasks.flow_config import ECFlowConfig
 from ecvae_diffusers.training.tasks.networks import Pretrained, build_models, load_pretrained
 
 

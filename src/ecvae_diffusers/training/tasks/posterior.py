@@ -18,8 +18,8 @@ from ecvae_diffusers.posterior import (
     posterior_chain,
     stationary_constraint,
 )
-from ecvae_diffusers.training.config import VAEConfig
 from ecvae_diffusers.training.randomness import StepNoise
+from ecvae_diffusers.training.tasks.vae_config import VAEConfig
 
 
 # Chains on latents in units of the standard deviation of q(z|x). For the encoder, one small step gives the gradient of its bound with

@@ -26,13 +26,14 @@ from ecvae_diffusers.edits import principal_directions
 from ecvae_diffusers.model_error import error_power, mean_over_frequencies, spectrum_of
 from ecvae_diffusers.pipelines.inputs import draw_classes
 from ecvae_diffusers.posterior import posterior_bounds
-from ecvae_diffusers.training.config import POSTERIOR_CALIBRATIONS, ECVAEConfig
+from ecvae_diffusers.training.config import POSTERIOR_CALIBRATIONS
 from ecvae_diffusers.training.data.transforms import to_range
 from ecvae_diffusers.training.run.launch import train
 from ecvae_diffusers.training.run.log import progress
 from ecvae_diffusers.training.tasks.base import Task, evaluating
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS, Pretrained, build_models, load_pretrained
 from ecvae_diffusers.training.tasks.posterior import PosteriorCalibration
+from ecvae_diffusers.training.tasks.vae_config import ECVAEConfig
 from ecvae_diffusers.variational import active_units, elbo_loss, error_gradient_norm, kl_warmup
 
 
