@@ -47,7 +47,8 @@ def paint_defects(images: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, to
     size = images.shape[-1]
     for i, image in enumerate(images.numpy().astype(np.float64)):
         rng = np.random.default_rng([seed, i])
-        kind, border = KINDS[i % len(KINDS)], np.median(np.concatenate([image[:, 0], image[:, -1]], axis=1))
+        kind = KINDS[i % len(KINDS)]
+        border = np.median(np.concatenate([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], axis=1))
         shown = np.argwhere(np.abs(image - border).max(0) > 3 * LEAST_CHANGE)[:, ::-1]
         while True:
             center = shown[rng.integers(len(shown))] if kind == "missing part" else rng.uniform(0.2, 0.8, 2) * size

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecvae_diffusers.atomic import is_free
+from ecvae_diffusers.checks import MODES
 from ecvae_diffusers.command import ArgumentParser
 from ecvae_diffusers.commands import LARGEST_SEED, check_writable, load_pipeline, number, read_label, run_or_fail
 
@@ -204,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
 
     pipeline = load_pipeline(ecvae_diffusers.ECVAERestorationPipeline, "--model", args.model, args.device)
     channels = pipeline.vae.config.in_channels
-    if channels not in (1, 3, 4):
+    if channels not in MODES:
         raise ValueError(
             f"--model must have images of 1, 3 or 4 channels, which pictures have, but {args.model!r} has {channels}: call "
             "ECVAERestorationPipeline with arrays."

@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..checks import MODES
+
 
 # Images per pass on a CPU. In larger batches, activations outgrow the cache and the allocator returns its buffers to the
 # system after each layer, which is several times slower.
@@ -70,7 +72,7 @@ class FeatureExtractor(nn.Module):
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         if self.num_channels is not None:
-            if self.num_channels == 3 and images.shape[1] not in (1, 3, 4):
+            if self.num_channels == 3 and images.shape[1] not in MODES:
                 filling = images[:, -1:].expand(-1, -images.shape[1] % 3, -1, -1)
                 groups = torch.cat([images, filling], dim=1).split(3, dim=1)
                 return torch.cat([self._features(group) for group in groups], dim=1)

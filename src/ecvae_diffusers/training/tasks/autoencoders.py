@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ecvae_diffusers import EnergyModel, LangevinScheduler
 from ecvae_diffusers.atomic import write_json, write_text
-from ecvae_diffusers.checks import height_and_width
+from ecvae_diffusers.checks import MODES, height_and_width
 from ecvae_diffusers.hub.card import CARD_MARKER
 from ecvae_diffusers.hub.saving import fingerprint
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
@@ -159,6 +159,17 @@ class SavedDecoder:
         return cls(decoder, energy_model, scheduler, (folder / "README.md").read_text(encoding="utf-8"))
 
 
+def autoencoder_class(config: dict[str, Any]) -> Any:
+    """Return the class of diffusers that a config names as `_class_name`. Raises `ValueError` if it is no autoencoder of diffusers."""
+    class_name = config.get("_class_name")
+    found = getattr(autoencoders, str(class_name), None)
+    if not hasattr(found, "encode"):
+        raise ValueError(
+            f"its `_class_name` must be an autoencoder of diffusers, such as AutoencoderKL, but is {class_name}"
+        )
+    return found
+
+
 def load_autoencoder(
     name_or_path: str | os.PathLike,
     subfolder: str | None = None,
@@ -181,10 +192,7 @@ def load_autoencoder(
         subfolder = None
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     try:
-        class_name = AutoencoderKL.load_config(name_or_path, **where).get("_class_name")
-        model_class: Any = getattr(autoencoders, str(class_name), None)
-        if not hasattr(model_class, "encode"):
-            raise ValueError(f"it must be an autoencoder of diffusers, but is a {class_name}")
+        model_class = autoencoder_class(AutoencoderKL.load_config(name_or_path, **where))
         model, info = model_class.from_pretrained(
             name_or_path,
             variant=variant,
@@ -203,9 +211,9 @@ def load_autoencoder(
         raise ValueError(f"{refused} holds weights that are not finite: {', '.join(broken[:3])}.")
     # Audio autoencoders have no image channels. Those that decode by diffusion have no `decoder` module.
     decodes_at_once = isinstance(getattr(model, "decoder", None), torch.nn.Module)
-    if not decodes_at_once or model.config.get("in_channels") not in (1, 3, 4):
+    if not decodes_at_once or model.config.get("in_channels") not in MODES:
         allowed = "an autoencoder of images with 1, 3 or 4 channels that decodes in one pass, such as AutoencoderKL"
-        raise ValueError(f"{refused} must be {allowed}, but is a {class_name}.")
+        raise ValueError(f"{refused} must be {allowed}, but is a {model_class.__name__}.")
     return model
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models import autoencoders
 
 from ecvae_diffusers.checks import height_and_width
-from ecvae_diffusers.training.tasks.autoencoders import CalibratedDecoder, encoder_weights
+from ecvae_diffusers.training.tasks.autoencoders import CalibratedDecoder, autoencoder_class, encoder_weights
 from ecvae_diffusers.training.tasks.networks import LOADING_ERRORS
 
 
@@ -99,13 +98,7 @@ def build_student(path: str, teacher: CalibratedDecoder, resolution: int | list[
             config = json.load(file)
         if not isinstance(config, dict):
             raise ValueError("it must hold a config, a JSON object")
-        class_name = config.get("_class_name")
-        model_class: Any = getattr(autoencoders, str(class_name), None)
-        if not hasattr(model_class, "encode"):
-            raise ValueError(
-                f"its `_class_name` must be an autoencoder of diffusers, such as AutoencoderTiny, but is {class_name}"
-            )
-        student = StudentDecoder(teacher, model_class.from_config(config))
+        student = StudentDecoder(teacher, autoencoder_class(config).from_config(config))
         shape = (teacher.config.in_channels, *height_and_width(resolution))
         image = torch.zeros(1, *shape)
         with torch.no_grad():
