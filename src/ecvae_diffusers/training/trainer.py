@@ -58,7 +58,7 @@ from ecvae_diffusers.training.run.log import (
 )
 from ecvae_diffusers.training.run.pictures import NUM_ENERGIES, Observer
 from ecvae_diffusers.training.tasks.base import Task
-from ecvae_diffusers.training.tasks.networks import Trained, build_calibrator, moving_average
+from ecvae_diffusers.training.tasks.networks import Trained, build_calibrator, moving_average, use_contiguous_norms
 from ecvae_diffusers.training.tasks.resizing import freeze_coarse_blocks
 
 
@@ -99,6 +99,8 @@ class Trainer:
         models: list[Any] = [model for model in (task.generator, task.energy_model) if model is not None]
         for model in models:
             model.to(memory_format=torch.channels_last)
+            if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+                use_contiguous_norms(model)
             if optimizer.gradient_checkpointing:
                 model.enable_gradient_checkpointing()
         # Before `prepare`, so that the saved average contains no wrapped modules.
