@@ -137,24 +137,28 @@ def run_folder(output_dir: Path, data_name: str, name: str, seed: int) -> Path:
     return output_dir / data_name / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}"
 
 
-def train(data, folder: Path, seed: int, num_steps: int, *arguments: str, script: str = "train_ecvae.py") -> None:
+def train(
+    data, folder: Path, seed: int, num_steps: int, *arguments: str, script: str = "train_ecvae.py", extend: bool = False
+) -> None:  # fmt: skip
     """
-    Run a training script as a user would, or resume it. A finished run is not trained again.
+    Run a training script as a user would, or resume it. A finished run is not trained again. With `extend`, it is if `num_steps` has
+    grown.
 
     Raises:
         ValueError: if `folder` holds a run with other arguments. They are kept in a file next to it.
     """
-    arguments = ["--max_train_steps", str(num_steps), *data.arguments, *arguments]
+    length, arguments = ["--max_train_steps", str(num_steps)], [*data.arguments, *arguments]
     # Paths are left out, so that a study may be moved.
-    own = [argument for argument in arguments if os.sep not in argument]
+    own = [argument for argument in ([] if extend else length) + arguments if os.sep not in argument]
     kept = folder.parent / f"{folder.name}.arguments.json"
     if folder.is_dir() and kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))) != own:
         raise ValueError(f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir.")
     write_json(kept, own)
-    if is_finished(folder):
+    if is_finished(folder) and not (extend and logged(folder).get("step", 0) < num_steps):
         return
     command = [sys.executable, str(TRAINING / script), *data.data_arguments, "--output_dir", str(folder)]
-    command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1", *arguments]
+    command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1"]
+    command += [*length, *arguments]
     resumes = any(folder.glob("checkpoint-*"))
     command += ["--resume_from_checkpoint", "latest"] if resumes else ["--overwrite_output_dir"]
     subprocess.run(command, check=True)
@@ -223,12 +227,14 @@ class Results:
             started = time.time()
             row = make(name, seed)
             # `row` may replace the seconds, for example by those per image.
-            row = {"setting": name, "seed": seed, "seconds": round(time.time() - started), **row, **own}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            log = RunLog(self.path)
-            log.cut(sys.maxsize)  # an incomplete line, left by a kill, would hide the next one
-            log.write(**row)
-            print(to_json(row), flush=True)
+            self.append({"setting": name, "seed": seed, "seconds": round(time.time() - started), **row, **own})
+
+    def append(self, row: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        log = RunLog(self.path)
+        log.cut(sys.maxsize)  # an incomplete line, left by a kill, would hide the next one
+        log.write(**row)
+        print(to_json(row), flush=True)
 
     def table(self, first: str, names: list[str], columns: dict[str, Callable]) -> str:
         """Return a Markdown table with a line for each setting that has rows."""
