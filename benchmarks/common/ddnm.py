@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-r"""DDNM+ (Wang et al. 2023, arXiv 2212.00490): restoration with a diffusion model, as a peer of ours.
+r"""DDNM+ (Wang et al. 2023, arXiv 2212.00490) without its time travel: restoration with a diffusion model, as a peer of ours.
 
 At each step, the model's estimate of the clean image gets what was measured in the range of the operator A = U S V^T,
 
@@ -7,7 +7,7 @@ At each step, the model's estimate of the clean image gets what was measured in 
 
 where a_t and b_t are those of DDPM's posterior with standard deviation sigma_t. For measurement noise of standard deviation sigma_y and a
 singular value s, the noise that comes with the measurement is a_t lambda sigma_y / s. It replaces noise of the sampler:
-lambda = min(1, sigma_t s / (a_t sigma_y)) and phi^2 = sigma_t^2 - (a_t lambda sigma_y / s)^2.
+lambda = min(1, sigma_t s / (a_t sigma_y)) and phi^2 = sigma_t^2 - (a_t lambda sigma_y / s)^2. The model's estimates are clamped to [-1, 1].
 """
 
 import time
@@ -95,4 +95,5 @@ def ddnm(
         "num_network_calls": num_steps,
         "seconds": (time.perf_counter() - started) / len(task.clean),
     }
-    return Answers(each[:, 0].clamp(-1, 1), each.mean(1).clamp(-1, 1), each.std(1), figures)
+    std = each.std(1) if num_restorations > 1 else None
+    return Answers(each[:, 0].clamp(-1, 1), each.mean(1).clamp(-1, 1), std, figures)

@@ -141,8 +141,8 @@ def train(
     data, folder: Path, seed: int, num_steps: int, *arguments: str, script: str = "train_ecvae.py", extend: bool = False
 ) -> None:  # fmt: skip
     """
-    Run a training script as a user would, or resume it. A finished run is not trained again. With `extend`, it is if `num_steps` has
-    grown.
+    Run a training script as a user would, or resume it. A finished run is not trained again. With `extend`, it continues if `num_steps`
+    has grown.
 
     Raises:
         ValueError: if `folder` holds a run with other arguments. They are kept in a file next to it.
@@ -154,7 +154,8 @@ def train(
     if folder.is_dir() and kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))) != own:
         raise ValueError(f"{folder.name} was trained with {' '.join(found)}, not {' '.join(own)}: see --output_dir.")
     write_json(kept, own)
-    if is_finished(folder) and not (extend and logged(folder).get("step", 0) < num_steps):
+    # A run that was killed after its last step has the pipeline of its former length. Resuming saves the new one.
+    if is_finished(folder) and not extend:
         return
     command = [sys.executable, str(TRAINING / script), *data.data_arguments, "--output_dir", str(folder)]
     command += ["--seed", str(seed), "--checkpointing_steps", "500", "--checkpoints_total_limit", "1"]

@@ -11,8 +11,14 @@ The published arrangement is written here from the paper's equations:
 - Data and samples pass through the energy model one after the other.
 - Convolution and pooling are separate. Everything is float32 in contiguous layout. Every loss is read back at every step.
 
-Each line of the table makes one change to it. The last lines make all changes of the training script: without bf16, with it but with
-normalizations in channels_last, with it, and compiled if `--changes` names that. Networks, batch and K are the same. The arrangements take turns in one process, and a figure
+Each line of the table makes one change to it. The last lines make all changes of the training script:
+
+- in float32,
+- in bf16, with normalizations in channels_last,
+- in bf16, which is what the script does,
+- in bf16 and compiled, if `--changes` names that.
+
+Networks, batch and K are the same. The arrangements take turns in one process, and a figure
 is the median over rounds of the ratio of their times.
 """
 
@@ -47,9 +53,9 @@ CHANGES = (
     "single_chain", "frozen_energy", "closed_form", "one_pass", "fused_pooling", "channels_last", "bf16", "no_wait",
     "fused_optimizer", "compiled",
 )  # fmt: skip
-# On CPUs, the code of Inductor is slower than that of oneDNN. On a GPU, compiling also makes CUDA graphs of the chain's steps.
 # Only channels_last and bf16 together make normalizations slow, so they have no line alone.
 NORMS = "contiguous_norms"
+# On CPUs, the code of Inductor is slower than that of oneDNN. On a GPU, compiling also makes CUDA graphs of the chain's steps.
 OURS = set(CHANGES) - {"compiled"} | {NORMS}
 
 

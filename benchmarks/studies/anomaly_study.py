@@ -4,9 +4,9 @@
 
 A setting leaves one class out. An EC-VAE and a VAE are trained on images of the other nine. Further images of the nine measure what is
 normal for the EC-VAE, as `ecvae calibrate-threshold` does. A row has the area under the ROC curve of scores of images of the class that
-was left out, against other normal images of 16 px: `anomaly` is the score of `ECVAEPipeline.anomaly`, `residual`, `largest` and `energy` are its parts,
-`vae` is the squared error of the VAE's reconstructions, `pca` the squared error of a projection onto as many principal components as
-there are latents, and `forest` is an isolation forest of the pixels.
+was left out, against other normal images of 16 px. `anomaly` is the score of `ECVAEPipeline.anomaly`, and `residual`, `largest` and
+`energy` are its parts. `vae` is the squared error of the VAE's reconstructions, `pca` that of a projection onto as many principal
+components as there are latents, and `forest` is an isolation forest of the pixels.
 """
 
 import argparse

@@ -2,14 +2,17 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
 """What is the best use of some hours? `python benchmarks/studies/hours.py --cifar10 DATASET --output_dir STUDY --hours 2`.
 
-Settings of the EC-VAE, VAEs and a DDPM are trained on CIFAR-10 for equal hours. The DDPM has the parameters of the EC-VAE called REFERENCE,
-and draws with 50 steps of DDIM. Each run stops every `--slice_steps` iterations to measure its samples, and trains on until its hours are
-over. Hours are those of training alone, so run one process per core. Rows are kept in STUDY/hours.jsonl: an interrupted study resumes at
-the last slice, and more `--hours` continue finished runs. `--picture PNG` draws both kernel distances over hours.
+Settings of the EC-VAE, VAEs and a DDPM are trained on CIFAR-10 for equal hours. The DDPM has as many parameters as autoencoder and energy
+model of the first setting, and draws with 50 steps of DDIM. Each run stops every `--slice_steps` iterations to measure its samples, and
+trains on until its hours are over. Hours are those of training alone, on one core. Rows are kept in STUDY, so an interrupted study
+resumes at the last slice, and more `--hours` continue finished runs. Two processes may share STUDY if their settings or seeds differ.
+`--picture PNG` draws both kernel distances over hours.
 """
 
+import argparse
 import functools
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -81,7 +84,9 @@ class Cifar10:
         kept = args.output_dir / "measures.pt"
         if not kept.is_file():  # they take minutes
             args.output_dir.mkdir(parents=True, exist_ok=True)
-            torch.save(self.prepare(count), kept)
+            part = kept.with_suffix(f".{os.getpid()}")
+            torch.save(self.prepare(count), part)
+            part.replace(kept)
         self.metrics, self.about = torch.load(kept, weights_only=False)
 
     def prepare(self, count: int) -> tuple[dict[str, GenerationMetrics], str]:
@@ -111,7 +116,7 @@ class Ddpm:
 
     def __init__(self, data: Cifar10, folder: Path, seed: int):
         torch.manual_seed(seed)
-        self.data, self.folder = data, folder
+        self.data, self.folder, self.seed = data, folder, seed
         self.unet = small_unet().to(memory_format=torch.channels_last)
         use_contiguous_norms(self.unet)
         self.average, self.optimizer = moving_average(self.unet, EMA_DECAY), adam(self.unet, 5e-4, (0.9, 0.999))
@@ -124,7 +129,7 @@ class Ddpm:
 
     def train_to(self, num_steps: int) -> None:
         # A resumed run draws other batches, not those of its start again.
-        torch.manual_seed(self.step)
+        torch.manual_seed(self.seed * 10**9 + self.step)
         batches, started = study.epochs(self.data.train_images, BATCH), time.perf_counter()
         for _ in tqdm(range(self.step, num_steps), mininterval=5):
             real = next(batches).to(memory_format=torch.channels_last)
@@ -172,51 +177,60 @@ def draw(pipeline, num_images: int) -> torch.Tensor:
     return torch.cat(images)
 
 
-def plot(results: study.Results, path: Path) -> None:
-    """Plot both kernel distances of each setting over hours."""
+def rows_of(args: argparse.Namespace, name: str, seed: int) -> study.Results:
+    return study.Results(args.output_dir / f"{study.run_folder(args.output_dir, Cifar10.name, name, seed).name}.jsonl")
+
+
+def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> None:
+    """Plot both kernel distances of each run over hours."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, key, title in zip(
-        axes, ("kernel_distance", "classifier_kernel_distance"), ("EfficientNet-Lite0", "classifier")
-    ):
-        for name in SETTINGS:
-            rows = sorted((row for row in results.of(name)), key=lambda row: row["hours"])
-            if rows:
-                axis.plot(*zip(*[(row["hours"], row[key]) for row in rows]), label=name, marker=".")
+    titles = {"kernel_distance": "EfficientNet-Lite0", "classifier_kernel_distance": "the classifier"}
+    for axis, (key, title) in zip(axes, titles.items()):
+        for (name, seed), rows in runs.items():
+            hours, values = zip(*[(row["hours"], row[key]) for row in rows])
+            axis.plot(
+                hours, values, label=name if seed == 0 else None, marker=".", color=f"C{list(SETTINGS).index(name)}"
+            )
         axis.set(xlabel="hours of training on one core", ylabel=f"kernel distance over {title}", yscale="log")
     axes[1].legend(fontsize=7)
     figure.savefig(path, dpi=90)
 
 
 def main() -> None:
-    made = study.parser(__doc__, list(SETTINGS), "cifar10")
-    made.add_argument("--hours", type=float, default=2.0)
-    made.add_argument("--slice_steps", type=int, default=2000, help="iterations between two measurements")
-    made.add_argument("--num_samples", type=int, default=5000)
-    made.add_argument("--picture", type=Path, help="only write this plot of existing rows")
-    args = made.parse_args()
-    results = study.Results(args.output_dir / "hours.jsonl")
-    if args.picture is not None:
-        plot(results, args.picture)
-        return
-    if not args.table:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar10", dest="dataset", metavar="DATASET", help="Hub id or folder")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--slice_steps", type=int, default=2000, help="iterations between two measurements")
+    parser.add_argument("--num_samples", type=int, default=5000)
+    parser.add_argument("--picture", type=Path, help="also write this plot")
+    args = parser.parse_args()
+    args.device = torch.device("cpu")
+    if args.dataset is not None:
         data = Cifar10(args)
         print(f"{data.about}; {machine(args.device)}", flush=True)
         for seed, name in itertools.product(args.seeds, args.settings):
-            train(args, data, results, name, seed)
+            train(args, data, name, seed)
+    runs = {(name, seed): rows_of(args, name, seed).of(name) for name in args.settings for seed in args.seeds}
+    runs = {key: sorted(rows, key=lambda row: row["step"]) for key, rows in runs.items() if rows}
+    if args.picture is not None:
+        plot(runs, args.picture)
     lines = []
-    for name in SETTINGS:
-        rows, seeds = results.of(name), sorted({row["seed"] for row in results.of(name)})
-        last = [max((row for row in rows if row["seed"] == seed), key=lambda row: row["step"]) for seed in seeds]
+    for name in args.settings:
+        last = [rows[-1] for (setting, _), rows in runs.items() if setting == name]
         if last:
             lines.append([name, *(show(last) for show in COLUMNS.values())])
     print(table(["setting", *COLUMNS], lines))
 
 
-def train(args, data: Cifar10, results: study.Results, name: str, seed: int) -> None:
+def train(args: argparse.Namespace, data: Cifar10, name: str, seed: int) -> None:
     """Train a run in slices until its hours are over, and measure it after each."""
     folder, arguments = study.run_folder(args.output_dir, data.name, name, seed), SETTINGS[name]
-    rows = [row for row in results.of(name) if row["seed"] == seed]
+    results = rows_of(args, name, seed)
+    rows = results.of(name)
     ddpm = Ddpm(data, folder, seed) if arguments is None else None
     num_steps, hours = max((row["step"] for row in rows), default=0), max((row["hours"] for row in rows), default=0.0)
     while hours < args.hours:
@@ -231,8 +245,8 @@ def train(args, data: Cifar10, results: study.Results, name: str, seed: int) -> 
         hours = seconds / 3600
         count = args.num_samples if ddpm is None else min(args.num_samples, NUM_DDIM_SAMPLES)
         found = data.measure(draw(pipeline, count))
-        if count < args.num_samples:  # Frechet distances depend on the number of samples, kernel distances do not
-            found = {key: value for key, value in found.items() if "frechet" not in key}
+        if count < args.num_samples:  # all other measures depend on the number of samples
+            found = {key: value for key, value in found.items() if key.endswith("kernel_distance")}
         row = {"setting": name, "seed": seed, "hours": hours, "num_samples": count}
         results.append({**row, **logged, **found, "step": num_steps})
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""Can a kernel take the energy model's place? `python benchmarks/studies/kernel_study.py --output_dir STUDY`, digits; `--fashion_mnist DATASET`.
+"""Can a kernel take the energy model's place? `python benchmarks/studies/kernel_study.py --output_dir STUDY` (or `--fashion_mnist DATASET`).
 
 Drifting models (arXiv 2602.04770) train a generator without a second network. The target of a sample lies in the direction of a field:
 the kernel-weighted mean of data minus that of other samples. Calibration takes such targets as they are

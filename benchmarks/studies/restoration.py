@@ -137,7 +137,8 @@ def main() -> None:
         methods = [f"EC-VAE, {steps} steps" for steps in STEPS]
     rows = [(noise, task, method) for noise, task in tasks for method in methods if noise > 0 or method != "A_s y"]
     settings = {f"{noise} {task} {method}": (noise, task, method) for noise, task, method in rows}
-    results.fill(list(settings), [0], row)
+    steps = {setting: args.ddnm_steps if method == DDNM else None for setting, (_, _, method) in settings.items()}
+    results.fill(list(settings), [0], row, num_restorations=args.num_restorations, ddnm_steps=steps)
     print(table([one for setting in settings if "psnr" in (one := results.of(setting)[0])]))
 
 

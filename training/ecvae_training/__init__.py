@@ -6,15 +6,15 @@ import types
 
 
 MOVED = {
-    "argument_checks": "training.config",
+    "argument_checks": "training.config training.options",
     "arguments": "training.command_line",
     "checkpoints": "training.run.checkpoints",
     "curves": "report.curves",
     "data": "training.data.images",
-    "decoder_arguments": "training.calibrate_decoder training.config",
+    "decoder_arguments": "training.calibrate_decoder training.config training.options training.tasks.decoder_config",
     "decoders": "training.tasks.autoencoders",
     "digits": "training.data.digits",
-    "ecvae_arguments": "training.train_ecvae training.config",
+    "ecvae_arguments": "training.train_ecvae training.config training.options training.tasks.vae_config",
     "evaluation": "evaluation.while_training",
     "evaluation_data": "evaluation.pictures",
     "evaluation_parts": "evaluation.work",
@@ -22,7 +22,7 @@ MOVED = {
     "evaluation_summary": "evaluation.summary",
     "evaluation_work": "evaluation.work",
     "feeds": "training.data.loaders",
-    "flow_arguments": "training.train_flow training.config",
+    "flow_arguments": "training.train_flow training.config training.options training.tasks.flow_config",
     "guard": "training.run.divergence",
     "images": "training.data.transforms",
     "last_line": "command",

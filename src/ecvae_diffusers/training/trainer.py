@@ -99,13 +99,14 @@ class Trainer:
         models: list[Any] = [model for model in (task.generator, task.energy_model) if model is not None]
         for model in models:
             model.to(memory_format=torch.channels_last)
-            if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-                use_contiguous_norms(model)
             if optimizer.gradient_checkpointing:
                 model.enable_gradient_checkpointing()
         # Before `prepare`, so that the saved average contains no wrapped modules.
         if optimizer.use_ema:
             self.ema = moving_average(task.generator, optimizer.ema_max_decay).to(accelerator.device)
+        # After the average, which is used in float32.
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+            use_contiguous_norms(task.generator)
         betas = (optimizer.adam_beta1, optimizer.adam_beta2)
         self.generator = self.prepare(task.generator, optimizer.learning_rate, betas)
         if task.energy_model is not None:
