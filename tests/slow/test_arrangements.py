@@ -63,5 +63,11 @@ def test_every_change_is_timed(capsys):
     training_step.main([*sizes, "--rounds", "1"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = [name.replace("_", " ") for name in CHANGES if name in OURS]
-    assert [row[0] for row in rows[1:]] == ["published", *names, "ours in fp32", "ours"]
+    assert [row[0] for row in rows[1:]] == [
+        "published",
+        *names,
+        "ours in fp32",
+        "ours, norms in channels_last",
+        "ours",
+    ]
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows[1:]) and float(rows[1][2]) == 1
