@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ecvae", required=True, help="pipeline's folder")
     parser.add_argument("--fashion_mnist", dest="dataset", metavar="DATASET", help="this instead of digits")
+    parser.add_argument("--no_residual", action="store_true", help="leave out what the reconstruction lost")
     args = parser.parse_args()
     pipeline = ECVAEPipeline.from_pretrained(args.ecvae)
     (train, classes), (held_out, truth) = read(args.dataset)
@@ -63,7 +64,9 @@ def main() -> None:
             for b in set(range(NUM_CLASSES)) - {a}:
                 sets = [train[classes == one].float() / 255 for one in (a, b)]
                 found = pipeline.direction(*sets, method)
-                edited = pipeline.edit(originals, found.direction, STRENGTHS, output_type="pt").images
+                edited = pipeline.edit(
+                    originals, found.direction, STRENGTHS, keep_residual=not args.no_residual, output_type="pt"
+                ).images
                 levels = (edited * 255).round().to(torch.uint8)
                 moved += (name(levels).view(-1, len(STRENGTHS)) == b).float().sum(0)
                 change = levels.unflatten(0, (-1, len(STRENGTHS))).float() - shown.unsqueeze(1)

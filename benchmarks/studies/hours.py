@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import load_dataset
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -46,8 +47,9 @@ def networks(patch: int, *channels: int) -> list[str]:
     return ["--patch_size", str(patch), "--block_out_channels", *map(str, channels)]
 
 
-NARROW, WIDE, FLAT = networks(2, 32, 64, 128), networks(2, 64, 128, 128), networks(1, 16, 32, 64, 128)
 REFERENCE = (2, (64, 128, 128))
+WIDE = networks(REFERENCE[0], *REFERENCE[1])
+NARROW, FLAT = networks(2, 32, 64, 128), networks(1, 16, 32, 64, 128)
 SETTINGS: dict[str, list[str] | None] = {
     "EC-VAE, patches of 2, 64 to 128 channels": [*WIDE, *K_1],
     "EC-VAE, patches of 2, 32 to 128 channels": [*NARROW, *K_1],
@@ -72,6 +74,12 @@ COLUMNS = {
 }
 
 
+def images_of(dataset: str, split: str, count: int) -> torch.Tensor:
+    """Return uint8 images (N, 3, 32, 32), in the order of `labels_of`."""
+    rows = load_dataset(dataset, split=split).with_format("torch").shuffle(seed=0).select(range(count))
+    return torch.stack([row["image"] for row in tqdm(rows, desc=f"Reading {split}")])
+
+
 class Cifar10:
     """CIFAR-10 with features of EfficientNet-Lite0 and of a classifier of its classes, of 10,000 training images."""
 
@@ -92,7 +100,7 @@ class Cifar10:
     def prepare(self, count: int) -> tuple[dict[str, GenerationMetrics], str]:
         """Return what measures samples over each kind of features, and what it finds for test images."""
         (train, labels, names), (test, test_labels, _) = (
-            (study.dataset_images(self.dataset, split, count, 32, 3), *labels_of(self.dataset, split, count))
+            (images_of(self.dataset, split, count), *labels_of(self.dataset, split, count))
             for split in ("train", "test")
         )
         classifier = ClassifierFeatures(train, labels, names).to(self.device)
@@ -104,7 +112,7 @@ class Cifar10:
 
     @functools.cached_property
     def train_images(self) -> torch.Tensor:
-        return study.dataset_images(self.dataset, "train", 50_000, 32, 3)
+        return images_of(self.dataset, "train", 50_000)
 
     def measure(self, images: torch.Tensor) -> dict[str, float]:
         found = {name: study.against(metrics, images) for name, metrics in self.metrics.items()}

@@ -1,5 +1,5 @@
 # Copyright 2026 The ecvae-diffusers authors. Licensed under the Apache License, Version 2.0.
-"""The kernel's field points from samples to data, and vanishes where both are alike."""
+"""The kernel's field points from samples to data, and targets lie as far away as the tolerance allows."""
 
 import pytest
 import torch
