@@ -14,7 +14,9 @@ from studies import hours
 def test_ddpm_has_as_many_parameters_as_both_networks():
     patch, channels = hours.REFERENCE
     sizes = {"sample_size": 32, "in_channels": 3, "block_out_channels": channels, "patch_size": patch}
-    ours = AutoencoderEC(**sizes, latent_channels=hours.LATENTS).num_parameters() + EnergyModel(**sizes).num_parameters()
+    ours = (
+        AutoencoderEC(**sizes, latent_channels=hours.LATENTS).num_parameters() + EnergyModel(**sizes).num_parameters()
+    )
     assert hours.small_unet().num_parameters() == pytest.approx(ours, rel=0.1)
 
 
