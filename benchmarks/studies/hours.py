@@ -6,13 +6,15 @@ Settings of the EC-VAE, VAEs and a DDPM are trained on CIFAR-10 for equal hours.
 model of the first setting, and draws with 50 steps of DDIM. Each run stops every `--slice_steps` iterations to measure its samples, and
 trains on until its hours are over. Hours are those of training alone, on one core. Rows are kept in STUDY, so an interrupted study
 resumes at the last slice, and more `--hours` continue finished runs. Two processes may share STUDY if their settings or seeds differ.
-`--picture PNG` draws both kernel distances over hours.
+`--picture PNG` draws both kernel distances over hours. `--average` also measures decoders of EC-VAEs and VAEs whose weights are averaged
+over all slices with a power function of the iteration (Karras et al. 2024, arXiv 2312.02696, section 3).
 """
 
 import argparse
 import functools
 import itertools
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from datasets import load_dataset
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 
@@ -39,6 +43,14 @@ from studies.peers import EMA_DECAY, adam, step
 
 
 BATCH, LATENTS, DDIM_STEPS, NUM_DDIM_SAMPLES = 64, 128, 50, 1000
+WIDTHS = (0.02, 0.05, 0.1, 0.2)
+MEASURES = (
+    "frechet_distance",
+    "kernel_distance",
+    "classifier_frechet_distance",
+    "classifier_kernel_distance",
+    "recall",
+)
 K_1, PLAIN = ["--langevin_steps", "1"], ["--calibration", "none"]
 CLASSES = ["--class_conditional", "--class_column", "label"]
 
@@ -185,6 +197,26 @@ def draw(pipeline, num_images: int) -> torch.Tensor:
     return torch.cat(images)
 
 
+def power(relative_width: float) -> float:
+    """Return the exponent gamma of the profile t^gamma on [0, 1] with this standard deviation (Karras et al. 2024, section 3.1)."""
+    low, high = 0.0, 1e6
+    while high - low > 1e-9 * high:
+        gamma = (low + high) / 2
+        is_wider = (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5 > relative_width
+        low, high = (gamma, high) if is_wider else (low, gamma)
+    return low
+
+
+def averaged(states: dict[int, dict[str, torch.Tensor]], relative_width: float) -> dict[str, torch.Tensor]:
+    """Return the mean of weights by iteration, each with the integral of the profile since the iteration before it."""
+    gamma, steps = power(relative_width), sorted(states)
+    shares = {
+        step: (step / steps[-1]) ** (gamma + 1) - (before / steps[-1]) ** (gamma + 1)
+        for before, step in itertools.pairwise([0, *steps])
+    }
+    return {name: sum(shares[step] * states[step][name].float() for step in steps) for name in states[steps[0]]}
+
+
 def rows_of(args: argparse.Namespace, name: str, seed: int) -> study.Results:
     return study.Results(args.output_dir / f"{study.run_folder(args.output_dir, Cifar10.name, name, seed).name}.jsonl")
 
@@ -205,6 +237,23 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def snapshots(folder: Path) -> Path:
+    """Return the folder with a run's autoencoder after each slice, by iteration."""
+    return folder.parent / "snapshots" / folder.name
+
+
+def average(args: argparse.Namespace, data: Cifar10, name: str, seed: int) -> None:
+    """Print the distances of samples of averages over a run's slices."""
+    folder = study.run_folder(args.output_dir, data.name, name, seed)
+    kept = {int(path.name): load_file(path / SAFETENSORS_WEIGHTS_NAME) for path in snapshots(folder).iterdir()}
+    pipeline, lines = ECVAEPipeline.from_pretrained(folder).to(data.device), []
+    for width in WIDTHS:
+        pipeline.vae.load_state_dict(averaged(kept, width))
+        found = data.measure(draw(pipeline, args.num_samples))
+        lines.append([f"{name}, width {width}", *(f"{found[key]:.4g}" for key in MEASURES)])
+    print(table(["average", *MEASURES], lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", dest="dataset", metavar="DATASET", help="Hub id or folder")
@@ -215,6 +264,7 @@ def main() -> None:
     parser.add_argument("--slice_steps", type=int, default=2000, help="iterations between two measurements")
     parser.add_argument("--num_samples", type=int, default=5000)
     parser.add_argument("--picture", type=Path, help="also write this plot")
+    parser.add_argument("--average", action="store_true", help="also measure averages over the slices")
     args = parser.parse_args()
     args.device = torch.device("cpu")
     if args.dataset is not None:
@@ -222,6 +272,8 @@ def main() -> None:
         print(f"{data.about}; {machine(args.device)}", flush=True)
         for seed, name in itertools.product(args.seeds, args.settings):
             train(args, data, name, seed)
+            if args.average and SETTINGS[name] is not None:
+                average(args, data, name, seed)
     runs = {(name, seed): rows_of(args, name, seed).of(name) for name in args.settings for seed in args.seeds}
     runs = {key: sorted(rows, key=lambda row: row["step"]) for key, rows in runs.items() if rows}
     if args.picture is not None:
@@ -250,6 +302,7 @@ def train(args: argparse.Namespace, data: Cifar10, name: str, seed: int) -> None
             study.train(data, folder, seed, num_steps, *arguments, extend=True)
             pipeline, logged = ECVAEPipeline.from_pretrained(folder).to(data.device), study.logged(folder)
             seconds = logged["training_seconds"]
+            shutil.copytree(folder / "vae", snapshots(folder) / str(num_steps), dirs_exist_ok=True)
         hours = seconds / 3600
         count = args.num_samples if ddpm is None else min(args.num_samples, NUM_DDIM_SAMPLES)
         found = data.measure(draw(pipeline, count))
