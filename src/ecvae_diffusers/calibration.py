@@ -46,7 +46,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
 from .energy import compute_energy, energy_and_gradient, frozen
@@ -58,8 +57,6 @@ from .schedulers.scheduling_langevin import LangevinScheduler
 HEALTHY_MOVE = 0.1184
 # The "auto" gradient penalty per entry of a sample, tuned on digits (D = 256) and on colour images up to 64 px.
 GRADIENT_PENALTY = 0.1 / 256
-ENERGY_OBJECTIVES = ("difference", "relativistic")
-
 # Rate of the adapted drift step: like lambda, it corrects an error within about ten iterations.
 DRIFT_STEP_RATE = 0.1
 
@@ -140,10 +137,6 @@ class EnergyCalibrator:
             Weight gamma >= 0 of the mean squared norm of the energy's gradient at the data (R1, Mescheder et al. 2018, arXiv
             1801.04406). It damps oscillations between energy model and generator. `"auto"` is 0.1 D / 256. If it is above 0, the
             energy model must be twice differentiable.
-        energy_objective (`str`, *optional*, defaults to `"difference"`):
-            What the energy step minimizes, for data x and calibrated samples x~. `"difference"` is the mean of f(x) - f(x~), whose
-            gradient is that of the log-likelihood. `"relativistic"` is the mean of 2 log(1 + exp(f(x) - f(x~))) over pairs (Huang et
-            al. 2024, arXiv 2501.05441): pairs whose energies are already in order count less.
 
     Raises:
         ValueError: if an argument is outside the range given above.
@@ -188,10 +181,7 @@ class EnergyCalibrator:
         energy_regularization: float = 0.1,
         relative_dual_step: bool = True,
         gradient_penalty: float | str = 0.0,
-        energy_objective: str = "difference",
     ):
-        if energy_objective not in ENERGY_OBJECTIVES:
-            raise ValueError(f"`energy_objective` must be one of {ENERGY_OBJECTIVES}, but is {energy_objective!r}.")
         if tolerance != "auto" and not (isinstance(tolerance, (int, float)) and 0 < tolerance < float("inf")):
             raise ValueError(f"`tolerance` must be 'auto' or a finite number above 0, but is {tolerance!r}.")
         if not 0 < max_dual < float("inf"):
@@ -207,7 +197,6 @@ class EnergyCalibrator:
         self.relative_dual_step = relative_dual_step
         self.energy_regularization = energy_regularization
         self.gradient_penalty = gradient_penalty
-        self.energy_objective = energy_objective
         self.dual = torch.tensor(float(initial_dual))
         self.drift_scale = torch.tensor(1.0)
         self.num_entries: int | None = None
@@ -427,7 +416,7 @@ class EnergyCalibrator:
 
         Raises:
             ValueError: if `real`, whose dtype the targets are converted to, holds integers, if only one of the conditions is
-                given, if neither the call nor the calibrator has an energy model, or as `contrast`.
+                given, or if neither the call nor the calibrator has an energy model.
         """
         if not real.is_floating_point():
             raise ValueError(f"`real` must have a floating-point dtype, as samples do, but has {real.dtype}.")
@@ -453,21 +442,8 @@ class EnergyCalibrator:
         return output
 
     def contrast(self, energy_real: torch.Tensor, energy_targets: torch.Tensor) -> EnergyLossOutput:
-        """
-        Return the energy step's loss without the gradient penalty, from the energies of data and of calibrated samples.
-
-        Raises:
-            ValueError: if `energy_objective` is `"relativistic"`, and there are not as many samples as data.
-        """
-        if self.energy_objective == "difference":
-            loss = energy_real.mean() - energy_targets.mean()
-        elif len(energy_real) == len(energy_targets):
-            loss = 2 * F.softplus(energy_real - energy_targets).mean()
-        else:
-            raise ValueError(
-                f"`targets` must hold as many samples as `real` ({len(energy_real)}) if `energy_objective` is 'relativistic', "
-                f"but holds {len(energy_targets)}."
-            )
+        """Return the energy step's loss without the gradient penalty, from the energies of data and of calibrated samples."""
+        loss = energy_real.mean() - energy_targets.mean()
         if self.energy_regularization > 0:
             squares = energy_real.square().mean() + energy_targets.square().mean()
             loss = loss + self.energy_regularization * squares

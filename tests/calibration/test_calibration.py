@@ -140,23 +140,6 @@ def test_energy_loss_is_the_formula(alpha, num_targets):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6), name
 
 
-def test_relativistic_objective_weighs_pairs_by_their_order():
-    """2 log(1 + exp(f(x) - f(x~))): at equal energies the gradient of the difference, and less for pairs in order."""
-    options = {"energy_regularization": 0.0, "energy_objective": "relativistic"}
-    calibrator = EnergyCalibrator(lambda sample: sample, LangevinScheduler(), **options)
-    real, targets = torch.tensor([0.0, -1.0, 2.0], requires_grad=True), torch.tensor([0.0, 3.0, -2.0])
-    loss = calibrator.contrast(real, targets).loss
-    assert loss.item() == pytest.approx(2 / 3 * sum(math.log1p(math.exp(difference)) for difference in (0, -4, 4)))
-    loss.backward()
-    weights = [2 / 3 / (1 + math.exp(-difference)) for difference in (0, -4, 4)]
-    assert real.grad.tolist() == pytest.approx(weights)
-    assert weights[0] == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="targets"):
-        calibrator.contrast(real, targets[:2])
-    with pytest.raises(ValueError, match="energy_objective"):
-        EnergyCalibrator(None, LangevinScheduler(), energy_objective="logistic")
-
-
 def test_energy_loss_goes_once_through_the_module_given():
     """Data and samples together: a distributed wrapper synchronizes one forward pass per backward pass."""
     wrapped, batches = nn.Sequential(tiny_energy_model()), []

@@ -50,8 +50,8 @@ SAMPLES_NOTES = {
 FACTS = (
     "dataset_name", "train_data_dir", "resolution", "latent_channels", "train_batch_size", "seed", "calibration",
     "kl_weight", "langevin_steps", "langevin_drift_step", "langevin_noise", "calibration_tolerance", "drift_tolerance",
-    "initial_dual", "max_dual", "dual_learning_rate", "energy_objective", "energy_regularization", "learning_rate",
-    "energy_learning_rate", "max_grad_norm", "mixed_precision",
+    "initial_dual", "max_dual", "dual_learning_rate", "energy_regularization", "learning_rate", "energy_learning_rate",
+    "max_grad_norm", "mixed_precision",
 )  # fmt: skip
 
 

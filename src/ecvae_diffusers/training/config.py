@@ -86,11 +86,6 @@ class EnergyConfig(Group):
     )
     energy_num_scales: int = option(1, help="Number of image scales that the energy model sees.", at_least=1)
     energy_spectral_norm: bool = option(False, help="Apply spectral normalization to the energy model.")
-    energy_objective: Literal["difference", "relativistic"] = option(
-        "difference",
-        help="What the energy model minimizes: the difference between the energies of data and samples, or a logistic loss of each pair, "
-        "in which pairs in the right order count less.",
-    )
     energy_regularization: float = option(0.1, help="Weight of the mean squared energies (alpha).", at_least=0)
     energy_gradient_penalty: Literal["auto"] | float = option(
         "auto",

@@ -131,7 +131,6 @@ def build_calibrator(
         dual_learning_rate=config.dual_learning_rate,
         max_dual=config.max_dual,
         relative_dual_step=config.relative_dual_step,
-        energy_objective=energy.energy_objective,
         energy_regularization=energy.energy_regularization,
         gradient_penalty=energy.energy_gradient_penalty,
     )
