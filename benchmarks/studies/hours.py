@@ -6,8 +6,8 @@ Settings of the EC-VAE, VAEs and a DDPM are trained on CIFAR-10 for equal hours.
 model of the first setting, and draws with 50 steps of DDIM. Each run stops every `--slice_steps` iterations to measure its samples, and
 trains on until its hours are over. Hours are those of training alone, on one core. Rows are kept in STUDY, so an interrupted study
 resumes at the last slice, and more `--hours` continue finished runs. Two processes may share STUDY if their settings or seeds differ.
-`--picture PNG` draws both kernel distances over hours. `--average` also measures decoders of EC-VAEs and VAEs whose weights are averaged
-over all slices with a power function of the iteration (Karras et al. 2024, arXiv 2312.02696, section 3).
+`--picture PNG` draws both kernel distances over hours. `--average` also measures EC-VAEs and VAEs whose saved weights, which are moving
+averages, are averaged over all slices with a power function of the iteration (Karras et al. 2024, arXiv 2312.02696, section 3).
 """
 
 import argparse
@@ -266,6 +266,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="also write this plot")
     parser.add_argument("--average", action="store_true", help="also measure averages over the slices")
     args = parser.parse_args()
+    if args.average and args.dataset is None:
+        parser.error("--average requires --cifar10.")
     args.device = torch.device("cpu")
     if args.dataset is not None:
         data = Cifar10(args)
