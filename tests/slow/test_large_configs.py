@@ -27,7 +27,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform ==
 """
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "stl10", "imagenet32", "lsun_church64", "celeba64"])
+@pytest.mark.parametrize(
+    "name", ["fashion_mnist", "noto_emoji", "cifar10", "stl10", "imagenet32", "lsun_church64", "celeba64"]
+)
 def test_large_configs_train(name, tmp_path):
     two_steps(name, tmp_path)
 
