@@ -54,7 +54,9 @@ def test_the_card_says_what_the_evaluation_says(folder):
     assert results == {name: measures[name].mean for name in results} and "frechet_distance" in results
     baseline, ours = (one.generation.measures["frechet_distance"].mean for one in (evaluation.baseline, evaluation))
     assert f"| {figure(ours)} | {figure(baseline)} | {baseline / ours:.1f} |" in card.text
-    if evaluation.training_seeds is not None:
+    if evaluation.training_seeds is None:
+        assert "- seeds: one\n" in card.text
+    else:
         # The median of three seeds is published.
         distances = {run.seed: run.frechet_distance for run in evaluation.training_seeds.runs}
         assert len(distances) == 3
