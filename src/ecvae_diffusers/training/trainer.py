@@ -4,6 +4,7 @@ A `Task` defines what is trained: the generator's own loss, how it makes images,
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,21 +203,21 @@ class Trainer:
                 if self.step - self.started_step == WARMUP_STEPS:
                     self.tell_what_to_expect()
                 last = self.step == self.num_steps
-                logged = self.step % run.log_steps == 0 or last
+                observed = self.is_observed(self.step)
                 stopped = is_stopped(self.step) and not last
                 evaluate = evaluation_steps is not None and (self.step % evaluation_steps == 0 or last)
                 save = self.step % run.checkpointing_steps == 0 or stopped
                 alarms = []
-                if logged:
-                    alarms = self.log(scalars)
-                # A state that is not finite is never saved, even if this step is not logged.
+                if observed:
+                    alarms = self.observe(scalars)
+                # A state that is not finite is never saved, even if this step is not observed.
                 elif (evaluate or save) and (peaks := self.recovery.peaks):
                     alarms = self.recovery.judge(self.step, reduce_scalars(self.accelerator, peaks), complete=False)
                 if alarms:
                     self.roll_back(alarms)
                     batches = self.new_batches()
                     continue
-                if logged:
+                if observed:
                     self.recovery.keep_healthy(self.step)
                 with self.stopwatch.paused():
                     full = self.step % run.save_images_steps == 0 or last
@@ -352,7 +353,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.task.generator)
         self.recovery.note_peaks(peaks)
-        if (self.step + 1) % self.config.run.log_steps == 0 or self.step + 1 == self.num_steps:
+        if self.is_observed(self.step + 1):
             scalars["data_spread"] = batch_spread(real)
             if energy is not None:
                 scalars |= {name: calibration[name] for name in ("constraint", "noise_floor", "drift")}
@@ -363,20 +364,36 @@ class Trainer:
                 scalars |= moments("energy_targets", energies.energy_targets)
         return scalars
 
-    def log(self, scalars: dict[str, torch.Tensor]) -> list[str]:
-        """Log the step's scalars, show some of them in the progress bar, and return the guard's alarms."""
-        accelerator, calibrator = self.accelerator, self.calibrator
-        logged: dict[str, Any] = reduce_scalars(accelerator, {**scalars, **self.recovery.peaks})
-        self.recovery.peaks.clear()
+    def is_logged(self, step: int) -> bool:
+        return step % self.config.run.log_steps == 0 or step == self.num_steps
+
+    def is_observed(self, step: int) -> bool:
+        """Return whether the guard looks at a step: at each logged one, and at others if few are logged."""
+        return step % self.recovery.interval == 0 or self.is_logged(step)
+
+    def observe(self, scalars: dict[str, torch.Tensor]) -> list[str]:
+        """Show an observed step's scalars to the guard and return its alarms. Without alarms, log the step if it is due."""
+        calibrator, recovery = self.calibrator, self.recovery
+        observed: dict[str, Any] = reduce_scalars(self.accelerator, {**scalars, **recovery.peaks})
         if calibrator is not None:
-            logged |= {"dual": calibrator.dual.item(), "tolerance": calibrator.resolve_tolerance()}
-            logged["drift_tolerance"] = calibrator.resolve_drift_tolerance()
-            logged["langevin_drift_step"] = calibrator.drift_step_size
-            logged |= calibration_state(logged)
+            observed |= {"dual": calibrator.dual.item(), "tolerance": calibrator.resolve_tolerance()}
+            observed["drift_tolerance"] = calibrator.resolve_drift_tolerance()
+            observed["langevin_drift_step"] = calibrator.drift_step_size
+            observed |= calibration_state(observed)
         if self.overfitting is not None:
-            logged |= self.overfitting.scalars()
-        if alarms := self.recovery.judge(self.step, logged):
-            return alarms
+            observed |= self.overfitting.scalars()
+        largest = {name: max(observed[name], recovery.logged_peaks.get(name, -math.inf)) for name in recovery.peaks}
+        recovery.peaks.clear()
+        alarms = recovery.judge(self.step, observed)
+        recovery.logged_peaks = largest
+        if not alarms and self.is_logged(self.step):
+            self.log({**observed, **largest})
+            recovery.logged_peaks = {}
+        return alarms
+
+    def log(self, logged: dict[str, Any]) -> None:
+        """Write scalars to the log and the trackers, and show some of them in the progress bar."""
+        accelerator, calibrator = self.accelerator, self.calibrator
         logged["learning_rate"] = self.generator.lr_scheduler.get_last_lr()[0]
         if self.energy is not None:
             logged["energy_learning_rate"] = self.energy.lr_scheduler.get_last_lr()[0]
@@ -396,7 +413,6 @@ class Trainer:
             off = " (calibration is off)" if logged["calibration_off"] else ""
             shown |= {"lambda": f"{logged['dual']:.1f}{off}", "drift": f"{logged['drift']:.4f}"}
         self.progress.set_postfix(shown, refresh=False)
-        return []
 
     def roll_back(self, alarms: list[str]) -> None:
         """

@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from training_runs import TINY, metrics, run_with_fault, weights, write_images
 
+from ecvae_diffusers import EnergyCalibrator, LangevinScheduler
 from ecvae_diffusers.report.read import Run
 from ecvae_diffusers.report.verdict import findings
 from ecvae_diffusers.training import train_ecvae
-from ecvae_diffusers.training.run import divergence
+from ecvae_diffusers.training.run import divergence, launch
 from ecvae_diffusers.training.run.divergence import (
     CONFIRMATIONS,
     LASTING,
@@ -26,7 +27,7 @@ from ecvae_diffusers.training.tasks.networks import Trained
 
 HEALTHY = {
     "reconstruction": 20.0, "gradient_norm_max": 100.0, "energy_gradient_norm_max": 3.0, "energy_real": -1.0,
-    "energy_targets": -0.5, "constraint_max": 0.03, "dual": 30.0, "constraint": 0.02, "tolerance": 0.015,
+    "energy_real_std": 0.4, "energy_targets": -0.5, "energy_targets_std": 0.4, "constraint_max": 0.03, "dual": 30.0, "constraint": 0.02, "tolerance": 0.015,
     "sample_spread": 0.5, "data_spread": 0.6,
 }  # fmt: skip
 # What is divergence only if it lasts, with gradients clipped to 30, and what is said of it.
@@ -72,9 +73,9 @@ def test_when_calibration_is_off():
         scalars |= {"dual": dual, "calibration_gradient_norm": gradient, "energy_samples": energy}
         assert list(calibration_state(scalars).values()) == expected
     # One warning per time, after 100 steps.
-    guard = watched(0, log_steps=34)
+    guard = watched(0, interval=34)
     assert guard.observe(healthy(0, calibration_off=1)) == ([], [])
-    guard = resumed(guard, log_steps=34)  # the count is part of the state
+    guard = resumed(guard, interval=34)  # the count is part of the state
     for off, warnings in ((1, 1), (1, 0), (0, 0), (1, 0), (1, 1), (1, 0)):
         assert len(guard.observe(healthy(0, calibration_off=off))[1]) == warnings
 
@@ -112,6 +113,27 @@ def test_what_is_divergence_only_if_it_lasts(changed, said):
     (alarm,) = resumed(guard, max_grad_norm=30.0).observe(healthy(0, **changed))[0]  # the count is part of the state
     assert alarm.startswith(said)
     # A network has no range at first, and a decoder that has learned nothing yet gives one image only.
+    assert all(watched(0).observe(healthy(i, **changed)) == ([], []) for i in range(WARMUP))
+
+
+def test_an_energy_model_that_is_worse_than_a_constant_one():
+    """The loss that it is judged by is the one that it is trained on, and no running range is needed."""
+    torch.manual_seed(0)
+    regularization = 0.1
+    real, targets = 3 * torch.randn(64) - 2, 2 * torch.randn(64) + 1
+    calibrator = EnergyCalibrator(None, LangevinScheduler(), energy_regularization=regularization)
+    scalars = {}
+    for name, energies in (("energy_real", real), ("energy_targets", targets)):
+        scalars |= {name: energies.mean().item(), f"{name}_std": energies.std(correction=0).item()}
+    expected = calibrator.contrast(real, targets).loss.item()
+    assert divergence.energy_loss(scalars, regularization) == pytest.approx(expected, rel=1e-5)
+    # The best loss, of energies -1 / (2 alpha) and 1 / (2 alpha), and the worst one that is no doubt.
+    for gap, energies, is_broken in ((1, 5.0, False), (-1, 2.0, False), (-1, 2.1, True), (-1, 5e3, True)):
+        guard = watched(0, energy_regularization=regularization)
+        changed = {"energy_real": -gap * energies, "energy_targets": gap * energies}
+        assert [guard.observe(healthy(i, **changed)) for i in range(LASTING - 1)] == [([], [])] * (LASTING - 1)
+        assert bool(guard.observe(healthy(0, **changed))[0]) == is_broken
+    # Without regularization, energies have no scale.
     assert all(watched(0).observe(healthy(i, **changed)) == ([], []) for i in range(WARMUP))
 
 
@@ -239,13 +261,14 @@ def test_a_run_that_was_resumed_amid_doubts_can_go_back(build):
 @pytest.mark.parametrize("name", ["gradient", "energy model", "samples"])
 def test_no_state_of_a_fault_that_is_seen_late_is_healthy(name, log_steps, build, monkeypatch):
     """What is an alarm when it has lasted is gone back from to before it began, in one step, however seldom is logged."""
-    monkeypatch.setattr(divergence, "HEALTHY_STATE_STEPS", log_steps)
+    interval = min(log_steps, divergence.INTERVAL)
+    monkeypatch.setattr(divergence, "HEALTHY_STATE_STEPS", interval)
     monkeypatch.setattr(divergence, "HEALTHY_STATES", 12)
     changed, said = DOUBTS[name]
     recovery = build("--max_grad_norm", 30.0, "--log_steps", log_steps, "--max_rollbacks", 3)
-    begun, step, went_back = 60 * log_steps + 100, 0, []
+    begun, step, went_back = 60 * interval + 100, 0, []
     while len(went_back) < 4:  # it stays until the run is given up
-        step += log_steps
+        step += interval
         broken = step > begun
         recovery.lowered.network.bias.data.fill_(1.0 if broken else 0.0)
         if alarms := recovery.judge(step, healthy(step, **(changed if broken else {}))):
@@ -255,9 +278,9 @@ def test_no_state_of_a_fault_that_is_seen_late_is_healthy(name, log_steps, build
             assert recovery.lowered.network.bias.eq(0).all()
         else:
             recovery.keep_healthy(step)
-    assert all(step <= begun for step in went_back) and went_back[0] > begun - 100 - 2 * log_steps
+    assert all(step <= begun for step in went_back) and went_back[0] > begun - 100 - 2 * interval
     # As of the first observation that was doubtful.
-    assert went_back[0] <= begun + log_steps - CONFIRMATIONS * log_steps
+    assert went_back[0] <= begun + interval - CONFIRMATIONS * interval
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +301,33 @@ def test_a_run_whose_calibration_is_off_says_so(data, tmp_path, monkeypatch, cap
     assert "(calibration is off)" in capsys.readouterr().err
     first = findings(Run.read(tmp_path / "run"))[0]
     assert first.name == "Calibration" and not first.healthy
+
+
+def test_a_run_that_seldom_logs_goes_back_as_soon(data, tmp_path, monkeypatch):
+    """An energy model that breaks down early, and whose range would be that of its breakdown. The log is that of a healthy run."""
+
+    class FaultyTrainer(launch.Trainer):
+        iteration, norms = 0, []
+
+        def train_step(self, batches):
+            if self.iteration == 11:
+                with torch.no_grad():
+                    self.task.energy_model.networks[0].conv_out.weight *= 1e4
+            self.iteration += 1
+            scalars = super().train_step(batches)
+            self.norms.append(scalars["energy_gradient_norm"].item())
+            return scalars
+
+    monkeypatch.setattr(launch, "Trainer", FaultyTrainer)
+    arguments = ["--train_data_dir", data, "--output_dir", tmp_path / "run", *TINY, "--max_train_steps", 60]
+    train_ecvae.run(train_ecvae.parse_args([*arguments, "--log_steps", 1000, "--no-energy_spectral_norm"]))
+    rollback = read_metrics(tmp_path / "run" / "events.jsonl")[0]
+    assert rollback["kind"] == "rollback" and rollback["to_step"] == 0
+    assert rollback["step"] == 20 + 10 * (LASTING - 1)
+    (record,) = metrics(tmp_path / "run")
+    assert record["step"] == 60 and abs(record["energy_real"]) < 10
+    # The largest norm since the state that was gone back to.
+    assert record["energy_gradient_norm_max"] == pytest.approx(max(FaultyTrainer.norms[-60:]))
 
 
 def assert_finite(*folders) -> None:

@@ -1,9 +1,11 @@
-"""Divergence guard: detect at logged steps that training diverges, and roll back to a healthy state.
+"""Divergence guard: detect that training diverges, and roll back to a healthy state.
 
-Energy-based training breaks down in few ways. Each shows in the logged scalars before it ruins the samples:
+The guard observes every tenth step, and every logged one. Energy-based training breaks down in few ways. Each shows in the observed
+scalars before it ruins the samples:
 
 - A value is not finite.
 - The energy gap, a loss, a gradient norm or the constraint is far outside its running range.
+- The energy model is worse than a constant one: its loss is far above 0. This is how it breaks down before there is a running range.
 - lambda stays at its bound while the constraint is far above its tolerance.
 - All samples are alike.
 - The energy model is dead: its gradient vanishes. This is how a model with spectral normalization fails, whose energies can't explode.
@@ -25,7 +27,9 @@ from ecvae_diffusers.training.run.log import record_event
 from ecvae_diffusers.training.tasks.networks import Trained
 
 
-# Logged steps before the guard checks anything except finiteness, and logged steps in a running range.
+# Largest number of steps from one observation to the next, so that the guard sees as much of a run that seldom logs.
+INTERVAL = 10
+# Observations before the guard compares values with their running range, and observations in a running range.
 WARMUP, WINDOW = 20, 50
 # A value is far outside its range if it differs from the running median by more than this many widths. The width is the 90th minus
 # the 10th percentile, but at least half of the median's absolute value.
@@ -33,17 +37,17 @@ RANGE_FACTOR = 20.0
 # The energy model is dead if its gradient norm is below this share of its running median. Samples are all alike if their spread
 # over the batch is below this share of the data's spread.
 MIN_GRADIENT, MIN_SPREAD = 0.1, 0.05
-# Logged steps in a row after which a doubt becomes an alarm. Doubts are samples that are alike, a dead energy model and clipped
-# gradients; for fewer steps they may be chance.
+# Observations in a row after which a doubt becomes an alarm. Doubts are samples that are alike, an energy model that is dead or worse
+# than a constant one, and clipped gradients; for fewer steps they may be chance.
 LASTING = 5
-# lambda at its bound is reported after at least this many steps, and this many logged steps, in a row: early in training it is often
+# lambda at its bound is reported after at least this many steps, and this many observations, in a row: early in training it is often
 # there. It is an alarm if the median of constraint over tolerance is above RUNAWAY. Otherwise the run is as healthy as with a fixed lambda.
-PINNED_STEPS, PINNED_LOGGED, RUNAWAY = 500, 50, 10.0
+PINNED_STEPS, PINNED_OBSERVATIONS, RUNAWAY = 500, 50, 10.0
 # Calibration is off if its gradient is below this share of the reconstruction's gradient. A warning follows after this many steps.
 MIN_CALIBRATION_WEIGHT, OFF_STEPS = 0.01, 100
 # Number of states kept in main memory (at least 2, because the newest may already be unhealthy), and steps between them.
 HEALTHY_STATES, HEALTHY_STATE_STEPS = 3, 100
-# Logged steps without an alarm after which a state counts as healthy, because a fault shows some steps later.
+# Observations without an alarm after which a state counts as healthy, because a fault shows some steps later.
 CONFIRMATIONS = 2
 
 GRADIENTS = ("gradient_norm_max", "energy_gradient_norm_max")
@@ -52,7 +56,7 @@ RANGED = ("energy_gap", *GRADIENTS, "reconstruction", "bits_per_dimension", "con
 
 def calibration_state(scalars: dict[str, float]) -> dict[str, int]:
     """
-    Return whether calibration has an effect at a logged step.
+    Return whether calibration has an effect at an observed step.
 
     `calibrating` is 1 if lambda is above 0 and the constraint's gradient with respect to samples is at least a hundredth of the
     gradient of the generator's own loss with respect to reconstructions. `calibration_off` is 1 if `calibrating` is 0 although the
@@ -67,22 +71,32 @@ def calibration_state(scalars: dict[str, float]) -> dict[str, int]:
 
 class DivergenceGuard:
     """
-    A detector of divergence in the scalars of logged steps.
+    A detector of divergence in the scalars of observed steps.
 
     Args:
         max_dual (`float`): Upper bound of lambda.
         max_grad_norm (`float`, *optional*): The norm to which gradients are clipped. Logged norms are those before clipping. A single
             outlier that clipping brings back into the range is no alarm: likelihoods of normalizing flows have such outliers.
-        log_steps (`int`, *optional*, defaults to 10): Steps from one logged step to the next.
+        energy_regularization (`float`, *optional*, defaults to 0.0): Weight alpha of the mean squared energies. The energy model's loss is
+            then at least -1 / (2 alpha), and that of a constant energy of 0 is 0. A loss above 1 / (2 alpha) is a doubt.
+        interval (`int`, *optional*, defaults to 10): Steps from one observation to the next.
     """
 
-    def __init__(self, max_dual: float, max_grad_norm: float | None = None, log_steps: int = 10):
+    def __init__(
+        self,
+        max_dual: float,
+        max_grad_norm: float | None = None,
+        energy_regularization: float = 0.0,
+        interval: int = INTERVAL,
+    ):
         self.max_dual, self.max_grad_norm = max_dual, math.inf if max_grad_norm is None else max_grad_norm
-        self.max_pinned, self.max_off = max(PINNED_LOGGED, PINNED_STEPS // log_steps), max(1, OFF_STEPS // log_steps)
+        self.energy_regularization = energy_regularization
+        self.max_pinned = max(PINNED_OBSERVATIONS, PINNED_STEPS // interval)
+        self.max_off = max(1, OFF_STEPS // interval)
         self.history: dict[str, list[float]] = {name: [] for name in RANGED}
-        # Number of logged steps, and numbers of logged steps in a row with a doubt or with calibration off.
+        # Number of observations, and numbers of observations in a row with a doubt or with calibration off.
         self.counts = dict.fromkeys(("observations", "doubtful", "off"), 0)
-        # Constraint over tolerance at the latest logged steps in a row with lambda at its bound.
+        # Constraint over tolerance at the latest observations in a row with lambda at its bound.
         self.pinned_ratios: list[float] = []
         # Not part of the state, so that a rollback does not reset it.
         self.has_been_pinned = False
@@ -92,7 +106,7 @@ class DivergenceGuard:
         return self.counts[name]
 
     def observe(self, scalars: dict[str, float]) -> tuple[list[str], list[str]]:
-        """Check the scalars of a logged step. Return alarms, each of which calls for a rollback, and warnings."""
+        """Check the scalars of an observed step. Return alarms, each of which calls for a rollback, and warnings."""
         if "energy_targets" in scalars:
             scalars = {**scalars, "energy_gap": scalars["energy_targets"] - scalars["energy_real"]}
         alarms: list[str] = []
@@ -111,6 +125,12 @@ class DivergenceGuard:
             if name == "energy_gradient_norm_max" and len(history) > WARMUP:
                 if value < MIN_GRADIENT * (median := statistics.median(history)):
                     doubts.append(f"the energy model is dead (gradient norm {value:.4g}, running median {median:.4g})")
+        if self.energy_regularization > 0 and "energy_real" in scalars:
+            loss, most = energy_loss(scalars, self.energy_regularization), 0.5 / self.energy_regularization
+            if loss > most:
+                doubts.append(
+                    f"the energy model is worse than a constant one (loss {loss:.4g}, of a constant 0, at best {-most:.4g})"
+                )
         # Without calibration, training makes no samples.
         spread, data_spread = scalars.get("sample_spread", math.inf), scalars["data_spread"]
         if self.count("observations", True) > WARMUP and spread < MIN_SPREAD * data_spread:
@@ -121,7 +141,7 @@ class DivergenceGuard:
         self.pinned_ratios = [*self.pinned_ratios, scalars["constraint"] / scalars["tolerance"]] if is_pinned else []
         if len(self.pinned_ratios) == self.max_pinned:
             ratio = statistics.median(self.pinned_ratios)
-            message = f"lambda has been at its bound ({self.max_dual:g}) for {self.max_pinned} logged steps, with the constraint at {ratio:.1f} times its tolerance"
+            message = f"lambda has been at its bound ({self.max_dual:g}) for {self.max_pinned} observations, with the constraint at {ratio:.1f} times its tolerance"
             # Only one alarm: if a lower rate does not bring lambda down, further rollbacks will not either.
             if ratio > RUNAWAY and not self.has_been_pinned:
                 self.has_been_pinned = True
@@ -142,6 +162,12 @@ class DivergenceGuard:
         """Restore a saved state. Counts that version 0.1 did not save start at 0."""
         self.history, self.pinned_ratios = dict(state_dict["history"]), state_dict["pinned_ratios"]
         self.counts = {name: state_dict.get(name, 0) for name in self.counts}
+
+
+def energy_loss(scalars: dict[str, float], regularization: float) -> float:
+    """Return the loss of [`EnergyCalibrator.contrast`] from the mean and standard deviation of energies."""
+    squares = sum(scalars[name] ** 2 + scalars[f"{name}_std"] ** 2 for name in ("energy_real", "energy_targets"))
+    return scalars["energy_real"] - scalars["energy_targets"] + regularization * squares
 
 
 def is_far_outside(value: float, history: list[float]) -> bool:
@@ -182,8 +208,13 @@ class Recovery:
         self.accelerator, self.output_dir = accelerator, Path(str(config.run.output_dir))
         self.lowered = energy or generator
         self.enabled, self.max_rollbacks = config.guard.divergence_guard, config.guard.max_rollbacks
-        self.log_steps = config.run.log_steps
-        self.guard = DivergenceGuard(config.calibration.max_dual, config.optimizer.max_grad_norm, self.log_steps)
+        self.interval = min(config.run.log_steps, INTERVAL)
+        self.guard = DivergenceGuard(
+            config.calibration.max_dual,
+            config.optimizer.max_grad_norm,
+            config.energy.energy_regularization,
+            self.interval,
+        )
         parts = [*parts, accelerator.scaler, self.guard]
         for trained in (generator, energy):
             parts += [trained.network, trained.optimizer, trained.lr_scheduler] if trained is not None else []
@@ -191,13 +222,15 @@ class Recovery:
         # Pairs of step and state, oldest first.
         self.states: list[tuple[int, list[dict[str, Any]]]] = []
         self.restored: int | None = None
-        # The largest gradient norms and constraint since the last logged step. They stay on the device, so that no step waits for them.
+        # The largest gradient norms and constraint since the last observation. They stay on the device, so that no step waits for them.
         self.peaks: dict[str, torch.Tensor] = {}
+        # The largest ones at the observations since the last logged step.
+        self.logged_peaks: dict[str, float] = {}
         self.num_rollbacks = self.num_breakdowns = self.healthy_since = 0
         self.factor = 1.0
 
     def note_peaks(self, values: dict[str, torch.Tensor]) -> None:
-        """Update the largest values since the last logged step."""
+        """Update the largest values since the last observation."""
         for name, value in values.items():
             self.peaks[f"{name}_max"] = torch.maximum(self.peaks.get(f"{name}_max", value), value.detach())
 
@@ -207,7 +240,7 @@ class Recovery:
 
         Args:
             values (`dict`): Scalars by name.
-            complete (`bool`, *optional*, defaults to `True`): Whether these are all scalars of a logged step. If not, the only alarms
+            complete (`bool`, *optional*, defaults to `True`): Whether these are all scalars of an observed step. If not, the only alarms
                 are values that are not finite.
 
         Raises:
@@ -246,8 +279,8 @@ class Recovery:
     def roll_back(self, step: int, alarms: list[str]) -> tuple[int, bool]:
         """Restore a healthy state. Return its step, and whether the run may continue: not after `max_rollbacks`."""
         was_healthy = self.states[-1][0] != self.restored
-        # A doubt becomes an alarm only after some logged steps, so healthy states are those from before the first doubt.
-        healthy = step - (max(self.guard.counts["doubtful"] - 1, 0) + CONFIRMATIONS) * self.log_steps
+        # A doubt becomes an alarm only after some observations, so healthy states are those from before the first doubt.
+        healthy = step - (max(self.guard.counts["doubtful"] - 1, 0) + CONFIRMATIONS) * self.interval
         # If no healthy state was stored since the last rollback, go further back.
         kept = self.states if was_healthy else self.states[:-1]
         self.states = [one for one in kept if one[0] <= healthy] or self.states[:1]
@@ -258,6 +291,7 @@ class Recovery:
         # Start to count again.
         self.guard.counts["doubtful"], self.guard.pinned_ratios = 0, []
         self.peaks.clear()
+        self.logged_peaks.clear()
         seen, kind = "; ".join(alarms), "stopped"
         message = f"{seen}: stopped after {self.num_rollbacks} rollbacks"
         if go_on := self.num_rollbacks < self.max_rollbacks:
@@ -277,11 +311,17 @@ class Recovery:
     def state_dict(self) -> dict:
         peaks = {name: value.detach().cpu() for name, value in self.peaks.items()}
         guard = {"guard": self.guard.state_dict(), "has_been_pinned": self.guard.has_been_pinned}
-        return {**guard, "peaks": peaks, **{name: getattr(self, name) for name in self.NUMBERS}}
+        return {
+            **guard,
+            "peaks": peaks,
+            "logged_peaks": self.logged_peaks,
+            **{name: getattr(self, name) for name in self.NUMBERS},
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.guard.load_state_dict(state_dict["guard"])
         self.guard.has_been_pinned = state_dict["has_been_pinned"]
         self.peaks = {name: value.to(self.accelerator.device) for name, value in state_dict["peaks"].items()}
+        self.logged_peaks = dict(state_dict.get("logged_peaks", {}))  # missing in checkpoints of version 0.1
         for name in self.NUMBERS:
             setattr(self, name, state_dict[name])
